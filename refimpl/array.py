@@ -1,0 +1,165 @@
+"""The only differences between array libraries and number types, kept in one place.
+
+Every op runs unchanged on NumPy float32, float64 and longdouble, on complex numbers (the checker's complex
+step), on object arrays (its exact dual numbers), on array-api-strict, and on CuPy. Three rules make that work,
+and each has its function here:
+
+* a branch, a maximum or a top-k looks at ``real(x)``, so that the infinitesimal part never decides anything;
+* a contraction is one batched ``matmul`` (`einsum`), which every library and number type has;
+* a constant that enters an array takes that array's own number type (`fill`, `zeros`, `cast`).
+"""
+
+from __future__ import annotations
+
+from math import prod
+from types import ModuleType
+from typing import Any
+
+Array = Any  # an array of any of the libraries above
+
+__all__ = [
+    "Array", "namespace", "real", "cast", "fill", "zeros", "einsum", "sigmoid", "argsort", "take_rows", "scatter_add",
+]  # fmt: skip
+
+
+def namespace(**arrays: Array) -> ModuleType:
+    """The array namespace of all the named differentiable arrays (None entries are skipped).
+
+    TypeError if one is not an array, they come from two libraries, or a dtype is neither an object type nor
+    floating with at least 32 bits: sums in a 16-bit type are wrong numbers, so cast up first.
+    """
+    found: ModuleType | None = None
+    for name, x in arrays.items():
+        if x is None:
+            continue
+        if type(x).__module__.partition(".")[0] == "cupy":
+            import cupy as xp
+        elif hasattr(x, "__array_namespace__"):
+            xp = x.__array_namespace__()
+        else:
+            raise TypeError(f"{name} must be an array of NumPy, CuPy or an array-API library, got {type(x).__name__}")
+        if found not in (None, xp):
+            raise TypeError(f"{name} must come from {found.__name__} like the other arrays, got {xp.__name__}")  # type: ignore[union-attr]
+        found = xp
+        if not (is_object(x) or (xp.isdtype(x.dtype, ("real floating", "complex floating")) and itemsize(x) >= 4)):
+            raise TypeError(f"{name} must be float32 or wider (cast 16-bit and integer arrays up), got {x.dtype}")
+    if found is None:
+        raise TypeError("at least one array is needed, got none")
+    return found
+
+
+def is_object(x: Array) -> bool:
+    """True for object arrays, which hold the checker's dual numbers."""
+    return getattr(x.dtype, "kind", "") == "O"
+
+
+def itemsize(x: Array) -> int:
+    """Bytes of one element; a namespace without ``itemsize`` (array-api-strict) holds 4 bytes or more anyway."""
+    return getattr(x.dtype, "itemsize", 4)
+
+
+def shape_error(name: str, letters: str, wanted: tuple[Any, ...], got: tuple[int, ...]) -> ValueError:
+    """The error every op raises on a wrong shape: ``w must have shape (D,)=(64,), got (32,)``."""
+    return ValueError(f"{name} must have shape {letters}={wanted}, got {tuple(got)}")
+
+
+def expect(name: str, x: Array, letters: str, wanted: tuple[Any, ...]) -> None:
+    """Raise `shape_error` unless ``x`` has the shape ``wanted``; None in ``wanted`` stands for any length."""
+    if len(x.shape) != len(wanted) or any(w is not None and w != n for w, n in zip(wanted, x.shape, strict=True)):
+        raise shape_error(name, letters, tuple("any" if w is None else w for w in wanted), x.shape)
+
+
+def real(x: Array) -> Array:
+    """The part of ``x`` that branches and sorts look at: real part, or a dual number's value as float64."""
+    if is_object(x):
+        import numpy as np
+
+        return np.asarray(x).astype(np.float64)  # calls float() on every element
+    xp = namespace(x=x)
+    return xp.real(x) if xp.isdtype(x.dtype, "complex floating") else x
+
+
+def cast(x: Array, like: Array) -> Array:
+    """``x`` (real) in the number type of ``like``."""
+    if is_object(like):
+        return x + 0 * like.reshape(-1)[0]
+    xp = namespace(like=like)
+    return xp.astype(x, like.dtype, copy=False)
+
+
+def fill(condition: Array, x: Array, otherwise: float) -> Array:
+    """``x`` where the condition holds, elsewhere the constant ``otherwise`` in the number type of ``x``."""
+    xp = namespace(x=x)
+    constant = 0 * x.reshape(-1)[0] + otherwise if is_object(x) else xp.asarray(otherwise, dtype=x.dtype)
+    return xp.where(condition, x, constant)
+
+
+def zeros(shape: tuple[int, ...], like: Array) -> Array:
+    """Zeros of the number type and device of ``like``."""
+    xp = namespace(like=like)
+    if is_object(like):
+        return xp.full(shape, 0 * like.reshape(-1)[0], dtype=object)
+    return xp.zeros(shape, dtype=like.dtype, device=like.device)
+
+
+def einsum(letters: str, a: Array, b: Array) -> Array:
+    """Contract two arrays, written as in ``numpy.einsum``: ``einsum("bthx,bshx->bhts", q, k)``.
+
+    It is one batched matrix product: letters in both inputs and the output are the batch, letters in both inputs
+    alone are summed, the others are rows (of ``a``) and columns (of ``b``). So it runs on BLAS in NumPy and CuPy,
+    on array-API namespaces (which have no einsum), and on longdouble, complex and object arrays.
+    """
+    inputs, out = letters.split("->")
+    in_a, in_b = inputs.split(",")
+    if len(a.shape) != len(in_a) or len(b.shape) != len(in_b):
+        raise ValueError(f"einsum {letters!r} got shapes {tuple(a.shape)} and {tuple(b.shape)}")
+    batch = [c for c in in_a if c in in_b and c in out]
+    summed = [c for c in in_a if c in in_b and c not in out]
+    rows = [c for c in in_a if c not in in_b]
+    columns = [c for c in in_b if c not in in_a]
+    sizes = dict(zip(in_a + in_b, a.shape + b.shape, strict=True))
+    if any(sizes[c] != n for c, n in zip(in_a, a.shape, strict=True)) or {*rows, *columns} - {*out}:
+        raise ValueError(f"einsum {letters!r} cannot contract shapes {tuple(a.shape)} and {tuple(b.shape)}")
+    xp = namespace(a=a, b=b)
+
+    def arrange(x: Array, current: str, *parts: list[str]) -> Array:
+        x = xp.permute_dims(x, tuple(current.index(c) for part in parts for c in part))
+        return xp.reshape(x, tuple(sizes[c] for c in parts[0]) + tuple(prod(sizes[c] for c in p) for p in parts[1:]))
+
+    y = xp.matmul(arrange(a, in_a, batch, rows, summed), arrange(b, in_b, batch, summed, columns))
+    current = "".join(batch + rows + columns)
+    y = xp.reshape(y, tuple(sizes[c] for c in current))
+    return xp.permute_dims(y, tuple(current.index(c) for c in out))
+
+
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + e^-x), without overflow on either side."""
+    xp = namespace(x=x)
+    positive = real(x) >= 0
+    z = xp.exp(xp.where(positive, -x, x))
+    return xp.where(positive, 1 / (1 + z), z / (1 + z))
+
+
+def argsort(x: Array) -> Array:
+    """Indices that sort the last axis upwards; equal elements keep their order (the lower index first)."""
+    library = type(x).__module__.partition(".")[0]
+    if library in ("numpy", "cupy"):
+        return x.argsort(axis=-1, kind="stable")
+    return x.__array_namespace__().argsort(x, axis=-1, stable=True)
+
+
+def take_rows(x: Array, rows: Array) -> Array:
+    """``x[rows]`` along the first axis, for 1-D integer ``rows``."""
+    return namespace(x=x).take(x, rows, axis=0)
+
+
+def scatter_add(rows: Array, values: Array, length: int) -> Array:
+    """The adjoint of `take_rows`: an array of ``length`` rows with ``values[i]`` added to row ``rows[i]``.
+
+    NumPy adds in the order of ``rows``, so the result is the same in every run; CuPy adds atomically, so there the
+    last bits may differ between runs.
+    """
+    xp = namespace(values=values)
+    out = zeros((length, *values.shape[1:]), values)
+    xp.add.at(out, rows, values)
+    return out

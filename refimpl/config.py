@@ -1,0 +1,167 @@
+"""The model's configuration and conventions: frozen records, and the presets `tiny`, `v3`, `v2-lite`, `moonlight-16b`.
+
+Each field names our letter, DeepSeek's name (Hugging Face's config.json) and the paper's symbol where they differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+from .ops.rope import Yarn
+
+__all__ = ["CONVENTIONS", "PRESETS", "Conventions", "ModelConfig", "Yarn", "preset"]
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """Where papers and implementations disagree: one field a choice. The default is `official`: DeepSeek's inference
+    code and released weights, and the paper where those are silent. derivations/README.md says who does what."""
+
+    mtp_order: str = "embedding_hidden"
+    """In front of the MTP projection: embedding_hidden (released weights, Megatron, vLLM) or hidden_embedding (paper)."""
+    mtp_hidden: str = "normed"
+    """MTP reads the hidden state normed (after the final norm; Megatron, vLLM) or raw (before it; torchtitan)."""
+    mtp_normaliser: str = "positions"
+    """MTP's loss is a sum divided by: all B·T positions (paper: 1/T over T−k terms), valid (its own targets; Megatron),
+    or main (the main loss's targets; torchtitan)."""
+    mtp_zero_first_embedding: bool = False
+    """Zero the embedding that MTP's first position reads, as vLLM does."""
+    masked_groups: str = "-inf"
+    """Scores of groups left out: -inf, or zero (Hugging Face before transformers#45441)."""
+    balance_counts: str = "unbiased"
+    """f_i counts the K best unbiased and ungrouped scores (paper, Megatron) or the routed experts (HF's V2 code)."""
+    bias_centre: bool = False
+    """Subtract the mean from the bias update, as torchtitan does."""
+    gate_epsilon: float = 0.0
+    """Added to the sum of the chosen scores: 0 (DeepSeek) or 1e-20 (Hugging Face, Megatron, torchtitan)."""
+    latent_eps: str = "config"
+    """eps of the two latent norms: the config's, or class_default (1e-6; Hugging Face). They differ on Moonlight."""
+    yarn_when: str = "beyond_original"
+    """YaRN applies only if max_positions exceeds the original context (DeepSeek), or always (Hugging Face)."""
+    rope_layout: str = "interleaved"
+    """How a head's rotated pairs lie in the weights: interleaved (released checkpoints) or halves."""
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "mtp_order": ("embedding_hidden", "hidden_embedding"),
+            "mtp_hidden": ("normed", "raw"),
+            "mtp_normaliser": ("positions", "valid", "main"),
+            "masked_groups": ("-inf", "zero"),
+            "balance_counts": ("unbiased", "routed"),
+            "latent_eps": ("config", "class_default"),
+            "yarn_when": ("beyond_original", "always"),
+            "rope_layout": ("interleaved", "halves"),
+        }
+        for name, choices in allowed.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+
+
+CONVENTIONS: dict[str, Conventions] = {
+    "official": Conventions(),
+    "paper": Conventions(mtp_order="hidden_embedding"),
+    "hf": Conventions(  # transformers 5.23; it has no MTP and no balance loss
+        gate_epsilon=1e-20, latent_eps="class_default", yarn_when="always"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shapes and constants of one model. Letters are the dimension key of derivations/README.md."""
+
+    vocabulary: int  # W, vocab_size
+    width: int  # D, hidden_size, the paper's d
+    layers: int  # num_hidden_layers
+    dense_layers: int  # first_k_dense_replace: blocks with a dense FFN come first
+    heads: int  # H, num_attention_heads, n_h
+    q_latent: int | None  # A, q_lora_rank, d'_c; None: no query compression
+    kv_latent: int  # C, kv_lora_rank, d_c
+    nope: int  # N, qk_nope_head_dim, d_h
+    rope: int  # R, qk_rope_head_dim, d_h^R
+    value: int  # V, v_head_dim
+    dense_hidden: int  # F of a dense block, intermediate_size
+    expert_hidden: int  # F of an expert, moe_intermediate_size
+    experts: int  # E, n_routed_experts, N_r
+    shared_experts: int  # n_shared_experts, N_s
+    top_k: int  # K, num_experts_per_tok, K_r
+    groups: int = 1  # G, n_group
+    keep_groups: int = 1  # topk_group, M
+    gate: str = "sigmoid"  # scoring_func
+    group_score: str = "top2"  # noaux_tc takes the two best of a group, V2 (group_limited_greedy) the best
+    gate_bias: bool = True  # e_score_correction_bias exists
+    normalise_weights: bool = True  # norm_topk_prob
+    routed_scale: float = 1.0  # routed_scaling_factor
+    mtp_depth: int = 0  # num_nextn_predict_layers, the paper's D
+    norm_eps: float = 1e-6  # rms_norm_eps
+    theta: float = 1e4  # rope_theta
+    max_positions: int = 4096  # max_position_embeddings
+    yarn: Yarn | None = None  # rope_scaling
+    mtp_weight: float = 0.3  # λ: 0.3 for the first 10T tokens, then 0.1
+    balance_weight: float = 1e-4  # α, aux_loss_alpha
+    conventions: Conventions = field(default_factory=Conventions)
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            least = 0 if f.name in ("dense_layers", "shared_experts", "mtp_depth") else 1
+            if f.type == "int" and not (isinstance(value, int) and value >= least):
+                raise ValueError(f"{f.name} must be an integer of at least {least}, got {value!r}")
+        if self.rope % 2:
+            raise ValueError(f"rope must be even, got {self.rope}")
+        if self.dense_layers > self.layers:
+            raise ValueError(f"dense_layers must be at most layers={self.layers}, got {self.dense_layers}")
+        if self.experts % self.groups or not 1 <= self.keep_groups <= self.groups:
+            raise ValueError(
+                f"groups must divide experts={self.experts} and keep_groups lie in 1…groups, "
+                f"got {self.groups} and {self.keep_groups}"
+            )
+        if self.top_k > self.experts // self.groups * self.keep_groups:
+            raise ValueError(f"top_k must be at most the experts of the kept groups, got {self.top_k}")
+
+    @property
+    def active_yarn(self) -> Yarn | None:
+        """YaRN's settings if they apply under the conventions, else None."""
+        if self.yarn is None or self.conventions.yarn_when == "always":
+            return self.yarn
+        return self.yarn if self.max_positions > self.yarn.original else None
+
+    @property
+    def latent_eps(self) -> float:
+        """eps of the norms of the two latents."""
+        return self.norm_eps if self.conventions.latent_eps == "config" else 1e-6
+
+
+PRESETS: dict[str, ModelConfig] = {
+    # All of V3's parts at the smallest odd sizes that tell them apart; every constant is off its neutral value.
+    "tiny": ModelConfig(
+        vocabulary=256, width=20, layers=3, dense_layers=1, heads=3, q_latent=10, kv_latent=7, nope=5, rope=4, value=6,
+        dense_hidden=22, expert_hidden=9, experts=8, shared_experts=2, top_k=3, groups=4, keep_groups=2,
+        routed_scale=2.5, mtp_depth=2, norm_eps=1e-3, theta=100.0, max_positions=64,
+        yarn=Yarn(factor=4.0, original=16, beta_fast=4.0, beta_slow=1.0, mscale=0.9, mscale_all_dim=0.7),
+        mtp_weight=0.3, balance_weight=0.01,
+    ),
+    "v3": ModelConfig(
+        vocabulary=129280, width=7168, layers=61, dense_layers=3, heads=128, q_latent=1536, kv_latent=512, nope=128,
+        rope=64, value=128, dense_hidden=18432, expert_hidden=2048, experts=256, shared_experts=1, top_k=8, groups=8,
+        keep_groups=4, routed_scale=2.5, mtp_depth=1, max_positions=163840, yarn=Yarn(),
+    ),
+    "v2-lite": ModelConfig(
+        vocabulary=102400, width=2048, layers=27, dense_layers=1, heads=16, q_latent=None, kv_latent=512, nope=128,
+        rope=64, value=128, dense_hidden=10944, expert_hidden=1408, experts=64, shared_experts=2, top_k=6,
+        gate="softmax", group_score="max", gate_bias=False, normalise_weights=False, max_positions=163840,
+        yarn=Yarn(mscale=0.707, mscale_all_dim=0.707), balance_weight=1e-3,
+    ),
+    "moonlight-16b": ModelConfig(
+        vocabulary=163840, width=2048, layers=27, dense_layers=1, heads=16, q_latent=None, kv_latent=512, nope=128,
+        rope=64, value=128, dense_hidden=11264, expert_hidden=1408, experts=64, shared_experts=2, top_k=6,
+        routed_scale=2.446, norm_eps=1e-5, theta=5e4, max_positions=8192, balance_weight=1e-3,
+    ),
+}  # fmt: skip
+
+
+def preset(name: str) -> ModelConfig:
+    """The preset called ``name``; ValueError lists the names if there is none."""
+    if name not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    return PRESETS[name]

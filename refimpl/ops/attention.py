@@ -1,0 +1,118 @@
+"""Attention, the quadratic truth on one page: o = softmax(scale · q kᵀ + mask) v.
+
+The whole probability matrix is kept; `flash_attention` computes the same in linear memory. Keys and values may have
+another width, and one head where the queries have many (the absorbed form of MLA). The queries are the last T of the
+S key positions, so T = S is training or prefill, T < S decoding with a cache.
+Source: Vaswani et al., Attention Is All You Need (1706.03762) eq. 1. Derivation: derivations/attention.md.
+Letters: B batch, T query position, S key position, H heads, X query/key width, V value width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..array import Array, cast, einsum, expect, fill, namespace, real
+
+__all__ = ["AttentionSaved", "attention_backward", "attention_forward", "visible"]
+
+
+class AttentionSaved(NamedTuple):
+    q: Array  # [B, T, H, X]
+    k: Array  # [B, S, H or 1, X]
+    v: Array  # [B, S, H or 1, V]
+    p: Array  # [B, H, T, S]: probabilities; quadratic, which flash_attention avoids
+    scale: float
+
+
+def attention_forward(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    scale: float,
+    causal: bool = True,
+    key_mask: Array | None = None,
+    segments: Array | None = None,
+) -> tuple[Array, AttentionSaved]:
+    """o [B, T, H, V] for ``q`` [B, T, H, X], ``k`` [B, S, H or 1, X], ``v`` [B, S, H or 1, V].
+
+    Args:
+        scale: multiplies q·k, (nope + rope)^−½ times YaRN's correction in MLA.
+        causal: query t sees keys up to its own position S − T + t.
+        key_mask: [B, S] bool, False for padding, which nobody sees.
+        segments: [B, S] integers, the document of each position; a query sees its own document alone.
+
+    A query that sees no key gives 0, and its gradient is 0.
+    """
+    xp = namespace(q=q, k=k, v=v)
+    check_attention(q, k, v, key_mask, segments)
+    keys, values = _all_heads(k, q.shape[2]), _all_heads(v, q.shape[2])
+    scores = scale * einsum("bthx,bshx->bhts", q, keys)  # (attention.1)
+    mask = visible((0, q.shape[1]), (0, k.shape[1]), q, k, causal, key_mask, segments)
+    scores = fill(mask, scores, -xp.inf)
+    largest = xp.max(real(scores), axis=-1, keepdims=True)
+    e = xp.exp(scores - cast(xp.where(xp.isfinite(largest), largest, 0.0), q))
+    total = xp.sum(e, axis=-1, keepdims=True)
+    p = e / fill(real(total) > 0, total, 1.0)  # (attention.2)
+    return einsum("bhts,bshv->bthv", p, values), AttentionSaved(q, k, v, p, scale)  # (attention.3)
+
+
+def attention_backward(do: Array, saved: AttentionSaved) -> tuple[Array, Array, Array]:
+    """Gradients (dq, dk, dv), shaped like q, k and v, from ``do`` [B, T, H, V]."""
+    q, k, v, p, scale = saved
+    xp = namespace(do=do, q=q)
+    keys, values = _all_heads(k, q.shape[2]), _all_heads(v, q.shape[2])
+    dv = einsum("bhts,bthv->bshv", p, do)  # (attention.4)
+    dp = einsum("bthv,bshv->bhts", do, values)  # (attention.5)
+    ds = p * (dp - xp.sum(p * dp, axis=-1, keepdims=True))  # (attention.6)
+    dq = scale * einsum("bhts,bshx->bthx", ds, keys)  # (attention.7)
+    dk = scale * einsum("bhts,bthx->bshx", ds, q)  # (attention.8)
+    return dq, sum_heads(dk, k), sum_heads(dv, v)
+
+
+def visible(
+    queries: tuple[int, int],
+    keys: tuple[int, int],
+    q: Array,
+    k: Array,
+    causal: bool,
+    key_mask: Array | None,
+    segments: Array | None,
+) -> Array:
+    """Which keys [keys) each query in [queries) may see: bool [B or 1, 1, t, s]; the ranges make blocks of it."""
+    xp = namespace(q=q, k=k)
+    offset = k.shape[1] - q.shape[1]
+    t = xp.arange(queries[0] + offset, queries[1] + offset, device=q.device)[:, None]
+    s = xp.arange(*keys, device=q.device)[None, :]
+    mask = (s <= (t if causal else t + k.shape[1]))[None, None, :, :]  # (attention.9)
+    if key_mask is not None:
+        mask = mask & key_mask[:, None, None, keys[0] : keys[1]]
+    if segments is not None:
+        own = segments[:, queries[0] + offset : queries[1] + offset]
+        mask = mask & (own[:, None, :, None] == segments[:, None, None, keys[0] : keys[1]])
+    return mask
+
+
+def check_attention(q: Array, k: Array, v: Array, key_mask: Array | None, segments: Array | None) -> None:
+    """ValueError unless shapes agree: one batch, one query/key width, 1 or H key and value heads, T ≤ S."""
+    if len(q.shape) != 4:
+        raise ValueError(f"q must have shape (B, T, H, X), got {tuple(q.shape)}")
+    b, t, h, x = q.shape
+    s = k.shape[1] if len(k.shape) == 4 else None
+    expect("k", k, "(B, S, H or 1, X)", (b, None, 1 if k.shape[-2:-1] == (1,) else h, x))
+    expect("v", v, "(B, S, H or 1, V)", (b, s, 1 if v.shape[-2:-1] == (1,) else h, None))
+    if s is not None and t > s:
+        raise ValueError(f"q must have at most as many positions as k, S={s}, got T={t}")
+    for name, mask in (("key_mask", key_mask), ("segments", segments)):
+        if mask is not None:
+            expect(name, mask, "(B, S)", (b, s))
+
+
+def _all_heads(x: Array, heads: int) -> Array:
+    """One shared key or value head, seen by every query head."""
+    return namespace(x=x).broadcast_to(x, (*x.shape[:2], heads, x.shape[3]))
+
+
+def sum_heads(dx: Array, x: Array) -> Array:
+    """The adjoint of sharing one head: the sum over the heads that used it."""
+    return dx if x.shape[2] == dx.shape[2] else namespace(dx=dx).sum(dx, axis=2, keepdims=True)  # (attention.10)

@@ -1,0 +1,59 @@
+"""The sequence-wise balance loss of DeepSeek-V3: α Σ_i f_i P_i for each sequence, averaged over the batch.
+
+f_i counts how often expert i is among a token's K best (a constant), P_i is the mean of its normalised score.
+Source: DeepSeek-V3 (2412.19437) eq. 17–20 (our E is their N_r, K their K_r). Derivation: derivations/balance_loss.md.
+Letters: B batch, T position, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..array import Array, argsort, cast, expect, namespace, real
+
+__all__ = ["BalanceLossSaved", "balance_loss_backward", "balance_loss_forward"]
+
+
+class BalanceLossSaved(NamedTuple):
+    scores: Array  # [B, T, E]
+    f: Array  # [B, 1, E]: E/(K T) times the counts, constant
+    weight: Array  # [B, T, 1]: α / (B T) for each token that takes part, else 0
+
+
+def balance_loss_forward(
+    scores: Array, *, alpha: float, top_k: int, counted: Array | None = None, mask: Array | None = None
+) -> tuple[Array, BalanceLossSaved]:
+    """The scalar loss for unbiased ``scores`` [B, T, E], positive in every row.
+
+    Args:
+        alpha, top_k: α (1e-4 in V3) and K.
+        counted: [B, T, K'] integers, the choices that f counts; by default, as the paper prints, the K best of the
+            *unbiased and ungrouped* scores. Hugging Face's V2 code counts the routed experts: give those.
+        mask: [B, T] bool, False for padding; a sequence of padding alone adds 0.
+    """
+    xp = namespace(scores=scores)
+    expect("scores", scores, "(B, T, E)", (None, None, None))
+    b, t, e = scores.shape
+    if counted is None:
+        counted = argsort(-real(scores))[..., :top_k]  # (balance_loss.1)
+    valid = xp.ones((b, t, 1), dtype=xp.bool, device=scores.device) if mask is None else mask[:, :, None]
+    length = xp.sum(xp.astype(valid, xp.float64), axis=1, keepdims=True)
+    length = xp.where(length > 0, length, 1.0)
+    expert = xp.arange(e, device=scores.device)
+    counts = sum(
+        xp.sum(xp.astype((counted[..., k : k + 1] == expert) & valid, xp.float64), axis=1, keepdims=True)
+        for k in range(counted.shape[-1])
+    )
+    f = cast(counts * e / (top_k * length), scores)  # (balance_loss.2)
+    weight = cast(xp.where(valid, alpha / (b * length), 0.0), scores)
+    normalised = scores / xp.sum(scores, axis=-1, keepdims=True)  # (balance_loss.3)
+    return xp.sum(weight * f * normalised), BalanceLossSaved(scores, f, weight)  # (balance_loss.4)
+
+
+def balance_loss_backward(dloss: Array, saved: BalanceLossSaved) -> Array:
+    """Gradient dscores [B, T, E] from the scalar ``dloss``."""
+    scores, f, weight = saved
+    xp = namespace(scores=scores)
+    total = xp.sum(scores, axis=-1, keepdims=True)
+    mean_f = xp.sum(f * scores, axis=-1, keepdims=True) / total
+    return dloss * weight * (f - mean_f) / total  # (balance_loss.5)

@@ -1,0 +1,62 @@
+"""Masked cross-entropy of given logits: −Σ_t mask_t log softmax(logits_t)[target_t] / normaliser.
+
+For training, `head_cross_entropy` does the same from the hidden states without ever holding all logits.
+Derivation: derivations/cross_entropy.md. Letters: W vocabulary; ``…`` any leading dimensions.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..array import Array, cast, expect, fill, namespace, real
+from .embedding import check_ids
+
+__all__ = ["CrossEntropySaved", "cross_entropy_backward", "cross_entropy_forward"]
+
+
+class CrossEntropySaved(NamedTuple):
+    p: Array  # […, W]: probabilities
+    targets: Array  # […] integers
+    weight: Array  # […]: mask / normaliser
+
+
+def cross_entropy_forward(
+    logits: Array, *, targets: Array, mask: Array | None = None, normaliser: float | None = None
+) -> tuple[Array, CrossEntropySaved]:
+    """The scalar mean negative log-likelihood of ``targets`` […] under ``logits`` […, W].
+
+    Args:
+        mask: […] bool or weights; 0 leaves a token out (its target may then be anything, −100 included).
+        normaliser: what the sum is divided by; by default Σ mask, or 1 when that is 0 (the loss is then 0).
+    """
+    xp = namespace(logits=logits)
+    expect("targets", targets, "(…)", tuple(logits.shape[:-1]))
+    targets, weight = token_weights(logits, targets, mask, normaliser, logits.shape[-1])
+    shifted = logits - cast(xp.max(real(logits), axis=-1, keepdims=True), logits)
+    e = xp.exp(shifted)
+    total = xp.sum(e, axis=-1, keepdims=True)
+    log_p = xp.take_along_axis(shifted, targets[..., None], axis=-1) - xp.log(total)  # (cross_entropy.1)
+    return -xp.sum(weight * log_p[..., 0]), CrossEntropySaved(e / total, targets, weight)  # (cross_entropy.2)
+
+
+def cross_entropy_backward(dloss: Array, saved: CrossEntropySaved) -> Array:
+    """Gradient dlogits […, W] from the scalar ``dloss``."""
+    p, targets, weight = saved
+    xp = namespace(p=p)
+    chosen = xp.arange(p.shape[-1], device=p.device) == targets[..., None]
+    return dloss * weight[..., None] * (p - cast(xp.astype(chosen, real(p).dtype), p))  # (cross_entropy.3)
+
+
+def token_weights(
+    like: Array, targets: Array, mask: Array | None, normaliser: float | None, vocabulary: int
+) -> tuple[Array, Array]:
+    """Targets with 0 where the mask is 0, and mask / normaliser in the number type of ``like``."""
+    xp = namespace(like=like)
+    weight = xp.ones(targets.shape, dtype=xp.float64, device=like.device)
+    if mask is not None:
+        expect("mask", mask, "(…)", tuple(targets.shape))
+        weight = xp.astype(mask, xp.float64)
+    targets = xp.where(weight != 0, targets, 0)
+    check_ids("targets", targets, vocabulary)
+    count = float(xp.sum(weight)) if normaliser is None else float(normaliser)
+    return targets, cast(weight, like) / (count if count else 1.0)

@@ -1,0 +1,108 @@
+"""Attention in memory linear in the sequence: blocks, an online softmax, probabilities recomputed in the backward.
+
+The same function as `attention`, argument for argument. The forward keeps one number a row, the logarithm of the
+softmax's denominator; the backward turns it into probabilities again, a block at a time.
+Source: Dao et al., FlashAttention (2205.14135) algorithms 1 and 4; Dao, FlashAttention-2 (2307.08691).
+Derivation: derivations/flash_attention.md. Letters as in attention.py; t and s are positions within a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from ..array import Array, cast, einsum, fill, namespace, real, zeros
+from .attention import check_attention, sum_heads, visible
+
+__all__ = ["FlashAttentionSaved", "flash_attention_backward", "flash_attention_forward"]
+
+
+class FlashAttentionSaved(NamedTuple):
+    q: Array  # [B, T, H, X]
+    k: Array  # [B, S, H or 1, X]
+    v: Array  # [B, S, H or 1, V]
+    o: Array  # [B, T, H, V]: gives the row sums of p ∘ dp without p
+    lse: Array  # [B, H, T, 1]: log-sum-exp of each row's scores, all that is needed to get p back
+    scale: float
+    causal: bool
+    key_mask: Array | None  # [B, S]
+    segments: Array | None  # [B, S]
+    block: int
+
+
+def flash_attention_forward(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    scale: float,
+    causal: bool = True,
+    key_mask: Array | None = None,
+    segments: Array | None = None,
+    block: int = 128,
+) -> tuple[Array, FlashAttentionSaved]:
+    """o [B, T, H, V], as `attention_forward` defines it; ``block`` is the length of a block of queries or keys."""
+    xp = namespace(q=q, k=k, v=v)
+    check_attention(q, k, v, key_mask, segments)
+    if block < 1:
+        raise ValueError(f"block must be at least 1, got {block}")
+    (b, t, h, _), width = q.shape, v.shape[3]
+    o, lse = zeros((b, t, h, width), q), zeros((b, h, t, 1), q)
+    for t0, t1 in _blocks(t, block):
+        numerator = zeros((b, h, t1 - t0, width), q)
+        total = zeros((b, h, t1 - t0, 1), q)
+        largest = real(total) - xp.inf
+        for s0, s1 in _blocks(k.shape[1], block, t1 + k.shape[1] - t if causal else None):
+            mask = visible((t0, t1), (s0, s1), q, k, causal, key_mask, segments)
+            scores = fill(mask, _scores(q[:, t0:t1], k[:, s0:s1], scale), -xp.inf)
+            larger = xp.maximum(largest, xp.max(real(scores), axis=-1, keepdims=True))
+            shift = xp.where(xp.isfinite(larger), larger, 0.0)
+            e = xp.exp(scores - cast(shift, q))
+            decay = xp.exp(cast(largest - shift, q))  # (flash_attention.1)
+            total = total * decay + xp.sum(e, axis=-1, keepdims=True)  # (flash_attention.2)
+            numerator = numerator * decay + _mix(e, v[:, s0:s1])  # (flash_attention.3)
+            largest = larger
+        seen = real(total) > 0
+        total = fill(seen, total, 1.0)
+        o[:, t0:t1] = xp.permute_dims(numerator / total, (0, 2, 1, 3))
+        lse[:, :, t0:t1] = cast(xp.where(seen, largest, 0.0), q) + xp.log(total)  # (flash_attention.4)
+    return o, FlashAttentionSaved(q, k, v, o, lse, scale, causal, key_mask, segments, block)
+
+
+def flash_attention_backward(do: Array, saved: FlashAttentionSaved) -> tuple[Array, Array, Array]:
+    """Gradients (dq, dk, dv), shaped like q, k and v, from ``do`` [B, T, H, V]."""
+    q, k, v, o, lse, scale, causal, key_mask, segments, block = saved
+    xp = namespace(do=do, q=q)
+    (_, t, _, _), s = q.shape, k.shape[1]
+    dq, dk, dv = zeros(q.shape, q), zeros(k.shape, q), zeros(v.shape, q)
+    row_sum = xp.permute_dims(xp.sum(do * o, axis=-1, keepdims=True), (0, 2, 1, 3))  # (flash_attention.5)
+    for t0, t1 in _blocks(t, block):
+        q_block, do_block = q[:, t0:t1], do[:, t0:t1]
+        for s0, s1 in _blocks(s, block, t1 + s - t if causal else None):
+            k_block, v_block = k[:, s0:s1], v[:, s0:s1]
+            mask = visible((t0, t1), (s0, s1), q, k, causal, key_mask, segments)
+            scores = fill(mask, _scores(q_block, k_block, scale), -xp.inf)
+            p = xp.exp(scores - lse[:, :, t0:t1])  # (flash_attention.6)
+            dp = _scores(do_block, v_block, 1)
+            ds = scale * p * (dp - row_sum[:, :, t0:t1])  # (flash_attention.7)
+            dq[:, t0:t1] += xp.permute_dims(_mix(ds, k_block), (0, 2, 1, 3))  # (flash_attention.8)
+            dk[:, s0:s1] += sum_heads(einsum("bhts,bthx->bshx", ds, q_block), k)
+            dv[:, s0:s1] += sum_heads(einsum("bhts,bthv->bshv", p, do_block), v)
+    return dq, dk, dv
+
+
+def _blocks(length: int, block: int, end: int | None = None) -> Iterator[tuple[int, int]]:
+    """Ranges (start, stop) that cover 0 … length, or up to ``end``: later keys are hidden from a causal block."""
+    stop = length if end is None else min(end, length)
+    return ((start, min(start + block, stop)) for start in range(0, stop, block))
+
+
+def _scores(q: Array, k: Array, scale: float) -> Array:
+    """scale · q kᵀ [B, H, t, s], without copying a shared key head to every query head."""
+    shared = k.shape[2] == 1
+    return scale * (einsum("bthx,bsx->bhts", q, k[:, :, 0]) if shared else einsum("bthx,bshx->bhts", q, k))
+
+
+def _mix(p: Array, v: Array) -> Array:
+    """p v [B, H, t, V], for one shared value head or one a query head."""
+    return einsum("bhts,bsv->bhtv", p, v[:, :, 0]) if v.shape[2] == 1 else einsum("bhts,bshv->bhtv", p, v)

@@ -1,0 +1,41 @@
+"""Output head and masked cross-entropy in one: the training loss, without the [tokens, vocabulary] logits.
+
+Derivation: derivations/head_cross_entropy.md. Letters: D model, W vocabulary; ``…`` any leading dimensions.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from ..array import Array, namespace
+from .cross_entropy import token_weights
+from .table import LEAVES, Ops
+
+__all__ = ["HeadCrossEntropySaved", "head_cross_entropy_backward", "head_cross_entropy_forward"]
+
+
+class HeadCrossEntropySaved(NamedTuple):
+    log_prob: Any
+    weight: Array  # […]: mask / normaliser
+    ops: Ops
+
+
+def head_cross_entropy_forward(
+    h: Array, w: Array, *, targets: Array, mask: Array | None = None, normaliser: float | None = None,
+    block: tuple[int, int] = (512, 4096), ops: Ops = LEAVES,
+) -> tuple[Array, HeadCrossEntropySaved]:  # fmt: skip
+    """The scalar loss of ``targets`` […] for hidden states ``h`` […, D] and the head ``w`` [W, D].
+
+    Equal to `cross_entropy_forward` of the logits h wᵀ; mask and normaliser as there, block as in `log_prob_forward`.
+    """
+    xp = namespace(h=h, w=w)
+    targets, weight = token_weights(h, targets, mask, normaliser, w.shape[0])
+    log_p, saved = ops["log_prob"].forward(h, w, targets=targets, block=block)
+    return -xp.sum(weight * log_p), HeadCrossEntropySaved(saved, weight, ops)  # (head_cross_entropy.1)
+
+
+def head_cross_entropy_backward(dloss: Array, saved: HeadCrossEntropySaved) -> tuple[Array, Array]:
+    """Gradients (dh […, D], dw [W, D]) from the scalar ``dloss``."""
+    dlog_p = -dloss * saved.weight  # (head_cross_entropy.2)
+    dh, dw = saved.ops["log_prob"].backward(dlog_p, saved.log_prob)
+    return dh, dw

@@ -1,0 +1,94 @@
+"""Log-probabilities of chosen tokens straight from hidden states, in blocks: the logits are never whole in memory.
+
+log π(target) = z[target] − log Σ_w e^{z_w} with z = W h / temperature. Blocks of tokens × vocabulary are computed, used
+and forgotten, in the forward with an online log-sum-exp and again in the backward. GRPO needs just this; the training
+loss (`head_cross_entropy`) is its masked mean. Derivation: derivations/log_prob.md.
+Letters: D model, W vocabulary, M tokens (the product of the leading dimensions ``…``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from ..array import Array, cast, expect, fill, namespace, real, zeros
+from .cross_entropy import token_weights
+
+__all__ = ["LogProbSaved", "log_prob_backward", "log_prob_forward"]
+
+
+class LogProbSaved(NamedTuple):
+    h: Array  # […, D]: logits are recomputed from it
+    w: Array  # [W, D]
+    lse: Array  # [M, 1]: log Σ e^z of each token
+    targets: Array  # [M]
+    mask: Array  # [M]
+    temperature: float
+    block: tuple[int, int]
+
+
+def log_prob_forward(
+    h: Array, w: Array, *, targets: Array, mask: Array | None = None, temperature: float = 1.0,
+    block: tuple[int, int] = (512, 4096),
+) -> tuple[Array, LogProbSaved]:  # fmt: skip
+    """log π(targets) […] for hidden states ``h`` […, D] and the output head ``w`` [W, D]; 0 where ``mask`` is 0.
+
+    Args:
+        targets, mask: […] integers; […] bool or weights that multiply the result.
+        temperature: divides the logits; > 0.
+        block: tokens × vocabulary entries computed at a time: the only memory that logits take.
+    """
+    xp = namespace(h=h, w=w)
+    expect("w", w, "(W, D)", (None, h.shape[-1]))
+    expect("targets", targets, "(…)", tuple(h.shape[:-1]))
+    if not temperature > 0 or min(block) < 1:
+        raise ValueError(f"temperature must be positive and block at least (1, 1), got {temperature}, {block}")
+    targets, mask = token_weights(h, targets, mask, 1.0, w.shape[0])
+    targets, mask = xp.reshape(targets, (-1,)), xp.reshape(mask, (-1,))
+    rows = xp.reshape(h, (-1, h.shape[-1]))
+    chosen, lse = zeros((rows.shape[0], 1), rows), zeros((rows.shape[0], 1), rows)
+    for m0, m1 in _blocks(rows.shape[0], block[0]):
+        total = zeros((m1 - m0, 1), rows)
+        largest = real(total) - xp.inf
+        for w0, w1 in _blocks(w.shape[0], block[1]):
+            z = xp.matmul(rows[m0:m1], xp.matrix_transpose(w[w0:w1])) / temperature  # (log_prob.1)
+            larger = xp.maximum(largest, xp.max(real(z), axis=-1, keepdims=True))
+            decay = xp.exp(cast(largest - larger, z))
+            total = total * decay + xp.sum(xp.exp(z - cast(larger, z)), axis=-1, keepdims=True)  # (log_prob.2)
+            chosen[m0:m1] += _pick(z, targets[m0:m1] - w0)  # (log_prob.3)
+            largest = larger
+        lse[m0:m1] = cast(largest, rows) + xp.log(total)  # (log_prob.4)
+    y = mask * (chosen - lse)[:, 0]  # (log_prob.5)
+    return xp.reshape(y, h.shape[:-1]), LogProbSaved(h, w, lse, targets, mask, temperature, block)
+
+
+def log_prob_backward(dy: Array, saved: LogProbSaved) -> tuple[Array, Array]:
+    """Gradients (dh […, D], dw [W, D]) from ``dy`` […], the gradient of each token's log-probability."""
+    h, w, lse, targets, mask, temperature, block = saved
+    xp = namespace(dy=dy, h=h)
+    rows = xp.reshape(h, (-1, h.shape[-1]))
+    weight = (xp.reshape(dy, (-1,)) * mask)[:, None] / temperature
+    dh, dw = zeros(rows.shape, rows), zeros(w.shape, rows)
+    for m0, m1 in _blocks(rows.shape[0], block[0]):
+        for w0, w1 in _blocks(w.shape[0], block[1]):
+            z = xp.matmul(rows[m0:m1], xp.matrix_transpose(w[w0:w1])) / temperature
+            p = xp.exp(z - lse[m0:m1])  # (log_prob.6)
+            is_target = _is_target(p, targets[m0:m1] - w0)
+            dz = weight[m0:m1] * xp.where(is_target, 1 - p, -p)  # (log_prob.7)
+            dh[m0:m1] += xp.matmul(dz, w[w0:w1])  # (log_prob.8)
+            dw[w0:w1] += xp.matmul(xp.matrix_transpose(dz), rows[m0:m1])  # (log_prob.9)
+    return xp.reshape(dh, h.shape), dw
+
+
+def _blocks(length: int, block: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + block, length)) for start in range(0, length, block))
+
+
+def _is_target(z: Array, targets: Array) -> Array:
+    """Where the block ``z`` [m, w] holds the row's target, ``targets`` [m] counted from the block's first entry."""
+    return namespace(z=z).arange(z.shape[-1], device=z.device) == targets[:, None]
+
+
+def _pick(z: Array, targets: Array) -> Array:
+    """Each row's target logit [m, 1], 0 where the target lies in another block."""
+    return namespace(z=z).sum(fill(_is_target(z, targets), z, 0.0), axis=-1, keepdims=True)

@@ -1,0 +1,74 @@
+"""Multi-token prediction: what goes into an MTP module, h' = M [RMSNorm(embedding); RMSNorm(hidden)].
+
+Module k joins the previous depth's hidden state at position i with the embedding of token i + k; a transformer block,
+a norm of its own and the shared head then predict token i + k + 1. `model` makes that chain; `mtp_pairs` says which
+positions and tokens meet. Source: DeepSeek-V3 (2412.19437) eq. 21–25, which print [hidden; embedding]: the released
+weights expect the embedding first. Derivation: derivations/mtp.md.
+Letters: D model; ``…`` any leading dimensions, B batch, T position.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from ..array import Array, expect, namespace
+from .table import LEAVES, Ops
+
+__all__ = ["MTPSaved", "mtp_backward", "mtp_forward", "mtp_pairs"]
+
+
+class MTPSaved(NamedTuple):
+    hnorm: Any
+    enorm: Any
+    proj: Any
+    order: str
+    ops: Ops
+
+
+def mtp_forward(
+    hidden: Array, embedding: Array, w_hnorm: Array, w_enorm: Array, w_proj: Array, *, eps: float,
+    order: str = "embedding_hidden", ops: Ops = LEAVES,
+) -> tuple[Array, MTPSaved]:  # fmt: skip
+    """h' […, D] from ``hidden`` and ``embedding`` […, D], ``w_hnorm`` and ``w_enorm`` [D], ``w_proj`` [D, 2D].
+
+    ``order``: which comes first in front of the projection, ``embedding_hidden`` (the released weights) or
+    ``hidden_embedding`` (the paper's eq. 21).
+    """
+    xp, d = namespace(hidden=hidden, embedding=embedding), hidden.shape[-1]
+    expect("embedding", embedding, "hidden.shape", tuple(hidden.shape))
+    expect("w_proj", w_proj, "(D, 2D)", (d, 2 * d))
+    if order not in ("embedding_hidden", "hidden_embedding"):
+        raise ValueError(f"order must be 'embedding_hidden' or 'hidden_embedding', got {order!r}")
+    h, h_saved = ops["rms_norm"].forward(hidden, w_hnorm, eps=eps)
+    e, e_saved = ops["rms_norm"].forward(embedding, w_enorm, eps=eps)
+    joined = xp.concat((e, h) if order == "embedding_hidden" else (h, e), axis=-1)  # (mtp.1)
+    y, proj_saved = ops["linear"].forward(joined, w_proj)  # (mtp.2)
+    return y, MTPSaved(h_saved, e_saved, proj_saved, order, ops)
+
+
+def mtp_backward(dy: Array, saved: MTPSaved) -> tuple[Array, Array, Array, Array, Array]:
+    """Gradients (dhidden, dembedding, dw_hnorm, dw_enorm, dw_proj) from ``dy`` […, D]."""
+    ops, d = saved.ops, dy.shape[-1]
+    djoined, dw_proj = ops["linear"].backward(dy, saved.proj)
+    first, second = djoined[..., :d], djoined[..., d:]  # (mtp.3)
+    de, dh = (first, second) if saved.order == "embedding_hidden" else (second, first)
+    dhidden, dw_hnorm = ops["rms_norm"].backward(dh, saved.hnorm)
+    dembedding, dw_enorm = ops["rms_norm"].backward(de, saved.enorm)
+    return dhidden, dembedding, dw_hnorm, dw_enorm, dw_proj
+
+
+def mtp_pairs(
+    tokens: Array, targets: Array, mask: Array, depth: int, segments: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """What module ``depth`` reads and predicts at positions 0 … T−depth−1, from tokens, targets and mask [B, T].
+
+    Returns (tokens, targets, mask), each [B, T − depth]: at position i token i + depth, its target, and whether that
+    counts; with ``segments`` [B, T] only if position i and token i + depth lie in one document.
+    """
+    length = tokens.shape[1] - depth
+    if depth < 1 or length < 1:
+        raise ValueError(f"depth must lie in 1…T−1={tokens.shape[1] - 1}, got {depth}")
+    later = mask[:, depth:]  # (mtp.4)
+    if segments is not None:
+        later = later * (segments[:, :length] == segments[:, depth:])
+    return tokens[:, depth:], targets[:, depth:], later

@@ -1,0 +1,38 @@
+"""RMSNorm, DeepSeek-V3's only normalisation: y = w ∘ x / √(mean(x²) + eps), over the last axis.
+
+Source: Zhang and Sennrich, Root Mean Square Layer Normalization (1910.07467) eq. 4, with eps inside the root as in
+DeepSeek's inference code. Derivation: derivations/rms_norm.md. Letters: D width; ``…`` any leading dimensions.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..array import Array, expect, namespace
+
+__all__ = ["RMSNormSaved", "rms_norm_backward", "rms_norm_forward"]
+
+
+class RMSNormSaved(NamedTuple):
+    x: Array  # […, D]: the normalised rows are recomputed from it, x r
+    w: Array  # [D]
+    r: Array  # […, 1]: 1 / rms, the only sum over D that forward and backward share
+
+
+def rms_norm_forward(x: Array, w: Array, *, eps: float) -> tuple[Array, RMSNormSaved]:
+    """y = w ∘ x r with r = 1 / √(mean(x²) + eps), for ``x`` […, D] and ``w`` [D]; returns y […, D]."""
+    xp = namespace(x=x, w=w)
+    expect("w", w, "(D,)", (x.shape[-1],))
+    r = 1 / xp.sqrt(xp.sum(x * x, axis=-1, keepdims=True) / x.shape[-1] + eps)  # (rms_norm.1)
+    return x * r * w, RMSNormSaved(x, w, r)  # (rms_norm.2)
+
+
+def rms_norm_backward(dy: Array, saved: RMSNormSaved) -> tuple[Array, Array]:
+    """Gradients (dx […, D], dw [D]) from ``dy`` […, D]."""
+    x, w, r = saved
+    xp = namespace(dy=dy, x=x)
+    n = x * r
+    dn = dy * w  # (rms_norm.3)
+    dx = r * (dn - n * (xp.sum(dn * n, axis=-1, keepdims=True) / x.shape[-1]))  # (rms_norm.4)
+    dw = xp.sum(xp.reshape(dy * n, (-1, x.shape[-1])), axis=0)  # (rms_norm.5)
+    return dx, dw

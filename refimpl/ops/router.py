@@ -1,0 +1,148 @@
+"""The mixture-of-experts gate: scores, biased and group-limited selection, normalised weights; and its bias update.
+
+The selection is not differentiable: indices are constants of the backward, and the bias gets no gradient; it is moved
+by `bias_update` instead. Sources: DeepSeek-V3 (2412.19437) eq. 12–16; DeepSeek-V2 (2405.04434) section 2.2 for the
+groups. Derivation: derivations/router.md. Letters: D model, E experts, K top-k, G groups; ``…`` any leading dimensions.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..array import Array, argsort, expect, namespace, real, sigmoid, zeros
+from .embedding import check_ids
+
+__all__ = [
+    "RouterOutput", "RouterSaved", "bias_update", "expert_load", "router_backward", "router_forward", "select_experts",
+]  # fmt: skip
+
+
+class RouterOutput(NamedTuple):
+    weights: Array  # […, K]: what the chosen experts' outputs are multiplied with
+    scores: Array  # […, E]: unbiased, for the balance loss
+    indices: Array  # […, K] integers: the chosen experts, best first
+
+
+class RouterSaved(NamedTuple):
+    x: Array  # […, D]
+    w: Array  # [E, D]
+    scores: Array  # […, E]: the derivative of sigmoid and softmax is made of their values
+    indices: Array  # […, K]
+    score: str
+    normalise: bool
+    scale: float
+    epsilon: float
+
+
+def router_forward(
+    x: Array, w: Array, *, top_k: int, bias: Array | None = None, groups: int = 1, keep_groups: int = 1,
+    group_score: str = "top2", score: str = "sigmoid", normalise: bool = True, scale: float = 1.0,
+    epsilon: float = 0.0, masked_groups: str = "-inf", routes: Array | None = None,
+) -> tuple[RouterOutput, RouterSaved]:  # fmt: skip
+    """Choose ``top_k`` of E experts for each row of ``x`` […, D] with the gate ``w`` [E, D].
+
+    Args:
+        bias: [E], added to the scores for the selection alone.
+        groups, keep_groups, group_score, masked_groups: as in `select_experts`.
+        score: ``sigmoid`` (V3) or ``softmax`` (V2).
+        normalise: divide the chosen scores by their sum + ``epsilon`` (V3); V2 does not.
+        scale: multiplies the weights (routed_scaling_factor).
+        routes: […, K] integers to use instead of a selection: replay of another run's or implementation's choice.
+
+    Returns RouterOutput(weights […, K], scores […, E], indices […, K]).
+    """
+    xp = namespace(x=x, w=w)
+    expect("w", w, "(E, D)", (None, x.shape[-1]))
+    if score not in ("sigmoid", "softmax"):
+        raise ValueError(f"score must be 'sigmoid' or 'softmax', got {score!r}")
+    logits = xp.matmul(x, xp.matrix_transpose(w))  # (router.1)
+    if score == "sigmoid":
+        scores = sigmoid(logits)  # (router.2)
+    else:
+        e = xp.exp(logits - xp.max(real(logits), axis=-1, keepdims=True))
+        scores = e / xp.sum(e, axis=-1, keepdims=True)  # (router.3)
+    if routes is None:
+        biased = real(scores) if bias is None else real(scores) + bias  # (router.4)
+        indices = select_experts(biased, top_k, groups, keep_groups, group_score, masked_groups)
+    else:
+        expect("routes", routes, "(…, K)", (*x.shape[:-1], top_k))
+        check_ids("routes", routes, w.shape[0])
+        indices = routes
+    chosen = xp.take_along_axis(scores, indices, axis=-1)
+    total = xp.sum(chosen, axis=-1, keepdims=True) + epsilon if normalise else 1
+    weights = scale * chosen / total  # (router.6)
+    return RouterOutput(weights, scores, indices), RouterSaved(x, w, scores, indices, score, normalise, scale, epsilon)
+
+
+def router_backward(dy: tuple[Array, Array | None], saved: RouterSaved) -> tuple[Array, Array]:
+    """Gradients (dx […, D], dw [E, D]) from (dweights […, K], dscores […, E] or None)."""
+    (dweights, dscores), (x, w, s, indices, score, normalise, scale, epsilon) = dy, saved
+    xp = namespace(dweights=dweights, x=x)
+    dchosen = scale * dweights
+    if normalise:
+        chosen = xp.take_along_axis(s, indices, axis=-1)
+        total = xp.sum(chosen, axis=-1, keepdims=True) + epsilon
+        dchosen = (dchosen - xp.sum(dchosen * chosen, axis=-1, keepdims=True) / total) / total  # (router.7)
+    ds = zeros(s.shape, s) if dscores is None else dscores
+    expert = xp.arange(s.shape[-1], device=s.device)
+    for k in range(indices.shape[-1]):  # a row's indices differ, so each adds to its own place
+        ds = xp.where(expert == indices[..., k : k + 1], ds + dchosen[..., k : k + 1], ds)  # (router.8)
+    if score == "sigmoid":
+        dlogits = ds * s * (1 - s)  # (router.9)
+    else:
+        dlogits = s * (ds - xp.sum(ds * s, axis=-1, keepdims=True))  # (router.10)
+    rows = xp.reshape(dlogits, (-1, s.shape[-1]))
+    return xp.matmul(dlogits, w), xp.matmul(xp.matrix_transpose(rows), xp.reshape(x, (-1, x.shape[-1])))  # (router.11)
+
+
+def select_experts(
+    biased: Array, top_k: int, groups: int = 1, keep_groups: int = 1, group_score: str = "top2",
+    masked_groups: str = "-inf",
+) -> Array:  # fmt: skip
+    """Indices […, K] of the best experts, best first; equal scores go to the lower index.
+
+    Args:
+        biased: […, E] real scores, with the bias.
+        groups, keep_groups: experts form ``groups`` equal groups in order; only the best ``keep_groups`` take part.
+        group_score: ``top2`` (sum of a group's two best, V3) or ``max`` (V2).
+        masked_groups: ``-inf`` hides the other groups; ``zero`` sets their scores to 0, as Hugging Face did until
+            transformers#45441: an expert with a negative biased score then loses to a hidden one.
+    """
+    xp, experts = namespace(biased=biased), biased.shape[-1]
+    if groups < 1 or experts % groups or not 1 <= keep_groups <= groups:
+        raise ValueError(f"groups must divide E={experts}, keep_groups lie in 1…groups, got {groups}, {keep_groups}")
+    if group_score not in ("top2", "max") or masked_groups not in ("-inf", "zero"):
+        raise ValueError(f"group_score is top2 or max, masked_groups -inf or zero, got {group_score}, {masked_groups}")
+    if not 1 <= top_k <= experts // groups * keep_groups:
+        raise ValueError(f"top_k must lie in 1…{experts // groups * keep_groups} (kept experts), got {top_k}")
+    if keep_groups < groups:
+        grouped = xp.reshape(biased, (*biased.shape[:-1], groups, experts // groups))
+        best = -xp.sort(-grouped, axis=-1)[..., : 2 if group_score == "top2" else 1]
+        kept = argsort(-xp.sum(best, axis=-1))[..., :keep_groups]
+        is_kept = xp.any(xp.arange(groups, device=biased.device)[:, None] == kept[..., None, :], axis=-1)
+        hidden = -xp.inf if masked_groups == "-inf" else 0.0
+        biased = xp.reshape(xp.where(is_kept[..., None], grouped, hidden), biased.shape)  # (router.5)
+    return argsort(-biased)[..., :top_k]
+
+
+def expert_load(indices: Array, experts: int, mask: Array | None = None) -> Array:
+    """How many tokens chose each expert: integers [E] from ``indices`` […, K]; ``mask`` […] False drops a token."""
+    xp = indices.__array_namespace__() if hasattr(indices, "__array_namespace__") else __import__("cupy")
+    if mask is not None:
+        indices = xp.where(mask[..., None], indices, experts)
+    expert = xp.arange(experts, device=indices.device)
+    in_order = xp.sort(xp.reshape(indices, (-1,)))
+    return xp.searchsorted(in_order, expert, side="right") - xp.searchsorted(in_order, expert, side="left")
+
+
+def bias_update(bias: Array, load: Array, gamma: float, *, centre: bool = False) -> Array:
+    """The bias after a step: up by ``gamma`` for experts below the mean load, down above (V3 section 2.1.2).
+
+    ``load`` [E] counts the whole batch, once (a recomputed forward must not count twice). ``centre`` subtracts the mean
+    change, as torchtitan does; DeepSeek and Megatron do not.
+    """
+    xp = namespace(bias=bias)
+    expect("load", load, "(E,)", tuple(bias.shape))
+    load = xp.astype(load, bias.dtype)
+    change = gamma * xp.sign(xp.mean(load) - load)  # (router.12)
+    return bias + (change - xp.mean(change) if centre else change)
