@@ -154,12 +154,24 @@ def take_rows(x: Array, rows: Array) -> Array:
 
 
 def scatter_add(rows: Array, values: Array, length: int) -> Array:
-    """The adjoint of `take_rows`: an array of ``length`` rows with ``values[i]`` added to row ``rows[i]``.
+    """The adjoint of `take_rows`: ``length`` rows, with ``values[i]`` [M, D] added to row ``rows[i]`` [M].
 
-    NumPy adds in the order of ``rows``, so the result is the same in every run; CuPy adds atomically, so there the
-    last bits may differ between runs.
+    Equal rows are sorted together and added in pairs, pairs of pairs and so on: the same order, and so the same bits,
+    in every library and every run, where atomic additions would differ from run to run.
     """
-    xp = namespace(values=values)
-    out = zeros((length, *values.shape[1:]), values)
-    xp.add.at(out, rows, values)
-    return out
+    xp, n = namespace(values=values), rows.shape[0]
+    if n == 0:
+        return zeros((length, values.shape[1]), values)
+    order = argsort(rows)
+    rows, values = xp.take(rows, order), take_rows(values, order)
+    every = xp.arange(length, dtype=rows.dtype, device=values.device)
+    start, stop = xp.searchsorted(rows, every, side="left"), xp.searchsorted(rows, every, side="right")
+    place, run = xp.arange(n, device=values.device) - xp.take(start, rows), xp.take(stop - start, rows)
+    span = 1
+    while span < int(xp.max(stop - start)):
+        later = xp.concat((values[span:], values[:span]), axis=0)  # what wraps around has no partner
+        has_partner = (place % (2 * span) == 0) & (place + span < run)
+        values = xp.where(has_partner[:, None], values + later, values)
+        span *= 2
+    found = take_rows(values, xp.where(stop > start, start, 0))
+    return fill((stop > start)[:, None], found, 0.0)

@@ -58,7 +58,7 @@ def flash_attention_forward(
             larger = xp.maximum(largest, xp.max(real(scores), axis=-1, keepdims=True))
             shift = xp.where(xp.isfinite(larger), larger, 0.0)
             e = xp.exp(scores - cast(shift, q))
-            decay = xp.exp(cast(largest - shift, q))  # (flash_attention.1)
+            decay = xp.exp(cast(largest, q) - cast(shift, q))  # (flash_attention.1)
             total = total * decay + xp.sum(e, axis=-1, keepdims=True)  # (flash_attention.2)
             numerator = numerator * decay + _mix(e, v[:, s0:s1])  # (flash_attention.3)
             largest = larger

@@ -53,7 +53,7 @@ def log_prob_forward(
         for w0, w1 in _blocks(w.shape[0], block[1]):
             z = xp.matmul(rows[m0:m1], xp.matrix_transpose(w[w0:w1])) / temperature  # (log_prob.1)
             larger = xp.maximum(largest, xp.max(real(z), axis=-1, keepdims=True))
-            decay = xp.exp(cast(largest - larger, z))
+            decay = xp.exp(cast(largest, z) - cast(larger, z))
             total = total * decay + xp.sum(xp.exp(z - cast(larger, z)), axis=-1, keepdims=True)  # (log_prob.2)
             chosen[m0:m1] += _pick(z, targets[m0:m1] - w0)  # (log_prob.3)
             largest = larger

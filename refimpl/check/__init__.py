@@ -1,0 +1,210 @@
+"""The gradient checker, for any pair of functions, ours or yours:
+
+    from refimpl.check import check
+    report = check(my_forward, my_backward, (x, w), {"eps": 0.1})
+    print(report)          # a row a tensor
+    assert report.ok
+
+``my_forward(x, w, eps=0.1)`` returns (y, saved) and ``my_backward(dy, saved)`` returns a gradient for x and one for w.
+The rules are explained in `refimpl.check.rules` and derivations/README.md.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .rules import (
+    Pair,
+    contract,
+    exact_digits,
+    finite_difference,
+    finite_difference_error,
+    full_jacobian,
+    has_longdouble,
+    rounding_noise,
+)
+
+__all__ = [
+    "Pair", "Report", "TensorResult", "check", "finite_difference", "full_jacobian", "has_longdouble",
+]  # fmt: skip
+
+FD_TOLERANCE = 1e-8  # ops; the whole model: MODEL_FD_TOLERANCE
+MODEL_FD_TOLERANCE = 1e-7
+VALIDITY = 1e-12  # largest sharpness at which the rounding-noise rule counts, in float64
+MODEL_VALIDITY = 1e-10
+DIGITS_MARGIN = 10  # of N digits, N − 10 must agree
+ATTEMPTS = 4  # a gradient may cancel by chance under one cotangent, and then nothing sharp can be said: draw another
+
+
+@dataclass
+class TensorResult:
+    """The worst that was seen of one tensor's gradient."""
+
+    op: str
+    tensor: str
+    shape: tuple[int, ...]
+    difference: float | None = None  # finite-difference error
+    noise: float | None = None  # mathematical error over rounding noise
+    sharpness: float | None = None  # smallest relative error that the noise rule could see
+    digits: float | None = None  # digits of exact agreement
+    verdict: str = "PASS"  # PASS, FAIL, or INCONCLUSIVE (which fails too)
+    reasons: list[str] = field(default_factory=list)
+
+    def fault(self, verdict: str, reason: str) -> None:
+        """Lower the verdict, and say why."""
+        if self.verdict != "FAIL":
+            self.verdict = verdict
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+
+    def merge(self, other: TensorResult) -> None:
+        """Keep the worse of two results on the same tensor."""
+        for name, worse in (("difference", max), ("noise", max), ("sharpness", max), ("digits", min)):
+            a, b = getattr(self, name), getattr(other, name)
+            both = [x for x in (a, b) if x is not None]
+            setattr(self, name, math.nan if any(map(math.isnan, both)) else worse(both) if both else None)
+        for reason in other.reasons:
+            self.fault(other.verdict, reason)
+
+
+@dataclass
+class Report:
+    """All tensors of one or more checks; ``ok`` only if every verdict is PASS and no contract fault was found."""
+
+    tensors: list[TensorResult]
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.tensors) and not self.faults and all(t.verdict == "PASS" for t in self.tensors)
+
+    def merge(self, other: Report) -> None:
+        """Add another example: the worst of each tensor stays."""
+        known = {(t.op, t.tensor): t for t in self.tensors}
+        for tensor in other.tensors:
+            if (tensor.op, tensor.tensor) in known:
+                known[tensor.op, tensor.tensor].merge(tensor)
+            else:
+                self.tensors.append(tensor)
+        self.faults += [f for f in other.faults if f not in self.faults]
+
+    def __str__(self) -> str:
+        def show(x: float | None, form: str = ".1e") -> str:
+            return "–" if x is None else format(x, form)
+
+        lines = [f"{'op':<20}{'tensor':<44}{'shape':<16}{'difference':>11}{'noise':>9}{'sharpness':>11}{'digits':>8}  verdict"]
+        for t in self.tensors:
+            lines.append(
+                f"{t.op:<20}{t.tensor:<44}{t.shape!s:<16}{show(t.difference):>11}{show(t.noise):>9}"
+                f"{show(t.sharpness):>11}{show(t.digits, '.1f'):>8}  {t.verdict}"
+            )
+            lines += [f"    {reason}" for reason in t.reasons]
+        return "\n".join(lines + [f"contract: {fault}" for fault in self.faults])
+
+
+def check(
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    inputs: Sequence[np.ndarray | None],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    op: str = "",
+    names: Sequence[str] | None = None,
+    replay: Callable[[Any], Mapping[str, Any]] | None = None,
+    reference: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
+    dtype: Any = np.float64,
+    digits: int | None = None,
+    seed: int = 0,
+    difference_tolerance: float = FD_TOLERANCE,
+    validity: float = VALIDITY,
+    with_contract: bool = True,
+) -> Report:
+    """Check a backward against its forward; returns a `Report` with a row an input.
+
+    Args:
+        forward, backward: ``forward(*inputs, **kwargs) -> (y, saved)``, ``backward(dy, saved) -> gradients``. For the
+            rounding-noise rule they must take longdouble and complex arrays; for ``digits`` object arrays.
+        inputs: float64 arrays, the differentiable arguments; None for one that is absent.
+        op, names: what the report calls the pair and its inputs (default: the forward's own names).
+        replay: from the outputs y of a first float64 run, keyword arguments that freeze its discrete choices
+            (routes, clip branches): no rule may straddle a jump.
+        reference: another pair that computes the same, for the wide types, if this one cannot (a kernel, a GPU).
+        dtype: the type under test, float64 or float32 (differences mean nothing in float32 and are left out).
+        digits: also run exact dual numbers to so many digits.
+        difference_tolerance, validity: bounds of the finite-difference error and of the sharpness (in float64).
+    """
+    kwargs, dtype = dict(kwargs or {}), np.dtype(dtype)
+    if dtype not in (np.float64, np.float32):
+        raise ValueError(f"dtype must be float64 or float32, got {dtype}")
+    for i, x in enumerate(inputs):
+        if x is not None and not (isinstance(x, np.ndarray) and x.dtype == np.float64):
+            raise TypeError(f"inputs[{i}] must be a float64 NumPy array or None, got {getattr(x, 'dtype', type(x))}")
+    inputs = [None if x is None else x.astype(dtype).astype(np.float64) for x in inputs]
+    if names is None:
+        parameters = [p for p in inspect.signature(forward).parameters.values() if p.kind != p.KEYWORD_ONLY]
+        names = [p.name for p in parameters]
+        if len(names) != len(inputs) or any(p.kind == p.VAR_POSITIONAL for p in parameters):
+            names = [f"input {i}" for i in range(len(inputs))]
+    tested = Pair(forward, backward, kwargs)
+    if replay is not None:
+        kwargs |= replay(forward(*inputs, **kwargs)[0])
+    exact = tested if reference is None else Pair(*reference, kwargs)
+    rng = np.random.default_rng(seed)
+    shapes = [y.shape for y in tested.outputs(inputs)[0]]
+    tensors = [TensorResult(op, name, x.shape) for name, x in zip(names, inputs, strict=True) if x is not None]
+    rows = {i: next(t) for t in [iter(tensors)] for i, x in enumerate(inputs) if x is not None}
+    report, blurred = Report(tensors), set(rows)
+    for attempt in range(ATTEMPTS):
+        w = [np.asarray(rng.normal(size=shape)).astype(dtype).astype(np.float64) for shape in shapes]
+        v = [None if x is None else np.asarray(rng.normal(size=x.shape)) for x in inputs]
+        if attempt == 0 and with_contract:
+            report.faults = [f"{op or 'pair'}: {fault}" for fault in contract(tested, inputs, w)]
+        g = tested.gradients(_as(inputs, dtype), _as(w, dtype))
+        for i, row in rows.items():
+            got = g[i].shape if i < len(g) and g[i] is not None else None  # type: ignore[union-attr]
+            if got != row.shape:
+                row.fault("FAIL", f"the gradient must have shape {row.shape}, got {got}")
+        if len(g) != len(inputs) or any(row.verdict == "FAIL" for row in tensors):
+            for row in tensors:
+                row.fault("INCONCLUSIVE", "not measured: the gradients do not line up with the inputs")
+            return report
+        g80 = exact.gradients(_as(inputs, np.longdouble), _as(w, np.longdouble)) if has_longdouble() else None
+        if digits and attempt == 0:
+            for i, found in enumerate(exact_digits(exact, inputs, v, w, digits)):
+                if found is not None:
+                    rows[i].digits = found
+                    if not found >= digits - DIGITS_MARGIN:
+                        rows[i].fault("FAIL", f"only {found:.1f} of {digits} digits agree")
+        for i in sorted(blurred):
+            row = TensorResult(op, rows[i].tensor, rows[i].shape)
+            if not np.all(np.isfinite(g[i])):  # type: ignore[arg-type]
+                row.fault("FAIL", "the gradient is not finite")
+            if dtype == np.float64:
+                row.difference = finite_difference_error(tested, inputs, i, v[i], w, g[i])  # type: ignore[arg-type]
+                if not row.difference <= difference_tolerance:
+                    row.fault("FAIL", f"finite-difference error {row.difference:.1e} exceeds {difference_tolerance:.0e}")
+            if g80 is not None:
+                row.noise, row.sharpness = rounding_noise(exact, inputs, i, v[i], w, g[i], g80[i])  # type: ignore[arg-type]
+                if not row.noise <= 1:
+                    row.fault("FAIL", f"the error is {row.noise:.1e} times the rounding noise")
+                bound = validity * float(np.finfo(dtype).eps / np.finfo(np.float64).eps)
+                if not row.sharpness <= bound:
+                    row.fault("INCONCLUSIVE", f"sharpness {row.sharpness:.1e} exceeds {bound:.0e}")
+            elif not digits:
+                row.fault("INCONCLUSIVE", "longdouble is no wider than float64 here: ask for digits")
+            blurred -= {i} if row.verdict != "INCONCLUSIVE" else set()
+            if i not in blurred or attempt == ATTEMPTS - 1:
+                rows[i].merge(row)
+        if not blurred:
+            break
+    return report
+
+
+def _as(arrays: Sequence[Any], dtype: Any) -> list[Any]:
+    return [None if x is None else x.astype(dtype) for x in arrays]

@@ -1,0 +1,360 @@
+"""Adverse inputs for every op: odd dims, values off neutral, and the corners where wrong backwards like to hide.
+
+`CASES[op](draw)` makes one `Case`. What is drawn are shapes, flags and a seed, from a `Draw`: hypothesis's in the tests,
+a plain random generator in ``refimpl verify``; there, tokens come from real text. Each case names the regimes it hit,
+and `REGIMES[op]` lists those that a run must hit in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from .. import ops
+from ..array import namespace
+from ..config import CONVENTIONS, ModelConfig, preset
+from ..model import Route, backward, forward, is_buffer, parameter_shapes
+from ..ops import Op, Ops, Yarn, rope_frequencies
+from ..ops.attention import visible
+
+__all__ = ["CASES", "REGIMES", "Case", "Draw", "RandomDraw", "model_case", "pair_of"]
+
+
+class Draw(Protocol):
+    """Where a case takes its choices from."""
+
+    rng: np.random.Generator
+
+    def integer(self, low: int, high: int) -> int: ...
+
+    def choice(self, options: Sequence[Any]) -> Any: ...
+
+    def tokens(self, shape: tuple[int, ...], vocabulary: int) -> np.ndarray: ...
+
+
+class RandomDraw:
+    """Choices from a seed; tokens from ``text`` (bytes), windows of it at random places, or random without text."""
+
+    def __init__(self, seed: int, text: bytes | None = None) -> None:
+        self.rng, self.text = np.random.default_rng(seed), text
+
+    def integer(self, low: int, high: int) -> int:
+        return int(self.rng.integers(low, high + 1))
+
+    def choice(self, options: Sequence[Any]) -> Any:
+        return options[int(self.rng.integers(len(options)))]
+
+    def tokens(self, shape: tuple[int, ...], vocabulary: int) -> np.ndarray:
+        if self.text is None:
+            return self.rng.integers(0, vocabulary, shape)
+        rows, length = int(np.prod(shape[:-1])), shape[-1]
+        starts = self.rng.integers(0, max(len(self.text) - length, 0) + 1, rows)
+        data = np.frombuffer(self.text, dtype=np.uint8)
+        windows = [np.resize(data[start : start + length], length) for start in starts]
+        return np.stack(windows).reshape(shape).astype(np.int64) % vocabulary
+
+
+@dataclass
+class Case:
+    """One set of inputs of an op."""
+
+    inputs: tuple[np.ndarray | None, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    regimes: set[str] = field(default_factory=set)
+    replay: Callable[[Any], Mapping[str, Any]] | None = None
+
+
+def pair_of(op: str, table: Ops | None = None) -> Op:
+    """The op's forward and backward: from the table of an implementation, else by name from `refimpl.ops`."""
+    if table is not None and op in table:
+        return table[op]
+    return Op(getattr(ops, f"{op}_forward"), getattr(ops, f"{op}_backward"))
+
+
+def _flags(**flags: Any) -> set[str]:
+    return {name for name, on in flags.items() if on}
+
+
+def _activations(draw: Draw, b: int, t: int, d: int, scale: float = 1.0) -> np.ndarray:
+    """Rows of a random embedding table for tokens of the text, with a little noise: [b, t, d]."""
+    table = draw.rng.normal(size=(256, d))
+    return scale * (table[draw.tokens((b, t), 256)] + 0.3 * draw.rng.normal(size=(b, t, d)))
+
+
+def _weight(draw: Draw, *shape: int) -> np.ndarray:
+    return draw.rng.normal(size=shape) / np.sqrt(shape[-1])
+
+
+def _norm_weight(draw: Draw, d: int) -> np.ndarray:
+    return draw.rng.uniform(0.5, 1.5, d) * draw.rng.choice([-1, 1], d)
+
+
+def _mask(draw: Draw, *shape: int) -> np.ndarray:
+    """Some True, some False where there is room for both."""
+    mask = draw.rng.random(shape) < 0.6
+    mask.reshape(-1)[draw.rng.integers(mask.size)] = True
+    if mask.size > 1:
+        mask.reshape(-1)[(np.argmax(mask) + 1) % mask.size] = False
+    return mask
+
+
+def linear(draw: Draw) -> Case:
+    b, t, i, o = draw.integer(2, 3), draw.integer(1, 4), draw.integer(1, 7), draw.integer(1, 6)
+    return Case((_activations(draw, b, t, i), _weight(draw, o, i)), {}, _flags(narrow=i == 1 or o == 1, wide=i > 1 and o > 1))
+
+
+def embedding(draw: Draw) -> Case:
+    w, d = draw.integer(3, 9), draw.integer(1, 5)
+    ids = draw.tokens((draw.integer(2, 3), draw.integer(2, 6)), w)
+    repeated = len(set(ids.flat)) < ids.size
+    return Case((draw.rng.normal(size=(w, d)),), {"ids": ids}, _flags(repeated=repeated, unused=len(set(ids.flat)) < w))
+
+
+def rms_norm(draw: Draw) -> Case:
+    b, t, d, scale = draw.integer(2, 3), draw.integer(1, 4), draw.integer(1, 9), draw.choice([0.3, 1.0, 3.0])
+    x = _activations(draw, b, t, d, scale)
+    return Case((x, _norm_weight(draw, d)), {"eps": draw.choice([0.05, 0.2, 0.7])}, _flags(one=d == 1, many=d > 1))
+
+
+def swiglu(draw: Draw) -> Case:
+    b, t, d, scale = draw.integer(2, 3), draw.integer(1, 4), draw.integer(1, 7), draw.choice([0.5, 2.0, 8.0])
+    gate, up = _activations(draw, b, t, d, scale), _activations(draw, b, t, d)
+    return Case((gate, up), {}, _flags(negative=(gate < 0).any(), positive=(gate > 0).any(), saturated=scale > 2))
+
+
+def ffn(draw: Draw) -> Case:
+    b, t, d, f = draw.integer(2, 3), draw.integer(1, 4), draw.integer(1, 6), draw.integer(1, 7)
+    return Case(
+        (_activations(draw, b, t, d), _weight(draw, f, d), _weight(draw, f, d), _weight(draw, d, f)),
+        {}, _flags(narrow=d == 1 or f == 1, wide=d > 1 and f > 1),
+    )  # fmt: skip
+
+
+def _rope(draw: Draw, b: int, t: int, r: int) -> dict[str, Any]:
+    yarn = draw.choice([None, Yarn(4.0, 16, 4.0, 1.0), Yarn(10.0, 64, 8.0, 2.0)])
+    start = draw.rng.integers(0, 50, (b, 1))
+    return {
+        "positions": draw.choice([np.arange(t) + 3, start + np.arange(t), draw.rng.integers(0, 90, (b, t))]),
+        "inv_freq": rope_frequencies(r, draw.choice([30.0, 1e4]), yarn),
+        "layout": draw.choice(["interleaved", "halves"]),
+        "factor": draw.choice([0.8, 1.25]),
+    }
+
+
+def rope(draw: Draw) -> Case:
+    b, t, h, r = draw.integer(2, 3), draw.integer(1, 4), draw.integer(1, 3), 2 * draw.integer(1, 4)
+    kwargs = _rope(draw, b, t, r)
+    regimes = {kwargs["layout"]} | _flags(by_row=kwargs["positions"].ndim == 2, shared=kwargs["positions"].ndim == 1)
+    return Case((draw.rng.normal(size=(b, t, h, r)),), kwargs, regimes)
+
+
+def _masks(draw: Draw, b: int, t: int, s: int, causal: bool) -> tuple[dict[str, Any], set[str]]:
+    """Key padding and document masks such that some query sees two keys: else nothing depends on q or k."""
+    q, k = np.zeros((b, t, 1, 1)), np.zeros((b, s, 1, 1))
+    key_mask = draw.choice([None, _mask(draw, b, s)])
+    segments = draw.choice([None, np.sort(draw.rng.integers(0, 3, (b, s)), axis=1)])
+    seen = visible((0, t), (0, s), q, k, causal, key_mask, segments)
+    if seen.sum(axis=-1).max() < 2:
+        key_mask = segments = None
+        seen = visible((0, t), (0, s), q, k, causal, None, None)
+    masks = {"key_mask": key_mask, "segments": segments}
+    blind = (seen.sum(axis=-1) == 0).any()
+    return masks, _flags(padding=key_mask is not None, documents=segments is not None, sees_nothing=blind, unmasked=blind == 0)
+
+
+def attention(draw: Draw) -> Case:
+    b, t, h = draw.integer(2, 3), draw.integer(1, 5), draw.integer(1, 3)
+    s, x = t + draw.integer(0 if t > 1 else 1, 3), draw.integer(1, 6)
+    v = draw.choice([x, draw.integer(1, 5)])
+    k_heads, v_heads, causal = draw.choice([1, h]), draw.choice([1, h]), draw.choice([True, False])
+    masks, regimes = _masks(draw, b, t, s, causal)
+    regimes |= _flags(
+        causal=causal, full=not causal, cached=t < s, square=t == s, decode=t == 1, shared_key=k_heads < h,
+        shared_value=v_heads < h, own_heads=k_heads == h, value_width_differs=v != x, one_width=v == x,
+    )  # fmt: skip
+    q, k = draw.rng.normal(size=(b, t, h, x)), draw.rng.normal(size=(b, s, k_heads, x))
+    value = draw.rng.normal(size=(b, s, v_heads, v))
+    return Case((q, k, value), {"scale": draw.choice([0.4, 0.9]), "causal": causal, **masks}, regimes)
+
+
+def flash_attention(draw: Draw) -> Case:
+    case, block = attention(draw), draw.choice([1, 2, 3, 128])
+    case.kwargs["block"] = block
+    case.regimes |= _flags(one_block=block == 128, blocks=block < case.inputs[1].shape[1])  # type: ignore[union-attr]
+    return case
+
+
+def mla(draw: Draw) -> Case:
+    b, t, past, d, h = draw.integer(2, 3), draw.integer(1, 4), draw.integer(0, 3), draw.integer(2, 7), draw.integer(1, 3)
+    past = max(past, 2 - t)
+    n, r, v, c, a = draw.integer(1, 4), 2 * draw.integer(1, 2), draw.integer(1, 4), draw.integer(2, 5), draw.integer(2, 5)
+    compressed = draw.choice([True, False])
+    x, cache = _activations(draw, b, t, d), draw.rng.normal(size=(b, past, c + r)) if past else None
+    masks, regimes = _masks(draw, b, t, t + past, True)
+    inputs = (
+        x, cache, _weight(draw, a, d) if compressed else None, _norm_weight(draw, a) if compressed else None,
+        _weight(draw, h * (n + r), a if compressed else d), _weight(draw, c + r, d), _norm_weight(draw, c),
+        _weight(draw, h * (n + v), c), _weight(draw, d, h * v),
+    )  # fmt: skip
+    kwargs = {"heads": h, "scale": draw.choice([0.4, 0.9]), "eps": draw.choice([0.1, 0.5]), **_rope(draw, b, t, r)}
+    regimes |= _flags(
+        compressed=compressed, uncompressed=not compressed, cached=past, prefill=not past, decode=t == 1,
+        value_is_nope=v == n, value_differs=v != n, many_heads=h > 1,
+    )  # fmt: skip
+    return Case(inputs, kwargs | masks, regimes)
+
+
+def router(draw: Draw) -> Case:
+    b, t, d, groups = draw.integer(2, 3), draw.integer(1, 4), draw.integer(2, 6), draw.choice([1, 2, 4])
+    experts = groups * draw.integer(2, 4)
+    keep = draw.integer(1, groups)
+    top_k = draw.integer(2, min(4, experts // groups * keep))
+    bias = draw.choice([None, draw.rng.normal(size=experts), -draw.rng.uniform(0.5, 1.5, experts)])
+    score, normalise = draw.choice(["sigmoid", "softmax"]), draw.choice([True, False])
+    kwargs = {
+        "top_k": top_k, "bias": bias, "groups": groups, "keep_groups": keep, "score": score, "normalise": normalise,
+        "group_score": draw.choice(["top2", "max"]), "scale": draw.choice([0.7, 2.5]),
+        "epsilon": draw.choice([0.0, 1e-20, 0.1]), "masked_groups": draw.choice(["-inf", "zero"]),
+    }  # fmt: skip
+    regimes = {score} | _flags(
+        grouped=keep < groups, ungrouped=keep == groups, biased=bias is not None, unbiased=bias is None,
+        negative_bias=bias is not None and (bias < 0).all(), normalised=normalise, raw=not normalise,
+    )  # fmt: skip
+    inputs = (_activations(draw, b, t, d), _weight(draw, experts, d))
+    return Case(inputs, kwargs, regimes, lambda y: {"routes": y.indices})
+
+
+def balance_loss(draw: Draw) -> Case:
+    b, t, e = draw.integer(2, 3), draw.integer(1, 5), draw.integer(3, 7)
+    k = draw.integer(2, e - 1)
+    scores = draw.rng.uniform(0.05, 0.95, (b, t, e))
+    given = draw.choice([True, False])
+    counted = np.argsort(draw.rng.random((b, t, e)) if given else -scores, axis=-1, kind="stable")[..., :k]
+    mask = draw.choice([None, _mask(draw, b, t)])
+    empty = mask is not None and not mask.any(axis=1).all()
+    regimes = _flags(masked=mask is not None, whole=mask is None, empty_sequence=empty, routed=given, best=not given)
+    kwargs = {"alpha": draw.choice([0.02, 0.7]), "top_k": k, "counted": counted, "mask": mask}
+    return Case((scores,), kwargs, regimes)
+
+
+def moe(draw: Draw) -> Case:
+    b, t, d, f, e = draw.integer(2, 3), draw.integer(1, 4), draw.integer(1, 5), draw.integer(1, 5), draw.integer(3, 6)
+    k, shared = draw.integer(2, e - 1), draw.choice([0, draw.integer(1, 6)])
+    empty = draw.integer(0, e - 1)  # at least this expert gets no token
+    used = np.array([i for i in range(e) if i != empty])
+    indices = used[np.argsort(draw.rng.random((b, t, e - 1)), axis=-1)[..., :k]]
+    weights = draw.rng.uniform(0.2, 1.5, (b, t, k))
+    routed = (_weight(draw, e, f, d), _weight(draw, e, f, d), _weight(draw, e, d, f))
+    extra = (_weight(draw, shared, d), _weight(draw, shared, d), _weight(draw, d, shared)) if shared else (None,) * 3
+    hit = len(set(indices.flat)) == e - 1
+    regimes = _flags(all_but_one_hit=hit, some_empty=not hit, shared=shared, only_routed=not shared, one_token=t == 1)
+    return Case((_activations(draw, b, t, d), weights, *routed, *extra), {"indices": indices}, regimes)
+
+
+def _targets(draw: Draw, b: int, t: int, vocabulary: int) -> tuple[dict[str, Any], set[str]]:
+    targets, mask = draw.tokens((b, t), vocabulary), draw.choice([None, _mask(draw, b, t)])
+    if mask is not None:
+        targets = np.where(mask, targets, -100)
+    regimes = _flags(masked=mask is not None, whole=mask is None)
+    return {"targets": targets, "mask": mask}, regimes
+
+
+def cross_entropy(draw: Draw) -> Case:
+    b, t, w = draw.integer(2, 3), draw.integer(1, 4), draw.integer(2, 9)
+    kwargs, regimes = _targets(draw, b, t, w)
+    kwargs["normaliser"] = draw.choice([None, 3.7])
+    regimes |= _flags(own_mean=kwargs["normaliser"] is None, given_normaliser=kwargs["normaliser"] is not None)
+    return Case((draw.rng.normal(size=(b, t, w)) * draw.choice([0.5, 3.0]),), kwargs, regimes)
+
+
+def log_prob(draw: Draw) -> Case:
+    b, t, w, d = draw.integer(2, 3), draw.integer(1, 4), draw.integer(2, 9), draw.integer(1, 5)
+    kwargs, regimes = _targets(draw, b, t, w)
+    kwargs |= {"temperature": draw.choice([0.6, 1.7]), "block": draw.choice([(1, 1), (2, 3), (512, 4096)])}
+    regimes |= _flags(one_block=kwargs["block"][0] > t * b, blocks=kwargs["block"][1] < w)
+    return Case((_activations(draw, b, t, d), _weight(draw, w, d)), kwargs, regimes)
+
+
+def head_cross_entropy(draw: Draw) -> Case:
+    b, t, w, d = draw.integer(2, 3), draw.integer(1, 4), draw.integer(2, 9), draw.integer(1, 5)
+    kwargs, regimes = _targets(draw, b, t, w)
+    kwargs |= {"normaliser": draw.choice([None, 3.7]), "block": draw.choice([(2, 3), (512, 4096)])}
+    regimes |= _flags(one_block=kwargs["block"][0] > t * b, blocks=kwargs["block"][1] < w)
+    return Case((_activations(draw, b, t, d), _weight(draw, w, d)), kwargs, regimes)
+
+
+def mtp(draw: Draw) -> Case:
+    b, t, d, order = draw.integer(2, 3), draw.integer(1, 4), draw.integer(2, 6), draw.choice(["embedding_hidden", "hidden_embedding"])
+    inputs = (
+        draw.rng.normal(size=(b, t, d)), _activations(draw, b, t, d), _norm_weight(draw, d), _norm_weight(draw, d),
+        _weight(draw, d, 2 * d),
+    )  # fmt: skip
+    return Case(inputs, {"eps": draw.choice([0.1, 0.5]), "order": order}, {order})
+
+
+CASES: dict[str, Callable[[Draw], Case]] = {
+    "linear": linear, "embedding": embedding, "rms_norm": rms_norm, "swiglu": swiglu, "ffn": ffn, "rope": rope,
+    "attention": attention, "flash_attention": flash_attention, "mla": mla, "mla_absorbed": mla, "router": router,
+    "balance_loss": balance_loss, "moe": moe, "cross_entropy": cross_entropy, "log_prob": log_prob,
+    "head_cross_entropy": head_cross_entropy, "mtp": mtp,
+}  # fmt: skip
+
+_ATTENTION = {
+    "padding", "documents", "sees_nothing", "unmasked", "causal", "full", "cached", "square", "decode", "shared_key",
+    "shared_value", "own_heads", "value_width_differs", "one_width",
+}  # fmt: skip
+_MLA = {
+    "padding", "documents", "unmasked", "compressed", "uncompressed", "cached", "prefill", "decode", "value_is_nope",
+    "value_differs", "many_heads",
+}  # fmt: skip
+REGIMES: dict[str, set[str]] = {
+    "linear": {"narrow", "wide"}, "embedding": {"repeated", "unused"}, "rms_norm": {"one", "many"},
+    "swiglu": {"negative", "positive", "saturated"}, "ffn": {"narrow", "wide"},
+    "rope": {"interleaved", "halves", "by_row", "shared"},
+    "attention": _ATTENTION, "flash_attention": _ATTENTION | {"one_block", "blocks"},
+    "mla": _MLA, "mla_absorbed": _MLA,
+    "router": {"sigmoid", "softmax", "grouped", "ungrouped", "biased", "unbiased", "negative_bias", "normalised", "raw"},
+    "balance_loss": {"masked", "whole", "empty_sequence", "routed", "best"},
+    "moe": {"all_but_one_hit", "some_empty", "shared", "only_routed", "one_token"},
+    "cross_entropy": {"masked", "whole", "own_mean", "given_normaliser"},
+    "log_prob": {"masked", "whole", "one_block", "blocks"},
+    "head_cross_entropy": {"masked", "whole", "one_block", "blocks"},
+    "mtp": {"embedding_hidden", "hidden_embedding"},
+}  # fmt: skip
+
+
+def model_case(
+    draw: Draw, *, config: ModelConfig | None = None, convention: str = "official", table: Ops = ops.REFERENCE,
+    length: int = 12,
+) -> tuple[Case, list[str], Op]:  # fmt: skip
+    """The whole model's loss as one op: (case, the parameters' names, the pair), routes replayed.
+
+    Parameters are normal with std 0.15, norms and gate biases off neutral: at std 0.006 half the tensors' differences
+    drown in rounding.
+    """
+    from dataclasses import replace
+
+    config = replace(config or preset("tiny"), conventions=CONVENTIONS[convention])
+    params = {
+        name: draw.rng.normal(size=shape) * 0.15 if not name.endswith("norm.weight") else _norm_weight(draw, shape[0])
+        for name, shape in parameter_shapes(config).items()
+    }
+    tokens = draw.tokens((2, length), config.vocabulary)
+    buffers = {name: x for name, x in params.items() if is_buffer(name)}
+    names = [name for name in params if name not in buffers]
+
+    def loss_forward(*values: Any, routes: dict[int, Route] | None = None) -> tuple[Any, Any]:
+        place = namespace(values=values[0]).asarray
+        given = dict(zip(names, values, strict=True)) | {name: place(b) for name, b in buffers.items()}
+        output, saved = forward(given, place(tokens), config, routes=routes, ops=table)
+        return output.loss, saved
+
+    def loss_backward(dloss: Any, saved: Any) -> tuple[Any, ...]:
+        return tuple(backward(saved, dloss=dloss).values())
+
+    routes = forward(params, tokens, config, ops=table)[0].routes
+    case = Case(tuple(params[name] for name in names), {"routes": routes}, {f"layer {n}" for n in routes})
+    return case, names, Op(loss_forward, loss_backward)
