@@ -25,7 +25,7 @@ class Conventions:
     """MTP's loss is a sum divided by: all B·T positions (paper: 1/T over T−k terms), valid (its own targets; Megatron),
     or main (the main loss's targets; torchtitan)."""
     mtp_zero_first_embedding: bool = False
-    """Zero the embedding that MTP's first position reads, as vLLM does."""
+    """Zero the embedding that MTP reads at RoPE position 0 of a sequence, as vLLM does."""
     masked_groups: str = "-inf"
     """Scores of groups left out: -inf, or zero (Hugging Face before transformers#45441)."""
     balance_counts: str = "unbiased"

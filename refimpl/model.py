@@ -166,7 +166,8 @@ def forward(
         params: every tensor of `parameter_shapes`.
         targets: [B, T], the token that follows each position. By default the tokens shifted by one, and the last
             position has none; the paper's L_k over T terms needs the token after the last: give it here.
-        mask: [B, T] bool, which targets count; by default those that exist, are no padding and stay in one document.
+        mask: [B, T] bool, which positions' targets count; by default all but padding. Without ``targets``, only those
+            whose next token exists, is no padding and lies in the same document.
         key_mask: [B, T] bool, False for padding.
         segments: [B, T] integers, the document of each position; attention and targets stay within one.
         positions: [B, T] or [T] for RoPE, default 0 … T − 1.
@@ -185,10 +186,12 @@ def forward(
     if targets is None:
         valid = xp.ones((b, t), dtype=xp.bool, device=embed.device)
         valid[:, -1] = False
-        for same in (key_mask, segments):
-            if same is not None:
-                valid[:, :-1] &= same[:, 1:] == (True if same is key_mask else same[:, :-1])
-        mask = valid if mask is None else valid & (mask != 0)
+        if key_mask is not None:
+            valid = valid & key_mask
+            valid[:, :-1] &= key_mask[:, 1:]
+        if segments is not None:
+            valid[:, :-1] &= segments[:, 1:] == segments[:, :-1]
+        mask = valid if mask is None else valid & mask
         targets = xp.concat((tokens[:, 1:], tokens[:, -1:]), axis=1)
     elif mask is None:
         mask = xp.ones((b, t), dtype=xp.bool, device=embed.device) if key_mask is None else key_mask
@@ -216,7 +219,10 @@ def forward(
         for depth in range(1, config.mtp_depth + 1):
             ids, later_targets, later_mask = mtp_pairs(tokens, targets, mask, depth, segments)
             cut = t - depth
-            valid_keys = None if key_mask is None else key_mask[:, :cut] & key_mask[:, depth:]
+            valid_keys = None
+            if key_mask is not None:  # a position of this depth is real if it and the token it reads are
+                valid_keys = key_mask[:, :cut] & key_mask[:, depth:]
+                later_mask = later_mask & valid_keys
             state, normed, module = _mtp_forward(
                 run, depth, state[:, :cut], ids, positions[:, :cut], valid_keys,
                 None if segments is None else segments[:, :cut], balance, chosen,
@@ -394,7 +400,7 @@ def _mtp_forward(
     embedding, embedding_saved = ops["embedding"].forward(embed, ids=ids)
     keep = None
     if config.conventions.mtp_zero_first_embedding:
-        keep = xp.astype(positions[..., None] > 0, real(state).dtype)
+        keep = xp.astype(positions[..., None] != 0, real(state).dtype)
         embedding = embedding * keep
     x, mtp = ops["mtp"].forward(
         state, embedding, hnorm, enorm, proj, eps=config.norm_eps, order=config.conventions.mtp_order, ops=ops

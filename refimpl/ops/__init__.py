@@ -28,8 +28,14 @@ REFERENCE: dict[str, Op] = LEAVES | {
     "mtp": Op(mtp_forward, mtp_backward),
 }
 
+IMPLEMENTATIONS: dict[str, dict[str, Op]] = {
+    "reference": REFERENCE,
+    "flash": REFERENCE | {"attention": Op(flash_attention_forward, flash_attention_backward)},
+    "absorbed": REFERENCE | {"mla": Op(mla_absorbed_forward, mla_absorbed_backward)},
+}
+
 __all__ = [
-    "LEAVES", "REFERENCE", "MLAOutput", "Op", "Ops", "RouterOutput", "Yarn", "attention_backward", "attention_forward",
+    "IMPLEMENTATIONS", "LEAVES", "REFERENCE", "MLAOutput", "Op", "Ops", "RouterOutput", "Yarn", "attention_backward", "attention_forward",
     "balance_loss_backward", "balance_loss_forward", "bias_update", "cross_entropy_backward", "cross_entropy_forward",
     "embedding_backward", "embedding_forward", "expert_load", "ffn_backward", "ffn_forward",
     "flash_attention_backward", "flash_attention_forward", "head_cross_entropy_backward", "head_cross_entropy_forward",

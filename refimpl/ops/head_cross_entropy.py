@@ -22,7 +22,7 @@ class HeadCrossEntropySaved(NamedTuple):
 
 def head_cross_entropy_forward(
     h: Array, w: Array, *, targets: Array, mask: Array | None = None, normaliser: float | None = None,
-    block: tuple[int, int] = (512, 4096), ops: Ops = LEAVES,
+    block: tuple[int, int] = (256, 4096), ops: Ops = LEAVES,
 ) -> tuple[Array, HeadCrossEntropySaved]:  # fmt: skip
     """The scalar loss of ``targets`` […] for hidden states ``h`` […, D] and the head ``w`` [W, D].
 

@@ -29,7 +29,7 @@ class LogProbSaved(NamedTuple):
 
 def log_prob_forward(
     h: Array, w: Array, *, targets: Array, mask: Array | None = None, temperature: float = 1.0,
-    block: tuple[int, int] = (512, 4096),
+    block: tuple[int, int] = (256, 4096),
 ) -> tuple[Array, LogProbSaved]:  # fmt: skip
     """log π(targets) […] for hidden states ``h`` […, D] and the output head ``w`` [W, D]; 0 where ``mask`` is 0.
 

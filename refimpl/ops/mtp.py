@@ -60,7 +60,7 @@ def mtp_backward(dy: Array, saved: MTPSaved) -> tuple[Array, Array, Array, Array
 def mtp_pairs(
     tokens: Array, targets: Array, mask: Array, depth: int, segments: Array | None = None
 ) -> tuple[Array, Array, Array]:
-    """What module ``depth`` reads and predicts at positions 0 … T−depth−1, from tokens, targets and mask [B, T].
+    """What module ``depth`` reads and predicts at positions 0 … T−depth−1, from tokens, targets and mask [B, T] (bool).
 
     Returns (tokens, targets, mask), each [B, T − depth]: at position i token i + depth, its target, and whether that
     counts; with ``segments`` [B, T] only if position i and token i + depth lie in one document.
@@ -70,5 +70,5 @@ def mtp_pairs(
         raise ValueError(f"depth must lie in 1…T−1={tokens.shape[1] - 1}, got {depth}")
     later = mask[:, depth:]  # (mtp.4)
     if segments is not None:
-        later = later * (segments[:, :length] == segments[:, depth:])
+        later = later & (segments[:, :length] == segments[:, depth:])
     return tokens[:, depth:], targets[:, depth:], later

@@ -1,0 +1,223 @@
+"""The command line: ``refimpl verify``, ``grade``, ``planted``, ``memory``.
+
+Exit code 0: it holds; 1: it does not hold; 2: it could not run, and one line says why.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from . import __version__
+from .check import Report, TensorResult
+from .config import CONVENTIONS
+from .errors import CouldNotRun
+from .ops import Op
+from .text import load_text
+from .verify import MODEL, NAMES, Settings, backward_from_file, select, steps
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help=__doc__)
+WIDTH = 118  # of a table that goes to a file or a pipe
+
+Examples = Annotated[int, typer.Option(help="Examples an op, each with its own shapes and inputs.")]
+Seed = Annotated[int, typer.Option(help="Of the first example; the next ones count up.")]
+TextFile = Annotated[Path | None, typer.Option(help="Text to take tokens from (bytes); default: CPython's own topics.")]
+Digits = Annotated[int | None, typer.Option(help="Also prove every op to so many digits, in exact dual numbers.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")]
+
+
+@app.command()
+def verify(
+    ops: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(NAMES)}; default: all.")] = None,
+    examples: Examples = 5,
+    model_examples: Annotated[int, typer.Option(help="Examples of the whole model.")] = 2,
+    digits: Digits = None,
+    text: TextFile = None,
+    seed: Seed = 0,
+    implementation: Annotated[str, typer.Option(help="reference, flash or absorbed.")] = "reference",
+    backend: Annotated[str, typer.Option(help="numpy or cupy.")] = "numpy",
+    dtype: Annotated[str, typer.Option(help="The type under test: float64, or float32 (no differences).")] = "float64",
+    convention: Annotated[str, typer.Option(help=f"For the model: {', '.join(CONVENTIONS)}.")] = "official",
+    json_file: Json = None,
+) -> None:
+    """Check every hand-derived gradient: each op, then the whole tiny model's loss, on real text."""
+    if min(examples, model_examples) < 1 or (digits is not None and not 20 <= digits <= 1000):
+        raise CouldNotRun("--examples and --model-examples must be at least 1, --digits lie in 20…1000")
+    if dtype not in ("float64", "float32"):
+        raise CouldNotRun(f"--dtype must be float64 or float32, got {dtype}")
+    if convention not in CONVENTIONS:
+        raise CouldNotRun(f"--convention must be one of {', '.join(CONVENTIONS)}, got {convention}")
+    settings = Settings(
+        load_text(text), examples, model_examples, seed, implementation, backend, dtype, convention, digits
+    )
+    raise typer.Exit(_run(select(ops or []), settings, json_file))
+
+
+@app.command()
+def grade(
+    op: Annotated[str, typer.Argument(help="The op whose backward you wrote.")],
+    file: Annotated[Path, typer.Argument(help="Python file that defines <op>_backward(dy, saved).")],
+    examples: Examples = 10,
+    seed: Seed = 0,
+    text: TextFile = None,
+    digits: Digits = None,
+) -> None:
+    """Check your own backward of one op (the exercises of derivations/) against our forward."""
+    yours = backward_from_file(op, file)
+    raise typer.Exit(_run([op], Settings(load_text(text), examples, 1, seed, digits=digits), None, {op: yours}))
+
+
+@app.command()
+def planted() -> None:
+    """Plant every bug of the catalogue and show which check catches it."""
+    from .check.kill_table import kill_table
+
+    table = Table("op", "planted bug", "shown by", "contract", "differences", "noise", "golden values", box=None)
+    survived = 0
+    rows = kill_table()
+    for row in _progress(rows, rows.total, "planting"):
+        marks = ("–" if hit is None else "caught" if hit else "." for hit in row.caught)
+        table.add_row(row.bug.op, row.bug.name, row.bug.exposed_by, *marks)
+        survived += not any(row.caught)
+    console = _console()
+    console.print(table)
+    console.print(f"{rows.total - survived} of {rows.total} planted bugs caught")
+    console.print(f"clean ops called wrong: {rows.false_alarms()} of {rows.clean}")
+    raise typer.Exit(int(survived > 0 or rows.false_alarms() > 0))
+
+
+@app.command()
+def memory() -> None:
+    """Show the peak memory of flash attention, and of the fused output head and cross-entropy, against their bounds."""
+    from .memory import attention_memory, head_memory
+
+    console, holds = _console(), True
+    console.print("flash attention, forward + backward, above the inputs (4 heads, widths 48/32, block 128, float32)")
+    first = 0
+    for a in attention_memory():
+        first = first or a.peak
+        share = a.peak / a.probabilities
+        console.print(
+            f"  T {a.length:>5}: {a.peak / 2**20:7.2f} MiB, {a.peak / first:5.2f} x T 1024, "
+            f"{100 * share:6.2f} % of the probabilities' {a.probabilities / 2**20:.0f} MiB"
+        )
+        holds &= a.peak / first <= 4.6 and (a.length < 4096 or share <= 1 / 8)
+    console.print("  bounds: 4.6 x from T 1024 to 4096; 12.5 % at T 4096")
+    console.print("output head + cross-entropy, forward + backward, beyond h, W, dh, dW (vocabulary 129280, float32)")
+    first = 0
+    for h in head_memory():
+        first = first or h.peak
+        console.print(
+            f"  T {h.length:>5}: {h.peak / 2**20:7.2f} MiB, {h.peak / first:5.2f} x T 1024, "
+            f"{100 * h.peak / h.logits:6.2f} % of the logits' {h.logits / 2**20:.0f} MiB"
+        )
+        holds &= h.peak <= 0.1 * h.logits and h.peak <= 1.05 * first
+    console.print("  bounds: 10 % of the logits; flat in T (within 5 %)")
+    console.print("holds" if holds else "DOES NOT HOLD")
+    raise typer.Exit(int(not holds))
+
+
+def _run(names: list[str], settings: Settings, json_file: Path | None, replace: dict[str, Op] | None = None) -> int:
+    """Verify, show the table, write the file; the exit code."""
+    console, start = _console(), time.perf_counter()
+    console.print(f"refimpl {__version__}, NumPy {np.__version__}, Python {platform.python_version()}")
+    console.print(f"text: {settings.text.name}, {len(settings.text.data):,} bytes, sha256 {settings.text.sha256}")
+    total = sum(settings.model_examples if name == MODEL else settings.examples for name in names)
+    report = Report([])
+    for one in _progress(steps(names, settings, replace), total, "verifying"):
+        report.merge(one)
+    console.print(_table(report))
+    for fault in report.faults:
+        console.print(f"contract broken: {fault}", markup=False)
+    bad = [t for t in report.tensors if t.verdict != "PASS"]
+    for t in bad:
+        console.print(f"{t.verdict} {t.op} {t.tensor}: {'; '.join(t.reasons)}", markup=False)
+    seconds = time.perf_counter() - start
+    verdict = "every gradient holds" if report.ok else f"{len(bad)} gradients and {len(report.faults)} contracts do not hold"
+    console.print(f"{len(report.tensors)} tensors, {total} examples, {seconds:.1f} s: {verdict}")
+    if json_file is not None:
+        _write_json(json_file, report, settings, seconds)
+    return int(not report.ok)
+
+
+def _table(report: Report) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("op", no_wrap=True)
+    table.add_column("tensor", no_wrap=True)
+    table.add_column("shape", no_wrap=True)
+    for title in ("difference", "noise", "sharpness", "digits"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    previous = ""
+    for t in report.tensors:
+        cells = [_number(t.difference), _number(t.noise), _number(t.sharpness)]
+        cells.append("–" if t.digits is None else f"{t.digits:.0f}")
+        verdict = t.verdict if t.verdict == "PASS" else f"[red]{t.verdict}[/red]"
+        shape = "×".join(map(str, t.shape)) or "scalar"
+        table.add_row(t.op if t.op != previous else "", _short(t), shape, *cells, verdict)
+        previous = t.op
+    return table
+
+
+def _short(t: TensorResult) -> str:
+    """The tensor's name without what every name of the model has."""
+    return t.tensor.removesuffix(".weight").removeprefix("model.") if t.op == MODEL else t.tensor
+
+
+def _number(x: float | None) -> str:
+    return "–" if x is None else f"{x:.1e}"
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def _progress(items: Iterable[Any], total: int, doing: str) -> Iterable[Any]:
+    """The items, with a progress bar on a terminal's standard error."""
+    columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("", total=total)
+        for item in items:
+            yield item
+            op = item.tensors[0].op if isinstance(item, Report) and item.tensors else ""
+            progress.update(task, advance=1, description=op)
+
+
+def _write_json(path: Path, report: Report, settings: Settings, seconds: float) -> None:
+    """Write the results beside their final place, then rename: a reader never sees half a file."""
+    given = {key: value for key, value in asdict(settings).items() if key != "text"}
+    content = {
+        "ok": report.ok, "seconds": round(seconds, 1), "settings": given,
+        "text": {"name": settings.text.name, "sha256": settings.text.sha256},
+        "versions": {"refimpl": __version__, "numpy": np.__version__, "python": platform.python_version()},
+        "contract_faults": report.faults, "tensors": [asdict(t) for t in report.tensors],
+    }  # fmt: skip
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CouldNotRun(f"--json {path} can't be written: {error.strerror}") from error
+
+
+def main() -> None:
+    """Run the command line; what could not run becomes one line and exit code 2."""
+    try:
+        app()
+    except CouldNotRun as error:
+        print(f"refimpl: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,73 @@
+"""Peak memory of the two ops whose point is memory, measured with tracemalloc above their inputs."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from .ops import (
+    flash_attention_backward,
+    flash_attention_forward,
+    head_cross_entropy_backward,
+    head_cross_entropy_forward,
+)
+
+__all__ = ["AttentionMemory", "HeadMemory", "attention_memory", "head_memory"]
+
+
+class AttentionMemory(NamedTuple):
+    length: int  # T
+    peak: int  # bytes above q, k, v, do
+    probabilities: int  # bytes of the [H, T, T] probabilities that are never made
+
+
+class HeadMemory(NamedTuple):
+    length: int  # T
+    peak: int  # bytes above h, w and beyond the returned dh, dw
+    logits: int  # bytes of the [T, W] logits that are never made
+
+
+def _peak(work: Callable[[], object]) -> int:
+    """Peak bytes allocated while ``work`` runs, its result included."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def attention_memory(
+    lengths: Sequence[int] = (1024, 2048, 4096), *, heads: int = 4, width: int = 48, value: int = 32, block: int = 128
+) -> Iterator[AttentionMemory]:
+    """Flash attention forward and backward, causal, batch 1, float32."""
+    rng = np.random.default_rng(0)
+    for t in lengths:
+        q, k, v, do = (rng.normal(size=(1, t, heads, w)).astype(np.float32) for w in (width, width, value, value))
+
+        def work(q: np.ndarray = q, k: np.ndarray = k, v: np.ndarray = v, do: np.ndarray = do) -> object:
+            o, saved = flash_attention_forward(q, k, v, scale=width**-0.5, block=block)
+            return o, flash_attention_backward(do, saved)
+
+        yield AttentionMemory(t, _peak(work), heads * t * t * 4)
+
+
+def head_memory(
+    lengths: Sequence[int] = (1024, 2048, 4096, 8192), *, vocabulary: int = 129_280, width: int = 32
+) -> Iterator[HeadMemory]:
+    """Output head and cross-entropy in one, forward and backward, float32."""
+    rng = np.random.default_rng(0)
+    w = (rng.normal(size=(vocabulary, width)) / width**0.5).astype(np.float32)
+    for t in lengths:
+        h, targets = rng.normal(size=(t, width)).astype(np.float32), rng.integers(0, vocabulary, t)
+
+        def work(h: np.ndarray = h, targets: np.ndarray = targets) -> object:
+            loss, saved = head_cross_entropy_forward(h, w, targets=targets)
+            return head_cross_entropy_backward(np.ones_like(loss), saved)
+
+        yield HeadMemory(t, _peak(work) - h.nbytes - w.nbytes, t * vocabulary * 4)

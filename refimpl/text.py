@@ -1,0 +1,40 @@
+"""Real text for verification: the English documentation that CPython ships, or a file."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from .errors import CouldNotRun
+
+__all__ = ["Text", "load_text"]
+
+
+class Text(NamedTuple):
+    name: str
+    data: bytes
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+
+def load_text(path: Path | None = None) -> Text:
+    """The bytes of ``path``, by default all of `pydoc_data.topics` in alphabetical order (it differs by Python version).
+
+    CouldNotRun if the file can't be read or is too short to cut windows from.
+    """
+    if path is None:
+        from pydoc_data.topics import topics
+
+        name = f"pydoc_data.topics of CPython {sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
+        return Text(name, "\n\n".join(topics[key] for key in sorted(topics)).encode())
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CouldNotRun(f"--text {path} can't be read: {error.strerror}") from error
+    if len(data) < 64:
+        raise CouldNotRun(f"--text {path} must hold at least 64 bytes, got {len(data)}")
+    return Text(str(path), data)
