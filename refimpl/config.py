@@ -18,9 +18,10 @@ class Conventions:
     code and released weights, and the paper where those are silent. derivations/README.md says who does what."""
 
     mtp_order: str = "embedding_hidden"
-    """In front of the MTP projection: embedding_hidden (released weights, Megatron, vLLM) or hidden_embedding (paper)."""
+    """In front of MTP's projection: embedding_hidden (released weights, Megatron, vLLM) or hidden_embedding (paper)."""
     mtp_hidden: str = "normed"
-    """MTP reads the hidden state normed (after the final norm; Megatron, vLLM) or raw (before it; torchtitan)."""
+    """An MTP module reads the previous depth's state normed (after the final norm, or the previous module's own norm;
+    Megatron, vLLM) or raw (before it). raw_first: module 1 reads raw, later ones normed (torchtitan)."""
     mtp_normaliser: str = "positions"
     """MTP's loss is a sum divided by: all B·T positions (paper: 1/T over T−k terms), valid (its own targets; Megatron),
     or main (the main loss's targets; torchtitan)."""
@@ -33,7 +34,7 @@ class Conventions:
     bias_centre: bool = False
     """Subtract the mean from the bias update, as torchtitan does."""
     gate_epsilon: float = 0.0
-    """Added to the sum of the chosen scores: 0 (DeepSeek) or 1e-20 (Hugging Face, Megatron, torchtitan)."""
+    """Added to the sum of the chosen scores: 0 (DeepSeek's inference code) or 1e-20 (HF, Megatron, torchtitan)."""
     latent_eps: str = "config"
     """eps of the two latent norms: the config's, or class_default (1e-6; Hugging Face). They differ on Moonlight."""
     yarn_when: str = "beyond_original"
@@ -44,7 +45,7 @@ class Conventions:
     def __post_init__(self) -> None:
         allowed = {
             "mtp_order": ("embedding_hidden", "hidden_embedding"),
-            "mtp_hidden": ("normed", "raw"),
+            "mtp_hidden": ("normed", "raw", "raw_first"),
             "mtp_normaliser": ("positions", "valid", "main"),
             "masked_groups": ("-inf", "zero"),
             "balance_counts": ("unbiased", "routed"),

@@ -407,7 +407,7 @@ def _mtp_forward(
     )
     x, block = _block_forward(run, layer, x, positions, key_mask, segments, balance, chosen)
     normed, norm_saved = ops["rms_norm"].forward(x, norm, eps=config.norm_eps)
-    state = normed if config.conventions.mtp_hidden == "normed" else x
+    state = x if config.conventions.mtp_hidden == "raw" else normed
     return state, normed, MTPModuleSaved(embedding_saved, keep, mtp, block, norm_saved, None)
 
 
@@ -419,11 +419,11 @@ def _mtp_backward(
     dmtp = dloss * (config.mtp_weight / config.mtp_depth)  # (mtp.6)
     dnormed, dw_head = ops["head_cross_entropy"].backward(dmtp, saved.head)
     grads.add("lm_head.weight", dw_head)
-    normed_state = config.conventions.mtp_hidden == "normed"
-    if dstate is not None and normed_state:
+    handed_on_raw = config.conventions.mtp_hidden == "raw"
+    if dstate is not None and not handed_on_raw:
         dnormed = dnormed + dstate
     dx, dw_norm = ops["rms_norm"].backward(dnormed, saved.norm)
-    if dstate is not None and not normed_state:
+    if dstate is not None and handed_on_raw:
         dx = dx + dstate
     dx = _block_backward(run, layer, dx, dloss, saved.block, grads)
     dread, dembedding, *dw = ops["mtp"].backward(dx, saved.mtp)

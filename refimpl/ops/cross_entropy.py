@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..array import Array, cast, expect, fill, namespace, real
+from ..array import Array, cast, expect, namespace, real
 from .embedding import check_ids
 
 __all__ = ["CrossEntropySaved", "cross_entropy_backward", "cross_entropy_forward"]
@@ -27,7 +27,7 @@ def cross_entropy_forward(
 
     Args:
         mask: […] bool or weights; 0 leaves a token out (its target may then be anything, −100 included).
-        normaliser: what the sum is divided by; by default Σ mask, or 1 when that is 0 (the loss is then 0).
+        normaliser: what the sum is divided by; by default Σ mask, or 1 when nothing counts (the loss is then 0).
     """
     xp = namespace(logits=logits)
     expect("targets", targets, "(…)", tuple(logits.shape[:-1]))

@@ -46,6 +46,8 @@ def moe_forward(
     expect("w_down", w_down, "(E, D, F)", (experts, d, w_gate.shape[1]))
     check_ids("indices", indices, experts)
     rows = xp.reshape(x, (-1, d))
+    if rows.shape[0] == 0:
+        raise ValueError(f"x must have at least one row, got shape {tuple(x.shape)}")
     order = argsort(xp.reshape(indices, (-1,)))  # (moe.1)
     dispatched = take_rows(rows, order // top_k)  # (moe.2)
     blocks, kept, start = [], [], 0
