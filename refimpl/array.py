@@ -32,20 +32,26 @@ def namespace(**arrays: Array) -> ModuleType:
     for name, x in arrays.items():
         if x is None:
             continue
-        if type(x).__module__.partition(".")[0] == "cupy":
-            import cupy as xp
-        elif hasattr(x, "__array_namespace__"):
-            xp = x.__array_namespace__()
-        else:
-            raise TypeError(f"{name} must be an array of NumPy, CuPy or an array-API library, got {type(x).__name__}")
+        xp = library(x, name)
         if found not in (None, xp):
-            raise TypeError(f"{name} must come from {found.__name__} like the other arrays, got {xp.__name__}")  # type: ignore[union-attr]
+            raise TypeError(f"{name} must come from {found!r} like the other arrays, got {xp!r}")
         found = xp
         if not (is_object(x) or (xp.isdtype(x.dtype, ("real floating", "complex floating")) and itemsize(x) >= 4)):
             raise TypeError(f"{name} must be float32 or wider (cast 16-bit and integer arrays up), got {x.dtype}")
     if found is None:
         raise TypeError("at least one array is needed, got none")
     return found
+
+
+def library(x: Array, name: str = "x") -> ModuleType:
+    """The namespace of one array of any dtype; TypeError if it is none."""
+    if type(x).__module__.partition(".")[0] == "cupy":
+        import cupy  # type: ignore[import-not-found]
+
+        return cupy  # type: ignore[no-any-return]
+    if not hasattr(x, "__array_namespace__"):
+        raise TypeError(f"{name} must be an array of NumPy, CuPy or an array-API library, got {type(x).__name__}")
+    return x.__array_namespace__()  # type: ignore[no-any-return]
 
 
 def is_object(x: Array) -> bool:
@@ -142,10 +148,10 @@ def sigmoid(x: Array) -> Array:
 
 def argsort(x: Array) -> Array:
     """Indices that sort the last axis upwards; equal elements keep their order (the lower index first)."""
-    library = type(x).__module__.partition(".")[0]
-    if library in ("numpy", "cupy"):
-        return x.argsort(axis=-1, kind="stable")
-    return x.__array_namespace__().argsort(x, axis=-1, stable=True)
+    xp = library(x)
+    if xp.__name__ in ("numpy", "cupy"):
+        return xp.argsort(x, axis=-1, kind="stable")
+    return xp.argsort(x, axis=-1, stable=True)
 
 
 def take_rows(x: Array, rows: Array) -> Array:
@@ -169,7 +175,7 @@ def scatter_add(rows: Array, values: Array, length: int) -> Array:
     place, run = xp.arange(n, device=values.device) - xp.take(start, rows), xp.take(stop - start, rows)
     span = 1
     while span < int(xp.max(stop - start)):
-        later = xp.concat((values[span:], values[:span]), axis=0)  # what wraps around has no partner
+        later = xp.concat((values[span:, :], values[:span, :]), axis=0)  # what wraps around has no partner
         has_partner = (place % (2 * span) == 0) & (place + span < run)
         values = xp.where(has_partner[:, None], values + later, values)
         span *= 2

@@ -1,4 +1,4 @@
-"""The command line: ``refimpl verify``, ``grade``, ``planted``, ``memory``.
+"""The command line: ``refimpl verify``, ``grade`` and ``memory``.
 
 Exit code 0: it holds; 1: it does not hold; 2: it could not run, and one line says why.
 """
@@ -81,25 +81,6 @@ def grade(
 
 
 @app.command()
-def planted() -> None:
-    """Plant every bug of the catalogue and show which check catches it."""
-    from .check.kill_table import kill_table
-
-    table = Table("op", "planted bug", "shown by", "contract", "differences", "noise", "golden values", box=None)
-    survived = 0
-    rows = kill_table()
-    for row in _progress(rows, rows.total, "planting"):
-        marks = ("–" if hit is None else "caught" if hit else "." for hit in row.caught)
-        table.add_row(row.bug.op, row.bug.name, row.bug.exposed_by, *marks)
-        survived += not any(row.caught)
-    console = _console()
-    console.print(table)
-    console.print(f"{rows.total - survived} of {rows.total} planted bugs caught")
-    console.print(f"clean ops called wrong: {rows.false_alarms()} of {rows.clean}")
-    raise typer.Exit(int(survived > 0 or rows.false_alarms() > 0))
-
-
-@app.command()
 def memory() -> None:
     """Show the peak memory of flash attention, and of the fused output head and cross-entropy, against their bounds."""
     from .memory import attention_memory, head_memory
@@ -145,8 +126,16 @@ def _run(names: list[str], settings: Settings, json_file: Path | None, replace: 
     bad = [t for t in report.tensors if t.verdict != "PASS"]
     for t in bad:
         console.print(f"{t.verdict} {t.op} {t.tensor}: {'; '.join(t.reasons)}", markup=False)
+    for what, rows in (
+        ("the ops", [t for t in report.tensors if t.op != MODEL]),
+        ("the model", [t for t in report.tensors if t.op == MODEL]),
+    ):
+        if rows:
+            console.print(f"worst of {what}: {_worst(rows)}")
     seconds = time.perf_counter() - start
-    verdict = "every gradient holds" if report.ok else f"{len(bad)} gradients and {len(report.faults)} contracts do not hold"
+    verdict = (
+        "every gradient holds" if report.ok else f"{len(bad)} gradients and {len(report.faults)} contracts do not hold"
+    )
     console.print(f"{len(report.tensors)} tensors, {total} examples, {seconds:.1f} s: {verdict}")
     if json_file is not None:
         _write_json(json_file, report, settings, seconds)
@@ -172,6 +161,16 @@ def _table(report: Report) -> Table:
     return table
 
 
+def _worst(rows: list[TensorResult]) -> str:
+    """The largest of each column, and the fewest digits."""
+    parts = []
+    for title in ("difference", "noise", "sharpness"):
+        found = [x for t in rows if (x := getattr(t, title)) is not None]
+        parts += [f"{title} {_number(max(found))}"] if found else []
+    digits = [t.digits for t in rows if t.digits is not None]
+    return ", ".join(parts + ([f"digits {min(digits):.0f}"] if digits else []))
+
+
 def _short(t: TensorResult) -> str:
     """The tensor's name without what every name of the model has."""
     return t.tensor.removesuffix(".weight").removeprefix("model.") if t.op == MODEL else t.tensor
@@ -187,7 +186,13 @@ def _console() -> Console:
 
 def _progress(items: Iterable[Any], total: int, doing: str) -> Iterable[Any]:
     """The items, with a progress bar on a terminal's standard error."""
-    columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    columns = (
+        TextColumn(doing),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("", total=total)
         for item in items:

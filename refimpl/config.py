@@ -108,6 +108,9 @@ class ModelConfig:
             least = 0 if f.name in ("dense_layers", "shared_experts", "mtp_depth") else 1
             if f.type == "int" and not (isinstance(value, int) and value >= least):
                 raise ValueError(f"{f.name} must be an integer of at least {least}, got {value!r}")
+        for name, choices in {"gate": ("sigmoid", "softmax"), "group_score": ("top2", "max")}.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.rope % 2:
             raise ValueError(f"rope must be even, got {self.rope}")
         if self.dense_layers > self.layers:

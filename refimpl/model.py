@@ -72,7 +72,9 @@ def is_buffer(name: str) -> bool:
     return name.endswith(BIAS)
 
 
-def init_parameters(config: ModelConfig, *, seed: int = 0, std: float = 0.006, dtype: Any = "float32") -> dict[str, Array]:
+def init_parameters(
+    config: ModelConfig, *, seed: int = 0, std: float = 0.006, dtype: Any = "float32"
+) -> dict[str, Array]:
     """Random NumPy parameters: normal with ``std`` (0.006, V3 section 4.2), norms 1, gate biases 0."""
     import numpy as np
 
@@ -212,7 +214,7 @@ def forward(
     modules: list[MTPModuleSaved] = []
     if with_loss:
         head = params["lm_head.weight"]
-        main, head_saved = ops["head_cross_entropy"].forward(hidden, head, targets=targets, mask=mask)
+        main, head_saved = ops["head_cross_entropy"].forward(hidden, head, targets=targets, mask=mask, ops=ops)
         loss = main
         normaliser = {"positions": float(b * t), "valid": None, "main": float(xp.sum(xp.astype(mask, xp.float64)))}
         state = hidden if config.conventions.mtp_hidden == "normed" else x
@@ -229,7 +231,7 @@ def forward(
             )  # fmt: skip
             mtp_loss, mtp_head_saved = ops["head_cross_entropy"].forward(
                 normed, head, targets=later_targets, mask=later_mask,
-                normaliser=normaliser[config.conventions.mtp_normaliser],
+                normaliser=normaliser[config.conventions.mtp_normaliser], ops=ops,
             )  # fmt: skip
             modules.append(module._replace(head=mtp_head_saved))
             mtp_losses.append(mtp_loss)
@@ -356,7 +358,9 @@ def _block_forward(
         balance[layer], balance_saved = ops["balance_loss"].forward(
             routed.scores, alpha=config.balance_weight, top_k=config.top_k, counted=counted, mask=key_mask
         )
-    y, moe = ops["moe"].forward(h, routed.weights, *run.names(layer, *EXPERTS, *SHARED), indices=routed.indices, ops=ops)
+    y, moe = ops["moe"].forward(
+        h, routed.weights, *run.names(layer, *EXPERTS, *SHARED), indices=routed.indices, ops=ops
+    )
     return x + y, BlockSaved(attention_norm, mla, ffn_norm_saved, None, router, balance_saved, moe)
 
 

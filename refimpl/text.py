@@ -22,14 +22,16 @@ class Text(NamedTuple):
 
 
 def load_text(path: Path | None = None) -> Text:
-    """The bytes of ``path``, by default all of `pydoc_data.topics` in alphabetical order (it differs by Python version).
+    """The bytes of ``path``, by default all of `pydoc_data.topics`, sorted (it differs by Python version).
 
     CouldNotRun if the file can't be read or is too short to cut windows from.
     """
     if path is None:
         from pydoc_data.topics import topics
 
-        name = f"pydoc_data.topics of CPython {sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
+        name = (
+            f"pydoc_data.topics of CPython {sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
+        )
         return Text(name, "\n\n".join(topics[key] for key in sorted(topics)).encode())
     try:
         data = path.read_bytes()

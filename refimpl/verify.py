@@ -50,7 +50,9 @@ def steps(names: Sequence[str], settings: Settings, replace: Mapping[str, Op] | 
     """One report an example, op after op; ``replace`` puts other pairs in the place of ops (to grade them)."""
     table = IMPLEMENTATIONS.get(settings.implementation)
     if table is None:
-        raise CouldNotRun(f"--implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {settings.implementation}")
+        raise CouldNotRun(
+            f"--implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {settings.implementation}"
+        )
     place = _placement(settings.backend)
     for name in names:
         for example in range(settings.model_examples if name == MODEL else settings.examples):
@@ -78,7 +80,7 @@ def _placement(backend: str) -> Callable[[Any], Any] | None:
     if backend != "cupy":
         raise CouldNotRun(f"--backend must be numpy or cupy, got {backend}")
     try:
-        import cupy
+        import cupy  # type: ignore[import-not-found]
     except ImportError as error:
         raise CouldNotRun(f"--backend cupy needs CuPy: pip install 'deepseek-refimpl[cuda13]' ({error})") from error
     try:

@@ -1,7 +1,7 @@
 """How the ops and the model are run on the golden cases of tests/golden/, and compared with their values.
 
-The values were made by torch's autograd from formulas of their own (make_golden.py); torch is not needed here. An output
-or a gradient agrees if its largest error is at most 1e-13 of the golden tensor's largest value.
+The values were made by torch's autograd from formulas of their own (make_golden.py); torch is not needed here. An
+output or a gradient agrees if its largest error is at most 1e-13 of the golden tensor's largest value.
 """
 
 from __future__ import annotations
@@ -18,7 +18,16 @@ from safetensors import safe_open
 import refimpl.model
 from refimpl.config import Conventions, ModelConfig
 from refimpl.ops import (
-    IMPLEMENTATIONS, REFERENCE, Op, Ops, Yarn, bias_update, expert_load, mtp_pairs, rope_frequencies, yarn_mscale,
+    IMPLEMENTATIONS,
+    REFERENCE,
+    Op,
+    Ops,
+    Yarn,
+    bias_update,
+    expert_load,
+    mtp_pairs,
+    rope_frequencies,
+    yarn_mscale,
     yarn_softmax_factor,
 )  # fmt: skip
 
@@ -51,7 +60,7 @@ def load(file: str) -> dict[str, Case]:
             name: Case(settings, {}, {}, {}, {})
             for name, settings in json.loads(f.metadata()["golden"])["cases"].items()
         }
-        for key in f.keys():
+        for key in f.keys():  # noqa: SIM118 (no mapping)
             case, prefix, name = key.split("/", 2)
             array = f.get_tensor(key)
             if array.dtype.kind == "f":

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from golden_values import GOLDEN, RUNS, TOLERANCE, Case, check, configuration, error, load
 
 import refimpl.ops
 from refimpl.model import forward
 from refimpl.ops import Yarn, attention_backward, attention_forward, rope_frequencies, yarn_softmax_factor
+
+from golden_values import GOLDEN, RUNS, TOLERANCE, Case, check, configuration, error, load
 
 
 @pytest.mark.parametrize(("way", "name"), [(way, name) for way, (file, _) in RUNS.items() for name in load(file)])

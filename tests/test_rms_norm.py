@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support import property_test
 
 from refimpl.ops import rms_norm_backward, rms_norm_forward
+
+from support import property_test
 
 RNG = np.random.default_rng(0)
 

@@ -38,6 +38,7 @@ FD_TOLERANCE = 1e-8  # ops; the whole model: MODEL_FD_TOLERANCE
 MODEL_FD_TOLERANCE = 1e-7
 VALIDITY = 1e-12  # largest sharpness at which the rounding-noise rule counts, in float64
 MODEL_VALIDITY = 1e-10
+RULES = ("contract", "differences", "noise")
 DIGITS_MARGIN = 10  # of N digits, N − 10 must agree
 ATTEMPTS = 4  # a gradient may cancel by chance under one cotangent, and then nothing sharp can be said: draw another
 
@@ -98,11 +99,13 @@ class Report:
         def show(x: float | None, form: str = ".1e") -> str:
             return "–" if x is None else format(x, form)
 
-        lines = [f"{'op':<20}{'tensor':<44}{'shape':<16}{'difference':>11}{'noise':>9}{'sharpness':>11}{'digits':>8}  verdict"]
+        lines = [
+            f"{'op':<20}{'tensor':<44}{'shape':<16}{'difference':>10}{'noise':>9}{'sharpness':>11}{'digits':>8} verdict"
+        ]
         for t in self.tensors:
             lines.append(
-                f"{t.op:<20}{t.tensor:<44}{t.shape!s:<16}{show(t.difference):>11}{show(t.noise):>9}"
-                f"{show(t.sharpness):>11}{show(t.digits, '.1f'):>8}  {t.verdict}"
+                f"{t.op:<20}{t.tensor:<44}{t.shape!s:<16}{show(t.difference):>10}{show(t.noise):>9}"
+                f"{show(t.sharpness):>11}{show(t.digits, '.1f'):>8} {t.verdict}"
             )
             lines += [f"    {reason}" for reason in t.reasons]
         return "\n".join(lines + [f"contract: {fault}" for fault in self.faults])
@@ -123,13 +126,14 @@ def check(
     seed: int = 0,
     difference_tolerance: float = FD_TOLERANCE,
     validity: float = VALIDITY,
-    with_contract: bool = True,
+    rules: Sequence[str] = RULES,
+    contract_dtypes: Sequence[Any] = (np.float64, np.float32),
 ) -> Report:
     """Check a backward against its forward; returns a `Report` with a row an input.
 
     Args:
         forward, backward: ``forward(*inputs, **kwargs) -> (y, saved)``, ``backward(dy, saved) -> gradients``. For the
-            rounding-noise rule they must take longdouble and complex arrays; for ``digits`` object arrays.
+            rule "noise" they must take longdouble and complex arrays; for ``digits`` object arrays.
         inputs: float64 arrays, the differentiable arguments; None for one that is absent.
         op, names: what the report calls the pair and its inputs (default: the forward's own names).
         replay: from the outputs y of a first float64 run, keyword arguments that freeze its discrete choices
@@ -137,11 +141,15 @@ def check(
         reference: another pair that computes the same, for the wide types, if this one cannot (a kernel, a GPU).
         dtype: the type under test, float64 or float32 (differences mean nothing in float32 and are left out).
         digits: also run exact dual numbers to so many digits.
+        rules: of "contract", "differences" and "noise"; leave out what your functions can't do.
+        contract_dtypes: types that gradients must keep, float64 and float32 by default.
         difference_tolerance, validity: bounds of the finite-difference error and of the sharpness (in float64).
     """
     kwargs, dtype = dict(kwargs or {}), np.dtype(dtype)
     if dtype not in (np.float64, np.float32):
         raise ValueError(f"dtype must be float64 or float32, got {dtype}")
+    if not set(rules) <= set(RULES):
+        raise ValueError(f"rules must be of {', '.join(RULES)}, got {', '.join(map(str, rules))}")
     for i, x in enumerate(inputs):
         if x is not None and not (isinstance(x, np.ndarray) and x.dtype == np.float64):
             raise TypeError(f"inputs[{i}] must be a float64 NumPy array or None, got {getattr(x, 'dtype', type(x))}")
@@ -163,8 +171,8 @@ def check(
     for attempt in range(ATTEMPTS):
         w = [np.asarray(rng.normal(size=shape)).astype(dtype).astype(np.float64) for shape in shapes]
         v = [None if x is None else np.asarray(rng.normal(size=x.shape)) for x in inputs]
-        if attempt == 0 and with_contract:
-            report.faults = [f"{op or 'pair'}: {fault}" for fault in contract(tested, inputs, w)]
+        if attempt == 0 and "contract" in rules:
+            report.faults = [f"{op or 'pair'}: {fault}" for fault in contract(tested, inputs, w, contract_dtypes)]
         g = tested.gradients(_as(inputs, dtype), _as(w, dtype))
         for i, row in rows.items():
             got = g[i].shape if i < len(g) and g[i] is not None else None  # type: ignore[union-attr]
@@ -174,7 +182,8 @@ def check(
             for row in tensors:
                 row.fault("INCONCLUSIVE", "not measured: the gradients do not line up with the inputs")
             return report
-        g80 = exact.gradients(_as(inputs, np.longdouble), _as(w, np.longdouble)) if has_longdouble() else None
+        wide = "noise" in rules and has_longdouble()
+        g80 = exact.gradients(_as(inputs, np.longdouble), _as(w, np.longdouble)) if wide else None
         if digits and attempt == 0:
             for i, found in enumerate(exact_digits(exact, inputs, v, w, digits)):
                 if found is not None:
@@ -185,10 +194,12 @@ def check(
             row = TensorResult(op, rows[i].tensor, rows[i].shape)
             if not np.all(np.isfinite(g[i])):  # type: ignore[arg-type]
                 row.fault("FAIL", "the gradient is not finite")
-            if dtype == np.float64:
+            if dtype == np.float64 and "differences" in rules:
                 row.difference = finite_difference_error(tested, inputs, i, v[i], w, g[i])  # type: ignore[arg-type]
                 if not row.difference <= difference_tolerance:
-                    row.fault("FAIL", f"finite-difference error {row.difference:.1e} exceeds {difference_tolerance:.0e}")
+                    row.fault(
+                        "FAIL", f"finite-difference error {row.difference:.1e} exceeds {difference_tolerance:.0e}"
+                    )
             if g80 is not None:
                 row.noise, row.sharpness = rounding_noise(exact, inputs, i, v[i], w, g[i], g80[i])  # type: ignore[arg-type]
                 if not row.noise <= 1:
@@ -196,7 +207,7 @@ def check(
                 bound = validity * float(np.finfo(dtype).eps / np.finfo(np.float64).eps)
                 if not row.sharpness <= bound:
                     row.fault("INCONCLUSIVE", f"sharpness {row.sharpness:.1e} exceeds {bound:.0e}")
-            elif not digits:
+            elif "noise" in rules and not digits:
                 row.fault("INCONCLUSIVE", "longdouble is no wider than float64 here: ask for digits")
             blurred -= {i} if row.verdict != "INCONCLUSIVE" else set()
             if i not in blurred or attempt == ATTEMPTS - 1:

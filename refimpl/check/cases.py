@@ -1,8 +1,8 @@
 """Adverse inputs for every op: odd dims, values off neutral, and the corners where wrong backwards like to hide.
 
-`CASES[op](draw)` makes one `Case`. What is drawn are shapes, flags and a seed, from a `Draw`: hypothesis's in the tests,
-a plain random generator in ``refimpl verify``; there, tokens come from real text. Each case names the regimes it hit,
-and `REGIMES[op]` lists those that a run must hit in all.
+`CASES[op](draw)` makes one `Case`. Shapes, flags and a seed are drawn from a `Draw`: hypothesis's in the tests, a plain
+random generator in ``refimpl verify``; there, tokens come from real text. Each case names the regimes it hit, and
+`REGIMES[op]` lists those that a run must hit in all.
 """
 
 from __future__ import annotations
@@ -82,15 +82,18 @@ def _flags(**flags: Any) -> set[str]:
 def _activations(draw: Draw, b: int, t: int, d: int, scale: float = 1.0) -> np.ndarray:
     """Rows of a random embedding table for tokens of the text, with a little noise: [b, t, d]."""
     table = draw.rng.normal(size=(256, d))
-    return scale * (table[draw.tokens((b, t), 256)] + 0.3 * draw.rng.normal(size=(b, t, d)))
+    x: np.ndarray = scale * (table[draw.tokens((b, t), 256)] + 0.3 * draw.rng.normal(size=(b, t, d)))
+    return x
 
 
 def _weight(draw: Draw, *shape: int) -> np.ndarray:
-    return draw.rng.normal(size=shape) / np.sqrt(shape[-1])
+    w: np.ndarray = draw.rng.normal(size=shape) / np.sqrt(shape[-1])
+    return w
 
 
 def _norm_weight(draw: Draw, d: int) -> np.ndarray:
-    return draw.rng.uniform(0.5, 1.5, d) * draw.rng.choice([-1, 1], d)
+    w: np.ndarray = draw.rng.uniform(0.5, 1.5, d) * draw.rng.choice([-1, 1], d)
+    return w
 
 
 def _mask(draw: Draw, *shape: int) -> np.ndarray:
@@ -104,7 +107,9 @@ def _mask(draw: Draw, *shape: int) -> np.ndarray:
 
 def linear(draw: Draw) -> Case:
     b, t, i, o = draw.integer(2, 3), draw.integer(1, 4), draw.integer(1, 7), draw.integer(1, 6)
-    return Case((_activations(draw, b, t, i), _weight(draw, o, i)), {}, _flags(narrow=i == 1 or o == 1, wide=i > 1 and o > 1))
+    return Case(
+        (_activations(draw, b, t, i), _weight(draw, o, i)), {}, _flags(narrow=i == 1 or o == 1, wide=i > 1 and o > 1)
+    )
 
 
 def embedding(draw: Draw) -> Case:
@@ -163,7 +168,9 @@ def _masks(draw: Draw, b: int, t: int, s: int, causal: bool) -> tuple[dict[str, 
         seen = visible((0, t), (0, s), q, k, causal, None, None)
     masks = {"key_mask": key_mask, "segments": segments}
     blind = (seen.sum(axis=-1) == 0).any()
-    return masks, _flags(padding=key_mask is not None, documents=segments is not None, sees_nothing=blind, unmasked=blind == 0)
+    return masks, _flags(
+        padding=key_mask is not None, documents=segments is not None, sees_nothing=blind, unmasked=blind == 0
+    )
 
 
 def attention(draw: Draw) -> Case:
@@ -189,9 +196,21 @@ def flash_attention(draw: Draw) -> Case:
 
 
 def mla(draw: Draw) -> Case:
-    b, t, past, d, h = draw.integer(2, 3), draw.integer(1, 4), draw.integer(0, 3), draw.integer(2, 7), draw.integer(1, 3)
+    b, t, past, d, h = (
+        draw.integer(2, 3),
+        draw.integer(1, 4),
+        draw.integer(0, 3),
+        draw.integer(2, 7),
+        draw.integer(1, 3),
+    )
     past = max(past, 2 - t)
-    n, r, v, c, a = draw.integer(1, 4), 2 * draw.integer(1, 2), draw.integer(1, 4), draw.integer(2, 5), draw.integer(2, 5)
+    n, r, v, c, a = (
+        draw.integer(1, 4),
+        2 * draw.integer(1, 2),
+        draw.integer(1, 4),
+        draw.integer(2, 5),
+        draw.integer(2, 5),
+    )
     compressed = draw.choice([True, False])
     x, cache = _activations(draw, b, t, d), draw.rng.normal(size=(b, past, c + r)) if past else None
     masks, regimes = _masks(draw, b, t, t + past, True)
@@ -288,7 +307,12 @@ def head_cross_entropy(draw: Draw) -> Case:
 
 
 def mtp(draw: Draw) -> Case:
-    b, t, d, order = draw.integer(2, 3), draw.integer(1, 4), draw.integer(2, 6), draw.choice(["embedding_hidden", "hidden_embedding"])
+    b, t, d, order = (
+        draw.integer(2, 3),
+        draw.integer(1, 4),
+        draw.integer(2, 6),
+        draw.choice(["embedding_hidden", "hidden_embedding"]),
+    )
     inputs = (
         draw.rng.normal(size=(b, t, d)), _activations(draw, b, t, d), _norm_weight(draw, d), _norm_weight(draw, d),
         _weight(draw, d, 2 * d),
@@ -317,7 +341,9 @@ REGIMES: dict[str, set[str]] = {
     "rope": {"interleaved", "halves", "by_row", "shared"},
     "attention": _ATTENTION, "flash_attention": _ATTENTION | {"one_block", "blocks"},
     "mla": _MLA, "mla_absorbed": _MLA,
-    "router": {"sigmoid", "softmax", "grouped", "ungrouped", "biased", "unbiased", "negative_bias", "normalised", "raw"},
+    "router": {
+        "sigmoid", "softmax", "grouped", "ungrouped", "biased", "unbiased", "negative_bias", "normalised", "raw",
+    },
     "balance_loss": {"masked", "whole", "empty_sequence", "routed", "best"},
     "moe": {"all_but_one_hit", "some_empty", "shared", "only_routed", "one_token"},
     "cross_entropy": {"masked", "whole", "own_mean", "given_normaliser"},

@@ -98,9 +98,7 @@ def dual_array(x: np.ndarray, direction: np.ndarray | None = None) -> np.ndarray
     """Real ``x`` as duals, moving in ``direction`` (of the same shape; None: standing still)."""
     out = np.empty(x.shape, dtype=object)
     moves = np.zeros(x.shape) if direction is None else direction
-    out.reshape(-1)[:] = [
-        Dual(Decimal(float(a)), Decimal(float(v))) for a, v in zip(x.flat, moves.flat, strict=True)
-    ]
+    out.reshape(-1)[:] = [Dual(Decimal(float(a)), Decimal(float(v))) for a, v in zip(x.flat, moves.flat, strict=True)]
     return out
 
 

@@ -1,9 +1,9 @@
 """Planted bugs: wrong backwards (and forwards) that the checker must catch, each one edit of an op's own source.
 
 A bug is a pair of texts: a piece of the op's file and what a wrong implementation has there. `plant` makes the edited
-module; the tests assert that every bug is caught, and ``refimpl planted`` prints which check catches it. A bug that
+module; the tests assert that every bug is caught, and ``make bugs`` prints which check catches it. A bug that
 forward and backward share is consistent in itself: only an independent implementation can catch it, here the golden
-values. `EXPOSED_BY` says what an input must have to show the bug at all.
+values. ``exposed_by`` says what an input must have to show the bug at all.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def _one(op: str, name: str, exposed_by: str, old: str, new: str, shared: bool =
 _SUM_N = "(xp.sum(dn * n, axis=-1, keepdims=True) / x.shape[-1])"
 PLANTED: tuple[Planted, ...] = (
     _one("linear", "weight gradient over one batch row", "batch ≥ 2", "dy_rows), x_rows)", "dy_rows[:1]), x_rows[:1])"),
-    _one("embedding", "= for += on repeated ids", "repeated ids", "saved.vocabulary)  #", "saved.vocabulary) * 0.5  #"),
+    _one("embedding", "= for += on repeated ids", "repeated ids",
+         "return scatter_add(rows, xp.reshape(dy, (-1, dy.shape[-1])), saved.vocabulary)",
+         "dw = xp.zeros((saved.vocabulary, dy.shape[-1]), dtype=dy.dtype)\n    dw[rows] = xp.reshape(dy, (-1, dy.shape[-1]))\n    return dw"),
     _one("rms_norm", "no mean term", "random cotangent", f" - n * {_SUM_N}", ""),
     _one("rms_norm", "no mean term, in float64 alone", "a wider type beside float64",
          f" - n * {_SUM_N}", f" - n * {_SUM_N} * (dy.dtype != xp.float64)"),
@@ -68,16 +70,16 @@ PLANTED: tuple[Planted, ...] = (
          "namespace(dx=dx).sum(dx, axis=2, keepdims=True)", "dx[:, :, :1]"),
     _one("attention", "scale squared, both ways", "golden values", "    scores = scale * einsum",
          "    scale = scale * scale\n    scores = scale * einsum", shared=True),
-    _one("flash_attention", "row sum of p·dp forgotten", "any", "(dp - row_sum[:, :, t0:t1])", "dp"),
+    _one("flash_attention", "row sum of p·dp forgotten", "any", "(dp - row_sum[:, :, t0:t1, :])", "dp"),
     _one("flash_attention", "p unmasked in the backward", "a mask", "scores = fill(mask, _scores(q_block, k_block, scale), -xp.inf)",
          "scores = _scores(q_block, k_block, scale)"),
-    _one("flash_attention", "= for += over query blocks", "several blocks", "dk[:, s0:s1] += ", "dk[:, s0:s1] = "),
+    _one("flash_attention", "= for += over query blocks", "several blocks", "dk[:, s0:s1, ...] += ", "dk[:, s0:s1, ...] = "),
     _one("flash_attention", "last key block lost", "several blocks", "for s0, s1 in _blocks(s, block, t1 + s - t if causal else None):",
          "for s0, s1 in _blocks(s - 1, block, t1 + s - t if causal else None):"),
     _one("mla", "gradient of k_pe from one head", "heads > 1", "xp.sum(dk[..., n:], axis=2)", "dk[:, :, 0, n:]"),
     _one("mla", "mean over heads for k_pe", "heads > 1", "xp.sum(dk[..., n:], axis=2)", "xp.mean(dk[..., n:], axis=2)"),
     _one("mla", "k_pe not rotated back", "position > 0",
-         'dk_pe = ops["rope"].backward(dlatent[:, :, None, c:], saved.k_pe)[:, :, 0]', "dk_pe = dlatent[:, :, c:]"),
+         'dk_pe = ops["rope"].backward(dlatent[..., c:][:, :, None, :], saved.k_pe)[:, :, 0, :]', "dk_pe = dlatent[..., c:]"),
     _one("mla", "gradient of the cache dropped", "a cotangent for the cache", "dlatent = dlatent + dcache", "dlatent = dlatent"),
     _one("mla", "kv split swapped", "N ≠ V or random weights", "xp.concat((dk[..., :n], dv), axis=-1)", "xp.concat((dv, dk[..., :n]), axis=-1)"),
     _one("mla", "dx misses the kv path", "any", "return dx_q + dx_kv,", "return dx_q,"),
@@ -102,8 +104,8 @@ PLANTED: tuple[Planted, ...] = (
     _one("moe", "gate path missing", "a gradient for the weights", "dweights = xp.sum(", "dweights = 0 * xp.sum("),
     _one("moe", "weight missing", "weights off 1", "doutputs = xp.reshape(weights[..., None] * rows[:, None, :]", "doutputs = xp.reshape((0 * weights[..., None] + 1) * rows[:, None, :]"),
     _one("moe", "slots in dispatch order", "K ≥ 2", "dslots = xp.reshape(take_rows(xp.concat(blocks, axis=0), argsort(order))", "dslots = xp.reshape(take_rows(xp.concat(blocks, axis=0), order)"),
-    _one("moe", "last expert lost", "last expert has tokens", "for expert, block, ffn_saved in experts:\n        dx_block, *dw_expert = ffn_backward(dout[block], ffn_saved)",
-         "for expert, block, ffn_saved in experts:\n        dx_block, *dw_expert = ffn_backward(dout[block] * (expert != experts[-1][0]), ffn_saved)"),
+    _one("moe", "last expert lost", "last expert has tokens", "for expert, block, ffn_saved in experts:\n        dx_block, *dw_expert = ffn_backward(dout[block, :], ffn_saved)",
+         "for expert, block, ffn_saved in experts:\n        dx_block, *dw_expert = ffn_backward(dout[block, :] * (expert != experts[-1][0]), ffn_saved)"),
     _one("moe", "shared path missing", "shared experts", "dx = dx + dx_shared", "dx = dx"),
     _one("cross_entropy", "normaliser over all tokens, in the backward", "masked targets", "return dloss * weight[..., None] *",
          "return dloss * (weight[..., None] * xp.mean(xp.astype(weight != 0, p.real.dtype))) *"),
@@ -111,7 +113,7 @@ PLANTED: tuple[Planted, ...] = (
     _one("cross_entropy", "masked targets leak", "masked targets", "return dloss * weight[..., None] *", "return dloss * xp.max(weight) *"),
     _one("log_prob", "temperature missing", "temperature off 1", "* mask)[:, None] / temperature", "* mask)[:, None]"),
     _one("log_prob", "mask missing", "masked targets", "weight = (xp.reshape(dy, (-1,)) * mask)", "weight = xp.reshape(dy, (-1,))"),
-    _one("log_prob", "= for += over vocabulary blocks", "several blocks", "dh[m0:m1] += xp.matmul", "dh[m0:m1] = xp.matmul"),
+    _one("log_prob", "= for += over vocabulary blocks", "several blocks", "dh[m0:m1, :] += xp.matmul", "dh[m0:m1, :] = xp.matmul"),
     _one("head_cross_entropy", "sign", "any", "dlog_p = -dloss", "dlog_p = dloss"),
     _one("mtp", "halves swapped", "any", "de, dh = (first, second) if saved", "dh, de = (first, second) if saved"),
     Planted("mtp", "concat swapped, both ways", "golden values",

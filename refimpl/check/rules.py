@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,8 @@ import numpy as np
 from .dual import digits_context, dual_array, tangents, values
 
 __all__ = [
-    "Pair", "contract", "exact_digits", "finite_difference", "finite_difference_error", "full_jacobian", "has_longdouble",
-    "rounding_noise",
+    "Pair", "contract", "exact_digits", "finite_difference", "finite_difference_error", "full_jacobian",
+    "has_longdouble", "rounding_noise",
 ]  # fmt: skip
 
 EPS64 = float(np.finfo(np.float64).eps)
@@ -68,14 +69,19 @@ def _is_floating(member: Any) -> bool:
     return dtype is not None and getattr(dtype, "kind", "f") in "fcO" and not isinstance(member, (list, dict))
 
 
-def contract(pair: Pair, inputs: Sequence[np.ndarray | None], cotangents: Sequence[np.ndarray]) -> list[str]:
+def contract(
+    pair: Pair,
+    inputs: Sequence[np.ndarray | None],
+    cotangents: Sequence[np.ndarray],
+    dtypes: Sequence[Any] = (np.float64, np.float32),
+) -> list[str]:
     """What the pair does wrong apart from the numbers, in words; an empty list if nothing.
 
-    Arity, and shape and dtype of every gradient in float64 and float32; inputs, cotangents and saved unchanged; no
-    gradient shares memory with them or with another; two calls bitwise equal; non-contiguous and read-only inputs taken.
+    Arity; shape and dtype of every output and gradient in each of ``dtypes``; inputs, cotangents and saved unchanged;
+    no gradient shares memory with them or another; two calls are bitwise equal; inputs may be read-only and strided.
     """
     faults: list[str] = []
-    for dtype in (np.float64, np.float32):
+    for dtype in dtypes:
         xs = [None if x is None else _awkward(x, dtype) for x in inputs]
         dys = [_awkward(c, dtype) for c in cotangents]
         before = [None if x is None else x.copy() for x in xs]
@@ -96,7 +102,7 @@ def contract(pair: Pair, inputs: Sequence[np.ndarray | None], cotangents: Sequen
             elif x is not None and g is not None:
                 if g.shape != x.shape or g.dtype != x.dtype:
                     faults.append(f"gradient {i} must be {x.dtype} {x.shape}, got {g.dtype} {g.shape}")
-                if not np.array_equal(g, np.asarray(g2), equal_nan=True):
+                if g2 is None or not np.array_equal(g, np.asarray(g2), equal_nan=True):
                     faults.append(f"gradient {i} differs between two calls of backward with one saved")
                 others = [("an input", x) for x in xs if x is not None] + [("a cotangent", c) for c in dys]
                 others += [("another gradient", other) for other in grads[:i] if other is not None]
@@ -106,7 +112,7 @@ def contract(pair: Pair, inputs: Sequence[np.ndarray | None], cotangents: Sequen
                         faults.append(f"gradient {i} shares memory with {what}")
                         break
         for i, (x, b) in enumerate(zip(xs, before, strict=True)):
-            if x is not None and not np.array_equal(x, b, equal_nan=True):
+            if x is not None and not np.array_equal(x, b, equal_nan=True):  # type: ignore[arg-type]
                 faults.append(f"input {i} was changed")
         plain = pair.gradients([None if x is None else np.array(x) for x in xs], [np.array(c) for c in dys])
         for i, (g, p) in enumerate(zip(grads, plain, strict=True)):
@@ -264,8 +270,8 @@ def exact_digits(
                 a * b for c, out in zip(w, outputs, strict=True) for a, b in zip(values(c), tangents(out), strict=True)
             ]
             backward_terms = [a * b for a, b in zip(values(g), values(dual_array(v)), strict=True)]
-            size = sum(map(abs, backward_terms))
-            error = abs(sum(forward_terms) - sum(backward_terms))
+            size: Decimal = sum((abs(term) for term in backward_terms), start=Decimal(0))
+            error: Decimal = abs(sum(forward_terms, start=Decimal(0)) - sum(backward_terms, start=Decimal(0)))
             if error == 0:
                 result.append(float(digits))
             else:

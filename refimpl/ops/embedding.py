@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..array import Array, expect, namespace, scatter_add, take_rows
+from ..array import Array, expect, library, namespace, scatter_add, take_rows
 
 __all__ = ["EmbeddingSaved", "embedding_backward", "embedding_forward"]
 
@@ -38,5 +38,6 @@ def embedding_backward(dy: Array, saved: EmbeddingSaved) -> Array:
 
 def check_ids(name: str, ids: Array, limit: int) -> None:
     """ValueError unless every id lies in 0 … limit − 1."""
-    if ids.size and not (bool((ids >= 0).all()) and bool((ids < limit).all())):
-        raise ValueError(f"{name} must lie in 0…{limit - 1}, got {int(ids.min())}…{int(ids.max())}")
+    xp = library(ids, name)
+    if ids.size and (int(xp.min(ids)) < 0 or int(xp.max(ids)) >= limit):
+        raise ValueError(f"{name} must lie in 0…{limit - 1}, got {int(xp.min(ids))}…{int(xp.max(ids))}")

@@ -54,18 +54,18 @@ def flash_attention_forward(
         largest = real(total) - xp.inf
         for s0, s1 in _blocks(k.shape[1], block, t1 + k.shape[1] - t if causal else None):
             mask = visible((t0, t1), (s0, s1), q, k, causal, key_mask, segments)
-            scores = fill(mask, _scores(q[:, t0:t1], k[:, s0:s1], scale), -xp.inf)
+            scores = fill(mask, _scores(q[:, t0:t1, ...], k[:, s0:s1, ...], scale), -xp.inf)
             larger = xp.maximum(largest, xp.max(real(scores), axis=-1, keepdims=True))
             shift = xp.where(xp.isfinite(larger), larger, 0.0)
             e = xp.exp(scores - cast(shift, q))
             decay = xp.exp(cast(largest, q) - cast(shift, q))  # (flash_attention.1)
             total = total * decay + xp.sum(e, axis=-1, keepdims=True)  # (flash_attention.2)
-            numerator = numerator * decay + _mix(e, v[:, s0:s1])  # (flash_attention.3)
+            numerator = numerator * decay + _mix(e, v[:, s0:s1, ...])  # (flash_attention.3)
             largest = larger
         seen = real(total) > 0
         total = fill(seen, total, 1.0)
-        o[:, t0:t1] = xp.permute_dims(numerator / total, (0, 2, 1, 3))
-        lse[:, :, t0:t1] = cast(xp.where(seen, largest, 0.0), q) + xp.log(total)  # (flash_attention.4)
+        o[:, t0:t1, ...] = xp.permute_dims(numerator / total, (0, 2, 1, 3))
+        lse[:, :, t0:t1, :] = cast(xp.where(seen, largest, 0.0), q) + xp.log(total)  # (flash_attention.4)
     return o, FlashAttentionSaved(q, k, v, o, lse, scale, causal, key_mask, segments, block)
 
 
@@ -77,17 +77,17 @@ def flash_attention_backward(do: Array, saved: FlashAttentionSaved) -> tuple[Arr
     dq, dk, dv = zeros(q.shape, q), zeros(k.shape, q), zeros(v.shape, q)
     row_sum = xp.permute_dims(xp.sum(do * o, axis=-1, keepdims=True), (0, 2, 1, 3))  # (flash_attention.5)
     for t0, t1 in _blocks(t, block):
-        q_block, do_block = q[:, t0:t1], do[:, t0:t1]
+        q_block, do_block = q[:, t0:t1, ...], do[:, t0:t1, ...]
         for s0, s1 in _blocks(s, block, t1 + s - t if causal else None):
-            k_block, v_block = k[:, s0:s1], v[:, s0:s1]
+            k_block, v_block = k[:, s0:s1, ...], v[:, s0:s1, ...]
             mask = visible((t0, t1), (s0, s1), q, k, causal, key_mask, segments)
             scores = fill(mask, _scores(q_block, k_block, scale), -xp.inf)
-            p = xp.exp(scores - lse[:, :, t0:t1])  # (flash_attention.6)
+            p = xp.exp(scores - lse[:, :, t0:t1, :])  # (flash_attention.6)
             dp = _scores(do_block, v_block, 1)
-            ds = scale * p * (dp - row_sum[:, :, t0:t1])  # (flash_attention.7)
-            dq[:, t0:t1] += xp.permute_dims(_mix(ds, k_block), (0, 2, 1, 3))  # (flash_attention.8)
-            dk[:, s0:s1] += sum_heads(einsum("bhts,bthx->bshx", ds, q_block), k)
-            dv[:, s0:s1] += sum_heads(einsum("bhts,bthv->bshv", p, do_block), v)
+            ds = scale * p * (dp - row_sum[:, :, t0:t1, :])  # (flash_attention.7)
+            dq[:, t0:t1, ...] += xp.permute_dims(_mix(ds, k_block), (0, 2, 1, 3))  # (flash_attention.8)
+            dk[:, s0:s1, ...] += sum_heads(einsum("bhts,bthx->bshx", ds, q_block), k)
+            dv[:, s0:s1, ...] += sum_heads(einsum("bhts,bthv->bshv", p, do_block), v)
     return dq, dk, dv
 
 
@@ -100,9 +100,9 @@ def _blocks(length: int, block: int, end: int | None = None) -> Iterator[tuple[i
 def _scores(q: Array, k: Array, scale: float) -> Array:
     """scale · q kᵀ [B, H, t, s], without copying a shared key head to every query head."""
     shared = k.shape[2] == 1
-    return scale * (einsum("bthx,bsx->bhts", q, k[:, :, 0]) if shared else einsum("bthx,bshx->bhts", q, k))
+    return scale * (einsum("bthx,bsx->bhts", q, k[:, :, 0, :]) if shared else einsum("bthx,bshx->bhts", q, k))
 
 
 def _mix(p: Array, v: Array) -> Array:
     """p v [B, H, t, V], for one shared value head or one a query head."""
-    return einsum("bhts,bsv->bhtv", p, v[:, :, 0]) if v.shape[2] == 1 else einsum("bhts,bshv->bhtv", p, v)
+    return einsum("bhts,bsv->bhtv", p, v[:, :, 0, :]) if v.shape[2] == 1 else einsum("bhts,bshv->bhtv", p, v)

@@ -51,13 +51,13 @@ def log_prob_forward(
         total = zeros((m1 - m0, 1), rows)
         largest = real(total) - xp.inf
         for w0, w1 in _blocks(w.shape[0], block[1]):
-            z = xp.matmul(rows[m0:m1], xp.matrix_transpose(w[w0:w1])) / temperature  # (log_prob.1)
+            z = xp.matmul(rows[m0:m1, :], xp.matrix_transpose(w[w0:w1, :])) / temperature  # (log_prob.1)
             larger = xp.maximum(largest, xp.max(real(z), axis=-1, keepdims=True))
             decay = xp.exp(cast(largest, z) - cast(larger, z))
             total = total * decay + xp.sum(xp.exp(z - cast(larger, z)), axis=-1, keepdims=True)  # (log_prob.2)
-            chosen[m0:m1] += _pick(z, targets[m0:m1] - w0)  # (log_prob.3)
+            chosen[m0:m1, :] += _pick(z, targets[m0:m1] - w0)  # (log_prob.3)
             largest = larger
-        lse[m0:m1] = cast(largest, rows) + xp.log(total)  # (log_prob.4)
+        lse[m0:m1, :] = cast(largest, rows) + xp.log(total)  # (log_prob.4)
     y = mask * (chosen - lse)[:, 0]  # (log_prob.5)
     return xp.reshape(y, h.shape[:-1]), LogProbSaved(h, w, lse, targets, mask, temperature, block)
 
@@ -71,12 +71,12 @@ def log_prob_backward(dy: Array, saved: LogProbSaved) -> tuple[Array, Array]:
     dh, dw = zeros(rows.shape, rows), zeros(w.shape, rows)
     for m0, m1 in _blocks(rows.shape[0], block[0]):
         for w0, w1 in _blocks(w.shape[0], block[1]):
-            z = xp.matmul(rows[m0:m1], xp.matrix_transpose(w[w0:w1])) / temperature
-            p = xp.exp(z - lse[m0:m1])  # (log_prob.6)
+            z = xp.matmul(rows[m0:m1, :], xp.matrix_transpose(w[w0:w1, :])) / temperature
+            p = xp.exp(z - lse[m0:m1, :])  # (log_prob.6)
             is_target = _is_target(p, targets[m0:m1] - w0)
-            dz = weight[m0:m1] * xp.where(is_target, 1 - p, -p)  # (log_prob.7)
-            dh[m0:m1] += xp.matmul(dz, w[w0:w1])  # (log_prob.8)
-            dw[w0:w1] += xp.matmul(xp.matrix_transpose(dz), rows[m0:m1])  # (log_prob.9)
+            dz = weight[m0:m1, :] * xp.where(is_target, 1 - p, -p)  # (log_prob.7)
+            dh[m0:m1, :] += xp.matmul(dz, w[w0:w1, :])  # (log_prob.8)
+            dw[w0:w1, :] += xp.matmul(xp.matrix_transpose(dz), rows[m0:m1, :])  # (log_prob.9)
     return xp.reshape(dh, h.shape), dw
 
 

@@ -3,7 +3,8 @@
 Keys and values of all heads come from one latent vector a token, and a small rotated key is shared by all heads. The
 cache holds the normalised latent and the rotated key, C + R numbers a token: 576 for V3. `mla_absorbed` computes the
 same without expanding it. Sources: DeepSeek-V3 (2412.19437) eq. 1–11 (our C is their d_c, A their d'_c, R their
-d_h^R); those equations leave out the norms of the two latents, which section 4.2 mentions. Derivation: derivations/mla.md.
+d_h^R); those equations leave out the norms of the two latents, which section 4.2 mentions.
+Derivation: derivations/mla.md.
 Letters: B batch, T query position, S key position, D model, H heads, N nope, R rope, V value width, A and C the query
 and key-value latents. Without query compression ``w_q_a`` and ``w_q_a_norm`` are None, and A is D.
 """
@@ -67,16 +68,16 @@ def project(
     q_pe, q_pe_saved = ops["rope"].forward(q[..., nope:], **rope)  # (mla.3)
     kv, kv_a_saved = ops["linear"].forward(x, w_kv_a)  # (mla.4)
     c, kv_a_norm_saved = ops["rms_norm"].forward(kv[..., :latent], w_kv_a_norm, eps=eps)  # (mla.5)
-    k_pe, k_pe_saved = ops["rope"].forward(kv[:, :, None, latent:], **rope)  # (mla.6)
+    k_pe, k_pe_saved = ops["rope"].forward(kv[..., latent:][:, :, None, :], **rope)  # (mla.6)
     q = xp.concat((q[..., :nope], q_pe), axis=-1)
     kept = (q_a_saved, q_a_norm_saved, q_b_saved, kv_a_saved, kv_a_norm_saved, q_pe_saved, k_pe_saved)
-    return (q, xp.concat((c, k_pe[:, :, 0]), axis=-1)), ProjectSaved(*kept, nope, latent, ops)
+    return (q, xp.concat((c, k_pe[:, :, 0, :]), axis=-1)), ProjectSaved(*kept, nope, latent, ops)
 
 
 def project_backward(dq: Array, dlatent: Array, saved: ProjectSaved) -> tuple[Array | None, ...]:
     """Gradients (dx, dw_q_a, dw_q_a_norm, dw_q_b, dw_kv_a, dw_kv_a_norm) of `project`."""
     xp, ops, n, c = namespace(dq=dq, dlatent=dlatent), saved.ops, saved.nope, saved.latent
-    dk_pe = ops["rope"].backward(dlatent[:, :, None, c:], saved.k_pe)[:, :, 0]
+    dk_pe = ops["rope"].backward(dlatent[..., c:][:, :, None, :], saved.k_pe)[:, :, 0, :]
     dc, dw_kv_a_norm = ops["rms_norm"].backward(dlatent[..., :c], saved.kv_a_norm)
     dx_kv, dw_kv_a = ops["linear"].backward(xp.concat((dc, dk_pe), axis=-1), saved.kv_a)
     dq_pe = ops["rope"].backward(dq[..., n:], saved.q_pe)
@@ -117,7 +118,7 @@ def mla_forward(
     expect("w_kv_b", w_kv_b, "(H·(N+V), C)", (heads * (n + v), c))
     kv, kv_b_saved = ops["linear"].forward(latent[..., :c], w_kv_b)  # (mla.7)
     kv = xp.reshape(kv, (b, s, heads, n + v))
-    k_pe = xp.broadcast_to(latent[:, :, None, c:], (b, s, heads, latent.shape[-1] - c))
+    k_pe = xp.broadcast_to(latent[..., c:][:, :, None, :], (b, s, heads, latent.shape[-1] - c))
     k = xp.concat((kv[..., :n], k_pe), axis=-1)  # (mla.8)
     o, attention_saved = ops["attention"].forward(q, k, kv[..., n:], scale=scale, key_mask=key_mask, segments=segments)
     y, o_saved = ops["linear"].forward(xp.reshape(o, (*x.shape[:2], -1)), w_o)  # (mla.9)
@@ -135,8 +136,8 @@ def mla_backward(dy: tuple[Array, Array | None], saved: MLASaved) -> tuple[Array
     dlatent = xp.concat((dc, xp.sum(dk[..., n:], axis=2)), axis=-1)  # (mla.11)
     if dcache is not None:
         dlatent = dlatent + dcache
-    dx, *dw_project = project_backward(dq, dlatent[:, saved.past :], saved.project)
-    return dx, dlatent[:, : saved.past] if saved.past else None, *dw_project, dw_kv_b, dw_o
+    dx, *dw_project = project_backward(dq, dlatent[:, saved.past :, :], saved.project)
+    return dx, dlatent[:, : saved.past, :] if saved.past else None, *dw_project, dw_kv_b, dw_o
 
 
 def append(cache: Array | None, latent: Array) -> tuple[Array, int]:

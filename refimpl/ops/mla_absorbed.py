@@ -45,11 +45,13 @@ def mla_absorbed_forward(
     xp = namespace(x=x, w_kv_b=w_kv_b)
     expect("w_kv_b", w_kv_b, "(H·(N+V), C)", (heads * (n + v), c))
     w = xp.reshape(w_kv_b, (heads, n + v, c))
-    w_uk, w_uv = w[:, :n], w[:, n:]
+    w_uk, w_uv = w[:, :n, :], w[:, n:, :]
     q_nope = q[..., :n]
     q_latent = xp.concat((einsum("bthn,hnc->bthc", q_nope, w_uk), q[..., n:]), axis=-1)  # (mla_absorbed.1)
-    k, values = latent[:, :, None, :], latent[:, :, None, :c]  # (mla_absorbed.2)
-    u, attention_saved = ops["attention"].forward(q_latent, k, values, scale=scale, key_mask=key_mask, segments=segments)
+    k, values = latent[:, :, None, :], latent[..., :c][:, :, None, :]  # (mla_absorbed.2)
+    u, attention_saved = ops["attention"].forward(
+        q_latent, k, values, scale=scale, key_mask=key_mask, segments=segments
+    )
     o = einsum("bthc,hvc->bthv", u, w_uv)  # (mla_absorbed.3)
     y, o_saved = ops["linear"].forward(xp.reshape(o, (*x.shape[:2], -1)), w_o)
     saved = MLAAbsorbedSaved(project_saved, q_nope, w_uk, w_uv, u, attention_saved, o_saved, past)
@@ -65,7 +67,7 @@ def mla_absorbed_backward(dy: tuple[Array, Array | None], saved: MLAAbsorbedSave
     du = einsum("bthv,hvc->bthc", do, saved.w_uv)  # (mla_absorbed.4)
     dw_uv = einsum("bthv,bthc->hvc", do, saved.u)  # (mla_absorbed.5)
     dq_latent, dk, dvalues = ops["attention"].backward(du, saved.attention)
-    dk, dvalues = dk[:, :, 0], dvalues[:, :, 0]
+    dk, dvalues = dk[:, :, 0, :], dvalues[:, :, 0, :]
     dlatent = xp.concat((dk[..., :c] + dvalues, dk[..., c:]), axis=-1)  # (mla_absorbed.6)
     if dcache is not None:
         dlatent = dlatent + dcache
@@ -73,5 +75,5 @@ def mla_absorbed_backward(dy: tuple[Array, Array | None], saved: MLAAbsorbedSave
     dw_uk = einsum("bthn,bthc->hnc", saved.q_nope, dq_latent[..., :c])  # (mla_absorbed.8)
     dw_kv_b = xp.reshape(xp.concat((dw_uk, dw_uv), axis=1), (-1, c))
     dq = xp.concat((dq_nope, dq_latent[..., c:]), axis=-1)
-    dx, *dw_project = project_backward(dq, dlatent[:, saved.past :], saved.project)
-    return dx, dlatent[:, : saved.past] if saved.past else None, *dw_project, dw_kv_b, dw_o
+    dx, *dw_project = project_backward(dq, dlatent[:, saved.past :, :], saved.project)
+    return dx, dlatent[:, : saved.past, :] if saved.past else None, *dw_project, dw_kv_b, dw_o

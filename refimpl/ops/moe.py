@@ -1,7 +1,7 @@
 """Mixture of experts: send each token to its experts, run them, and add up what comes back; shared experts on top.
 
 Tokens are sorted by expert, so each expert works on one contiguous block of rows: exactly T·K rows in all, no masks
-over tokens × experts × capacity, and nothing is dropped. An expert without tokens costs nothing and gets zero gradients.
+over tokens × experts × capacity, and nothing is dropped. An expert without tokens gets zero gradients.
 Source: DeepSeek-V3 (2412.19437) eq. 12. Derivation: derivations/moe.md.
 Letters: D model, E experts, K top-k, F hidden width of an expert; ``…`` any leading dimensions, M their product
 (tokens), and M·K the rows that are dispatched.
@@ -51,10 +51,11 @@ def moe_forward(
     order = argsort(xp.reshape(indices, (-1,)))  # (moe.1)
     dispatched = take_rows(rows, order // top_k)  # (moe.2)
     blocks, kept, start = [], [], 0
-    for expert, count in enumerate(expert_load(indices, experts).tolist()):
+    for expert, count in enumerate(map(int, expert_load(indices, experts))):
         block = slice(start, start := start + count)
         if count:
-            out, saved = ffn_forward(dispatched[block], w_gate[expert], w_up[expert], w_down[expert], ops=ops)  # (moe.3)
+            w = w_gate[expert, ...], w_up[expert, ...], w_down[expert, ...]
+            out, saved = ffn_forward(dispatched[block, :], *w, ops=ops)  # (moe.3)
             blocks.append(out)
             kept.append((expert, block, saved))
     outputs = xp.reshape(take_rows(xp.concat(blocks, axis=0), argsort(order)), (-1, top_k, d))  # (moe.4)
@@ -79,13 +80,13 @@ def moe_backward(dy: Array, saved: MoESaved) -> tuple[Array | None, ...]:
     dw = [zeros(shape, rows) for shape in w_shapes]
     blocks = []
     for expert, block, ffn_saved in experts:
-        dx_block, *dw_expert = ffn_backward(dout[block], ffn_saved)  # (moe.10)
+        dx_block, *dw_expert = ffn_backward(dout[block, :], ffn_saved)  # (moe.10)
         blocks.append(dx_block)
         for total, part in zip(dw, dw_expert, strict=True):
             total[expert, ...] = part
     dslots = xp.reshape(take_rows(xp.concat(blocks, axis=0), argsort(order)), (-1, top_k, x_shape[-1]))
     dx = xp.sum(dslots, axis=1)  # (moe.11)
-    dshared: tuple[Array | None, ...] = (None, None, None)
+    dshared: list[Array | None] = [None, None, None]
     if shared is not None:
         dx_shared, *dshared = ffn_backward(rows, shared)
         dx = dx + dx_shared  # (moe.12)

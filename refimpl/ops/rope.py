@@ -3,7 +3,7 @@
 Pair i of a head is turned by the angle position · inv_freq[i]. Two layouts hold the same pairs: ``interleaved`` puts
 pair i at (2i, 2i+1), as DeepSeek's checkpoints do; ``halves`` puts it at (i, i + R/2). A rotation's inverse is its
 transpose, so the backward turns the other way. Sources: Su et al., RoFormer (2104.09864) eq. 34; Peng et al., YaRN
-(2309.00071) eq. 17–23; DeepSeek-V3 (2412.19437) section 4.3. Derivation: derivations/rope.md.
+(2309.00071) sections 3.2 and 3.4; DeepSeek-V3 (2412.19437) section 4.3. Derivation: derivations/rope.md.
 Letters: B batch, T position, H heads, R rotated width.
 """
 
@@ -78,7 +78,9 @@ def rope_forward(
     """
     xp = namespace(x=x)
     if len(x.shape) != 4 or x.shape[-1] != 2 * inv_freq.shape[0]:
-        raise ValueError(f"x must have shape (B, T, H, R) with R=2·len(inv_freq)={2 * inv_freq.shape[0]}, got {x.shape}")
+        raise ValueError(
+            f"x must have shape (B, T, H, R) with R=2·len(inv_freq)={2 * inv_freq.shape[0]}, got {x.shape}"
+        )
     if positions.shape not in ((x.shape[1],), tuple(x.shape[:2])):
         raise ValueError(f"positions must have shape (T,) or (B, T) of x {tuple(x.shape[:2])}, got {positions.shape}")
     if layout not in ("interleaved", "halves"):

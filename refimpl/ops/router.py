@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..array import Array, argsort, expect, namespace, real, sigmoid, zeros
+from ..array import Array, argsort, expect, library, namespace, real, sigmoid, zeros
 from .embedding import check_ids
 
 __all__ = [
@@ -87,7 +87,7 @@ def router_backward(dy: tuple[Array, Array | None], saved: RouterSaved) -> tuple
     expert = xp.arange(s.shape[-1], device=s.device)
     for k in range(indices.shape[-1]):  # a row's indices differ, so each adds to its own place
         ds = xp.where(expert == indices[..., k : k + 1], ds + dchosen[..., k : k + 1], ds)  # (router.8)
-    if score == "sigmoid":
+    if score == "sigmoid":  # noqa: SIM108
         dlogits = ds * s * (1 - s)  # (router.9)
     else:
         dlogits = s * (ds - xp.sum(ds * s, axis=-1, keepdims=True))  # (router.10)
@@ -127,7 +127,7 @@ def select_experts(
 
 def expert_load(indices: Array, experts: int, mask: Array | None = None) -> Array:
     """How many tokens chose each expert: integers [E] from ``indices`` […, K]; ``mask`` […] False drops a token."""
-    xp = indices.__array_namespace__() if hasattr(indices, "__array_namespace__") else __import__("cupy")
+    xp = library(indices, "indices")
     if mask is not None:
         indices = xp.where(mask[..., None], indices, experts)
     expert = xp.arange(experts, device=indices.device)

@@ -850,7 +850,7 @@ def following(tokens: Tensor, key_mask: Tensor | None, segments: Tensor | None) 
     return targets, mask
 
 
-SMALL = dict(
+SMALL = dict(  # noqa: C408 (reads as the arguments it becomes)
     vocabulary=13, width=8, layers=2, dense_layers=1, heads=2, q_latent=9, kv_latent=7, nope=3, rope=4, value=5,
     dense_hidden=11, expert_hidden=3, experts=6, groups=3, keep_groups=2, shared_experts=2,
 )  # fmt: skip

@@ -1,0 +1,40 @@
+# Each target sets up by itself, in .venv, from a fresh clone: python3 (3.11 or newer) and make are all it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: verify test test-full check bugs memory clean
+
+verify: .venv/base  ## prove every gradient on real text
+	$(BIN)/refimpl verify
+
+test: .venv/dev  ## prove it harder: properties, identities, golden values, planted bugs
+	$(BIN)/python -m pytest -q -n 2
+
+test-full: .venv/dev  ## the same tests with ten times the examples
+	REFIMPL_TEST_FULL=1 $(BIN)/python -m pytest -q -n 2
+
+check: .venv/dev  ## lint, format and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bugs: .venv/dev  ## plant every bug of the catalogue and show which check catches it
+	$(BIN)/python tests/kill_table.py
+
+memory: .venv/base  ## measure the peak memory of flash attention and of the fused output head
+	$(BIN)/refimpl memory
+
+.venv/base: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (make PYTHON=...)")'
+	@test -x $(BIN)/python || { echo "setting up .venv"; $(PYTHON) -m venv .venv; }
+	@$(PIP) -e .
+	@touch $@
+
+.venv/dev: .venv/base
+	@echo "installing the tools for tests into .venv"
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,204 @@
+"""Attention: the protocol, its identities, masks and extreme scores, and its errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from support import property_test
+
+from refimpl.ops import attention_backward, attention_forward
+
+EPS = np.finfo(np.float64).eps
+B, T, H, X, V = 2, 6, 3, 5, 4
+Gradients = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def inputs(k_heads: int = H, v_heads: int = H) -> tuple[np.ndarray, ...]:
+    """q, k, v and a cotangent."""
+    rng = np.random.default_rng(0)
+    return tuple(rng.normal(size=(B, T, h, x)) for h, x in ((H, X), (k_heads, X), (v_heads, V), (H, V)))
+
+
+def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, do: np.ndarray, **kwargs: Any) -> tuple[np.ndarray, Gradients]:
+    o, saved = attention_forward(q, k, v, **({"scale": 0.4} | kwargs))
+    return o, attention_backward(do, saved)
+
+
+def assert_close(got: np.ndarray, wanted: np.ndarray) -> None:
+    """Sums of at most T, X or V < 10 terms, a few behind one another: 50 eps of the largest entry."""
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=50 * EPS * max(np.abs(wanted).max(), 1))
+
+
+def test_protocol() -> None:
+    property_test("attention")
+
+
+@pytest.mark.parametrize("past", [0, 2])
+def test_query_of_zeros_averages_what_it_sees(past: int) -> None:
+    """Equal scores: the mean of the values, up to the query's own position S − T + t."""
+    _, k, v, _ = inputs()
+    o, _ = attention_forward(np.zeros((B, T - past, H, X)), k, v, scale=0.4)
+    means = np.cumsum(v, axis=1) / np.arange(1, T + 1)[:, None, None]
+    assert_close(o, means[:, past:])
+    everywhere, _ = attention_forward(np.zeros((B, T - past, H, X)), k, v, scale=0.4, causal=False)
+    assert_close(everywhere, np.broadcast_to(v.mean(axis=1, keepdims=True), everywhere.shape))
+
+
+def test_rows_of_p() -> None:
+    """They sum to 1; hidden keys have exactly 0 and exactly no gradient."""
+    q, k, v, do = inputs()
+    key_mask = np.ones((B, T), bool)
+    key_mask[:, 2] = key_mask[1, 4] = False
+    _, saved = attention_forward(q, k, v, scale=0.4, key_mask=key_mask)
+    np.testing.assert_allclose(saved.p.sum(axis=-1), 1, rtol=T * EPS)
+    assert np.all(saved.p[:, :, np.triu_indices(T, 1)[0], np.triu_indices(T, 1)[1]] == 0)
+    _, dk, dv = attention_backward(do, saved)
+    for d in (dk, dv):
+        assert np.all(d[~key_mask] == 0)
+        assert np.all(np.any(d[key_mask] != 0, axis=-1))
+
+
+def test_one_vector_added_to_all_keys_changes_nothing() -> None:
+    """It raises all scores of a row alike; hence the keys' gradients sum to 0 in each head."""
+    q, k, v, do = inputs()
+    o, grads = attend(q, k, v, do)
+    moved_o, moved = attend(q, k + np.random.default_rng(1).normal(size=(B, 1, H, X)), v, do)
+    assert_close(moved_o, o)
+    assert_close(moved[1], grads[1])
+    assert_close(grads[1].sum(axis=1), np.zeros((B, H, X)))
+
+
+def test_single_visible_key() -> None:
+    """The first query of a causal sequence copies the first value, whatever it asks: its gradient is exactly 0."""
+    q, k, v, do = inputs()
+    o, (dq, _, _) = attend(q, k, v, do)
+    np.testing.assert_array_equal(o[:, 0], v[:, 0])
+    np.testing.assert_array_equal(dq[:, 0], np.zeros((B, H, X)))
+    assert np.all(np.any(dq[:, 1:] != 0, axis=-1))
+
+
+@pytest.mark.parametrize("visible", [0, 2])
+def test_query_that_sees_nothing(visible: int) -> None:
+    """Left padding: the first queries give exactly 0 and get exactly 0; so does everything if all is padding."""
+    q, k, v, do = inputs()
+    key_mask = np.zeros((B, T), bool)
+    key_mask[:, T - visible :] = True
+    o, (dq, dk, dv) = attend(q, k, v, do, key_mask=key_mask)
+    for x in (o, dq, dk, dv):
+        assert np.all(x[:, : T - visible] == 0)
+    assert np.all(np.any(o[:, T - visible :] != 0, axis=-1))
+
+
+@pytest.mark.parametrize("steps", [[6], [4, 2], [1, 1, 1, 1, 1, 1]])
+def test_decoding_equals_the_whole(steps: list[int]) -> None:
+    """T < S: the last rows of the whole; the keys' gradients of all pieces add up to the whole's."""
+    q, k, v, do = inputs(k_heads=1)
+    o, (dq, dk, dv) = attend(q, k, v, do)
+    sums, start = [np.zeros_like(dk), np.zeros_like(dv)], 0
+    for n in steps:
+        stop = start + n
+        piece, grads = attend(q[:, start:stop], k[:, :stop], v[:, :stop], do[:, start:stop])
+        assert_close(piece, o[:, start:stop])
+        assert_close(grads[0], dq[:, start:stop])
+        for total, part in zip(sums, grads[1:], strict=True):
+            total[:, :stop] += part
+        start = stop
+    assert_close(sums[0], dk)
+    assert_close(sums[1], dv)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_documents_equal_separate_runs(causal: bool) -> None:
+    """Also where two documents with one number lie apart in different rows."""
+    arrays, cuts = inputs(), [[0, 2, 6], [0, 5, 6]]
+    segments = np.array([[4, 4, 7, 7, 7, 7], [7, 7, 7, 7, 7, 4]])
+    o, grads = attend(*arrays, segments=segments, causal=causal)
+    for b in range(B):
+        for start, stop in zip(cuts[b], cuts[b][1:], strict=False):
+            alone, own = attend(*(x[b : b + 1, start:stop] for x in arrays), causal=causal)
+            for got, wanted in zip((o, *grads), (alone, *own), strict=True):
+                assert_close(got[b : b + 1, start:stop], wanted)
+
+
+@pytest.mark.parametrize("real", [slice(0, 4), slice(2, 6)])
+def test_padding_equals_cutting(real: slice) -> None:
+    """On either side, as long as nothing comes back from the padded queries."""
+    q, k, v, do = inputs()
+    key_mask = np.zeros((B, T), bool)
+    key_mask[:, real] = True
+    o, grads = attend(q, k, v, do * key_mask[:, :, None, None], key_mask=key_mask)
+    cut_o, cut_grads = attend(*(x[:, real] for x in (q, k, v, do)))
+    assert_close(o[:, real], cut_o)
+    for got, wanted in zip(grads, cut_grads, strict=True):
+        assert_close(got[:, real], wanted)
+
+
+def test_shared_head_equals_repeated_heads() -> None:
+    """One key and value head for all: as if repeated; its gradient is the sum over the heads."""
+    q, k, v, do = inputs(1, 1)
+    o, (dq, dk, dv) = attend(q, k, v, do)
+    repeated, grads = attend(q, np.repeat(k, H, axis=2), np.repeat(v, H, axis=2), do)
+    assert_close(o, repeated)
+    assert_close(dq, grads[0])
+    assert_close(dk, grads[1].sum(axis=2, keepdims=True))
+    assert_close(dv, grads[2].sum(axis=2, keepdims=True))
+
+
+def test_scale_is_a_factor_of_the_query() -> None:
+    """A power of two, which multiplies without rounding: the same bits."""
+    q, k, v, do = inputs()
+    o, (dq, dk, dv) = attend(q, k, v, do, scale=0.25)
+    scaled, grads = attend(0.25 * q, k, v, do, scale=1.0)
+    for got, wanted in zip((scaled, 0.25 * grads[0], grads[1], grads[2]), (o, dq, dk, dv), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_order_of_keys_does_not_matter_without_a_mask() -> None:
+    q, k, v, do = inputs()
+    order = np.array([3, 0, 5, 1, 4, 2])
+    o, grads = attend(q, k, v, do, causal=False)
+    moved_o, moved = attend(q, k[:, order], v[:, order], do, causal=False)
+    assert_close(moved_o, o)
+    assert_close(moved[0], grads[0])
+    assert_close(moved[1], grads[1][:, order])
+    assert_close(moved[2], grads[2][:, order])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_huge_scores(dtype: type) -> None:
+    """Scores of ±1e4: every query takes the best key's value, and the gradients are finite (warnings are errors)."""
+    q, k, v, do = (x.astype(dtype) for x in inputs())
+    q[:] = 1
+    k[:] = 1e4 * np.array([1, -1, 0, 2, 0, -2], dtype=dtype)[:, None, None]
+    o, grads = attend(q, k, v, do, scale=0.2)
+    np.testing.assert_array_equal(o, v[:, [0, 0, 0, 3, 3, 3]])
+    np.testing.assert_array_equal(grads[0], np.zeros_like(q))
+    np.testing.assert_array_equal(grads[2][:, [1, 2, 4, 5]], np.zeros((B, 4, H, V)))
+
+
+GOOD: dict[str, Any] = {
+    "q": np.ones((2, 3, 4, 5)), "k": np.ones((2, 6, 4, 5)), "v": np.ones((2, 6, 4, 7)), "scale": 1.0,
+}  # fmt: skip
+ERRORS = [
+    ({"q": np.ones((2, 3, 5))}, ValueError, r"q must have shape \(B, T, H, X\), got \(2, 3, 5\)"),
+    ({"k": np.ones((2, 6, 5))}, ValueError, r"k must have shape \(B, S, H or 1, X\)=\(2, 'any', 4, 5\), got \(2, 6, 5\)"),
+    ({"k": np.ones((2, 6, 2, 5))}, ValueError, r"k must have shape .*=\(2, 'any', 4, 5\), got \(2, 6, 2, 5\)"),
+    ({"k": np.ones((2, 6, 1, 4))}, ValueError, r"k must have shape .*=\(2, 'any', 1, 5\), got \(2, 6, 1, 4\)"),
+    ({"k": np.ones((1, 6, 4, 5))}, ValueError, r"k must have shape .*=\(2, 'any', 4, 5\), got \(1, 6, 4, 5\)"),
+    ({"v": np.ones((2, 5, 4, 7))}, ValueError, r"v must have shape .*=\(2, 6, 4, 'any'\), got \(2, 5, 4, 7\)"),
+    ({"v": np.ones((2, 6, 3, 7))}, ValueError, r"v must have shape .*=\(2, 6, 4, 'any'\), got \(2, 6, 3, 7\)"),
+    ({"q": np.ones((2, 7, 4, 5))}, ValueError, "q must have at most as many positions as k, S=6, got T=7"),
+    ({"key_mask": np.ones((2, 3), bool)}, ValueError, r"key_mask must have shape \(B, S\)=\(2, 6\), got \(2, 3\)"),
+    ({"key_mask": np.ones((1, 6), bool)}, ValueError, r"key_mask must have shape \(B, S\)=\(2, 6\), got \(1, 6\)"),
+    ({"segments": np.ones((2, 3), int)}, ValueError, r"segments must have shape \(B, S\)=\(2, 6\), got \(2, 3\)"),
+    ({"q": np.ones((2, 3, 4, 5), int)}, TypeError, "q must be float32 or wider"),
+    ({"v": np.ones((2, 6, 4, 7), np.float16)}, TypeError, "v must be float32 or wider"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), ERRORS)
+def test_errors(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        attention_forward(**(GOOD | change))

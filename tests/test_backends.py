@@ -1,0 +1,88 @@
+"""The ops on other arrays: every number type of NumPy, and array-api-strict, which has nothing that is not standard."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import array_api_strict as strict
+import numpy as np
+import pytest
+
+from refimpl.check.cases import CASES, Case, RandomDraw, pair_of
+from refimpl.check.dual import dual_array, values
+from refimpl.check.rules import Pair
+
+TYPES = [np.float32, np.float64, np.longdouble, np.complex64, np.complex128, np.clongdouble, object]
+SEED = 5
+
+
+def frozen(op: str) -> tuple[Case, dict[str, Any]]:
+    """A case, and its arguments with the routes fixed."""
+    case = CASES[op](RandomDraw(SEED))
+    kwargs = case.kwargs
+    if case.replay is not None:
+        kwargs = kwargs | dict(case.replay(pair_of(op).forward(*case.inputs, **kwargs)[0]))
+    return case, kwargs
+
+
+def cotangents(op: str, case: Case, kwargs: dict[str, Any]) -> list[np.ndarray]:
+    outputs, _ = Pair(*pair_of(op), kwargs).outputs(case.inputs)
+    return [np.asarray(np.random.default_rng(0).normal(size=y.shape)) for y in outputs]
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=lambda t: t.__name__)
+@pytest.mark.parametrize("op", CASES)
+def test_number_types(op: str, dtype: Any) -> None:
+    """Outputs and gradients keep the type, and agree with float64 to the type's precision (or float64's)."""
+    case, kwargs = frozen(op)
+    pair, w = Pair(*pair_of(op), kwargs), cotangents(op, case, kwargs)
+
+    def to(x: np.ndarray) -> np.ndarray:
+        return dual_array(x) if dtype is object else x.astype(dtype)
+
+    def back(x: Any) -> np.ndarray:
+        x = np.asarray(x)
+        return np.array([float(v) for v in values(x)]).reshape(x.shape) if dtype is object else np.real(x)
+
+    inputs = [None if x is None else to(x) for x in case.inputs]
+    outputs, _ = pair.outputs(inputs)
+    gradients = pair.gradients(inputs, [to(c) for c in w])
+    expected_outputs, expected_gradients = pair.outputs(case.inputs)[0], pair.gradients(case.inputs, w)
+    eps = np.finfo(np.float32 if dtype in (np.float32, np.complex64) else np.float64).eps
+    for got, expected in zip([*outputs, *gradients], [*expected_outputs, *expected_gradients], strict=True):
+        if expected is None:
+            assert got is None
+            continue
+        assert got is not None
+        assert got.dtype == dtype
+        assert np.max(np.abs(back(got) - expected)) <= 200 * eps * np.max(np.abs(expected))
+
+
+def there(x: Any) -> Any:
+    """NumPy arrays as strict ones, within tuples and dicts too."""
+    if isinstance(x, (np.ndarray, np.generic)):
+        return strict.asarray(x)
+    if isinstance(x, dict):
+        return {key: there(value) for key, value in x.items()}
+    return tuple(map(there, x)) if type(x) is tuple and any(isinstance(m, np.ndarray) for m in x) else x
+
+
+def back(x: Any) -> Any:
+    return None if x is None else np.asarray(x)
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_array_api_strict(op: str) -> None:
+    """All ops, forward and backward, run on the bare standard: nothing in them is NumPy's alone."""
+    case, kwargs = frozen(op)
+    pair, w = pair_of(op), cotangents(op, case, kwargs)
+    y, saved = pair.forward(*(None if x is None else there(x) for x in case.inputs), **there(kwargs))
+    gradients = pair.backward(tuple(map(there, w)) if isinstance(y, tuple) else there(w[0]), saved)
+    gradients = gradients if isinstance(gradients, tuple) else (gradients,)
+    expected = Pair(*pair, kwargs).gradients(case.inputs, w)
+    for got, wanted in zip(gradients, expected, strict=True):
+        if wanted is None:
+            assert got is None
+        else:
+            assert "array_api_strict" in type(got).__module__
+            assert np.max(np.abs(back(got) - wanted)) <= 1e-14 * np.max(np.abs(wanted))

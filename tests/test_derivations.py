@@ -1,0 +1,58 @@
+"""The derivations: their sections, examples that run, exercises that can be graded, mathematics that GitHub renders."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+PAGES = sorted(p for p in (Path(__file__).parents[1] / "derivations").glob("*.md") if p.stem != "README")
+SECTIONS = [
+    "Setup", "Forward", "Differential", "Adjoint", "What we save", "Checks", "Source map", "Example", "Exercise",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_sections(page: Path) -> None:
+    assert re.findall(r"^## (.+)$", page.read_text(), re.M) == SECTIONS
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_example_runs(page: Path) -> None:
+    """The code under "Example" stands alone, and asserts something."""
+    example = page.read_text().split("## Example")[1].split("## Exercise")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", example, re.S)
+    assert "assert " in code
+    exec(compile(code, f"{page.name}, example", "exec"), {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_exercise_has_its_command(page: Path) -> None:
+    exercise = page.read_text().split("## Exercise")[1]
+    assert f"refimpl grade {page.stem} mine.py" in exercise
+    assert f"{page.stem}_backward(" in exercise
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_source_map_is_complete(page: Path) -> None:
+    """Every tag of the page stands in its source map (as itself or within a range)."""
+    text = page.read_text()
+    numbers = {int(n) for n in re.findall(rf"\\tag\{{{page.stem}\.(\d+)\}}", text)}
+    table = text.split("## Source map")[1].split("## Example")[0]
+    mapped = {int(n) for n in re.findall(rf"\({page.stem}\.(\d+)\)", table)}
+    for first, last in re.findall(rf"\({page.stem}\.(\d+)\)\s*(?:–|…|-|to|through)\s*\({page.stem}\.(\d+)\)", table):
+        mapped |= set(range(int(first), int(last) + 1))
+    assert numbers == mapped
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_mathematics_survives_markdown(page: Path) -> None:
+    """Inline formulas have no backslash before punctuation, which Markdown would eat; fences and dollars are paired."""
+    text = page.read_text()
+    assert text.count("```") % 2 == 0
+    prose = re.sub(r"```.*?```", "", text, flags=re.S)
+    prose = re.sub(r"`[^`\n]*`", "", prose)
+    assert prose.count("$") % 2 == 0
+    for inline in re.findall(r"\$([^$]+)\$", prose):
+        assert not re.search(r"\\[^a-zA-Z]", inline), f"{page.name}: {inline}"

@@ -1,0 +1,67 @@
+"""Memory, measured: flash attention is linear in the sequence, the fused head never holds all logits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from refimpl.memory import attention_memory, head_memory
+from refimpl.ops import (
+    attention_forward,
+    cross_entropy_forward,
+    flash_attention_forward,
+    head_cross_entropy_forward,
+)  # fmt: skip
+
+from support import FULL
+
+
+def test_flash_attention_is_linear() -> None:
+    """From T = 1024 to 4096 at most 4.6 times the memory, and at 4096 at most 1/8 of the probabilities' bytes."""
+    small, _, large = attention_memory()
+    assert large.length == 4 * small.length == 4096
+    assert large.peak <= 4.6 * small.peak
+    assert large.peak <= large.probabilities / 8
+
+
+def test_fused_head_never_holds_the_logits() -> None:
+    """At vocabulary 129,280 at most 10 % of the logits' bytes beyond inputs and gradients, whatever the length."""
+    lengths = (1024, 8192) if FULL else (1024, 2048)
+    small, large = head_memory(lengths)
+    assert small.peak <= 0.1 * small.logits
+    assert large.peak <= 1.05 * small.peak
+
+
+def test_the_measure_sees_a_quadratic_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same measure on the quadratic attention breaks both bounds: the test above can fail."""
+    from refimpl.ops import attention_backward
+
+    def quadratic(*args: np.ndarray, block: int, **kwargs: float) -> object:
+        return attention_forward(*args, **kwargs)
+
+    monkeypatch.setattr("refimpl.memory.flash_attention_forward", quadratic)
+    monkeypatch.setattr("refimpl.memory.flash_attention_backward", attention_backward)
+    small, large = attention_memory((256, 1024))
+    assert large.peak > 8 * small.peak
+    assert large.peak > large.probabilities
+
+
+def test_the_measure_sees_whole_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def whole(h: np.ndarray, w: np.ndarray, *, targets: np.ndarray) -> object:
+        return cross_entropy_forward(h @ w.T, targets=targets)
+
+    monkeypatch.setattr("refimpl.memory.head_cross_entropy_forward", whole)
+    monkeypatch.setattr("refimpl.memory.head_cross_entropy_backward", lambda dloss, saved: saved)
+    (only,) = head_memory((256,))
+    assert only.peak > only.logits
+
+
+def test_same_numbers() -> None:
+    """What is saved in memory is not paid for in the result."""
+    rng = np.random.default_rng(0)
+    q, k, v = rng.normal(size=(3, 1, 300, 2, 8))
+    o, _ = attention_forward(q, k, v, scale=0.3)
+    np.testing.assert_allclose(flash_attention_forward(q, k, v, scale=0.3)[0], o, rtol=0, atol=1e-14)
+    h, w, targets = rng.normal(size=(300, 8)), rng.normal(size=(5000, 8)), rng.integers(0, 5000, 300)
+    loss, _ = cross_entropy_forward(h @ w.T, targets=targets)
+    assert abs(head_cross_entropy_forward(h, w, targets=targets)[0] - loss) <= 1e-13 * loss

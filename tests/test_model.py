@@ -1,0 +1,292 @@
+"""The whole model: its gradient under every convention, its ways in and out, its masks, and the table of ops."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refimpl.check import MODEL_FD_TOLERANCE, MODEL_VALIDITY, check
+from refimpl.check.cases import RandomDraw, model_case
+from refimpl.config import CONVENTIONS, Conventions, ModelConfig, preset
+from refimpl.model import backward, forward, init_parameters, is_buffer, logits, parameter_shapes
+from refimpl.ops import (
+    IMPLEMENTATIONS,
+    REFERENCE,
+    Op,
+    cross_entropy_backward,
+    cross_entropy_forward,
+    log_prob_backward,
+    log_prob_forward,
+)
+
+from support import FULL
+
+SMALL = replace(preset("tiny"), vocabulary=31, width=9, q_latent=5, heads=2, layers=2, mtp_depth=1)
+RNG = np.random.default_rng(0)
+TOKENS = RNG.integers(0, 31, (2, 9))
+
+
+def parameters(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """Normal with std 0.15, norms and biases off neutral."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: rng.uniform(0.5, 1.5, shape) if name.endswith("norm.weight") else 0.15 * rng.normal(size=shape)
+        for name, shape in parameter_shapes(config).items()
+    }
+
+
+def largest_error(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
+    """The largest difference of any tensor, over its largest value in ``b``."""
+    assert list(a) == list(b)
+    return max(np.max(np.abs(a[n] - b[n])) / max(np.max(np.abs(b[n])), 1e-300) for n in b)
+
+
+def protocol(
+    config: ModelConfig, convention: str = "official", implementation: str = "reference", seed: int = 0
+) -> None:
+    """The whole protocol on the model's loss, tensor by tensor."""
+    case, names, pair = model_case(
+        RandomDraw(seed), config=config, convention=convention, table=IMPLEMENTATIONS[implementation], length=7
+    )
+    report = check(
+        *pair, case.inputs, case.kwargs, op="model", names=names, difference_tolerance=MODEL_FD_TOLERANCE,
+        validity=MODEL_VALIDITY, seed=seed,
+    )  # fmt: skip
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_protocol(implementation: str) -> None:
+    protocol(SMALL, implementation=implementation)
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_protocol_of_conventions(convention: str) -> None:
+    protocol(replace(SMALL, layers=1, dense_layers=0, mtp_depth=2), convention)
+
+
+def test_protocol_of_v2() -> None:
+    """No query compression, softmax gate, no normalisation, no bias, no MTP."""
+    protocol(
+        replace(
+            SMALL, q_latent=None, gate="softmax", group_score="max", gate_bias=False, normalise_weights=False,
+            mtp_depth=0,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(6 if FULL else 1))
+def test_protocol_of_tiny(seed: int) -> None:
+    protocol(preset("tiny"), seed=seed)
+
+
+OTHER = [
+    {"mtp_order": "hidden_embedding"},
+    {"mtp_hidden": "raw"},
+    {"mtp_hidden": "raw_first"},
+    {"mtp_normaliser": "valid"},
+    {"mtp_normaliser": "main"},
+    {"mtp_zero_first_embedding": True},
+    {"masked_groups": "zero"},
+    {"balance_counts": "routed"},
+    {"gate_epsilon": 0.1},
+    {"latent_eps": "class_default"},
+    {"rope_layout": "halves"},
+]
+
+
+@pytest.mark.parametrize("change", OTHER, ids=lambda c: "=".join(map(str, *c.items())))
+def test_every_convention_changes_the_loss_and_keeps_its_gradient(change: dict[str, Any]) -> None:
+    """Each field of the record moves the loss; the directional derivative over all parameters follows it."""
+    config = replace(SMALL, mtp_depth=2, conventions=Conventions(**change))
+    params = parameters(config)
+    for name in params:
+        if is_buffer(name):
+            params[name] = params[name] - 1.5  # negative: masking with 0 or -inf differs
+    default, _ = forward(params, TOKENS, replace(config, conventions=Conventions()))
+    output, saved = forward(params, TOKENS, config)
+    assert abs(output.loss - default.loss) > 1e-9
+    grads = backward(saved)
+    direction = {n: np.random.default_rng(1).normal(size=g.shape) for n, g in grads.items()}
+    slope = sum(np.sum(g * direction[n]) for n, g in grads.items())
+
+    def loss(h: float) -> Any:
+        moved = {n: p + h * direction[n] if n in direction else p for n, p in params.items()}
+        return forward(moved, TOKENS, config, routes=output.routes)[0].loss
+
+    h = 1e-4
+    difference = (8 * (loss(h) - loss(-h)) - (loss(2 * h) - loss(-2 * h))) / (12 * h)
+    assert abs(difference - slope) <= 1e-8 * abs(slope)
+
+
+def test_a_gradient_for_every_parameter() -> None:
+    params = parameters(SMALL)
+    _, saved = forward(params, TOKENS, SMALL)
+    grads = backward(saved)
+    assert list(grads) == [name for name in parameter_shapes(SMALL) if not is_buffer(name)]
+    assert all(grads[n].shape == params[n].shape and grads[n].dtype == params[n].dtype for n in grads)
+    assert all(np.any(g) for g in grads.values())
+
+
+def test_from_dlogits() -> None:
+    """The main loss by way of whole logits gives the gradients that the fused head gives."""
+    config = replace(SMALL, mtp_depth=0, balance_weight=0.0)
+    params = parameters(config)
+    output, saved = forward(params, TOKENS, config)
+    z = logits(params, output.hidden)
+    targets = np.concatenate([TOKENS[:, 1:], TOKENS[:, -1:]], axis=1)
+    mask = np.arange(9) < 8
+    loss, ce = cross_entropy_forward(z, targets=targets, mask=np.broadcast_to(mask, targets.shape))
+    assert abs(loss - output.main) <= 1e-14 * abs(loss)
+    fused, whole = backward(saved), backward(saved, dlogits=cross_entropy_backward(1.0, ce))
+    assert largest_error(whole, fused) <= 1e-13
+
+
+def test_from_dhidden() -> None:
+    """log_prob's gradient of the hidden states, and of the head, is all that another loss needs (GRPO's way)."""
+    config = replace(SMALL, mtp_depth=0, balance_weight=0.0)
+    params = parameters(config)
+    output, saved = forward(params, TOKENS, config, with_loss=False)
+    assert output.loss is None
+    targets, weight = np.roll(TOKENS, -1, axis=1), RNG.normal(size=TOKENS.shape)
+    _, lp = log_prob_forward(output.hidden, params["lm_head.weight"], targets=targets, temperature=0.7)
+    dh, dw = log_prob_backward(weight, lp)
+    grads = backward(saved, dhidden=dh)
+    grads["lm_head.weight"] = grads["lm_head.weight"] + dw
+    z = logits(params, output.hidden)
+    p = np.exp(z / 0.7 - np.logaddexp.reduce(z / 0.7, axis=-1, keepdims=True))
+    dz = weight[..., None] * (np.eye(31)[targets] - p) / 0.7
+    assert largest_error(grads, backward(saved, dlogits=dz)) <= 1e-13
+
+
+def test_gradients_add_up() -> None:
+    """dloss, dlogits and dhidden given together are the sum of each alone; the backward is linear in them."""
+    params = parameters(SMALL)
+    output, saved = forward(params, TOKENS, SMALL)
+    dz, dh = RNG.normal(size=(2, 9, 31)), RNG.normal(size=output.hidden.shape)
+    parts = [backward(saved, dloss=0.3), backward(saved, dlogits=dz), backward(saved, dhidden=dh)]
+    summed = {n: parts[0][n] + parts[1][n] + parts[2][n] for n in parts[0]}
+    assert largest_error(backward(saved, dloss=0.3, dlogits=dz, dhidden=dh), summed) <= 1e-13
+    assert largest_error(backward(saved, dloss=0.6), {n: 2 * g for n, g in parts[0].items()}) <= 1e-15
+
+
+@pytest.mark.parametrize("implementation", ["flash", "absorbed"])
+def test_implementations_plug_in_by_name(implementation: str) -> None:
+    params = parameters(SMALL)
+    a, a_saved = forward(params, TOKENS, SMALL)
+    b, b_saved = forward(params, TOKENS, SMALL, ops=IMPLEMENTATIONS[implementation])
+    assert abs(a.loss - b.loss) <= 1e-14 * abs(a.loss)
+    assert largest_error(backward(b_saved), backward(a_saved)) <= 1e-12
+
+
+def test_every_op_of_the_table_is_used() -> None:
+    """A counter in each entry: forward and backward call all of the table but cross_entropy (of whole logits)."""
+    calls: dict[str, set[str]] = {}
+
+    def counted(name: str, pair: Op) -> Op:
+        def note(which: str, function: Any) -> Any:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                calls.setdefault(name, set()).add(which)
+                return function(*args, **kwargs)
+
+            return run
+
+        return Op(note("forward", pair.forward), note("backward", pair.backward))
+
+    _, saved = forward(parameters(SMALL), TOKENS, SMALL, ops={n: counted(n, pair) for n, pair in REFERENCE.items()})
+    backward(saved)
+    assert calls == {name: {"forward", "backward"} for name in REFERENCE if name != "cross_entropy"}
+
+
+def test_replayed_routes_are_bitwise_the_same() -> None:
+    params = parameters(SMALL)
+    first, saved = forward(params, TOKENS, SMALL)
+    again, saved_again = forward(params, TOKENS, SMALL, routes=first.routes)
+    assert again.loss == first.loss
+    assert all(
+        np.array_equal(a, b) for a, b in zip(backward(saved).values(), backward(saved_again).values(), strict=True)
+    )
+
+
+def test_loads_count_every_choice() -> None:
+    output, _ = forward(parameters(SMALL), TOKENS, SMALL)
+    assert {layer: int(load.sum()) for layer, load in output.loads.items()} == {1: 2 * 9 * 3, 2: 2 * 8 * 3}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(side: str) -> None:
+    """Losses and all gradients of a padded sequence are those of the sequence alone (each its own mean)."""
+    config = replace(SMALL, mtp_depth=2, conventions=Conventions(mtp_normaliser="valid"))
+    params, tokens = parameters(config), TOKENS[:1, :7]
+    pad = ((0, 0), (3, 0) if side == "left" else (0, 3))
+    key_mask = np.pad(np.ones((1, 7), dtype=bool), pad)
+    positions = np.pad(np.arange(7)[None], pad)
+    a, a_saved = forward(params, tokens, config)
+    b, b_saved = forward(params, np.pad(tokens, pad), config, key_mask=key_mask, positions=positions)
+    for x, y in zip([a.loss, a.main, *a.mtp], [b.loss, b.main, *b.mtp], strict=True):
+        assert abs(x - y) <= 1e-14 * abs(x)
+    assert {n: x.tolist() for n, x in a.loads.items()} == {n: x.tolist() for n, x in b.loads.items()}
+    assert largest_error(backward(b_saved), backward(a_saved)) <= 1e-12
+
+
+def test_packed_documents_are_separate() -> None:
+    """Two documents in one row, with segments and restarted positions, give the states of the two alone."""
+    params = parameters(SMALL)
+    segments, positions = np.array([[0] * 4 + [1] * 5]), np.array([[*range(4), *range(5)]])
+    packed, _ = forward(params, TOKENS[:1], SMALL, segments=segments, positions=positions)
+    first, _ = forward(params, TOKENS[:1, :4], SMALL)
+    second, _ = forward(params, TOKENS[:1, 4:], SMALL)
+    np.testing.assert_allclose(packed.hidden[:, :4], first.hidden, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(packed.hidden[:, 4:], second.hidden, rtol=0, atol=1e-13)
+    assert abs(packed.main * 7 - (first.main * 3 + second.main * 4)) <= 1e-12
+
+
+def test_float32_stays_float32() -> None:
+    params = {n: p.astype(np.float32) for n, p in parameters(SMALL).items()}
+    output, saved = forward(params, TOKENS, SMALL)
+    assert output.hidden.dtype == output.loss.dtype == np.float32
+    assert {g.dtype for g in backward(saved).values()} == {np.dtype(np.float32)}
+
+
+def test_a_step_downhill_lowers_the_loss() -> None:
+    params = init_parameters(SMALL, seed=1, std=0.05, dtype=np.float64)
+    output, saved = forward(params, TOKENS, SMALL)
+    grads = backward(saved)
+    moved = {n: p - 0.05 * grads[n] if n in grads else p for n, p in params.items()}
+    assert forward(moved, TOKENS, SMALL)[0].loss < output.loss - 0.01
+
+
+def test_init() -> None:
+    params = init_parameters(SMALL, seed=3)
+    assert {n: p.shape for n, p in params.items()} == parameter_shapes(SMALL)
+    assert {p.dtype for p in params.values()} == {np.dtype(np.float32)}
+    assert np.all(params["model.norm.weight"] == 1)
+    assert not np.any(params["model.layers.1.mlp.gate.e_score_correction_bias"])
+    assert abs(np.std(params["model.layers.1.mlp.experts.gate_proj.weight"]) / 0.006 - 1) < 0.1
+    assert np.array_equal(params["lm_head.weight"], init_parameters(SMALL, seed=3)["lm_head.weight"])
+
+
+def test_errors() -> None:
+    params = parameters(SMALL)
+    with pytest.raises(
+        ValueError, match=r"lm_head.weight is missing.*model.norm.weight must have shape \(9,\), got \(3,\)"
+    ):
+        forward(
+            {n: p[:3] if n == "model.norm.weight" else p for n, p in params.items() if "lm_head" not in n},
+            TOKENS,
+            SMALL,
+        )
+    with pytest.raises(ValueError, match="extra is not a parameter of this config"):
+        forward(params | {"extra": np.ones(1)}, TOKENS, SMALL)
+    with pytest.raises(ValueError, match="tokens must lie in 0…30, got 31…31"):
+        forward(params, np.full((1, 4), 31), SMALL)
+    with pytest.raises(ValueError, match=r"tokens must have shape \(B, T\) with T > mtp_depth=1, got \(2, 1\)"):
+        forward(params, TOKENS[:, :1], SMALL)
+    _, saved = forward(params, TOKENS, SMALL, with_loss=False)
+    with pytest.raises(ValueError, match="dloss needs a forward with with_loss=True"):
+        backward(saved, dloss=1.0)
+    with pytest.raises(ValueError, match="dloss needs a forward with with_loss=True"):
+        backward(saved)

@@ -1,0 +1,71 @@
+"""SwiGLU: the protocol, its identities, and its errors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from refimpl.ops import swiglu_backward, swiglu_forward
+
+from support import property_test
+
+EPS = np.finfo(np.float64).eps
+
+
+def test_protocol() -> None:
+    property_test("swiglu")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_saturated_gates(dtype: type) -> None:
+    """Far out silu is 0 or the identity, without overflow (pytest makes every warning an error)."""
+    gate, up, dy = (np.array([row], dtype=dtype) for row in ([-1000, -200, 0, 200, 1000], [2, 3, 4, 5, 6], [1, 1, 7, 1, 10]))
+    y, saved = swiglu_forward(gate, up)
+    dgate, dup = swiglu_backward(dy, saved)
+    tiny = np.finfo(dtype).tiny  # 200 e^-200 is no zero in float64, only very small
+    np.testing.assert_allclose(y, [[0, 0, 0, 1000, 6000]], rtol=0, atol=1e-80 if dtype is np.float64 else tiny)
+    np.testing.assert_allclose(dgate, [[0, 0, 14, 5, 60]], rtol=0, atol=1e-80 if dtype is np.float64 else tiny)
+    np.testing.assert_allclose(dup, [[0, 0, 0, 200, 10000]], rtol=0, atol=1e-80 if dtype is np.float64 else tiny)
+
+
+def test_linear_in_up() -> None:
+    """dup · up = dy · y in every element: three roundings on each side, so 3 eps."""
+    rng = np.random.default_rng(0)
+    gate, up, dy = 5 * rng.normal(size=(3, 2, 50)), rng.normal(size=(2, 50)) + np.zeros((3, 1, 1)), rng.normal(size=(3, 2, 50))
+    y, saved = swiglu_forward(gate, up)
+    _, dup = swiglu_backward(dy, saved)
+    np.testing.assert_allclose(dup * up, dy * y, rtol=3 * EPS)
+
+
+def test_symmetry() -> None:
+    """silu(g) − silu(−g) = g, hence silu'(g) + silu'(−g) = 1."""
+    g = np.linspace(-30, 30, 121)[None, :]
+    one = np.ones_like(g)
+    (plus, saved), (minus, saved_minus) = swiglu_forward(g, one), swiglu_forward(-g, one)
+    slope = swiglu_backward(one, saved)[0] + swiglu_backward(one, saved_minus)[0]
+    np.testing.assert_allclose(plus - minus, g, rtol=4 * EPS)
+    assert np.all(np.abs(slope - 1) <= (2 + np.abs(g)) * EPS)  # 1 − s is off by eps/2, and multiplied by g
+
+
+def test_minimum_of_silu() -> None:
+    """silu' vanishes at −1.2784645…, where silu is 1 more than that: from s + g s (1 − s) = 0."""
+    g = np.array([[-1.2784645427610738]])
+    y, saved = swiglu_forward(g, np.ones((1, 1)))
+    dgate, _ = swiglu_backward(np.ones((1, 1)), saved)
+    np.testing.assert_allclose(y, g + 1, rtol=4 * EPS)
+    assert abs(dgate[0, 0]) <= 2 * EPS
+
+
+@pytest.mark.parametrize(
+    ("gate", "up", "error", "message"),
+    [
+        (np.ones((2, 3)), np.ones((2, 4)), ValueError, r"up must have shape gate.shape=\(2, 3\), got \(2, 4\)"),
+        (np.ones((2, 3)), np.ones((2, 1)), ValueError, r"up must have shape gate.shape=\(2, 3\), got \(2, 1\)"),
+        (np.ones((2, 3)), np.ones(3), ValueError, r"up must have shape gate.shape=\(2, 3\), got \(3,\)"),
+        (np.ones((2, 3), dtype=int), np.ones((2, 3)), TypeError, "gate must be float32 or wider"),
+        (np.ones((2, 3)), np.ones((2, 3), dtype=np.float16), TypeError, "up must be float32 or wider"),
+    ],
+)
+def test_errors(gate: np.ndarray, up: np.ndarray, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        swiglu_forward(gate, up)
