@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import HypothesisDraw, property_test
 
-from refimpl.ops import RouterOutput, bias_update, expert_load, router_backward, router_forward, select_experts
+from refimpl.ops import bias_update, expert_load, router_backward, router_forward, select_experts
 
 EPS = np.finfo(np.float64).eps
 B, T, D, E, K = 2, 5, 4, 8, 3
@@ -268,7 +268,3 @@ def test_bias_of_another_shape(shape: tuple[int, ...]) -> None:
 def test_load_of_an_expert_that_does_not_exist(index: int) -> None:
     with pytest.raises(ValueError, match="indices must lie in 0…7"):
         expert_load(np.array([[0, index]]), E)
-
-
-def test_output_fields() -> None:
-    assert RouterOutput._fields == ("weights", "scores", "indices")

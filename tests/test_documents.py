@@ -1,0 +1,59 @@
+"""README and CONTRIBUTING say what is true: their code runs, their files exist, their figures are today's."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from refimpl.check.cases import CASES
+from refimpl.check.planted import PLANTED
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S), ids=["rms_norm", "model"])
+def test_code_runs(code: str) -> None:
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_first_line() -> None:
+    first = "DeepSeek-V3/R1 in NumPy and CuPy: every gradient derived by hand and checked"
+    assert README.splitlines()[0] == f"# {first}"
+
+
+def test_file_tree() -> None:
+    """Every name in the annotated tree exists, in the folder it is indented under; every folder of ours is in it."""
+    tree = README.split("## The files")[1].split("```")[1]
+    folders: list[Path] = [ROOT]
+    named = set()
+    for line in tree.strip("\n").splitlines():
+        entry, depth = line.strip().split("  ")[0], (len(line) - len(line.lstrip())) // 2
+        for name in entry.split(", "):
+            path = folders[depth] / name
+            assert path.exists(), f"{path.relative_to(ROOT)} is in README's tree alone"
+            named.add(path.resolve())
+            folders[depth + 1 :] = [path]
+    for path in (ROOT / "refimpl").iterdir():
+        if not path.name.startswith("_") and path.suffix in ("", ".py") and path.name != "errors.py":
+            assert path.resolve() in named, f"{path.name} is missing in README's tree"
+
+
+def test_table_has_every_op() -> None:
+    for op in CASES:
+        assert f"[page](derivations/{op}.md) | [{op}.py](refimpl/ops/{op}.py)" in README
+
+
+def test_number_of_planted_bugs() -> None:
+    assert f"plants {len(PLANTED)} bugs" in README
+    assert f"{len(PLANTED)} planted bugs" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for document in (README, (ROOT / "CONTRIBUTING.md").read_text()):
+        for target in re.findall(r"`?\bmake ([a-z-]+)\b", document):
+            if target in ("verify", "test", "check", "bugs", "memory", "test-full"):
+                assert f"\n{target}:" in makefile
