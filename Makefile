@@ -8,6 +8,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 verify: .venv/base  ## prove every gradient on real text
 	$(BIN)/refimpl verify
 
+# Two workers, one BLAS thread each: on two cores, more threads only wait for one another.
+test test-full: export OPENBLAS_NUM_THREADS = 1
+
 test: .venv/dev  ## prove it harder: properties, identities, golden values, planted bugs
 	$(BIN)/python -m pytest -q -n 2
 

@@ -75,6 +75,22 @@ def expect(name: str, x: Array, letters: str, wanted: tuple[Any, ...]) -> None:
         raise shape_error(name, letters, tuple("any" if w is None else w for w in wanted), x.shape)
 
 
+def expect_ids(name: str, ids: Array, limit: int) -> None:
+    """TypeError unless ``ids`` are integers; ValueError unless all lie in 0 … limit − 1 (−1 counts from the end)."""
+    xp = library(ids, name)
+    if not xp.isdtype(ids.dtype, "integral"):
+        raise TypeError(f"{name} must be integers, got {ids.dtype}")
+    if ids.size and (int(xp.min(ids)) < 0 or int(xp.max(ids)) >= limit):
+        raise ValueError(f"{name} must lie in 0…{limit - 1}, got {int(xp.min(ids))}…{int(xp.max(ids))}")
+
+
+def expect_mask(name: str, mask: Array, letters: str, wanted: tuple[Any, ...]) -> None:
+    """TypeError unless ``mask`` is bool; ValueError unless it has the shape ``wanted``."""
+    if not library(mask, name).isdtype(mask.dtype, "bool"):
+        raise TypeError(f"{name} must be bool, got {mask.dtype}")
+    expect(name, mask, letters, wanted)
+
+
 def real(x: Array) -> Array:
     """The part of ``x`` that branches and sorts look at: real part, or a dual number's value as float64."""
     if is_object(x):

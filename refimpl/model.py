@@ -12,10 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from .array import Array, namespace, real, zeros
+from .array import Array, expect, expect_ids, expect_mask, namespace, real, zeros
 from .config import ModelConfig
 from .ops import REFERENCE, Ops, mtp_pairs, rope_frequencies, select_experts, yarn_mscale, yarn_softmax_factor
-from .ops.embedding import check_ids
 from .ops.router import expert_load
 
 __all__ = ["ModelOutput", "Route", "backward", "forward", "init_parameters", "is_buffer", "logits", "parameter_shapes"]
@@ -181,7 +180,13 @@ def forward(
     _check_parameters(params, config)
     if len(tokens.shape) != 2 or tokens.shape[1] <= (config.mtp_depth if with_loss else 0):
         raise ValueError(f"tokens must have shape (B, T) with T > mtp_depth={config.mtp_depth}, got {tokens.shape}")
-    check_ids("tokens", tokens, config.vocabulary)
+    expect_ids("tokens", tokens, config.vocabulary)
+    for name, given in (("targets", targets), ("segments", segments)):
+        if given is not None:
+            expect(name, given, "(B, T)", tuple(tokens.shape))
+    for name, given in (("mask", mask), ("key_mask", key_mask)):
+        if given is not None:
+            expect_mask(name, given, "(B, T)", tuple(tokens.shape))
     embed = params["model.embed_tokens.weight"]
     xp, (b, t) = namespace(params=embed), tokens.shape
     run = Run(params, config, ops, routes or {}, with_loss)

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import property_test
 
 from refimpl.ops import attention_backward, attention_forward
+
+from support import property_test
 
 EPS = np.finfo(np.float64).eps
 B, T, H, X, V = 2, 6, 3, 5, 4
@@ -183,7 +184,7 @@ GOOD: dict[str, Any] = {
 }  # fmt: skip
 ERRORS = [
     ({"q": np.ones((2, 3, 5))}, ValueError, r"q must have shape \(B, T, H, X\), got \(2, 3, 5\)"),
-    ({"k": np.ones((2, 6, 5))}, ValueError, r"k must have shape \(B, S, H or 1, X\)=\(2, 'any', 4, 5\), got \(2, 6, 5\)"),
+    ({"k": np.ones((2, 6, 5))}, ValueError, r"k must have shape \(B, S, H or 1, X\)=\(2, 'any', 4, 5\), got"),
     ({"k": np.ones((2, 6, 2, 5))}, ValueError, r"k must have shape .*=\(2, 'any', 4, 5\), got \(2, 6, 2, 5\)"),
     ({"k": np.ones((2, 6, 1, 4))}, ValueError, r"k must have shape .*=\(2, 'any', 1, 5\), got \(2, 6, 1, 4\)"),
     ({"k": np.ones((1, 6, 4, 5))}, ValueError, r"k must have shape .*=\(2, 'any', 4, 5\), got \(1, 6, 4, 5\)"),

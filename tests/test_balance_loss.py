@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import property_test
 
 from refimpl.ops import balance_loss_backward, balance_loss_forward
+
+from support import property_test
 
 EPS = np.finfo(np.float64).eps
 B, T, E, K = 2, 6, 4, 2
@@ -28,20 +29,20 @@ def test_value_by_hand() -> None:
     counted = np.array([[[0, 1], [0, 2]]])
     loss, _ = balance_loss_forward(s, alpha=0.8, top_k=2, counted=counted)
     p = (s[0, 0] + 1 / 3) / 2
-    assert loss == pytest.approx(0.8 * (0.75 * 2 * p[0] + 0.75 * p[1] + 0.75 * p[2]), rel=4 * EPS)
+    np.testing.assert_allclose(loss, 0.8 * (0.75 * 2 * p[0] + 0.75 * p[1] + 0.75 * p[2]), rtol=4 * EPS)
 
 
 def test_uniform_scores_give_alpha() -> None:
     """P_i = 1/E and Σ f_i = E, whichever K are counted: the least that perfect balance reaches."""
     loss, _ = balance_loss_forward(np.full((B, T, E), 0.3), alpha=0.7, top_k=K)
-    assert loss == pytest.approx(0.7, rel=B * T * EPS)
+    np.testing.assert_allclose(loss, 0.7, rtol=B * T * EPS)
 
 
 def test_equal_counts_give_alpha_and_no_gradient() -> None:
     """f = 1 for all: Σ P_i = 1 whatever the scores."""
     counted = np.array([[[0, 1], [2, 3], [1, 2], [3, 0], [0, 2], [1, 3]]] * B)
     loss, saved = balance_loss_forward(scores(), alpha=0.7, top_k=K, counted=counted)
-    assert loss == pytest.approx(0.7, rel=B * T * EPS)
+    np.testing.assert_allclose(loss, 0.7, rtol=B * T * EPS)
     assert np.max(np.abs(balance_loss_backward(np.float64(1), saved))) <= 4 * E * EPS
 
 
@@ -50,7 +51,7 @@ def test_collapse_costs_e_over_k() -> None:
     s = np.full((B, T, E), 1e-20)
     s[..., [1, 3]] = 1.0
     loss, _ = balance_loss_forward(s, alpha=0.7, top_k=K)
-    assert loss == pytest.approx(0.7 * E / K, rel=B * T * EPS)
+    np.testing.assert_allclose(loss, 0.7 * E / K, rtol=B * T * EPS)
 
 
 def test_gradient_is_orthogonal_to_the_scores() -> None:
@@ -61,7 +62,7 @@ def test_gradient_is_orthogonal_to_the_scores() -> None:
     assert np.max(np.abs(products.sum(axis=-1))) <= 4 * E * EPS * np.max(np.abs(products))
     assert np.max(np.abs(products)) > 1e-3
     scaled, _ = balance_loss_forward(s * np.linspace(0.1, 9, T)[:, None], alpha=0.7, top_k=K)
-    assert scaled == pytest.approx(loss, rel=B * T * EPS)
+    np.testing.assert_allclose(scaled, loss, rtol=B * T * EPS)
 
 
 def test_counts_the_best_unless_told_otherwise() -> None:
@@ -75,7 +76,7 @@ def test_counts_the_best_unless_told_otherwise() -> None:
     assert given == chosen
     assert abs(other - chosen) > 1e-3
     each = [balance_loss_forward(s[b : b + 1], alpha=0.7, top_k=K)[0] for b in range(B)]
-    assert chosen == pytest.approx(np.mean(each), rel=B * T * EPS)
+    np.testing.assert_allclose(chosen, np.mean(each), rtol=B * T * EPS)
 
 
 @pytest.mark.parametrize("content", [0.5, 1e-9, 1e9])
@@ -87,7 +88,7 @@ def test_padding_equals_cutting(content: float) -> None:
     loss, saved = balance_loss_forward(s, alpha=0.7, top_k=K, mask=mask)
     cut, cut_saved = balance_loss_forward(s[:, :4], alpha=0.7, top_k=K)
     ds, cut_ds = (balance_loss_backward(np.float64(1.3), x) for x in (saved, cut_saved))
-    assert loss == pytest.approx(cut, rel=B * T * EPS)
+    np.testing.assert_allclose(loss, cut, rtol=B * T * EPS)
     np.testing.assert_allclose(ds[:, :4], cut_ds, rtol=4 * EPS)
     assert np.all(ds[:, 4:] == 0)
 
@@ -98,7 +99,7 @@ def test_sequence_of_padding_alone() -> None:
     mask[0] = False
     loss, saved = balance_loss_forward(s, alpha=0.7, top_k=K, mask=mask)
     alone, _ = balance_loss_forward(s[1:], alpha=0.7, top_k=K)
-    assert loss == pytest.approx(alone / 2, rel=B * T * EPS)
+    np.testing.assert_allclose(loss, alone / 2, rtol=B * T * EPS)
     ds = balance_loss_backward(np.float64(1), saved)
     assert np.all(ds[0] == 0)
     assert np.all(np.isfinite(ds))
@@ -128,7 +129,6 @@ def test_arrays_that_do_not_fit(change: dict[str, Any]) -> None:
         balance_loss_forward(scores(), alpha=0.7, top_k=K, **change)
 
 
-@pytest.mark.xfail(reason="broadcast, not counted or cut off in silence: the loss is wrong")
 @pytest.mark.parametrize(
     "change",
     [

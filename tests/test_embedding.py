@@ -53,7 +53,7 @@ def test_no_ids() -> None:
         (np.ones(3), [0], ValueError, r"w must have shape \(W, D\)=\('any', 'any'\), got \(3,\)"),
         (np.ones((3, 2)), [[0, -1]], ValueError, r"ids must lie in 0…2, got -1…0"),  # would count from the end
         (np.ones((3, 2)), [[3, 1]], ValueError, r"ids must lie in 0…2, got 1…3"),
-        (np.ones((3, 2)), [1.0], TypeError, "Cannot cast"),
+        (np.ones((3, 2)), [1.0], TypeError, "ids must be integers, got float64"),
         (np.ones((3, 2), dtype=int), [0], TypeError, "w must be float32 or wider"),
     ],
 )

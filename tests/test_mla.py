@@ -20,9 +20,12 @@ Arguments = dict[str, Any]
 
 def arguments(compressed: bool = True) -> Arguments:
     rng = np.random.default_rng(0)
-    shapes = [(B, T, D), None, (A, D), (A,), (H * (N + R), A if compressed else D), (C + R, D), (C,), (H * (N + V), C), (D, H * V)]
-    values = {n: None if s is None else rng.normal(size=s) / np.sqrt(s[-1]) for n, s in zip(NAMES, shapes, strict=True)}
-    values["w_q_a_norm"], values["w_kv_a_norm"] = rng.uniform(0.5, 1.5, A), rng.uniform(0.5, 1.5, C)
+    shapes = {
+        "x": (B, T, D), "w_q_a": (A, D), "w_q_b": (H * (N + R), A if compressed else D), "w_kv_a": (C + R, D),
+        "w_kv_b": (H * (N + V), C), "w_o": (D, H * V),
+    }  # fmt: skip
+    values: Arguments = {name: rng.normal(size=shape) / np.sqrt(shape[-1]) for name, shape in shapes.items()}
+    values |= {"cache": None, "w_q_a_norm": rng.uniform(0.5, 1.5, A), "w_kv_a_norm": rng.uniform(0.5, 1.5, C)}
     if not compressed:
         values["w_q_a"] = values["w_q_a_norm"] = None
     rope = {"positions": np.arange(T) + 3, "inv_freq": rope_frequencies(R, 30.0), "factor": 1.25}
@@ -174,13 +177,13 @@ ERRORS: list[tuple[Arguments, type[Exception], str]] = [
     ({"w_q_a": np.ones((A, D + 1))}, ValueError, r"w must have shape \(O, I\)=\('any', 7\), got \(9, 8\)"),
     ({"w_q_a_norm": np.ones(A + 1)}, ValueError, r"w must have shape \(D,\)=\(9,\), got \(10,\)"),
     ({"w_q_a": None, "w_q_a_norm": None}, ValueError, r"w must have shape \(O, I\)=\('any', 7\), got \(27, 9\)"),
-    ({"w_kv_b": np.ones((H * (N + V), C + 1))}, ValueError, r"w_kv_b must have shape \(H·\(N\+V\), C\)=\(33, 8\), got \(33, 9\)"),
-    ({"w_kv_b": np.ones((H * N, C))}, ValueError, r"w_kv_b must have shape .*=\(33, 8\), got \(15, 8\)"),
+    ({"w_kv_b": np.ones((H * (N + V), C + 1))}, ValueError, r"w_kv_b must have shape .*=\(33, 8\), got \(33, 9\)"),
+    ({"w_kv_b": np.ones((H * N, C))}, ValueError, r"w_kv_b must have shape \(H·\(N\+V\), C\)=\(33, 8\), got"),
     ({"w_o": np.ones((D, H * V + 1))}, ValueError, r"w must have shape \(O, I\)=\('any', 18\), got \(7, 19\)"),
-    ({"cache": np.ones((B, 2, C))}, ValueError, r"cache must have shape \(B, S−T, C\+R\)=\(2, 'any', 12\), got \(2, 2, 8\)"),
+    ({"cache": np.ones((B, 2, C))}, ValueError, r"cache must have shape \(B, S−T, C\+R\)=\(2, 'any', 12\), got"),
     ({"cache": np.ones((1, 2, C + R))}, ValueError, r"cache must have shape .*=\(2, 'any', 12\), got \(1, 2, 12\)"),
     ({"cache": np.ones((B, 2, C + R), int)}, TypeError, "cache must be float32 or wider"),
-    ({"cache": np.ones((B, 2, C + R)), "key_mask": np.ones((B, T), bool)}, ValueError, r"key_mask must have shape .*=\(2, 8\)"),
+    ({"cache": np.ones((B, 2, C + R)), "key_mask": np.ones((B, T), bool)}, ValueError, r"key_mask must .*=\(2, 8\)"),
     ({"segments": np.ones((B, T + 1), int)}, ValueError, r"segments must have shape \(B, S\)=\(2, 6\), got \(2, 7\)"),
     ({"positions": np.arange(T + 1)}, ValueError, "positions must have shape"),
     ({"inv_freq": np.ones(R)}, ValueError, "x must have shape"),
@@ -195,7 +198,6 @@ def test_errors(change: Arguments, error: type[Exception], message: str) -> None
         mla_forward(**(arguments() | change))
 
 
-@pytest.mark.xfail(reason="w_q_a_norm without w_q_a is ignored in silence")
 def test_half_a_compression() -> None:
     with pytest.raises(ValueError, match="w_q_a"):
         mla_forward(**(arguments(compressed=False) | {"w_q_a_norm": np.ones(A)}))

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import property_test
 
 from refimpl.ops import ffn_backward, ffn_forward, moe_backward, moe_forward
+
+from support import property_test
 
 EPS = np.finfo(np.float64).eps
 B, T, D, F, E, K, S = 2, 4, 5, 3, 6, 3, 7
@@ -144,11 +145,11 @@ def test_one_expert_in_two_slots() -> None:
 
 ERRORS: list[tuple[Arguments, type[Exception], str]] = [
     ({"weights": np.ones((B, T, K + 1))}, ValueError, r"weights must have shape \(…, K\)=\(2, 4, 3\), got \(2, 4, 4\)"),
-    ({"weights": np.ones((T, B, K))}, ValueError, r"weights must have shape \(…, K\)=\(2, 4, 3\), got \(4, 2, 3\)"),
+    ({"weights": np.ones((T, B, K))}, ValueError, r"weights must have shape .*=\(2, 4, 3\), got \(4, 2, 3\)"),
     ({"w_down": np.ones((E, F, D))}, ValueError, r"w_down must have shape \(E, D, F\)=\(6, 5, 3\), got \(6, 3, 5\)"),
-    ({"w_gate": np.ones((E + 1, F, D))}, ValueError, r"w_down must have shape \(E, D, F\)=\(7, 5, 3\), got \(6, 5, 3\)"),
-    ({"w_up": np.ones((E, F, D + 1))}, ValueError, r"w must have shape \(O, I\)=\('any', 5\), got \(3, 6\)"),
-    ({"w_up": np.ones((E, F + 1, D))}, ValueError, "up must have shape gate.shape"),
+    ({"w_gate": np.ones((E + 1, F, D))}, ValueError, r"w_up must have shape .*=\(7, 3, 5\), got \(6, 3, 5\)"),
+    ({"w_up": np.ones((E, F, D + 1))}, ValueError, r"w_up must have shape .*=\(6, 3, 5\), got \(6, 3, 6\)"),
+    ({"w_up": np.ones((E, F + 1, D))}, ValueError, r"w_up must have shape .*, got \(6, 4, 5\)"),
     ({"w_shared_down": np.ones((S, D))}, ValueError, r"w must have shape \(O, I\)=\('any', 7\), got \(7, 5\)"),
     ({"indices": np.full((B, T, K), -1)}, ValueError, "indices must lie in 0…5, got -1…-1"),
     ({"indices": np.full((B, T, K), E)}, ValueError, "indices must lie in 0…5, got 6…6"),
@@ -165,7 +166,6 @@ def test_errors(change: Arguments, error: type[Exception], message: str) -> None
         moe_forward(**(arguments() | change))
 
 
-@pytest.mark.xfail(reason="broadcast, reordered or ignored in silence: the output is wrong")
 @pytest.mark.parametrize(
     "change",
     [

@@ -64,10 +64,12 @@ def test_scores_depend_on_relative_position_alone(layout: str) -> None:
     q, k, positions = heads(), heads(1), np.array([0, 2, 3, 7, 11])
 
     def scores(shift: int) -> np.ndarray:
-        return np.einsum("bthx,bshx->bhts", rope(q, positions + shift, layout)[0], rope(k, positions + shift, layout)[0])
+        turned = (rope(x, positions + shift, layout)[0] for x in (q, k))
+        return np.einsum("bthx,bshx->bhts", *turned)
 
     size = np.abs(scores(0)).max()
-    np.testing.assert_allclose(scores(1000), scores(0), rtol=0, atol=1000 * EPS * size)  # an angle of 1000 is off by 1000 eps
+    # an angle of 1000 is off by 1000 eps
+    np.testing.assert_allclose(scores(1000), scores(0), rtol=0, atol=1000 * EPS * size)
     swapped = np.einsum("bthx,bshx->bhts", rope(q, -positions, layout)[0], rope(k, -positions, layout)[0])
     assert np.abs(swapped - scores(0)).max() > 0.1 * size  # but the direction counts
 
@@ -137,9 +139,9 @@ GOOD: dict[str, Any] = {"x": np.ones((2, 3, 1, 4)), "positions": np.arange(3), "
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"x": np.ones((2, 3, 4))}, ValueError, r"x must have shape \(B, T, H, R\) with R=2·len\(inv_freq\)=4, got \(2, 3, 4\)"),
+        ({"x": np.ones((2, 3, 4))}, ValueError, r"x must have shape \(B, T, H, R\) with .*=4, got \(2, 3, 4\)"),
         ({"inv_freq": np.ones(4)}, ValueError, r"R=2·len\(inv_freq\)=8, got \(2, 3, 1, 4\)"),
-        ({"positions": np.arange(2)}, ValueError, r"positions must have shape \(T,\) or \(B, T\) of x \(2, 3\), got \(2,\)"),
+        ({"positions": np.arange(2)}, ValueError, r"positions must have shape \(T,\) or \(B, T\) of x \(2, 3\), got"),
         ({"positions": np.zeros((3, 2))}, ValueError, r"positions must have shape .* got \(3, 2\)"),
         ({"positions": np.zeros((1, 3))}, ValueError, r"positions must have shape .* got \(1, 3\)"),
         ({"layout": "half"}, ValueError, "layout must be 'interleaved' or 'halves', got 'half'"),

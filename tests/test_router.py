@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import HypothesisDraw, property_test
 
 from refimpl.ops import bias_update, expert_load, router_backward, router_forward, select_experts
+
+from support import HypothesisDraw, property_test
 
 EPS = np.finfo(np.float64).eps
 B, T, D, E, K = 2, 5, 4, 8, 3
@@ -54,7 +55,9 @@ def test_selection_by_brute_force(data: st.DataObject) -> None:
     top_k = draw.integer(1, keep_groups * size)
     how = draw.choice(["top2", "max"]), draw.choice(["-inf", "zero"])
     biased = draw.rng.integers(-4, 5, (2, 6, groups * size)) / 4
-    expected = [[best_in_plain_python(row, top_k, groups, keep_groups, *how) for row in rows] for rows in biased.tolist()]
+    expected = [
+        [best_in_plain_python(row, top_k, groups, keep_groups, *how) for row in rows] for rows in biased.tolist()
+    ]
     np.testing.assert_array_equal(select_experts(biased, top_k, groups, keep_groups, *how), expected)
 
 
@@ -171,7 +174,10 @@ def test_replay_of_own_routes_is_bitwise_equal(score: str) -> None:
     output, saved = router_forward(x, w, **kwargs)
     again, again_saved = router_forward(x, w, **kwargs, routes=output.indices)
     dy = np.ones((B, T, K)), np.linspace(0, 1, B * T * E).reshape(B, T, E)
-    pairs = [*zip(output, again, strict=True), *zip(router_backward(dy, saved), router_backward(dy, again_saved), strict=True)]
+    pairs = [
+        *zip(output, again, strict=True),
+        *zip(router_backward(dy, saved), router_backward(dy, again_saved), strict=True),
+    ]
     for a, b in pairs:
         assert a.tobytes() == b.tobytes()
 
@@ -231,7 +237,7 @@ def test_bias_update() -> None:
     [
         ({"w": np.ones((E, D + 1))}, ValueError, r"w must have shape \(E, D\)=\('any', 4\), got \(8, 5\)"),
         ({"score": "relu"}, ValueError, "score must be 'sigmoid' or 'softmax', got 'relu'"),
-        ({"routes": np.zeros((B, T, K + 1), int)}, ValueError, r"routes must have shape \(…, K\)=\(2, 5, 3\), got \(2, 5, 4\)"),
+        ({"routes": np.zeros((B, T, K + 1), int)}, ValueError, r"routes must have shape \(…, K\)=\(2, 5, 3\), got"),
         ({"routes": np.full((B, T, K), -1)}, ValueError, "routes must lie in 0…7, got -1…-1"),
         ({"routes": np.full((B, T, K), E)}, ValueError, "routes must lie in 0…7, got 8…8"),
         ({"groups": 3}, ValueError, "groups must divide E=8, keep_groups lie in 1…groups, got 3, 1"),
@@ -256,14 +262,12 @@ def test_errors_of_the_bias_update() -> None:
         bias_update(np.zeros(3), np.ones(1, int), 0.1)
 
 
-@pytest.mark.xfail(reason="a bias of another shape is broadcast in silence")
 @pytest.mark.parametrize("shape", [(1,), (T, 1), (B, T, E)])
 def test_bias_of_another_shape(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"bias must have shape \(E,\)=\(8,\)"):
         router_forward(*inputs(), top_k=K, bias=np.ones(shape))
 
 
-@pytest.mark.xfail(reason="indices out of range are not counted, in silence")
 @pytest.mark.parametrize("index", [-1, E])
 def test_load_of_an_expert_that_does_not_exist(index: int) -> None:
     with pytest.raises(ValueError, match="indices must lie in 0…7"):

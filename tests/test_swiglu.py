@@ -19,19 +19,20 @@ def test_protocol() -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_saturated_gates(dtype: type) -> None:
     """Far out silu is 0 or the identity, without overflow (pytest makes every warning an error)."""
-    gate, up, dy = (np.array([row], dtype=dtype) for row in ([-1000, -200, 0, 200, 1000], [2, 3, 4, 5, 6], [1, 1, 7, 1, 10]))
+    rows = [-1000, -200, 0, 200, 1000], [2, 3, 4, 5, 6], [1, 1, 7, 1, 10]
+    gate, up, dy = (np.array([row], dtype=dtype) for row in rows)
     y, saved = swiglu_forward(gate, up)
     dgate, dup = swiglu_backward(dy, saved)
-    tiny = np.finfo(dtype).tiny  # 200 e^-200 is no zero in float64, only very small
-    np.testing.assert_allclose(y, [[0, 0, 0, 1000, 6000]], rtol=0, atol=1e-80 if dtype is np.float64 else tiny)
-    np.testing.assert_allclose(dgate, [[0, 0, 14, 5, 60]], rtol=0, atol=1e-80 if dtype is np.float64 else tiny)
-    np.testing.assert_allclose(dup, [[0, 0, 0, 200, 10000]], rtol=0, atol=1e-80 if dtype is np.float64 else tiny)
+    wanted = [0, 0, 0, 1000, 6000], [0, 0, 14, 5, 60], [0, 0, 0, 200, 10000]
+    for got, row in zip((y, dgate, dup), wanted, strict=True):
+        assert got.dtype == dtype
+        np.testing.assert_allclose(got, [row], rtol=0, atol=1e-80)  # in float64 200 e^-200 is not quite 0
 
 
 def test_linear_in_up() -> None:
     """dup · up = dy · y in every element: three roundings on each side, so 3 eps."""
     rng = np.random.default_rng(0)
-    gate, up, dy = 5 * rng.normal(size=(3, 2, 50)), rng.normal(size=(2, 50)) + np.zeros((3, 1, 1)), rng.normal(size=(3, 2, 50))
+    gate, up, dy = (scale * rng.normal(size=(3, 2, 50)) for scale in (5, 1, 1))
     y, saved = swiglu_forward(gate, up)
     _, dup = swiglu_backward(dy, saved)
     np.testing.assert_allclose(dup * up, dy * y, rtol=3 * EPS)

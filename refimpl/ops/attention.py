@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..array import Array, cast, einsum, expect, fill, namespace, real
+from ..array import Array, cast, einsum, expect, expect_mask, fill, namespace, real
 
 __all__ = ["AttentionSaved", "attention_backward", "attention_forward", "visible"]
 
@@ -103,9 +103,10 @@ def check_attention(q: Array, k: Array, v: Array, key_mask: Array | None, segmen
     expect("v", v, "(B, S, H or 1, V)", (b, s, 1 if v.shape[-2:-1] == (1,) else h, None))
     if s is not None and t > s:
         raise ValueError(f"q must have at most as many positions as k, S={s}, got T={t}")
-    for name, mask in (("key_mask", key_mask), ("segments", segments)):
-        if mask is not None:
-            expect(name, mask, "(B, S)", (b, s))
+    if key_mask is not None:
+        expect_mask("key_mask", key_mask, "(B, S)", (b, s))
+    if segments is not None:
+        expect("segments", segments, "(B, S)", (b, s))
 
 
 def _all_heads(x: Array, heads: int) -> Array:

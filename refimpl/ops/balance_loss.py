@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..array import Array, argsort, cast, expect, namespace, real
+from ..array import Array, argsort, cast, expect, expect_ids, expect_mask, namespace, real
 
 __all__ = ["BalanceLossSaved", "balance_loss_backward", "balance_loss_forward"]
 
@@ -34,7 +34,14 @@ def balance_loss_forward(
     xp = namespace(scores=scores)
     expect("scores", scores, "(B, T, E)", (None, None, None))
     b, t, e = scores.shape
-    if counted is None:
+    if not 1 <= top_k <= e:
+        raise ValueError(f"top_k must lie in 1…E={e}, got {top_k}")
+    if mask is not None:
+        expect_mask("mask", mask, "(B, T)", (b, t))
+    if counted is not None:
+        expect("counted", counted, "(B, T, K')", (b, t, None))
+        expect_ids("counted", counted, e)
+    else:
         counted = argsort(-real(scores))[..., :top_k]  # (balance_loss.1)
     valid = xp.ones((b, t, 1), dtype=xp.bool, device=scores.device) if mask is None else mask[:, :, None]
     length = xp.sum(xp.astype(valid, xp.float64), axis=1, keepdims=True)

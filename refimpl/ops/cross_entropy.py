@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..array import Array, cast, expect, namespace, real
-from .embedding import check_ids
+from ..array import Array, cast, expect, expect_ids, namespace, real
 
 __all__ = ["CrossEntropySaved", "cross_entropy_backward", "cross_entropy_forward"]
 
@@ -57,6 +56,6 @@ def token_weights(
         expect("mask", mask, "(…)", tuple(targets.shape))
         weight = xp.astype(mask, xp.float64)
     targets = xp.where(weight != 0, targets, 0)
-    check_ids("targets", targets, vocabulary)
+    expect_ids("targets", targets, vocabulary)
     count = float(xp.sum(weight)) if normaliser is None else float(normaliser)
     return targets, cast(weight, like) / (count if count else 1.0)

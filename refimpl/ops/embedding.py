@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..array import Array, expect, library, namespace, scatter_add, take_rows
+from ..array import Array, expect, expect_ids, namespace, scatter_add, take_rows
 
 __all__ = ["EmbeddingSaved", "embedding_backward", "embedding_forward"]
 
@@ -24,7 +24,7 @@ def embedding_forward(w: Array, *, ids: Array) -> tuple[Array, EmbeddingSaved]:
     """
     xp = namespace(w=w)
     expect("w", w, "(W, D)", (None, None))
-    check_ids("ids", ids, w.shape[0])
+    expect_ids("ids", ids, w.shape[0])
     y = xp.reshape(take_rows(w, xp.reshape(ids, (-1,))), (*ids.shape, w.shape[1]))  # (embedding.1)
     return y, EmbeddingSaved(ids, w.shape[0])
 
@@ -34,10 +34,3 @@ def embedding_backward(dy: Array, saved: EmbeddingSaved) -> Array:
     xp = namespace(dy=dy)
     rows = xp.reshape(saved.ids, (-1,))
     return scatter_add(rows, xp.reshape(dy, (-1, dy.shape[-1])), saved.vocabulary)  # (embedding.2)
-
-
-def check_ids(name: str, ids: Array, limit: int) -> None:
-    """ValueError unless every id lies in 0 … limit − 1."""
-    xp = library(ids, name)
-    if ids.size and (int(xp.min(ids)) < 0 or int(xp.max(ids)) >= limit):
-        raise ValueError(f"{name} must lie in 0…{limit - 1}, got {int(xp.min(ids))}…{int(xp.max(ids))}")

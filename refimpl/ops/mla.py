@@ -42,7 +42,7 @@ class MLASaved(NamedTuple):
     kv_b: Any
     attention: Any
     o: Any
-    past: int  # length of the given cache, 0 without
+    past: int | None  # length of the given cache, None without
     split: tuple[int, int]  # N, V
 
 
@@ -59,6 +59,8 @@ def project(
             f"w_q_b must have shape (H·(N+R), A) and w_kv_a (C+R, D) with H={heads}, C={latent}, N and R at least 1, "
             f"got {tuple(w_q_b.shape)} and {tuple(w_kv_a.shape)}"
         )
+    if (w_q_a is None) != (w_q_a_norm is None):
+        raise ValueError("w_q_a and w_q_a_norm must both be given, or (without query compression) both be None")
     a, q_a_saved, q_a_norm_saved = x, None, None
     if w_q_a is not None:
         a, q_a_saved = ops["linear"].forward(x, w_q_a)  # (mla.1)
@@ -136,13 +138,19 @@ def mla_backward(dy: tuple[Array, Array | None], saved: MLASaved) -> tuple[Array
     dlatent = xp.concat((dc, xp.sum(dk[..., n:], axis=2)), axis=-1)  # (mla.11)
     if dcache is not None:
         dlatent = dlatent + dcache
-    dx, *dw_project = project_backward(dq, dlatent[:, saved.past :, :], saved.project)
-    return dx, dlatent[:, : saved.past, :] if saved.past else None, *dw_project, dw_kv_b, dw_o
+    dcache, dlatent = split_cache(dlatent, saved.past)
+    dx, *dw_project = project_backward(dq, dlatent, saved.project)
+    return dx, dcache, *dw_project, dw_kv_b, dw_o
 
 
-def append(cache: Array | None, latent: Array) -> tuple[Array, int]:
-    """The cache with the new latents behind it, and the length it had before."""
+def append(cache: Array | None, latent: Array) -> tuple[Array, int | None]:
+    """The cache with the new latents behind it, and the length it had before (None: there was none)."""
     if cache is None:
-        return latent, 0
+        return latent, None
     expect("cache", cache, "(B, S−T, C+R)", (latent.shape[0], None, latent.shape[2]))
     return namespace(cache=cache, x=latent).concat((cache, latent), axis=1), cache.shape[1]
+
+
+def split_cache(dlatent: Array, past: int | None) -> tuple[Array | None, Array]:
+    """The adjoint of `append`: the gradient of the given cache, and that of the new latents."""
+    return (None, dlatent) if past is None else (dlatent[:, :past, :], dlatent[:, past:, :])

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ..array import Array, einsum, expect, namespace
-from .mla import MLAOutput, ProjectSaved, append, project, project_backward
+from .mla import MLAOutput, ProjectSaved, append, project, project_backward, split_cache
 from .table import LEAVES, Ops
 
 __all__ = ["MLAAbsorbedSaved", "mla_absorbed_backward", "mla_absorbed_forward"]
@@ -26,7 +26,7 @@ class MLAAbsorbedSaved(NamedTuple):
     u: Array  # [B, T, H, C]: probabilities times latents; dW_UV is a product with it
     attention: Any
     o: Any
-    past: int
+    past: int | None  # length of the given cache
 
 
 def mla_absorbed_forward(
@@ -75,5 +75,6 @@ def mla_absorbed_backward(dy: tuple[Array, Array | None], saved: MLAAbsorbedSave
     dw_uk = einsum("bthn,bthc->hnc", saved.q_nope, dq_latent[..., :c])  # (mla_absorbed.8)
     dw_kv_b = xp.reshape(xp.concat((dw_uk, dw_uv), axis=1), (-1, c))
     dq = xp.concat((dq_nope, dq_latent[..., c:]), axis=-1)
-    dx, *dw_project = project_backward(dq, dlatent[:, saved.past :, :], saved.project)
-    return dx, dlatent[:, : saved.past, :] if saved.past else None, *dw_project, dw_kv_b, dw_o
+    dcache, dlatent = split_cache(dlatent, saved.past)
+    dx, *dw_project = project_backward(dq, dlatent, saved.project)
+    return dx, dcache, *dw_project, dw_kv_b, dw_o

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..array import Array, argsort, expect, namespace, take_rows, zeros
-from .embedding import check_ids
+from ..array import Array, argsort, expect, expect_ids, namespace, take_rows, zeros
 from .ffn import ffn_backward, ffn_forward
 from .router import expert_load
 from .table import LEAVES, Ops
@@ -41,10 +40,15 @@ def moe_forward(
         w_gate, w_up: [E, F, D]; w_down: [E, D, F]: the routed experts, stacked.
         w_shared_*: one network as wide as all shared experts together, or None for none; added unscaled.
     """
-    xp, (experts, _, d), top_k = namespace(x=x, weights=weights, w_gate=w_gate), w_gate.shape, indices.shape[-1]
+    xp, (experts, f, d), top_k = namespace(x=x, weights=weights, w_gate=w_gate), w_gate.shape, indices.shape[-1]
     expect("weights", weights, "(…, K)", (*x.shape[:-1], top_k))
-    expect("w_down", w_down, "(E, D, F)", (experts, d, w_gate.shape[1]))
-    check_ids("indices", indices, experts)
+    expect("indices", indices, "(…, K)", (*x.shape[:-1], top_k))
+    expect("w_gate", w_gate, "(E, F, D)", (experts, f, x.shape[-1]))
+    expect("w_up", w_up, "(E, F, D)", (experts, f, d))
+    expect("w_down", w_down, "(E, D, F)", (experts, d, f))
+    if len({w is None for w in (w_shared_gate, w_shared_up, w_shared_down)}) > 1:
+        raise ValueError("w_shared_gate, w_shared_up and w_shared_down must all be given, or all be None")
+    expect_ids("indices", indices, experts)
     rows = xp.reshape(x, (-1, d))
     if rows.shape[0] == 0:
         raise ValueError(f"x must have at least one row, got shape {tuple(x.shape)}")

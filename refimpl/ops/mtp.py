@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..array import Array, expect, namespace
+from ..array import Array, expect, expect_mask, namespace
 from .table import LEAVES, Ops
 
 __all__ = ["MTPSaved", "mtp_backward", "mtp_forward", "mtp_pairs"]
@@ -68,6 +68,10 @@ def mtp_pairs(
     length = tokens.shape[1] - depth
     if depth < 1 or length < 1:
         raise ValueError(f"depth must lie in 1…T−1={tokens.shape[1] - 1}, got {depth}")
+    expect("targets", targets, "(B, T)", tuple(tokens.shape))
+    expect_mask("mask", mask, "(B, T)", tuple(tokens.shape))
+    if segments is not None:
+        expect("segments", segments, "(B, T)", tuple(tokens.shape))
     later = mask[:, depth:]  # (mtp.4)
     if segments is not None:
         later = later & (segments[:, :length] == segments[:, depth:])

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..array import Array, argsort, expect, library, namespace, real, sigmoid, zeros
-from .embedding import check_ids
+from ..array import Array, argsort, expect, expect_ids, expect_mask, library, namespace, real, sigmoid, zeros
 
 __all__ = [
     "RouterOutput", "RouterSaved", "bias_update", "expert_load", "router_backward", "router_forward", "select_experts",
@@ -55,6 +54,8 @@ def router_forward(
     expect("w", w, "(E, D)", (None, x.shape[-1]))
     if score not in ("sigmoid", "softmax"):
         raise ValueError(f"score must be 'sigmoid' or 'softmax', got {score!r}")
+    if bias is not None:
+        expect("bias", bias, "(E,)", (w.shape[0],))
     logits = xp.matmul(x, xp.matrix_transpose(w))  # (router.1)
     if score == "sigmoid":
         scores = sigmoid(logits)  # (router.2)
@@ -66,7 +67,7 @@ def router_forward(
         indices = select_experts(biased, top_k, groups, keep_groups, group_score, masked_groups)
     else:
         expect("routes", routes, "(…, K)", (*x.shape[:-1], top_k))
-        check_ids("routes", routes, w.shape[0])
+        expect_ids("routes", routes, w.shape[0])
         indices = routes
     chosen = xp.take_along_axis(scores, indices, axis=-1)
     total = xp.sum(chosen, axis=-1, keepdims=True) + epsilon if normalise else 1
@@ -128,7 +129,9 @@ def select_experts(
 def expert_load(indices: Array, experts: int, mask: Array | None = None) -> Array:
     """How many tokens chose each expert: integers [E] from ``indices`` […, K]; ``mask`` […] False drops a token."""
     xp = library(indices, "indices")
+    expect_ids("indices", indices, experts)
     if mask is not None:
+        expect_mask("mask", mask, "(…)", tuple(indices.shape[:-1]))
         indices = xp.where(mask[..., None], indices, experts)
     expert = xp.arange(experts, device=indices.device)
     in_order = xp.sort(xp.reshape(indices, (-1,)))
