@@ -16,6 +16,8 @@ from refimpl.array import (
     cast,
     einsum,
     expect,
+    expect_ids,
+    expect_mask,
     fill,
     namespace,
     real,
@@ -283,3 +285,25 @@ def test_expect() -> None:
     error = shape_error("w", "(D,)", (64,), (32,))
     assert isinstance(error, ValueError)
     assert str(error) == "w must have shape (D,)=(64,), got (32,)"
+
+
+@pytest.mark.parametrize("xp", [np, array_api_strict])
+def test_expect_ids(xp: Any) -> None:
+    """−1 would count from the end, a float or a bool would index by accident."""
+    expect_ids("ids", xp.asarray([0, 4]), 5)
+    expect_ids("ids", xp.zeros((2, 0), dtype=xp.int64), 5)
+    for wrong, span in (([-1, 4], "-1…4"), ([0, 5], "0…5")):
+        with pytest.raises(ValueError, match=rf"^ids must lie in 0…4, got {span}$"):
+            expect_ids("ids", xp.asarray(wrong), 5)
+    for dtype in (xp.float64, xp.bool):
+        with pytest.raises(TypeError, match=r"^ids must be integers, got .*(float64|bool)"):
+            expect_ids("ids", xp.zeros(2, dtype=dtype), 5)
+
+
+@pytest.mark.parametrize("xp", [np, array_api_strict])
+def test_expect_mask(xp: Any) -> None:
+    expect_mask("mask", xp.zeros((2, 3), dtype=xp.bool), "(B, T)", (2, 3))
+    with pytest.raises(ValueError, match=r"^mask must have shape \(B, T\)=\(2, 3\), got \(2, 1\)$"):
+        expect_mask("mask", xp.zeros((2, 1), dtype=xp.bool), "(B, T)", (2, 3))
+    with pytest.raises(TypeError, match=r"^mask must be bool, got .*int64"):
+        expect_mask("mask", xp.ones((2, 3), dtype=xp.int64), "(B, T)", (2, 3))

@@ -193,6 +193,7 @@ ERRORS = [
     ({"q": np.ones((2, 7, 4, 5))}, ValueError, "q must have at most as many positions as k, S=6, got T=7"),
     ({"key_mask": np.ones((2, 3), bool)}, ValueError, r"key_mask must have shape \(B, S\)=\(2, 6\), got \(2, 3\)"),
     ({"key_mask": np.ones((1, 6), bool)}, ValueError, r"key_mask must have shape \(B, S\)=\(2, 6\), got \(1, 6\)"),
+    ({"key_mask": np.full((2, 6), 2)}, TypeError, "key_mask must be bool, got int64"),  # 2 & True is 0
     ({"segments": np.ones((2, 3), int)}, ValueError, r"segments must have shape \(B, S\)=\(2, 6\), got \(2, 3\)"),
     ({"q": np.ones((2, 3, 4, 5), int)}, TypeError, "q must be float32 or wider"),
     ({"v": np.ones((2, 6, 4, 7), np.float16)}, TypeError, "v must be float32 or wider"),

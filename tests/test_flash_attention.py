@@ -79,7 +79,7 @@ def test_huge_scores(block: int, dtype: Any) -> None:
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_whole_blocks_hidden(block: int) -> None:
-    """Left padding, padding in the middle and documents hide whole blocks: no NaN, and exact zeros for blind queries."""
+    """Left padding, padding in the middle and documents hide whole blocks: no NaN, exact zeros for blind queries."""
     q, k, v, do = arrays()
     key_mask = np.array([[0, 0, 0, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0, 1]], bool)
     segments = np.array([[0, 0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 1, 1, 2]])
@@ -124,6 +124,7 @@ GOOD: dict[str, Any] = {
         ({"v": np.ones((2, 5, 4, 7))}, ValueError, r"v must have shape .*=\(2, 6, 4, 'any'\), got \(2, 5, 4, 7\)"),
         ({"q": np.ones((2, 7, 4, 5))}, ValueError, "q must have at most as many positions as k, S=6, got T=7"),
         ({"key_mask": np.ones((2, 3), bool)}, ValueError, r"key_mask must have shape \(B, S\)=\(2, 6\), got \(2, 3\)"),
+        ({"key_mask": np.full((2, 6), 2)}, TypeError, "key_mask must be bool, got int64"),
         ({"segments": np.ones((2, 3), int)}, ValueError, r"segments must have shape \(B, S\)=\(2, 6\), got \(2, 3\)"),
         ({"k": np.ones((2, 6, 4, 5), np.float16)}, TypeError, "k must be float32 or wider"),
     ],

@@ -74,6 +74,19 @@ def test_prefill_and_decode_equal_the_whole(compressed: bool, steps: list[int]) 
             assert_close(total, grads[name])
 
 
+def test_empty_cache() -> None:
+    """A cache of no tokens is none, but gets a gradient: of no tokens."""
+    given, dy = arguments(), np.random.default_rng(1).normal(size=(B, T, D))
+    (y, cache), grads = attend(given, dy)
+    (same_y, same_cache), same = attend(given | {"cache": np.zeros((B, 0, C + R))}, dy)
+    np.testing.assert_array_equal(same_y, y)
+    np.testing.assert_array_equal(same_cache, cache)
+    assert grads.pop("cache") is None
+    assert same.pop("cache").shape == (B, 0, C + R)
+    for name in grads:
+        np.testing.assert_array_equal(same[name], grads[name])
+
+
 def test_cache_holds_normed_latents_and_rotated_keys() -> None:
     given = arguments()
     output, _ = mla_forward(**given)
