@@ -5,12 +5,13 @@ step), on object arrays (its exact dual numbers), on array-api-strict, and on Cu
 and each has its function here:
 
 * a branch, a maximum or a top-k looks at ``real(x)``, so that the infinitesimal part never decides anything;
-* a contraction is one batched ``matmul`` (`einsum`), which every library and number type has;
+* a contraction is a ``matmul``, alone or by way of `einsum`, which every library and number type has;
 * a constant that enters an array takes that array's own number type (`fill`, `zeros`, `cast`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import prod
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,8 @@ from typing import Any
 Array = Any  # an array of any of the libraries above
 
 __all__ = [
-    "Array", "namespace", "real", "cast", "fill", "zeros", "einsum", "sigmoid", "argsort", "take_rows", "scatter_add",
+    "Array", "argsort", "blocks", "cast", "einsum", "expect", "expect_ids", "expect_mask", "fill", "last", "library",
+    "namespace", "number", "real", "scatter_add", "sigmoid", "take_rows", "zeros",
 ]  # fmt: skip
 
 
@@ -34,7 +36,7 @@ def namespace(**arrays: Array) -> ModuleType:
             continue
         xp = library(x, name)
         if found not in (None, xp):
-            raise TypeError(f"{name} must come from {found!r} like the other arrays, got {xp!r}")
+            raise TypeError(f"{name} must come from {found.__name__} like the other arrays, got {xp.__name__}")
         found = xp
         if not (is_object(x) or (xp.isdtype(x.dtype, ("real floating", "complex floating")) and itemsize(x) >= 4)):
             raise TypeError(f"{name} must be float32 or wider (cast 16-bit and integer arrays up), got {x.dtype}")
@@ -71,17 +73,29 @@ def shape_error(name: str, letters: str, wanted: tuple[Any, ...], got: tuple[int
 
 def expect(name: str, x: Array, letters: str, wanted: tuple[Any, ...]) -> None:
     """Raise `shape_error` unless ``x`` has the shape ``wanted``; None in ``wanted`` stands for any length."""
+    library(x, name)
     if len(x.shape) != len(wanted) or any(w is not None and w != n for w, n in zip(wanted, x.shape, strict=True)):
         raise shape_error(name, letters, tuple("any" if w is None else w for w in wanted), x.shape)
 
 
-def expect_ids(name: str, ids: Array, limit: int) -> None:
-    """TypeError unless ``ids`` are integers; ValueError unless all lie in 0 … limit − 1 (−1 counts from the end)."""
+def last(x: Array, name: str) -> int:
+    """The length of the last axis; ValueError if there is none."""
+    if len(x.shape) < 1:
+        raise ValueError(f"{name} must have at least one axis, got shape ()")
+    return int(x.shape[-1])
+
+
+def expect_ids(name: str, ids: Array, limit: int) -> Array:
+    """``ids`` as int64, since arithmetic on narrow ones would wrap.
+
+    TypeError unless they are integers; ValueError unless all lie in 0 … limit − 1 (−1 would count from the end).
+    """
     xp = library(ids, name)
     if not xp.isdtype(ids.dtype, "integral"):
         raise TypeError(f"{name} must be integers, got {ids.dtype}")
     if ids.size and (int(xp.min(ids)) < 0 or int(xp.max(ids)) >= limit):
         raise ValueError(f"{name} must lie in 0…{limit - 1}, got {int(xp.min(ids))}…{int(xp.max(ids))}")
+    return xp.astype(ids, xp.int64, copy=False)
 
 
 def expect_mask(name: str, mask: Array, letters: str, wanted: tuple[Any, ...]) -> None:
@@ -107,6 +121,11 @@ def cast(x: Array, like: Array) -> Array:
         return x + 0 * like.reshape(-1)[0]
     xp = namespace(like=like)
     return xp.astype(x, like.dtype, copy=False)
+
+
+def number(x: Any, like: Array) -> Array:
+    """The scalar ``x`` in the number type of ``like``, so that it widens nothing."""
+    return x if is_object(like) else namespace(like=like).asarray(x, dtype=like.dtype)
 
 
 def fill(condition: Array, x: Array, otherwise: float) -> Array:
@@ -162,6 +181,12 @@ def sigmoid(x: Array) -> Array:
     return xp.where(positive, 1 / (1 + z), z / (1 + z))
 
 
+def blocks(length: int, size: int, end: int | None = None) -> Iterator[tuple[int, int]]:
+    """Ranges (start, stop) of at most ``size`` that cover 0 … length, or 0 … end if that comes first."""
+    stop = length if end is None else min(end, length)
+    return ((start, min(start + size, stop)) for start in range(0, stop, size))
+
+
 def argsort(x: Array) -> Array:
     """Indices that sort the last axis upwards; equal elements keep their order (the lower index first)."""
     xp = library(x)
@@ -184,9 +209,10 @@ def scatter_add(rows: Array, values: Array, length: int) -> Array:
     xp, n = namespace(values=values), rows.shape[0]
     if n == 0:
         return zeros((length, values.shape[1]), values)
+    rows = xp.astype(rows, xp.int64)
     order = argsort(rows)
     rows, values = xp.take(rows, order), take_rows(values, order)
-    every = xp.arange(length, dtype=rows.dtype, device=values.device)
+    every = xp.arange(length, device=values.device)
     start, stop = xp.searchsorted(rows, every, side="left"), xp.searchsorted(rows, every, side="right")
     place, run = xp.arange(n, device=values.device) - xp.take(start, rows), xp.take(stop - start, rows)
     span = 1

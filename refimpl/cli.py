@@ -6,11 +6,12 @@ Exit code 0: it holds; 1: it does not hold; 2: it could not run, and one line sa
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,9 +28,10 @@ from .config import CONVENTIONS
 from .errors import CouldNotRun
 from .ops import Op
 from .text import load_text
-from .verify import MODEL, NAMES, Settings, backward_from_file, select, steps
+from .verify import MODEL, NAMES, VARIANT, Settings, Step, backward_from_file, plan, run, select
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help=__doc__)
+MODELS = (MODEL, VARIANT)
 WIDTH = 118  # of a table that goes to a file or a pipe
 
 Examples = Annotated[int, typer.Option(help="Examples an op, each with its own shapes and inputs.")]
@@ -43,7 +45,7 @@ Json = Annotated[Path | None, typer.Option("--json", help="Also write the result
 def verify(
     ops: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(NAMES)}; default: all.")] = None,
     examples: Examples = 5,
-    model_examples: Annotated[int, typer.Option(help="Examples of the whole model.")] = 2,
+    model_examples: Annotated[int, typer.Option(help="Examples of the model and of its variant.")] = 1,
     digits: Digits = None,
     text: TextFile = None,
     seed: Seed = 0,
@@ -54,12 +56,6 @@ def verify(
     json_file: Json = None,
 ) -> None:
     """Check every hand-derived gradient: each op, then the whole tiny model's loss, on real text."""
-    if min(examples, model_examples) < 1 or (digits is not None and not 20 <= digits <= 1000):
-        raise CouldNotRun("--examples and --model-examples must be at least 1, --digits lie in 20…1000")
-    if dtype not in ("float64", "float32"):
-        raise CouldNotRun(f"--dtype must be float64 or float32, got {dtype}")
-    if convention not in CONVENTIONS:
-        raise CouldNotRun(f"--convention must be one of {', '.join(CONVENTIONS)}, got {convention}")
     settings = Settings(
         load_text(text), examples, model_examples, seed, implementation, backend, dtype, convention, digits
     )
@@ -111,15 +107,24 @@ def memory() -> None:
     raise typer.Exit(int(not holds))
 
 
-def _run(names: list[str], settings: Settings, json_file: Path | None, replace: dict[str, Op] | None = None) -> int:
+def _run(names: list[str], settings: Settings, json_file: Path | None, replaced: dict[str, Op] | None = None) -> int:
     """Verify, show the table, write the file; the exit code."""
+    settings.validate()
+    if json_file is not None:
+        _check_writable(json_file)
+    todo = plan(names, settings)
     console, start = _console(), time.perf_counter()
     console.print(f"refimpl {__version__}, NumPy {np.__version__}, Python {platform.python_version()}")
     console.print(f"text: {settings.text.name}, {len(settings.text.data):,} bytes, sha256 {settings.text.sha256}")
-    total = sum(settings.model_examples if name == MODEL else settings.examples for name in names)
     report = Report([])
-    for one in _progress(steps(names, settings, replace), total, "verifying"):
-        report.merge(one)
+    for step in _progress(todo):
+        try:
+            report.merge(run(step, settings, replaced))
+        except Exception as error:
+            if not replaced:
+                raise
+            report.faults.append(f"{step.op}_backward raised {type(error).__name__}: {error}")
+            break
     console.print(_table(report))
     for fault in report.faults:
         console.print(f"contract broken: {fault}", markup=False)
@@ -127,8 +132,8 @@ def _run(names: list[str], settings: Settings, json_file: Path | None, replace: 
     for t in bad:
         console.print(f"{t.verdict} {t.op} {t.tensor}: {'; '.join(t.reasons)}", markup=False)
     for what, rows in (
-        ("the ops", [t for t in report.tensors if t.op != MODEL]),
-        ("the model", [t for t in report.tensors if t.op == MODEL]),
+        ("the ops", [t for t in report.tensors if t.op not in MODELS]),
+        ("the model", [t for t in report.tensors if t.op in MODELS]),
     ):
         if rows:
             console.print(f"worst of {what}: {_worst(rows)}")
@@ -136,7 +141,7 @@ def _run(names: list[str], settings: Settings, json_file: Path | None, replace: 
     verdict = (
         "every gradient holds" if report.ok else f"{len(bad)} gradients and {len(report.faults)} contracts do not hold"
     )
-    console.print(f"{len(report.tensors)} tensors, {total} examples, {seconds:.1f} s: {verdict}")
+    console.print(f"{len(report.tensors)} tensors, {len(todo)} examples, {seconds:.1f} s: {verdict}")
     if json_file is not None:
         _write_json(json_file, report, settings, seconds)
     return int(not report.ok)
@@ -173,7 +178,7 @@ def _worst(rows: list[TensorResult]) -> str:
 
 def _short(t: TensorResult) -> str:
     """The tensor's name without what every name of the model has."""
-    return t.tensor.removesuffix(".weight").removeprefix("model.") if t.op == MODEL else t.tensor
+    return t.tensor.removesuffix(".weight").removeprefix("model.") if t.op in MODELS else t.tensor
 
 
 def _number(x: float | None) -> str:
@@ -184,21 +189,23 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False, soft_wrap=not sys.stdout.isatty())
 
 
-def _progress(items: Iterable[Any], total: int, doing: str) -> Iterable[Any]:
-    """The items, with a progress bar on a terminal's standard error."""
-    columns = (
-        TextColumn(doing),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("", total=total)
-        for item in items:
-            yield item
-            op = item.tensors[0].op if isinstance(item, Report) and item.tensors else ""
-            progress.update(task, advance=1, description=op)
+def _progress(todo: list[Step]) -> Iterator[Step]:
+    """The steps, with a progress bar on a terminal's standard error."""
+    columns = (TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    description = TextColumn("{task.description}")
+    shown = sys.stderr.isatty()
+    with Progress(*columns, description, console=Console(stderr=True), transient=True, disable=not shown) as progress:
+        task = progress.add_task("", total=len(todo))
+        for step in todo:
+            progress.update(task, description=step.op)
+            yield step
+            progress.advance(task)
+
+
+def _check_writable(path: Path) -> None:
+    """CouldNotRun, before any work is done, if a file can't be made there."""
+    if path.is_dir() or not path.name or not os.access(path.parent, os.W_OK):
+        raise CouldNotRun(f"--json {path} can't be written: not a file in a folder that can be written to")
 
 
 def _write_json(path: Path, report: Report, settings: Settings, seconds: float) -> None:
@@ -212,11 +219,20 @@ def _write_json(path: Path, report: Report, settings: Settings, seconds: float) 
     }  # fmt: skip
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise CouldNotRun(f"--json {path} can't be written: {error.strerror}") from error
+
+
+def _finite(x: Any) -> Any:
+    """JSON has no NaN and no infinity: they become strings."""
+    if isinstance(x, dict):
+        return {key: _finite(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_finite(value) for value in x]
+    return str(x) if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def main() -> None:

@@ -23,8 +23,8 @@ class Conventions:
     """An MTP module reads the previous depth's state normed (after the final norm, or the previous module's own norm;
     Megatron, vLLM) or raw (before it). raw_first: module 1 reads raw, later ones normed (torchtitan)."""
     mtp_normaliser: str = "positions"
-    """MTP's loss is a sum divided by: all B·T positions (paper: 1/T over T−k terms), valid (its own targets; Megatron),
-    or main (the main loss's targets; torchtitan)."""
+    """MTP's loss is a sum divided by: all B·T positions (paper: 1/T over T−k terms; padding left out), valid (its own
+    targets; Megatron), or main (the main loss's targets; torchtitan's first version)."""
     mtp_zero_first_embedding: bool = False
     """Zero the embedding that MTP reads at RoPE position 0 of a sequence, as vLLM does."""
     masked_groups: str = "-inf"

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from .array import Array, expect, expect_ids, expect_mask, namespace, real, zeros
+from .array import Array, expect, expect_ids, expect_mask, library, namespace, number, real, zeros
 from .config import ModelConfig
 from .ops import REFERENCE, Ops, mtp_pairs, rope_frequencies, select_experts, yarn_mscale, yarn_softmax_factor
 from .ops.router import expert_load
@@ -135,16 +135,43 @@ class ModelSaved(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What every block of one forward shares."""
+    """What every block of one forward shares; the three dicts collect, by MoE layer, what `ModelOutput` reports."""
 
     params: Parameters
     config: ModelConfig
     ops: Ops
     routes: Mapping[int, Route]
     with_loss: bool
+    balance: dict[int, Array]
+    chosen: dict[int, Route]
+    loads: dict[int, Array]
 
     def names(self, layer: int, *names: str) -> list[Array | None]:
         return [self.params.get(f"model.layers.{layer}.{name}.weight") for name in names]
+
+
+class Batch(NamedTuple):
+    """What a depth reads and predicts, each [B, its positions]: the main model is depth 0, MTP module k depth k."""
+
+    tokens: Array
+    targets: Array
+    mask: Array  # which targets count
+    positions: Array  # for RoPE
+    takes_part: Array | None  # False for padding (and, in MTP, where a position joins a token of another document)
+    segments: Array | None
+
+    def at(self, depth: int) -> Batch:
+        """The batch as MTP module ``depth`` meets it."""
+        pairs = mtp_pairs(self.tokens, self.targets, self.mask, depth, self.segments, self.takes_part)
+        cut = self.tokens.shape[1] - depth
+        segments = None if self.segments is None else self.segments[:, :cut]
+        return Batch(*pairs[:3], self.positions[:, :cut], pairs[3], segments)
+
+    def mtp_normaliser(self, convention: str) -> float | None:
+        """What the sum of an MTP loss is divided by (of the main batch); None: by the module's own targets."""
+        if convention == "positions":
+            return float(self.tokens.size) if self.takes_part is None else _count(self.takes_part)
+        return _count(self.mask) if convention == "main" else None
 
 
 def forward(
@@ -169,8 +196,9 @@ def forward(
             position has none; the paper's L_k over T terms needs the token after the last: give it here.
         mask: [B, T] bool, which positions' targets count; by default all but padding. Without ``targets``, only those
             whose next token exists, is no padding and lies in the same document.
-        key_mask: [B, T] bool, False for padding.
-        segments: [B, T] integers, the document of each position; attention and targets stay within one.
+        key_mask: [B, T] bool, False for padding, which nobody sees and no loss or load counts.
+        segments: [B, T] integers, the document of each position; attention stays within one, and an MTP module leaves
+            out the positions whose later token lies in another.
         positions: [B, T] or [T] for RoPE, default 0 … T − 1.
         routes: by layer, choices to replay instead of selecting experts.
         ops: the table of implementations.
@@ -178,76 +206,31 @@ def forward(
     Returns (ModelOutput, saved). ValueError names every tensor that is missing or misshapen.
     """
     _check_parameters(params, config)
-    if len(tokens.shape) != 2 or tokens.shape[1] <= (config.mtp_depth if with_loss else 0):
-        raise ValueError(f"tokens must have shape (B, T) with T > mtp_depth={config.mtp_depth}, got {tokens.shape}")
-    expect_ids("tokens", tokens, config.vocabulary)
-    for name, given in (("targets", targets), ("segments", segments)):
-        if given is not None:
-            expect(name, given, "(B, T)", tuple(tokens.shape))
-    for name, given in (("mask", mask), ("key_mask", key_mask)):
-        if given is not None:
-            expect_mask(name, given, "(B, T)", tuple(tokens.shape))
-    embed = params["model.embed_tokens.weight"]
-    xp, (b, t) = namespace(params=embed), tokens.shape
-    run = Run(params, config, ops, routes or {}, with_loss)
-    if targets is None:
-        valid = xp.ones((b, t), dtype=xp.bool, device=embed.device)
-        valid[:, -1] = False
-        if key_mask is not None:
-            valid = valid & key_mask
-            valid[:, :-1] &= key_mask[:, 1:]
-        if segments is not None:
-            valid[:, :-1] &= segments[:, 1:] == segments[:, :-1]
-        mask = valid if mask is None else valid & mask
-        targets = xp.concat((tokens[:, 1:], tokens[:, -1:]), axis=1)
-    elif mask is None:
-        mask = xp.ones((b, t), dtype=xp.bool, device=embed.device) if key_mask is None else key_mask
-    if positions is None:
-        positions = xp.arange(t, device=embed.device)
-    positions = xp.broadcast_to(positions, (b, t))
-
-    balance: dict[int, Array] = {}
-    chosen: dict[int, Route] = {}
-    x, embedding_saved = ops["embedding"].forward(embed, ids=tokens)
+    batch = _batch(params, tokens, config, targets, mask, key_mask, segments, positions, with_loss)
+    run = Run(params, config, ops, routes or {}, with_loss, {}, {}, {})
+    x, embedding_saved = ops["embedding"].forward(params["model.embed_tokens.weight"], ids=batch.tokens)
     blocks = []
     for layer in range(config.layers):
-        x, saved = _block_forward(run, layer, x, positions, key_mask, segments, balance, chosen)
+        x, saved = _block_forward(run, layer, x, batch)
         blocks.append(saved)
     hidden, norm_saved = ops["rms_norm"].forward(x, params["model.norm.weight"], eps=config.norm_eps)
-    main = loss = head_saved = None
+    if not with_loss:
+        output = ModelOutput(hidden, None, None, [], {}, run.chosen, run.loads)
+        return output, ModelSaved(run, embedding_saved, blocks, norm_saved, hidden, None, [])
+    main, head_saved = _head_forward(run, hidden, batch, None)
+    loss, state = main, hidden if config.conventions.mtp_hidden == "normed" else x
+    normaliser = batch.mtp_normaliser(config.conventions.mtp_normaliser)
     mtp_losses: list[Array] = []
     modules: list[MTPModuleSaved] = []
-    if with_loss:
-        head = params["lm_head.weight"]
-        main, head_saved = ops["head_cross_entropy"].forward(hidden, head, targets=targets, mask=mask, ops=ops)
-        loss = main
-        normaliser = {"positions": float(b * t), "valid": None, "main": float(xp.sum(xp.astype(mask, xp.float64)))}
-        state = hidden if config.conventions.mtp_hidden == "normed" else x
-        for depth in range(1, config.mtp_depth + 1):
-            ids, later_targets, later_mask = mtp_pairs(tokens, targets, mask, depth, segments)
-            cut = t - depth
-            valid_keys = None
-            if key_mask is not None:  # a position of this depth is real if it and the token it reads are
-                valid_keys = key_mask[:, :cut] & key_mask[:, depth:]
-                later_mask = later_mask & valid_keys
-            state, normed, module = _mtp_forward(
-                run, depth, state[:, :cut], ids, positions[:, :cut], valid_keys,
-                None if segments is None else segments[:, :cut], balance, chosen,
-            )  # fmt: skip
-            mtp_loss, mtp_head_saved = ops["head_cross_entropy"].forward(
-                normed, head, targets=later_targets, mask=later_mask,
-                normaliser=normaliser[config.conventions.mtp_normaliser], ops=ops,
-            )  # fmt: skip
-            modules.append(module._replace(head=mtp_head_saved))
-            mtp_losses.append(mtp_loss)
-            loss = loss + config.mtp_weight / config.mtp_depth * mtp_loss  # (mtp.5)
-        loss = sum(balance.values(), start=loss)
-    loads = {}
-    for layer, route in chosen.items():
-        depth = max(layer - config.layers + 1, 0)
-        valid_tokens = None if key_mask is None else key_mask[:, : t - depth] & key_mask[:, depth:]
-        loads[layer] = expert_load(route.indices, config.experts, valid_tokens)
-    output = ModelOutput(hidden, loss, main, mtp_losses, balance, chosen, loads)
+    for depth in range(1, config.mtp_depth + 1):
+        later = batch.at(depth)
+        state, normed, module = _mtp_forward(run, depth, state[:, : later.tokens.shape[1]], later)
+        mtp_loss, module_head_saved = _head_forward(run, normed, later, normaliser)
+        modules.append(module._replace(head=module_head_saved))
+        mtp_losses.append(mtp_loss)
+        loss = loss + config.mtp_weight / config.mtp_depth * mtp_loss  # (mtp.5)
+    loss = sum(run.balance.values(), start=loss)
+    output = ModelOutput(hidden, loss, main, mtp_losses, run.balance, run.chosen, run.loads)
     return output, ModelSaved(run, embedding_saved, blocks, norm_saved, hidden, head_saved, modules)
 
 
@@ -274,10 +257,15 @@ def backward(
     if dloss is not None and saved.head is None:
         raise ValueError("dloss needs a forward with with_loss=True, got one without a loss")
     grads = Gradients(params)
-    dx = zeros(saved.hidden.shape, saved.hidden)
-    dh = dx if dhidden is None else dx + dhidden
+    hidden, head = saved.hidden, params["lm_head.weight"]
+    dx = dh = zeros(hidden.shape, hidden)
+    if dhidden is not None:
+        expect("dhidden", dhidden, "(B, T, D)", tuple(hidden.shape))
+        dh = dh + number(dhidden, hidden)
     if dlogits is not None:
-        dh_logits, dw = ops["linear"].backward(dlogits, _linear_saved(run, saved.hidden))
+        expect("dlogits", dlogits, "(B, T, W)", (*hidden.shape[:2], config.vocabulary))
+        _, linear_saved = ops["linear"].forward(hidden, head)
+        dh_logits, dw = ops["linear"].backward(number(dlogits, hidden), linear_saved)
         dh = dh + dh_logits
         grads.add("lm_head.weight", dw)
     if dloss is not None:
@@ -323,11 +311,8 @@ class Gradients:
         }  # fmt: skip
 
 
-def _block_forward(
-    run: Run, layer: int, x: Array, positions: Array, key_mask: Array | None, segments: Array | None,
-    balance: dict[int, Array], chosen: dict[int, Route],
-) -> tuple[Array, BlockSaved]:  # fmt: skip
-    """x + MLA(norm(x)), then x + FFN or MoE(norm(x)); adds the layer's balance loss and route to the two dicts."""
+def _block_forward(run: Run, layer: int, x: Array, batch: Batch) -> tuple[Array, BlockSaved]:
+    """x + MLA(norm(x)), then x + FFN or MoE(norm(x)); adds the layer's balance loss, route and load to ``run``."""
     config, ops = run.config, run.ops
     yarn, conventions = config.active_yarn, config.conventions
     norm, q, q_a, q_a_norm, q_b, kv_a, kv_a_norm, kv_b, o, ffn_norm, gate = run.names(layer, *NORM_AND_MLA, *FFN_NORM)
@@ -335,10 +320,10 @@ def _block_forward(
     (y, _), mla = ops["mla"].forward(
         h, None, q_a, q_a_norm, q if q_b is None else q_b, kv_a, kv_a_norm, kv_b, o,
         heads=config.heads, scale=(config.nope + config.rope) ** -0.5 * yarn_softmax_factor(yarn),
-        eps=config.latent_eps, positions=positions, layout=conventions.rope_layout,
+        eps=config.latent_eps, positions=batch.positions, layout=conventions.rope_layout,
         inv_freq=namespace(x=x).asarray(rope_frequencies(config.rope, config.theta, yarn)),
         factor=yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim) if yarn else 1.0,
-        key_mask=key_mask, segments=segments, ops=ops,
+        key_mask=batch.takes_part, segments=batch.segments, ops=ops,
     )  # fmt: skip
     x = x + y
     h, ffn_norm_saved = ops["rms_norm"].forward(x, ffn_norm, eps=config.norm_eps)
@@ -357,11 +342,12 @@ def _block_forward(
         counted = replay.counted
     elif counted is None:
         counted = select_experts(real(routed.scores), config.top_k)
-    chosen[layer] = Route(routed.indices, counted)
+    run.chosen[layer] = Route(routed.indices, counted)
+    run.loads[layer] = expert_load(routed.indices, config.experts, batch.takes_part)
     balance_saved = None
     if run.with_loss:
-        balance[layer], balance_saved = ops["balance_loss"].forward(
-            routed.scores, alpha=config.balance_weight, top_k=config.top_k, counted=counted, mask=key_mask
+        run.balance[layer], balance_saved = ops["balance_loss"].forward(
+            routed.scores, alpha=config.balance_weight, top_k=config.top_k, counted=counted, mask=batch.takes_part
         )
     y, moe = ops["moe"].forward(
         h, routed.weights, *run.names(layer, *EXPERTS, *SHARED), indices=routed.indices, ops=ops
@@ -398,23 +384,20 @@ def _block_backward(
     return dx + dx_attention
 
 
-def _mtp_forward(
-    run: Run, depth: int, state: Array, ids: Array, positions: Array, key_mask: Array | None, segments: Array | None,
-    balance: dict[int, Array], chosen: dict[int, Route],
-) -> tuple[Array, Array, MTPModuleSaved]:  # fmt: skip
+def _mtp_forward(run: Run, depth: int, state: Array, batch: Batch) -> tuple[Array, Array, MTPModuleSaved]:
     """Module ``depth``: what it hands to the next, its normed output (the head's input), and saved."""
     config, ops, layer = run.config, run.ops, run.config.layers + depth - 1
     xp, embed = namespace(state=state), run.params["model.embed_tokens.weight"]
     hnorm, enorm, proj, norm = run.names(layer, *MTP)
-    embedding, embedding_saved = ops["embedding"].forward(embed, ids=ids)
+    embedding, embedding_saved = ops["embedding"].forward(embed, ids=batch.tokens)
     keep = None
     if config.conventions.mtp_zero_first_embedding:
-        keep = xp.astype(positions[..., None] != 0, real(state).dtype)
+        keep = xp.astype(batch.positions[..., None] != 0, real(state).dtype)
         embedding = embedding * keep
     x, mtp = ops["mtp"].forward(
         state, embedding, hnorm, enorm, proj, eps=config.norm_eps, order=config.conventions.mtp_order, ops=ops
     )
-    x, block = _block_forward(run, layer, x, positions, key_mask, segments, balance, chosen)
+    x, block = _block_forward(run, layer, x, batch)
     normed, norm_saved = ops["rms_norm"].forward(x, norm, eps=config.norm_eps)
     state = x if config.conventions.mtp_hidden == "raw" else normed
     return state, normed, MTPModuleSaved(embedding_saved, keep, mtp, block, norm_saved, None)
@@ -444,11 +427,52 @@ def _mtp_backward(
     return namespace(dread=dread).concat((dread, last), axis=1)
 
 
-def _linear_saved(run: Run, hidden: Array) -> Any:
-    """What the head's linear map saves, for a gradient that starts at the logits."""
-    from .ops.linear import LinearSaved
+def _batch(
+    params: Parameters, tokens: Array, config: ModelConfig, targets: Array | None, mask: Array | None,
+    key_mask: Array | None, segments: Array | None, positions: Array | None, with_loss: bool,
+) -> Batch:  # fmt: skip
+    """The main model's batch, with the defaults that `forward` promises."""
+    embed = params["model.embed_tokens.weight"]
+    xp, device = namespace(params=embed), embed.device
+    expect("tokens", tokens, "(B, T)", (None, None))
+    if tokens.shape[1] <= (config.mtp_depth if with_loss else 0):
+        raise ValueError(f"tokens must have shape (B, T) with T > mtp_depth={config.mtp_depth}, got {tokens.shape}")
+    tokens, (b, t) = expect_ids("tokens", tokens, config.vocabulary), tokens.shape
+    for name, given in (("targets", targets), ("segments", segments)):
+        if given is not None:
+            expect(name, given, "(B, T)", (b, t))
+    for name, given in (("mask", mask), ("key_mask", key_mask)):
+        if given is not None:
+            expect_mask(name, given, "(B, T)", (b, t))
+    counts = xp.ones((b, t), dtype=xp.bool, device=device) if key_mask is None else xp.asarray(key_mask, copy=True)
+    if targets is None:
+        counts[:, -1] = False
+        if key_mask is not None:
+            counts[:, :-1] &= key_mask[:, 1:]
+        if segments is not None:
+            counts[:, :-1] &= segments[:, 1:] == segments[:, :-1]
+        targets = xp.concat((tokens[:, 1:], tokens[:, -1:]), axis=1)
+        mask = counts if mask is None else counts & mask
+    elif mask is None:
+        mask = counts
+    if positions is None:
+        positions = xp.arange(t, device=device)
+    elif positions.shape != (t,):
+        expect("positions", positions, "(B, T) or (T,)", (b, t))
+    return Batch(tokens, targets, mask, xp.broadcast_to(positions, (b, t)), key_mask, segments)
 
-    return LinearSaved(hidden, run.params["lm_head.weight"])
+
+def _count(mask: Array) -> float | None:
+    """How many are True; None if none is, since a sum over none is 0 whatever divides it."""
+    return float(library(mask).count_nonzero(mask)) or None
+
+
+def _head_forward(run: Run, hidden: Array, batch: Batch, normaliser: float | None) -> tuple[Array, Any]:
+    """The cross-entropy of one depth."""
+    head = run.params["lm_head.weight"]
+    return run.ops["head_cross_entropy"].forward(  # type: ignore[no-any-return]
+        hidden, head, targets=batch.targets, mask=batch.mask, normaliser=normaliser, ops=run.ops
+    )
 
 
 def _check_parameters(params: Parameters, config: ModelConfig) -> None:
@@ -459,6 +483,11 @@ def _check_parameters(params: Parameters, config: ModelConfig) -> None:
         for name, shape in wanted.items() if name in params and tuple(params[name].shape) != shape
     ]  # fmt: skip
     wrong += [f"{name} is not a parameter of this config" for name in params if name not in wanted]
+    dtype = getattr(params.get("model.embed_tokens.weight"), "dtype", None)
+    wrong += [
+        f"{name} must be {dtype} like model.embed_tokens.weight, got {params[name].dtype}"
+        for name in wanted if name in params and not is_buffer(name) and params[name].dtype != dtype
+    ]  # fmt: skip
     if wrong:
         raise ValueError("params do not fit the config: " + "; ".join(wrong))
 

@@ -24,7 +24,7 @@ class Text(NamedTuple):
 def load_text(path: Path | None = None) -> Text:
     """The bytes of ``path``, by default all of `pydoc_data.topics`, sorted (it differs by Python version).
 
-    CouldNotRun if the file can't be read or is too short to cut windows from.
+    CouldNotRun if the file can't be read or is too short or too dull to cut windows from.
     """
     if path is None:
         from pydoc_data.topics import topics
@@ -39,4 +39,6 @@ def load_text(path: Path | None = None) -> Text:
         raise CouldNotRun(f"--text {path} can't be read: {error.strerror}") from error
     if len(data) < 64:
         raise CouldNotRun(f"--text {path} must hold at least 64 bytes, got {len(data)}")
+    if len(set(data)) < 16:
+        raise CouldNotRun(f"--text {path} must hold at least 16 different bytes, got {len(set(data))}")
     return Text(str(path), data)

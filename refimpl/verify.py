@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .check import MODEL_FD_TOLERANCE, MODEL_VALIDITY, Report, check
-from .check.cases import CASES, RandomDraw, model_case, pair_of
+from .check.cases import CASES, REGIMES, RandomDraw, model_case, model_variant, pair_of
+from .config import CONVENTIONS, preset
 from .errors import CouldNotRun
 from .ops import IMPLEMENTATIONS, Op
 from .text import Text
 
-__all__ = ["MODEL", "NAMES", "Settings", "backward_from_file", "select", "steps"]
+__all__ = ["MODEL", "NAMES", "VARIANT", "Settings", "Step", "backward_from_file", "plan", "run", "select"]
 
-MODEL = "model"
-NAMES = (*CASES, MODEL)  # in reading order
+MODEL, VARIANT = "model", "model_variant"
+NAMES = (*CASES, MODEL, VARIANT)  # in reading order
+MOST_EXAMPLES = 300  # drawn in search of a regime
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,37 @@ class Settings:
 
     text: Text
     examples: int = 5
-    model_examples: int = 2
+    model_examples: int = 1
     seed: int = 0
     implementation: str = "reference"
     backend: str = "numpy"
     dtype: str = "float64"
     convention: str = "official"
     digits: int | None = None
+
+    def validate(self) -> None:
+        """CouldNotRun unless every setting has a meaning here."""
+        if min(self.examples, self.model_examples) < 1:
+            raise CouldNotRun("--examples and --model-examples must be at least 1")
+        if self.digits is not None and not 20 <= self.digits <= 1000:
+            raise CouldNotRun(f"--digits must lie in 20…1000, got {self.digits}")
+        if self.seed < 0:
+            raise CouldNotRun(f"--seed must be at least 0, got {self.seed}")
+        choices = {
+            "implementation": IMPLEMENTATIONS, "backend": ("numpy", "cupy"), "dtype": ("float64", "float32"),
+            "convention": CONVENTIONS,
+        }  # fmt: skip
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise CouldNotRun(f"--{name} must be one of {', '.join(allowed)}, got {getattr(self, name)}")
+        _placement(self.backend)
+
+
+class Step(NamedTuple):
+    """One example to check."""
+
+    op: str
+    seed: int
 
 
 def select(names: Sequence[str]) -> list[str]:
@@ -46,39 +72,57 @@ def select(names: Sequence[str]) -> list[str]:
     return [name for name in NAMES if name in names or not names]
 
 
-def steps(names: Sequence[str], settings: Settings, replace: Mapping[str, Op] | None = None) -> Iterator[Report]:
-    """One report an example, op after op; ``replace`` puts other pairs in the place of ops (to grade them)."""
-    table = IMPLEMENTATIONS.get(settings.implementation)
-    if table is None:
-        raise CouldNotRun(
-            f"--implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {settings.implementation}"
-        )
-    place = _placement(settings.backend)
+def plan(names: Sequence[str], settings: Settings) -> list[Step]:
+    """The examples to check: for each op as many as asked for, and then those that hit the regimes still missing.
+
+    CouldNotRun if the text does not give an op all its regimes (a file of one repeated byte, say).
+    """
+    steps = []
     for name in names:
-        for example in range(settings.model_examples if name == MODEL else settings.examples):
-            seed = settings.seed + example
-            draw = RandomDraw(seed, settings.text.data)
-            common: dict[str, Any] = {"op": name, "seed": seed, "dtype": settings.dtype}
-            if name == MODEL:
-                case, tensors, tested = model_case(draw, convention=settings.convention, table=table)
-                common |= {"names": tensors, "difference_tolerance": MODEL_FD_TOLERANCE, "validity": MODEL_VALIDITY}
-            else:
-                case, tested = CASES[name](draw), (replace or {}).get(name) or pair_of(name, table)
-                parameters = inspect.signature(pair_of(name).forward).parameters.values()
-                common |= {"names": [p.name for p in parameters if p.kind != p.KEYWORD_ONLY]}
-                common |= {"digits": settings.digits, "replay": case.replay}
-            if place is not None:
-                common |= {"reference": tested}
-                tested = _placed(tested, place)
-            yield check(*tested, case.inputs, case.kwargs, **common)
+        if name in (MODEL, VARIANT):
+            steps += [Step(name, settings.seed + example) for example in range(settings.model_examples)]
+            continue
+        missing = set(REGIMES[name])
+        for example in range(MOST_EXAMPLES):
+            hit = CASES[name](RandomDraw(settings.seed + example, settings.text.data)).regimes & missing
+            if example < settings.examples or hit:
+                steps.append(Step(name, settings.seed + example))
+                missing -= hit
+            if example >= settings.examples and not missing:
+                break
+        if missing:
+            raise CouldNotRun(f"{settings.text.name} never gives {name} the case of {', '.join(sorted(missing))}")
+    return steps
+
+
+def run(step: Step, settings: Settings, replaced: Mapping[str, Op] | None = None) -> Report:
+    """Check one example; ``replaced`` puts other pairs in the place of ops (to grade them)."""
+    name, table, place = step.op, IMPLEMENTATIONS[settings.implementation], _placement(settings.backend)
+    draw = RandomDraw(step.seed, settings.text.data)
+    common: dict[str, Any] = {"op": name, "seed": step.seed, "dtype": settings.dtype}
+    if name in (MODEL, VARIANT):
+        conventions = CONVENTIONS[settings.convention]
+        config = replace(preset("tiny"), conventions=conventions)
+        config = model_variant(config, conventions) if name == VARIANT else config
+        case, tensors, tested = model_case(draw, config=config, table=table, masked=name == VARIANT)
+        common |= {"names": tensors, "difference_tolerance": MODEL_FD_TOLERANCE, "validity": MODEL_VALIDITY}
+        kwargs = case.kwargs
+    else:
+        case, tested = CASES[name](draw), (replaced or {}).get(name) or pair_of(name, table)
+        parameters = inspect.signature(pair_of(name).forward).parameters
+        common |= {"names": [p.name for p in parameters.values() if p.kind != p.KEYWORD_ONLY]}
+        common |= {"digits": settings.digits}
+        kwargs = case.kwargs | ({"ops": table} if "ops" in parameters else {})
+    if place is not None:
+        common |= {"reference": tested}
+        tested = _placed(tested, place)
+    return check(*tested, case.inputs, kwargs, replay=case.replay, **common)
 
 
 def _placement(backend: str) -> Callable[[Any], Any] | None:
     """What moves an array to the backend; None for NumPy."""
     if backend == "numpy":
         return None
-    if backend != "cupy":
-        raise CouldNotRun(f"--backend must be numpy or cupy, got {backend}")
     try:
         import cupy  # type: ignore[import-not-found]
     except ImportError as error:
@@ -116,7 +160,7 @@ def _placed(pair: Op, place: Callable[[Any], Any]) -> Op:
 
 
 def backward_from_file(op: str, path: Path) -> Op:
-    """The op with the ``<op>_backward`` (and, if defined, ``<op>_forward``) of a Python file in place of ours."""
+    """Our forward of the op with the ``<op>_backward`` of a Python file."""
     if op not in CASES:
         raise CouldNotRun(f"unknown op {op}; there are {', '.join(CASES)}")
     if not path.is_file():
@@ -127,9 +171,9 @@ def backward_from_file(op: str, path: Path) -> Op:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise CouldNotRun(f"{path} can't be imported: {type(error).__name__}: {error}") from error
-    if not hasattr(module, f"{op}_backward"):
+    backward = getattr(module, f"{op}_backward", None)
+    if not callable(backward):
         raise CouldNotRun(f"{path} must define {op}_backward(dy, saved)")
-    ours = pair_of(op)
-    return Op(getattr(module, f"{op}_forward", ours.forward), getattr(module, f"{op}_backward"))
+    return Op(pair_of(op).forward, backward)

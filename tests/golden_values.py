@@ -171,7 +171,7 @@ def router(op: Op) -> Run:
 def mtp(op: Op) -> Run:
     def run(case: Case) -> Tensors:
         if "depth" in case.settings:
-            pairs = mtp_pairs(**case.aux, **case.settings)
+            *pairs, _ = mtp_pairs(**case.aux, **case.settings)
             return {f"out/{key}": value for key, value in zip(("tokens", "targets", "mask"), pairs, strict=True)}
         return plain("hidden embedding w_hnorm w_enorm w_proj", "h")(op)(case)
 

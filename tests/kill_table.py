@@ -7,15 +7,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from refimpl.check import FD_TOLERANCE, MODEL_FD_TOLERANCE, MODEL_VALIDITY, VALIDITY, Report, check
-from refimpl.check.cases import CASES, RandomDraw, model_case, pair_of
+from refimpl.check.cases import CASES, RandomDraw, model_case
 from refimpl.check.planted import PLANTED, Planted, plant
 from refimpl.config import ModelConfig, preset
 from refimpl.ops import Op
+from refimpl.text import load_text
+from refimpl.verify import Settings, plan, run
 
 import golden_values
 
 COLUMNS = ("contract", "differences", "noise", "sharpness", "golden")
-EXAMPLES = 10
+EXAMPLES = 10  # of clean code, an op
 
 
 @dataclass(frozen=True)
@@ -35,28 +37,23 @@ def kill(bug: Planted) -> Row:
     """Run every check on the bug."""
     planted = plant(bug)
     if isinstance(planted, Op):
-        reports = [examine(bug.op, planted, seed) for seed in range(EXAMPLES)]
+        settings = Settings(load_text())
+        reports = [run(step, settings, {bug.op: planted}) for step in plan([bug.op], settings)]
         caught = symptoms(reports, FD_TOLERANCE, VALIDITY)
         file, way = golden_values.WAYS[bug.op]
-        run = way(planted)
+        golden = way(planted)
     else:
         reports = [examine_model(planted)]
         caught = symptoms(reports, MODEL_FD_TOLERANCE, MODEL_VALIDITY)
-        file, run = "model", golden_values.model(module=planted)
-    return Row(bug, caught | ({"golden"} if golden_differs(file, run) else frozenset()))
-
-
-def examine(op: str, pair: Op, seed: int) -> Report:
-    """The checker's report on one example."""
-    case = CASES[op](RandomDraw(seed))
-    return check(*pair, case.inputs, case.kwargs, op=op, replay=case.replay, seed=seed)
+        file, golden = "model", golden_values.model(module=planted)
+    return Row(bug, caught | ({"golden"} if golden_differs(file, golden) else frozenset()))
 
 
 def examine_model(module: Any) -> Report:
     """The checker's report on a small model whose forward and backward are those of ``module``."""
     case, names, pair = model_case(RandomDraw(0), config=small_model(), length=7, model=module)
     return check(
-        *pair, case.inputs, case.kwargs, op="model", names=names, difference_tolerance=MODEL_FD_TOLERANCE,
+        *pair, case.inputs, replay=case.replay, op="model", names=names, difference_tolerance=MODEL_FD_TOLERANCE,
         validity=MODEL_VALIDITY,
     )  # fmt: skip
 
@@ -84,7 +81,8 @@ def golden_differs(file: str, run: golden_values.Run) -> bool:
 
 def false_alarms() -> tuple[int, int]:
     """(clean examples that some rule calls wrong, clean examples)."""
-    reports = [examine(op, pair_of(op), seed) for op in CASES for seed in range(EXAMPLES)]
+    settings = Settings(load_text(), examples=EXAMPLES)
+    reports = [run(step, settings) for step in plan(list(CASES), settings)]
     return sum(not report.ok for report in reports), len(reports)
 
 

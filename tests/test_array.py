@@ -13,13 +13,16 @@ from hypothesis import strategies as st
 
 from refimpl.array import (
     argsort,
+    blocks,
     cast,
     einsum,
     expect,
     expect_ids,
     expect_mask,
     fill,
+    last,
     namespace,
+    number,
     real,
     scatter_add,
     shape_error,
@@ -287,10 +290,39 @@ def test_expect() -> None:
     assert str(error) == "w must have shape (D,)=(64,), got (32,)"
 
 
+def test_last() -> None:
+    assert last(np.ones((2, 3)), "x") == 3
+    with pytest.raises(ValueError, match=r"^x must have at least one axis, got shape \(\)$"):
+        last(np.ones(()), "x")
+
+
+def test_number_widens_nothing() -> None:
+    for dtype in WIDE[:-1]:
+        x = np.ones(2).astype(dtype)
+        assert number(0.5, x).dtype == (number(np.float64(0.5), x) * x).dtype == dtype
+    assert number(2, dual_array(np.ones(1))) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ranges"),
+    [
+        ((5, 2), [(0, 2), (2, 4), (4, 5)]),
+        ((4, 2), [(0, 2), (2, 4)]),
+        ((3, 9), [(0, 3)]),
+        ((5, 2, 3), [(0, 2), (2, 3)]),
+        ((5, 2, 9), [(0, 2), (2, 4), (4, 5)]),
+        ((0, 2), []),
+        ((5, 2, 0), []),
+    ],
+)
+def test_blocks(arguments: tuple[int, ...], ranges: list[tuple[int, int]]) -> None:
+    assert list(blocks(*arguments)) == ranges
+
+
 @pytest.mark.parametrize("xp", [np, array_api_strict])
 def test_expect_ids(xp: Any) -> None:
     """−1 would count from the end, a float or a bool would index by accident."""
-    expect_ids("ids", xp.asarray([0, 4]), 5)
+    assert expect_ids("ids", xp.asarray([0, 4], dtype=xp.uint8), 5).dtype == xp.int64  # narrow ones would wrap
     expect_ids("ids", xp.zeros((2, 0), dtype=xp.int64), 5)
     for wrong, span in (([-1, 4], "-1…4"), ([0, 5], "0…5")):
         with pytest.raises(ValueError, match=rf"^ids must lie in 0…4, got {span}$"):

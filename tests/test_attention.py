@@ -190,7 +190,11 @@ ERRORS = [
     ({"k": np.ones((1, 6, 4, 5))}, ValueError, r"k must have shape .*=\(2, 'any', 4, 5\), got \(1, 6, 4, 5\)"),
     ({"v": np.ones((2, 5, 4, 7))}, ValueError, r"v must have shape .*=\(2, 6, 4, 'any'\), got \(2, 5, 4, 7\)"),
     ({"v": np.ones((2, 6, 3, 7))}, ValueError, r"v must have shape .*=\(2, 6, 4, 'any'\), got \(2, 6, 3, 7\)"),
-    ({"q": np.ones((2, 7, 4, 5))}, ValueError, "q must have at most as many positions as k, S=6, got T=7"),
+    (
+        {"q": np.ones((2, 7, 4, 5))},
+        ValueError,
+        "q must have at least one position and at most as many as k, S=6, got T=7",
+    ),
     ({"key_mask": np.ones((2, 3), bool)}, ValueError, r"key_mask must have shape \(B, S\)=\(2, 6\), got \(2, 3\)"),
     ({"key_mask": np.ones((1, 6), bool)}, ValueError, r"key_mask must have shape \(B, S\)=\(2, 6\), got \(1, 6\)"),
     ({"key_mask": np.full((2, 6), 2)}, TypeError, "key_mask must be bool, got int64"),  # 2 & True is 0

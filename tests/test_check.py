@@ -69,12 +69,24 @@ def test_functions_of_float64_alone() -> None:
 
 
 CALLS = [0]
+BUFFERS: dict[Any, np.ndarray] = {}
 
 
 def _mutates_saved(dy: Any, saved: Any) -> Any:
     grads = backward(dy, saved)
     saved[0][...] *= 2
     return grads
+
+
+def _reuses_a_buffer(dy: Any, saved: Any) -> Any:
+    dx, dw = backward(dy, saved)
+    buffer = BUFFERS.setdefault(dx.dtype, np.empty_like(dx))
+    buffer[...] = dx
+    return buffer, dw
+
+
+def _times_in_float32(factor: float, grads: Any) -> Any:
+    return tuple(g * factor if g.dtype == np.float32 else g for g in grads)
 
 
 def _is_random(dy: Any, saved: Any) -> Any:
@@ -93,7 +105,19 @@ BROKEN: list[tuple[str, Pass, str]] = [
     ("returns its input", lambda dy, s: (backward(dy, s)[0], s[1]), "shares memory with"),
     ("one array twice", lambda dy, s: (lambda g: (g, g[0]))(backward(dy, s)[0]), "shares memory with another gradient"),
     ("random", _is_random, "differs between two calls"),
-    ("saved", _mutates_saved, "differs between two calls"),
+    ("saved", _mutates_saved, "saved was changed"),
+    ("one buffer", _reuses_a_buffer, "is the same memory in two calls"),
+    ("raises", lambda dy, s: dy + np.ones(7), "it raised ValueError"),
+    (
+        "float32 alone",
+        lambda dy, s: tuple(g * (3 if g.dtype == np.float32 else 1) for g in backward(dy, s)),
+        "in float32",
+    ),
+    (
+        "nan in float32",
+        lambda dy, s: tuple(g * (np.nan if g.itemsize == 4 else 1) for g in backward(dy, s)),
+        "in float32",
+    ),
 ]
 
 
@@ -104,14 +128,28 @@ def test_contract(wrong: Pass, message: str) -> None:
 
 
 def test_contract_of_the_forward() -> None:
-    """A forward that writes into its input can't, since it is read-only; one that returns the wrong type is named."""
+    """A forward that writes into its input, returns its input, changes an argument, or returns the wrong type."""
 
     def in_place(x: Any, w: Any) -> tuple[Any, Any]:
         np.exp(x, out=x)
         return x @ w.T, (x, w)
 
-    with pytest.raises(ValueError, match="read-only"):
-        contract(Pair(in_place, backward), (X, W), [RNG.normal(size=(2, 3, 5))])
+    faults = contract(Pair(in_place, backward), (X, W), [RNG.normal(size=(2, 3, 5))])
+    assert any("it raised ValueError: output array is read-only" in fault for fault in faults)
+
+    def returns_input(x: Any, w: Any) -> tuple[Any, Any]:
+        return x, (x, w)
+
+    faults = contract(Pair(returns_input, lambda dy, s: (1 * dy, 0 * s[1])), (X, W), [np.ones(X.shape)])
+    assert "output 0 shares memory with an input" in faults
+
+    def clears(x: Any, w: Any, *, ids: Any) -> tuple[Any, Any]:
+        y = forward(x, w)
+        ids[:] = 0
+        return y
+
+    faults = contract(Pair(clears, backward, {"ids": np.arange(3)}), (X, W), [np.ones((2, 3, 5))])
+    assert "an argument that is not differentiable was changed" in faults
 
     def widens(x: Any, w: Any) -> tuple[Any, Any]:
         y, saved = forward(x, w)
@@ -127,7 +165,7 @@ def test_contiguity() -> None:
         dx, dw = backward(dy, saved)
         return dx * (1.0 if dy.flags.c_contiguous else 1.5), dw
 
-    assert any("non-contiguous" in f for f in contract(Pair(forward, raw), (X, W), [np.ones((2, 3, 5))]))
+    assert any("strided" in f for f in contract(Pair(forward, raw), (X, W), [np.ones((2, 3, 5))]))
 
 
 @pytest.mark.parametrize(
@@ -179,14 +217,14 @@ def test_replay_freezes_choices() -> None:
     """A function with a jump is checked on the branch that the first run took."""
 
     def jump(x: Any, *, up: Any = None) -> tuple[Any, Any]:
-        up = np.round(50 * x.real) % 2 == 0 if up is None else up
+        up = np.round(5000 * x.real) % 2 == 0 if up is None else up
         return np.where(up, x + 1, x * x), (x, up)
 
     def jump_backward(dy: Any, saved: Any) -> Any:
         x, up = saved
         return np.where(up, dy, 2 * x * dy)
 
-    assert check(jump, jump_backward, (X,), replay=lambda y: {"up": np.round(50 * X) % 2 == 0}).ok
+    assert check(jump, jump_backward, (X,), replay=lambda y: {"up": np.round(5000 * X) % 2 == 0}).ok
     assert not check(jump, jump_backward, (X,)).ok  # differences straddle the jumps
 
 
@@ -215,6 +253,55 @@ def test_none_inputs_and_several_outputs() -> None:
 def test_bad_arguments(inputs: Any, options: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         check(forward, backward, inputs, **options)
+
+
+def test_what_a_forward_must_return() -> None:
+    with pytest.raises(TypeError, match=r"forward must return \(y, saved\), got ndarray"):
+        check(lambda x: x * 2, lambda dy, s: dy, (X,))
+    with pytest.raises(TypeError, match="y must be a floating-point array, or a tuple with at least one, got list"):
+        check(lambda x: ([x * 2], None), lambda dy, s: dy, (X,))
+
+
+def test_cotangents_are_no_inputs() -> None:
+    """Inputs that a caller draws from the same seed are not drawn again as cotangents or directions."""
+    x = np.random.default_rng(0).normal(size=(3, 4))
+    report = check(lambda x: (2 * x, x), lambda dy, x: 2 * x, (x,), seed=0)
+    assert not report.ok
+
+
+def test_choices_made_and_replayed_must_agree() -> None:
+    """A pair that only works when its choices are given is found out."""
+
+    def best(x: Any, *, order: Any = None) -> tuple[Any, Any]:
+        found = np.argsort(-np.real(x), axis=-1) if order is None else order
+        kept = found if order is not None else found[..., ::-1]
+        return (np.take_along_axis(x, found, axis=-1), found), (kept, x)
+
+    def best_backward(dy: Any, saved: Any) -> Any:
+        order, x = saved
+        dx = 0 * x
+        np.put_along_axis(dx, order, dy[0], axis=-1)
+        return dx
+
+    report = check(best, best_backward, (X,), replay=lambda y: {"order": y[1]})
+    assert report.faults == ["pair: gradients differ between choices made and the same choices replayed"]
+
+
+def test_unlucky_cotangents_are_drawn_again() -> None:
+    """A single number that a sum over rows nearly cancels needs another cotangent; an error in float64 alone does not
+    get away with one."""
+    x, w = np.random.default_rng(1).normal(size=(2, 3, 1)), np.array([0.7])
+
+    def scale(x: Any, w: Any) -> tuple[Any, Any]:
+        return x * w, (x, w)
+
+    def sometimes(dy: Any, saved: Any) -> Any:
+        x, w = saved
+        wrong = 1e-9 if dy.dtype == np.float64 and dy.sum() < 0 else 0
+        return dy * w, np.sum(dy * x, axis=(0, 1)) * (1 + wrong)
+
+    verdicts = [check(scale, sometimes, (x, w), seed=seed, rules=("noise",)).ok for seed in range(20)]
+    assert 4 <= verdicts.count(False) <= 16  # wrong whenever the first cotangent shows it
 
 
 def test_merge_keeps_the_worst() -> None:

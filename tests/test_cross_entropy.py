@@ -74,6 +74,15 @@ def test_all_masked() -> None:
     assert np.all(d == 0)
 
 
+def test_masked_token_may_be_impossible() -> None:
+    """A logit of −∞ at a masked target is no NaN; at one that counts, the loss is infinite."""
+    logits = np.array([[[0.0, -np.inf], [0.0, 0.0]]])
+    loss, d = loss_and_gradient(logits, targets=np.array([[1, 0]]), mask=np.array([[False, True]]))
+    np.testing.assert_allclose(loss, math.log(2), rtol=EPS)
+    np.testing.assert_array_equal(d[0, 0], [0, 0])
+    assert loss_and_gradient(logits, targets=np.array([[1, 0]]))[0] == np.inf
+
+
 def test_weights_and_normaliser() -> None:
     """A mask of weights multiplies each token's loss; the normaliser is their sum unless given."""
     logits, targets = inputs()
@@ -107,6 +116,8 @@ def test_huge_logits(dtype: type) -> None:
         ({"targets": np.full((B, T), W)}, ValueError, "targets must lie in 0…6, got 7…7"),
         ({"targets": np.full((B, T), -100)}, ValueError, "targets must lie in 0…6, got -100…-100"),
         ({"targets": np.full((B, T), -1), "mask": MASK}, ValueError, "targets must lie in 0…6, got -1…0"),
+        ({"normaliser": 0.0}, ValueError, "normaliser, or the sum of a mask that is not all 0, must not be 0, got 0"),
+        ({"mask": np.array([[1.0, -1, 0]] * B)}, ValueError, "the sum of a mask that is not all 0, must not be 0"),
         ({"mask": np.ones((B, 1), bool)}, ValueError, r"mask must have shape \(…\)=\(2, 3\), got \(2, 1\)"),
         ({"targets": np.zeros((B, T))}, TypeError, "targets must be integers, got float64"),
         ({"logits": np.ones((B, T, W), int)}, TypeError, "logits must be float32 or wider"),

@@ -85,10 +85,10 @@ def test_finds_its_ops_in_the_table() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({1: np.ones((7, 4))}, ValueError, r"w must have shape \(O, I\)=\('any', 5\), got \(7, 4\)"),
-        ({2: np.ones((7, 6))}, ValueError, r"w must have shape \(O, I\)=\('any', 5\), got \(7, 6\)"),
-        ({2: np.ones((1, 5))}, ValueError, r"up must have shape gate.shape=\(2, 3, 7\), got \(2, 3, 1\)"),
-        ({3: np.ones((5, 6))}, ValueError, r"w must have shape \(O, I\)=\('any', 7\), got \(5, 6\)"),
+        ({1: np.ones((7, 4))}, ValueError, r"w_gate must have shape \(F, D\)=\('any', 5\), got \(7, 4\)"),
+        ({2: np.ones((7, 6))}, ValueError, r"w_up must have shape \(F, D\)=\(7, 5\), got \(7, 6\)"),
+        ({2: np.ones((1, 5))}, ValueError, r"w_up must have shape \(F, D\)=\(7, 5\), got \(1, 5\)"),
+        ({3: np.ones((5, 6))}, ValueError, r"w_down must have shape \(D, F\)=\(5, 7\), got \(5, 6\)"),
         ({0: np.ones((2, 3, 5), dtype=int)}, TypeError, "x must be float32 or wider"),
     ],
 )

@@ -122,7 +122,11 @@ GOOD: dict[str, Any] = {
         ({"q": np.ones((2, 3, 5))}, ValueError, r"q must have shape \(B, T, H, X\), got \(2, 3, 5\)"),
         ({"k": np.ones((2, 6, 2, 5))}, ValueError, r"k must have shape .*=\(2, 'any', 4, 5\), got \(2, 6, 2, 5\)"),
         ({"v": np.ones((2, 5, 4, 7))}, ValueError, r"v must have shape .*=\(2, 6, 4, 'any'\), got \(2, 5, 4, 7\)"),
-        ({"q": np.ones((2, 7, 4, 5))}, ValueError, "q must have at most as many positions as k, S=6, got T=7"),
+        (
+            {"q": np.ones((2, 7, 4, 5))},
+            ValueError,
+            "q must have at least one position and at most as many as k, S=6, got T=7",
+        ),
         ({"key_mask": np.ones((2, 3), bool)}, ValueError, r"key_mask must have shape \(B, S\)=\(2, 6\), got \(2, 3\)"),
         ({"key_mask": np.full((2, 6), 2)}, TypeError, "key_mask must be bool, got int64"),
         ({"segments": np.ones((2, 3), int)}, ValueError, r"segments must have shape \(B, S\)=\(2, 6\), got \(2, 3\)"),

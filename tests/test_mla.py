@@ -172,6 +172,28 @@ def test_scaling_what_goes_into_a_norm_changes_nothing() -> None:
     assert abs(products[1][C:].sum()) > 0.01 * np.abs(products[1][C:]).sum()
 
 
+def test_what_x_goes_through() -> None:
+    """x enters by w_q_a x and w_kv_a x alone, so ⟨dx, x⟩ = ⟨dw_q_a, w_q_a⟩ + ⟨dw_kv_a, w_kv_a⟩."""
+    given, rng = arguments(), np.random.default_rng(1)
+    _, grads = attend(given, rng.normal(size=(B, T, D)), rng.normal(size=(B, T, C + R)))
+    x, w_q_a, w_kv_a = (given[name] * grads[name] for name in ("x", "w_q_a", "w_kv_a"))
+    assert abs(x.sum() - w_q_a.sum() - w_kv_a.sum()) <= 200 * EPS * np.abs(x).sum()
+    assert min(abs(w_q_a.sum()), abs(w_kv_a.sum())) > 1e-3 * abs(x.sum())
+
+
+def test_every_head_twice() -> None:
+    """With half of w_o each: the same output, and the same gradients of what the heads share, the rotated key's too."""
+    given, dy = arguments(), np.random.default_rng(1).normal(size=(B, T, D))
+    twice = {name: np.concatenate((given[name], given[name])) for name in ("w_q_b", "w_kv_b")}
+    twice |= {"w_o": np.concatenate((given["w_o"], given["w_o"]), axis=1) / 2, "heads": 2 * H}
+    ((y, _), grads), ((same_y, _), same) = attend(given, dy), attend(given | twice, dy)
+    assert_close(same_y, y)
+    for name in ("x", "w_q_a", "w_q_a_norm", "w_kv_a", "w_kv_a_norm"):
+        assert_close(same[name], grads[name])
+    for name in ("w_q_b", "w_kv_b"):
+        assert_close(same[name], np.concatenate((grads[name], grads[name])) / 2)
+
+
 def test_scale_and_rope_factor() -> None:
     """A factor κ of the rotation multiplies the rotated part of q·k by κ²: scale is common to both parts."""
     given = arguments()
@@ -185,14 +207,14 @@ def test_scale_and_rope_factor() -> None:
 
 ERRORS: list[tuple[Arguments, type[Exception], str]] = [
     ({"heads": 2}, ValueError, r"w_q_b must have shape \(H·\(N\+R\), A\) .* got \(27, 9\) and \(12, 7\)"),
-    ({"w_q_b": np.ones((H * R, A))}, ValueError, "with H=3, C=8, N and R at least 1"),
-    ({"w_kv_a_norm": np.ones(C + R)}, ValueError, "with H=3, C=12, N and R at least 1"),
-    ({"w_q_a": np.ones((A, D + 1))}, ValueError, r"w must have shape \(O, I\)=\('any', 7\), got \(9, 8\)"),
-    ({"w_q_a_norm": np.ones(A + 1)}, ValueError, r"w must have shape \(D,\)=\(9,\), got \(10,\)"),
-    ({"w_q_a": None, "w_q_a_norm": None}, ValueError, r"w must have shape \(O, I\)=\('any', 7\), got \(27, 9\)"),
+    ({"w_q_b": np.ones((H * R, A))}, ValueError, "with H=3, C=8, all at least 1"),
+    ({"w_kv_a_norm": np.ones(C + R)}, ValueError, "with H=3, C=12, all at least 1"),
+    ({"w_q_a": np.ones((A, D + 1))}, ValueError, r"w_q_a must have shape \(A, D\)=\('any', 7\), got \(9, 8\)"),
+    ({"w_q_a_norm": np.ones(A + 1)}, ValueError, r"w_q_a_norm must have shape \(A,\)=\(9,\), got \(10,\)"),
+    ({"w_q_a": None, "w_q_a_norm": None}, ValueError, r"w_q_b must have shape .*=\('any', 7\), got \(27, 9\)"),
     ({"w_kv_b": np.ones((H * (N + V), C + 1))}, ValueError, r"w_kv_b must have shape .*=\(33, 8\), got \(33, 9\)"),
     ({"w_kv_b": np.ones((H * N, C))}, ValueError, r"w_kv_b must have shape \(H·\(N\+V\), C\)=\(33, 8\), got"),
-    ({"w_o": np.ones((D, H * V + 1))}, ValueError, r"w must have shape \(O, I\)=\('any', 18\), got \(7, 19\)"),
+    ({"w_o": np.ones((D, H * V + 1))}, ValueError, r"w_o must have shape \(D, H·V\)=\(7, 18\), got \(7, 19\)"),
     ({"cache": np.ones((B, 2, C))}, ValueError, r"cache must have shape \(B, S−T, C\+R\)=\(2, 'any', 12\), got"),
     ({"cache": np.ones((1, 2, C + R))}, ValueError, r"cache must have shape .*=\(2, 'any', 12\), got \(1, 2, 12\)"),
     ({"cache": np.ones((B, 2, C + R), int)}, TypeError, "cache must be float32 or wider"),

@@ -92,9 +92,9 @@ def test_decoding_equals_the_whole() -> None:
     ("change", "error", "message"),
     [
         ({"heads": 2}, ValueError, r"w_q_b must have shape \(H·\(N\+R\), A\) .* got \(27, 7\) and \(12, 7\)"),
-        ({"w_kv_a_norm": np.ones(C + R)}, ValueError, "with H=3, C=12, N and R at least 1"),
+        ({"w_kv_a_norm": np.ones(C + R)}, ValueError, "with H=3, C=12, all at least 1"),
         ({"w_kv_b": np.ones((H * N, C))}, ValueError, r"w_kv_b must have shape .*=\(33, 8\), got \(15, 8\)"),
-        ({"w_o": np.ones((D, H * V + 1))}, ValueError, r"w must have shape \(O, I\)=\('any', 18\), got \(7, 19\)"),
+        ({"w_o": np.ones((D, H * V + 1))}, ValueError, r"w_o must have shape \(D, H·V\)=\(7, 18\), got \(7, 19\)"),
         ({"cache": np.ones((B, 2, C))}, ValueError, r"cache must have shape \(B, S−T, C\+R\)=\(2, 'any', 12\)"),
         ({"key_mask": np.ones((B, T + 1), bool)}, ValueError, r"key_mask must have shape .*=\(2, 4\), got \(2, 5\)"),
         ({"w_kv_b": np.ones((H * (N + V), C), np.float16)}, TypeError, "w_kv_b must be float32 or wider"),

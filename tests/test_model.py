@@ -52,7 +52,7 @@ def protocol(
         RandomDraw(seed), config=config, convention=convention, table=IMPLEMENTATIONS[implementation], length=7
     )
     report = check(
-        *pair, case.inputs, case.kwargs, op="model", names=names, difference_tolerance=MODEL_FD_TOLERANCE,
+        *pair, case.inputs, replay=case.replay, op="model", names=names, difference_tolerance=MODEL_FD_TOLERANCE,
         validity=MODEL_VALIDITY, seed=seed,
     )  # fmt: skip
     assert report.ok, str(report)

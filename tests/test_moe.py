@@ -150,11 +150,11 @@ ERRORS: list[tuple[Arguments, type[Exception], str]] = [
     ({"w_gate": np.ones((E + 1, F, D))}, ValueError, r"w_up must have shape .*=\(7, 3, 5\), got \(6, 3, 5\)"),
     ({"w_up": np.ones((E, F, D + 1))}, ValueError, r"w_up must have shape .*=\(6, 3, 5\), got \(6, 3, 6\)"),
     ({"w_up": np.ones((E, F + 1, D))}, ValueError, r"w_up must have shape .*, got \(6, 4, 5\)"),
-    ({"w_shared_down": np.ones((S, D))}, ValueError, r"w must have shape \(O, I\)=\('any', 7\), got \(7, 5\)"),
+    ({"w_shared_down": np.ones((S, D))}, ValueError, r"w_shared_down must have shape \(D, F\)=\(5, 7\), got \(7, 5\)"),
     ({"indices": np.full((B, T, K), -1)}, ValueError, "indices must lie in 0…5, got -1…-1"),
     ({"indices": np.full((B, T, K), E)}, ValueError, "indices must lie in 0…5, got 6…6"),
     ({"x": np.ones((0, 4, D)), "weights": np.ones((0, 4, K)), "indices": np.ones((0, 4, K), int)}, ValueError,
-     r"x must have at least one row, got shape \(0, 4, 5\)"),
+     r"x and indices must have at least one row and one choice, got \(0, 4, 5\)"),
     ({"x": np.ones((B, T, D), int)}, TypeError, "x must be float32 or wider"),
     ({"w_gate": np.ones((E, F, D), np.float16)}, TypeError, "w_gate must be float32 or wider"),
 ]  # fmt: skip

@@ -74,6 +74,20 @@ def test_stretching_either_input_changes_nothing(order: str) -> None:
         assert np.max(np.abs(products)) > 0.1
 
 
+@ORDERS
+def test_identities(order: str) -> None:
+    """y is linear in w_proj, and in the two norms' weights together: each of these has a share of ⟨dy, y⟩."""
+    arrays = inputs()
+    y, grads = run(arrays, order=order)
+    total = np.random.default_rng(1).normal(size=(B, T, D)) * y
+    product = {name: arrays[name] * grads[name] for name in NAMES[2:]}
+    bound = 50 * EPS * np.abs(product["w_proj"]).sum()
+    assert abs(product["w_proj"].sum() - total.sum()) <= bound
+    assert abs(product["w_hnorm"].sum() + product["w_enorm"].sum() - total.sum()) <= bound
+    first = product["w_enorm" if order == "embedding_hidden" else "w_hnorm"]
+    assert abs(product["w_proj"][:, :D].sum() - first.sum()) <= bound
+
+
 TOKENS = np.array([[10, 11, 12, 13, 14], [20, 21, 22, 23, 24]])
 TARGETS = TOKENS + 1
 MASK = np.array([[1, 1, 1, 1, 0], [1, 0, 1, 1, 1]], bool)
@@ -89,7 +103,8 @@ MASK = np.array([[1, 1, 1, 1, 0], [1, 0, 1, 1, 1]], bool)
 )
 def test_pairs(depth: int, tokens: list[list[int]], mask: list[list[int]]) -> None:
     """Position i reads token i + depth and predicts the target of that token, if that counts."""
-    found = mtp_pairs(TOKENS, TARGETS, MASK, depth)
+    *found, takes_part = mtp_pairs(TOKENS, TARGETS, MASK, depth)
+    assert takes_part is None
     for got, wanted in zip(found, (tokens, np.array(tokens) + 1, np.array(mask, bool)), strict=True):
         np.testing.assert_array_equal(got, wanted)
     assert found[2].dtype == bool
@@ -100,7 +115,8 @@ def test_pairs_within_one_document() -> None:
     segments = np.array([[0, 0, 1, 1, 1], [0, 1, 1, 1, 1]])
     everything = np.ones_like(MASK)
     np.testing.assert_array_equal(mtp_pairs(TOKENS, TARGETS, everything, 1, segments)[2], [[1, 0, 1, 1], [0, 1, 1, 1]])
-    tokens, targets, mask = mtp_pairs(TOKENS, TARGETS, everything, 2, segments)
+    tokens, targets, mask, takes_part = mtp_pairs(TOKENS, TARGETS, everything, 2, segments)
+    np.testing.assert_array_equal(takes_part, mask)
     np.testing.assert_array_equal(mask, [[0, 0, 1], [0, 1, 1]])
     np.testing.assert_array_equal(tokens, TOKENS[:, 2:])
     np.testing.assert_array_equal(targets, TARGETS[:, 2:])

@@ -8,7 +8,7 @@ from refimpl.check import Report
 from refimpl.check.planted import PLANTED, Planted, plant
 from refimpl.ops import Op
 from refimpl.text import load_text
-from refimpl.verify import Settings, steps
+from refimpl.verify import Settings, plan, run
 
 from kill_table import false_alarms, kill
 
@@ -56,9 +56,9 @@ def test_verify_names_the_tensor(bug: Planted) -> None:
     """The default examples of ``refimpl verify`` catch every wrong backward of an op, and name a tensor of it."""
     pair = plant(bug)
     assert isinstance(pair, Op)
-    report = Report([])
-    for one in steps([bug.op], Settings(load_text()), {bug.op: pair}):
-        report.merge(one)
+    report, settings = Report([]), Settings(load_text())
+    for step in plan([bug.op], settings):
+        report.merge(run(step, settings, {bug.op: pair}))
     assert not report.ok
     assert [t.tensor for t in report.tensors if t.verdict != "PASS"]
 

@@ -7,12 +7,13 @@ backward returns. Every rule compares ⟨w, Jv⟩, computed without the backward
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from .dual import digits_context, dual_array, tangents, values
 
 __all__ = [
     "Pair", "contract", "exact_digits", "finite_difference", "finite_difference_error", "full_jacobian",
-    "has_longdouble", "rounding_noise",
+    "Noise", "has_longdouble", "rounding_noise",
 ]  # fmt: skip
 
 EPS64 = float(np.finfo(np.float64).eps)
@@ -44,16 +45,24 @@ class Pair:
     backward: Callable[..., Any]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
-    def outputs(self, inputs: Sequence[Any]) -> tuple[list[np.ndarray], Any]:
-        """The differentiable outputs as NumPy arrays, and saved."""
-        y, saved = self.forward(*inputs, **self.kwargs)
-        members = y if isinstance(y, tuple) else (y,)
-        return [np.asarray(m) for m in members if _is_floating(m)], saved
+    def call(self, inputs: Sequence[Any]) -> tuple[Any, Any]:
+        """(y, saved); TypeError if the forward returns anything else."""
+        result = self.forward(*inputs, **self.kwargs)
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise TypeError(f"forward must return (y, saved), got {type(result).__name__}")
+        y, saved = result
+        if not any(map(_is_floating, y if isinstance(y, tuple) else (y,))):
+            raise TypeError(f"y must be a floating-point array, or a tuple with at least one, got {type(y).__name__}")
+        return y, saved
+
+    def outputs(self, inputs: Sequence[Any]) -> list[np.ndarray]:
+        """The differentiable outputs as NumPy arrays."""
+        y, _ = self.call(inputs)
+        return [np.asarray(m) for m in (y if isinstance(y, tuple) else (y,)) if _is_floating(m)]
 
     def gradients(self, inputs: Sequence[Any], cotangents: Sequence[np.ndarray]) -> list[np.ndarray | None]:
         """The gradients of all inputs as NumPy arrays."""
-        y, saved = self.forward(*inputs, **self.kwargs)
-        return [None if g is None else np.asarray(g) for g in self.call_backward(y, saved, cotangents)]
+        return [None if g is None else np.asarray(g) for g in self.call_backward(*self.call(inputs), cotangents)]
 
     def call_backward(self, y: Any, saved: Any, cotangents: Sequence[np.ndarray]) -> tuple[Any, ...]:
         """The backward's result, always as a tuple."""
@@ -75,52 +84,82 @@ def contract(
     cotangents: Sequence[np.ndarray],
     dtypes: Sequence[Any] = (np.float64, np.float32),
 ) -> list[str]:
-    """What the pair does wrong apart from the numbers, in words; an empty list if nothing.
+    """What the pair does wrong apart from its float64 numbers, in words; an empty list if nothing.
 
-    Arity; shape and dtype of every output and gradient in each of ``dtypes``; inputs, cotangents and saved unchanged;
-    no gradient shares memory with them or another; two calls are bitwise equal; inputs may be read-only and strided.
+    Arity; shape and dtype of every output and gradient in each of ``dtypes``; nothing that goes in or is saved is
+    changed; no output shares memory with an input, no gradient with an input, a cotangent, saved or another gradient;
+    two calls give the same bits in new arrays; inputs may be read-only and strided; float32 agrees with float64.
     """
     faults: list[str] = []
     for dtype in dtypes:
-        xs = [None if x is None else _awkward(x, dtype) for x in inputs]
-        dys = [_awkward(c, dtype) for c in cotangents]
-        before = [None if x is None else x.copy() for x in xs]
-        y, saved = pair.forward(*xs, **pair.kwargs)
-        members = [m for m in (y if isinstance(y, tuple) else (y,)) if _is_floating(m)]
-        for i, (member, c) in enumerate(zip(members, cotangents, strict=True)):
-            if np.asarray(member).dtype != dtype or np.asarray(member).shape != c.shape:
-                got = f"{np.asarray(member).dtype} {np.asarray(member).shape}"
-                faults.append(f"output {i} must be {np.dtype(dtype)} {c.shape}, got {got}")
-        first = pair.call_backward(y, saved, dys)
-        again = pair.call_backward(y, saved, dys)
-        if len(first) != len(inputs):
-            return [*faults, f"backward must return {len(inputs)} gradients, one an input, got {len(first)}"]
-        grads = [None if g is None else np.asarray(g) for g in first]
-        for i, (x, g, g2) in enumerate(zip(xs, grads, again, strict=True)):
+        try:
+            faults += _contract_in(dtype, pair, inputs, cotangents)
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            faults.append(f"in {np.dtype(dtype)}, with read-only strided arrays, it raised {said}")
+    if not faults and {np.dtype(d) for d in dtypes} >= {np.dtype(np.float64), np.dtype(np.float32)}:
+        low = [None if x is None else x.astype(np.float32) for x in inputs]
+        w = [c.astype(np.float32) for c in cotangents]
+        high = pair.gradients(
+            [None if x is None else x.astype(np.float64) for x in low], [c.astype(np.float64) for c in w]
+        )
+        for i, (g, wanted) in enumerate(zip(pair.gradients(low, w), high, strict=True)):
+            if g is not None and wanted is not None:
+                away = float(np.linalg.norm(g - wanted))
+                if not away <= 1e-2 * float(np.linalg.norm(wanted)):
+                    faults.append(f"gradient {i} in float32 is {away:.1e} away from that in float64")
+    return list(dict.fromkeys(faults))
+
+
+def _contract_in(dtype: Any, pair: Pair, inputs: Sequence[Any], cotangents: Sequence[np.ndarray]) -> list[str]:
+    """The faults in one dtype."""
+    faults: list[str] = []
+    xs = [None if x is None else _awkward(x, dtype) for x in inputs]
+    dys = [_awkward(c, dtype) for c in cotangents]
+    given = _arrays(pair.kwargs)
+    before = [a.copy() for a in given]
+    y, saved = pair.call(xs)
+    members = [np.asarray(m) for m in (y if isinstance(y, tuple) else (y,)) if _is_floating(m)]
+    for i, (member, c) in enumerate(zip(members, cotangents, strict=True)):
+        if member.dtype != dtype or member.shape != c.shape:
+            faults.append(f"output {i} must be {np.dtype(dtype)} {c.shape}, got {member.dtype} {member.shape}")
+        if any(np.may_share_memory(member, x) for x in xs if x is not None):
+            faults.append(f"output {i} shares memory with an input")
+    kept = _arrays(saved)
+    saved_before = [a.copy() for a in kept]
+    first = pair.call_backward(y, saved, dys)
+    if len(first) != len(inputs):
+        return [*faults, f"backward must return {len(inputs)} gradients, one an input, got {len(first)}"]
+    grads = [None if g is None else np.array(g) for g in first]
+    again = pair.call_backward(y, saved, dys)
+    for i, (x, g, one, two) in enumerate(zip(xs, grads, first, again, strict=True)):
+        if x is None or g is None or one is None or two is None:
             if (x is None) != (g is None):
                 faults.append(f"gradient {i} must be None exactly if the input is, got {type(g).__name__}")
-            elif x is not None and g is not None:
-                if g.shape != x.shape or g.dtype != x.dtype:
-                    faults.append(f"gradient {i} must be {x.dtype} {x.shape}, got {g.dtype} {g.shape}")
-                if g2 is None or not np.array_equal(g, np.asarray(g2), equal_nan=True):
-                    faults.append(f"gradient {i} differs between two calls of backward with one saved")
-                others = [("an input", x) for x in xs if x is not None] + [("a cotangent", c) for c in dys]
-                others += [("another gradient", other) for other in grads[:i] if other is not None]
-                others += [("saved", s) for s in _arrays(saved)]
-                for what, other in others:
-                    if np.may_share_memory(g, other):
-                        faults.append(f"gradient {i} shares memory with {what}")
-                        break
-        for i, (x, b) in enumerate(zip(xs, before, strict=True)):
-            if x is not None and not np.array_equal(x, b, equal_nan=True):  # type: ignore[arg-type]
-                faults.append(f"input {i} was changed")
-        plain = pair.gradients([None if x is None else np.array(x) for x in xs], [np.array(c) for c in dys])
-        for i, (g, p) in enumerate(zip(grads, plain, strict=True)):
-            if g is not None and p is not None and g.shape == p.shape:
-                close = np.max(np.abs(g - p), initial=0) <= 1e3 * np.finfo(dtype).eps * np.max(np.abs(p), initial=0)
-                if not (close or np.array_equal(g, p, equal_nan=True)):
-                    faults.append(f"gradient {i} is another for non-contiguous inputs than for contiguous ones")
-    return list(dict.fromkeys(faults))
+            continue
+        if g.shape != x.shape or g.dtype != x.dtype:
+            faults.append(f"gradient {i} must be {x.dtype} {x.shape}, got {g.dtype} {g.shape}")
+        if not np.array_equal(g, np.asarray(two), equal_nan=True):
+            faults.append(f"gradient {i} differs between two calls of backward with one saved")
+        if np.may_share_memory(np.asarray(one), np.asarray(two)):
+            faults.append(f"gradient {i} is the same memory in two calls of backward")
+        others = [("an input", x) for x in xs if x is not None] + [("a cotangent", c) for c in dys]
+        others += [("another gradient", np.asarray(other)) for other in first[:i] if other is not None]
+        shared = [what for what, a in others + [("saved", a) for a in kept] if np.may_share_memory(np.asarray(one), a)]
+        faults += [f"gradient {i} shares memory with {what}" for what in dict.fromkeys(shared)]
+    for what, arrays, copies in (
+        ("saved", kept, saved_before),
+        ("an argument that is not differentiable", given, before),
+    ):
+        if not all(np.array_equal(a, b, equal_nan=a.dtype.kind in "fc") for a, b in zip(arrays, copies, strict=True)):
+            faults.append(f"{what} was changed")
+    plain = pair.gradients([None if x is None else np.array(x) for x in xs], [np.array(c) for c in dys])
+    for i, (g, p) in enumerate(zip(grads, plain, strict=True)):
+        if g is not None and p is not None and g.shape == p.shape:
+            close = np.max(np.abs(g - p), initial=0) <= np.sqrt(np.finfo(dtype).eps) * np.max(np.abs(p), initial=0)
+            if not (close or np.array_equal(g, p, equal_nan=True)):
+                faults.append(f"gradient {i} is another for strided inputs than for contiguous ones")
+    return faults
 
 
 def _awkward(x: np.ndarray, dtype: Any) -> np.ndarray:
@@ -132,13 +171,16 @@ def _awkward(x: np.ndarray, dtype: Any) -> np.ndarray:
     return view
 
 
-def _arrays(saved: Any) -> list[np.ndarray]:
-    """All NumPy arrays within saved."""
-    if isinstance(saved, np.ndarray):
-        return [saved]
-    if isinstance(saved, Mapping):
-        return [a for member in saved.values() for a in _arrays(member)]
-    return [a for member in saved for a in _arrays(member)] if isinstance(saved, (tuple, list)) else []
+def _arrays(x: Any) -> list[np.ndarray]:
+    """All NumPy arrays within tuples, lists, mappings and plain objects."""
+    if isinstance(x, np.ndarray):
+        return [x]
+    if isinstance(x, Mapping):
+        return [a for member in x.values() for a in _arrays(member)]
+    if isinstance(x, (tuple, list)):
+        return [a for member in x for a in _arrays(member)]
+    inside = getattr(x, "__dict__", None)
+    return _arrays(inside) if isinstance(inside, dict) and not callable(x) and not inspect.ismodule(x) else []
 
 
 def finite_difference(
@@ -184,10 +226,10 @@ def finite_difference_error(
     A gradient that is exactly zero must have exactly zero differences (else the error is infinite).
     """
     x = inputs[index]
-    size = float(np.sqrt(np.mean(x * x))) or 1.0
+    size = float(np.sqrt(np.mean(x * x))) or 1.0 if x.size else 1.0
 
     def weighted(h: float) -> list[np.ndarray]:
-        outputs = pair.outputs(_moved(inputs, index, h * size * v))[0]
+        outputs = pair.outputs(_moved(inputs, index, h * size * v))
         return [np.array([math.fsum((w * y).flat) for w, y in zip(cotangents, outputs, strict=True)])]
 
     difference = float(finite_difference(weighted)[0].sum()) / size
@@ -203,14 +245,14 @@ def full_jacobian(pair: Pair, inputs: Sequence[Any], index: int) -> tuple[np.nda
 
     Where the two disagree, the row names the output and the column the entry of the input.
     """
-    x, outputs = inputs[index], pair.outputs(inputs)[0]
+    x, outputs = inputs[index], pair.outputs(inputs)
     size = float(np.sqrt(np.mean(x * x))) or 1.0
     columns = []
     for entry in range(x.size):
         e = np.zeros(x.size)
         e[entry] = size
         unit = e.reshape(x.shape)
-        part = finite_difference(lambda h, unit=unit: pair.outputs(_moved(inputs, index, h * unit))[0])  # type: ignore[misc]
+        part = finite_difference(lambda h, unit=unit: pair.outputs(_moved(inputs, index, h * unit)))  # type: ignore[misc]
         columns.append(_flat(part) / size)
     rows = []
     for output in range(sum(y.size for y in outputs)):
@@ -223,31 +265,39 @@ def full_jacobian(pair: Pair, inputs: Sequence[Any], index: int) -> tuple[np.nda
     return np.stack(columns, axis=1), np.stack(rows)
 
 
+class Noise(NamedTuple):
+    error: float  # mathematical error over rounding noise: at most 1
+    sharpness: float  # rounding noise over Σ|g||v|: the smallest relative error that the rule could see
+    floor: float  # the part of the sharpness that even exact code has, large if Σ|w||Jv| nearly cancels in g
+
+
 def rounding_noise(
     pair: Pair, inputs: Sequence[Any], index: int, v: np.ndarray, cotangents: Sequence[np.ndarray],
     g_tested: np.ndarray, g80: np.ndarray,
-) -> tuple[float, float]:  # fmt: skip
-    """(error over rounding noise, sharpness): the primary rule, with no constant to tune.
+) -> Noise:  # fmt: skip
+    """The primary rule, with no constant to tune.
 
     A complex step in clongdouble gives Jv to 80-bit precision, ``g80`` is the backward run in longdouble, ``g_tested``
     the one under test (float64, or float32). The mathematical error |⟨w,Jv⟩ − ⟨g80,v⟩| must lie below the rounding
     noise of that same code, Σ|g − g80||v| + eps (Σ|w||Jv| + Σ|g||v|), eps that of the tested type. Sharpness is this
-    noise over Σ|g80||v|: the smallest relative error the rule can see. If it is large, the rule proves nothing.
+    noise over Σ|g80||v|. If it is large, the rule proves nothing.
     """
     h = np.longdouble("1e-200")
     wide = [None if x is None else x.astype(np.clongdouble) for x in inputs]
     with warnings.catch_warnings():
         warnings.simplefilter("error", np.exceptions.ComplexWarning)  # a cast that drops the tangent
-        outputs = pair.outputs(_moved(wide, index, 1j * h * v))[0]
+        outputs = pair.outputs(_moved(wide, index, 1j * h * v))
     jv = [np.imag(y) / h for y in outputs]
-    eps = float(np.finfo(g_tested.dtype).eps)
     math_error = abs(sum(np.sum(w * y) for w, y in zip(cotangents, jv, strict=True)) - np.sum(g80 * v))
     size = np.sum(np.abs(g80) * np.abs(v))
-    noise = np.sum(np.abs(g_tested - g80) * np.abs(v))
-    noise += eps * (sum(np.sum(np.abs(w) * np.abs(y)) for w, y in zip(cotangents, jv, strict=True)) + size)
+    reach = sum(np.sum(np.abs(w) * np.abs(y)) for w, y in zip(cotangents, jv, strict=True))
+    floor = float(np.finfo(g_tested.dtype).eps) * (reach + size)
+    noise = np.sum(np.abs(g_tested - g80) * np.abs(v)) + floor
     if noise == 0:
-        return (0.0, 0.0) if math_error == 0 else (math.inf, 0.0)
-    return float(math_error / noise), float(noise / size) if size else math.inf
+        return Noise(0.0, 0.0, 0.0) if math_error == 0 else Noise(math.inf, 0.0, 0.0)
+    if size == 0:
+        return Noise(float(math_error / noise), math.inf, math.inf)
+    return Noise(float(math_error / noise), float(noise / size), float(floor / size))
 
 
 def exact_digits(
@@ -265,7 +315,7 @@ def exact_digits(
                 result.append(None)
                 continue
             moving = [dual_array(x, v) if j == i else s for j, s in enumerate(still)]
-            outputs = pair.outputs(moving)[0]
+            outputs = pair.outputs(moving)
             forward_terms = [
                 a * b for c, out in zip(w, outputs, strict=True) for a, b in zip(values(c), tangents(out), strict=True)
             ]

@@ -42,9 +42,9 @@ def attention_forward(
         key_mask: [B, S] bool, False for padding, which nobody sees.
         segments: [B, S] integers, the document of each position; a query sees its own document alone.
 
-    A query that sees no key gives 0, and its gradient is 0.
+    A query that sees no key gives 0, and its gradient is 0. Hidden keys and values must be finite: 0 · NaN is NaN.
     """
-    xp = namespace(q=q, k=k, v=v)
+    xp, scale = namespace(q=q, k=k, v=v), float(scale)
     check_attention(q, k, v, key_mask, segments)
     keys, values = _all_heads(k, q.shape[2]), _all_heads(v, q.shape[2])
     scores = scale * einsum("bthx,bshx->bhts", q, keys)  # (attention.1)
@@ -101,8 +101,8 @@ def check_attention(q: Array, k: Array, v: Array, key_mask: Array | None, segmen
     s = k.shape[1] if len(k.shape) == 4 else None
     expect("k", k, "(B, S, H or 1, X)", (b, None, 1 if k.shape[-2:-1] == (1,) else h, x))
     expect("v", v, "(B, S, H or 1, V)", (b, s, 1 if v.shape[-2:-1] == (1,) else h, None))
-    if s is not None and t > s:
-        raise ValueError(f"q must have at most as many positions as k, S={s}, got T={t}")
+    if s is not None and not 0 < t <= s:
+        raise ValueError(f"q must have at least one position and at most as many as k, S={s}, got T={t}")
     if key_mask is not None:
         expect_mask("key_mask", key_mask, "(B, S)", (b, s))
     if segments is not None:

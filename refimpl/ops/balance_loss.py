@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..array import Array, argsort, cast, expect, expect_ids, expect_mask, namespace, real
+from ..array import Array, argsort, cast, expect, expect_ids, expect_mask, namespace, number, real
 
 __all__ = ["BalanceLossSaved", "balance_loss_backward", "balance_loss_forward"]
 
@@ -27,8 +27,8 @@ def balance_loss_forward(
 
     Args:
         alpha, top_k: α (1e-4 in V3) and K.
-        counted: [B, T, K'] integers, the choices that f counts; by default, as the paper prints, the K best of the
-            *unbiased and ungrouped* scores. Hugging Face's V2 code counts the routed experts: give those.
+        counted: [B, T, K'] integers in 0 … E − 1, the choices that f counts; by default, as the paper prints, the K
+            best of the *unbiased and ungrouped* scores. Hugging Face's V2 code counts the routed experts: give those.
         mask: [B, T] bool, False for padding; a sequence of padding alone adds 0.
     """
     xp = namespace(scores=scores)
@@ -40,7 +40,7 @@ def balance_loss_forward(
         expect_mask("mask", mask, "(B, T)", (b, t))
     if counted is not None:
         expect("counted", counted, "(B, T, K')", (b, t, None))
-        expect_ids("counted", counted, e)
+        counted = expect_ids("counted", counted, e)
     else:
         counted = argsort(-real(scores))[..., :top_k]  # (balance_loss.1)
     valid = xp.ones((b, t, 1), dtype=xp.bool, device=scores.device) if mask is None else mask[:, :, None]
@@ -63,4 +63,4 @@ def balance_loss_backward(dloss: Array, saved: BalanceLossSaved) -> Array:
     xp = namespace(scores=scores)
     total = xp.sum(scores, axis=-1, keepdims=True)
     mean_f = xp.sum(f * scores, axis=-1, keepdims=True) / total
-    return dloss * weight * (f - mean_f) / total  # (balance_loss.5)
+    return number(dloss, scores) * weight * (f - mean_f) / total  # (balance_loss.5)

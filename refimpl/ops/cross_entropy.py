@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..array import Array, cast, expect, expect_ids, namespace, real
+from ..array import Array, cast, expect, expect_ids, fill, namespace, number, real
 
 __all__ = ["CrossEntropySaved", "cross_entropy_backward", "cross_entropy_forward"]
 
@@ -26,7 +26,7 @@ def cross_entropy_forward(
 
     Args:
         mask: […] bool or weights; 0 leaves a token out (its target may then be anything, −100 included).
-        normaliser: what the sum is divided by; by default Σ mask, or 1 when nothing counts (the loss is then 0).
+        normaliser: what the sum is divided by, not 0; by default Σ mask, and the loss is 0 if nothing counts.
     """
     xp = namespace(logits=logits)
     expect("targets", targets, "(…)", tuple(logits.shape[:-1]))
@@ -35,7 +35,8 @@ def cross_entropy_forward(
     e = xp.exp(shifted)
     total = xp.sum(e, axis=-1, keepdims=True)
     log_p = xp.take_along_axis(shifted, targets[..., None], axis=-1) - xp.log(total)  # (cross_entropy.1)
-    return -xp.sum(weight * log_p[..., 0]), CrossEntropySaved(e / total, targets, weight)  # (cross_entropy.2)
+    log_p = fill(real(weight) != 0, log_p[..., 0], 0.0)  # a masked token's −inf must not become NaN
+    return -xp.sum(weight * log_p), CrossEntropySaved(e / total, targets, weight)  # (cross_entropy.2)
 
 
 def cross_entropy_backward(dloss: Array, saved: CrossEntropySaved) -> Array:
@@ -43,7 +44,7 @@ def cross_entropy_backward(dloss: Array, saved: CrossEntropySaved) -> Array:
     p, targets, weight = saved
     xp = namespace(p=p)
     chosen = xp.arange(p.shape[-1], device=p.device) == targets[..., None]
-    return dloss * weight[..., None] * (p - cast(xp.astype(chosen, real(p).dtype), p))  # (cross_entropy.3)
+    return number(dloss, p) * weight[..., None] * (p - cast(xp.astype(chosen, real(p).dtype), p))  # (cross_entropy.3)
 
 
 def token_weights(
@@ -56,6 +57,8 @@ def token_weights(
         expect("mask", mask, "(…)", tuple(targets.shape))
         weight = xp.astype(mask, xp.float64)
     targets = xp.where(weight != 0, targets, 0)
-    expect_ids("targets", targets, vocabulary)
+    targets = expect_ids("targets", targets, vocabulary)
     count = float(xp.sum(weight)) if normaliser is None else float(normaliser)
-    return targets, cast(weight, like) / (count if count else 1.0)
+    if count == 0 and (normaliser is not None or bool(xp.any(weight != 0))):
+        raise ValueError("normaliser, or the sum of a mask that is not all 0, must not be 0, got 0")
+    return targets, cast(weight, like) / (count or 1.0)

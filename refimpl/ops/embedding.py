@@ -24,7 +24,7 @@ def embedding_forward(w: Array, *, ids: Array) -> tuple[Array, EmbeddingSaved]:
     """
     xp = namespace(w=w)
     expect("w", w, "(W, D)", (None, None))
-    expect_ids("ids", ids, w.shape[0])
+    ids = expect_ids("ids", ids, w.shape[0])
     y = xp.reshape(take_rows(w, xp.reshape(ids, (-1,))), (*ids.shape, w.shape[1]))  # (embedding.1)
     return y, EmbeddingSaved(ids, w.shape[0])
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..array import Array
+from ..array import Array, expect, last
 from .table import LEAVES, Ops
 
 __all__ = ["FFNSaved", "ffn_backward", "ffn_forward"]
@@ -24,6 +24,9 @@ class FFNSaved(NamedTuple):
 
 def ffn_forward(x: Array, w_gate: Array, w_up: Array, w_down: Array, *, ops: Ops = LEAVES) -> tuple[Array, FFNSaved]:
     """y […, D] for ``x`` […, D], ``w_gate`` and ``w_up`` [F, D], ``w_down`` [D, F]."""
+    expect("w_gate", w_gate, "(F, D)", (None, last(x, "x")))
+    expect("w_up", w_up, "(F, D)", tuple(w_gate.shape))
+    expect("w_down", w_down, "(D, F)", (x.shape[-1], w_gate.shape[0]))
     gate, gate_saved = ops["linear"].forward(x, w_gate)  # (ffn.1)
     up, up_saved = ops["linear"].forward(x, w_up)
     hidden, swiglu_saved = ops["swiglu"].forward(gate, up)  # (ffn.2)

@@ -8,10 +8,9 @@ Derivation: derivations/flash_attention.md. Letters as in attention.py; t and s 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
-from ..array import Array, cast, einsum, fill, namespace, real, zeros
+from ..array import Array, blocks, cast, einsum, fill, namespace, real, zeros
 from .attention import check_attention, sum_heads, visible
 
 __all__ = ["FlashAttentionSaved", "flash_attention_backward", "flash_attention_forward"]
@@ -42,17 +41,17 @@ def flash_attention_forward(
     block: int = 128,
 ) -> tuple[Array, FlashAttentionSaved]:
     """o [B, T, H, V], as `attention_forward` defines it; ``block`` is the length of a block of queries or keys."""
-    xp = namespace(q=q, k=k, v=v)
+    xp, scale = namespace(q=q, k=k, v=v), float(scale)
     check_attention(q, k, v, key_mask, segments)
     if block < 1:
         raise ValueError(f"block must be at least 1, got {block}")
     (b, t, h, _), width = q.shape, v.shape[3]
     o, lse = zeros((b, t, h, width), q), zeros((b, h, t, 1), q)
-    for t0, t1 in _blocks(t, block):
+    for t0, t1 in blocks(t, block):
         numerator = zeros((b, h, t1 - t0, width), q)
         total = zeros((b, h, t1 - t0, 1), q)
         largest = real(total) - xp.inf
-        for s0, s1 in _blocks(k.shape[1], block, t1 + k.shape[1] - t if causal else None):
+        for s0, s1 in blocks(k.shape[1], block, t1 + k.shape[1] - t if causal else None):
             mask = visible((t0, t1), (s0, s1), q, k, causal, key_mask, segments)
             scores = fill(mask, _scores(q[:, t0:t1, ...], k[:, s0:s1, ...], scale), -xp.inf)
             larger = xp.maximum(largest, xp.max(real(scores), axis=-1, keepdims=True))
@@ -76,9 +75,9 @@ def flash_attention_backward(do: Array, saved: FlashAttentionSaved) -> tuple[Arr
     (_, t, _, _), s = q.shape, k.shape[1]
     dq, dk, dv = zeros(q.shape, q), zeros(k.shape, q), zeros(v.shape, q)
     row_sum = xp.permute_dims(xp.sum(do * o, axis=-1, keepdims=True), (0, 2, 1, 3))  # (flash_attention.5)
-    for t0, t1 in _blocks(t, block):
+    for t0, t1 in blocks(t, block):
         q_block, do_block = q[:, t0:t1, ...], do[:, t0:t1, ...]
-        for s0, s1 in _blocks(s, block, t1 + s - t if causal else None):
+        for s0, s1 in blocks(s, block, t1 + s - t if causal else None):
             k_block, v_block = k[:, s0:s1, ...], v[:, s0:s1, ...]
             mask = visible((t0, t1), (s0, s1), q, k, causal, key_mask, segments)
             scores = fill(mask, _scores(q_block, k_block, scale), -xp.inf)
@@ -89,12 +88,6 @@ def flash_attention_backward(do: Array, saved: FlashAttentionSaved) -> tuple[Arr
             dk[:, s0:s1, ...] += sum_heads(einsum("bhts,bthx->bshx", ds, q_block), k)
             dv[:, s0:s1, ...] += sum_heads(einsum("bhts,bthv->bshv", p, do_block), v)
     return dq, dk, dv
-
-
-def _blocks(length: int, block: int, end: int | None = None) -> Iterator[tuple[int, int]]:
-    """Ranges (start, stop) that cover 0 … length, or up to ``end``: later keys are hidden from a causal block."""
-    stop = length if end is None else min(end, length)
-    return ((start, min(start + block, stop)) for start in range(0, stop, block))
 
 
 def _scores(q: Array, k: Array, scale: float) -> Array:

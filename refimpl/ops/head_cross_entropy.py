@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..array import Array, namespace
+from ..array import Array, expect, namespace, number
 from .cross_entropy import token_weights
 from .table import LEAVES, Ops
 
@@ -29,6 +29,7 @@ def head_cross_entropy_forward(
     Equal to `cross_entropy_forward` of the logits h wᵀ; mask and normaliser as there, block as in `log_prob_forward`.
     """
     xp = namespace(h=h, w=w)
+    expect("targets", targets, "(…)", tuple(h.shape[:-1]))
     targets, weight = token_weights(h, targets, mask, normaliser, w.shape[0])
     log_p, saved = ops["log_prob"].forward(h, w, targets=targets, block=block)
     return -xp.sum(weight * log_p), HeadCrossEntropySaved(saved, weight, ops)  # (head_cross_entropy.1)
@@ -36,6 +37,6 @@ def head_cross_entropy_forward(
 
 def head_cross_entropy_backward(dloss: Array, saved: HeadCrossEntropySaved) -> tuple[Array, Array]:
     """Gradients (dh […, D], dw [W, D]) from the scalar ``dloss``."""
-    dlog_p = -dloss * saved.weight  # (head_cross_entropy.2)
+    dlog_p = -number(dloss, saved.weight) * saved.weight  # (head_cross_entropy.2)
     dh, dw = saved.ops["log_prob"].backward(dlog_p, saved.log_prob)
     return dh, dw

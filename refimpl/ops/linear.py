@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..array import Array, expect, namespace
+from ..array import Array, expect, last, namespace
 
 __all__ = ["LinearSaved", "linear_backward", "linear_forward"]
 
@@ -24,7 +24,7 @@ def linear_forward(x: Array, w: Array) -> tuple[Array, LinearSaved]:
     ValueError if the widths differ.
     """
     xp = namespace(x=x, w=w)
-    expect("w", w, "(O, I)", (None, x.shape[-1]))
+    expect("w", w, "(O, I)", (None, last(x, "x")))
     return xp.matmul(x, xp.matrix_transpose(w)), LinearSaved(x, w)  # (linear.1)
 
 

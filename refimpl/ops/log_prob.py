@@ -8,10 +8,9 @@ Letters: D model, W vocabulary, M tokens (the product of the leading dimensions 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
-from ..array import Array, cast, expect, fill, namespace, real, zeros
+from ..array import Array, blocks, cast, expect, fill, namespace, real, zeros
 from .cross_entropy import token_weights
 
 __all__ = ["LogProbSaved", "log_prob_backward", "log_prob_forward"]
@@ -44,13 +43,14 @@ def log_prob_forward(
     if not temperature > 0 or min(block) < 1:
         raise ValueError(f"temperature must be positive and block at least (1, 1), got {temperature}, {block}")
     targets, mask = token_weights(h, targets, mask, 1.0, w.shape[0])
+    temperature = float(temperature)
     targets, mask = xp.reshape(targets, (-1,)), xp.reshape(mask, (-1,))
     rows = xp.reshape(h, (-1, h.shape[-1]))
     chosen, lse = zeros((rows.shape[0], 1), rows), zeros((rows.shape[0], 1), rows)
-    for m0, m1 in _blocks(rows.shape[0], block[0]):
+    for m0, m1 in blocks(rows.shape[0], block[0]):
         total = zeros((m1 - m0, 1), rows)
         largest = real(total) - xp.inf
-        for w0, w1 in _blocks(w.shape[0], block[1]):
+        for w0, w1 in blocks(w.shape[0], block[1]):
             z = xp.matmul(rows[m0:m1, :], xp.matrix_transpose(w[w0:w1, :])) / temperature  # (log_prob.1)
             larger = xp.maximum(largest, xp.max(real(z), axis=-1, keepdims=True))
             decay = xp.exp(cast(largest, z) - cast(larger, z))
@@ -58,7 +58,7 @@ def log_prob_forward(
             chosen[m0:m1, :] += _pick(z, targets[m0:m1] - w0)  # (log_prob.3)
             largest = larger
         lse[m0:m1, :] = cast(largest, rows) + xp.log(total)  # (log_prob.4)
-    y = mask * (chosen - lse)[:, 0]  # (log_prob.5)
+    y = mask * fill(real(mask) != 0, (chosen - lse)[:, 0], 0.0)  # (log_prob.5)
     return xp.reshape(y, h.shape[:-1]), LogProbSaved(h, w, lse, targets, mask, temperature, block)
 
 
@@ -69,8 +69,8 @@ def log_prob_backward(dy: Array, saved: LogProbSaved) -> tuple[Array, Array]:
     rows = xp.reshape(h, (-1, h.shape[-1]))
     weight = (xp.reshape(dy, (-1,)) * mask)[:, None] / temperature
     dh, dw = zeros(rows.shape, rows), zeros(w.shape, rows)
-    for m0, m1 in _blocks(rows.shape[0], block[0]):
-        for w0, w1 in _blocks(w.shape[0], block[1]):
+    for m0, m1 in blocks(rows.shape[0], block[0]):
+        for w0, w1 in blocks(w.shape[0], block[1]):
             z = xp.matmul(rows[m0:m1, :], xp.matrix_transpose(w[w0:w1, :])) / temperature
             p = xp.exp(z - lse[m0:m1, :])  # (log_prob.6)
             is_target = _is_target(p, targets[m0:m1] - w0)
@@ -78,10 +78,6 @@ def log_prob_backward(dy: Array, saved: LogProbSaved) -> tuple[Array, Array]:
             dh[m0:m1, :] += xp.matmul(dz, w[w0:w1, :])  # (log_prob.8)
             dw[w0:w1, :] += xp.matmul(xp.matrix_transpose(dz), rows[m0:m1, :])  # (log_prob.9)
     return xp.reshape(dh, h.shape), dw
-
-
-def _blocks(length: int, block: int) -> Iterator[tuple[int, int]]:
-    return ((start, min(start + block, length)) for start in range(0, length, block))
 
 
 def _is_target(z: Array, targets: Array) -> Array:

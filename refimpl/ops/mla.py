@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..array import Array, expect, namespace
+from ..array import Array, expect, last, namespace
 from .table import LEAVES, Ops
 
 __all__ = ["MLAOutput", "MLASaved", "ProjectSaved", "mla_backward", "mla_forward", "project", "project_backward"]
@@ -52,19 +52,24 @@ def project(
 ) -> tuple[tuple[Array, Array], ProjectSaved]:  # fmt: skip
     """Queries [B, T, H, N + R] and latents [B, T, C + R], both rotated: what both forms of MLA begin with."""
     xp = namespace(x=x, w_q_b=w_q_b, w_kv_a=w_kv_a)
-    (b, t, _), latent = x.shape, w_kv_a_norm.shape[0]
-    nope = w_q_b.shape[0] // heads - (w_kv_a.shape[0] - latent)
-    if w_q_b.shape[0] % heads or nope < 1 or w_kv_a.shape[0] <= latent:
-        raise ValueError(
-            f"w_q_b must have shape (H·(N+R), A) and w_kv_a (C+R, D) with H={heads}, C={latent}, N and R at least 1, "
-            f"got {tuple(w_q_b.shape)} and {tuple(w_kv_a.shape)}"
-        )
+    expect("x", x, "(B, T, D)", (None, None, None))
     if (w_q_a is None) != (w_q_a_norm is None):
         raise ValueError("w_q_a and w_q_a_norm must both be given, or (without query compression) both be None")
+    (b, t, d), latent = x.shape, last(w_kv_a_norm, "w_kv_a_norm")
     a, q_a_saved, q_a_norm_saved = x, None, None
     if w_q_a is not None:
+        expect("w_q_a", w_q_a, "(A, D)", (None, d))
+        expect("w_q_a_norm", w_q_a_norm, "(A,)", tuple(w_q_a.shape[:1]))
         a, q_a_saved = ops["linear"].forward(x, w_q_a)  # (mla.1)
         a, q_a_norm_saved = ops["rms_norm"].forward(a, w_q_a_norm, eps=eps)
+    expect("w_q_b", w_q_b, "(H·(N+R), A)", (None, a.shape[2]))
+    expect("w_kv_a", w_kv_a, "(C+R, D)", (None, d))
+    nope = w_q_b.shape[0] // max(heads, 1) - (w_kv_a.shape[0] - latent)
+    if heads < 1 or w_q_b.shape[0] % heads or nope < 1 or w_kv_a.shape[0] <= latent:
+        raise ValueError(
+            f"w_q_b must have shape (H·(N+R), A) and w_kv_a (C+R, D) with H={heads}, C={latent}, all at least 1, "
+            f"got {tuple(w_q_b.shape)} and {tuple(w_kv_a.shape)}"
+        )
     q, q_b_saved = ops["linear"].forward(a, w_q_b)  # (mla.2)
     q = xp.reshape(q, (b, t, heads, -1))
     q_pe, q_pe_saved = ops["rope"].forward(q[..., nope:], **rope)  # (mla.3)
@@ -118,6 +123,7 @@ def mla_forward(
     n, c = project_saved.nope, project_saved.latent
     xp, (b, s, _), v = namespace(x=x), latent.shape, w_o.shape[1] // heads
     expect("w_kv_b", w_kv_b, "(H·(N+V), C)", (heads * (n + v), c))
+    expect("w_o", w_o, "(D, H·V)", (x.shape[2], heads * v))
     kv, kv_b_saved = ops["linear"].forward(latent[..., :c], w_kv_b)  # (mla.7)
     kv = xp.reshape(kv, (b, s, heads, n + v))
     k_pe = xp.broadcast_to(latent[..., c:][:, :, None, :], (b, s, heads, latent.shape[-1] - c))

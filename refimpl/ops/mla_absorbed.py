@@ -44,6 +44,7 @@ def mla_absorbed_forward(
     n, c, v = project_saved.nope, project_saved.latent, w_o.shape[1] // heads
     xp = namespace(x=x, w_kv_b=w_kv_b)
     expect("w_kv_b", w_kv_b, "(H·(N+V), C)", (heads * (n + v), c))
+    expect("w_o", w_o, "(D, H·V)", (x.shape[2], heads * v))
     w = xp.reshape(w_kv_b, (heads, n + v, c))
     w_uk, w_uv = w[:, :n, :], w[:, n:, :]
     q_nope = q[..., :n]

@@ -11,18 +11,21 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..array import Array, argsort, expect, expect_ids, namespace, take_rows, zeros
+from ..array import Array, argsort, expect, expect_ids, last, namespace, take_rows, zeros
 from .ffn import ffn_backward, ffn_forward
 from .router import expert_load
-from .table import LEAVES, Ops
+from .table import LEAVES, Op, Ops
 
 __all__ = ["MoESaved", "moe_backward", "moe_forward"]
+
+FFN = Op(ffn_forward, ffn_backward)  # unless the table has its own
 
 
 class MoESaved(NamedTuple):
     weights: Array  # [M, K]
     outputs: Array  # [M, K, D]: each chosen expert's output, whose product with dy is the weight's gradient
     order: Array  # [M·K]: dispatched row r holds token order[r] // K
+    ffn: Op  # what each expert is run with
     experts: list[tuple[int, slice, Any]]  # (expert, its rows, its saved), for experts with tokens
     shared: Any  # saved of the shared experts, None without
     shapes: tuple[tuple[int, ...], ...]  # of x, w_gate, w_up, w_down
@@ -40,26 +43,31 @@ def moe_forward(
         w_gate, w_up: [E, F, D]; w_down: [E, D, F]: the routed experts, stacked.
         w_shared_*: one network as wide as all shared experts together, or None for none; added unscaled.
     """
-    xp, (experts, f, d), top_k = namespace(x=x, weights=weights, w_gate=w_gate), w_gate.shape, indices.shape[-1]
-    expect("weights", weights, "(…, K)", (*x.shape[:-1], top_k))
+    xp = namespace(x=x, weights=weights, w_gate=w_gate)
+    expect("w_gate", w_gate, "(E, F, D)", (None, None, last(x, "x")))
+    (experts, f, d), top_k = w_gate.shape, last(indices, "indices")
     expect("indices", indices, "(…, K)", (*x.shape[:-1], top_k))
-    expect("w_gate", w_gate, "(E, F, D)", (experts, f, x.shape[-1]))
+    expect("weights", weights, "(…, K)", (*x.shape[:-1], top_k))
     expect("w_up", w_up, "(E, F, D)", (experts, f, d))
     expect("w_down", w_down, "(E, D, F)", (experts, d, f))
     if len({w is None for w in (w_shared_gate, w_shared_up, w_shared_down)}) > 1:
         raise ValueError("w_shared_gate, w_shared_up and w_shared_down must all be given, or all be None")
-    expect_ids("indices", indices, experts)
+    if w_shared_gate is not None:
+        expect("w_shared_gate", w_shared_gate, "(F, D)", (None, d))
+        expect("w_shared_up", w_shared_up, "(F, D)", tuple(w_shared_gate.shape))
+        expect("w_shared_down", w_shared_down, "(D, F)", (d, w_shared_gate.shape[0]))
+    indices = expect_ids("indices", indices, experts)
     rows = xp.reshape(x, (-1, d))
-    if rows.shape[0] == 0:
-        raise ValueError(f"x must have at least one row, got shape {tuple(x.shape)}")
+    if rows.shape[0] * top_k == 0:
+        raise ValueError(f"x and indices must have at least one row and one choice, got {x.shape} and {indices.shape}")
     order = argsort(xp.reshape(indices, (-1,)))  # (moe.1)
     dispatched = take_rows(rows, order // top_k)  # (moe.2)
-    blocks, kept, start = [], [], 0
+    ffn, blocks, kept, start = ops.get("ffn", FFN), [], [], 0
     for expert, count in enumerate(map(int, expert_load(indices, experts))):
         block = slice(start, start := start + count)
         if count:
             w = w_gate[expert, ...], w_up[expert, ...], w_down[expert, ...]
-            out, saved = ffn_forward(dispatched[block, :], *w, ops=ops)  # (moe.3)
+            out, saved = ffn.forward(dispatched[block, :], *w, ops=ops)  # (moe.3)
             blocks.append(out)
             kept.append((expert, block, saved))
     outputs = xp.reshape(take_rows(xp.concat(blocks, axis=0), argsort(order)), (-1, top_k, d))  # (moe.4)
@@ -67,15 +75,15 @@ def moe_forward(
     y = xp.sum(weights[..., None] * outputs, axis=1)  # (moe.5)
     shared = None
     if w_shared_gate is not None:
-        shared_y, shared = ffn_forward(rows, w_shared_gate, w_shared_up, w_shared_down, ops=ops)
+        shared_y, shared = ffn.forward(rows, w_shared_gate, w_shared_up, w_shared_down, ops=ops)
         y = y + shared_y  # (moe.6)
     shapes = (x.shape, w_gate.shape, w_up.shape, w_down.shape)
-    return xp.reshape(y, x.shape), MoESaved(weights, outputs, order, kept, shared, shapes)
+    return xp.reshape(y, x.shape), MoESaved(weights, outputs, order, ffn, kept, shared, shapes)
 
 
 def moe_backward(dy: Array, saved: MoESaved) -> tuple[Array | None, ...]:
     """Gradients (dx, dweights, dw_gate, dw_up, dw_down, dw_shared_gate, dw_shared_up, dw_shared_down) from ``dy``."""
-    weights, outputs, order, experts, shared, (x_shape, *w_shapes) = saved
+    weights, outputs, order, ffn, experts, shared, (x_shape, *w_shapes) = saved
     xp, top_k = namespace(dy=dy, weights=weights), weights.shape[1]
     rows = xp.reshape(dy, (-1, x_shape[-1]))
     dweights = xp.sum(rows[:, None, :] * outputs, axis=-1)  # (moe.7)
@@ -84,7 +92,7 @@ def moe_backward(dy: Array, saved: MoESaved) -> tuple[Array | None, ...]:
     dw = [zeros(shape, rows) for shape in w_shapes]
     blocks = []
     for expert, block, ffn_saved in experts:
-        dx_block, *dw_expert = ffn_backward(dout[block, :], ffn_saved)  # (moe.10)
+        dx_block, *dw_expert = ffn.backward(dout[block, :], ffn_saved)  # (moe.10)
         blocks.append(dx_block)
         for total, part in zip(dw, dw_expert, strict=True):
             total[expert, ...] = part
@@ -92,6 +100,6 @@ def moe_backward(dy: Array, saved: MoESaved) -> tuple[Array | None, ...]:
     dx = xp.sum(dslots, axis=1)  # (moe.11)
     dshared: list[Array | None] = [None, None, None]
     if shared is not None:
-        dx_shared, *dshared = ffn_backward(rows, shared)
+        dx_shared, *dshared = ffn.backward(rows, shared)
         dx = dx + dx_shared  # (moe.12)
     return xp.reshape(dx, x_shape), xp.reshape(dweights, (*x_shape[:-1], top_k)), *dw, *dshared

@@ -58,12 +58,18 @@ def mtp_backward(dy: Array, saved: MTPSaved) -> tuple[Array, Array, Array, Array
 
 
 def mtp_pairs(
-    tokens: Array, targets: Array, mask: Array, depth: int, segments: Array | None = None
-) -> tuple[Array, Array, Array]:
+    tokens: Array,
+    targets: Array,
+    mask: Array,
+    depth: int,
+    segments: Array | None = None,
+    key_mask: Array | None = None,
+) -> tuple[Array, Array, Array, Array | None]:
     """What module ``depth`` reads and predicts at positions 0 … T−depth−1, from tokens, targets and mask [B, T] (bool).
 
-    Returns (tokens, targets, mask), each [B, T − depth]: at position i token i + depth, its target, and whether that
-    counts; with ``segments`` [B, T] only if position i and token i + depth lie in one document.
+    Returns (tokens, targets, mask, takes part), each [B, T − depth]: at position i token i + depth, its target, whether
+    that counts, and whether the position takes part at all: with ``segments`` [B, T] only if it and token i + depth lie
+    in one document, with ``key_mask`` [B, T] only if neither is padding. None: all take part.
     """
     length = tokens.shape[1] - depth
     if depth < 1 or length < 1:
@@ -72,7 +78,12 @@ def mtp_pairs(
     expect_mask("mask", mask, "(B, T)", tuple(tokens.shape))
     if segments is not None:
         expect("segments", segments, "(B, T)", tuple(tokens.shape))
-    later = mask[:, depth:]  # (mtp.4)
+    takes_part = None
+    if key_mask is not None:
+        expect_mask("key_mask", key_mask, "(B, T)", tuple(tokens.shape))
+        takes_part = key_mask[:, :length] & key_mask[:, depth:]
     if segments is not None:
-        later = later & (segments[:, :length] == segments[:, depth:])
-    return tokens[:, depth:], targets[:, depth:], later
+        one_document = segments[:, :length] == segments[:, depth:]
+        takes_part = one_document if takes_part is None else takes_part & one_document
+    later = mask[:, depth:] if takes_part is None else mask[:, depth:] & takes_part
+    return tokens[:, depth:], targets[:, depth:], later, takes_part  # (mtp.4)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..array import Array, expect, namespace
+from ..array import Array, expect, last, namespace
 
 __all__ = ["RMSNormSaved", "rms_norm_backward", "rms_norm_forward"]
 
@@ -21,8 +21,10 @@ class RMSNormSaved(NamedTuple):
 
 def rms_norm_forward(x: Array, w: Array, *, eps: float) -> tuple[Array, RMSNormSaved]:
     """y = w ∘ x r with r = 1 / √(mean(x²) + eps), for ``x`` […, D] and ``w`` [D]; returns y […, D]."""
-    xp = namespace(x=x, w=w)
-    expect("w", w, "(D,)", (x.shape[-1],))
+    xp, eps = namespace(x=x, w=w), float(eps)
+    expect("w", w, "(D,)", (last(x, "x"),))
+    if not eps >= 0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
     r = 1 / xp.sqrt(xp.sum(x * x, axis=-1, keepdims=True) / x.shape[-1] + eps)  # (rms_norm.1)
     return x * r * w, RMSNormSaved(x, w, r)  # (rms_norm.2)
 

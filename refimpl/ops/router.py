@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..array import Array, argsort, expect, expect_ids, expect_mask, library, namespace, real, sigmoid, zeros
+from ..array import Array, argsort, expect, expect_ids, expect_mask, last, library, namespace, real, sigmoid, zeros
 
 __all__ = [
     "RouterOutput", "RouterSaved", "bias_update", "expert_load", "router_backward", "router_forward", "select_experts",
@@ -50,8 +50,8 @@ def router_forward(
 
     Returns RouterOutput(weights […, K], scores […, E], indices […, K]).
     """
-    xp = namespace(x=x, w=w)
-    expect("w", w, "(E, D)", (None, x.shape[-1]))
+    xp, scale, epsilon = namespace(x=x, w=w), float(scale), float(epsilon)
+    expect("w", w, "(E, D)", (None, last(x, "x")))
     if score not in ("sigmoid", "softmax"):
         raise ValueError(f"score must be 'sigmoid' or 'softmax', got {score!r}")
     if bias is not None:
@@ -67,8 +67,7 @@ def router_forward(
         indices = select_experts(biased, top_k, groups, keep_groups, group_score, masked_groups)
     else:
         expect("routes", routes, "(…, K)", (*x.shape[:-1], top_k))
-        expect_ids("routes", routes, w.shape[0])
-        indices = routes
+        indices = expect_ids("routes", routes, w.shape[0])
     chosen = xp.take_along_axis(scores, indices, axis=-1)
     total = xp.sum(chosen, axis=-1, keepdims=True) + epsilon if normalise else 1
     weights = scale * chosen / total  # (router.6)
@@ -129,7 +128,7 @@ def select_experts(
 def expert_load(indices: Array, experts: int, mask: Array | None = None) -> Array:
     """How many tokens chose each expert: integers [E] from ``indices`` […, K]; ``mask`` […] False drops a token."""
     xp = library(indices, "indices")
-    expect_ids("indices", indices, experts)
+    indices = expect_ids("indices", indices, experts)
     if mask is not None:
         expect_mask("mask", mask, "(…)", tuple(indices.shape[:-1]))
         indices = xp.where(mask[..., None], indices, experts)
@@ -147,5 +146,5 @@ def bias_update(bias: Array, load: Array, gamma: float, *, centre: bool = False)
     xp = namespace(bias=bias)
     expect("load", load, "(E,)", tuple(bias.shape))
     load = xp.astype(load, bias.dtype)
-    change = gamma * xp.sign(xp.mean(load) - load)  # (router.12)
+    change = float(gamma) * xp.sign(xp.mean(load) - load)  # (router.12)
     return bias + (change - xp.mean(change) if centre else change)

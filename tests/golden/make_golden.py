@@ -689,13 +689,18 @@ def mtp_cases() -> Iterable[Case]:
 # ----------------------------------------------------------------------------------------------------------- model
 
 
-def whole(key_mask: Tensor, depth: int) -> Tensor:
-    """Where module ``depth`` has both its hidden state and its token: the paper's 1 … T-k, T without padding."""
-    batch, length = key_mask.shape
-    rows = [
-        [bool(key_mask[b, i]) and bool(key_mask[b, i + depth]) for i in range(length - depth)] for b in range(batch)
-    ]
-    return torch.tensor(rows)
+def takes_part(key_mask: Tensor | None, segments: Tensor | None, depth: int) -> Tensor | None:
+    """Module ``depth`` leaves out a position if it or the token it reads is padding or of another document."""
+    given = key_mask if key_mask is not None else segments
+    if given is None:
+        return None
+    batch, length = given.shape
+    part = torch.zeros(batch, length - depth, dtype=torch.bool)
+    for b in range(batch):
+        for i in range(length - depth):
+            real = key_mask is None or (bool(key_mask[b, i]) and bool(key_mask[b, i + depth]))
+            part[b, i] = real and (segments is None or int(segments[b, i]) == int(segments[b, i + depth]))
+    return part
 
 
 class Model:
@@ -805,16 +810,17 @@ class Model:
                 embedded = torch.where(positions[:, :length, None] == 0, 0.0, embedded)
             norms = (self.w[at + "hnorm.weight"], self.w[at + "enorm.weight"], self.w[at + "eh_proj.weight"])
             joined = mtp(state[:, :length], embedded, *norms, c.norm_eps, self.conventions.mtp_order)
-            keys = None if key_mask is None else whole(key_mask, depth)
+            keys = takes_part(key_mask, segments, depth)
             documents = None if segments is None else segments[:, :length]
             if keys is not None:
                 counts = counts & keys
             raw = self.block(layer, joined, positions[:, :length], keys, documents)
             normed = self.norm(raw, at + "shared_head.norm.weight")
-            divisor = {"positions": tokens.numel(), "valid": int(counts.sum()), "main": int(mask.sum())}
+            real = tokens.numel() if key_mask is None else int(key_mask.sum())
+            divisor = {"positions": real, "valid": int(counts.sum()), "main": int(mask.sum())}
             normaliser = float(divisor[self.conventions.mtp_normaliser])
             depth_losses.append(cross_entropy(linear(normed, head), predicted, counts, normaliser))
-            state = normed if self.conventions.mtp_hidden == "normed" else raw
+            state = raw if self.conventions.mtp_hidden == "raw" else normed
         loss = main + sum(self.balance.values())
         if depth_losses:
             loss = loss + c.mtp_weight / c.mtp_depth * sum(depth_losses)
