@@ -111,6 +111,9 @@ class ModelConfig:
         for name, choices in {"gate": ("sigmoid", "softmax"), "group_score": ("top2", "max")}.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name, least_float in {"norm_eps": 0.0, "theta": 1.0, "routed_scale": 0.0, "mtp_weight": 0.0}.items():
+            if not (isinstance(value := getattr(self, name), (int, float)) and value >= least_float):
+                raise ValueError(f"{name} must be a number of at least {least_float}, got {value!r}")
         if self.rope % 2:
             raise ValueError(f"rope must be even, got {self.rope}")
         if self.dense_layers > self.layers:

@@ -74,6 +74,8 @@ def test_tiny_is_odd_everywhere() -> None:
         ({"groups": 3}, "groups must divide experts=8"),
         ({"keep_groups": 5}, "keep_groups lie in"),
         ({"top_k": 5}, "top_k must be at most the experts of the kept groups, got 5"),
+        ({"norm_eps": -1e-6}, "norm_eps must be a number of at least 0.0, got -1e-06"),
+        ({"theta": "big"}, "theta must be a number of at least 1.0, got 'big'"),
         ({"gate": "tanh"}, "gate must be one of sigmoid, softmax, got 'tanh'"),
         ({"group_score": "mean"}, "group_score must be one of top2, max, got 'mean'"),
     ],

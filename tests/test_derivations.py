@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,16 @@ def test_exercise_has_its_command(page: Path) -> None:
     exercise = page.read_text().split("## Exercise")[1]
     assert f"refimpl grade {page.stem} mine.py" in exercise
     assert f"{page.stem}_backward(" in exercise
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_exercise_names_what_is_saved(page: Path) -> None:
+    """Every field of the op's saved record stands in the exercise, so that it can be solved from the page."""
+    op = import_module(f"refimpl.ops.{page.stem}")
+    (record,) = [getattr(op, name) for name in op.__all__ if name.lower() == page.stem.replace("_", "") + "saved"]
+    exercise = page.read_text().split("## Exercise")[1]
+    missing = [name for name in record._fields if f"`{name}`" not in exercise]
+    assert not missing
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)

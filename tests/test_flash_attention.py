@@ -22,19 +22,25 @@ def test_protocol() -> None:
 
 
 def assert_same(arrays: tuple[np.ndarray, ...], block: int, dtype: Any, tolerance: float, **kwargs: Any) -> None:
-    """Output and gradients are those of attention in float64, within ``tolerance`` of their largest entry."""
+    """Output and gradients are those of attention in float64, within ``tolerance`` of their largest entry.
+
+    In dq and dk the terms p (dp − Σ p dp) cancel where one key takes all: there the terms' size counts.
+    """
     *qkv, do = (x.astype(dtype) for x in arrays)
     truth, truth_saved = attention_forward(*(x.astype(np.float64) for x in qkv), **kwargs)
     o, saved = flash_attention_forward(*qkv, block=block, **kwargs)
     found = (o, *flash_attention_backward(do, saved))
     wanted = (truth, *attention_backward(do.astype(np.float64), truth_saved))
-    for name, x, y in zip(("o", "dq", "dk", "dv"), found, wanted, strict=True):
+    q, k, v = qkv
+    terms = kwargs["scale"] * np.abs(do).max() * np.abs(v).max()
+    sizes = (0.0, terms * np.abs(k).max(), terms * np.abs(q).max(), 0.0)
+    for name, x, y, size in zip(("o", "dq", "dk", "dv"), found, wanted, sizes, strict=True):
         assert x.dtype == dtype
         error = np.abs(x - y).max()
-        assert error <= tolerance * np.abs(y).max(), f"{name} is off by {error}, block {block}"
+        assert error <= tolerance * max(np.abs(y).max(), size), f"{name} is off by {error}, block {block}"
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-13), (np.float32, 1e-5)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-14), (np.float32, 5e-6)])
 @given(st.data())
 def test_equals_attention(dtype: Any, tolerance: float, data: st.DataObject) -> None:
     """All masks, head counts and lengths, all blocks: one block, many, and a short last one."""

@@ -34,8 +34,8 @@ _SUM_N = "(xp.sum(dn * n, axis=-1, keepdims=True) / x.shape[-1])"
 PLANTED: tuple[Planted, ...] = (
     _one("linear", "weight gradient over one batch row", "batch ≥ 2", "dy_rows), x_rows)", "dy_rows[:1]), x_rows[:1])"),
     _one("embedding", "= for += on repeated ids", "repeated ids",
-         "return scatter_add(rows, xp.reshape(dy, (-1, dy.shape[-1])), saved.vocabulary)",
-         "dw = xp.zeros((saved.vocabulary, dy.shape[-1]), dtype=dy.dtype)\n    dw[rows] = xp.reshape(dy, (-1, dy.shape[-1]))\n    return dw"),
+         "return scatter_add(rows, xp.reshape(dy, (-1, dy.shape[-1])), saved.shape[0])",
+         "dw = xp.zeros((saved.shape[0], dy.shape[-1]), dtype=dy.dtype)\n    dw[rows] = xp.reshape(dy, (-1, dy.shape[-1]))\n    return dw"),
     _one("rms_norm", "no mean term", "random cotangent", f" - n * {_SUM_N}", ""),
     _one("rms_norm", "no mean term, in float64 alone", "a wider type beside float64",
          f" - n * {_SUM_N}", f" - n * {_SUM_N} * (dy.dtype != xp.float64)"),

@@ -61,6 +61,7 @@ def attention_backward(do: Array, saved: AttentionSaved) -> tuple[Array, Array, 
     """Gradients (dq, dk, dv), shaped like q, k and v, from ``do`` [B, T, H, V]."""
     q, k, v, p, scale = saved
     xp = namespace(do=do, q=q)
+    expect("do", do, "(B, T, H, V)", (*q.shape[:3], v.shape[3]))
     keys, values = _all_heads(k, q.shape[2]), _all_heads(v, q.shape[2])
     dv = einsum("bhts,bthv->bshv", p, do)  # (attention.4)
     dp = einsum("bthv,bshv->bhts", do, values)  # (attention.5)

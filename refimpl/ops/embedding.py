@@ -14,7 +14,7 @@ __all__ = ["EmbeddingSaved", "embedding_backward", "embedding_forward"]
 
 class EmbeddingSaved(NamedTuple):
     ids: Array  # […] integers: where each row of dy belongs
-    vocabulary: int  # W: the height of dw
+    shape: tuple[int, ...]  # (W, D): that of dw
 
 
 def embedding_forward(w: Array, *, ids: Array) -> tuple[Array, EmbeddingSaved]:
@@ -26,11 +26,12 @@ def embedding_forward(w: Array, *, ids: Array) -> tuple[Array, EmbeddingSaved]:
     expect("w", w, "(W, D)", (None, None))
     ids = expect_ids("ids", ids, w.shape[0])
     y = xp.reshape(take_rows(w, xp.reshape(ids, (-1,))), (*ids.shape, w.shape[1]))  # (embedding.1)
-    return y, EmbeddingSaved(ids, w.shape[0])
+    return y, EmbeddingSaved(ids, tuple(w.shape))
 
 
 def embedding_backward(dy: Array, saved: EmbeddingSaved) -> Array:
     """Gradient dw [W, D] from ``dy`` […, D]."""
     xp = namespace(dy=dy)
+    expect("dy", dy, "(…, D)", (*saved.ids.shape, saved.shape[1]))
     rows = xp.reshape(saved.ids, (-1,))
-    return scatter_add(rows, xp.reshape(dy, (-1, dy.shape[-1])), saved.vocabulary)  # (embedding.2)
+    return scatter_add(rows, xp.reshape(dy, (-1, dy.shape[-1])), saved.shape[0])  # (embedding.2)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..array import Array, blocks, cast, einsum, fill, namespace, real, zeros
+from ..array import Array, blocks, cast, einsum, expect, fill, namespace, real, zeros
 from .attention import check_attention, sum_heads, visible
 
 __all__ = ["FlashAttentionSaved", "flash_attention_backward", "flash_attention_forward"]
@@ -72,6 +72,7 @@ def flash_attention_backward(do: Array, saved: FlashAttentionSaved) -> tuple[Arr
     """Gradients (dq, dk, dv), shaped like q, k and v, from ``do`` [B, T, H, V]."""
     q, k, v, o, lse, scale, causal, key_mask, segments, block = saved
     xp = namespace(do=do, q=q)
+    expect("do", do, "(B, T, H, V)", tuple(o.shape))
     (_, t, _, _), s = q.shape, k.shape[1]
     dq, dk, dv = zeros(q.shape, q), zeros(k.shape, q), zeros(v.shape, q)
     row_sum = xp.permute_dims(xp.sum(do * o, axis=-1, keepdims=True), (0, 2, 1, 3))  # (flash_attention.5)

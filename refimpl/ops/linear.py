@@ -32,6 +32,7 @@ def linear_backward(dy: Array, saved: LinearSaved) -> tuple[Array, Array]:
     """Gradients (dx […, I], dw [O, I]) from ``dy`` […, O]."""
     x, w = saved
     xp = namespace(dy=dy, x=x, w=w)
+    expect("dy", dy, "(…, O)", (*x.shape[:-1], w.shape[0]))
     dx = xp.matmul(dy, w)  # (linear.2)
     dy_rows, x_rows = xp.reshape(dy, (-1, w.shape[0])), xp.reshape(x, (-1, w.shape[1]))
     dw = xp.matmul(xp.matrix_transpose(dy_rows), x_rows)  # (linear.3)

@@ -66,6 +66,7 @@ def log_prob_backward(dy: Array, saved: LogProbSaved) -> tuple[Array, Array]:
     """Gradients (dh […, D], dw [W, D]) from ``dy`` […], the gradient of each token's log-probability."""
     h, w, lse, targets, mask, temperature, block = saved
     xp = namespace(dy=dy, h=h)
+    expect("dy", dy, "(…)", tuple(h.shape[:-1]))
     rows = xp.reshape(h, (-1, h.shape[-1]))
     weight = (xp.reshape(dy, (-1,)) * mask)[:, None] / temperature
     dh, dw = zeros(rows.shape, rows), zeros(w.shape, rows)

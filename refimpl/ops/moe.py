@@ -85,6 +85,7 @@ def moe_backward(dy: Array, saved: MoESaved) -> tuple[Array | None, ...]:
     """Gradients (dx, dweights, dw_gate, dw_up, dw_down, dw_shared_gate, dw_shared_up, dw_shared_down) from ``dy``."""
     weights, outputs, order, ffn, experts, shared, (x_shape, *w_shapes) = saved
     xp, top_k = namespace(dy=dy, weights=weights), weights.shape[1]
+    expect("dy", dy, "(…, D)", tuple(x_shape))
     rows = xp.reshape(dy, (-1, x_shape[-1]))
     dweights = xp.sum(rows[:, None, :] * outputs, axis=-1)  # (moe.7)
     doutputs = xp.reshape(weights[..., None] * rows[:, None, :], (-1, x_shape[-1]))  # (moe.8)

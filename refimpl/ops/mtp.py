@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..array import Array, expect, expect_mask, namespace
+from ..array import Array, expect, expect_mask, last, namespace
 from .table import LEAVES, Ops
 
 __all__ = ["MTPSaved", "mtp_backward", "mtp_forward", "mtp_pairs"]
@@ -48,7 +48,7 @@ def mtp_forward(
 
 def mtp_backward(dy: Array, saved: MTPSaved) -> tuple[Array, Array, Array, Array, Array]:
     """Gradients (dhidden, dembedding, dw_hnorm, dw_enorm, dw_proj) from ``dy`` […, D]."""
-    ops, d = saved.ops, dy.shape[-1]
+    ops, d = saved.ops, last(dy, "dy")
     djoined, dw_proj = ops["linear"].backward(dy, saved.proj)
     first, second = djoined[..., :d], djoined[..., d:]  # (mtp.3)
     de, dh = (first, second) if saved.order == "embedding_hidden" else (second, first)

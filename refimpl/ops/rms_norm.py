@@ -33,6 +33,7 @@ def rms_norm_backward(dy: Array, saved: RMSNormSaved) -> tuple[Array, Array]:
     """Gradients (dx […, D], dw [D]) from ``dy`` […, D]."""
     x, w, r = saved
     xp = namespace(dy=dy, x=x)
+    expect("dy", dy, "(…, D)", tuple(x.shape))
     n = x * r
     dn = dy * w  # (rms_norm.3)
     dx = r * (dn - n * (xp.sum(dn * n, axis=-1, keepdims=True) / x.shape[-1]))  # (rms_norm.4)

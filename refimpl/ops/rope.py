@@ -12,7 +12,7 @@ from __future__ import annotations
 from math import ceil, floor, log, pi
 from typing import Any, NamedTuple
 
-from ..array import Array, cast, is_object, namespace
+from ..array import Array, cast, expect, is_object, namespace
 
 __all__ = [
     "RoPESaved", "Yarn", "rope_backward", "rope_forward", "rope_frequencies", "yarn_mscale", "yarn_softmax_factor",
@@ -31,6 +31,7 @@ class Yarn(NamedTuple):
 
 
 class RoPESaved(NamedTuple):
+    shape: tuple[int, ...]  # of x
     cos: Array  # [B or 1, T, 1, R/2], already times the factor
     sin: Array  # [B or 1, T, 1, R/2]
     layout: str
@@ -91,11 +92,12 @@ def rope_forward(
     turns = xp.astype(xp.reshape(positions, (-1, x.shape[1], 1, 1)), wide)
     angle = turns * xp.astype(xp.asarray(inv_freq), wide)
     cos, sin = cast(xp.cos(angle) * factor, x), cast(xp.sin(angle) * factor, x)
-    return _rotate(x, cos, sin, layout), RoPESaved(cos, sin, layout)
+    return _rotate(x, cos, sin, layout), RoPESaved(x.shape, cos, sin, layout)
 
 
 def rope_backward(dy: Array, saved: RoPESaved) -> Array:
     """Gradient dx [B, T, H, R] from ``dy``: the rotation by the negative angle."""
+    expect("dy", dy, "(B, T, H, R)", tuple(saved.shape))
     return _rotate(dy, saved.cos, -saved.sin, saved.layout)  # (rope.6)
 
 

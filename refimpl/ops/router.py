@@ -78,6 +78,9 @@ def router_backward(dy: tuple[Array, Array | None], saved: RouterSaved) -> tuple
     """Gradients (dx […, D], dw [E, D]) from (dweights […, K], dscores […, E] or None)."""
     (dweights, dscores), (x, w, s, indices, score, normalise, scale, epsilon) = dy, saved
     xp = namespace(dweights=dweights, x=x)
+    expect("dweights", dweights, "(…, K)", tuple(indices.shape))
+    if dscores is not None:
+        expect("dscores", dscores, "(…, E)", tuple(s.shape))
     dchosen = scale * dweights
     if normalise:
         chosen = xp.take_along_axis(s, indices, axis=-1)

@@ -27,6 +27,7 @@ def swiglu_forward(gate: Array, up: Array) -> tuple[Array, SwiGLUSaved]:
 def swiglu_backward(dy: Array, saved: SwiGLUSaved) -> tuple[Array, Array]:
     """Gradients (dgate, dup), each […], from ``dy`` […]."""
     gate, up = saved
+    expect("dy", dy, "gate.shape", tuple(gate.shape))
     s = sigmoid(gate)
     dgate = dy * up * (s + gate * s * (1 - s))  # (swiglu.2)
     dup = dy * gate * s  # (swiglu.3)
