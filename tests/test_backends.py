@@ -8,6 +8,7 @@ import array_api_strict as strict
 import numpy as np
 import pytest
 
+from refimpl import ops
 from refimpl.check.cases import CASES, Case, RandomDraw, pair_of
 from refimpl.check.dual import dual_array, values
 from refimpl.check.rules import Pair
@@ -86,3 +87,39 @@ def test_array_api_strict(op: str) -> None:
         else:
             assert "array_api_strict" in type(got).__module__
             assert np.max(np.abs(back(got) - wanted)) <= 1e-14 * np.max(np.abs(wanted))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.int64], ids=lambda t: t.__name__)
+def test_narrow_integers_do_not_wrap(dtype: Any) -> None:
+    """Byte tokens in a vocabulary of 300: block offsets, row numbers and sentinels are computed in int64."""
+    ids, rng = np.array([[1, 200, 255]], dtype=dtype), np.random.default_rng(0)
+    h, w = rng.normal(size=(1, 3, 4)), rng.normal(size=(300, 4))
+    y, saved = ops.embedding_forward(w, ids=ids)
+    dw = ops.embedding_backward(np.ones_like(y), saved)
+    assert np.array_equal(np.nonzero(dw[:, 0])[0], [1, 200, 255])
+    wide, _ = ops.log_prob_forward(h, w, targets=ids.astype(np.int64))
+    narrow, lp_saved = ops.log_prob_forward(h, w, targets=ids, block=(2, 100))
+    np.testing.assert_allclose(narrow, wide, rtol=0, atol=1e-13)
+    dh, _ = ops.log_prob_backward(np.ones_like(narrow), lp_saved)
+    loss, ce_saved = ops.cross_entropy_forward(h @ w.T, targets=ids)
+    assert abs(3 * loss + narrow.sum()) <= 1e-12
+    np.testing.assert_allclose(dh, -3 * ops.cross_entropy_backward(1.0, ce_saved) @ w, rtol=0, atol=1e-12)
+    assert ops.expert_load(ids, 300, np.array([True])).sum() == 3
+    assert ops.expert_load(ids, 256, np.array([False])).sum() == 0
+
+
+@pytest.mark.parametrize(
+    "op", ["rms_norm", "attention", "flash_attention", "router", "log_prob", "balance_loss", "mtp"]
+)
+def test_numpy_scalars_do_not_widen(op: str) -> None:
+    """np.float64 settings (1 / np.sqrt(d), say) leave float32 arrays in float32, forward and backward."""
+    case, kwargs = frozen(op)
+    kwargs = {key: np.float64(value) if isinstance(value, float) else value for key, value in kwargs.items()}
+    inputs = [None if x is None else x.astype(np.float32) for x in case.inputs]
+    pair = Pair(*pair_of(op), kwargs)
+    w = [np.float64(1.0) if y.ndim == 0 else y for y in pair.outputs(inputs)]
+    assert {y.dtype for y in pair.outputs(inputs)} == {np.dtype(np.float32)}
+    y, saved = pair.call(inputs)
+    gradients = pair.backward(tuple(w) if isinstance(y, tuple) else w[0], saved)
+    for g in gradients if isinstance(gradients, tuple) else (gradients,):
+        assert g.dtype == np.float32
