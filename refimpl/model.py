@@ -224,7 +224,7 @@ def forward(
     modules: list[MTPModuleSaved] = []
     for depth in range(1, config.mtp_depth + 1):
         later = batch.at(depth)
-        state, normed, module = _mtp_forward(run, depth, state[:, : later.tokens.shape[1]], later)
+        state, normed, module = _mtp_forward(run, depth, state[:, : later.tokens.shape[1], :], later)
         mtp_loss, module_head_saved = _head_forward(run, normed, later, normaliser)
         modules.append(module._replace(head=module_head_saved))
         mtp_losses.append(mtp_loss)

@@ -12,6 +12,8 @@ from refimpl import ops
 from refimpl.check.cases import CASES, Case, RandomDraw, pair_of
 from refimpl.check.dual import dual_array, values
 from refimpl.check.rules import Pair
+from refimpl.config import preset
+from refimpl.model import backward, forward, parameter_shapes
 
 TYPES = [np.float32, np.float64, np.longdouble, np.complex64, np.complex128, np.clongdouble, object]
 SEED = 5
@@ -123,3 +125,19 @@ def test_numpy_scalars_do_not_widen(op: str) -> None:
     gradients = pair.backward(tuple(w) if isinstance(y, tuple) else w[0], saved)
     for g in gradients if isinstance(gradients, tuple) else (gradients,):
         assert g.dtype == np.float32
+
+
+def test_model_on_array_api_strict() -> None:
+    """The whole model too, padded and packed: loss and every gradient as on NumPy."""
+    config, rng = preset("tiny"), np.random.default_rng(0)
+    params = {n: 0.15 * rng.normal(size=s) + n.endswith("norm.weight") for n, s in parameter_shapes(config).items()}
+    tokens, key_mask = rng.integers(0, 256, (2, 9)), np.ones((2, 9), dtype=bool)
+    key_mask[0, :2] = False
+    options = {"key_mask": key_mask, "segments": np.array([[0] * 9, [0] * 4 + [1] * 5])}
+    output, saved = forward(params, tokens, config, **options)
+    grads = backward(saved, dhidden=np.ones_like(output.hidden))
+    strict_output, strict_saved = forward(there(params), there(tokens), config, **there(options))
+    strict_grads = backward(strict_saved, dhidden=there(np.ones_like(output.hidden)))
+    assert abs(float(strict_output.loss) - output.loss) <= 1e-14 * output.loss
+    for name, g in grads.items():
+        assert np.max(np.abs(np.asarray(strict_grads[name]) - g)) <= 1e-13 * np.max(np.abs(g))
