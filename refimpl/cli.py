@@ -24,14 +24,13 @@ from rich.table import Table
 
 from . import __version__
 from .check import Report, TensorResult
-from .config import CONVENTIONS
+from .config import CONVENTIONS, PRESETS
 from .errors import CouldNotRun
 from .ops import Op
 from .text import load_text
-from .verify import MODEL, NAMES, VARIANT, Settings, Step, backward_from_file, plan, run, select
+from .verify import MODELS, NAMES, Settings, Step, backward_from_file, plan, run, select
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help=__doc__)
-MODELS = (MODEL, VARIANT)
 WIDTH = 118  # of a table that goes to a file or a pipe
 
 Examples = Annotated[int, typer.Option(help="Examples an op, each with its own shapes and inputs.")]
@@ -45,7 +44,7 @@ Json = Annotated[Path | None, typer.Option("--json", help="Also write the result
 def verify(
     ops: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(NAMES)}; default: all.")] = None,
     examples: Examples = 5,
-    model_examples: Annotated[int, typer.Option(help="Examples of the model and of its variant.")] = 1,
+    model_examples: Annotated[int, typer.Option(help="Examples of each whole model.")] = 1,
     digits: Digits = None,
     text: TextFile = None,
     seed: Seed = 0,
@@ -105,6 +104,38 @@ def memory() -> None:
     console.print("  bounds: 10 % of the logits; flat in T (within 5 %)")
     console.print("holds" if holds else "DOES NOT HOLD")
     raise typer.Exit(int(not holds))
+
+
+@app.command()
+def count(
+    model: Annotated[str, typer.Argument(help=f"Of {', '.join(PRESETS)}; or a Hugging Face config.json.")] = "v3",
+    length: Annotated[int, typer.Option(help="Tokens of a sequence, for the FLOPs.")] = 4096,
+    json_file: Json = None,
+) -> None:
+    """Show how a model's parameters, KV cache, FLOPs and training cost come about, line by line."""
+    from .count import count, load_config
+
+    if json_file is not None:
+        _check_writable(json_file)
+    config, console = load_config(model), _console()
+    sections = count(config, length=length)
+    console.print(f"refimpl {__version__}: {model}", markup=False)
+    free = max(min(console.width, WIDTH) - 35, 20)  # what figures leave to names and arithmetic
+    for section in sections:
+        table = Table(box=None, show_header=False, pad_edge=False, title=f"\n{section.title}", title_justify="left")
+        table.title_style = "bold"
+        table.add_column(width=free * 4 // 9)
+        table.add_column(width=free - free * 4 // 9)
+        table.add_column(width=22, justify="right", no_wrap=True)
+        table.add_column(width=9, justify="right", no_wrap=True)
+        for line in section.lines:
+            table.add_row(line.name, line.arithmetic, line.text, line.short)
+        console.print(table)
+        for note in section.notes:
+            console.print(note, markup=False, soft_wrap=False)
+    if json_file is not None:
+        tables = [{**asdict(section), "lines": [line._asdict() for line in section.lines]} for section in sections]
+        _replace_json(json_file, {"model": model, "length": length, "config": asdict(config), "sections": tables})
 
 
 def _run(names: list[str], settings: Settings, json_file: Path | None, replaced: dict[str, Op] | None = None) -> int:
@@ -209,7 +240,7 @@ def _check_writable(path: Path) -> None:
 
 
 def _write_json(path: Path, report: Report, settings: Settings, seconds: float) -> None:
-    """Write the results beside their final place, then rename: a reader never sees half a file."""
+    """Write what a run of checks found."""
     given = {key: value for key, value in asdict(settings).items() if key != "text"}
     content = {
         "ok": report.ok, "seconds": round(seconds, 1), "settings": given,
@@ -217,6 +248,11 @@ def _write_json(path: Path, report: Report, settings: Settings, seconds: float) 
         "versions": {"refimpl": __version__, "numpy": np.__version__, "python": platform.python_version()},
         "contract_faults": report.faults, "tensors": [asdict(t) for t in report.tensors],
     }  # fmt: skip
+    _replace_json(path, content)
+
+
+def _replace_json(path: Path, content: dict[str, Any]) -> None:
+    """Write the results beside their final place, then rename: a reader never sees half a file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")

@@ -1,4 +1,4 @@
-"""The model's configuration and conventions: frozen records, and the presets `tiny`, `v3`, `v2-lite`, `moonlight-16b`.
+"""The model's configuration and conventions: frozen records, and presets (`tiny`, `v3`, `v2`, `v2-lite`, …).
 
 Each field names our letter, DeepSeek's name (Hugging Face's config.json) and the paper's symbol where they differ.
 """
@@ -152,6 +152,12 @@ PRESETS: dict[str, ModelConfig] = {
         vocabulary=129280, width=7168, layers=61, dense_layers=3, heads=128, q_latent=1536, kv_latent=512, nope=128,
         rope=64, value=128, dense_hidden=18432, expert_hidden=2048, experts=256, shared_experts=1, top_k=8, groups=8,
         keep_groups=4, routed_scale=2.5, mtp_depth=1, max_positions=163840, yarn=Yarn(),
+    ),
+    "v2": ModelConfig(
+        vocabulary=102400, width=5120, layers=60, dense_layers=1, heads=128, q_latent=1536, kv_latent=512, nope=128,
+        rope=64, value=128, dense_hidden=12288, expert_hidden=1536, experts=160, shared_experts=2, top_k=6, groups=8,
+        keep_groups=3, gate="softmax", group_score="max", gate_bias=False, normalise_weights=False, routed_scale=16.0,
+        max_positions=163840, yarn=Yarn(mscale=0.707, mscale_all_dim=0.707), balance_weight=3e-3,
     ),
     "v2-lite": ModelConfig(
         vocabulary=102400, width=2048, layers=27, dense_layers=1, heads=16, q_latent=None, kv_latent=512, nope=128,

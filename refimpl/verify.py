@@ -12,16 +12,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .check import MODEL_FD_TOLERANCE, MODEL_VALIDITY, Report, check
-from .check.cases import CASES, REGIMES, RandomDraw, model_case, model_variant, pair_of
+from .check.cases import CASES, REGIMES, RandomDraw, model_case, model_grpo_case, model_variant, pair_of
 from .config import CONVENTIONS, preset
 from .errors import CouldNotRun
 from .ops import IMPLEMENTATIONS, Op
 from .text import Text
 
-__all__ = ["MODEL", "NAMES", "VARIANT", "Settings", "Step", "backward_from_file", "plan", "run", "select"]
+__all__ = ["MODELS", "NAMES", "Settings", "Step", "backward_from_file", "plan", "run", "select"]
 
-MODEL, VARIANT = "model", "model_variant"
-NAMES = (*CASES, MODEL, VARIANT)  # in reading order
+MODEL, VARIANT, MODEL_GRPO = "model", "model_variant", "model_grpo"
+MODELS = (MODEL, VARIANT, MODEL_GRPO)
+NAMES = (*CASES, *MODELS)  # in reading order
 MOST_EXAMPLES = 300  # drawn in search of a regime
 
 
@@ -79,7 +80,7 @@ def plan(names: Sequence[str], settings: Settings) -> list[Step]:
     """
     steps = []
     for name in names:
-        if name in (MODEL, VARIANT):
+        if name in MODELS:
             steps += [Step(name, settings.seed + example) for example in range(settings.model_examples)]
             continue
         missing = set(REGIMES[name])
@@ -100,11 +101,14 @@ def run(step: Step, settings: Settings, replaced: Mapping[str, Op] | None = None
     name, table, place = step.op, IMPLEMENTATIONS[settings.implementation], _placement(settings.backend)
     draw = RandomDraw(step.seed, settings.text.data)
     common: dict[str, Any] = {"op": name, "seed": step.seed, "dtype": settings.dtype}
-    if name in (MODEL, VARIANT):
+    if name in MODELS:
         conventions = CONVENTIONS[settings.convention]
         config = replace(preset("tiny"), conventions=conventions)
         config = model_variant(config, conventions) if name == VARIANT else config
-        case, tensors, tested = model_case(draw, config=config, table=table, masked=name == VARIANT)
+        if name == MODEL_GRPO:
+            case, tensors, tested = model_grpo_case(draw, config=config, table=table)
+        else:
+            case, tensors, tested = model_case(draw, config=config, table=table, masked=name == VARIANT)
         common |= {"names": tensors, "difference_tolerance": MODEL_FD_TOLERANCE, "validity": MODEL_VALIDITY}
         kwargs = case.kwargs
     else:

@@ -18,6 +18,7 @@ from safetensors import safe_open
 import refimpl.model
 from refimpl.config import Conventions, ModelConfig
 from refimpl.ops import (
+    GRPO_PRESETS,
     IMPLEMENTATIONS,
     REFERENCE,
     Op,
@@ -25,6 +26,7 @@ from refimpl.ops import (
     Yarn,
     bias_update,
     expert_load,
+    group_advantages,
     mtp_pairs,
     rope_frequencies,
     yarn_mscale,
@@ -168,6 +170,22 @@ def router(op: Op) -> Run:
     return run
 
 
+def grpo(op: Op) -> Run:
+    """The choice of branch is compared where it matters: at tokens whose advantage is not 0."""
+
+    def run(case: Case) -> Tensors:
+        settings = {key: value for key, value in case.settings.items() if key not in ("source", "preset")}
+        if "rewards" in case.aux:
+            return {"out/advantages": group_advantages(**case.aux, **settings)}
+        settings = GRPO_PRESETS[case.settings.get("preset", "deepseekmath")] | settings
+        output, saved = op.forward(case.inputs["log_prob"], **settings, **case.aux)
+        matters = case.aux["mask"] & (case.aux["advantages"] != 0)[:, None]
+        results = {"out/loss": output.loss, "out/unclipped": output.unclipped & matters, "out/kept": output.kept}
+        return results | gradients("log_prob", op.backward((case.cot["loss"],), saved))
+
+    return run
+
+
 def mtp(op: Op) -> Run:
     def run(case: Case) -> Tensors:
         if "depth" in case.settings:
@@ -224,6 +242,8 @@ WAYS: Mapping[str, tuple[str, Callable[..., Run]]] = {
     "cross_entropy": ("cross_entropy", plain("logits", "loss")),
     "log_prob": ("log_prob", plain("h w")),
     "head_cross_entropy": ("head_cross_entropy", plain("h w", "loss")),
+    "preference_loss": ("preference_loss", plain("h_chosen h_rejected w", "loss")),
+    "grpo": ("grpo", grpo),
     "mtp": ("mtp", mtp),
 }
 

@@ -97,7 +97,7 @@ def test_records_are_frozen() -> None:
 
 
 def test_unknown_preset() -> None:
-    with pytest.raises(ValueError, match="preset must be one of tiny, v3, v2-lite, moonlight-16b, got 'v4'"):
+    with pytest.raises(ValueError, match="preset must be one of tiny, v3, v2, v2-lite, moonlight-16b, got 'v4'"):
         preset("v4")
 
 

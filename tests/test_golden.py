@@ -10,7 +10,7 @@ import pytest
 
 import refimpl.ops
 from refimpl.model import forward
-from refimpl.ops import Yarn, attention_backward, attention_forward, rope_frequencies, yarn_softmax_factor
+from refimpl.ops import GRPO_PRESETS, Yarn, attention_backward, attention_forward, rope_frequencies, yarn_softmax_factor
 
 from golden_values import GOLDEN, RUNS, TOLERANCE, Case, check, configuration, error, load
 
@@ -129,6 +129,42 @@ MISTAKES: list[tuple[str, str, dict[str, Any], str]] = [
     ("cross_entropy", "normalised", {"normaliser": None}, "out/loss"),
     ("head_cross_entropy", "normalised", {"normaliser": 8.0}, "grad/h"),
     ("log_prob", "cool", {"temperature": 1.0}, "grad/w"),
+    ("grpo", "deepseekmath", {"average": "token"}, "out/loss"),
+    ("grpo", "deepseekmath", {"kl_weight": -0.04}, "grad/log_prob"),
+    ("grpo", "deepseekmath", {"kl": "k2"}, "grad/log_prob"),
+    ("grpo", "deepseekmath", {"old_log_prob": None}, "out/unclipped"),
+    ("grpo", "deepseekmath", {"kl_level": "sequence"}, "grad/log_prob"),
+    ("grpo", "r1_print", {"ratio": "sequence_mean"}, "out/loss"),
+    ("grpo", "r1_print", {"ratio": "token"}, "grad/log_prob"),
+    ("grpo", "r1_print", {"kl_level": "token"}, "out/loss"),
+    ("grpo", "r1_clip", {"clip": (0.2, 0.2)}, "out/unclipped"),
+    ("grpo", "dapo", {"clip": (0.28, 0.2)}, "out/loss"),
+    ("grpo", "dapo", {"clip": (0.2, 0.2)}, "out/loss"),
+    ("grpo", "dapo", {"average": "sequence"}, "grad/log_prob"),
+    ("grpo", "dapo", {"preset": "deepseekmath", "kl_weight": 0.0}, "out/loss"),
+    ("grpo", "dr_grpo", {"length": 3}, "grad/log_prob"),
+    ("grpo", "dr_grpo", {"average": "sequence"}, "out/loss"),
+    ("grpo", "gspo", {"ratio": "sequence"}, "grad/log_prob"),
+    ("grpo", "gspo", {"clip": (4e-4, 3e-4)}, "out/loss"),
+    ("grpo", "v3.2", {"off_policy": None}, "out/kept"),
+    ("grpo", "v3.2", {"off_policy": None}, "grad/log_prob"),
+    ("grpo", "v3.2", {"off_policy": 0.1}, "grad/log_prob"),
+    ("grpo", "v3.2", {"kl": "k3"}, "grad/log_prob"),
+    ("grpo", "trl_on_policy", {"kl": "k3"}, "grad/log_prob"),
+    ("grpo", "trl_delta", {"dual_clip": None}, "out/loss"),
+    ("grpo", "trl_unbiased", {"ratio": "token"}, "grad/log_prob"),
+    ("grpo", "verl_token_mean", {"dual_clip": None}, "grad/log_prob"),
+    ("grpo", "verl_token_mean", {"kl": "k1"}, "out/loss"),
+    ("grpo", "verl_token_sum", {"dual_clip": 3.0}, "out/unclipped"),
+    ("grpo", "k1_sequence", {"kl_level": "token"}, "grad/log_prob"),
+    ("grpo", "sequence_dual_clip", {"off_policy": None}, "out/loss"),
+    ("grpo", "on_both_bounds", {"clip": (0.2, 0.2)}, "grad/log_prob"),
+    ("grpo", "advantages_ddof_0", {"ddof": 1}, "out/advantages"),
+    ("grpo", "advantages_trl", {"ddof": 0}, "out/advantages"),
+    ("grpo", "advantages_trl", {"epsilon": 1e-6}, "out/advantages"),
+    ("grpo", "advantages_centred", {"scale": True}, "out/advantages"),
+    ("grpo", "advantages_alone_1", {"alone": 0.0}, "out/advantages"),
+    ("grpo", "advantages_alone_verl", {"alone": 1.0}, "out/advantages"),
     ("mtp", "embedding_hidden", {"order": "hidden_embedding"}, "grad/w_proj"),
     ("mtp", "hidden_embedding", {"eps": 1e-6}, "out/h"),
     ("mtp", "pairs_2_packed", {"segments": None}, "out/mask"),
@@ -181,6 +217,50 @@ def test_wrong_model_shows(name: str, change: dict[str, Any], tensor: str) -> No
     case = load("model")[name]
     taken = {key: None for key in change if key in case.aux}
     shows("model", name, changed(case, taken) if taken else another_model(case, change), tensor)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, case in load("grpo").items() if not np.all(case.aux.get("mask", True))]
+)
+def test_counting_padding_shows(name: str) -> None:
+    """GRPO with the mask ignored, in the loss or its gradient (without advantages and divergence nothing can show)."""
+    case = load("grpo")[name]
+    with np.errstate(all="ignore"):
+        results = RUNS["grpo"][1](changed(case, {"mask": np.ones_like(case.aux["mask"])}))
+    found = [error(results[tensor], case.golden[tensor]) for tensor in ("out/loss", "grad/log_prob")]
+    assert name == "constant_reward_no_kl" or any(not x <= 1e6 * TOLERANCE for x in found)
+
+
+@pytest.mark.parametrize("name", ["normal", "one_pair", "width_one", "saturated"])
+def test_preferring_the_worse_shows(name: str) -> None:
+    """The preference loss with its two answers exchanged."""
+    case = load("preference_loss")[name]
+    exchanged = {"h_chosen": case.inputs["h_rejected"], "h_rejected": case.inputs["h_chosen"]}
+    shows("preference_loss", name, case._replace(inputs=case.inputs | exchanged), "out/loss")
+
+
+def test_every_grpo_preset_is_covered() -> None:
+    """Each named preset has golden values under its own name."""
+    assert {case.settings.get("preset") for case in load("grpo").values()} - {None} == set(GRPO_PRESETS)
+
+
+def test_grpo_regimes() -> None:
+    """The branches that the cases reach: for both signs of the advantage, tokens with and without a gradient."""
+    for name in GRPO_PRESETS:
+        case = load("grpo")[name]
+        unclipped, mask, a = case.golden["out/unclipped"], case.aux["mask"], case.aux["advantages"][:, None]
+        for sign in (a > 0, a < 0):
+            assert np.any(mask & sign & unclipped), name
+            assert np.any(mask & sign & ~unclipped), name
+        assert not np.any(case.golden["grad/log_prob"][~mask]), name
+        assert np.max(np.abs(case.inputs["log_prob"][~mask])) > 70, name
+        assert np.any(np.sum(mask, axis=1) == 0), name
+    assert not np.all(load("grpo")["v3.2"].golden["out/kept"])
+    for name in ("on_both_bounds", "on_lower_bound", "on_upper_bound"):
+        case = load("grpo")[name]
+        on = case.inputs["log_prob"] == case.aux["old_log_prob"]
+        assert np.any(on), name
+        assert np.all(case.golden["out/unclipped"][on]), name
 
 
 def test_losing_a_head_shows() -> None:

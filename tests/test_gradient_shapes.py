@@ -10,7 +10,8 @@ import pytest
 from refimpl.check.cases import CASES, RandomDraw, pair_of
 from refimpl.check.rules import Pair
 
-VECTOR_OPS = [op for op in CASES if op not in ("balance_loss", "cross_entropy", "head_cross_entropy")]  # scalar outputs
+SCALAR_OPS = {"balance_loss", "cross_entropy", "head_cross_entropy", "grpo", "preference_loss"}
+VECTOR_OPS = [op for op in CASES if op not in SCALAR_OPS]
 
 
 def wrong_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:

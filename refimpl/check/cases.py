@@ -21,7 +21,17 @@ from ..model import Route, is_buffer, parameter_shapes
 from ..ops import Op, Ops, Yarn, rope_frequencies
 from ..ops.attention import visible
 
-__all__ = ["CASES", "REGIMES", "Case", "Draw", "RandomDraw", "model_case", "model_variant", "pair_of"]
+__all__ = [
+    "CASES",
+    "REGIMES",
+    "Case",
+    "Draw",
+    "RandomDraw",
+    "model_case",
+    "model_grpo_case",
+    "model_variant",
+    "pair_of",
+]
 
 
 class Draw(Protocol):
@@ -336,11 +346,59 @@ def mtp(draw: Draw) -> Case:
     return Case(inputs, {"eps": draw.choice([0.1, 0.5]), "order": order}, {order})
 
 
+def grpo(draw: Draw) -> Case:
+    n, t, ratio = draw.integer(2, 4), draw.integer(1, 5), draw.choice(["token", "sequence", "sequence_mean"])
+    mask = np.arange(t) < draw.rng.integers(0 if draw.choice([True, False, False]) else 1, t + 1, (n, 1))
+    mask[0] = True
+    size = np.maximum(mask.sum(axis=1, keepdims=True), 1)
+    advantages = draw.rng.choice([-1, 1], n) * draw.rng.uniform(0.3, 2.5, n)
+    advantages[draw.integer(0, n - 1)] *= draw.choice([0.0, 1.0, 1.0])
+    places = np.array([[0.45, 0.7], [0.85, 1.15], [1.35, 1.9], [2.2, 2.6]])[draw.rng.integers(0, 4, (n, t))]
+    log_ratio = np.log(draw.rng.uniform(places[..., 0], places[..., 1]))
+    if ratio != "token":  # one ratio an output, unevenly spread over its tokens
+        share = draw.rng.uniform(0.5, 1.5, (n, t)) * mask
+        share = share / np.maximum(share.sum(axis=1, keepdims=True), 1e-9) * (size if ratio == "sequence_mean" else 1)
+        log_ratio = log_ratio[:, :1] * share
+    log_prob = -draw.rng.uniform(0.1, 3.0, (n, t))
+    old, reference = log_prob - log_ratio, log_prob - 0.5 * draw.rng.normal(size=(n, t))
+    old[~mask] = reference[~mask] = np.nan  # what stands at padding never counts
+    kl_weight, average = draw.choice([0.0, 0.04, 0.7]), draw.choice(["sequence", "token", "constant"])
+    kl = draw.choice(["k1", "k2", "k3", "unbiased"]) if kl_weight else "k3"
+    off_policy, dual_clip = draw.choice([None, 0.03]), draw.choice([None, 2.0])
+    kwargs = {
+        "advantages": advantages, "mask": mask, "old_log_prob": old, "clip": draw.choice([(0.2, 0.2), (0.2, 0.28)]),
+        "reference_log_prob": reference if kl_weight else None, "dual_clip": dual_clip, "ratio": ratio,
+        "average": average, "length": 7 if average == "constant" else None, "kl_weight": kl_weight, "kl": kl,
+        "kl_level": draw.choice(["token", "sequence"]), "off_policy": off_policy,
+    }  # fmt: skip
+    z = np.where(mask, log_ratio, 0)
+    rho = np.exp(z if ratio == "token" else z.sum(axis=1, keepdims=True) / (size if ratio == "sequence_mean" else 1))
+    region = np.where(rho < 0.8, "below", np.where(rho > 1 + kwargs["clip"][1], "above", "inside"))
+    signs = np.where(advantages > 0, "up", np.where(advantages < 0, "down", "zero"))[:, None]
+    regimes = {f"{s}_{r}" for s, r, m in np.broadcast(signs, region, mask) if m and s != "zero"}
+    drift, live = np.where(mask, -log_ratio, 0).sum(axis=1) / size[:, 0], mask & (rho >= 0.8)
+    regimes |= {f"ratio_{ratio}", f"average_{average}", f"kl_{kl}" if kl_weight else "no_kl"} | _flags(
+        zero_advantage=(advantages == 0).any(), padded=not mask.all(), empty=not mask.any(axis=1).all(),
+        dropped=off_policy is not None and (((advantages < 0) & (drift > off_policy))[:, None] & live).any(),
+        dual_clipped=dual_clip is not None and ((advantages[:, None] < 0) & (rho > 2.0) & mask).any(),
+        kl_of_outputs=bool(kl_weight) and kwargs["kl_level"] == "sequence",
+    )  # fmt: skip
+    return Case((log_prob,), kwargs, regimes, lambda y: {"unclipped": y.unclipped, "kept": y.kept})
+
+
+def preference_loss(draw: Draw) -> Case:
+    n, d, scale = draw.integer(2, 4), draw.integer(1, 5), draw.choice([0.5, 2.0])
+    chosen, rejected, w = draw.rng.normal(size=(n, d)), draw.rng.normal(size=(n, d)), scale * _weight(draw, 1, d)
+    wrong = ((chosen - rejected) @ w.T < 0).any()
+    return Case((chosen, rejected, w), {}, _flags(wrong_order=wrong, right_order=not wrong, narrow=d == 1))
+
+
 CASES: dict[str, Callable[[Draw], Case]] = {
     "linear": linear, "embedding": embedding, "rms_norm": rms_norm, "swiglu": swiglu, "ffn": ffn, "rope": rope,
     "attention": attention, "flash_attention": flash_attention, "mla": mla, "mla_absorbed": mla, "router": router,
     "balance_loss": balance_loss, "moe": moe, "cross_entropy": cross_entropy, "log_prob": log_prob,
-    "head_cross_entropy": head_cross_entropy, "mtp": mtp,
+    "head_cross_entropy": head_cross_entropy, "mtp": mtp, "grpo": grpo,
+    "preference_loss": preference_loss,
 }  # fmt: skip
 
 _ATTENTION = {
@@ -368,7 +426,65 @@ REGIMES: dict[str, set[str]] = {
     "log_prob": {"masked", "whole", "weighted", "one_block", "blocks"},
     "head_cross_entropy": {"masked", "whole", "weighted", "one_block", "blocks"},
     "mtp": {"embedding_hidden", "hidden_embedding"},
+    "preference_loss": {"wrong_order", "right_order", "narrow"},
+    "grpo": {
+        "up_inside", "up_above", "up_below", "down_inside", "down_above", "down_below", "zero_advantage", "padded",
+        "empty", "dropped", "dual_clipped", "ratio_token", "ratio_sequence", "ratio_sequence_mean", "average_sequence",
+        "average_token", "average_constant", "kl_k1", "kl_k2", "kl_k3", "kl_unbiased", "no_kl", "kl_of_outputs",
+    },
 }  # fmt: skip
+
+
+def model_grpo_case(draw: Draw, *, config: ModelConfig, table: Ops, length: int = 9) -> tuple[Case, list[str], Op]:
+    """GRPO through the whole model as one op: hidden states, log-probabilities in blocks, the loss; routes replayed.
+
+    Four outputs of two questions with rewards that differ, padding, off-policy ratios and a reference, V3.2's KL.
+    """
+    config = replace(config, mtp_depth=0)
+    params = {
+        name: draw.rng.normal(size=shape) * 0.15 if not name.endswith("norm.weight") else _norm_weight(draw, shape[0])
+        for name, shape in parameter_shapes(config).items()
+    }
+    tokens, row = draw.tokens((4, length), config.vocabulary), np.arange(length - 1)
+    mask = (row >= 3) & (row < np.array([[length - 1], [length - 2], [length - 3], [length - 1]]))
+    buffers = {name: x for name, x in params.items() if is_buffer(name)}
+    names = [name for name in params if name not in buffers]
+    advantages = ops.group_advantages(draw.rng.normal(size=(2, 2)) + np.array([[0.5, -0.5]]))
+    shift, away = (draw.rng.normal(size=mask.shape) for _ in range(2))
+
+    def log_probs(values: Sequence[Any], routes: Any) -> tuple[Any, Any, Any, Any]:
+        place = namespace(values=values[0]).asarray
+        given = dict(zip(names, values, strict=True)) | {name: place(b) for name, b in buffers.items()}
+        output, saved = reference_model.forward(given, place(tokens), config, routes=routes, ops=table, with_loss=False)
+        head, targets = given["lm_head.weight"], place(tokens[:, 1:])
+        y, lp = table["log_prob"].forward(
+            output.hidden[:, :-1, :], head, targets=targets, temperature=0.8, block=(5, 60)
+        )
+        return y, lp, output, saved
+
+    def forward(*values: Any, **choices: Any) -> tuple[Any, Any]:
+        y, lp, output, saved = log_probs(values, choices.pop("routes", None))
+        place = namespace(values=values[0]).asarray
+        loss, grpo_saved = table["grpo"].forward(
+            y, advantages=place(advantages), mask=place(mask), old_log_prob=place(old), kl="unbiased", kl_weight=0.3,
+            reference_log_prob=place(reference), clip=(0.2, 0.28), off_policy=0.3,
+            **{name: place(choice) for name, choice in choices.items()},
+        )  # fmt: skip
+        return (loss.loss, loss.unclipped, loss.kept, output.routes), (grpo_saved, lp, saved)
+
+    def backward(dy: Any, kept: Any) -> tuple[Any, ...]:
+        grpo_saved, lp, saved = kept
+        dh, dw_head = table["log_prob"].backward(table["grpo"].backward(dy, grpo_saved), lp)
+        last = namespace(dh=dh).concat((dh, 0 * dh[:, :1, :]), axis=1)  # the last position predicts nothing
+        grads = reference_model.backward(saved, dhidden=last)
+        grads["lm_head.weight"] = grads["lm_head.weight"] + dw_head
+        return tuple(grads.values())
+
+    inputs = tuple(params[name] for name in names)
+    now = log_probs(inputs, None)[0]
+    old, reference = now - 0.3 * shift, now - 0.5 * away
+    replay = lambda y: {"unclipped": y[1], "kept": y[2], "routes": y[3]}  # noqa: E731
+    return Case(inputs, replay=replay), names, Op(forward, backward)
 
 
 def model_variant(config: ModelConfig, conventions: Conventions) -> ModelConfig:

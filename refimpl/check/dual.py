@@ -1,8 +1,8 @@
 """Dual numbers over Python's decimals: exact derivatives to as many digits as you ask for, on any platform.
 
 A dual number a + b ε with ε² = 0 carries a value and its derivative in one direction. Arrays of them (dtype object) go
-through the ops unchanged, since NumPy calls the elements' own operators and their ``exp``, ``log`` and ``sqrt``. The
-precision is that of the current decimal context; `digits_context` sets it.
+through the ops unchanged, since NumPy calls the elements' own operators and their ``exp``, ``log``, ``log1p`` and
+``sqrt``. The precision is that of the current decimal context; `digits_context` sets it.
 """
 
 from __future__ import annotations
@@ -76,6 +76,12 @@ class Dual:
 
     def log(self) -> Dual:
         return Dual(self.value.ln(), self.tangent / self.value)
+
+    def expm1(self) -> Dual:
+        return self.exp() - 1  # type: ignore[no-any-return]
+
+    def log1p(self) -> Dual:
+        return (1 + self).log()  # type: ignore[no-any-return]
 
     def sqrt(self) -> Dual:
         root = self.value.sqrt()

@@ -19,8 +19,10 @@ from .attention import attention_backward, attention_forward
 from .balance_loss import balance_loss_backward, balance_loss_forward
 from .cross_entropy import cross_entropy_backward, cross_entropy_forward
 from .embedding import embedding_backward, embedding_forward
+from .grpo import grpo_backward, grpo_forward
 from .linear import linear_backward, linear_forward
 from .log_prob import log_prob_backward, log_prob_forward
+from .preference_loss import preference_loss_backward, preference_loss_forward
 from .rms_norm import rms_norm_backward, rms_norm_forward
 from .rope import rope_backward, rope_forward
 from .router import router_backward, router_forward
@@ -47,4 +49,6 @@ LEAVES: dict[str, Op] = {
     "balance_loss": Op(balance_loss_forward, balance_loss_backward),
     "cross_entropy": Op(cross_entropy_forward, cross_entropy_backward),
     "log_prob": Op(log_prob_forward, log_prob_backward),
+    "grpo": Op(grpo_forward, grpo_backward),
+    "preference_loss": Op(preference_loss_forward, preference_loss_backward),
 }

@@ -1,0 +1,209 @@
+"""The GRPO loss and its family, from the log-probabilities of sampled tokens.
+
+For every token of an output, with the ratio ρ of the policy to the one that sampled it and the output's advantage A:
+j = min(ρ A, clip(ρ, 1 − ε_low, 1 + ε_high) A) − β KL; the loss is −Σ weight j. Advantages, old and reference
+log-probabilities are constants. The defaults are DeepSeekMath's; `GRPO_PRESETS` names the others.
+Sources: DeepSeekMath (2402.03300) eq. 3, 4 and 21; DeepSeek-R1 (2501.12948) eq. 1–3; DAPO (2503.14476); Dr. GRPO
+(2503.20783); GSPO (2507.18071); DeepSeek-V3.2 (2512.02556). Derivation: derivations/grpo.md.
+Letters, of this op alone: N outputs (of all groups), T position in an output, Q questions, G outputs of a question.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from ..array import Array, cast, expect, expect_mask, fill, library, namespace, number, real
+
+__all__ = ["GRPO_PRESETS", "GRPOOutput", "GRPOSaved", "grpo_backward", "grpo_forward", "group_advantages"]
+
+GRPO_PRESETS: dict[str, dict[str, Any]] = {
+    "deepseekmath": {},
+    "r1_print": {"ratio": "sequence", "kl_level": "sequence"},  # V3 and R1 print ratios of whole outputs
+    "dapo": {"average": "token", "clip": (0.2, 0.28), "kl_weight": 0.0},  # over the batch; the paper: each group
+    "dr_grpo": {"average": "constant", "kl_weight": 0.0},  # length: the longest allowed; advantages: scale=False
+    "gspo": {"ratio": "sequence_mean", "clip": (3e-4, 4e-4), "kl_weight": 0.0},
+    "v3.2": {"kl": "unbiased"},  # and off_policy: its threshold δ
+}
+
+
+class GRPOOutput(NamedTuple):
+    loss: Array  # scalar
+    unclipped: Array  # [N, T] bool: where ρ counts as it is; a clip fraction is counted under the mask
+    kept: Array  # [N] bool: False for outputs that the off-policy mask drops
+
+
+class GRPOSaved(NamedTuple):
+    dz: Array  # [N, T]: derivative of the loss in the log-ratio to the old policy, at the ratio's level
+    du: Array | None  # [N, T]: in the log-ratio of the reference to the policy; None without KL
+    mask: Array  # [N, T]
+    count: Array  # [N, 1]: length of each output, at least 1
+    levels: tuple[str, str]  # of ratio and KL
+
+
+def grpo_forward(
+    log_prob: Array, *, advantages: Array, mask: Array, old_log_prob: Array | None = None,
+    reference_log_prob: Array | None = None, clip: tuple[float, float] = (0.2, 0.2), dual_clip: float | None = None,
+    ratio: str = "token", average: str = "sequence", length: int | None = None, kl_weight: float = 0.04,
+    kl: str = "k3", kl_level: str = "token", off_policy: float | None = None, unclipped: Array | None = None,
+    kept: Array | None = None,
+) -> tuple[GRPOOutput, GRPOSaved]:  # fmt: skip
+    """The loss of outputs whose tokens have ``log_prob`` [N, T] (from `log_prob_forward`).
+
+    Args:
+        advantages: [N], from `group_advantages`. mask: [N, T] bool, True for the output's tokens; what stands at the
+            others, NaN included, does not count.
+        old_log_prob: [N, T], of the policy that sampled; None: this very policy (ρ = 1, and its gradient is A's).
+        reference_log_prob: [N, T], for the KL; needed unless kl_weight is 0.
+        clip: (ε_low, ε_high); R1's first stage has (10, 10), of which only the upper one acts. On a bound is within.
+        dual_clip: verl's bound of ρ from above where A < 0.
+        ratio: token, sequence (product over the output; V3's and R1's print), sequence_mean (its |o|-th root; GSPO).
+        average: sequence (mean over outputs of the mean over tokens), token (mean over all tokens; DAPO), constant
+            (sum over tokens by N·length; Dr. GRPO).
+        kl_weight, kl, kl_level: β; k1, k2, k3, or unbiased (ρ·k3, V3.2); token or sequence.
+        off_policy: V3.2's δ: the ratio term of an output with A < 0 and mean ln(π_old/π) > δ is dropped.
+        unclipped, kept: choices of an earlier run to replay.
+
+    Returns (loss, unclipped, kept). An output without tokens adds 0; A = 0 gives the ratio term no gradient.
+    """
+    xp = namespace(log_prob=log_prob)
+    expect("log_prob", log_prob, "(N, T)", (None, None))
+    n, t = log_prob.shape
+    expect_mask("mask", mask, "(N, T)", (n, t))
+    expect("advantages", advantages, "(N,)", (n,))
+    _check(clip, dual_clip, ratio, average, length, kl_weight, kl, kl_level, reference_log_prob)
+    size = xp.sum(xp.astype(mask, xp.float64), axis=1, keepdims=True)
+    count = xp.where(size > 0, size, 1.0)
+    total = {"sequence": n * count, "token": float(xp.sum(size)) or 1.0, "constant": n * float(length or 1)}[average]
+    weight = cast(xp.astype(mask, xp.float64) / total, log_prob)  # (grpo.1)
+    count, a = cast(count, log_prob), cast(advantages, log_prob)[:, None]
+
+    z = _to_level(_difference(log_prob, old_log_prob, mask, "old_log_prob"), mask, count, ratio)  # (grpo.2)
+    rho = xp.exp(z)
+    low, high = 1 - float(clip[0]), 1 + float(clip[1])
+    top = float("inf") if dual_clip is None else float(dual_clip)
+    if unclipped is None:
+        up, r = real(a) > 0, real(rho)
+        unclipped = xp.where(up, r <= high, (r >= low) & (r <= top)) | (real(a) == 0)  # (grpo.3)
+    if kept is None:
+        drift = xp.sum(real(_difference(log_prob, old_log_prob, mask, "old_log_prob")), axis=1) / real(count)[:, 0]
+        kept = (
+            xp.ones((n,), dtype=xp.bool, device=log_prob.device)
+            if off_policy is None
+            else (real(a)[:, 0] >= 0) | (-drift <= off_policy)
+        )
+    bound = xp.where(real(a) > 0, high, xp.full((n, t), low, dtype=xp.float64, device=log_prob.device))
+    if dual_clip is not None:
+        bound = xp.where((real(a) <= 0) & (real(rho) > 1), top, bound)
+    keep = cast(xp.astype(kept, xp.float64), log_prob)[:, None]
+    flows = unclipped & (real(a) != 0) & kept[:, None]  # 0 · ρ must be 0 even if ρ overflows
+    objective = keep * a * xp.where(flows, rho, cast(bound, rho))  # (grpo.4)
+    dz = -weight * keep * a * fill(flows, rho, 0.0)  # (grpo.5)
+    du = None
+    if kl_weight:
+        u = _to_level(-_difference(log_prob, reference_log_prob, mask, "reference_log_prob"), mask, count, kl_level)
+        k, slope = _estimator(xp, u, kl)  # (grpo.6)
+        if kl == "unbiased":
+            objective = objective - kl_weight * rho * k
+            dz = dz + weight * kl_weight * rho * k  # (grpo.8)
+            du = weight * kl_weight * rho * slope  # (grpo.8)
+        else:
+            objective = objective - kl_weight * k
+            du = weight * kl_weight * slope  # (grpo.7)
+    loss = -xp.sum(weight * objective)  # (grpo.9)
+    return GRPOOutput(loss, unclipped, kept), GRPOSaved(dz, du, mask, count, (ratio, kl_level))
+
+
+def grpo_backward(dy: tuple[Array], saved: GRPOSaved) -> Array:
+    """Gradient dlog_prob [N, T], 0 where the mask is False, from the pair's single cotangent (dloss,)."""
+    dz, du, mask, count, (ratio, kl_level) = saved
+    dlog_prob = _from_level(dz, mask, count, ratio)  # (grpo.10)
+    if du is not None:
+        dlog_prob = dlog_prob - _from_level(du, mask, count, kl_level)  # (grpo.11)
+    return number(dy[0], dz) * dlog_prob
+
+
+def group_advantages(
+    rewards: Array, *, scale: bool = True, ddof: int = 1, epsilon: float = 0.0, alone: float = 0.0
+) -> Array:
+    """A = (R − mean) / (std + epsilon) within each row of ``rewards`` [Q, G]; flat [Q·G].
+
+    Args:
+        scale: divide by the standard deviation (Dr. GRPO does not).
+        ddof: 0 or 1; the paper does not say. TRL, verl and OpenRLHF take 1, with epsilon 1e-4, 1e-6 and 1e-9.
+        alone: what a group of one gets is ``alone`` · R (verl: 1/(1 + epsilon)). Equal rewards get 0, never NaN.
+    """
+    xp = namespace(rewards=rewards)
+    expect("rewards", rewards, "(Q, G)", (None, None))
+    g = rewards.shape[1]
+    if ddof not in (0, 1) or epsilon < 0:
+        raise ValueError(f"ddof must be 0 or 1 and epsilon at least 0, got {ddof} and {epsilon}")
+    if g == 1:
+        return float(alone) * xp.reshape(rewards, (-1,))
+    centred = rewards - xp.sum(rewards, axis=1, keepdims=True) / g
+    equal = xp.max(rewards, axis=1, keepdims=True) == xp.min(rewards, axis=1, keepdims=True)
+    centred = xp.where(equal, 0.0, centred)
+    if scale:
+        std = xp.sqrt(xp.sum(centred * centred, axis=1, keepdims=True) / (g - ddof))
+        centred = centred / xp.where(equal, 1.0, std + epsilon)  # (grpo.12)
+    return xp.reshape(centred, (-1,))
+
+
+def _difference(log_prob: Array, other: Array | None, mask: Array, name: str) -> Array:
+    """log_prob − other where the mask is True, else 0; None stands for log_prob's own value."""
+    if other is None:
+        other = real(log_prob)
+    expect(name, other, "(N, T)", tuple(log_prob.shape))
+    hidden = library(other).where(mask, other, 0.0)
+    return fill(mask, fill(mask, log_prob, 0.0) - cast(hidden, log_prob), 0.0)
+
+
+def _to_level(x: Array, mask: Array, count: Array, level: str) -> Array:
+    """Log-ratios of tokens as those of whole outputs, seen by every token: the sum, or the mean."""
+    if level == "token":
+        return x
+    xp = namespace(x=x)
+    total = xp.sum(x, axis=1, keepdims=True) / (count if level == "sequence_mean" else 1)
+    return fill(mask, xp.broadcast_to(total, x.shape), 0.0)
+
+
+def _from_level(dx: Array, mask: Array, count: Array, level: str) -> Array:
+    """The adjoint of `_to_level`, and of the mask."""
+    if level != "token":
+        xp = namespace(dx=dx)
+        total = xp.sum(dx, axis=1, keepdims=True) / (count if level == "sequence_mean" else 1)
+        dx = xp.broadcast_to(total, dx.shape)
+    return fill(mask, dx, 0.0)
+
+
+def _estimator(xp: Any, u: Array, kl: str) -> tuple[Array, Array]:
+    """The KL estimate at the log-ratio u = ln π_ref − ln π, and its derivative in u."""
+    if kl == "k1":
+        return -u, 0 * u - 1
+    if kl == "k2":
+        return u * u / 2, u
+    slope = xp.expm1(u)  # e^u − 1, which near u = 0 keeps the digits that k3 cancels
+    return slope - u, slope
+
+
+def _check(
+    clip: tuple[float, float], dual_clip: float | None, ratio: str, average: str, length: int | None,
+    kl_weight: float, kl: str, kl_level: str, reference: Array | None,
+) -> None:  # fmt: skip
+    """ValueError for a setting without a meaning."""
+    if not (clip[0] >= 0 and clip[1] >= 0) or (dual_clip is not None and not dual_clip > 1):
+        raise ValueError(
+            f"clip must be two numbers of at least 0, dual_clip above 1 or None, got {clip} and {dual_clip}"
+        )
+    choices = {
+        "ratio": (ratio, ("token", "sequence", "sequence_mean")),
+        "average": (average, ("sequence", "token", "constant")),
+        "kl": (kl, ("k1", "k2", "k3", "unbiased")),
+        "kl_level": (kl_level, ("token", "sequence")),
+    }
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    if average == "constant" and not (length and length > 0):
+        raise ValueError(f"length must be positive for average='constant', got {length}")
+    if kl_weight and reference is None:
+        raise ValueError("reference_log_prob must be given unless kl_weight is 0, got None")

@@ -1,0 +1,165 @@
+"""AdamW, clipping by the global norm, and DeepSeek-V3's schedules; everything in place.
+
+Sources: Loshchilov and Hutter, Decoupled Weight Decay Regularization (1711.05101) algorithm 2; DeepSeek-V3 (2412.19437)
+section 4.2. V3 does not publish AdamW's eps, which tensors decay, or the shape of its batch ramp: those are arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from math import cos, isfinite, pi, sqrt
+from typing import Any
+
+from .array import Array, library
+
+__all__ = ["V3_SCHEDULE", "AdamW", "Schedule", "clip_global_norm"]
+
+Tensors = Mapping[str, Array]
+
+
+class AdamW:
+    """Adam with decoupled weight decay and bias correction.
+
+    ``update`` changes parameters in place, and allocates nothing after the first step: the moments, and two scratch
+    arrays of the largest tensor's size, are kept.
+
+    Args:
+        beta1, beta2, epsilon, weight_decay: 0.9, 0.95, 1e-8 and 0.1 (V3's, but for its unpublished epsilon).
+        decays: by a tensor's name, whether it decays; by default all do.
+    """
+
+    def __init__(
+        self, *, beta1: float = 0.9, beta2: float = 0.95, epsilon: float = 1e-8, weight_decay: float = 0.1,
+        decays: Callable[[str], bool] = lambda name: True,
+    ) -> None:  # fmt: skip
+        if not (0 <= beta1 < 1 and 0 <= beta2 < 1 and epsilon > 0 and weight_decay >= 0):
+            raise ValueError(
+                "beta1 and beta2 must lie in [0, 1), epsilon be positive and weight_decay at least 0, "
+                f"got {beta1}, {beta2}, {epsilon} and {weight_decay}"
+            )
+        self.beta1, self.beta2, self.epsilon, self.weight_decay, self.decays = (
+            beta1,
+            beta2,
+            epsilon,
+            weight_decay,
+            decays,
+        )
+        self.step = 0
+        self.first: dict[str, Array] = {}  # m, mean of the gradient
+        self.second: dict[str, Array] = {}  # v, mean of its square
+        self._scratch: dict[Any, tuple[Array, Array]] = {}
+
+    def update(self, params: MutableMapping[str, Array], grads: Tensors, learning_rate: float) -> None:
+        """One step on every tensor of ``grads``, in place.
+
+        ValueError if a gradient has no parameter, another shape or dtype, or the learning rate is no number ≥ 0; then
+        nothing was changed.
+        """
+        if not (isfinite(learning_rate) and learning_rate >= 0):
+            raise ValueError(f"learning_rate must be a finite number of at least 0, got {learning_rate}")
+        for name, g in grads.items():
+            p = params.get(name)
+            if p is None or p.shape != g.shape or p.dtype != g.dtype:
+                got = "no such parameter" if p is None else f"{p.dtype} {p.shape}"
+                raise ValueError(f"{name} must be a parameter of {g.dtype} {g.shape} like its gradient, got {got}")
+        self.step += 1
+        correct1, correct2 = 1 - self.beta1**self.step, 1 - self.beta2**self.step
+        for name, g in grads.items():
+            p, xp = params[name], library(g)
+            if name not in self.first:
+                self.first[name], self.second[name] = xp.zeros_like(g), xp.zeros_like(g)
+            m, v = self.first[name], self.second[name]
+            a, b = self._buffers(g, grads)
+            xp.subtract(g, m, out=a)  # m ← m + (1 − β1)(g − m)
+            xp.multiply(a, 1 - self.beta1, out=a)
+            xp.add(m, a, out=m)
+            xp.multiply(g, g, out=a)  # v ← v + (1 − β2)(g² − v)
+            xp.subtract(a, v, out=a)
+            xp.multiply(a, 1 - self.beta2, out=a)
+            xp.add(v, a, out=v)
+            xp.divide(v, correct2, out=a)  # step = m̂ / (√v̂ + ε)
+            xp.sqrt(a, out=a)
+            xp.add(a, self.epsilon, out=a)
+            xp.divide(m, correct1, out=b)
+            xp.divide(b, a, out=b)
+            if self.weight_decay and self.decays(name):  # p ← p − lr (step + λ p)
+                xp.multiply(p, self.weight_decay, out=a)
+                xp.add(b, a, out=b)
+            xp.multiply(b, learning_rate, out=b)
+            xp.subtract(p, b, out=p)
+
+    def _buffers(self, like: Array, grads: Tensors) -> tuple[Array, Array]:
+        """Two scratch arrays shaped like ``like``, views of buffers as large as the largest gradient of its dtype."""
+        xp, key = library(like), like.dtype
+        if key not in self._scratch or self._scratch[key][0].size < like.size:
+            size = max(g.size for g in grads.values() if g.dtype == key)
+            self._scratch[key] = (xp.empty(size, dtype=key), xp.empty(size, dtype=key))
+        a, b = self._scratch[key]
+        return a[: like.size].reshape(like.shape), b[: like.size].reshape(like.shape)
+
+
+def clip_global_norm(grads: Tensors, max_norm: float, *, epsilon: float = 0.0) -> float:
+    """Scale all gradients in place so that their common norm is at most ``max_norm``; returns the norm before.
+
+    The factor is min(1, max_norm / (norm + epsilon)); torch and Megatron take epsilon = 1e-6. Squares are summed in
+    float64. A norm that is not finite changes nothing: the caller sees it in the result and skips the step.
+    """
+    if not max_norm > 0:
+        raise ValueError(f"max_norm must be positive, got {max_norm}")
+    total = 0.0
+    for g in grads.values():
+        xp = library(g)
+        total += float(xp.sum(xp.square(g, dtype=xp.float64)))
+    norm = sqrt(total)
+    if isfinite(norm) and norm + epsilon > max_norm:
+        for g in grads.values():
+            library(g).multiply(g, max_norm / (norm + epsilon), out=g)
+    return norm
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How learning rate, batch size and two weights move with the tokens seen; the defaults are V3's (section 4.2)."""
+
+    peak: float = 2.2e-4
+    warmup_steps: int = 2000  # linear from 0
+    constant_until: float = 10e12  # tokens
+    decay_tokens: float = 4.3e12  # cosine from peak to low
+    low: float = 2.2e-5
+    low_tokens: float = 333e9  # then
+    last: float = 7.3e-6  # for the remaining 167B
+    first_batch: int = 3072  # sequences
+    full_batch: int = 15360
+    ramp_tokens: float = 469e9  # from the first to the full batch; linear in tokens is our reading of "gradually"
+    bias_until: float = 14.3e12  # tokens until which the gate's bias moves by bias_speed
+    bias_speed: float = 1e-3
+    mtp_until: float = 10e12
+    mtp_weights: tuple[float, float] = (0.3, 0.1)  # λ before and after
+
+    def learning_rate(self, step: int, tokens: float) -> float:
+        """At the step (counted from 0: the first has lr peak / warmup_steps) with so many tokens seen before it."""
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.warmup_steps
+        if tokens < self.constant_until:
+            return self.peak
+        done = (tokens - self.constant_until) / self.decay_tokens
+        if done < 1:
+            return self.low + (self.peak - self.low) * (1 + cos(pi * done)) / 2
+        return self.low if tokens < self.constant_until + self.decay_tokens + self.low_tokens else self.last
+
+    def batch(self, tokens: float) -> int:
+        """Sequences of the batch that starts after so many tokens."""
+        share = min(tokens / self.ramp_tokens, 1.0)
+        return round(self.first_batch + share * (self.full_batch - self.first_batch))
+
+    def bias_update_speed(self, tokens: float) -> float:
+        """γ of `bias_update`."""
+        return self.bias_speed if tokens < self.bias_until else 0.0
+
+    def mtp_weight(self, tokens: float) -> float:
+        """λ of the MTP loss."""
+        return self.mtp_weights[0] if tokens < self.mtp_until else self.mtp_weights[1]
+
+
+V3_SCHEDULE = Schedule()

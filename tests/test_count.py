@@ -1,0 +1,436 @@
+"""The published figures come out, the arithmetic shown is the arithmetic done, and the FLOPs are those that run."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refimpl.config import PRESETS, ModelConfig, Yarn, preset
+from refimpl.count import Figure, Line, Section, count, load_config, read_config
+from refimpl.errors import CouldNotRun
+from refimpl.model import backward, forward, init_parameters, is_buffer, parameter_shapes
+from refimpl.ops import IMPLEMENTATIONS
+
+V3_JSON = {
+    "model_type": "deepseek_v3", "vocab_size": 129280, "hidden_size": 7168, "num_hidden_layers": 61,
+    "first_k_dense_replace": 3, "num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536,
+    "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    "intermediate_size": 18432, "moe_intermediate_size": 2048, "n_routed_experts": 256, "n_shared_experts": 1,
+    "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "topk_method": "noaux_tc", "scoring_func": "sigmoid",
+    "norm_topk_prob": True, "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1, "rms_norm_eps": 1e-6,
+    "rope_theta": 10000, "max_position_embeddings": 163840, "hidden_act": "silu", "attention_bias": False,
+    "tie_word_embeddings": False, "moe_layer_freq": 1,
+    "rope_scaling": {
+        "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,
+        "mscale": 1.0, "mscale_all_dim": 1.0,
+    },
+}  # fmt: skip
+V2_LITE_JSON = V3_JSON | {
+    "model_type": "deepseek_v2", "vocab_size": 102400, "hidden_size": 2048, "num_hidden_layers": 27,
+    "first_k_dense_replace": 1, "num_attention_heads": 16, "q_lora_rank": None, "intermediate_size": 10944,
+    "moe_intermediate_size": 1408, "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6,
+    "n_group": 1, "topk_group": 1, "topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0, "num_nextn_predict_layers": 0, "aux_loss_alpha": 0.001,
+    "rope_scaling": V3_JSON["rope_scaling"] | {"mscale": 0.707, "mscale_all_dim": 0.707},  # type: ignore[operator]
+}  # fmt: skip
+
+
+def section(model: str | ModelConfig, title: str, length: int = 4096) -> Section:
+    """The table whose title begins so."""
+    config = preset(model) if isinstance(model, str) else model
+    (found,) = (s for s in count(config, length=length) if s.title.startswith(title))
+    return found
+
+
+def figure(model: str | ModelConfig, title: str, line: str, length: int = 4096) -> float:
+    """The value of the first line of that name."""
+    return next(x.value for x in section(model, title, length).lines if x.name == line)
+
+
+def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "refimpl", "count", *arguments], capture_output=True, text=True, cwd=cwd
+    )
+
+
+ATTENTION, FFN, MAIN = "Parameters of one attention", "Parameters of one feed", "Parameters of the main"
+MTP, ACTIVE, CACHE, CLAIM = "Parameters of multi", "Active", "KV cache of a token", 'KV cache: the "93.3 %"'
+FORWARD, BACKWARD, TRAINING = "Forward", "Backward", "Training"
+
+
+@pytest.mark.parametrize(
+    ("model", "title", "line", "value"),
+    [
+        ("v3", ATTENTION, "one attention", 187_107_328),
+        ("v3", FFN, "dense FFN: gate, up, down", 396_361_728),
+        ("v3", FFN, "one expert: gate, up, down", 44_040_192),
+        ("v3", FFN, "gate (router)", 1_835_008),
+        ("v3", FFN, "MoE layer: routed + shared, gate", 11_320_164_352),
+        ("v3", MAIN, "embedding", 926_679_040),
+        ("v3", MAIN, "output head", 926_679_040),
+        ("v3", MAIN, "main model", 671_026_404_352),
+        ("v3", MAIN, "apart: gate biases (buffers)", 14_848),
+        ("v3", CACHE, "MLA, a layer: latent + rotated key", 576),
+        ("v3", CACHE, "MHA, a layer: keys N, values V wide", 2 * 128 * 128),
+        ("v3", CACHE, "MLA", 70_272),
+        ("v3", CLAIM, "DeepSeek-67B: GQA, 16 bits a number", 389_120),
+        ("v3", CLAIM, "V2: MLA, 6 bits", 25_920),
+        ("v3", TRAINING, "pre-training, 14.8 × 10¹² tokens", 2_664_000),
+        ("v3", TRAINING, "context extension, published", 119_000),
+        ("v3", TRAINING, "post-training, published", 5_000),
+        ("v3", TRAINING, "in all", 2_788_000),
+        ("v3", TRAINING, "pre-training, at $2 an hour", 5_328_000),
+        ("v3", TRAINING, "context extension, at $2 an hour", 238_000),
+        ("v3", TRAINING, "post-training, at $2 an hour", 10_000),
+        ("v3", TRAINING, "in all, at $2 an hour", 5_576_000),
+    ],
+)
+def test_exact_figures(model: str, title: str, line: str, value: int) -> None:
+    """Counts of the DeepSeek-V3 report, exactly."""
+    found = figure(model, title, line)
+    assert found == value
+    assert isinstance(found, int)
+
+
+@pytest.mark.parametrize(
+    ("model", "title", "line", "printed"),
+    [
+        ("v3", MTP, "unique to MTP", "11.610B"),
+        ("v3", MTP, "… without eh_proj", "11.507B"),
+        ("v3", MTP, "… with copies of embedding and head", "13.46B"),
+        ("v3", MTP, "whole file: main, MTP, biases", "684.49B"),
+        ("v3", ACTIVE, "layers", "35.70B"),
+        ("v3", ACTIVE, "… + head", "36.63B"),
+        ("v3", ACTIVE, "… + head + embedding", "37.55B"),
+        ("v3", ACTIVE, "an MTP module with both, no eh_proj", "2.4B"),  # README_WEIGHTS
+        ("v2-lite", MAIN, "main model", "15.706B"),
+        ("v2-lite", ACTIVE, "… + head", "2.45B"),  # "without embedding"
+        ("v2", MAIN, "main model", "235.74B"),
+        ("v2", ACTIVE, "… + head + embedding", "21.4B"),
+        ("moonlight-16b", MAIN, "main model", "15.960B"),
+        ("moonlight-16b", MAIN, "… without embedding and head", "15.29B"),  # Moonlight's own table
+        ("moonlight-16b", ACTIVE, "layers", "2.24B"),
+        ("v3", BACKWARD, "apart: both, main, no recomputation", "250B"),  # GFLOPs a token, 2505.09343 table 2
+        ("v2", BACKWARD, "apart: both, main, no recomputation", "155B"),
+    ],
+)
+def test_rounded_figures(model: str, title: str, line: str, printed: str) -> None:
+    """What reports and model cards print, at the precision that they print."""
+    places = len(printed.rstrip("B").partition(".")[2])
+    assert f"{figure(model, title, line) / 1e9:.{places}f}B" == printed
+
+
+def test_cache_savings() -> None:
+    """98.24 % against MHA; 93.34 % of V2 at 6 bits against 67B at 16, of which 82.2 % (V3: 81.9 %) are MLA's."""
+    assert round(figure("v3", CACHE, "saved against MHA"), 2) == 98.24
+    lines = section("v3", CLAIM).lines
+    saved = {lines[i - 1].name: round(line.value, 2) for i, line in enumerate(lines) if line.name == "saved"}
+    assert saved == {"V2: MLA, 6 bits": 93.34, "V2: MLA, 16 bits": 82.24, "V3: MLA, 16 bits": 81.94}
+    assert [line.name for line in section("v2", CLAIM).lines if line.name.startswith("V3")] == []
+
+
+def test_training_figures() -> None:
+    assert round(figure("v3", TRAINING, "days for them on 2,048 H800s"), 1) == 3.7  # the V3 report's
+    assert round(figure("v2", TRAINING, "hours saved against DeepSeek-67B"), 1) == 42.5  # the V2 report's
+    rate = figure("v3", TRAINING, "implied: rate of a GPU")
+    assert rate == pytest.approx(250.457382912e9 * 14.8e12 / (2_664_000 * 3600) / 1e12)
+    assert figure("v3", TRAINING, "implied: of its dense BF16 peak") == pytest.approx(rate / 9.894)
+    for model in ("v2-lite", "moonlight-16b"):
+        assert "no GPU-hours" in section(model, TRAINING).notes[-1]
+    assert not [s for s in count(preset("tiny")) if s.title == TRAINING]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_totals_are_those_of_the_tensors(name: str) -> None:
+    """The lines add up to what `parameter_shapes` holds, whatever the model has or lacks."""
+    cases = [preset(name), replace(preset(name), dense_layers=0), replace(preset(name), mtp_depth=0, shared_experts=0)]
+    for config in [*cases, replace(preset(name), dense_layers=preset(name).layers)]:
+        sizes = {key: prod(shape) for key, shape in parameter_shapes(config).items()}
+        modules = tuple(f"model.layers.{config.layers + k}." for k in range(config.mtp_depth))
+        unique = sum(n for key, n in sizes.items() if modules and key.startswith(modules) and not is_buffer(key))
+        total = sum(n for key, n in sizes.items() if not is_buffer(key)) - unique
+        assert figure(config, MAIN, "main model") == total
+        routed = sum(n for key, n in sizes.items() if ".experts." in key and not key.startswith(modules or "none"))
+        active = figure(config, ACTIVE, "… + head + embedding")
+        assert active == total - routed + routed * config.top_k // config.experts
+        if modules:
+            assert figure(config, MTP, "unique to MTP") == unique
+            copies = 2 * config.mtp_depth * sizes["lm_head.weight"]
+            assert figure(config, MTP, "whole file: main, MTP, biases") == sum(sizes.values()) + copies
+
+
+def evaluated(arithmetic: str) -> float:
+    """The value of a line's arithmetic, read as Python."""
+    assert re.fullmatch(r"[\d.,e+ ×−/()]+", arithmetic)
+    return float(eval(arithmetic.replace(",", "").replace("×", "*").replace("−", "-")))
+
+
+@pytest.mark.parametrize("length", [3, 4096])
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_arithmetic_shown_is_the_arithmetic_done(name: str, length: int) -> None:
+    """Every line's arithmetic, evaluated from its text, gives its value; every sum is that of the lines above."""
+    for table in count(preset(name), length=length):
+        for i, line in enumerate(table.lines):
+            if above := re.fullmatch(r"sum of the (\d+) above", line.arithmetic):
+                assert line.value == sum(x.value for x in table.lines[i - int(above[1]) : i])
+            elif line.arithmetic:
+                assert evaluated(line.arithmetic) == pytest.approx(line.value, rel=1e-5), line
+
+
+def test_figures_put_parentheses_where_they_must() -> None:
+    two = Figure(2)
+    cases = {
+        (two * 3 + 1) * 7168: "(2 × 3 + 1) × 7,168", two - (two + 3): "2 − (2 + 3)", two / (two * 5): "2 / (2 × 5)",
+        two * (two - 1) / 4: "2 × (2 − 1) / 4", (two + 1) / 2: "(2 + 1) / 2", two - two * 3: "2 − 2 × 3",
+        two * (two / 4): "2 × 2 / 4", two * 0.5: "2 × 0.5",
+    }  # fmt: skip
+    for shown, text in cases.items():
+        assert shown.text == text
+        assert evaluated(text) == shown.value
+    assert (two * 1).text == (Figure(1) * 2).text == "2"
+    assert isinstance((two * 4 / 2).value, int)
+
+
+def test_lines_as_text() -> None:
+    assert (Line("", "", 671_026_404_352, "").text, Line("", "", 671_026_404_352, "").short) == (
+        "671,026,404,352", "671.026B",
+    )  # fmt: skip
+    assert (Line("", "", 5_576_000, "$").text, Line("", "", 5_576_000, "$").short) == ("$5,576,000", "$5.576M")
+    assert (Line("", "", 98.2421875, "%").text, Line("", "", 98.2421875, "%").short) == ("98.24 %", "")
+    assert (Line("", "", 83_485_794_304, "FLOP").text, Line("", "", 83_485_794_304, "FLOP").short) == (
+        "83,485,794,304 FLOP", "83.486G",
+    )  # fmt: skip
+    assert Line("", "", 37 * 10**23, "FLOP").text == "3.7000e+24 FLOP"
+
+
+@pytest.fixture
+def multiplied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """FLOPs of every ``numpy.matmul`` from now on: 2 for each entry of the result and summed index."""
+    flops: list[int] = []
+    matmul = np.matmul
+
+    def counting(a: Any, b: Any) -> Any:
+        y = matmul(a, b)
+        flops.append(2 * y.size * a.shape[-1])
+        return y
+
+    monkeypatch.setattr(np, "matmul", counting)
+    return flops
+
+
+@pytest.mark.parametrize("implementation", ["reference", "flash", "absorbed"])
+@pytest.mark.parametrize("change", [{}, {"mtp_depth": 0}, {"q_latent": None, "shared_experts": 0, "dense_layers": 0}])
+@pytest.mark.parametrize("length", [5, 13])
+def test_flops_are_those_that_run(
+    length: int, change: dict[str, Any], implementation: str, multiplied: list[int]
+) -> None:
+    """The tiny model's matrix products, forward and backward, against the count: exactly, per sequence.
+
+    The code multiplies hidden pairs too (and masks them), so those are added here, by counting them one by one. Its
+    fused head multiplies once more in the backward; attention does so only where it keeps no probabilities.
+    """
+    c = replace(preset("tiny"), **change)
+    absorbed, flash = implementation == "absorbed", implementation == "flash"
+    once, again = c.nope + c.rope + c.value, c.nope + c.rope
+    if absorbed:
+        once = 2 * c.kv_latent + c.rope
+    lengths = [length] * c.layers + [length - k for k in range(1, c.mtp_depth + 1)]
+    hidden = sum(q < k for n in lengths for q in range(n) for k in range(n))
+    seen = sum(q >= k for n in lengths for q in range(n) for k in range(n))
+    total = "with MTP" if c.mtp_depth else "main model"
+
+    params = init_parameters(c, std=0.1, dtype="float64")
+    tokens = np.random.default_rng(0).integers(0, c.vocabulary, (1, length))
+    _, saved = forward(params, tokens, c, ops=IMPLEMENTATIONS[implementation])
+    ran = sum(multiplied)
+    counted = length * figure(c, FORWARD, total, length)
+    if absorbed:  # the modules' share too, which has no line of its own
+        counted += 2 * c.heads * seen * (once - (c.nope + c.rope + c.value))
+    assert ran == pytest.approx(counted + 2 * c.heads * hidden * once, rel=1e-12)
+
+    multiplied.clear()
+    backward(saved)
+    head = 2 * c.width * c.vocabulary * (length + sum(length - k for k in range(1, c.mtp_depth + 1)))
+    if flash:
+        counted = length * figure(c, BACKWARD, total, length)
+        hidden_work = 2 * c.heads * hidden * (2 * once + again)
+    else:
+        counted, hidden_work = 2 * counted, 2 * c.heads * hidden * 2 * once
+    assert sum(multiplied) == pytest.approx(counted + hidden_work + head, rel=1e-12)
+
+
+def test_absorbed_line() -> None:
+    """The absorbed form's pairs, counted one by one."""
+    c, length = preset("tiny"), 7
+    pairs = sum(q >= k for q in range(length) for k in range(length))
+    wanted = 2 * c.layers * c.heads * (2 * c.kv_latent + c.rope) * pairs / length
+    assert figure(c, FORWARD, "apart: attention, absorbed", length) == wanted
+    naive = figure(c, FORWARD, "attention, naive: q·k, p·v", length)
+    assert figure(c, FORWARD, "apart: absorbed over naive", length) == pytest.approx(wanted / naive)
+
+
+def test_recomputation_is_half_a_forward_at_equal_widths() -> None:
+    """Attention's backward is 2.5 × its forward where q, k and v are equally wide, 2.6 × in V3."""
+    names = "attention, naive: q·k, p·v", "attention, naive, q·k recomputed"
+    equal = replace(preset("v3"), nope=64, rope=64, value=128)
+    for config, ratio in ((equal, 2.5), (preset("v3"), 2.6)):
+        assert figure(config, BACKWARD, names[1]) / figure(config, FORWARD, names[0]) == ratio
+
+
+@pytest.mark.parametrize("length", [-1, 0, 2, 10**10])
+def test_bad_length(length: int) -> None:
+    with pytest.raises(CouldNotRun, match=f"--length must lie in 3…1,000,000,000, got {length:,}"):
+        count(preset("tiny"), length=length)
+
+
+def written(path: Path, content: Any) -> Path:
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize(("content", "name"), [(V3_JSON, "v3"), (V2_LITE_JSON, "v2-lite")])
+def test_config_json(content: dict[str, Any], name: str, tmp_path: Path) -> None:
+    """The released files give the presets, and so the same tables."""
+    config = load_config(str(written(tmp_path / "config.json", content)))
+    assert config == preset(name)
+    assert [table.title for table in count(config)] == [table.title for table in count(preset(name))]
+
+
+def test_config_json_as_transformers_writes_it(tmp_path: Path) -> None:
+    """Fields that Hugging Face leaves out or renames; V2's groups; numbers that are null."""
+    content = {key: value for key, value in V3_JSON.items() if key not in ("rope_theta", "rope_scaling")}
+    for key in ("scoring_func", "topk_method", "norm_topk_prob", "moe_layer_freq"):
+        del content[key]
+    content |= {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}, "aux_loss_alpha": None}
+    config = read_config(written(tmp_path / "a.json", content))
+    assert config == replace(preset("v3"), theta=5e4, yarn=None)
+    yarn = {"rope_type": "yarn", "factor": 4}
+    config = read_config(written(tmp_path / "b.json", V3_JSON | {"rope_scaling": yarn}))
+    assert config.yarn == Yarn(4.0, 4096, 32.0, 1.0, mscale=1.0, mscale_all_dim=0.0)
+    groups = {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3}
+    config = read_config(written(tmp_path / "c.json", V2_LITE_JSON | groups))
+    assert (config.groups, config.keep_groups, config.group_score, config.gate_bias) == (8, 3, "max", False)
+    config = read_config(written(tmp_path / "d.json", V2_LITE_JSON | {"n_group": None, "topk_group": None}))
+    assert config == preset("v2-lite")
+
+
+BAD: list[tuple[Any, str]] = [
+    ("{", "is not JSON: "),
+    ("", "is not JSON: "),
+    ("[" * 100_000, "is not JSON: "),
+    ("[]", "the file must be a JSON object, got []"),
+    ({}, "model_type must be deepseek_v2 or deepseek_v3, got nothing"),
+    (V3_JSON | {"model_type": "llama"}, 'model_type must be deepseek_v2 or deepseek_v3, got "llama"'),
+    (V3_JSON | {"model_type": ["deepseek_v3"]}, 'model_type must be deepseek_v2 or deepseek_v3, got ["deepseek_v3"]'),
+    ({k: v for k, v in V3_JSON.items() if k != "hidden_size"}, "hidden_size must be an integer in 1…"),
+    ({k: v for k, v in V3_JSON.items() if k != "q_lora_rank"}, "q_lora_rank must be an integer in 1…"),
+    (V3_JSON | {"hidden_size": "7168"}, 'hidden_size must be an integer in 1…1,000,000,000, got "7168"'),
+    (V3_JSON | {"hidden_size": 0}, "hidden_size must be an integer in 1…1,000,000,000, got 0"),
+    (V3_JSON | {"hidden_size": 7168.0}, "hidden_size must be an integer in 1…1,000,000,000, got 7168.0"),
+    (V3_JSON | {"hidden_size": True}, "hidden_size must be an integer in 1…1,000,000,000, got true"),
+    (V3_JSON | {"num_hidden_layers": 10**6}, "num_hidden_layers must be an integer in 1…10,000, got 1000000"),
+    (V3_JSON | {"n_routed_experts": None}, "n_routed_experts must be an integer in 1…1,000,000,000, got nothing"),
+    (V3_JSON | {"num_nextn_predict_layers": -1}, "num_nextn_predict_layers must be an integer in 0…10,000, got -1"),
+    (V3_JSON | {"first_k_dense_replace": 62}, "dense_layers must be at most layers=61, got 62"),
+    (V3_JSON | {"n_group": 7}, "groups must divide experts=256"),
+    (V3_JSON | {"rope_theta": "big"}, 'rope_theta must be a number of at least 0, got "big"'),
+    (V3_JSON | {"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number of at least 0, got NaN"),
+    (V3_JSON | {"rope_scaling": "yarn"}, 'rope_scaling must be an object or null, got "yarn"'),
+    (V3_JSON | {"rope_scaling": {"type": "linear"}}, "rope_scaling's type must be yarn, got \"linear\""),
+    (V3_JSON | {"rope_scaling": {"type": "yarn", "factor": []}}, "factor must be a number of at least 0, got []"),
+    (V3_JSON | {"topk_method": "best"}, "topk_method must be one of noaux_tc, group_limited_greedy, greedy, got "),
+    (V3_JSON | {"topk_method": {}}, "topk_method must be one of noaux_tc, group_limited_greedy, greedy, got {}"),
+    (V3_JSON | {"scoring_func": "tanh"}, "gate must be one of sigmoid, softmax, got 'tanh'"),
+    (V3_JSON | {"scoring_func": ["tanh"]}, "gate must be one of sigmoid, softmax, got ['tanh']"),
+    (V3_JSON | {"attention_bias": True}, "attention_bias must be false, got true"),
+    (V3_JSON | {"tie_word_embeddings": True}, "tie_word_embeddings must be false, got true"),
+    (V3_JSON | {"moe_layer_freq": 2}, "moe_layer_freq must be 1, got 2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "message"), BAD, ids=[message for _, message in BAD])
+def test_bad_config_json(content: Any, message: str, tmp_path: Path) -> None:
+    """One line that names the file, the field, what was wanted and what came."""
+    path = written(tmp_path / "config.json", content)
+    with pytest.raises(CouldNotRun) as raised:
+        load_config(str(path))
+    assert str(raised.value).startswith(str(path))
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_not_text(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(b"\xff\xfe\x00{")
+    with pytest.raises(CouldNotRun, match="is not JSON"):
+        read_config(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["v4"], "v4 is no preset (tiny, v3, v2, v2-lite, moonlight-16b) and no file"),
+        (["missing.json"], "missing.json is no preset"),
+        (["."], ". can't be read: Is a directory"),
+        (["bad.json"], 'bad.json: model_type must be deepseek_v2 or deepseek_v3, got "llama"'),
+        (["v3", "--length", "1"], "--length must lie in 2…1,000,000,000, got 1"),
+        (["v3", "--json", "no/such/file"], "--json no/such/file can't be written"),
+    ],
+)
+def test_could_not_run(arguments: list[str], message: str, tmp_path: Path) -> None:
+    written(tmp_path / "bad.json", {"model_type": "llama"})
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("refimpl: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_printed_text() -> None:
+    """V3 is the default, and what it prints holds the figures."""
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    for wanted in (
+        "187,107,328", "44,040,192", "11,320,164,352", "1,835,008", "396,361,728", "926,679,040", "671,026,404,352",
+        "14,848", "36.63B", "37.55B", "36.7B", "11.610B", "11.507B", "13.46B", "684,489,845,504", "70,272 B",
+        "98.24 %", "93.34 %", "82.24 %", "81.94 %", "2.788M", "$5.576M", "3 × 18,432 × 7,168",
+    ):  # fmt: skip
+        assert wanted in done.stdout, wanted
+    assert max(map(len, done.stdout.splitlines())) <= 118
+    assert run("v3").stdout == done.stdout
+
+
+@pytest.mark.parametrize(
+    ("model", "wanted"),
+    [("v2", "235.741B"), ("v2-lite", "15.706B"), ("moonlight-16b", "15.960B"), ("tiny", "26,714")],
+)
+def test_printed_text_of_the_others(model: str, wanted: str) -> None:
+    done = run(model, "--length", "100")
+    assert done.returncode == 0, done.stderr
+    assert wanted in done.stdout
+    assert "at length 100" in done.stdout
+
+
+def test_json(tmp_path: Path) -> None:
+    """The file holds the tables; a config.json is counted like its preset; nothing else is left behind."""
+    written(tmp_path / "config.json", V3_JSON)
+    done = run("config.json", "--length", "8192", "--json", "out.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "out.json"]
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert (result["model"], result["length"], result["config"]["width"]) == ("config.json", 8192, 7168)
+    tables = count(preset("v3"), length=8192)
+    assert [table["title"] for table in result["sections"]] == [table.title for table in tables]
+    lines = [line._asdict() for table in tables for line in table.lines]
+    assert [line for table in result["sections"] for line in table["lines"]] == lines
