@@ -32,6 +32,7 @@ from refimpl.ops import (
     yarn_mscale,
     yarn_softmax_factor,
 )  # fmt: skip
+from refimpl.optimizer import AdamW, clip_global_norm
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 1e-13
@@ -253,6 +254,19 @@ def pair(op: str) -> Op:
     return Op(getattr(refimpl.ops, f"{op}_forward"), getattr(refimpl.ops, f"{op}_backward"))
 
 
+def optimizer(case: Case) -> Tensors:
+    """Clip and step as torch does, whose clipping adds 1e-6 to the norm."""
+    settings = dict(case.settings)
+    max_norm = settings.pop("max_norm")
+    params = {name: case.aux[f"start.{name}"].copy() for name in ("a", "b")}
+    adam, norms = AdamW(**settings), []
+    for step, rate in enumerate(case.aux["rates"]):
+        grads = {name: case.aux[f"grad{step}.{name}"].copy() for name in params}
+        norms.append(clip_global_norm(grads, max_norm, epsilon=1e-6))
+        adam.update(params, grads, float(rate))
+    return {"out/norms": np.array(norms)} | {f"out/{name}": p for name, p in params.items()}
+
+
 FLASH, ABSORBED = IMPLEMENTATIONS["flash"], IMPLEMENTATIONS["absorbed"]
 RUNS: dict[str, tuple[str, Run]] = {op: (file, way(pair(op))) for op, (file, way) in WAYS.items()} | {
     "flash_attention, block 2": ("attention", plain("q k v", "o")(pair("flash_attention"), block=2)),
@@ -262,6 +276,7 @@ RUNS: dict[str, tuple[str, Run]] = {op: (file, way(pair(op))) for op, (file, way
     "head_cross_entropy, block 3 x 2": (
         "head_cross_entropy", plain("h w", "loss")(pair("head_cross_entropy"), block=(3, 2)),
     ),
+    "optimizer": ("optimizer", optimizer),
     "model": ("model", model()),
     "model, flash": ("model", model(FLASH)),
     "model, absorbed": ("model", model(ABSORBED)),
