@@ -218,8 +218,7 @@ def scatter_add(rows: Array, values: Array, length: int) -> Array:
     span = 1
     while span < int(xp.max(stop - start)):
         later = xp.concat((values[span:, :], values[:span, :]), axis=0)  # what wraps around has no partner
-        has_partner = (place % (2 * span) == 0) & (place + span < run)
-        values = xp.where(has_partner[:, None], values + later, values)
+        values = xp.where((place + span < run)[:, None], values + later, values)
         span *= 2
     found = take_rows(values, xp.where(stop > start, start, 0))
     return fill((stop > start)[:, None], found, 0.0)

@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -147,21 +148,24 @@ def _run(names: list[str], settings: Settings, json_file: Path | None, replaced:
     console, start = _console(), time.perf_counter()
     console.print(f"refimpl {__version__}, NumPy {np.__version__}, Python {platform.python_version()}")
     console.print(f"text: {settings.text.name}, {len(settings.text.data):,} bytes, sha256 {settings.text.sha256}")
-    report = Report([])
+    report, broken = Report([]), set[str]()
     for step in _progress(todo):
+        if step.op in broken:
+            continue
         try:
             report.merge(run(step, settings, replaced))
         except Exception as error:
-            if not replaced:
-                raise
-            report.faults.append(f"{step.op}_backward raised {type(error).__name__}: {error}")
-            break
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{Path(where.filename).name}:{where.lineno}"
+            report.faults.append(f"{step.op} raised {type(error).__name__} at {place}: {error}")
+            broken.add(step.op)
     console.print(_table(report))
     for fault in report.faults:
         console.print(f"contract broken: {fault}", markup=False)
     bad = [t for t in report.tensors if t.verdict != "PASS"]
     for t in bad:
-        console.print(f"{t.verdict} {t.op} {t.tensor}: {'; '.join(t.reasons)}", markup=False)
+        more = f" (and {len(t.reasons) - 2} more like it)" if len(t.reasons) > 2 else ""
+        console.print(f"{t.verdict} {t.op} {t.tensor}: {'; '.join(t.reasons[:2])}{more}", markup=False)
     for what, rows in (
         ("the ops", [t for t in report.tensors if t.op not in MODELS]),
         ("the model", [t for t in report.tensors if t.op in MODELS]),
@@ -170,7 +174,9 @@ def _run(names: list[str], settings: Settings, json_file: Path | None, replaced:
             console.print(f"worst of {what}: {_worst(rows)}")
     seconds = time.perf_counter() - start
     verdict = (
-        "every gradient holds" if report.ok else f"{len(bad)} gradients and {len(report.faults)} contracts do not hold"
+        "every gradient holds"
+        if report.ok
+        else f"{len(bad)} gradients do not hold, {len(report.faults)} contracts are broken"
     )
     console.print(f"{len(report.tensors)} tensors, {len(todo)} examples, {seconds:.1f} s: {verdict}")
     if json_file is not None:
@@ -182,7 +188,7 @@ def _table(report: Report) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("op", no_wrap=True)
     table.add_column("tensor", no_wrap=True)
-    table.add_column("shape", no_wrap=True)
+    table.add_column("shape", no_wrap=True)  # of the first example
     for title in ("difference", "noise", "sharpness", "digits"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
@@ -217,7 +223,10 @@ def _number(x: float | None) -> str:
 
 
 def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False, soft_wrap=not sys.stdout.isatty())
+    """Wide enough for the table: a narrow terminal wraps its lines, since a number that is cut is a wrong number."""
+    console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, WIDTH) if sys.stdout.isatty() else WIDTH
+    return console
 
 
 def _progress(todo: list[Step]) -> Iterator[Step]:

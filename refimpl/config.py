@@ -140,7 +140,7 @@ class ModelConfig:
 
 
 PRESETS: dict[str, ModelConfig] = {
-    # All of V3's parts at the smallest odd sizes that tell them apart; every constant is off its neutral value.
+    # All of V3's parts, at small sizes that tell them apart; every constant is off its neutral value.
     "tiny": ModelConfig(
         vocabulary=256, width=20, layers=3, dense_layers=1, heads=3, q_latent=10, kv_latent=7, nope=5, rope=4, value=6,
         dense_hidden=22, expert_hidden=9, experts=8, shared_experts=2, top_k=3, groups=4, keep_groups=2,

@@ -27,8 +27,12 @@ def load_text(path: Path | None = None) -> Text:
     CouldNotRun if the file can't be read or is too short or too dull to cut windows from.
     """
     if path is None:
-        from pydoc_data.topics import topics
-
+        try:
+            from pydoc_data.topics import topics
+        except ImportError as error:
+            raise CouldNotRun(
+                f"this Python has no pydoc_data.topics: give a text with --text FILE ({error})"
+            ) from error
         name = (
             f"pydoc_data.topics of CPython {sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
         )

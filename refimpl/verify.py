@@ -81,7 +81,8 @@ def plan(names: Sequence[str], settings: Settings) -> list[Step]:
     steps = []
     for name in names:
         if name in MODELS:
-            steps += [Step(name, settings.seed + example) for example in range(settings.model_examples)]
+            count = settings.model_examples * (2 if name == VARIANT else 1)  # the variant has two ways of its own
+            steps += [Step(name, settings.seed + example) for example in range(count)]
             continue
         missing = set(REGIMES[name])
         for example in range(MOST_EXAMPLES):
@@ -104,7 +105,8 @@ def run(step: Step, settings: Settings, replaced: Mapping[str, Op] | None = None
     if name in MODELS:
         conventions = CONVENTIONS[settings.convention]
         config = replace(preset("tiny"), conventions=conventions)
-        config = model_variant(config, conventions) if name == VARIANT else config
+        if name == VARIANT:
+            config = model_variant(config, conventions, ("raw", "raw_first")[step.seed % 2])
         if name == MODEL_GRPO:
             case, tensors, tested = model_grpo_case(draw, config=config, table=table)
         else:

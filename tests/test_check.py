@@ -101,7 +101,7 @@ BROKEN: list[tuple[str, Pass, str]] = [
     ("shape", lambda dy, s: (backward(dy, s)[0], backward(dy, s)[1].T), r"must be float64 \(5, 4\)"),
     ("dtype", lambda dy, s: tuple(g.astype(np.float32) for g in backward(dy, s)), "must be float64"),
     ("float64 from float32", lambda dy, s: tuple(g.astype(np.float64) for g in backward(dy, s)), "must be float32"),
-    ("none", lambda dy, s: (backward(dy, s)[0], None), "gradient 1 must be None exactly if the input is"),
+    ("none", lambda dy, s: (backward(dy, s)[0], None), "gradient 1 must be None exactly if the input is, got None"),
     ("returns its input", lambda dy, s: (backward(dy, s)[0], s[1]), "shares memory with"),
     ("one array twice", lambda dy, s: (lambda g: (g, g[0]))(backward(dy, s)[0]), "shares memory with another gradient"),
     ("random", _is_random, "differs between two calls"),
@@ -260,6 +260,24 @@ def test_what_a_forward_must_return() -> None:
         check(lambda x: x * 2, lambda dy, s: dy, (X,))
     with pytest.raises(TypeError, match="y must be a floating-point array, or a tuple with at least one, got list"):
         check(lambda x: ([x * 2], None), lambda dy, s: dy, (X,))
+
+
+def test_a_forward_that_is_not_analytic_gets_a_hint() -> None:
+    """abs is right by differences and has no complex derivative: not PASS, but the report says why."""
+    report = check(
+        lambda x: (np.abs(x), np.sign(np.real(x))), lambda dy, s: dy * s, (X,), contract_dtypes=(np.float64,)
+    )
+    assert not report.ok
+    assert "differences agree: is the forward analytic" in report.tensors[0].reasons[0]
+    signs = check(
+        lambda x: (np.abs(x), np.sign(np.real(x))), lambda dy, s: dy * s, (X,), rules=("contract", "differences")
+    )
+    assert signs.ok
+
+
+def test_inputs_must_be_a_tuple() -> None:
+    with pytest.raises(TypeError, match=r"inputs must be a tuple of arrays, got an array: write \(x,\)"):
+        check(forward, backward, X)  # type: ignore[arg-type]
 
 
 def test_cotangents_are_no_inputs() -> None:

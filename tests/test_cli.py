@@ -53,6 +53,32 @@ def test_verify_with_everything(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) in ([text, out], [out, text])  # no temporary file is left
 
 
+def test_narrow_terminal_cuts_no_number() -> None:
+    """On 80 columns the table's lines wrap; no cell ends in an ellipsis."""
+    import os
+    import pty
+
+    main, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "refimpl", "verify", "rope", "model_grpo"], stdout=terminal, stderr=subprocess.DEVNULL,
+        env={**os.environ, "COLUMNS": "80", "TERM": "xterm"},
+    )  # fmt: skip
+    os.close(terminal)
+    shown = b""
+    while True:
+        try:
+            part = os.read(main, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        shown += part
+    os.close(main)
+    assert process.wait() == 0
+    assert b"PASS" in shown
+    assert "…".encode() not in shown
+
+
 def test_float32() -> None:
     done = run("verify", "swiglu", "--dtype", "float32", "--examples", "1")
     assert done.returncode == 0

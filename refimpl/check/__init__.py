@@ -6,13 +6,14 @@
     assert report.ok
 
 ``my_forward(x, w, eps=0.1)`` returns (y, saved) and ``my_backward(dy, saved)`` returns a gradient for x and one for w.
-The rules are explained in `refimpl.check.rules` and derivations/README.md.
+The rules are explained in derivations/README.md, "How a gradient is checked", and `refimpl.check.rules`.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,7 +138,8 @@ def check(
 
     Args:
         forward, backward: ``forward(*inputs, **kwargs) -> (y, saved)``, ``backward(dy, saved) -> gradients``. For the
-            rule "noise" they must take longdouble and complex arrays; for ``digits`` object arrays.
+            rule "noise" they must take longdouble and complex arrays, and be analytic: no abs, var, norm, conj or
+            float() in the forward; for ``digits`` object arrays, with + − × ÷, exp, log, sqrt and integer powers.
         inputs: float64 arrays, the differentiable arguments; None for one that is absent.
         op, names: what the report calls the pair and its inputs (default: the forward's own names).
         replay: from the outputs y of a first float64 run, keyword arguments that freeze its discrete choices
@@ -154,6 +156,8 @@ def check(
         raise ValueError(f"dtype must be float64 or float32, got {dtype}")
     if not set(rules) <= set(RULES):
         raise ValueError(f"rules must be of {', '.join(RULES)}, got {', '.join(map(str, rules))}")
+    if hasattr(inputs, "dtype"):
+        raise TypeError("inputs must be a tuple of arrays, got an array: write (x,)")
     for i, x in enumerate(inputs):
         if x is not None and not (isinstance(x, np.ndarray) and x.dtype == np.float64):
             raise TypeError(f"inputs[{i}] must be a float64 NumPy array or None, got {getattr(x, 'dtype', type(x))}")
@@ -182,7 +186,8 @@ def check(
                 faults = contract(tested, inputs, w, contract_dtypes)
                 if replay is not None and not _same(chosen.gradients(inputs, w), tested.gradients(inputs, w)):
                     faults.append("gradients differ between choices made and the same choices replayed")
-                report.faults = [f"{op or 'pair'}: {fault}" for fault in faults]
+                named = [re.sub(r"gradient (\d+)", lambda m: f"gradient {names[int(m[1])]}", fault) for fault in faults]
+                report.faults = [f"{op or 'pair'}: {fault}" for fault in named]
             if not _shapes_fit(rows, tested.gradients(_as(inputs, dtype), _as(w, dtype)), len(inputs)):
                 return report
             if digits:
@@ -218,7 +223,10 @@ def _judge(row: TensorResult, g: Any, difference_tolerance: float, validity: flo
     if row.difference is not None and not row.difference <= difference_tolerance:
         row.fault("FAIL", f"finite-difference error {row.difference:.1e} exceeds {difference_tolerance:.0e}")
     if row.noise is not None and not row.noise <= 1:
-        row.fault("FAIL", f"the error is {row.noise:.1e} times the rounding noise")
+        hint = ""
+        if row.verdict == "PASS" and row.difference is not None:
+            hint = "; differences agree: is the forward analytic (no abs, var, norm, float())? Else leave out 'noise'"
+        row.fault("FAIL", f"the error is {row.noise:.1e} times the rounding noise{hint}")
     if row.sharpness is not None and not row.sharpness <= validity:
         row.fault("INCONCLUSIVE", f"sharpness {row.sharpness:.1e} exceeds {validity:.0e}")
 

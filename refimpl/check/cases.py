@@ -438,9 +438,10 @@ REGIMES: dict[str, set[str]] = {
 def model_grpo_case(draw: Draw, *, config: ModelConfig, table: Ops, length: int = 9) -> tuple[Case, list[str], Op]:
     """GRPO through the whole model as one op: hidden states, log-probabilities in blocks, the loss; routes replayed.
 
-    Four outputs of two questions with rewards that differ, padding, off-policy ratios and a reference, V3.2's KL.
+    The model runs without its own loss, so the MTP module takes no part and its gradients are exactly 0. Four outputs,
+    of two questions with rewards that differ, padding, off-policy ratios and a reference, V3.2's KL.
     """
-    config = replace(config, mtp_depth=0)
+    config = replace(config, mtp_depth=1)
     params = {
         name: draw.rng.normal(size=shape) * 0.15 if not name.endswith("norm.weight") else _norm_weight(draw, shape[0])
         for name, shape in parameter_shapes(config).items()
@@ -487,9 +488,9 @@ def model_grpo_case(draw: Draw, *, config: ModelConfig, table: Ops, length: int 
     return Case(inputs, replay=replay), names, Op(forward, backward)
 
 
-def model_variant(config: ModelConfig, conventions: Conventions) -> ModelConfig:
+def model_variant(config: ModelConfig, conventions: Conventions, mtp_hidden: str = "raw") -> ModelConfig:
     """The config with everything the other way round: V2's gate, no query compression, no shared experts, raw MTP."""
-    conventions = replace(conventions, mtp_hidden="raw", mtp_zero_first_embedding=True)
+    conventions = replace(conventions, mtp_hidden=mtp_hidden, mtp_zero_first_embedding=True)
     return replace(
         config, q_latent=None, gate="softmax", group_score="max", gate_bias=False, normalise_weights=False,
         shared_experts=0, dense_layers=0, layers=2, yarn=None, conventions=conventions,
@@ -502,7 +503,8 @@ def model_case(
 ) -> tuple[Case, list[str], Op]:  # fmt: skip
     """The whole model as one op: (case, the parameters' names, the pair), routes replayed.
 
-    Its outputs are the loss and the hidden states, so cotangents come in by both ways. Parameters are normal with std
+    Its outputs are the loss, the hidden states and the logits, so cotangents come in by all three ways: together, or
+    (``masked``) the loss's from its own backward with the default dloss = 1. Parameters are normal with std
     0.15, norms and gate biases off neutral: at std 0.006 half the tensors' differences drown in rounding. ``masked``
     pads the first row on the left and packs two documents into the second. ``model`` is the module with forward and
     backward (a planted bug puts its own there).
@@ -529,10 +531,13 @@ def model_case(
         given = dict(zip(names, values, strict=True)) | {name: place(b) for name, b in buffers.items()}
         placed = {name: place(x) for name, x in options.items()}
         output, saved = model.forward(given, place(tokens), config, routes=routes, ops=table, **placed)
-        return (output.loss, output.hidden, output.routes), saved
+        return (output.loss, output.hidden, model.logits(given, output.hidden, table), output.routes), saved
 
-    def model_backward(dy: tuple[Any, Any], saved: Any) -> tuple[Any, ...]:
-        return tuple(model.backward(saved, dloss=dy[0], dhidden=dy[1]).values())
+    def model_backward(dy: tuple[Any, Any, Any], saved: Any) -> tuple[Any, ...]:
+        if not masked:
+            return tuple(model.backward(saved, dloss=dy[0], dhidden=dy[1], dlogits=dy[2]).values())
+        of_loss, of_others = model.backward(saved), model.backward(saved, dhidden=dy[1], dlogits=dy[2])
+        return tuple(dy[0] * of_loss[name] + of_others[name] for name in of_loss)
 
-    case = Case(tuple(params[name] for name in names), replay=lambda y: {"routes": y[2]})
+    case = Case(tuple(params[name] for name in names), replay=lambda y: {"routes": y[3]})
     return case, names, Op(model_forward, model_backward)

@@ -67,6 +67,12 @@ class Dual:
 
     __radd__, __rmul__ = __add__, __mul__
 
+    def __pow__(self, exponent: Any) -> Any:
+        if not isinstance(exponent, int):
+            return NotImplemented
+        power = self.value ** (exponent - 1)
+        return Dual(power * self.value, exponent * power * self.tangent)
+
     def __neg__(self) -> Dual:
         return Dual(-self.value, -self.tangent)
 

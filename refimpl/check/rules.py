@@ -135,7 +135,9 @@ def _contract_in(dtype: Any, pair: Pair, inputs: Sequence[Any], cotangents: Sequ
     for i, (x, g, one, two) in enumerate(zip(xs, grads, first, again, strict=True)):
         if x is None or g is None or one is None or two is None:
             if (x is None) != (g is None):
-                faults.append(f"gradient {i} must be None exactly if the input is, got {type(g).__name__}")
+                faults.append(
+                    f"gradient {i} must be None exactly if the input is, got {'None' if g is None else 'an array'}"
+                )
             continue
         if g.shape != x.shape or g.dtype != x.dtype:
             faults.append(f"gradient {i} must be {x.dtype} {x.shape}, got {g.dtype} {g.shape}")
