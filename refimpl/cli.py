@@ -1,4 +1,4 @@
-"""The command line: ``refimpl verify``, ``grade`` and ``memory``.
+"""The command line: ``refimpl verify``, ``grade``, ``memory`` and ``count``.
 
 Exit code 0: it holds; 1: it does not hold; 2: it could not run, and one line says why.
 """

@@ -111,7 +111,7 @@ def test_narrow_integers_do_not_wrap(dtype: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "op", ["rms_norm", "attention", "flash_attention", "router", "log_prob", "balance_loss", "mtp"]
+    "op", ["rms_norm", "attention", "flash_attention", "router", "log_prob", "balance_loss", "mtp", "grpo"]
 )
 def test_numpy_scalars_do_not_widen(op: str) -> None:
     """np.float64 settings (1 / np.sqrt(d), say) leave float32 arrays in float32, forward and backward."""

@@ -184,6 +184,17 @@ def test_overflow_of_what_does_not_count() -> None:
         assert np.isfinite(grad).all()
 
 
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_nan_within_an_output_stays_visible(advantage: float) -> None:
+    """A broken log-probability is neither clipped away nor dropped: the loss is NaN."""
+    new, old, _ = log_probs()
+    new[0, 1] = np.nan
+    for ratio in ("token", "sequence"):
+        loss, grad = run(new, advantages=np.array([advantage, 1.0]), old_log_prob=old, ratio=ratio, off_policy=0.1)
+        assert np.isnan(loss)
+        assert np.isnan(grad[0, 1])
+
+
 def test_k3_keeps_its_digits() -> None:
     """Near ln π = ln π_ref, k3 is u²/2 and never negative, though e^u − u − 1 cancels."""
     u = 1e-7 * np.array([[1.0, -2.0, 3.0]], dtype=np.float64)

@@ -77,20 +77,18 @@ def grpo_forward(
     weight = cast(xp.astype(mask, xp.float64) / total, log_prob)  # (grpo.1)
     count, a = cast(count, log_prob), cast(advantages, log_prob)[:, None]
 
-    z = _to_level(_difference(log_prob, old_log_prob, mask, "old_log_prob"), mask, count, ratio)  # (grpo.2)
+    log_ratio, kl_weight = _difference(log_prob, old_log_prob, mask, "old_log_prob"), float(kl_weight)
+    z = _to_level(log_ratio, mask, count, ratio)  # (grpo.2)
     rho = xp.exp(z)
     low, high = 1 - float(clip[0]), 1 + float(clip[1])
     top = float("inf") if dual_clip is None else float(dual_clip)
     if unclipped is None:
         up, r = real(a) > 0, real(rho)
-        unclipped = xp.where(up, r <= high, (r >= low) & (r <= top)) | (real(a) == 0)  # (grpo.3)
+        unclipped = ~xp.where(up, r > high, (r < low) | (r > top)) | (real(a) == 0)  # (grpo.3); NaN stays visible
     if kept is None:
-        drift = xp.sum(real(_difference(log_prob, old_log_prob, mask, "old_log_prob")), axis=1) / real(count)[:, 0]
-        kept = (
-            xp.ones((n,), dtype=xp.bool, device=log_prob.device)
-            if off_policy is None
-            else (real(a)[:, 0] >= 0) | (-drift <= off_policy)
-        )
+        drift = -xp.sum(real(log_ratio), axis=1) / real(count)[:, 0]  # mean ln(π_old/π)
+        most = float("inf") if off_policy is None else float(off_policy)
+        kept = (real(a)[:, 0] >= 0) | ~(drift > most)
     bound = xp.where(real(a) > 0, high, xp.full((n, t), low, dtype=xp.float64, device=log_prob.device))
     if dual_clip is not None:
         bound = xp.where((real(a) <= 0) & (real(rho) > 1), top, bound)
