@@ -124,7 +124,7 @@ def cast(x: Array, like: Array) -> Array:
 
 
 def number(x: Any, like: Array) -> Array:
-    """The scalar ``x`` in the number type of ``like``, so that it widens nothing."""
+    """``x``, a scalar or an array, in the number type of ``like``, so that it widens nothing."""
     return x if is_object(like) else namespace(like=like).asarray(x, dtype=like.dtype)
 
 

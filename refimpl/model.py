@@ -355,9 +355,7 @@ def _block_forward(run: Run, layer: int, x: Array, batch: Batch) -> tuple[Array,
     return x + y, BlockSaved(attention_norm, mla, ffn_norm_saved, None, router, balance_saved, moe)
 
 
-def _block_backward(
-    run: Run, layer: int, dx: Array, dloss: Array | None, saved: BlockSaved, grads: Gradients
-) -> Array:  # fmt: skip
+def _block_backward(run: Run, layer: int, dx: Array, dloss: Array | None, saved: BlockSaved, grads: Gradients) -> Array:
     """The gradient of the block's input from that of its output; adds those of its parameters to ``grads``."""
     ops, add = run.ops, grads.add_layer
     if saved.ffn is not None:

@@ -177,10 +177,12 @@ def check(
     report = Report(list(rows.values()))
     rng = np.random.default_rng([seed, STREAM])
     shapes = [y.shape for y in tested.outputs(inputs)]
+    bound = validity * float(np.finfo(dtype).eps / np.finfo(np.float64).eps)
     unclear = list(given)
     for attempt in range(ATTEMPTS):
         w = [np.asarray(rng.normal(size=shape)).astype(dtype).astype(np.float64) for shape in shapes]
         v = [None if x is None else np.asarray(rng.normal(size=x.shape)) for x in inputs]
+        g = tested.gradients(_as(inputs, dtype), _as(w, dtype))
         if attempt == 0:
             if "contract" in rules:
                 faults = contract(tested, inputs, w, contract_dtypes)
@@ -188,11 +190,10 @@ def check(
                     faults.append("gradients differ between choices made and the same choices replayed")
                 named = [re.sub(r"gradient (\d+)", lambda m: f"gradient {names[int(m[1])]}", fault) for fault in faults]
                 report.faults = [f"{op or 'pair'}: {fault}" for fault in named]
-            if not _shapes_fit(rows, tested.gradients(_as(inputs, dtype), _as(w, dtype)), len(inputs)):
+            if not _shapes_fit(rows, g, len(inputs)):
                 return report
             if digits:
                 _digits(rows, exact_digits(exact, inputs, v, w, digits), digits)
-        g = tested.gradients(_as(inputs, dtype), _as(w, dtype))
         g80: Sequence[Any] = [None] * len(inputs)
         if "noise" in rules and has_longdouble():
             g80 = exact.gradients(_as(inputs, np.longdouble), _as(w, np.longdouble))
@@ -204,7 +205,6 @@ def check(
             floor = 0.0
             if g80[i] is not None:
                 row.noise, row.sharpness, floor = rounding_noise(exact, inputs, i, v[i], w, g[i], g80[i])  # type: ignore[arg-type]
-            bound = validity * float(np.finfo(dtype).eps / np.finfo(np.float64).eps)
             _judge(row, g[i], difference_tolerance, bound)
             if "noise" in rules and g80[i] is None and not digits:
                 row.fault("INCONCLUSIVE", "longdouble is no wider than float64 here: ask for digits")

@@ -435,6 +435,25 @@ REGIMES: dict[str, set[str]] = {
 }  # fmt: skip
 
 
+def _parameters(
+    draw: Draw, config: ModelConfig
+) -> tuple[dict[str, np.ndarray], list[str], Callable[[Sequence[Any]], dict[str, Any]]]:
+    """All parameters, normal with std 0.15, norms and gate biases off neutral; the names of those that get a gradient;
+    and what makes the model's dict of values for those, with the buffers beside them."""
+    params = {
+        name: draw.rng.normal(size=shape) * 0.15 if not name.endswith("norm.weight") else _norm_weight(draw, shape[0])
+        for name, shape in parameter_shapes(config).items()
+    }
+    names = [name for name in params if not is_buffer(name)]
+
+    def given(values: Sequence[Any]) -> dict[str, Any]:
+        place = namespace(values=values[0]).asarray
+        buffers = {name: place(x) for name, x in params.items() if is_buffer(name)}
+        return dict(zip(names, values, strict=True)) | buffers
+
+    return params, names, given
+
+
 def model_grpo_case(draw: Draw, *, config: ModelConfig, table: Ops, length: int = 9) -> tuple[Case, list[str], Op]:
     """GRPO through the whole model as one op: hidden states, log-probabilities in blocks, the loss; routes replayed.
 
@@ -442,22 +461,16 @@ def model_grpo_case(draw: Draw, *, config: ModelConfig, table: Ops, length: int 
     of two questions with rewards that differ, padding, off-policy ratios and a reference, V3.2's KL.
     """
     config = replace(config, mtp_depth=1)
-    params = {
-        name: draw.rng.normal(size=shape) * 0.15 if not name.endswith("norm.weight") else _norm_weight(draw, shape[0])
-        for name, shape in parameter_shapes(config).items()
-    }
+    params, names, given = _parameters(draw, config)
     tokens, row = draw.tokens((4, length), config.vocabulary), np.arange(length - 1)
     mask = (row >= 3) & (row < np.array([[length - 1], [length - 2], [length - 3], [length - 1]]))
-    buffers = {name: x for name, x in params.items() if is_buffer(name)}
-    names = [name for name in params if name not in buffers]
     advantages = ops.group_advantages(draw.rng.normal(size=(2, 2)) + np.array([[0.5, -0.5]]))
     shift, away = (draw.rng.normal(size=mask.shape) for _ in range(2))
 
     def log_probs(values: Sequence[Any], routes: Any) -> tuple[Any, Any, Any, Any]:
-        place = namespace(values=values[0]).asarray
-        given = dict(zip(names, values, strict=True)) | {name: place(b) for name, b in buffers.items()}
-        output, saved = reference_model.forward(given, place(tokens), config, routes=routes, ops=table, with_loss=False)
-        head, targets = given["lm_head.weight"], place(tokens[:, 1:])
+        named, place = given(values), namespace(values=values[0]).asarray
+        output, saved = reference_model.forward(named, place(tokens), config, routes=routes, ops=table, with_loss=False)
+        head, targets = named["lm_head.weight"], place(tokens[:, 1:])
         y, lp = table["log_prob"].forward(
             output.hidden[:, :-1, :], head, targets=targets, temperature=0.8, block=(5, 60)
         )
@@ -510,10 +523,7 @@ def model_case(
     backward (a planted bug puts its own there).
     """
     config = config or replace(preset("tiny"), conventions=CONVENTIONS[convention])
-    params = {
-        name: draw.rng.normal(size=shape) * 0.15 if not name.endswith("norm.weight") else _norm_weight(draw, shape[0])
-        for name, shape in parameter_shapes(config).items()
-    }
+    params, names, given = _parameters(draw, config)
     tokens, options = draw.tokens((2, length), config.vocabulary), {}
     if masked:
         start, cut = 2, length // 2
@@ -523,15 +533,12 @@ def model_case(
             "segments": np.stack([0 * row, (row >= cut).astype(int)]),
             "positions": np.stack([row - start, row - cut * (row >= cut)]),
         }
-    buffers = {name: x for name, x in params.items() if is_buffer(name)}
-    names = [name for name in params if name not in buffers]
 
     def model_forward(*values: Any, routes: dict[int, Route] | None = None) -> tuple[Any, Any]:
-        place = namespace(values=values[0]).asarray
-        given = dict(zip(names, values, strict=True)) | {name: place(b) for name, b in buffers.items()}
+        named, place = given(values), namespace(values=values[0]).asarray
         placed = {name: place(x) for name, x in options.items()}
-        output, saved = model.forward(given, place(tokens), config, routes=routes, ops=table, **placed)
-        return (output.loss, output.hidden, model.logits(given, output.hidden, table), output.routes), saved
+        output, saved = model.forward(named, place(tokens), config, routes=routes, ops=table, **placed)
+        return (output.loss, output.hidden, model.logits(named, output.hidden, table), output.routes), saved
 
     def model_backward(dy: tuple[Any, Any, Any], saved: Any) -> tuple[Any, ...]:
         if not masked:

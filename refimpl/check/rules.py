@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .dual import digits_context, dual_array, tangents, values
+from .dual import Dual, digits_context, dual_array, tangents, values
 
 __all__ = [
     "Pair", "contract", "exact_digits", "finite_difference", "finite_difference_error", "full_jacobian",
@@ -72,7 +72,7 @@ class Pair:
 
 
 def _is_floating(member: Any) -> bool:
-    if isinstance(member, (float, complex)) or type(member).__name__ == "Dual":
+    if isinstance(member, (float, complex, Dual)):
         return True
     dtype = getattr(member, "dtype", None)
     return dtype is not None and getattr(dtype, "kind", "f") in "fcO" and not isinstance(member, (list, dict))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..array import Array, argsort, expect, expect_ids, last, namespace, take_rows, zeros
+from ..array import Array, argsort, expect, last, namespace, take_rows, zeros
 from .ffn import ffn_backward, ffn_forward
 from .router import expert_load
 from .table import LEAVES, Op, Ops
@@ -56,14 +56,14 @@ def moe_forward(
         expect("w_shared_gate", w_shared_gate, "(F, D)", (None, d))
         expect("w_shared_up", w_shared_up, "(F, D)", tuple(w_shared_gate.shape))
         expect("w_shared_down", w_shared_down, "(D, F)", (d, w_shared_gate.shape[0]))
-    indices = expect_ids("indices", indices, experts)
+    load = expert_load(indices, experts)
     rows = xp.reshape(x, (-1, d))
     if rows.shape[0] * top_k == 0:
         raise ValueError(f"x and indices must have at least one row and one choice, got {x.shape} and {indices.shape}")
     order = argsort(xp.reshape(indices, (-1,)))  # (moe.1)
     dispatched = take_rows(rows, order // top_k)  # (moe.2)
     ffn, blocks, kept, start = ops.get("ffn", FFN), [], [], 0
-    for expert, count in enumerate(map(int, expert_load(indices, experts))):
+    for expert, count in enumerate(map(int, load)):
         block = slice(start, start := start + count)
         if count:
             w = w_gate[expert, ...], w_up[expert, ...], w_down[expert, ...]
