@@ -90,6 +90,7 @@ class ModelConfig:
     keep_groups: int = 1  # topk_group, M
     gate: str = "sigmoid"  # scoring_func
     group_score: str = "top2"  # noaux_tc takes the two best of a group, V2 (group_limited_greedy) the best
+    tied: bool = False  # tie_word_embeddings: the head is the embedding table (V3: False)
     gate_bias: bool = True  # e_score_correction_bias exists
     normalise_weights: bool = True  # norm_topk_prob
     routed_scale: float = 1.0  # routed_scaling_factor
@@ -125,6 +126,11 @@ class ModelConfig:
             )
         if self.top_k > self.experts // self.groups * self.keep_groups:
             raise ValueError(f"top_k must be at most the experts of the kept groups, got {self.top_k}")
+
+    @property
+    def head(self) -> str:
+        """The name of the output head's weights."""
+        return "model.embed_tokens.weight" if self.tied else "lm_head.weight"
 
     @property
     def active_yarn(self) -> Yarn | None:

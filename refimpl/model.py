@@ -62,7 +62,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             block["shared_head.norm.weight"] = (d,)
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
         if layer == c.layers - 1:
-            shapes |= {"model.norm.weight": (d,), "lm_head.weight": (c.vocabulary, d)}
+            shapes |= {"model.norm.weight": (d,)} | ({} if c.tied else {c.head: (c.vocabulary, d)})
     return shapes
 
 
@@ -236,7 +236,8 @@ def forward(
 
 def logits(params: Parameters, hidden: Array, ops: Ops = REFERENCE) -> Array:
     """The next-token logits [B, T, W] of ``ModelOutput.hidden``."""
-    return ops["linear"].forward(hidden, params["lm_head.weight"])[0]
+    head = "lm_head.weight" if "lm_head.weight" in params else "model.embed_tokens.weight"  # tied
+    return ops["linear"].forward(hidden, params[head])[0]
 
 
 def backward(
@@ -257,7 +258,7 @@ def backward(
     if dloss is not None and saved.head is None:
         raise ValueError("dloss needs a forward with with_loss=True, got one without a loss")
     grads = Gradients(params)
-    hidden, head = saved.hidden, params["lm_head.weight"]
+    hidden, head = saved.hidden, params[config.head]
     dx = dh = zeros(hidden.shape, hidden)
     if dhidden is not None:
         expect("dhidden", dhidden, "(B, T, D)", tuple(hidden.shape))
@@ -267,11 +268,11 @@ def backward(
         _, linear_saved = ops["linear"].forward(hidden, head)
         dh_logits, dw = ops["linear"].backward(number(dlogits, hidden), linear_saved)
         dh = dh + dh_logits
-        grads.add("lm_head.weight", dw)
+        grads.add(config.head, dw)
     if dloss is not None:
         dh_head, dw = ops["head_cross_entropy"].backward(dloss, saved.head)
         dh = dh + dh_head
-        grads.add("lm_head.weight", dw)
+        grads.add(config.head, dw)
         dstate = None
         for depth in range(config.mtp_depth, 0, -1):
             dstate = _mtp_backward(run, depth, dloss, dstate, saved.mtp[depth - 1], grads)
@@ -408,7 +409,7 @@ def _mtp_backward(
     config, ops, layer = run.config, run.ops, run.config.layers + depth - 1
     dmtp = dloss * (config.mtp_weight / config.mtp_depth)  # (mtp.6)
     dnormed, dw_head = ops["head_cross_entropy"].backward(dmtp, saved.head)
-    grads.add("lm_head.weight", dw_head)
+    grads.add(config.head, dw_head)
     handed_on_raw = config.conventions.mtp_hidden == "raw"
     if dstate is not None and not handed_on_raw:
         dnormed = dnormed + dstate
@@ -467,7 +468,7 @@ def _count(mask: Array) -> float | None:
 
 def _head_forward(run: Run, hidden: Array, batch: Batch, normaliser: float | None) -> tuple[Array, Any]:
     """The cross-entropy of one depth."""
-    head = run.params["lm_head.weight"]
+    head = run.params[run.config.head]
     return run.ops["head_cross_entropy"].forward(  # type: ignore[no-any-return]
         hidden, head, targets=batch.targets, mask=batch.mask, normaliser=normaliser, ops=run.ops
     )

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from refimpl.checkpoint import load_config, read_config
 from refimpl.config import PRESETS, ModelConfig, Yarn, preset
-from refimpl.count import Figure, Line, Section, count, load_config, read_config
+from refimpl.count import Figure, Line, Section, count
 from refimpl.errors import CouldNotRun
 from refimpl.model import backward, forward, init_parameters, is_buffer, parameter_shapes
 from refimpl.ops import IMPLEMENTATIONS
@@ -352,7 +353,7 @@ BAD: list[tuple[Any, str]] = [
     (V3_JSON | {"scoring_func": "tanh"}, "gate must be one of sigmoid, softmax, got 'tanh'"),
     (V3_JSON | {"scoring_func": ["tanh"]}, "gate must be one of sigmoid, softmax, got ['tanh']"),
     (V3_JSON | {"attention_bias": True}, "attention_bias must be false, got true"),
-    (V3_JSON | {"tie_word_embeddings": True}, "tie_word_embeddings must be false, got true"),
+    (V3_JSON | {"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false, got 1"),
     (V3_JSON | {"moe_layer_freq": 2}, "moe_layer_freq must be 1, got 2"),
 ]  # fmt: skip
 
@@ -434,3 +435,12 @@ def test_json(tmp_path: Path) -> None:
     assert [table["title"] for table in result["sections"]] == [table.title for table in tables]
     lines = [line._asdict() for table in tables for line in table.lines]
     assert [line for table in result["sections"] for line in table["lines"]] == lines
+
+
+def test_tied_head_counts_once(tmp_path: Path) -> None:
+    (file := tmp_path / "config.json").write_text(json.dumps(V3_JSON | {"tie_word_embeddings": True}))
+    config = read_config(file)
+    assert figure(config, "Parameters of the main model", "main model") == 671_026_404_352 - 926_679_040
+    shapes = parameter_shapes(config)
+    assert "lm_head.weight" not in shapes
+    assert set(parameter_shapes(preset("v3"))) - set(shapes) == {"lm_head.weight"}

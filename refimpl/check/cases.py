@@ -502,11 +502,12 @@ def model_grpo_case(draw: Draw, *, config: ModelConfig, table: Ops, length: int 
 
 
 def model_variant(config: ModelConfig, conventions: Conventions, mtp_hidden: str = "raw") -> ModelConfig:
-    """The config with everything the other way round: V2's gate, no query compression, no shared experts, raw MTP."""
+    """The config with everything the other way round: V2's gate, no query compression, no shared experts, a tied head,
+    raw MTP."""
     conventions = replace(conventions, mtp_hidden=mtp_hidden, mtp_zero_first_embedding=True)
     return replace(
         config, q_latent=None, gate="softmax", group_score="max", gate_bias=False, normalise_weights=False,
-        shared_experts=0, dense_layers=0, layers=2, yarn=None, conventions=conventions,
+        shared_experts=0, dense_layers=0, layers=2, yarn=None, tied=True, conventions=conventions,
     )  # fmt: skip
 
 

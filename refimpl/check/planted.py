@@ -149,7 +149,7 @@ PLANTED: tuple[Planted, ...] = (
     _one("model", "router path missing", "MoE", "        dh = dh + dh_gate\n", ""),
     _one("model", "embedding missing its second user", "MTP",
          '    grads.add("model.embed_tokens.weight", ops["embedding"].backward(dembedding, saved.embedding))\n', ""),
-    _one("model", "head missing its second user", "MTP", '    dnormed, dw_head = ops["head_cross_entropy"].backward(dmtp, saved.head)\n    grads.add("lm_head.weight", dw_head)\n',
+    _one("model", "head missing its second user", "MTP", '    dnormed, dw_head = ops["head_cross_entropy"].backward(dmtp, saved.head)\n    grads.add(config.head, dw_head)\n',
          '    dnormed, dw_head = ops["head_cross_entropy"].backward(dmtp, saved.head)\n'),
     _one("model", "λ missing in the backward", "MTP", "dmtp = dloss * (config.mtp_weight / config.mtp_depth)", "dmtp = dloss"),
     _one("model", "hidden state detached from MTP", "MTP", "            dh = dh + dstate\n", "            pass\n"),
