@@ -89,7 +89,7 @@ class ModelConfig:
     groups: int = 1  # G, n_group
     keep_groups: int = 1  # topk_group, M
     gate: str = "sigmoid"  # scoring_func
-    group_score: str = "top2"  # noaux_tc takes the two best of a group, V2 (group_limited_greedy) the best
+    group_score: str = "top2"  # noaux_tc: a group's two best; V2 (group_limited_greedy): max; paper: share
     tied: bool = False  # tie_word_embeddings: the head is the embedding table (V3: False)
     gate_bias: bool = True  # e_score_correction_bias exists
     normalise_weights: bool = True  # norm_topk_prob
@@ -109,7 +109,7 @@ class ModelConfig:
             least = 0 if f.name in ("dense_layers", "shared_experts", "mtp_depth") else 1
             if f.type == "int" and not (isinstance(value, int) and value >= least):
                 raise ValueError(f"{f.name} must be an integer of at least {least}, got {value!r}")
-        for name, choices in {"gate": ("sigmoid", "softmax"), "group_score": ("top2", "max")}.items():
+        for name, choices in {"gate": ("sigmoid", "softmax"), "group_score": ("top2", "share", "max")}.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name, least_float in {"norm_eps": 0.0, "theta": 1.0, "routed_scale": 0.0, "mtp_weight": 0.0}.items():

@@ -77,7 +77,7 @@ def test_tiny_is_odd_everywhere() -> None:
         ({"norm_eps": -1e-6}, "norm_eps must be a number of at least 0.0, got -1e-06"),
         ({"theta": "big"}, "theta must be a number of at least 1.0, got 'big'"),
         ({"gate": "tanh"}, "gate must be one of sigmoid, softmax, got 'tanh'"),
-        ({"group_score": "mean"}, "group_score must be one of top2, max, got 'mean'"),
+        ({"group_score": "mean"}, "group_score must be one of top2, share, max, got 'mean'"),
     ],
 )
 def test_bad_configs(change: dict[str, Any], message: str) -> None:
