@@ -15,7 +15,7 @@ __all__ = ["CONVENTIONS", "PRESETS", "Conventions", "ModelConfig", "Yarn", "pres
 @dataclass(frozen=True)
 class Conventions:
     """Where papers and implementations disagree: one field a choice. The default is `official`: DeepSeek's inference
-    code and released weights, and the paper where those are silent. derivations/README.md says who does what."""
+    code and released weights, and the paper where those are silent. derivations/conventions.md says who does what."""
 
     mtp_order: str = "embedding_hidden"
     """In front of MTP's projection: embedding_hidden (released weights, Megatron, vLLM) or hidden_embedding (paper)."""

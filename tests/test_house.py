@@ -19,12 +19,14 @@ from refimpl.ops import REFERENCE
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "refimpl"
 STEMS = sorted(path.stem for path in (PACKAGE / "ops").glob("*.py") if path.stem not in ("__init__", "table"))
+OTHERS = ("conventions",)  # pages that are not of an op
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "kernels/README.md", *(f"derivations/{x}.md" for x in ("README", *OTHERS))]
 TAG = r"[a-z_]+\.\d+"
 
 
 def test_one_stem_four_places() -> None:
     """Every op has a derivation, a test, cases with regimes, and an exported pair; and none of these lacks an op."""
-    pages = {path.stem for path in (ROOT / "derivations").glob("*.md")} - {"README"}
+    pages = {path.stem for path in (ROOT / "derivations").glob("*.md")} - {"README", *OTHERS}
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
     assert set(STEMS) == pages == set(CASES) == set(REGIMES)
     assert set(STEMS) <= tests
@@ -129,7 +131,7 @@ def test_version_is_in_the_changelog() -> None:
     assert f"## {refimpl.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "derivations/README.md", "kernels/README.md"])
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_of_documents(document: str) -> None:
     """Every relative link points at something that exists."""
     path = ROOT / document
