@@ -142,7 +142,7 @@ class Checkpoint:
 
 def _expect_mtp(folder: Path, config: ModelConfig, tensors: dict[str, StoredTensor]) -> None:
     """CouldNotRun if the config names MTP layers and the files hold nothing of them."""
-    if config.mtp_depth and not any((layer_of(name) or 0) >= config.layers for name in tensors):
+    if config.mtp_depth and tensors and not any((layer_of(name) or 0) >= config.layers for name in tensors):
         raise CouldNotRun(
             f"{folder / 'config.json'} names {config.mtp_depth} MTP layer(s) (num_nextn_predict_layers), "
             f"but no file holds model.layers.{config.layers}.*: open it without MTP"
