@@ -19,6 +19,7 @@ from refimpl.checkpoint import read_config
 from refimpl.config import CONVENTIONS, ModelConfig
 from refimpl.model import backward, forward, logits, parameter_shapes
 
+GOLDEN = Path(__file__).parent / "golden" / "checkpoints"
 LOGITS, GRADIENT, OF_LARGEST = 1e-12, 1e-11, 1e-15
 
 Arrays = dict[str, np.ndarray]
@@ -87,3 +88,11 @@ def assert_agree(ours: Values, theirs: Values, at: np.ndarray | None = None) -> 
     assert forward_error <= LOGITS, f"logits or loss differ by {forward_error:.1e}"
     assert gradient_error <= GRADIENT, f"the gradient of {name} differs by {gradient_error:.1e}"
     return forward_error, gradient_error
+
+
+def golden_values(folder: Path) -> tuple[Arrays, Values]:
+    """Our model's inputs (tokens, key_mask), and what transformers computed from them."""
+    stored = load_file(folder / "outputs.safetensors")
+    inputs = {name.removeprefix("aux/"): array for name, array in stored.items() if name.startswith("aux/")}
+    grads = {name.removeprefix("grad/"): array for name, array in stored.items() if name.startswith("grad/")}
+    return inputs, Values(stored["out/logits"], float(stored["out/loss"]), grads)

@@ -14,19 +14,17 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import pytest
-
-WHY = "the oracle needs torch and transformers: make oracle"
-torch = pytest.importorskip("torch", reason=WHY)
-transformers = pytest.importorskip("transformers", reason=WHY)
-
-from checkpoint_values import Arrays, Values
+import torch
+import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers import modeling_rope_utils as rope_utils
+from transformers.modeling_layers import MtpModel
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
+
+from checkpoint_values import Arrays, Values
 
 FAMILIES = {"v2": (DeepseekV2Config, DeepseekV2ForCausalLM), "v3": (DeepseekV3Config, DeepseekV3ForCausalLM)}
 NARROW = (torch.float32, torch.float16, torch.bfloat16, torch.complex64)
@@ -47,7 +45,7 @@ class WideTorch:
 
 @contextmanager
 def float64() -> Iterator[None]:
-    """Inside, transformers' casts to float32 are casts to float64. Build the model inside, too: it makes frequencies."""
+    """Inside, transformers casts to float64 instead of float32. Build the model inside, too: it makes frequencies."""
     with ExitStack() as stack:
         for module in (v2, v3, rope_utils):
             stack.enter_context(mock.patch.object(module, "torch", WideTorch()))
@@ -81,13 +79,30 @@ def build(
     config_class, model_class = FAMILIES[family]
     config = config_class(**settings)
     config._attn_implementation, config._experts_implementation = attention, experts
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Initializing zero-element tensors", UserWarning)  # no shared experts
+    with no_shared_experts_allowed():
         model = model_class(config)
     randomise(model, seed)
     if folder is not None:
         model.save_pretrained(folder)
     return model.double()
+
+
+def build_mtp(model: Any, depth: int, seed: int) -> Any:
+    """transformers' MTP modules for the model, which keeps its parameters; theirs are random, in float64."""
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with no_shared_experts_allowed():
+        modules = MtpModel(model, depth).double()
+    randomise(modules, seed)
+    model.load_state_dict(own)  # embedding and head are shared
+    return modules
+
+
+@contextmanager
+def no_shared_experts_allowed() -> Iterator[None]:
+    """Without shared experts transformers makes three matrices without numbers, and torch warns of them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors", UserWarning)
+        yield
 
 
 def randomise(model: Any, seed: int) -> None:
@@ -126,7 +141,7 @@ def gradients(model: Any) -> Arrays:
 
 
 def their_values(model: Any, tokens: np.ndarray, labels: np.ndarray, **inputs: np.ndarray | None) -> Values:
-    """Logits, loss and gradients; ``labels`` [B, T] with −100 where a token is no target, as transformers wants them."""
+    """Logits, loss and gradients; ``labels`` [B, T] are the tokens, −100 where one is no target."""
     model.zero_grad()
     given = {name: torch.tensor(array) for name, array in inputs.items() if array is not None}
     output = model(torch.tensor(tokens), labels=torch.tensor(labels), use_cache=False, **given)
@@ -151,15 +166,18 @@ class Routing:
         """By how much the closest choice, of a group or of an expert, was decided in the last forward."""
         least = float("inf")
         for name, gate in self.gates:
-            scores = self.logits[name].detach().double()
-            biased = scores.sigmoid() + gate.e_score_correction_bias if self._is_v3(gate) else scores.softmax(-1)
+            logits = self.logits[name].detach().double()
+            biased = scores = logits.sigmoid() if self._is_v3(gate) else logits.softmax(-1)
+            least = min(least, gap(scores, gate.top_k))  # what the balance loss counts
+            if self._is_v3(gate):
+                biased = scores + gate.e_score_correction_bias
             if self._is_v3(gate) or gate.topk_method == "group_limited_greedy":
                 grouped = biased.view(len(biased), gate.num_group, -1)
                 best = grouped.topk(2)[0].sum(-1) if self._is_v3(gate) else grouped.max(-1).values
-                least = min(least, _gap(best, gate.topk_group))
+                least = min(least, gap(best, gate.topk_group))
                 kept = torch.zeros_like(best).scatter_(1, best.topk(gate.topk_group)[1], 1).bool()
                 biased = grouped.masked_fill(~kept[..., None], -np.inf).flatten(1)
-            least = min(least, _gap(biased, gate.top_k))
+            least = min(least, gap(biased, gate.top_k))
         return least
 
     @staticmethod
@@ -167,6 +185,7 @@ class Routing:
         return type(gate).__name__.startswith("DeepseekV3")
 
 
-def _gap(scores: Any, keep: int) -> float:
+def gap(scores: Any, keep: int) -> float:
+    """By how much the ``keep`` best of each row of scores [M, E] beat the rest, at the closest."""
     ordered = scores.sort(descending=True).values
     return float((ordered[:, keep - 1] - ordered[:, keep]).min()) if keep < ordered.shape[1] else float("inf")
