@@ -20,7 +20,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[level]) for level in (1, 2)
 
 from oracle import NarrowNumbers, Routing, build, float64, their_values
 
-SMALLEST_GAP = 1e-4  # a choice decided by less could go the other way in another implementation's rounding
+SMALLEST_GAP = 1e-5  # a choice decided by less could go the other way in another implementation's rounding
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 29, "hidden_size": 12, "intermediate_size": 11, "moe_intermediate_size": 5, "num_hidden_layers": 3,
@@ -69,10 +69,10 @@ def make(name: str, folder: Path) -> None:
     if narrow.seen or routing.margin() < SMALLEST_GAP:
         raise SystemExit(f"{name}: float32 in {narrow.seen or 'nothing'}, closest choice {routing.margin():.1e}")
     (folder / "generation_config.json").unlink()
-    outputs = {
-        "aux/tokens": tokens, "aux/key_mask": key_mask, "out/logits": values.logits, "out/loss": np.array(values.loss),
-    } | {f"grad/{parameter}": np.ascontiguousarray(gradient) for parameter, gradient in values.grads.items()}  # fmt: skip
-    save_file(outputs, folder / "outputs.safetensors")
+    outputs = {"aux/tokens": tokens, "aux/key_mask": key_mask, "out/logits": values.logits, "out/loss": values.loss}
+    outputs |= {f"grad/{parameter}": gradient for parameter, gradient in values.grads.items()}
+    arrays = {name: np.ascontiguousarray(output) for name, output in outputs.items()}
+    save_file(arrays, folder / "outputs.safetensors")
     for path in folder.iterdir():
         path.chmod(0o644)
     print(f"{name}: {sum(path.stat().st_size for path in folder.iterdir()):,} bytes")
