@@ -6,7 +6,6 @@ An array agrees if its largest error is at most a bound times the largest value 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import load_file
 
-from refimpl.checkpoint import read_config
+from refimpl.checkpoint import Checkpoint
 from refimpl.config import CONVENTIONS, ModelConfig
-from refimpl.model import backward, forward, logits, parameter_shapes
+from refimpl.model import backward, forward, logits
 
 GOLDEN = Path(__file__).parent / "golden" / "checkpoints"
 LOGITS, GRADIENT, OF_LARGEST = 1e-12, 1e-11, 1e-15
@@ -33,21 +32,10 @@ class Values(NamedTuple):
     grads: Arrays  # under our names
 
 
-def read_checkpoint(folder: Path, *, mtp_depth: int = 0) -> tuple[ModelConfig, Arrays]:
-    """The configuration under the convention ``hf``, without balance loss, and the parameters in float64."""
-    config = read_config(folder / "config.json")
-    raw = json.loads((folder / "config.json").read_text())
-    layout = "interleaved" if raw.get("rope_interleave", True) else "halves"
-    config = replace(
-        config, conventions=replace(CONVENTIONS["hf"], rope_layout=layout), mtp_depth=mtp_depth, balance_weight=0.0
-    )
-    stored = load_file(folder / "model.safetensors")
-    return config, {
-        name: np.stack([stored[name.replace("experts", f"experts.{n}")] for n in range(config.experts)]).astype(float)
-        if ".mlp.experts." in name
-        else stored[name].astype(float)
-        for name in parameter_shapes(config)
-    }
+def read_checkpoint(folder: Path) -> tuple[ModelConfig, Arrays]:
+    """The configuration under the convention ``hf`` without MTP and balance loss, and the parameters in float64."""
+    checkpoint = Checkpoint.open(folder, dtype="float64", conventions=CONVENTIONS["hf"], mtp=False)
+    return replace(checkpoint.config, balance_weight=0.0), checkpoint.load()
 
 
 def our_values(params: Mapping[str, np.ndarray], tokens: np.ndarray, config: ModelConfig, **inputs: Any) -> Values:

@@ -105,6 +105,16 @@ def no_shared_experts_allowed() -> Iterator[None]:
         yield
 
 
+def load(family: str, folder: Path, dtype: str) -> Any:
+    """What transformers reads from the folder, all of it and nothing else, in the type ``dtype``."""
+    with no_shared_experts_allowed():
+        model, told = FAMILIES[family][1].from_pretrained(
+            folder, dtype=getattr(torch, dtype), output_loading_info=True, experts_implementation="eager"
+        )
+    assert not any(told.values()), told
+    return model
+
+
 def randomise(model: Any, seed: int) -> None:
     """Draw every parameter and every gate bias anew."""
     rng = np.random.default_rng(seed)

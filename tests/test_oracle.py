@@ -16,11 +16,13 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from refimpl.checkpoint import Checkpoint, save_checkpoint
+from refimpl.config import CONVENTIONS, preset
 from refimpl.model import forward as our_forward
-from refimpl.model import is_buffer
+from refimpl.model import init_parameters, is_buffer
 from refimpl.ops import bias_update
 
-from checkpoint_values import Values, assert_agree, errors, our_values, read_checkpoint
+from checkpoint_values import LOGITS, Values, assert_agree, errors, our_values, read_checkpoint, relative_error
 from support import FULL
 
 WHY = "the oracle needs torch and transformers: make oracle"
@@ -28,8 +30,9 @@ torch = pytest.importorskip("torch", reason=WHY)
 transformers = pytest.importorskip("transformers", reason=WHY)
 
 from torch.nn.functional import cross_entropy, one_hot
+from transformers.modeling_layers import MtpModel
 
-from oracle import NarrowNumbers, Routing, build, build_mtp, float64, our_names, their_values
+from oracle import NarrowNumbers, Routing, build, build_mtp, float64, load, our_names, their_values
 
 CONFIGS = 300 if FULL else 40  # drawn for each family
 SMALLEST_GAP = 1e-6  # a choice decided by less could go the other way in another implementation's rounding
@@ -282,3 +285,58 @@ def mtp_name(name: str, layers: int) -> str:
     _, module, rest = name.split(".", 2)
     rest = rest.removeprefix("mtp_block.").replace("post_norm.", "shared_head.norm.")
     return f"model.layers.{layers + int(module)}.{rest}"
+
+
+ROUND_TRIPS: list[tuple[str, dict[str, Any]]] = [
+    ("v3", SMALL),
+    ("v3", SMALL | {"q_lora_rank": None, "rope_interleave": False, "tie_word_embeddings": True}),
+    ("v3", SMALL | {"n_group": 1, "topk_group": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}),
+    ("v2", SMALL | {"topk_method": "group_limited_greedy", "kv_lora_rank": 8}),
+    ("v2", SMALL | {"topk_method": "greedy", "q_lora_rank": None, "kv_lora_rank": 8, "norm_topk_prob": True}),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("family", "config"), ROUND_TRIPS)
+def test_round_trip(family: str, config: dict[str, Any], dtype: str, tmp_path: Path) -> None:
+    """transformers saves, we load and save, transformers loads: the same logits bit for bit."""
+    model = build(family, config, 5).to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path / "theirs")
+    checkpoint = Checkpoint.open(tmp_path / "theirs", conventions=CONVENTIONS["hf"], mtp=False)
+    save_checkpoint(checkpoint.load(), checkpoint.config, tmp_path / "ours", dtype=dtype, shard_bytes=15_000)
+    assert (tmp_path / "ours" / "model.safetensors.index.json").exists()
+    before, after = (load(family, tmp_path / name, dtype) for name in ("theirs", "ours"))
+    for (name, a), (_, b) in zip(before.state_dict().items(), after.state_dict().items(), strict=True):
+        assert a.dtype == b.dtype, name
+        assert torch.equal(a, b), name
+    with torch.no_grad():
+        logits = [m(torch.tensor(TOKENS), use_cache=False).logits for m in (before, after)]
+    assert logits[0].dtype == getattr(torch, dtype)
+    assert torch.equal(*logits)
+    assert not torch.equal(logits[0], torch.zeros_like(logits[0]))
+
+
+def test_transformers_reads_our_mtp_layer(tmp_path: Path) -> None:
+    """It looks for one at layer 61 alone, so the model has 61 layers. Its draft is the one of our module."""
+    config = replace(
+        preset("tiny"), vocabulary=19, width=6, layers=61, dense_layers=3, heads=1, q_latent=3, dense_hidden=5,
+        expert_hidden=2, mtp_depth=1, conventions=CONVENTIONS["hf"], norm_eps=1e-6,
+    )  # fmt: skip
+    save_checkpoint(init_parameters(config, std=0.3, seed=3), config, tmp_path / "ours", dtype="float32")
+    params = Checkpoint.open(tmp_path / "ours", dtype="float64", conventions=CONVENTIONS["hf"]).load()
+    tokens = np.random.default_rng(0).integers(0, 19, (2, 9))
+    with float64():
+        model = load("v3", tmp_path / "ours", "float32")
+        modules = MtpModel.from_pretrained(model)
+        model.double()
+        modules.double()
+        state = model.model(torch.tensor(tokens), use_cache=False).last_hidden_state
+        (draft,) = mtp_logits(state, torch.tensor(tokens), modules)
+    names = {n: mtp_name(n, config.layers) for n in modules.state_dict() if n.startswith("layers.")}
+    theirs = our_names({ours: modules.state_dict()[n] for n, ours in names.items()}, config.expert_hidden)
+    assert theirs.keys() == {name for name in params if name.startswith("model.layers.61.")}
+    for name, array in theirs.items():
+        np.testing.assert_array_equal(array, params[name], err_msg=name)
+    loss = cross_entropy(draft[:, :-1].flatten(0, 1), torch.tensor(tokens[:, 2:]).flatten(), reduction="sum")
+    ours, _ = our_forward(params, tokens, config)
+    assert relative_error(ours.mtp[0], loss.item() / tokens.size) <= LOGITS

@@ -120,6 +120,8 @@ def read_config(path: Path) -> ModelConfig:
             expect(rope.get(key) in (None, only), f"rope_scaling's {key}", _shown(only), rope.get(key))
         original = number(rope, "original_max_position_embeddings", 4096)
         expect(original >= 1, "original_max_position_embeddings", "a number of at least 1", original)
+        alone = bool(rope.get("mscale_all_dim")) and rope.get("mscale") is None
+        expect(not alone, "mscale", "given with mscale_all_dim (DeepSeek's code then takes 1, transformers 0)", None)
         settings = {key: number(rope, key, default) for key, default in YARN.items()}
         fields["yarn"] = Yarn(number(rope, "factor", None), int(original), **settings)
     method = raw.get("topk_method", "noaux_tc" if kind == "deepseek_v3" else "greedy")

@@ -71,7 +71,7 @@ def make(name: str, folder: Path) -> None:
     (folder / "generation_config.json").unlink()
     outputs = {"aux/tokens": tokens, "aux/key_mask": key_mask, "out/logits": values.logits, "out/loss": values.loss}
     outputs |= {f"grad/{parameter}": gradient for parameter, gradient in values.grads.items()}
-    arrays = {name: np.ascontiguousarray(output) for name, output in outputs.items()}
+    arrays = {name: np.asarray(output, order="C") for name, output in outputs.items()}
     save_file(arrays, folder / "outputs.safetensors")
     for path in folder.iterdir():
         path.chmod(0o644)
