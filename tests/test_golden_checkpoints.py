@@ -42,9 +42,8 @@ OTHERS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [  # checkpoint, chan
     ("v3", {"yarn": None}, {}),
     ("v3", {}, {"masked_groups": "zero"}),
     ("v3", {}, {"rope_layout": "halves"}),
-    ("v3-moonlight", {}, {"latent_eps": "config"}),
     ("v3-moonlight", {"theta": 1e4}, {}),
-    ("v2-greedy", {"normalise_weights": True}, {"softmax_normalise": "scaled"}),
+    ("v2-group-limited", {}, {"softmax_normalise": "unscaled"}),
     ("v2-greedy", {"gate": "sigmoid"}, {}),
     ("v2-group-limited", {"group_score": "top2"}, {}),
 ]
@@ -72,11 +71,25 @@ def test_the_bias_shows() -> None:
     assert forward_error(config, params | {name: np.zeros_like(b) for name, b in biases.items()}, "v3") > 1e3 * LOGITS
 
 
-def test_transformers_is_not_official() -> None:
-    """With our default conventions Moonlight differs by its latent norms' eps alone, and V3 not at all."""
-    for name, agrees in {"v3-moonlight": False, "v3": True}.items():
-        config, params = read_checkpoint(GOLDEN / name)
-        assert (forward_error(replace(config, conventions=CONVENTIONS["official"]), params, name) <= LOGITS) == agrees
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("v3-moonlight", "latent_eps"),
+        ("v2-greedy", "yarn_when"),
+        ("v2-group-limited", "yarn_factor"),
+        ("v2-group-limited", "softmax_normalise"),
+    ],
+)
+def test_transformers_is_not_official(name: str, field: str) -> None:
+    """Each convention in which transformers differs from DeepSeek shows on one of the checkpoints."""
+    config, params = read_checkpoint(GOLDEN / name)
+    conventions = replace(config.conventions, **{field: getattr(CONVENTIONS["official"], field)})
+    assert forward_error(replace(config, conventions=conventions), params, name) > 1e3 * LOGITS
+
+
+def test_on_v3_transformers_is_official() -> None:
+    config, params = read_checkpoint(GOLDEN / "v3")
+    assert forward_error(replace(config, conventions=CONVENTIONS["official"]), params, "v3") <= LOGITS
 
 
 def forward_error(config: ModelConfig, params: Arrays, name: str) -> float:

@@ -88,7 +88,7 @@ def configurations(draw: st.DrawFn, family: str) -> dict[str, Any]:
         "vocab_size": integer(11, 40), "hidden_size": heads * integer(2, 6), "intermediate_size": integer(3, 12),
         "moe_intermediate_size": integer(2, 8), "num_hidden_layers": layers, "num_attention_heads": heads,
         "num_key_value_heads": heads, "n_shared_experts": integer(0, 2), "n_routed_experts": groups * mean,
-        "kv_lora_rank": integer(2, 9), "q_lora_rank": choice(None, 3, 6), "qk_rope_head_dim": choice(2, 4, 6),
+        "kv_lora_rank": integer(2, 9), "q_lora_rank": choice(None, 3, 6), "qk_rope_head_dim": choice(2, 4, 8, 16),
         "v_head_dim": integer(1, 6), "qk_nope_head_dim": integer(1, 6), "n_group": groups, "topk_group": keep,
         "num_experts_per_tok": integer(1, keep * mean), "first_k_dense_replace": integer(0, layers),
         "norm_topk_prob": draw(st.booleans()), "routed_scaling_factor": choice(1.0, 2.5, 16.0),

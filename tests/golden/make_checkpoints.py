@@ -24,12 +24,12 @@ SMALLEST_GAP = 1e-5  # a choice decided by less could go the other way in anothe
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 29, "hidden_size": 12, "intermediate_size": 11, "moe_intermediate_size": 5, "num_hidden_layers": 3,
-    "num_attention_heads": 3, "num_key_value_heads": 3, "kv_lora_rank": 7, "q_lora_rank": None, "qk_rope_head_dim": 4,
+    "num_attention_heads": 3, "num_key_value_heads": 3, "kv_lora_rank": 7, "q_lora_rank": None, "qk_rope_head_dim": 8,
     "v_head_dim": 5, "qk_nope_head_dim": 6, "n_routed_experts": 8, "num_experts_per_tok": 3,
-    "first_k_dense_replace": 1, "max_position_embeddings": 64, "pad_token_id": None,
+    "first_k_dense_replace": 1, "max_position_embeddings": 256, "pad_token_id": None,
 }  # fmt: skip
 YARN = {
-    "rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16,
+    "rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 64,
     "beta_fast": 4.0, "beta_slow": 1.0,
 }  # fmt: skip
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -43,14 +43,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "n_group": 1, "topk_group": 1, "n_shared_experts": 2, "routed_scaling_factor": 2.446, "rms_norm_eps": 1e-5,
         "rope_parameters": {"rope_type": "default", "rope_theta": 5e4},
     }),
+    # as V2-Lite, but with a context no longer than the original one: transformers applies YaRN all the same
     "v2-greedy": ("v2", SHAPE | {
-        "topk_method": "greedy", "n_shared_experts": 2, "norm_topk_prob": False,
+        "topk_method": "greedy", "n_shared_experts": 2, "norm_topk_prob": False, "max_position_embeddings": 64,
         "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
     }),
+    # as V2, but with two settings of which transformers does not do what they say
     "v2-group-limited": ("v2", SHAPE | {
         "q_lora_rank": 5, "topk_method": "group_limited_greedy", "n_routed_experts": 12, "n_group": 3, "topk_group": 1,
-        "moe_intermediate_size": 4, "n_shared_experts": 2, "routed_scaling_factor": 16.0, "norm_topk_prob": False,
-        "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+        "moe_intermediate_size": 4, "n_shared_experts": 2, "routed_scaling_factor": 16.0, "norm_topk_prob": True,
+        "rope_parameters": YARN | {"mscale": 0.707},
     }),
 }  # fmt: skip
 
