@@ -351,7 +351,7 @@ BAD: list[tuple[Any, str]] = [
     (V3_JSON | {"rope_scaling": {"type": "yarn", "factor": []}}, "factor must be a number of at least 0, got []"),
     (
         V3_JSON | {"rope_scaling": {"type": "yarn", "factor": 4, "mscale_all_dim": 1}},
-        "mscale must be given with mscale_all_dim (DeepSeek's code then takes 1, transformers 0), got nothing",
+        "rope_scaling's mscale must be given with mscale_all_dim (DeepSeek's code takes 1 for it, transformers 0), ",
     ),
     (V3_JSON | {"topk_method": "best"}, "topk_method must be one of noaux_tc, group_limited_greedy, greedy, got "),
     (V3_JSON | {"topk_method": {}}, "topk_method must be one of noaux_tc, group_limited_greedy, greedy, got {}"),
