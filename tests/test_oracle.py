@@ -163,12 +163,14 @@ def test_drawn_configurations(family: str) -> None:
             if name in ("q_lora_rank", "tie_word_embeddings", "n_shared_experts", "topk_method", "rope_interleave")
         )  # fmt: skip
         biases = [p for n, p in params.items() if is_buffer(n)]
+        hit.update(inputs, [config["rope_parameters"]["rope_type"]])
         hit.update({"negative bias"} if any((b < 0).any() for b in biases) else ())
 
     run()
     print(f"{family}: {count} configurations, logits within {worst[0]:.1e}, gradients within {worst[1]:.1e}")
     assert count >= CONFIGS
-    assert {"q_lora_rank=None", "tie_word_embeddings=True", "tie_word_embeddings=False"} <= hit
+    assert {"q_lora_rank=None", "tie_word_embeddings=True", "tie_word_embeddings=False", "yarn", "default"} <= hit
+    assert {"n_shared_experts=0", "n_shared_experts=2", "key_mask", "positions", "segments", "targets"} <= hit
     assert ("negative bias" in hit) == (family == "v3")
 
 
