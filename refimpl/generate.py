@@ -2,18 +2,18 @@
 
 The cache of a layer holds C + R numbers a token, [B, S, C + R]; the prompt is read in the naive form of MLA, later
 tokens in the absorbed one. Prompts of different lengths are padded on the left, and a mask and positions of their own
-keep each row what it would be alone. Drafts of the MTP chain are read by the main model in one forward, and each token is
-chosen from the main model's logits as without drafts: a draft only saves a forward, it never changes a token.
+keep each row what it would be alone. Drafts of the MTP chain are read by the main model in one forward, and each token
+is chosen from the main model's logits as without drafts: a draft saves a forward and never changes a token.
 Sources: DeepSeek-V2 (2405.04434) section 2.1; DeepSeek-V3 (2412.19437) sections 2.2 and 5.4.3; Leviathan et al.
 (2211.17192), whose rule for a draft that is certain (q = 1) is ours: accept it with probability p.
-Letters: B batch, T new tokens, S tokens with the cached ones, D model, W vocabulary, C and R the latent and rotated key.
+Letters: B batch, T new tokens, S these and the cached ones, D model, W vocabulary, C latent, R rotated key.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,8 +22,9 @@ from .config import ModelConfig
 from .model import Batch, Run, block_forward, check_parameters, logits, mtp_module_forward
 from .ops import IMPLEMENTATIONS, REFERENCE, Ops
 
-__all__ = ["Chain", "Decoder", "Generation", "Sampler", "generate"]
+__all__ = ["Chain", "Decoder", "Generation", "Sampler", "check_request", "generate"]
 
+OnToken = Callable[[int, int, str], None]
 ABSORBED = IMPLEMENTATIONS["absorbed"]
 
 
@@ -131,8 +132,7 @@ class Sampler:
 
     p = softmax(logits / temperature) in float64, sorted downwards, equal ones by the lower id first. The nucleus is the
     shortest beginning whose sum is at least top_p (a sum of exactly top_p suffices; top_p = 1 keeps all). One uniform
-    number a token picks from it, so the same seed gives the same tokens, whatever is in the batch and however many tokens
-    are drafted.
+    number a token picks from it, so a seed gives the same tokens whatever is in the batch and is drafted.
     """
 
     def __init__(self, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> None:
@@ -171,7 +171,7 @@ class Sampler:
 def generate(
     params: Mapping[str, Array], config: ModelConfig, prompts: Sequence[Sequence[int]], *, max_tokens: int = 100,
     temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, stop: Sequence[int] = (), speculate: int = 0,
-    prefill: Ops = REFERENCE, decode: Ops = ABSORBED, on_token: Callable[[int, int], None] | None = None,
+    prefill: Ops = REFERENCE, decode: Ops = ABSORBED, on_token: OnToken | None = None,
 ) -> list[Generation]:  # fmt: skip
     """Continue each prompt until a stop token, ``max_tokens``, or ``config.max_positions`` with the prompt.
 
@@ -182,70 +182,74 @@ def generate(
         speculate: so many MTP modules draft tokens. The prompts are then read one at a time, since each accepts its own
             number of drafts.
         prefill, decode: tables of ops, for the prompt and for what follows.
-        on_token: called with (row, token) as each comes.
+        on_token: called as each token comes with its row, the token, and, if it was the last, ``Generation.finish``.
 
     ValueError names what is wrong with an argument.
     """
-    if not prompts:
-        raise ValueError("prompts must hold at least one prompt, got none")
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-    if not 0 <= speculate <= config.mtp_depth:
-        raise ValueError(f"speculate must lie in 0…mtp_depth={config.mtp_depth}, got {speculate}")
-    for row, prompt in enumerate(prompts):
-        check_prompt(row, prompt, config)
+    check_request(
+        config, prompts, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop,
+        speculate=speculate,
+    )  # fmt: skip
     check_parameters(params, config)
     rows = [
-        _Row(row, list(prompt), len(prompt), min(max_tokens, config.max_positions - len(prompt)), max_tokens,
-             frozenset(stop), Sampler(temperature, top_p, seed + row), on_token)
+        _Row(row, [int(t) for t in prompt], config.max_positions, max_tokens, frozenset(stop),
+             Sampler(temperature, top_p, seed + row), on_token)
         for row, prompt in enumerate(prompts)
     ]  # fmt: skip
     if not speculate:
         _together(params, config, rows, prefill, decode)
     for row in rows if speculate else ():
         _speculating(params, config, row, speculate, prefill, decode)
-    return [row.generation() for row in rows]
+    return [Generation(row.tokens[row.prompt :], row.finish, row.forwards, row.drafted, row.accepted) for row in rows]
 
 
-def check_prompt(row: int, prompt: Sequence[int], config: ModelConfig) -> None:
-    """ValueError if the prompt is empty, holds what is no token, or leaves no room for another one."""
-    if not len(prompt):
-        raise ValueError(f"prompt {row} is empty")
-    wrong = [t for t in prompt if not (isinstance(t, (int, np.integer)) and 0 <= t < config.vocabulary)]
-    if wrong:
-        raise ValueError(f"prompt {row} must hold tokens in 0…{config.vocabulary - 1}, got {wrong[0]}")
-    if len(prompt) >= config.max_positions:
-        raise ValueError(
-            f"prompt {row} must be shorter than the context of {config.max_positions} tokens, got {len(prompt)}"
-        )
+def check_request(
+    config: ModelConfig, prompts: Sequence[Sequence[int]], *, max_tokens: int, temperature: float, top_p: float,
+    seed: int, stop: Sequence[int], speculate: int,
+) -> None:  # fmt: skip
+    """ValueError unless `generate` can do what it is asked to."""
+    Sampler(temperature, top_p, seed)
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    if speculate and not config.mtp_depth:
+        raise ValueError(f"speculate={speculate} needs an MTP module, and the model has none")
+    if not 0 <= speculate <= config.mtp_depth:
+        raise ValueError(f"speculate must be at most the number of MTP modules, {config.mtp_depth}, got {speculate}")
+    if not prompts:
+        raise ValueError("prompts must hold at least one prompt, got none")
+    for name, tokens in [("stop", stop), *((f"prompt {row}", prompt) for row, prompt in enumerate(prompts))]:
+        for token in tokens:
+            if not (isinstance(token, (int, np.integer)) and 0 <= token < config.vocabulary):
+                raise ValueError(f"{name} must hold tokens in 0…{config.vocabulary - 1}, got {token}")
+    for row, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < config.max_positions:
+            raise ValueError(
+                f"prompt {row} must hold at least 1 token and leave room for one in the context of "
+                f"{config.max_positions}, got {len(prompt)}"
+            )
 
 
 class _Row:
     """One prompt and what has come after it."""
 
     def __init__(
-        self, index: int, tokens: list[int], prompt: int, room: int, most: int, stop: frozenset[int], sampler: Sampler,
-        on_token: Callable[[int, int], None] | None,
+        self, index: int, tokens: list[int], context: int, most: int, stop: frozenset[int], sampler: Sampler,
+        on_token: OnToken | None,
     ) -> None:  # fmt: skip
-        self.index, self.tokens, self.prompt, self.room, self.most = index, [int(t) for t in tokens], prompt, room, most
-        self.stop, self.sampler, self.on_token = stop, sampler, on_token
+        self.index, self.tokens, self.stop, self.sampler, self.on_token = index, tokens, stop, sampler, on_token
+        self.prompt = len(tokens)
+        self.end = min(context, self.prompt + most)  # the most tokens there may be, the prompt's included
+        self.full = "length" if self.end == self.prompt + most else "context"
         self.finish, self.forwards, self.drafted, self.accepted = "", 0, 0, 0
 
     def take(self, logits: Array) -> int:
-        """Choose the next token."""
+        """Choose the next token, and see whether it is the last."""
         token = self.sampler.choose(logits)
         self.tokens.append(token)
-        self.room -= 1
-        if token in self.stop:
-            self.finish = "stop"
-        elif not self.room:
-            self.finish = "length" if len(self.tokens) - self.prompt == self.most else "context"
+        self.finish = "stop" if token in self.stop else self.full if len(self.tokens) == self.end else ""
         if self.on_token is not None:
-            self.on_token(self.index, token)
+            self.on_token(self.index, token, self.finish)
         return token
-
-    def generation(self) -> Generation:
-        return Generation(self.tokens[self.prompt :], self.finish, self.forwards, self.drafted, self.accepted)
 
 
 def _together(params: Mapping[str, Array], config: ModelConfig, rows: list[_Row], prefill: Ops, decode: Ops) -> None:
@@ -274,7 +278,7 @@ def _together(params: Mapping[str, Array], config: ModelConfig, rows: list[_Row]
 def _speculating(
     params: Mapping[str, Array], config: ModelConfig, row: _Row, count: int, prefill: Ops, decode: Ops
 ) -> None:
-    """One row: the chain drafts, one forward of the main model reads the drafts, and those it would have chosen stay."""
+    """One row: the chain drafts, one forward of the main model reads that, and what it would have chosen stays."""
     embed = params["model.embed_tokens.weight"]
     xp = namespace(params=embed)
     decoder = Decoder(params, config, xp.asarray([0], device=embed.device), prefill=prefill, decode=decode)
@@ -282,7 +286,7 @@ def _speculating(
     hidden, raw = decoder.read(xp.asarray([row.tokens], device=embed.device))
     row.take(decoder.logits(hidden[:, -1:, :])[0, 0, :])
     while not row.finish:
-        drafts, _ = chain.draft(hidden if normed else raw, row.tokens, min(count, row.room - 1))
+        drafts, _ = chain.draft(hidden if normed else raw, row.tokens, min(count, row.end - len(row.tokens) - 1))
         hidden, raw = decoder.read(xp.asarray([[row.tokens[-1], *drafts]], device=embed.device))
         row.forwards += 1
         row.drafted += len(drafts)
