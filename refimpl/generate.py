@@ -157,8 +157,9 @@ class Sampler:
 
     def nucleus(self, logits: Array) -> tuple[np.ndarray, np.ndarray]:
         """The tokens that may be drawn, most probable first, and their probabilities before the cut."""
-        z = to_numpy(logits).astype(np.float64) / self.temperature
-        p = np.exp(z - z.max())
+        z = to_numpy(logits).astype(np.float64)
+        with np.errstate(over="ignore", under="ignore"):
+            p = np.exp((z - z.max()) / self.temperature)
         p /= p.sum()
         ids = np.argsort(-p, kind="stable")
         mass = p[ids]
@@ -211,10 +212,10 @@ def check_request(
     Sampler(temperature, top_p, seed)
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-    if speculate and not config.mtp_depth:
+    if speculate > 0 and not config.mtp_depth:
         raise ValueError(f"speculate={speculate} needs an MTP module, and the model has none")
     if not 0 <= speculate <= config.mtp_depth:
-        raise ValueError(f"speculate must be at most the number of MTP modules, {config.mtp_depth}, got {speculate}")
+        raise ValueError(f"speculate must lie in 0…{config.mtp_depth}, the number of MTP modules, got {speculate}")
     if not prompts:
         raise ValueError("prompts must hold at least one prompt, got none")
     for name, tokens in [("stop", stop), *((f"prompt {row}", prompt) for row, prompt in enumerate(prompts))]:

@@ -30,7 +30,7 @@ class HuggingFace:
     def __init__(self, folder: Path) -> None:
         path = folder / "tokenizer.json"
         if not path.is_file():
-            raise CouldNotRun(f"{folder} has no tokenizer.json: give token ids with --tokens FILE")
+            raise CouldNotRun(f"{folder} has no tokenizer.json: give token ids with --tokens FILE, or --bytes")
         try:
             import tokenizers  # type: ignore[import-not-found, unused-ignore]
         except ImportError as error:
