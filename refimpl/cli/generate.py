@@ -48,7 +48,7 @@ def generate_command(
             raise CouldNotRun(f"--{name} must be one of {', '.join(allowed)}, got {value}")
     if json_file is not None:
         check_writable(json_file)
-    source = Checkpoint.open(checkpoint, dtype=dtype, conventions=CONVENTIONS[convention], mtp=speculate > 0)
+    source = Checkpoint.open(checkpoint, dtype=dtype, conventions=CONVENTIONS[convention], mtp=speculate != 0)
     tokenizer: Tokenizer | None = None
     if tokens is None:
         tokenizer = Bytes() if bytes_ else HuggingFace(checkpoint)
