@@ -246,6 +246,29 @@ def test_drafts_are_those_of_the_whole_chain(name: str) -> None:
             assert kept.shape == (1, max(seen - depth + 1, 0), config.kv_latent + config.rope)
 
 
+@pytest.mark.parametrize("name", CHAINS)
+def test_what_generate_drafts(name: str, trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In each round, after as many accepted drafts as there were, the chain gets the right states of the main model."""
+    params, config = trained[0], replace(trained[1], conventions=Conventions(**CHAINS[name]))
+    rounds: list[tuple[list[int], list[int]]] = []
+
+    def spy(chain: Chain, state: np.ndarray, tokens: Sequence[int], count: int) -> Any:
+        result = original(chain, state, tokens, count)
+        rounds.append((list(tokens), result[0]))
+        return result
+
+    original = Chain.draft
+    monkeypatch.setattr(Chain, "draft", spy)
+    found = generate(params, config, windows(3), max_tokens=14, temperature=0.7, speculate=2)
+    assert len(rounds) == sum(g.forwards for g in found) > 15
+    assert sum(g.accepted for g in found) > 5
+    for tokens, drafts in rounds:  # what follows a position does not change it
+        _, saved = forward(params, np.array([tokens + drafts + [0, 0]]), config)
+        for draft, module in zip(drafts, saved.mtp, strict=False):
+            normed = module.head.log_prob.h.reshape(-1, config.width)[len(tokens) - 2]
+            assert draft == int(np.argmax(logits(params, normed)))
+
+
 def windows(count: int) -> list[bytes]:
     """Pieces of real text, 4 to 24 bytes each."""
     data, rng = load_text().data, np.random.default_rng(7)
@@ -500,6 +523,7 @@ ONE = ["--bytes", "--prompt", "x"]
         ([], "has no tokenizer.json: give token ids with --tokens FILE, or --bytes"),
         (["--bytes"], "give at least one --prompt TEXT, --prompts FILE or --tokens FILE"),
         (["--bytes", "--prompt", "a", "--prompt", ""], "prompt 1 is empty"),
+        (["--bytes", "--prompt", "a\udcff"], "prompt 0 is not UTF-8"),  # how Python hands on a broken byte
         (["--bytes", "--prompts", "gap.txt"], "prompt 1 is empty"),
         (["--bytes", "--prompts", "missing.txt"], "--prompts missing.txt can't be read: No such file or directory"),
         (["--bytes", "--prompts", "latin.txt"], "--prompts latin.txt is not UTF-8: "),
@@ -512,6 +536,7 @@ ONE = ["--bytes", "--prompt", "x"]
         (["--tokens", "gap.txt"], "--tokens gap.txt must be a .json or a .npy file"),
         (["--tokens", "missing.npy"], "--tokens missing.npy can't be read: No such file or directory"),
         (["--tokens", "broken.npy"], "--tokens broken.npy is no .npy file: "),
+        (["--tokens", "zip.npy"], "--tokens zip.npy is no .npy file: "),
         (["--tokens", "float.npy"], "--tokens float.npy must hold one list of integers, or several"),
         (["--tokens", "high.json", "--prompt", "x"], "--tokens goes without --prompt, --prompts and --bytes"),
         ([*ONE, "--temperature", "-1"], "temperature must be a finite number of at least 0, got -1.0"),
@@ -547,6 +572,8 @@ def test_could_not_run(
     Path("empty.json").write_text("[]")
     Path("high.json").write_text("[1, 256]")
     np.save("float.npy", np.ones((1, 2)))
+    np.savez("zip.npz", tokens=np.ones(2, int))
+    Path("zip.npz").rename("zip.npy")
     if "plain" in arguments:
         save_without_mtp(Path("plain"))
     given = [] if "--checkpoint" in arguments else ["--checkpoint", TRAINED]

@@ -55,11 +55,12 @@ def generate_command(
     elif prompt or prompts or bytes_:
         raise CouldNotRun("--tokens goes without --prompt, --prompts and --bytes")
     texts = (prompt or []) + (read_prompts(prompts) if prompts else [])
+    for row, text in enumerate(texts):
+        if not text or any("\ud800" <= character <= "\udfff" for character in text):
+            raise CouldNotRun(f"prompt {row} is {'not UTF-8' if text else 'empty'}")
     given = read_tokens(tokens) if tokens is not None else [tokenizer.encode(t) for t in texts if tokenizer]
     if not given:
         raise CouldNotRun("give at least one --prompt TEXT, --prompts FILE or --tokens FILE")
-    if "" in texts:
-        raise CouldNotRun(f"prompt {texts.index('')} is empty")
     options: dict[str, Any] = {
         "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "speculate": speculate,
         "stop": [t for t in stop_tokens(checkpoint) if t < source.config.vocabulary] if stop is None else stop,
@@ -138,10 +139,11 @@ def read_tokens(path: Path) -> list[list[int]]:
         rows = read_json(path)
     elif path.suffix == ".npy":
         try:
-            rows = np.load(path, allow_pickle=False).tolist()
+            with path.open("rb") as file:
+                rows = np.lib.format.read_array(file, allow_pickle=False).tolist()
         except OSError as error:
             raise CouldNotRun(f"--tokens {path} can't be read: {error.strerror or error}") from error
-        except (ValueError, EOFError) as error:
+        except (ValueError, EOFError, MemoryError) as error:
             raise CouldNotRun(f"--tokens {path} is no .npy file: {error}") from error
     else:
         raise CouldNotRun(f"--tokens {path} must be a .json or a .npy file")
