@@ -119,6 +119,15 @@ def test_padding_changes_nothing(name: str) -> None:
         assert close(z[row, pad:end], whole(params, tokens[row, pad:end], config))
 
 
+def test_positions_begin_after_the_padding() -> None:
+    """Attention sees only their differences, the context's end and MTP's first position see them."""
+    decoder = Decoder({}, TINY, np.array([0, 2]))
+    for past, wanted in ((0, [[0, 1, 2, 3], [0, 0, 0, 1]]), (4, [[4, 5, 6, 7], [2, 3, 4, 5]])):
+        _, batch = decoder.run({}, np.ones((2, 4), int), past)
+        assert batch.positions.tolist() == wanted
+        assert batch.takes_part.tolist() == [[True] * (past + 4), [False] * 2 + [True] * (past + 2)]
+
+
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_p": 0.9}], ids=["greedy", "sampled"])
 def test_a_batch_is_its_rows(trained: Any, options: dict[str, Any]) -> None:
     """Row b alone with seed + b gives the same tokens; some rows stop early, and the others go on."""

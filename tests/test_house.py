@@ -16,6 +16,8 @@ from refimpl import ops
 from refimpl.check.cases import CASES, REGIMES
 from refimpl.ops import REFERENCE
 
+from support import NOT_OPS
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "refimpl"
 STEMS = sorted(path.stem for path in (PACKAGE / "ops").glob("*.py") if path.stem not in ("__init__", "table"))
@@ -24,7 +26,7 @@ TAG = r"[a-z_]+\.\d+"
 
 def test_one_stem_four_places() -> None:
     """Every op has a derivation, a test, cases with regimes, and an exported pair; and none of these lacks an op."""
-    pages = {path.stem for path in (ROOT / "derivations").glob("*.md")} - {"README"}
+    pages = {path.stem for path in (ROOT / "derivations").glob("*.md")} - NOT_OPS
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
     assert set(STEMS) == pages == set(CASES) == set(REGIMES)
     assert set(STEMS) <= tests
@@ -129,7 +131,10 @@ def test_version_is_in_the_changelog() -> None:
     assert f"## {refimpl.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "derivations/README.md", "kernels/README.md"])
+@pytest.mark.parametrize(
+    "document",
+    ["README.md", "CONTRIBUTING.md", "derivations/README.md", "derivations/checkpoints.md", "kernels/README.md"],
+)
 def test_links_of_documents(document: str) -> None:
     """Every relative link points at something that exists."""
     path = ROOT / document
