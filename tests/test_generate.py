@@ -206,15 +206,14 @@ def test_ends(trained: Any, speculate: int) -> None:
     prompt = list(b"The statement")
     (free,) = generate(params, config, [prompt], max_tokens=30, speculate=speculate)
     assert (free.finish, len(free.tokens)) == ("length", 30)
-    stop = free.tokens[7]
-    told: list[tuple[int, int, str]] = []
-    (stopped,) = generate(
-        params, config, [prompt], max_tokens=30, stop=[stop, 0], speculate=speculate,
-        on_token=lambda *event: told.append(event),
-    )  # fmt: skip
-    first = free.tokens.index(stop)
-    assert (stopped.finish, stopped.tokens) == ("stop", free.tokens[: first + 1])
-    assert told == [(0, token, "stop" if t == first else "") for t, token in enumerate(stopped.tokens)]
+    for first in sorted({token: t for t, token in reversed(list(enumerate(free.tokens)))}.values()):  # of each token
+        told: list[tuple[int, int, str]] = []
+        (stopped,) = generate(
+            params, config, [prompt], max_tokens=30, stop=[free.tokens[first], 0], speculate=speculate,
+            on_token=lambda *event, told=told: told.append(event),
+        )  # fmt: skip
+        assert (stopped.finish, stopped.tokens) == ("stop", free.tokens[: first + 1])
+        assert told == [(0, token, "stop" if t == first else "") for t, token in enumerate(stopped.tokens)]
     (full,) = generate(params, config, [prompt], max_tokens=1000, speculate=speculate)
     assert (full.finish, len(full.tokens)) == ("context", config.max_positions - len(prompt))
     assert full.tokens[:30] == free.tokens
