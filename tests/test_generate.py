@@ -206,7 +206,7 @@ def test_ends(trained: Any, speculate: int) -> None:
     prompt = list(b"The statement")
     (free,) = generate(params, config, [prompt], max_tokens=30, speculate=speculate)
     assert (free.finish, len(free.tokens)) == ("length", 30)
-    for first in sorted({token: t for t, token in reversed(list(enumerate(free.tokens)))}.values()):  # of each token
+    for first in sorted(map(free.tokens.index, set(free.tokens))):
         told: list[tuple[int, int, str]] = []
         (stopped,) = generate(
             params, config, [prompt], max_tokens=30, stop=[free.tokens[first], 0], speculate=speculate,
