@@ -3,7 +3,8 @@
 The cache of a layer holds C + R numbers a token, [B, S, C + R]; the prompt is read in the naive form of MLA, later
 tokens in the absorbed one. Prompts of different lengths are padded on the left, and a mask and positions of their own
 keep each row what it would be alone. Drafts of the MTP chain are read by the main model in one forward, and each token
-is chosen from the main model's logits as without drafts: a draft saves a forward and never changes a token.
+is chosen from the main model's logits as without drafts: a draft saves a forward and changes no token (several tokens
+read at once add up in another order, so logits that are equal but for rounding may change places).
 Sources: DeepSeek-V2 (2405.04434) section 2.1; DeepSeek-V3 (2412.19437) sections 2.2 and 5.4.3; Leviathan et al.
 (2211.17192), whose rule for a draft that is certain (q = 1) is ours: accept it with probability p.
 Letters: B batch, T new tokens, S these and the cached ones, D model, W vocabulary, C latent, R rotated key.
