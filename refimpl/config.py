@@ -43,7 +43,7 @@ class Conventions:
     yarn_factor: Literal["ratio", "if_both"] = "ratio"
     """What multiplies cos and sin: m(mscale) / m(mscale_all_dim), always, or (HF) if both are given, else m(1)."""
     softmax_normalise: Literal["scaled", "unscaled", "ignored"] = "scaled"
-    """What norm_topk_prob does to a softmax gate: as to a sigmoid one, without routed_scale (V2's file), nothing (HF)."""
+    """What norm_topk_prob does to a softmax gate: as to a sigmoid one; without routed_scale (V2's file); none (HF)."""
     rope_layout: Literal["interleaved", "halves"] = "interleaved"
     """How a head's rotated pairs lie in the weights: interleaved (released checkpoints) or halves."""
 

@@ -142,6 +142,7 @@ def test_round_trip(dtype: str, numpy: Any, shard_bytes: int, tmp_path: Path) ->
     assert same(checkpoint.load(), params)
     assert checkpoint.names == list(params)
     assert checkpoint.config == TINY
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["torch_dtype"] == dtype
     save_checkpoint(checkpoint.load(), TINY, tmp_path / "b", dtype=dtype, shard_bytes=shard_bytes)
     assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == {
         p.name: p.read_bytes() for p in (tmp_path / "b").iterdir()
