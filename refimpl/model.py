@@ -206,12 +206,12 @@ def forward(
     Returns (ModelOutput, saved). ValueError names every tensor that is missing or misshapen.
     """
     _check_parameters(params, config)
-    batch = _batch(params, tokens, config, targets, mask, key_mask, segments, positions, with_loss)
+    batch = make_batch(params, tokens, config, targets, mask, key_mask, segments, positions, with_loss)
     run = Run(params, config, ops, routes or {}, with_loss, {}, {}, {})
     x, embedding_saved = ops["embedding"].forward(params["model.embed_tokens.weight"], ids=batch.tokens)
     blocks = []
     for layer in range(config.layers):
-        x, saved = _block_forward(run, layer, x, batch)
+        x, saved = block_forward(run, layer, x, batch)
         blocks.append(saved)
     hidden, norm_saved = ops["rms_norm"].forward(x, params["model.norm.weight"], eps=config.norm_eps)
     if not with_loss:
@@ -224,7 +224,7 @@ def forward(
     modules: list[MTPModuleSaved] = []
     for depth in range(1, config.mtp_depth + 1):
         later = batch.at(depth)
-        state, normed, module = _mtp_forward(run, depth, state[:, : later.tokens.shape[1], :], later)
+        state, normed, module = mtp_module_forward(run, depth, state[:, : later.tokens.shape[1], :], later)
         mtp_loss, module_head_saved = _head_forward(run, normed, later, normaliser)
         modules.append(module._replace(head=module_head_saved))
         mtp_losses.append(mtp_loss)
@@ -275,7 +275,7 @@ def backward(
         grads.add(config.head, dw)
         dstate = None
         for depth in range(config.mtp_depth, 0, -1):
-            dstate = _mtp_backward(run, depth, dloss, dstate, saved.mtp[depth - 1], grads)
+            dstate = mtp_module_backward(run, depth, dloss, dstate, saved.mtp[depth - 1], grads)
         if dstate is not None and config.conventions.mtp_hidden == "normed":
             dh = dh + dstate
         elif dstate is not None:
@@ -284,7 +284,7 @@ def backward(
     dx = dx + dx_norm
     grads.add("model.norm.weight", dw)
     for layer in range(config.layers - 1, -1, -1):
-        dx = _block_backward(run, layer, dx, dloss, saved.blocks[layer], grads)
+        dx = block_backward(run, layer, dx, dloss, saved.blocks[layer], grads)
     grads.add("model.embed_tokens.weight", ops["embedding"].backward(dx, saved.embedding))
     return grads.complete()
 
@@ -312,7 +312,7 @@ class Gradients:
         }  # fmt: skip
 
 
-def _block_forward(run: Run, layer: int, x: Array, batch: Batch) -> tuple[Array, BlockSaved]:
+def block_forward(run: Run, layer: int, x: Array, batch: Batch) -> tuple[Array, BlockSaved]:
     """x + MLA(norm(x)), then x + FFN or MoE(norm(x)); adds the layer's balance loss, route and load to ``run``."""
     config, ops = run.config, run.ops
     yarn, conventions = config.active_yarn, config.conventions
@@ -356,7 +356,7 @@ def _block_forward(run: Run, layer: int, x: Array, batch: Batch) -> tuple[Array,
     return x + y, BlockSaved(attention_norm, mla, ffn_norm_saved, None, router, balance_saved, moe)
 
 
-def _block_backward(run: Run, layer: int, dx: Array, dloss: Array | None, saved: BlockSaved, grads: Gradients) -> Array:
+def block_backward(run: Run, layer: int, dx: Array, dloss: Array | None, saved: BlockSaved, grads: Gradients) -> Array:
     """The gradient of the block's input from that of its output; adds those of its parameters to ``grads``."""
     ops, add = run.ops, grads.add_layer
     if saved.ffn is not None:
@@ -383,7 +383,7 @@ def _block_backward(run: Run, layer: int, dx: Array, dloss: Array | None, saved:
     return dx + dx_attention
 
 
-def _mtp_forward(run: Run, depth: int, state: Array, batch: Batch) -> tuple[Array, Array, MTPModuleSaved]:
+def mtp_module_forward(run: Run, depth: int, state: Array, batch: Batch) -> tuple[Array, Array, MTPModuleSaved]:
     """Module ``depth``: what it hands to the next, its normed output (the head's input), and saved."""
     config, ops, layer = run.config, run.ops, run.config.layers + depth - 1
     xp, embed = namespace(state=state), run.params["model.embed_tokens.weight"]
@@ -396,13 +396,13 @@ def _mtp_forward(run: Run, depth: int, state: Array, batch: Batch) -> tuple[Arra
     x, mtp = ops["mtp"].forward(
         state, embedding, hnorm, enorm, proj, eps=config.norm_eps, order=config.conventions.mtp_order, ops=ops
     )
-    x, block = _block_forward(run, layer, x, batch)
+    x, block = block_forward(run, layer, x, batch)
     normed, norm_saved = ops["rms_norm"].forward(x, norm, eps=config.norm_eps)
     state = x if config.conventions.mtp_hidden == "raw" else normed
     return state, normed, MTPModuleSaved(embedding_saved, keep, mtp, block, norm_saved, None)
 
 
-def _mtp_backward(
+def mtp_module_backward(
     run: Run, depth: int, dloss: Array, dstate: Array | None, saved: MTPModuleSaved, grads: Gradients
 ) -> Array:
     """The gradient of what module ``depth`` read of the previous depth, from that of what it handed to the next."""
@@ -416,7 +416,7 @@ def _mtp_backward(
     dx, dw_norm = ops["rms_norm"].backward(dnormed, saved.norm)
     if dstate is not None and handed_on_raw:
         dx = dx + dstate
-    dx = _block_backward(run, layer, dx, dloss, saved.block, grads)
+    dx = block_backward(run, layer, dx, dloss, saved.block, grads)
     dread, dembedding, *dw = ops["mtp"].backward(dx, saved.mtp)
     grads.add_layer(layer, dict(zip(MTP, (*dw, dw_norm), strict=True)))
     if saved.keep is not None:
@@ -426,7 +426,7 @@ def _mtp_backward(
     return namespace(dread=dread).concat((dread, last), axis=1)
 
 
-def _batch(
+def make_batch(
     params: Parameters, tokens: Array, config: ModelConfig, targets: Array | None, mask: Array | None,
     key_mask: Array | None, segments: Array | None, positions: Array | None, with_loss: bool,
 ) -> Batch:  # fmt: skip
