@@ -57,7 +57,7 @@ from .model import (
 from .ops import IMPLEMENTATIONS, Op, Ops, expert_load
 from .ops.linear import LinearSaved
 
-__all__ = ["ACTIVATIONS", "Request", "Result", "Size", "gradient_shapes", "stream_gradients"]
+__all__ = ["ACTIVATIONS", "EMBEDDING", "Request", "Result", "Size", "Stream", "gradient_shapes"]
 
 EMBEDDING = "model.embed_tokens.weight"
 ROWS = 4096  # of a table of the vocabulary's length, summed and written at a time
@@ -331,10 +331,10 @@ class Step(NamedTuple):
 
 
 class Stream:
-    """One run: its request, its folder, and the steps."""
+    """What ``request`` asks of ``source``; ValueError or TypeError says which part of it is wrong, name first."""
 
-    def __init__(self, source: Source, request: Request, folder: Path) -> None:
-        self.source, self.request, self.folder, self.unfinished = source, request, folder, folder / "unfinished"
+    def __init__(self, source: Source, request: Request) -> None:
+        self.source, self.request, self.folder = source, request, Path()
         self.config = config = request.config(source.config)
         self.params = LazyParameters(source, config)
         self.with_loss = request.dlogits is None
@@ -343,6 +343,12 @@ class Stream:
                 f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {request.implementation}"
             )
         self.ops = IMPLEMENTATIONS[request.implementation] | {"embedding": Op(embedding_forward, embedding_backward)}
+        if request.tokens.ndim == 2 and request.tokens.shape[1] < (
+            2 if self.with_loss and request.targets is None else 1
+        ):
+            raise ValueError(f"tokens must have shape (B, T) with T of at least 2, got {request.tokens.shape}")
+        if request.tokens.size == 0:
+            raise ValueError("tokens must not be empty, got none")
         self.batch = make_batch(
             self.params, request.tokens, config, request.targets, request.mask, request.key_mask, None, None,
             self.with_loss,
@@ -350,6 +356,8 @@ class Stream:
         if request.dlogits is not None and request.dlogits.shape != (*request.tokens.shape, config.vocabulary):
             wanted = (*request.tokens.shape, config.vocabulary)
             raise ValueError(f"dlogits must have shape (B, T, W)={wanted}, got {request.dlogits.shape}")
+        if request.dlogits is not None and not np.isfinite(request.dlogits).all():
+            raise ValueError("dlogits must be finite, got NaN or infinity")
         if self.with_loss and not self.batch.mask.any():
             raise ValueError("mask and targets must leave at least one target that counts, got none")
         self.modules = range(1, config.mtp_depth + 1)
@@ -368,6 +376,30 @@ class Stream:
         self.observed: dict[str, np.ndarray] = {}
         self.records: dict[str, Record] = {}
 
+    def write(
+        self, folder: Path, *, checkpoint: str = "", force: bool = False,
+        progress: Callable[[str, int, int], None] = lambda step, done, total: None,
+    ) -> Result:  # fmt: skip
+        """Write everything to ``folder``, or the rest of it if a run of the same request was killed there.
+
+        Args:
+            checkpoint: what tells the source's contents from others of the same config, for resuming.
+            force: replace what such a run left in the folder.
+            progress: called with a step's name, how many are done, and how many there are.
+
+        CouldNotRun says why the folder can't be used.
+        """
+        self.folder = folder
+        prepare(folder, self.request.identity(self.source, checkpoint), force)
+        self._work(progress)
+        result = self._finish()
+        shutil.rmtree(self.unfinished)
+        return result
+
+    @property
+    def unfinished(self) -> Path:
+        return self.folder / "unfinished"
+
     def _check_routes(self) -> None:
         routes, config, (b, t) = self.request.routes, self.config, self.request.tokens.shape
         missing = [layer for layer in self.moe_layers if layer not in routes]
@@ -377,12 +409,14 @@ class Stream:
             shape = (b, t - max(layer - config.layers + 1, 0), config.top_k)
             for name, x in zip(("routes", "counted"), routes[layer], strict=True):
                 if x is not None and x.shape != shape:
-                    raise ValueError(f"{name}.{layer} must have shape (B, T, K)={shape}, got {x.shape}")
+                    raise ValueError(
+                        f"routes of layer {layer} ({name}) must have shape (B, T, K)={shape}, got {x.shape}"
+                    )
                 if x is not None:
-                    expect_ids(f"{name}.{layer}", x, config.experts)
+                    expect_ids(f"routes of layer {layer}", x, config.experts)
             in_order = np.sort(routes[layer].indices, axis=-1)
             if np.any(in_order[..., 1:] == in_order[..., :-1]):
-                raise ValueError(f"routes.{layer} must name an expert once a token, got one twice")
+                raise ValueError(f"routes of layer {layer} must name an expert once a token, got one twice")
 
     def _activation_names(self) -> Iterator[str]:
         for name in ACTIVATIONS:
@@ -416,7 +450,7 @@ class Stream:
     def _of_layer(self, layer: int) -> tuple[str, ...]:
         return tuple(name for name in self.wanted if name.startswith(f"model.layers.{layer}."))
 
-    def work(self, progress: Callable[[str, int, int], None]) -> None:
+    def _work(self, progress: Callable[[str, int, int], None]) -> None:
         """Do the steps that have no record yet."""
         steps = self.steps()
         for i, step in enumerate(steps):
@@ -659,7 +693,7 @@ class Stream:
     def _temporary(self, path: Path) -> Path:
         return self.unfinished / f"{path.name}.partial"
 
-    def finish(self) -> Result:
+    def _finish(self) -> Result:
         """The small files, then the index; the records go."""
         self.files, batch, config = {}, self.batch, self.config
         given = {"tokens": batch.tokens, "targets": batch.targets, "mask": batch.mask, "key_mask": batch.takes_part}
@@ -698,27 +732,6 @@ class Stream:
             {layer: float(x) for layer, x in balance.items()}, {layer: r["load"] for layer, r in routed.items()},
             {name: sizes[name] for name in self.wanted if name in sizes}, self.activations,
         )  # fmt: skip
-
-
-def stream_gradients(
-    source: Source, request: Request, folder: Path, *, checkpoint: str = "", force: bool = False,
-    progress: Callable[[str, int, int], None] = lambda step, done, total: None,
-) -> Result:  # fmt: skip
-    """Write everything that ``request`` asks for to ``folder``, or the rest of it if a run was killed there.
-
-    Args:
-        checkpoint: what tells the source's contents from others of the same config, for resuming.
-        force: replace what such a run left in the folder.
-        progress: called with a step's name, how many are done, and how many there are.
-
-    ValueError or TypeError names the part of the request that is wrong; CouldNotRun says why the folder can't be used.
-    """
-    stream = Stream(source, request, folder)
-    prepare(folder, request.identity(source, checkpoint), force)
-    stream.work(progress)
-    result = stream.finish()
-    shutil.rmtree(stream.unfinished)
-    return result
 
 
 def prepare(folder: Path, identity: dict[str, str], force: bool) -> None:
