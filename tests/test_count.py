@@ -37,8 +37,9 @@ V3_JSON = {
 }  # fmt: skip
 V2_LITE_JSON = V3_JSON | {
     "model_type": "deepseek_v2", "vocab_size": 102400, "hidden_size": 2048, "num_hidden_layers": 27,
-    "first_k_dense_replace": 1, "num_attention_heads": 16, "q_lora_rank": None, "intermediate_size": 10944,
-    "moe_intermediate_size": 1408, "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6,
+    "first_k_dense_replace": 1, "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": None,
+    "intermediate_size": 10944, "moe_intermediate_size": 1408, "n_routed_experts": 64, "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
     "n_group": 1, "topk_group": 1, "topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False,
     "routed_scaling_factor": 1.0, "num_nextn_predict_layers": 0, "aux_loss_alpha": 0.001,
     "rope_scaling": V3_JSON["rope_scaling"] | {"mscale": 0.707, "mscale_all_dim": 0.707},  # type: ignore[operator]
@@ -344,7 +345,7 @@ BAD: list[tuple[Any, str]] = [
     (V3_JSON | {"first_k_dense_replace": 62}, "dense_layers must be at most layers=61, got 62"),
     (V3_JSON | {"n_group": 7}, "groups must divide experts=256"),
     (V3_JSON | {"rope_theta": "big"}, 'rope_theta must be a number of at least 0, got "big"'),
-    (V3_JSON | {"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number of at least 0, got NaN"),
+    (V3_JSON | {"rms_norm_eps": float("nan")}, "rms_norm_eps must be a finite number, got NaN"),
     (V3_JSON | {"rope_scaling": "yarn"}, 'rope_scaling must be an object or null, got "yarn"'),
     (V3_JSON | {"rope_scaling": {"type": "linear"}}, "rope_scaling's type must be yarn, got \"linear\""),
     (V3_JSON | {"rope_scaling": {"type": "yarn", "factor": []}}, "factor must be a number of at least 0, got []"),
