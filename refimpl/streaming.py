@@ -493,7 +493,7 @@ class Stream:
             if run.with_loss and self.config.balance_weight:
                 record |= {"counted": run.chosen[layer].counted, "balance": run.balance[layer]}
         self._write_activations(f"act-layer-{layer:05d}", activations)
-        return {key: np.asarray(value) for key, value in record.items()}
+        return {key: np.asarray(value) for key, value in record.items() if value is not None}
 
     def head(self) -> dict[str, np.ndarray]:
         """Logits, the main loss, and the gradient of the hidden states."""

@@ -9,9 +9,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -22,7 +22,7 @@ from rich.table import Table
 from .. import __version__
 from ..checkpoint import Checkpoint
 from ..checkpoint.tensor_file import read_tensor_file
-from ..config import CONVENTIONS, Conventions, ModelConfig
+from ..config import CONVENTIONS, ModelConfig
 from ..errors import CouldNotRun
 from ..model import Route
 from ..ops import IMPLEMENTATIONS
@@ -128,7 +128,7 @@ def grads(
         f"{seconds:.1f} s; in {out}", markup=False,
     )  # fmt: skip
     if json_file is not None:
-        given = {"checkpoint": str(checkpoint), "out": str(out), "tokens": ids.shape, "dtype": dtype}
+        given: dict[str, Any] = {"checkpoint": str(checkpoint), "out": str(out), "tokens": ids.shape, "dtype": dtype}
         given |= {
             "implementation": implementation,
             "convention": convention,
@@ -153,12 +153,7 @@ def grads(
 def _show(result: Result, config: ModelConfig, convention: str) -> None:
     """The loss, how Hugging Face's conventions differ, and the sizes of the gradients by part."""
     out = console()
-    other = [
-        f"{f.name} {getattr(config.conventions, f.name)!r}, hf {getattr(CONVENTIONS['hf'], f.name)!r}"
-        for f in fields(Conventions)
-        if getattr(config.conventions, f.name) != getattr(CONVENTIONS["hf"], f.name)
-    ]
-    out.print(f"conventions: {convention}; {'; '.join(other) or 'as hf'}", markup=False)
+    out.print(f"conventions: {convention}; {_unlike_hf(config)}", markup=False)
     if result.loss is not None:
         parts = [f"main {result.main:.9g}"] + [f"MTP {k} {x:.9g}" for k, x in enumerate(result.mtp, 1)]
         parts += [f"balance {sum(result.balance.values()):.6g}"] if result.balance else []
@@ -175,6 +170,24 @@ def _show(result: Result, config: ModelConfig, convention: str) -> None:
         cells = [f"{_sum(columns[part]).norm:.3e}" if part in columns else "" for part in PARTS]
         table.add_row(row, *cells, f"{total.norm:.3e}", f"{total.largest:.3e}")
     out.print(table)
+
+
+def _unlike_hf(config: ModelConfig) -> str:
+    """Where Hugging Face's model computes something else, and what is the same if it does not."""
+    ours, hf = config.conventions, CONVENTIONS["hf"]
+    theirs = replace(config, conventions=hf)
+    matters = {
+        "gate_epsilon": config.normalise_weights,
+        "latent_eps": config.latent_eps != theirs.latent_eps,
+        "yarn_when": config.active_yarn != theirs.active_yarn,
+        "masked_groups": config.groups > 1,
+        "rope_layout": False,  # how the weights lie, which the checkpoint says
+    }  # Hugging Face has no MTP and no balance loss
+    other = [
+        f"{name} {getattr(ours, name)!r}, hf {getattr(hf, name)!r}"
+        for name, does in matters.items() if does and getattr(ours, name) != getattr(hf, name)
+    ]  # fmt: skip
+    return "other than hf: " + "; ".join(other) if other else "the same as hf here"
 
 
 def _place(name: str, config: ModelConfig) -> tuple[str, str]:
