@@ -353,6 +353,7 @@ class Stream:
             self.params, request.tokens, config, request.targets, request.mask, request.key_mask, None, None,
             self.with_loss,
         )  # fmt: skip
+        expect_ids("targets", np.where(self.batch.mask, self.batch.targets, 0), config.vocabulary)
         if request.dlogits is not None and request.dlogits.shape != (*request.tokens.shape, config.vocabulary):
             wanted = (*request.tokens.shape, config.vocabulary)
             raise ValueError(f"dlogits must have shape (B, T, W)={wanted}, got {request.dlogits.shape}")

@@ -432,19 +432,17 @@ def test_tensor_files(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is measured on Linux")
 def test_memory_does_not_grow_with_layers(tmp_path: Path) -> None:
-    """8 layers need what 2 need, within 10 %; and less than the weights of one layer's experts above the start."""
+    """8 layers need what 2 need, within 10 %, and a small part of what all gradients take."""
     from refimpl.checkpoint import write_random
 
     config = replace(
-        preset("v2-lite"), vocabulary=500, width=512, layers=8, heads=4, dense_hidden=1024, kv_latent=128, experts=16,
+        preset("v2-lite"), vocabulary=500, width=1024, layers=8, heads=4, dense_hidden=2048, kv_latent=128, experts=8,
         expert_hidden=512, top_k=2,
     )  # fmt: skip
     write_random(config, tmp_path / "checkpoint")
     start = grads_memory(tmp_path / "checkpoint", tmp_path / "none", "--layers", "1", "--only", "lm_head.*", tokens=2)
     two = grads_memory(tmp_path / "checkpoint", tmp_path / "two", "--layers", "2", tokens=64)
     eight = grads_memory(tmp_path / "checkpoint", tmp_path / "eight", tokens=64)
-    experts = 16 * 3 * 512 * 512 * 4
+    assert eight.numbers > 3 * two.numbers
     assert eight.peak <= 1.1 * two.peak
-    assert eight.numbers > 7 * experts // 4
-    assert eight.peak - start.peak < experts
-    print(start, two, eight)
+    assert eight.peak - start.peak < eight.numbers * 4 / 4

@@ -286,7 +286,8 @@ def _array(path: Path, option: str) -> np.ndarray:
         raise CouldNotRun(f"{option} {path} can't be read: {error.strerror or error}") from error
     except (ValueError, EOFError, RecursionError, OverflowError) as error:
         raise CouldNotRun(f"{option} {path} is not an array: {str(error).splitlines()[0]}") from error
-    if not isinstance(x, np.ndarray):
+    if not isinstance(x, np.ndarray):  # an archive of arrays
+        x.close()
         raise CouldNotRun(f"{option} {path} must hold one array")
     return x
 
