@@ -19,12 +19,13 @@ from refimpl.ops import REFERENCE
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "refimpl"
 STEMS = sorted(path.stem for path in (PACKAGE / "ops").glob("*.py") if path.stem not in ("__init__", "table"))
+NOT_OPS = {"README", "checkpoints", "conventions"}  # pages of derivations/ that derive no op
 TAG = r"[a-z_]+\.\d+"
 
 
 def test_one_stem_four_places() -> None:
     """Every op has a derivation, a test, cases with regimes, and an exported pair; and none of these lacks an op."""
-    pages = {path.stem for path in (ROOT / "derivations").glob("*.md")} - {"README"}
+    pages = {path.stem for path in (ROOT / "derivations").glob("*.md")} - NOT_OPS
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
     assert set(STEMS) == pages == set(CASES) == set(REGIMES)
     assert set(STEMS) <= tests

@@ -63,5 +63,5 @@ def narrow(x: Array, dtype: type) -> Array:
         towards_zero = np.where(np.abs(near) > np.abs(x), np.nextafter(near, np.float32(0)), near)
         odd = towards_zero.view(np.uint32) | (towards_zero.astype(np.float64) != x).astype(np.uint32)
         x = np.where(np.isfinite(x), odd.view(np.float32), near)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         return x.astype(dtype)

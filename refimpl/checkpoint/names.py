@@ -12,7 +12,16 @@ from collections.abc import Iterable
 from ..config import ModelConfig
 from ..model import parameter_shapes
 
-__all__ = ["SCALE", "abbreviate", "copied_names", "is_ignorable", "is_quantised", "layer_of", "stored_names"]
+__all__ = [
+    "SCALE",
+    "abbreviate",
+    "copied_names",
+    "is_ignorable",
+    "is_quantised",
+    "layer_of",
+    "stored_names",
+    "stored_tensors",
+]
 
 EXPERTS = ".mlp.experts."
 SCALE = "_scale_inv"  # what an FP8 weight's name has in addition, for its scales
@@ -72,7 +81,7 @@ def abbreviate(problems: Iterable[tuple[str, str]]) -> str:
     return "; ".join(told)
 
 
-def our_names(config: ModelConfig) -> dict[str, tuple[str, int | None, tuple[int, ...]]]:
+def stored_tensors(config: ModelConfig) -> dict[str, tuple[str, int | None, tuple[int, ...]]]:
     """Every tensor that a checkpoint of ``config`` has, in the order of the forward.
 
     Each with our parameter, which of its experts it is (None: the whole), and its shape.

@@ -15,7 +15,7 @@ from ..model import is_buffer, parameter_shapes
 from .config_json import read_block_size, read_config, with_layout
 from .files import StoredTensor, open_folder
 from .fp8 import dequantise, scale_shape
-from .names import SCALE, abbreviate, copied_names, is_ignorable, layer_of, our_names, stored_names
+from .names import SCALE, abbreviate, copied_names, is_ignorable, layer_of, stored_names, stored_tensors
 
 __all__ = ["Checkpoint"]
 
@@ -142,7 +142,7 @@ class Checkpoint:
 
 def _expect_mtp(folder: Path, config: ModelConfig, tensors: dict[str, StoredTensor]) -> None:
     """CouldNotRun if the config names MTP layers and the files hold nothing of them."""
-    if config.mtp_depth and not any((layer_of(name) or 0) >= config.layers for name in tensors):
+    if config.mtp_depth and tensors and not any((layer_of(name) or 0) >= config.layers for name in tensors):
         raise CouldNotRun(
             f"{folder / 'config.json'} names {config.mtp_depth} MTP layer(s) (num_nextn_predict_layers), "
             f"but no file holds model.layers.{config.layers}.*: open it without MTP"
@@ -159,7 +159,7 @@ def _without_mtp(config: ModelConfig, tensors: dict[str, StoredTensor]) -> dict[
 
 def _check(folder: Path, config: ModelConfig, tensors: dict[str, StoredTensor], block: tuple[int, int]) -> None:
     """CouldNotRun with everything that is missing, unexpected, misshapen, or of a type that can't be read."""
-    wanted = {name: shape for name, (_, _, shape) in our_names(config).items()}
+    wanted = {name: shape for name, (_, _, shape) in stored_tensors(config).items()}
     copies = {name: wanted[ours] for name, ours in copied_names(config).items() if name in tensors}
     problems = [(name, "is missing") for name in wanted if name not in tensors]
     scales: dict[str, tuple[int, ...]] = {}

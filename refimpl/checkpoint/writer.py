@@ -18,7 +18,7 @@ from ..model import is_buffer, parameter_shapes
 from .config_json import BLOCK, config_dict
 from .files import DTYPES, INDEX, SINGLE
 from .fp8 import narrow, quantise, scale_shape
-from .names import SCALE, copied_names, is_quantised, our_names
+from .names import SCALE, copied_names, is_quantised, stored_tensors
 
 __all__ = ["save_checkpoint", "write_random"]
 
@@ -156,7 +156,7 @@ def _write_files(rows: Rows, config: ModelConfig, folder: Path, dtype: str, shar
 
 def _entries(config: ModelConfig, dtype: str) -> Iterator[Entry]:
     """Every tensor of the files but the scales, in the order of the forward; a layer's copies follow the layer."""
-    names = our_names(config)
+    names = stored_tensors(config)
     plain = "BF16" if dtype in FP8 else STORED[dtype]
     names |= {copy: names[ours] for copy, ours in copied_names(config).items() if copy != "lm_head.weight"}
     for name, (ours, expert, shape) in names.items():
