@@ -16,10 +16,11 @@ from refimpl import ops
 from refimpl.check.cases import CASES, REGIMES
 from refimpl.ops import REFERENCE
 
+from support import NOT_OPS
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "refimpl"
 STEMS = sorted(path.stem for path in (PACKAGE / "ops").glob("*.py") if path.stem not in ("__init__", "table"))
-NOT_OPS = {"README", "checkpoints", "conventions"}  # pages of derivations/ that derive no op
 TAG = r"[a-z_]+\.\d+"
 
 
@@ -130,7 +131,10 @@ def test_version_is_in_the_changelog() -> None:
     assert f"## {refimpl.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "derivations/README.md", "kernels/README.md"])
+@pytest.mark.parametrize(
+    "document",
+    ["README.md", "CONTRIBUTING.md", "derivations/README.md", "derivations/checkpoints.md", "kernels/README.md"],
+)
 def test_links_of_documents(document: str) -> None:
     """Every relative link points at something that exists."""
     path = ROOT / document

@@ -84,6 +84,7 @@ def read_config(path: Path) -> ModelConfig:
 
     def number(source: dict[str, Any], key: str, default: float | None) -> float:
         value: Any = default if source.get(key) is None else source[key]
+        key = key if source is raw else f"rope_scaling's {key}"
         expect(type(value) in (int, float) and 0 <= value < 1e300, key, "a number of at least 0", value)
         return float(value)
 
@@ -119,7 +120,7 @@ def read_config(path: Path) -> ModelConfig:
         for key, only in {"attention_factor": None, "truncate": True, "partial_rotary_factor": 1}.items():
             expect(rope.get(key) in (None, only), f"rope_scaling's {key}", _shown(only), rope.get(key))
         original = number(rope, "original_max_position_embeddings", 4096)
-        expect(original >= 1, "original_max_position_embeddings", "a number of at least 1", original)
+        expect(original >= 1, "rope_scaling's original_max_position_embeddings", "a number of at least 1", original)
         settings = {key: number(rope, key, default) for key, default in YARN.items()}
         fields["yarn"] = Yarn(number(rope, "factor", None), int(original), **settings)
     method = raw.get("topk_method", "noaux_tc" if kind == "deepseek_v3" else "greedy")
