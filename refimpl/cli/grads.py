@@ -64,7 +64,7 @@ def grads(
     ] = None,
     logits: Annotated[bool, typer.Option("--logits/--no-logits", help="Write the logits.")] = True,
     convention: Annotated[str, typer.Option(help=f"Of {', '.join(CONVENTIONS)}.")] = "official",
-    implementation: Annotated[str, typer.Option(help=f"Of {', '.join(IMPLEMENTATIONS)}.")] = "reference",
+    implementation: Annotated[str, typer.Option(help=f"Of {', '.join(IMPLEMENTATIONS)}; flash for long sequences.")] = "reference",
     dtype: Annotated[str, typer.Option(help="The type to compute in: float32 or float64.")] = "float32",
     force: Annotated[bool, typer.Option("--force", help="Replace a result that is in the folder.")] = False,
     json_file: Json = None,
@@ -314,6 +314,6 @@ def _routes(path: Path) -> dict[int, Route]:
 
 def _fingerprint(checkpoint: Path) -> str:
     """Of the checkpoint's files: their names, sizes and times."""
-    files = sorted([*checkpoint.glob("*.safetensors"), *checkpoint.glob("*.json")])
+    files = sorted([*checkpoint.glob("*.safetensors"), checkpoint / "config.json"])
     told = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
