@@ -168,7 +168,7 @@ def test_text(folder: Path, run: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     code, _, error = run("--out", tmp_path / "x", "--text", "by hand", tokens=None)
     assert (code, error.count("\n")) == (2, 1)
-    assert "--text needs checkpoint/tokenizer.json, which is not there" in error
+    assert "checkpoint has no tokenizer.json" in error
     try:
         tokenizer.save("checkpoint/tokenizer.json")
         Path("text.txt").write_text("every gradient derived by machine")
@@ -177,19 +177,24 @@ def test_text(folder: Path, run: Any, tmp_path: Path, monkeypatch: pytest.Monkey
         assert read(tmp_path / "a")["in/tokens"].tolist() == [[5, 3]]
         assert read(tmp_path / "b")["in/tokens"].tolist() == [[1, 2, 3, 4, 0]]
         assert run("--out", tmp_path / "c", "--text", "", tokens=None)[0] == 2
+        Path("text.txt").write_bytes(b"\xff")
+        code, _, error = run("--out", tmp_path / "c", "--text", "text.txt", tokens=None)
+        assert (code, error) == (2, "refimpl: --text text.txt must be UTF-8: invalid start byte at byte 0\n")
         Path("checkpoint/tokenizer.json").write_text("{}")
         code, _, error = run("--out", tmp_path / "c", "--text", "by hand", tokens=None)
         assert (code, error.count("\n")) == (2, 1)
-        assert "can't be turned into tokens by checkpoint/tokenizer.json" in error
+        assert "checkpoint/tokenizer.json is no tokenizer" in error
     finally:
         Path("checkpoint/tokenizer.json").unlink()
 
 
-def test_text_without_the_package(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_without_the_package(folder: Path, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
+    Path("checkpoint/tokenizer.json").write_text("{}")
     code, _, error = run("--out", tmp_path / "x", "--text", "by hand", tokens=None)
-    assert code == 2
-    assert error == "refimpl: --text needs the package tokenizers: pip install 'deepseek-refimpl[text]'\n"
+    Path("checkpoint/tokenizer.json").unlink()
+    assert (code, error.count("\n")) == (2, 1)
+    assert "text needs the package tokenizers (pip install 'deepseek-refimpl[text]')" in error
 
 
 def test_a_gradient_that_is_not_finite(folder: Path, run: Any, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,11 +22,12 @@ from rich.table import Table
 from .. import __version__
 from ..checkpoint import Checkpoint
 from ..checkpoint.tensor_file import read_tensor_file
-from ..config import CONVENTIONS, ModelConfig
+from ..config import CONVENTIONS, Conventions, ModelConfig
 from ..errors import CouldNotRun
 from ..model import Route
 from ..ops import IMPLEMENTATIONS
 from ..streaming import ACTIVATIONS, EMBEDDING, Request, Result, Size, Stream
+from ..tokenizer import HuggingFace
 from .app import Json, app, check_writable, console, replace_json
 
 File = Path | None
@@ -64,7 +65,9 @@ def grads(
     ] = None,
     logits: Annotated[bool, typer.Option("--logits/--no-logits", help="Write the logits.")] = True,
     convention: Annotated[str, typer.Option(help=f"Of {', '.join(CONVENTIONS)}.")] = "official",
-    implementation: Annotated[str, typer.Option(help=f"Of {', '.join(IMPLEMENTATIONS)}; flash for long sequences.")] = "reference",
+    implementation: Annotated[
+        str, typer.Option(help=f"Of {', '.join(IMPLEMENTATIONS)}; flash for long sequences.")
+    ] = "reference",
     dtype: Annotated[str, typer.Option(help="The type to compute in: float32 or float64.")] = "float32",
     force: Annotated[bool, typer.Option("--force", help="Replace a result that is in the folder.")] = False,
     json_file: Json = None,
@@ -176,17 +179,20 @@ def _unlike_hf(config: ModelConfig) -> str:
     """Where Hugging Face's model computes something else, and what is the same if it does not."""
     ours, hf = config.conventions, CONVENTIONS["hf"]
     theirs = replace(config, conventions=hf)
-    matters = {
-        "gate_epsilon": config.normalise_weights,
-        "latent_eps": config.latent_eps != theirs.latent_eps,
-        "yarn_when": config.active_yarn != theirs.active_yarn,
-        "masked_groups": config.groups > 1,
-        "rope_layout": False,  # how the weights lie, which the checkpoint says
-    }  # Hugging Face has no MTP and no balance loss
+    has_no_effect = {
+        "gate_epsilon": not config.normalise_weights,
+        "latent_eps": config.latent_eps == theirs.latent_eps,
+        "yarn_when": config.active_yarn == theirs.active_yarn,
+        "masked_groups": config.groups == 1,
+        "balance_counts": config.balance_weight == 0,
+        "bias_centre": True,  # nothing updates the biases
+        "rope_layout": True,  # the weights', which the checkpoint says
+    } | {f.name: config.mtp_depth == 0 for f in fields(Conventions) if f.name.startswith("mtp_")}
     other = [
-        f"{name} {getattr(ours, name)!r}, hf {getattr(hf, name)!r}"
-        for name, does in matters.items() if does and getattr(ours, name) != getattr(hf, name)
-    ]  # fmt: skip
+        f"{f.name} {getattr(ours, f.name)!r}, hf {getattr(hf, f.name)!r}"
+        for f in fields(Conventions)
+        if getattr(ours, f.name) != getattr(hf, f.name) and not has_no_effect.get(f.name, False)
+    ]
     return "other than hf: " + "; ".join(other) if other else "the same as hf here"
 
 
@@ -233,23 +239,15 @@ def _tokens(file: File, text: str | None, checkpoint: Path) -> np.ndarray:
     if file is not None:
         return _integers(file, "--tokens")
     assert text is not None
-    path, tokenizer = Path(text), checkpoint / "tokenizer.json"
+    path = Path(text)
     try:
         if len(text) < 4096 and "\0" not in text and path.is_file():
             text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CouldNotRun(f"--text {path} can't be read: {error}") from error
-    try:
-        from tokenizers import Tokenizer  # type: ignore[import-not-found,unused-ignore]
-    except ImportError as error:
-        raise CouldNotRun("--text needs the package tokenizers: pip install 'deepseek-refimpl[text]'") from error
-    if not tokenizer.is_file():
-        raise CouldNotRun(f"--text needs {tokenizer}, which is not there")
-    try:
-        ids = Tokenizer.from_file(str(tokenizer)).encode(text).ids
-    except Exception as error:  # what tokenizers raises has no type of its own
-        raise CouldNotRun(f"--text can't be turned into tokens by {tokenizer}: {str(error).splitlines()[0]}") from error
-    return np.array([ids], dtype=np.int64)
+    except UnicodeDecodeError as error:
+        raise CouldNotRun(f"--text {path} must be UTF-8: {error.reason} at byte {error.start}") from error
+    except OSError as error:
+        raise CouldNotRun(f"--text {path} can't be read: {error.strerror}") from error
+    return np.array([HuggingFace(checkpoint).encode(text)], dtype=np.int64)
 
 
 def _integers(path: Path, option: str) -> np.ndarray:
