@@ -114,6 +114,7 @@ class Request:
     def identity(self, source: Source, checkpoint: str) -> dict[str, str]:
         """Each part of the request as a word or a digest: a resumed run must agree in all."""
         parts: dict[str, Any] = {"config": asdict(source.config), "dtype": str(source.dtype), "checkpoint": checkpoint}
+        parts |= {"refimpl": __version__, "numpy": np.__version__}
         parts |= {name: getattr(self, name) for name in self.__dataclass_fields__}
         parts["routes"] = {str(layer): digest(route.indices, route.counted) for layer, route in self.routes.items()}
         for name, value in parts.items():
@@ -235,7 +236,7 @@ class MoESaved(NamedTuple):
     ops: Ops
 
 
-def moe_op(sink: Callable[[str, np.ndarray | None], None] | None = None, *, output: bool = True) -> Op:
+def moe_op(sink: Callable[[str, np.ndarray | None], None] = lambda name, gradient: None, *, output: bool = True) -> Op:
     """`ops.moe` with one expert's weights in memory at a time; the same numbers.
 
     The backward runs each expert again and gives the gradient of its weights to ``sink`` (name, gradient or None for
@@ -265,7 +266,6 @@ def moe_op(sink: Callable[[str, np.ndarray | None], None] | None = None, *, outp
         rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, x.shape[-1])
         top_k, flat = indices.shape[-1], weights.reshape(-1, 1)
         dweights, dslots = np.empty(indices.size, x.dtype), np.empty((indices.size, x.shape[-1]), x.dtype)
-        assert sink is not None
         for expert, slots in dispatch(indices, stacks[0].shape[0]):
             dw: list[np.ndarray | None] = [None, None, None]
             if slots.size:
@@ -750,6 +750,7 @@ def prepare(folder: Path, identity: dict[str, str], force: bool) -> None:
             for name in found:
                 shutil.rmtree(folder / name) if name == "unfinished" else (folder / name).unlink(missing_ok=True)
         elif "index.json" in found:
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed as it removed it
             raise CouldNotRun(f"{folder} holds a finished result: give another folder, or replace it with --force")
         elif state.exists():
             before = json.loads(state.read_text())

@@ -333,6 +333,13 @@ def test_resume_and_force(folder: Path, run: Any, tmp_path: Path, monkeypatch: p
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
+    def large(*args: Any) -> None:
+        raise MemoryError("Unable to allocate 9 TiB")
+
+    monkeypatch.setattr(streaming.Stream, "_write_gradient", large)
+    code, _, error = run("--out", out)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "not enough memory (Unable to allocate 9 TiB): give fewer tokens" in error
     monkeypatch.setattr(streaming.Stream, "_write_gradient", full)
     code, _, error = run("--out", out)
     assert (code, error) == (2, f"refimpl: --out {out} can't be written: No space left on device\n")

@@ -379,6 +379,7 @@ def test_a_finished_result_stays(tmp_path: Path) -> None:
     source = MemorySource(params, TINY)
     Stream(source, Request(TOKENS)).write(tmp_path)
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()}
+    (tmp_path / "unfinished").mkdir()  # as a kill at the very end leaves it
     with pytest.raises(CouldNotRun, match="holds a finished result"):
         Stream(source, Request(TOKENS)).write(tmp_path)
     assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()}

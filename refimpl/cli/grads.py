@@ -120,6 +120,8 @@ def grads(
             result = stream.write(out, checkpoint=_fingerprint(checkpoint), force=force, progress=progress)
     except OSError as error:
         raise CouldNotRun(f"--out {out} can't be written: {error.strerror}") from error
+    except MemoryError as error:
+        raise CouldNotRun(f"not enough memory ({error}): give fewer tokens, or --implementation flash") from error
     seconds = time.perf_counter() - start
     console().print(f"refimpl {__version__}: {checkpoint}, {ids.shape[0]}×{ids.shape[1]} tokens, {dtype}", markup=False)
     _show(result, stream.config, convention)
