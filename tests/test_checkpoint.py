@@ -94,6 +94,10 @@ def same(a: dict[str, Array], b: dict[str, Array]) -> bool:
     return list(a) == list(b) and all(a[n].dtype == b[n].dtype and a[n].tobytes() == b[n].tobytes() for n in a)
 
 
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_released_tensors() -> None:
     """Written in FP8, the preset v3 has the names, shapes, types and numbers of the released files, all 91,991."""
     released: Counter[tuple[str, ...]] = Counter()
@@ -138,6 +142,7 @@ def test_round_trip(dtype: str, numpy: Any, shard_bytes: int, tmp_path: Path) ->
     assert same(checkpoint.load(), params)
     assert checkpoint.names == list(params)
     assert checkpoint.config == TINY
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["torch_dtype"] == dtype
     save_checkpoint(checkpoint.load(), TINY, tmp_path / "b", dtype=dtype, shard_bytes=shard_bytes)
     assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == {
         p.name: p.read_bytes() for p in (tmp_path / "b").iterdir()
@@ -308,6 +313,31 @@ def test_fp8_written_and_read(dtype: str, tmp_path: Path) -> None:
     assert quantisation.get("scale_fmt") == ("ue8m0" if dtype == "fp8_ue8m0" else None)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "fp8"])
+def test_many_chunks(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Converted a few rows at a time, as large tensors are, the files and what is read of them stay the same."""
+    config = replace(WIDE, vocabulary=700, mtp_depth=1)
+    params = random_parameters(config, dtype=np.float32)
+    save_checkpoint(params, config, tmp_path / "a", dtype=dtype)
+    whole = Checkpoint.open(tmp_path / "a").load()
+    monkeypatch.setattr("refimpl.checkpoint.writer.CHUNK", 1)
+    monkeypatch.setattr("refimpl.checkpoint.reader.CHUNK", 1000)
+    save_checkpoint(params, config, tmp_path / "b", dtype=dtype)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    checkpoint = Checkpoint.open(tmp_path / "b")
+    assert same(checkpoint.load(), whole)
+    rows = np.random.default_rng(0).integers(0, 700, (3, 50))
+    embedding = whole["model.embed_tokens.weight"]
+    assert np.array_equal(checkpoint.piece("model.embed_tokens.weight", rows), embedding[rows])
+    raw = bytearray((tmp_path / "b" / "model.safetensors").read_bytes())
+    start = 8 + int.from_bytes(raw[:8], "little")
+    end = json.loads(raw[8:start])["model.layers.2.embed_tokens.weight"]["data_offsets"][1]
+    raw[start + end - 1] ^= 1
+    (tmp_path / "b" / "model.safetensors").write_bytes(raw)
+    with pytest.raises(CouldNotRun, match=r"model.layers.2.embed_tokens.weight .* row 699 differs"):
+        Checkpoint.open(tmp_path / "b")
+
+
 INDICES = [
     0, -1, 3, slice(None), slice(1, 5), slice(0, 0), slice(None, None, -2), [3, 1, 1], np.array([[0, 2], [5, 4]]),
 ]  # fmt: skip
@@ -395,10 +425,6 @@ def test_memory_of_loading(dtype: str, tmp_path: Path) -> None:
     if dtype == "bfloat16":  # the measure sees what it should: the same with a second copy breaks the bound
         peak, bound = measure("twice")
         assert peak > bound
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_killed_save_leaves_nothing_half(tmp_path: Path) -> None:

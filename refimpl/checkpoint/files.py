@@ -113,7 +113,7 @@ def _open_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
         raise CouldNotRun(f"{index}: weight_map must be an object of tensors and their files")
     files = sorted(set(weight_map.values()))
     for file in files:
-        if not re.fullmatch(r"[\w.\-]+\.safetensors", file) or file.startswith("."):
+        if not re.fullmatch(r"[\w.\-]+\.safetensors", file):
             shown = json.dumps(file)[:80]
             raise CouldNotRun(f"{index}: weight_map must name .safetensors files in the same folder, got {shown}")
     if missing := [file for file in files if not (folder / file).exists()]:
