@@ -3,19 +3,22 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: verify test test-full check bugs memory memory-grads clean
+.PHONY: verify test test-full oracle check bugs memory memory-grads clean
 
 verify: .venv/base  ## prove every gradient on real text
 	$(BIN)/refimpl verify
 
 # Two workers, one BLAS thread each: on two cores, more threads only wait for one another.
-test test-full: export OPENBLAS_NUM_THREADS = 1
+test test-full oracle: export OPENBLAS_NUM_THREADS = 1
 
 test: .venv/dev  ## prove it harder: properties, identities, golden values, planted bugs
 	$(BIN)/python -m pytest -q -n 2
 
 test-full: .venv/dev  ## the same tests with ten times the examples
 	REFIMPL_TEST_FULL=1 $(BIN)/python -m pytest -q -n 2
+
+oracle: .venv/oracle  ## compare with Hugging Face's models (torch from the index may bring gigabytes of CUDA)
+	$(BIN)/python -m pytest -q tests/test_oracle.py tests/test_golden_checkpoints.py
 
 check: .venv/dev  ## lint, format and types
 	$(BIN)/ruff check
@@ -40,6 +43,11 @@ memory-grads: .venv/base  ## measure the peak memory of `refimpl grads` on V2-Li
 .venv/dev: .venv/base
 	@echo "installing the tools for tests into .venv"
 	@$(PIP) -e '.[dev]'
+	@touch $@
+
+.venv/oracle: .venv/dev
+	@echo "installing torch and transformers into .venv"
+	@$(PIP) -e '.[oracle]'
 	@touch $@
 
 clean:

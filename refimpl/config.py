@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
-from .ops.rope import Yarn
+from .ops.rope import Yarn, yarn_mscale
 
 __all__ = ["CONVENTIONS", "PRESETS", "Conventions", "ModelConfig", "Yarn", "preset"]
 
@@ -15,7 +15,7 @@ __all__ = ["CONVENTIONS", "PRESETS", "Conventions", "ModelConfig", "Yarn", "pres
 @dataclass(frozen=True)
 class Conventions:
     """Where papers and implementations disagree: one field a choice. The default is `official`: DeepSeek's inference
-    code and released weights, and the paper where those are silent. derivations/README.md says who does what."""
+    code and released weights, and the paper where those are silent. derivations/conventions.md says who does what."""
 
     mtp_order: str = "embedding_hidden"
     """In front of MTP's projection: embedding_hidden (released weights, Megatron, vLLM) or hidden_embedding (paper)."""
@@ -39,6 +39,12 @@ class Conventions:
     """eps of the two latent norms: the config's, or class_default (1e-6; Hugging Face). They differ on Moonlight."""
     yarn_when: str = "beyond_original"
     """YaRN applies only if max_positions exceeds the original context (DeepSeek), or always (Hugging Face)."""
+    yarn_factor: str = "ratio"
+    """Under YaRN cos and sin are multiplied by get_mscale(mscale) / get_mscale(mscale_all_dim): always (ratio; the
+    modelling code in DeepSeek's checkpoints), or only if neither is 0, else by get_mscale(1) (if_both; HF)."""
+    softmax_normalise: str = "scaled"
+    """What norm_topk_prob does to a softmax gate: as to a sigmoid gate (scaled), the same without routed_scaling_factor
+    (unscaled; the modelling code in V2's checkpoints), or nothing (ignored; HF). Released models do not set it."""
     rope_layout: str = "interleaved"
     """How a head's rotated pairs lie in the weights: interleaved (released checkpoints) or halves."""
 
@@ -51,6 +57,8 @@ class Conventions:
             "balance_counts": ("unbiased", "routed"),
             "latent_eps": ("config", "class_default"),
             "yarn_when": ("beyond_original", "always"),
+            "yarn_factor": ("ratio", "if_both"),
+            "softmax_normalise": ("scaled", "unscaled", "ignored"),
             "rope_layout": ("interleaved", "halves"),
         }
         for name, choices in allowed.items():
@@ -61,10 +69,11 @@ class Conventions:
 CONVENTIONS: dict[str, Conventions] = {
     "official": Conventions(),
     "paper": Conventions(mtp_order="hidden_embedding"),
-    "hf": Conventions(  # transformers 5.23; it has no MTP and no balance loss
-        gate_epsilon=1e-20, latent_eps="class_default", yarn_when="always"
+    "hf": Conventions(  # transformers 5.23; its MTP drafts tokens, without a loss that runs; no balance loss
+        gate_epsilon=1e-20, latent_eps="class_default", yarn_when="always", yarn_factor="if_both",
+        softmax_normalise="ignored",
     ),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,7 @@ class ModelConfig:
     groups: int = 1  # G, n_group
     keep_groups: int = 1  # topk_group, M
     gate: str = "sigmoid"  # scoring_func
-    group_score: str = "top2"  # noaux_tc takes the two best of a group, V2 (group_limited_greedy) the best
+    group_score: str = "top2"  # noaux_tc: a group's two best; V2 (group_limited_greedy): max; paper: share
     tied: bool = False  # tie_word_embeddings: the head is the embedding table (V3: False)
     gate_bias: bool = True  # e_score_correction_bias exists
     normalise_weights: bool = True  # norm_topk_prob
@@ -109,7 +118,7 @@ class ModelConfig:
             least = 0 if f.name in ("dense_layers", "shared_experts", "mtp_depth") else 1
             if f.type == "int" and not (isinstance(value, int) and value >= least):
                 raise ValueError(f"{f.name} must be an integer of at least {least}, got {value!r}")
-        for name, choices in {"gate": ("sigmoid", "softmax"), "group_score": ("top2", "max")}.items():
+        for name, choices in {"gate": ("sigmoid", "softmax"), "group_score": ("top2", "share", "max")}.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name, least_float in {"norm_eps": 0.0, "theta": 1.0, "routed_scale": 0.0, "mtp_weight": 0.0}.items():
@@ -138,6 +147,23 @@ class ModelConfig:
         if self.yarn is None or self.conventions.yarn_when == "always":
             return self.yarn
         return self.yarn if self.max_positions > self.yarn.original else None
+
+    @property
+    def rope_factor(self) -> float:
+        """What cos and sin are multiplied with; 1 in released models."""
+        yarn = self.active_yarn
+        if yarn is None:
+            return 1.0
+        if self.conventions.yarn_factor == "if_both" and not (yarn.mscale and yarn.mscale_all_dim):
+            return yarn_mscale(yarn.factor, 1.0)
+        return yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
+
+    @property
+    def weight_rule(self) -> tuple[bool, float]:
+        """Whether the chosen experts' scores are normalised, and what multiplies them then."""
+        rule = self.conventions.softmax_normalise if self.gate == "softmax" else "scaled"
+        normalise = self.normalise_weights and rule != "ignored"
+        return normalise, 1.0 if normalise and rule == "unscaled" else self.routed_scale
 
     @property
     def latent_eps(self) -> float:

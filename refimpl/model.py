@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from .array import Array, expect, expect_ids, expect_mask, library, namespace, number, real, zeros
 from .config import ModelConfig
-from .ops import REFERENCE, Ops, mtp_pairs, rope_frequencies, select_experts, yarn_mscale, yarn_softmax_factor
+from .ops import REFERENCE, Ops, mtp_pairs, rope_frequencies, select_experts, yarn_softmax_factor
 from .ops.router import expert_load
 
 __all__ = ["ModelOutput", "Route", "backward", "forward", "init_parameters", "is_buffer", "logits", "parameter_shapes"]
@@ -323,19 +323,18 @@ def block_forward(run: Run, layer: int, x: Array, batch: Batch) -> tuple[Array, 
         heads=config.heads, scale=(config.nope + config.rope) ** -0.5 * yarn_softmax_factor(yarn),
         eps=config.latent_eps, positions=batch.positions, layout=conventions.rope_layout,
         inv_freq=namespace(x=x).asarray(rope_frequencies(config.rope, config.theta, yarn)),
-        factor=yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim) if yarn else 1.0,
-        key_mask=batch.takes_part, segments=batch.segments, ops=ops,
+        factor=config.rope_factor, key_mask=batch.takes_part, segments=batch.segments, ops=ops,
     )  # fmt: skip
     x = x + y
     h, ffn_norm_saved = ops["rms_norm"].forward(x, ffn_norm, eps=config.norm_eps)
     if layer < config.dense_layers:
         y, ffn = ops["ffn"].forward(h, *run.names(layer, *DENSE), ops=ops)
         return x + y, BlockSaved(attention_norm, mla, ffn_norm_saved, ffn, None, None, None)
-    replay = run.routes.get(layer)
+    replay, (normalise, scale) = run.routes.get(layer), config.weight_rule
     routed, router = ops["router"].forward(
         h, gate, top_k=config.top_k, bias=run.params.get(f"model.layers.{layer}.{BIAS}"), groups=config.groups,
         keep_groups=config.keep_groups, group_score=config.group_score, score=config.gate,
-        normalise=config.normalise_weights, scale=config.routed_scale, epsilon=conventions.gate_epsilon,
+        normalise=normalise, scale=scale, epsilon=conventions.gate_epsilon,
         masked_groups=conventions.masked_groups, routes=replay and replay.indices,
     )  # fmt: skip
     counted = routed.indices if conventions.balance_counts == "routed" else None

@@ -315,7 +315,7 @@ def test_config_json_as_transformers_writes_it(tmp_path: Path) -> None:
     content |= {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}, "aux_loss_alpha": None}
     config = read_config(written(tmp_path / "a.json", content))
     assert config == replace(preset("v3"), theta=5e4, yarn=None)
-    yarn = {"rope_type": "yarn", "factor": 4}
+    yarn = {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 4096}
     config = read_config(written(tmp_path / "b.json", V3_JSON | {"rope_scaling": yarn}))
     assert config.yarn == Yarn(4.0, 4096, 32.0, 1.0, mscale=1.0, mscale_all_dim=0.0)
     groups = {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3}
@@ -349,6 +349,14 @@ BAD: list[tuple[Any, str]] = [
     (V3_JSON | {"rope_scaling": "yarn"}, 'rope_scaling must be an object or null, got "yarn"'),
     (V3_JSON | {"rope_scaling": {"type": "linear"}}, "rope_scaling's type must be yarn, got \"linear\""),
     (V3_JSON | {"rope_scaling": {"type": "yarn", "factor": []}}, "factor must be a number of at least 0, got []"),
+    (
+        V3_JSON | {"rope_scaling": {"type": "yarn", "factor": 4}},
+        "original_max_position_embeddings must be a number of at least 0, got nothing",
+    ),
+    (
+        V3_JSON | {"rope_scaling": dict(V3_JSON["rope_scaling"]) | {"mscale": None}},
+        "rope_scaling's mscale must be given with mscale_all_dim (DeepSeek's code takes 1 for it, transformers 0), ",
+    ),
     (V3_JSON | {"topk_method": "best"}, "topk_method must be one of noaux_tc, group_limited_greedy, greedy, got "),
     (V3_JSON | {"topk_method": {}}, "topk_method must be one of noaux_tc, group_limited_greedy, greedy, got {}"),
     (V3_JSON | {"scoring_func": "tanh"}, "gate must be one of sigmoid, softmax, got 'tanh'"),

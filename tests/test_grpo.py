@@ -79,6 +79,23 @@ def test_unbiased_kl_has_the_gradient_of_the_kl() -> None:
     np.testing.assert_allclose(k3, MASK * (1 - np.exp(reference - new)) / 2, rtol=0, atol=4e-16)
 
 
+@pytest.mark.parametrize(
+    ("u", "value", "slope"),
+    [
+        *((u, np.expm1(u) - u, np.expm1(u)) for u in (0.5, -0.5, 2.0, -9.0)),
+        *((u, 9.0, 0.0) for u in (2.6, 3.0, -30.0)),
+    ],
+)
+def test_kl_bounds(u: float, value: float, slope: float) -> None:
+    """verl's clamps, here of |u| at 20 and of k3 at 9: the value stops there, and the gradient with it."""
+    reference, options = np.array([[u]]), {"advantages": np.zeros(1), "mask": np.array([[True]]), "kl_weight": 1.0}
+    loss, grad = run(np.zeros((1, 1)), reference_log_prob=reference, kl_bounds=(20.0, 9.0), **options)
+    np.testing.assert_allclose([loss, -grad[0, 0]], [value, slope], rtol=1e-14)
+    free, grad = run(np.zeros((1, 1)), reference_log_prob=reference, **options)
+    assert free >= loss
+    np.testing.assert_allclose(-grad[0, 0], np.expm1(u), rtol=1e-15)
+
+
 def test_padding_never_leaks() -> None:
     """What stands at padding, NaN and infinities included, changes no bit."""
     new, old, reference = log_probs()

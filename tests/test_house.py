@@ -21,6 +21,7 @@ from support import NOT_OPS
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "refimpl"
 STEMS = sorted(path.stem for path in (PACKAGE / "ops").glob("*.py") if path.stem not in ("__init__", "table"))
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "kernels/README.md", *(f"derivations/{x}.md" for x in sorted(NOT_OPS))]
 TAG = r"[a-z_]+\.\d+"
 
 
@@ -131,10 +132,7 @@ def test_version_is_in_the_changelog() -> None:
     assert f"## {refimpl.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-@pytest.mark.parametrize(
-    "document",
-    ["README.md", "CONTRIBUTING.md", "derivations/README.md", "derivations/checkpoints.md", "kernels/README.md"],
-)
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_of_documents(document: str) -> None:
     """Every relative link points at something that exists."""
     path = ROOT / document

@@ -39,7 +39,8 @@ def best_in_plain_python(
 ) -> list[int]:
     size = len(row) // groups
     members = [row[g * size : (g + 1) * size] for g in range(groups)]
-    best = [sum(sorted(m)[-2:]) if group_score == "top2" else max(m) for m in members]
+    count = {"top2": 2, "share": top_k // keep_groups, "max": 1}[group_score]
+    best = [sum(sorted(m)[-count:]) for m in members]
     kept = sorted(range(groups), key=lambda g: (-best[g], g))[:keep_groups]
     hidden = -math.inf if masked_groups == "-inf" else 0.0
     scores = [s if i // size in kept else hidden for i, s in enumerate(row)]
@@ -53,7 +54,8 @@ def test_selection_by_brute_force(data: st.DataObject) -> None:
     groups, size = draw.integer(1, 4), draw.integer(1, 4)
     keep_groups = draw.integer(1, groups)
     top_k = draw.integer(1, keep_groups * size)
-    how = draw.choice(["top2", "max"]), draw.choice(["-inf", "zero"])
+    group_score = draw.choice(["top2", "max", "share"] if top_k >= keep_groups else ["top2", "max"])
+    how = group_score, draw.choice(["-inf", "zero"])
     biased = draw.rng.integers(-4, 5, (2, 6, groups * size)) / 4
     expected = [
         [best_in_plain_python(row, top_k, groups, keep_groups, *how) for row in rows] for rows in biased.tolist()
@@ -79,6 +81,8 @@ def test_group_score_decides() -> None:
     scores = np.array([[0.9, 0.0, 0.6, 0.5]])
     np.testing.assert_array_equal(select_experts(scores, 2, 2, 1, group_score="max"), [[0, 1]])
     np.testing.assert_array_equal(select_experts(scores, 2, 2, 1, group_score="top2"), [[2, 3]])
+    np.testing.assert_array_equal(select_experts(scores, 1, 2, 1, group_score="share"), [[0]])  # K / kept groups = 1
+    np.testing.assert_array_equal(select_experts(scores, 2, 2, 1, group_score="share"), [[2, 3]])
 
 
 @pytest.mark.parametrize(("score", "value"), [("sigmoid", [0.5, 0.75, 0.25]), ("softmax", [3 / 13, 9 / 13, 1 / 13])])
@@ -244,8 +248,12 @@ def test_bias_update() -> None:
         ({"groups": 0}, ValueError, "groups must divide E=8, keep_groups lie in 1…groups, got 0, 1"),
         ({"groups": 2, "keep_groups": 3}, ValueError, "keep_groups lie in 1…groups, got 2, 3"),
         ({"groups": 2, "keep_groups": 0}, ValueError, "keep_groups lie in 1…groups, got 2, 0"),
-        ({"group_score": "sum"}, ValueError, "group_score is top2 or max, masked_groups -inf or zero, got sum, -inf"),
-        ({"masked_groups": "nan"}, ValueError, "group_score is top2 or max, masked_groups -inf or zero, got top2, nan"),
+        (
+            {"group_score": "sum"},
+            ValueError,
+            r"group_score is top2, max or .* share, .* got sum, -inf",
+        ),
+        ({"masked_groups": "nan"}, ValueError, "masked_groups -inf or zero, got top2, nan"),
         ({"top_k": 0}, ValueError, r"top_k must lie in 1…8 \(kept experts\), got 0"),
         ({"groups": 4, "top_k": 3}, ValueError, r"top_k must lie in 1…2 \(kept experts\), got 3"),
         ({"x": np.ones((B, T, D), int)}, TypeError, "x must be float32 or wider"),

@@ -365,11 +365,16 @@ def grpo(draw: Draw) -> Case:
     kl_weight, average = draw.choice([0.0, 0.04, 0.7]), draw.choice(["sequence", "token", "constant"])
     kl = draw.choice(["k1", "k2", "k3", "unbiased"]) if kl_weight else "k3"
     off_policy, dual_clip = draw.choice([None, 0.03]), draw.choice([None, 2.0])
+    kl_level, kl_bounds = draw.choice(["token", "sequence"]), None
+    if kl in ("k3", "unbiased") and kl_level == "token" and draw.choice([True, False]):
+        kl_bounds = draw.choice([(0.75, 10.0), (20.0, 0.18)])  # far from every |u| and k3(u)
+        far = np.where(draw.rng.choice([True, False], (n, t)), [[1.0]], [[0.1]]) + draw.rng.uniform(0, 0.4, (n, t))
+        reference = np.where(mask, log_prob + far * draw.rng.choice([-1, 1], (n, t)), np.nan)
     kwargs = {
         "advantages": advantages, "mask": mask, "old_log_prob": old, "clip": draw.choice([(0.2, 0.2), (0.2, 0.28)]),
         "reference_log_prob": reference if kl_weight else None, "dual_clip": dual_clip, "ratio": ratio,
         "average": average, "length": 7 if average == "constant" else None, "kl_weight": kl_weight, "kl": kl,
-        "kl_level": draw.choice(["token", "sequence"]), "off_policy": off_policy,
+        "kl_level": kl_level, "kl_bounds": kl_bounds, "off_policy": off_policy,
     }  # fmt: skip
     z = np.where(mask, log_ratio, 0)
     rho = np.exp(z if ratio == "token" else z.sum(axis=1, keepdims=True) / (size if ratio == "sequence_mean" else 1))
@@ -381,7 +386,9 @@ def grpo(draw: Draw) -> Case:
         zero_advantage=(advantages == 0).any(), padded=not mask.all(), empty=not mask.any(axis=1).all(),
         dropped=off_policy is not None and (((advantages < 0) & (drift > off_policy))[:, None] & live).any(),
         dual_clipped=dual_clip is not None and ((advantages[:, None] < 0) & (rho > 2.0) & mask).any(),
-        kl_of_outputs=bool(kl_weight) and kwargs["kl_level"] == "sequence",
+        kl_of_outputs=bool(kl_weight) and kl_level == "sequence",
+        far_reference=bool(kl_weight) and kl_bounds is not None and kl_bounds[0] < 1,
+        large_kl=bool(kl_weight) and kl_bounds is not None and kl_bounds[1] < 1,
     )  # fmt: skip
     return Case((log_prob,), kwargs, regimes, lambda y: {"unclipped": y.unclipped, "kept": y.kept})
 
@@ -431,6 +438,7 @@ REGIMES: dict[str, set[str]] = {
         "up_inside", "up_above", "up_below", "down_inside", "down_above", "down_below", "zero_advantage", "padded",
         "empty", "dropped", "dual_clipped", "ratio_token", "ratio_sequence", "ratio_sequence_mean", "average_sequence",
         "average_token", "average_constant", "kl_k1", "kl_k2", "kl_k3", "kl_unbiased", "no_kl", "kl_of_outputs",
+        "far_reference", "large_kl",
     },
 }  # fmt: skip
 

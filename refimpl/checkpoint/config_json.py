@@ -119,10 +119,14 @@ def read_config(path: Path) -> ModelConfig:
     if turned == "yarn":
         for key, only in {"attention_factor": None, "truncate": True, "partial_rotary_factor": 1}.items():
             expect(rope.get(key) in (None, only), f"rope_scaling's {key}", _shown(only), rope.get(key))
-        original = number(rope, "original_max_position_embeddings", 4096)
+        factor = number(rope, "factor", None)
+        original = number(rope, "original_max_position_embeddings", None)  # DeepSeek's code has 4096, transformers not
         expect(original >= 1, "rope_scaling's original_max_position_embeddings", "a number of at least 1", original)
+        alone = bool(rope.get("mscale_all_dim")) and rope.get("mscale") is None
+        told = "given with mscale_all_dim (DeepSeek's code takes 1 for it, transformers 0)"
+        expect(not alone, "rope_scaling's mscale", told, None)
         settings = {key: number(rope, key, default) for key, default in YARN.items()}
-        fields["yarn"] = Yarn(number(rope, "factor", None), int(original), **settings)
+        fields["yarn"] = Yarn(factor, int(original), **settings)
     method = raw.get("topk_method", "noaux_tc" if kind == "deepseek_v3" else "greedy")
     expect(isinstance(method, str) and method in SELECTION, "topk_method", "one of " + ", ".join(SELECTION), method)
     fields["group_score"], fields["gate_bias"] = SELECTION[method]

@@ -182,8 +182,10 @@ def _check(folder: Path, config: ModelConfig, tensors: dict[str, StoredTensor], 
         elif tensors[name].dtype not in ("F32", "BF16", "F16", "F8_E8M0"):
             problems.append((name, f"must be F32 or F8_E8M0, got {tensors[name].dtype}"))
     known = wanted.keys() | copies.keys() | scales.keys()
-    for name in tensors:
+    for name, tensor in tensors.items():
         weight = name.removesuffix(SCALE)
+        if 0 in tensor.shape:  # transformers writes such for shared experts where there are none
+            continue
         if name in known or is_ignorable(name) or (weight != name and weight in wanted and weight not in tensors):
             continue
         if weight not in known or weight == name:

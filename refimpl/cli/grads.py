@@ -182,9 +182,11 @@ def _unlike_hf(config: ModelConfig) -> str:
     ours, hf = config.conventions, CONVENTIONS["hf"]
     theirs = replace(config, conventions=hf)
     has_no_effect = {
-        "gate_epsilon": not config.normalise_weights,
+        "gate_epsilon": not config.weight_rule[0],
+        "softmax_normalise": config.weight_rule == theirs.weight_rule,
         "latent_eps": config.latent_eps == theirs.latent_eps,
         "yarn_when": config.active_yarn == theirs.active_yarn,
+        "yarn_factor": config.rope_factor == theirs.rope_factor,
         "masked_groups": config.groups == 1,
         "balance_counts": config.balance_weight == 0,
         "bias_centre": True,  # nothing updates the biases

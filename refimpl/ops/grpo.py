@@ -44,8 +44,8 @@ def grpo_forward(
     log_prob: Array, *, advantages: Array, mask: Array, old_log_prob: Array | None = None,
     reference_log_prob: Array | None = None, clip: tuple[float, float] = (0.2, 0.2), dual_clip: float | None = None,
     ratio: str = "token", average: str = "sequence", length: int | None = None, kl_weight: float = 0.04,
-    kl: str = "k3", kl_level: str = "token", off_policy: float | None = None, unclipped: Array | None = None,
-    kept: Array | None = None,
+    kl: str = "k3", kl_level: str = "token", kl_bounds: tuple[float, float] | None = None,
+    off_policy: float | None = None, unclipped: Array | None = None, kept: Array | None = None,
 ) -> tuple[GRPOOutput, GRPOSaved]:  # fmt: skip
     """The loss of outputs whose tokens have ``log_prob`` [N, T] (from `log_prob_forward`).
 
@@ -60,6 +60,7 @@ def grpo_forward(
         average: sequence (mean over outputs of the mean over tokens), token (mean over all tokens; DAPO), constant
             (sum over tokens by N·length; Dr. GRPO).
         kl_weight, kl, kl_level: β; k1, k2, k3, or unbiased (ρ·k3, V3.2); token or sequence.
+        kl_bounds: of |ln π_ref/π| and of |k|, which stop there, and with them the gradient; verl has (20, 10).
         off_policy: V3.2's δ: the ratio term of an output with A < 0 and mean ln(π_old/π) > δ is dropped.
         unclipped, kept: choices of an earlier run to replay.
 
@@ -70,7 +71,7 @@ def grpo_forward(
     n, t = log_prob.shape
     expect_mask("mask", mask, "(N, T)", (n, t))
     expect("advantages", advantages, "(N,)", (n,))
-    _check(clip, dual_clip, ratio, average, length, kl_weight, kl, kl_level, reference_log_prob)
+    _check(clip, dual_clip, ratio, average, length, kl_weight, kl, kl_level, kl_bounds, reference_log_prob)
     size = xp.sum(xp.astype(mask, xp.float64), axis=1, keepdims=True)
     count = xp.where(size > 0, size, 1.0)
     total = {"sequence": n * count, "token": float(xp.sum(size)) or 1.0, "constant": n * float(length or 1)}[average]
@@ -99,7 +100,7 @@ def grpo_forward(
     du = None
     if kl_weight:
         u = _to_level(-_difference(log_prob, reference_log_prob, mask, "reference_log_prob"), mask, count, kl_level)
-        k, slope = _estimator(xp, u, kl)  # (grpo.6)
+        k, slope = _estimator(xp, u, kl, kl_bounds or (float("inf"), float("inf")))
         if kl == "unbiased":
             objective = objective - kl_weight * rho * k
             dz = dz + weight * kl_weight * rho * k  # (grpo.8)
@@ -173,25 +174,37 @@ def _from_level(dx: Array, mask: Array, count: Array, level: str) -> Array:
     return fill(mask, dx, 0.0)
 
 
-def _estimator(xp: Any, u: Array, kl: str) -> tuple[Array, Array]:
+def _estimator(xp: Any, u: Array, kl: str, bounds: tuple[float, float]) -> tuple[Array, Array]:
     """The KL estimate at the log-ratio u = ln π_ref − ln π, and its derivative in u."""
+    u, inside = _bounded(xp, u, float(bounds[0]))
     if kl == "k1":
-        return -u, 0 * u - 1
-    if kl == "k2":
-        return u * u / 2, u
-    slope = xp.expm1(u)  # e^u − 1, which near u = 0 keeps the digits that k3 cancels
-    return slope - u, slope
+        k, slope = -u, 0 * u - 1  # (grpo.6)
+    elif kl == "k2":
+        k, slope = u * u / 2, u
+    else:
+        slope = xp.expm1(u)  # e^u − 1, which near u = 0 keeps the digits that k3 cancels
+        k = slope - u
+    k, flows = _bounded(xp, k, float(bounds[1]))
+    return k, fill(inside & flows, slope, 0.0)
+
+
+def _bounded(xp: Any, x: Array, most: float) -> tuple[Array, Array]:
+    """x stopped at ±most, and where it is not; NaN stays visible."""
+    above, below = real(x) > most, real(x) < -most  # (grpo.13)
+    return fill(~above, fill(~below, x, -most), most), ~(above | below)
 
 
 def _check(
     clip: tuple[float, float], dual_clip: float | None, ratio: str, average: str, length: int | None,
-    kl_weight: float, kl: str, kl_level: str, reference: Array | None,
+    kl_weight: float, kl: str, kl_level: str, kl_bounds: tuple[float, float] | None, reference: Array | None,
 ) -> None:  # fmt: skip
     """ValueError for a setting without a meaning."""
     if not (clip[0] >= 0 and clip[1] >= 0) or (dual_clip is not None and not dual_clip > 1):
         raise ValueError(
             f"clip must be two numbers of at least 0, dual_clip above 1 or None, got {clip} and {dual_clip}"
         )
+    if kl_bounds is not None and not (kl_bounds[0] > 0 and kl_bounds[1] > 0):
+        raise ValueError(f"kl_bounds must be two numbers above 0 or None, got {kl_bounds}")
     choices = {
         "ratio": (ratio, ("token", "sequence", "sequence_mean")),
         "average": (average, ("sequence", "token", "constant")),

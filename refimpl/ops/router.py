@@ -107,20 +107,25 @@ def select_experts(
     Args:
         biased: […, E] real scores, with the bias.
         groups, keep_groups: experts form ``groups`` equal groups in order; only the best ``keep_groups`` take part.
-        group_score: ``top2`` (sum of a group's two best, V3) or ``max`` (V2).
+        group_score: the sum of a group's best: ``top2`` two (V3's code), ``share`` K / keep_groups of them (V3's paper,
+            Megatron), ``max`` one (V2).
         masked_groups: ``-inf`` hides the other groups; ``zero`` sets their scores to 0, as Hugging Face did until
             transformers#45441: an expert with a negative biased score then loses to a hidden one.
     """
     xp, experts = namespace(biased=biased), biased.shape[-1]
     if groups < 1 or experts % groups or not 1 <= keep_groups <= groups:
         raise ValueError(f"groups must divide E={experts}, keep_groups lie in 1…groups, got {groups}, {keep_groups}")
-    if group_score not in ("top2", "max") or masked_groups not in ("-inf", "zero"):
-        raise ValueError(f"group_score is top2 or max, masked_groups -inf or zero, got {group_score}, {masked_groups}")
+    summed = {"top2": 2, "share": top_k // keep_groups, "max": 1}.get(group_score, 0)
+    if summed < 1 or masked_groups not in ("-inf", "zero"):
+        raise ValueError(
+            "group_score is top2, max or (if top_k is at least keep_groups) share, masked_groups -inf or zero, "
+            f"got {group_score}, {masked_groups}"
+        )
     if not 1 <= top_k <= experts // groups * keep_groups:
         raise ValueError(f"top_k must lie in 1…{experts // groups * keep_groups} (kept experts), got {top_k}")
     if keep_groups < groups:
         grouped = xp.reshape(biased, (*biased.shape[:-1], groups, experts // groups))
-        best = -xp.sort(-grouped, axis=-1)[..., : 2 if group_score == "top2" else 1]
+        best = -xp.sort(-grouped, axis=-1)[..., :summed]
         kept = argsort(-xp.sum(best, axis=-1))[..., :keep_groups]
         is_kept = xp.any(xp.arange(groups, device=biased.device)[:, None] == kept[..., None, :], axis=-1)
         hidden = -xp.inf if masked_groups == "-inf" else 0.0

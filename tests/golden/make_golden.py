@@ -701,6 +701,7 @@ def deepseekmath(
     beta: float = 0.04,
     kl: str = "k3",
     kl_level: str = "token",
+    kl_bounds: tuple[float, float] = (math.inf, math.inf),
     delta: float | None = None,
 ) -> tuple[Tensor, Flow]:
     """DeepSeekMath (2402.03300) eq. 3 and 4 with the sign of a loss: loops over outputs i and their tokens t.
@@ -733,7 +734,8 @@ def deepseekmath(
             if beta:
                 gaps = [batch.reference[i, s] - p for s, p in zip(row, now, strict=True)]
                 u = gaps[k] if kl_level == "token" else sum(gaps)
-                k3 = torch.exp(u) - u - 1
+                u = u.clamp(-kl_bounds[0], kl_bounds[0])
+                k3 = (torch.exp(u) - u - 1).clamp(-kl_bounds[1], kl_bounds[1])
                 term = term - beta * {"k1": -u, "k2": u**2 / 2, "k3": k3, "unbiased": rho * k3}[kl]
             loss = loss - term / divisor
     return loss, Flow(unclipped, kept)
@@ -1018,6 +1020,11 @@ def grpo_cases() -> Iterable[Case]:
             "verl_out_of_range", {"dual_clip": 3.0, "kl_weight": 0.2}, "verl",
             {"loss_agg_mode": "seq-mean-token-mean", "kl_loss_coef": 0.2},
             {"top": 3.0, "beta": 0.2}, {"reference": 6.0},
+        ),
+        (
+            "verl_clamped", {"dual_clip": 3.0, "kl_weight": 0.2, "kl_bounds": (20.0, 10.0)}, "verl",
+            {"loss_agg_mode": "seq-mean-token-mean", "kl_loss_coef": 0.2, "clamped": True},
+            {"top": 3.0, "beta": 0.2, "kl_bounds": (20.0, 10.0)}, {"reference": 12.0},
         ),
         # combinations without a counterpart: the loops alone
         *(

@@ -1,0 +1,58 @@
+"""``refimpl conventions``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from ..conventions import TRAPS, markdown, numbers
+from ..errors import CouldNotRun
+from .app import Json, app, check_writable, console, replace_json
+
+AllNumbers = Annotated[list[int] | None, typer.Argument(help=f"Of 1 … {len(TRAPS)}; default: all.")]
+
+
+@app.command()
+def conventions(
+    traps: AllNumbers = None,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="The page derivations/conventions.md.")] = False,
+    json_file: Json = None,
+) -> None:
+    """Show where papers and implementations disagree: who does what, our choice, and the number it changes."""
+    chosen = traps or range(1, len(TRAPS) + 1)
+    if wrong := [n for n in chosen if not 1 <= n <= len(TRAPS)]:
+        raise CouldNotRun(f"trap must lie in 1 … {len(TRAPS)}, got {wrong[0]}")
+    if as_markdown and traps:
+        raise CouldNotRun("--markdown writes the whole page: it takes no numbers of traps")
+    if json_file is not None:
+        check_writable(json_file)
+    if as_markdown:
+        print(markdown(), end="")
+    out, rows = console(), []
+    for number in chosen:
+        trap = TRAPS[number - 1]
+        measured = {measure: example() for measure, example in trap.measures}
+        rows.append(
+            {"number": number, "title": trap.title, "question": trap.question, "who": trap.who, "ours": trap.field,
+             "default": trap.default, "needs_checkpoint": trap.checkpoint, "measured": measured}
+        )  # fmt: skip
+        if as_markdown:
+            continue
+        out.print(f"[bold]{number:>2}. {trap.title}[/bold]: {trap.question}", soft_wrap=False)
+        table = Table(box=None, show_header=False, pad_edge=False)
+        table.add_column(width=18, no_wrap=True)
+        table.add_column(max_width=out.width - 20)
+        for name, what in trap.who.items():
+            table.add_row(f"    {name}", what.replace("`", ""))
+        if trap.absent:
+            table.add_row("    –", "no such part: " + ", ".join(trap.absent))
+        table.add_row("    ours", f"{trap.field.replace('`', '')}; default {trap.default}")
+        if trap.checkpoint:
+            table.add_row("", "(shows on checkpoints in FP8 alone; the numbers are of one tile)")
+        for line in numbers(trap):
+            table.add_row("    changes", line)
+        out.print(table, "")
+    if json_file is not None:
+        replace_json(json_file, {"traps": rows})

@@ -1,0 +1,314 @@
+"""The number that each convention changes, on small fixed examples: a function a trap, from choice to number.
+
+Model examples run the preset ``tiny`` in float64 on one text, with parameters off their neutral values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from ..array import Array
+from ..config import ModelConfig, Yarn, preset
+from ..model import ModelOutput, forward, is_buffer, logits, parameter_shapes
+from ..ops import (
+    GRPO_PRESETS,
+    REFERENCE,
+    Op,
+    Ops,
+    bias_update,
+    group_advantages,
+    grpo_backward,
+    grpo_forward,
+    mla_forward,
+    moe_forward,
+    rms_norm_forward,
+    router_forward,
+    yarn_softmax_factor,
+)
+
+Numbers = dict[str, float]  # choice → the number it gives, our default first
+TEXT = b"A reference is right, or it is nothing: "  # 2 rows of 20 tokens
+TINY = preset("tiny")
+
+
+@cache
+def parameters(bias: float = 0.0) -> dict[str, Array]:
+    """Normal with std 0.15; norms about 1; gate biases of std 0.15 about ``bias``."""
+    rng = np.random.default_rng(20241226)  # the day of the V3 report
+    centre = {True: bias, False: 0.0}
+    return {
+        name: 0.15 * rng.normal(size=shape) + (1.0 if name.endswith("norm.weight") else centre[is_buffer(name)])
+        for name, shape in parameter_shapes(TINY).items()
+    }
+
+
+def run(config: ModelConfig = TINY, *, bias: float = 0.0, ops: Ops = REFERENCE) -> ModelOutput:
+    """The model on the text."""
+    tokens = np.frombuffer(TEXT, np.uint8).astype(int).reshape(2, -1)
+    params = {name: parameters(bias)[name] for name in parameter_shapes(config)}
+    return forward(params, tokens, config, ops=ops)[0]
+
+
+def convention(**fields: Any) -> ModelConfig:
+    return replace(TINY, conventions=replace(TINY.conventions, **fields))
+
+
+def by_convention(name: str, choices: tuple[Any, ...], number: Callable[[ModelConfig], float]) -> Numbers:
+    return {str(choice): number(convention(**{name: choice})) for choice in choices}
+
+
+def first_mtp(config: ModelConfig) -> float:
+    return float(run(config).mtp[0])
+
+
+def main(config: ModelConfig = TINY, **how: Any) -> float:
+    return float(run(config, **how).main)  # type: ignore[arg-type]
+
+
+def mtp_order() -> Numbers:
+    return by_convention("mtp_order", ("embedding_hidden", "hidden_embedding"), first_mtp)
+
+
+def mtp_hidden() -> Numbers:
+    return by_convention("mtp_hidden", ("normed", "raw", "raw_first"), lambda c: float(run(c).mtp[1]))
+
+
+def mtp_normaliser() -> Numbers:
+    return by_convention("mtp_normaliser", ("positions", "valid", "main"), first_mtp)
+
+
+def mtp_zero_first_embedding() -> Numbers:
+    return by_convention("mtp_zero_first_embedding", (False, True), first_mtp)
+
+
+def masked_groups() -> Numbers:
+    return by_convention("masked_groups", ("-inf", "zero"), lambda c: main(c, bias=-1.0))
+
+
+def without_norms(*args: Any, ops: Ops, **how: Any) -> Any:
+    """MLA as the papers' equations have it: no norm of the latents."""
+    identity = Op(lambda x, w, *, eps: (x, None), lambda dy, saved: (dy, None))
+    return mla_forward(*args, ops={**ops, "rms_norm": identity}, **how)
+
+
+def latent_norms() -> Numbers:
+    bare = REFERENCE | {"mla": REFERENCE["mla"]._replace(forward=without_norms)}
+    return {"normed": main(), "not normed": main(ops=bare)}
+
+
+def yarn_when() -> Numbers:
+    short = replace(TINY, max_positions=16)
+    return {
+        when: main(replace(short, conventions=replace(short.conventions, yarn_when=when)))
+        for when in ("beyond_original", "always")
+    }
+
+
+def mscale() -> Numbers:
+    return {
+        f"mscale_all_dim {m:g}": 192**-0.5 * yarn_softmax_factor(Yarn(factor=40, mscale=m, mscale_all_dim=m))
+        for m in (1.0, 0.707, 0.0)
+    }
+
+
+def mscale_default() -> Numbers:
+    """V3's, and Megatron's default, which scales the rotated part of the scores alone."""
+    yarn = {"factor": 4.0, "original": 16, "beta_fast": 4.0, "beta_slow": 1.0, "mscale": 1.0}
+    return {
+        f"mscale_all_dim {m:g}": main(replace(TINY, yarn=Yarn(**yarn, mscale_all_dim=m)))  # type: ignore[arg-type]
+        for m in (1.0, 0.0)
+    }
+
+
+def yarn_factor() -> Numbers:
+    yarn = Yarn(factor=4.0, original=16, beta_fast=4.0, beta_slow=1.0, mscale=0.5, mscale_all_dim=0.0)
+    return by_convention("yarn_factor", ("ratio", "if_both"), lambda c: main(replace(c, yarn=yarn)))
+
+
+def softmax_normalise() -> Numbers:
+    return by_convention(
+        "softmax_normalise", ("scaled", "unscaled", "ignored"), lambda c: main(replace(c, gate="softmax"))
+    )
+
+
+def balance_counts() -> Numbers:
+    return by_convention("balance_counts", ("unbiased", "routed"), lambda c: float(sum(run(c).balance.values())))
+
+
+def bias_centre() -> Numbers:
+    load = np.array([9, 1, 1, 1])
+    return {str(c): float(bias_update(np.zeros(4), load, 0.001, centre=c)[0]) for c in (False, True)}
+
+
+def bfloat16(x: Array) -> Array:
+    """The nearest bfloat16, ties to even, as float32."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
+def gate_precision() -> Numbers:
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(1024, 64)).astype(np.float32), 0.1 * rng.normal(size=(64, 64)).astype(np.float32)
+
+    def experts(round_: Callable[[Array], Array], sigmoid: bool = False) -> Array:
+        gate = round_(round_(x) @ round_(w).T)
+        scores = round_(1 / (1 + np.exp(-gate))) if sigmoid else gate
+        return np.sort(np.argsort(-scores, axis=-1, kind="stable")[:, :8])
+
+    exact = experts(lambda a: a.astype(np.float64))
+    return {
+        name: float(100 * (chosen != exact).any(axis=1).mean())
+        for name, chosen in {
+            "float32": experts(lambda a: a), "bfloat16": experts(bfloat16), "scores too": experts(bfloat16, True)
+        }.items()
+    }  # fmt: skip
+
+
+def gate_bias() -> Numbers:
+    lost = replace(TINY, gate_bias=False, group_score="max")
+    return {
+        "top2, with bias": main(),
+        "share, with bias": main(replace(TINY, group_score="share")),
+        "max, bias lost": main(lost),
+    }
+
+
+def only_shared(x: Array, weights: Array, *experts: Array, **how: Any) -> Any:
+    """What is left of the mixture of experts if the routed branch does not run."""
+    return moe_forward(x, 0 * weights, *experts, **how)
+
+
+def routed_branch() -> Numbers:
+    return {
+        "routed and shared": main(),
+        "shared alone": main(ops=REFERENCE | {"moe": REFERENCE["moe"]._replace(forward=only_shared)}),
+    }
+
+
+def gate_epsilon() -> Numbers:
+    """Weights if the chosen scores underflow to 0."""
+    x, w = np.ones((1, 1)), np.full((2, 1), -800.0)
+    with np.errstate(invalid="ignore"):
+        return {f"{e:g}": float(router_forward(x, w, top_k=1, epsilon=e)[0].weights[0, 0]) for e in (0.0, 1e-20)}
+
+
+def weight_scale_inv() -> Numbers:
+    largest = 0.05  # of a tile of weights; the file holds 448 there, and weight_scale_inv = 0.05 / 448
+    scale = largest / 448
+    return {"multiply": 448 * scale, "divide": 448 / scale}
+
+
+def amax_floor() -> Numbers:
+    """What a tile of zeros is quantised to: x / scale, scale = max(amax, floor) / 448."""
+    amax = np.zeros(())
+    with np.errstate(invalid="ignore"):
+        return {f"floor {floor:g}": float(amax / (np.maximum(amax, floor) / 448)) for floor in (1e-4, 0.0)}
+
+
+def active_parameters() -> Numbers:
+    from ..count import count
+
+    sections = count(preset("v3"), length=4096)
+    (lines,) = (s.lines for s in sections if s.title.startswith("Active parameters"))
+    figures = {line.name: line.value / 1e9 for line in lines}
+    return {"with the head": figures["… + head"], "with head and embedding": figures["… + head + embedding"]}
+
+
+LOG_PROB = -np.array([[0.5, 1.25, 0.75, 2.0], [1.5, 0.25, 1.0, 0.5], [0.75, 0.5, 0.0, 0.0], [1.0, 2.5, 0.25, 0.0]])
+OLD = LOG_PROB - np.array([[0.3, -0.4, 0.1, 0.6], [0.5, 0.2, -0.1, 0.3], [-0.5, 0.1, 0, 0], [0.4, -0.2, 0.1, 0]])
+REFERENCE_LOG_PROB = LOG_PROB - np.array([[0.2, -0.3, 0.4, 0.1], [-0.6, 0.2, 0.1, 0.3], [0.5, -0.4, 0, 0], [0.1] * 4])
+LENGTHS = np.arange(4) < np.array([[4], [4], [2], [3]])
+REWARDS = np.array([[1.0, 0.0, 0.0, 1.0]])
+
+
+def grpo(**how: Any) -> float:
+    """The loss of four outputs of one question."""
+    given: dict[str, Any] = {
+        "mask": LENGTHS,
+        "old_log_prob": OLD,
+        "reference_log_prob": REFERENCE_LOG_PROB,
+        "length": 4,
+    }
+    return float(grpo_forward(LOG_PROB, advantages=group_advantages(REWARDS), **(given | how))[0].loss)
+
+
+def grpo_level() -> Numbers:
+    presets = {name: grpo(**GRPO_PRESETS[name]) for name in ("deepseekmath", "r1_print", "dapo", "dr_grpo", "gspo")}
+    return presets | {"verl": grpo(average="token", dual_clip=3.0, kl_weight=0.0)}
+
+
+def advantage_std() -> Numbers:
+    def best(**how: Any) -> float:
+        return float(group_advantages(REWARDS, **how)[0])
+
+    return {
+        "ddof 1": best(),
+        "ddof 0": best(ddof=0),
+        "TRL": best(epsilon=1e-4),
+        "verl": best(epsilon=1e-6),
+    }
+
+
+def group_of_one() -> Numbers:
+    return {
+        name: float(group_advantages(np.array([[1.0]]), alone=alone)[0])
+        for name, alone in {"alone 0": 0.0, "verl": 1 / (1 + 1e-6)}.items()
+    }
+
+
+def kl_gradient() -> Numbers:
+    """One token that the reference finds e^3 times likelier; its pull towards the reference, −dKL/d ln π."""
+
+    def pull(**how: Any) -> float:
+        one = np.full((1, 1), -4.0)
+        given: dict[str, Any] = {"mask": one < 0, "reference_log_prob": one + 3, "kl_weight": 1.0}
+        return -float(grpo_backward((1.0,), grpo_forward(one, advantages=np.zeros(1), **given, **how)[1])[0, 0])
+
+    return {"k3": pull(), "k3, verl's bounds": pull(kl_bounds=(20.0, 10.0)), "unbiased": pull(kl="unbiased")}
+
+
+def clip_width() -> Numbers:
+    return {"ε 0.2": grpo(kl_weight=0.0), "ε 10": grpo(kl_weight=0.0, clip=(10, 10))}
+
+
+def rotation() -> Numbers:
+    still = Op(lambda x, **how: (x, None), lambda dy, saved: dy)
+    bare = REFERENCE | {"mla": REFERENCE["mla"]._replace(forward=without_norms)}
+    return {
+        "RoPE and latent norms": main(),
+        "no RoPE": main(ops=REFERENCE | {"rope": still}),
+        "neither": main(ops=bare | {"rope": still}),
+    }
+
+
+def latent_eps() -> Numbers:
+    """Moonlight's eps, with latents as small as at initialisation, where eps counts."""
+    rng = np.random.default_rng(0)
+    latent = 0.006 * rng.normal(size=(1, 512))
+    return {
+        name: float(np.sqrt(np.mean(rms_norm_forward(latent, np.ones(512), eps=eps)[0] ** 2)))
+        for name, eps in {"config": 1e-5, "class_default": 1e-6}.items()
+    }
+
+
+def hidden_float32() -> Numbers:
+    """The largest relative change of a logit if norms and gate cast to float32 inside a model in float64."""
+
+    def norm(x: Array, w: Array, *, eps: float) -> Any:
+        y, saved = rms_norm_forward(x.astype(np.float32), w.astype(np.float32), eps=eps)
+        return y.astype(np.float64), saved
+
+    def gate(x: Array, w: Array, **how: Any) -> Any:
+        y, saved = router_forward(x.astype(np.float32), w.astype(np.float32), **how)
+        return y._replace(weights=y.weights.astype(np.float64), scores=y.scores.astype(np.float64)), saved
+
+    cast = REFERENCE | {
+        "rms_norm": REFERENCE["rms_norm"]._replace(forward=norm), "router": REFERENCE["router"]._replace(forward=gate)
+    }  # fmt: skip
+    exact, rounded = (logits(parameters(), run(ops=ops).hidden) for ops in (REFERENCE, cast))
+    return {"float64": 0.0, "float32 inside": float(np.max(np.abs(rounded - exact)) / np.max(np.abs(exact)))}
