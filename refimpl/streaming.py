@@ -36,6 +36,7 @@ import numpy as np
 
 from . import __version__
 from .array import argsort, blocks, expect_ids, scatter_add
+from .checkpoint.names import stored_names
 from .checkpoint.source import Source
 from .checkpoint.tensor_file import Spec, TensorWriter, read_tensor_file, write_tensor_file
 from .config import ModelConfig
@@ -149,13 +150,11 @@ class Result(NamedTuple):
 
 def gradient_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every gradient's name and shape as a checkpoint has them, the experts one by one."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in parameter_shapes(config).items():
-        if ".experts." in name:
-            shapes |= {expert_name(name, expert): shape[1:] for expert in range(shape[0])}
-        elif not is_buffer(name):
-            shapes[name] = shape
-    return shapes
+    return {
+        stored: shape if stored == name else shape[1:]
+        for name, shape in parameter_shapes(config).items() if not is_buffer(name)
+        for stored in stored_names(name, shape)
+    }  # fmt: skip
 
 
 def expert_name(stacked: str, expert: int) -> str:

@@ -16,9 +16,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from refimpl.checkpoint import Checkpoint, save_checkpoint
+from refimpl.checkpoint.names import stored_names
 from refimpl.cli import main
 from refimpl.config import CONVENTIONS, Yarn, preset
 from refimpl.model import backward, forward, parameter_shapes
+
+from checkpoint_values import GOLDEN, Values, assert_agree, golden_values
 
 CONFIG = preset("tiny")
 TOKENS = np.random.default_rng(3).integers(0, 256, (2, 10))
@@ -102,6 +105,28 @@ def test_a_checkpoint(folder: Path, run: Any, tmp_path: Path) -> None:
     assert sum(result["loads"]["1"]) == TOKENS.size * CONFIG.top_k
     entry = result["gradients"]["model.layers.1.mlp.gate.weight"]
     np.testing.assert_allclose(entry["norm"], np.linalg.norm(backward(saved)["model.layers.1.mlp.gate.weight"]), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["v2-greedy", "v2-group-limited", "v3", "v3-moonlight"])
+def test_against_hugging_face(name: str, run: Any, tmp_path: Path) -> None:
+    """On checkpoints that transformers saved, its own logits, loss and gradients, which it computed in float64."""
+    inputs, theirs = golden_values(GOLDEN / name)
+    given: list[Any] = []
+    for option, x in inputs.items():
+        np.save(tmp_path / f"{option}.npy", x)
+        given += [f"--{option.replace('_', '-')}", tmp_path / f"{option}.npy"]
+    code, printed, error = run(
+        "--out", tmp_path / "out", "--dtype", "float64", "--convention", "hf", *given, checkpoint=str(GOLDEN / name),
+        tokens=None,
+    )  # fmt: skip
+    assert code == 0, error
+    assert "conventions: hf; the same as hf here" in printed
+    found, gradients = read(tmp_path / "out"), {}
+    for ours, x in theirs.grads.items():
+        parts = [f"grad/{part}" for part in stored_names(ours, x.shape)]
+        gradients[ours] = np.stack([found.pop(part) for part in parts]) if len(parts) > 1 else found.pop(parts[0])
+    assert not [left for left in found if left.startswith("grad/")]
+    assert_agree(Values(found["out/logits"], float(found["out/loss"]), gradients), theirs)
 
 
 def test_every_option(folder: Path, run: Any, tmp_path: Path) -> None:
