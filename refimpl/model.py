@@ -145,13 +145,17 @@ class Run(NamedTuple):
     balance: dict[int, Array]
     chosen: dict[int, Route]
     loads: dict[int, Array]
+    caches: dict[int, Array] | None = None  # by layer [B, S − T, C + R]; each block replaces its own by [B, S, C + R]
 
     def names(self, layer: int, *names: str) -> list[Array | None]:
         return [self.params.get(f"model.layers.{layer}.{name}.weight") for name in names]
 
 
 class Batch(NamedTuple):
-    """What a depth reads and predicts, each [B, its positions]: the main model is depth 0, MTP module k depth k."""
+    """What a depth reads and predicts, each [B, its positions]: the main model is depth 0, MTP module k depth k.
+
+    With caches, ``takes_part`` is [B, S]: the cached positions, then these.
+    """
 
     tokens: Array
     targets: Array
@@ -205,7 +209,7 @@ def forward(
 
     Returns (ModelOutput, saved). ValueError names every tensor that is missing or misshapen.
     """
-    _check_parameters(params, config)
+    check_parameters(params, config)
     batch = make_batch(params, tokens, config, targets, mask, key_mask, segments, positions, with_loss)
     run = Run(params, config, ops, routes or {}, with_loss, {}, {}, {})
     x, embedding_saved = ops["embedding"].forward(params["model.embed_tokens.weight"], ids=batch.tokens)
@@ -317,14 +321,17 @@ def block_forward(run: Run, layer: int, x: Array, batch: Batch) -> tuple[Array, 
     config, ops = run.config, run.ops
     yarn, conventions = config.active_yarn, config.conventions
     norm, q, q_a, q_a_norm, q_b, kv_a, kv_a_norm, kv_b, o, ffn_norm, gate = run.names(layer, *NORM_AND_MLA, *FFN_NORM)
+    past = None if run.caches is None else run.caches.get(layer)
     h, attention_norm = ops["rms_norm"].forward(x, norm, eps=config.norm_eps)
-    (y, _), mla = ops["mla"].forward(
-        h, None, q_a, q_a_norm, q if q_b is None else q_b, kv_a, kv_a_norm, kv_b, o,
+    (y, cache), mla = ops["mla"].forward(
+        h, past, q_a, q_a_norm, q if q_b is None else q_b, kv_a, kv_a_norm, kv_b, o,
         heads=config.heads, scale=(config.nope + config.rope) ** -0.5 * yarn_softmax_factor(yarn),
         eps=config.latent_eps, positions=batch.positions, layout=conventions.rope_layout,
         inv_freq=namespace(x=x).asarray(rope_frequencies(config.rope, config.theta, yarn)),
         factor=config.rope_factor, key_mask=batch.takes_part, segments=batch.segments, ops=ops,
     )  # fmt: skip
+    if run.caches is not None:
+        run.caches[layer] = cache
     x = x + y
     h, ffn_norm_saved = ops["rms_norm"].forward(x, ffn_norm, eps=config.norm_eps)
     if layer < config.dense_layers:
@@ -343,7 +350,8 @@ def block_forward(run: Run, layer: int, x: Array, batch: Batch) -> tuple[Array, 
     elif counted is None:
         counted = select_experts(real(routed.scores), config.top_k)
     run.chosen[layer] = Route(routed.indices, counted)
-    run.loads[layer] = expert_load(routed.indices, config.experts, batch.takes_part)
+    takes_part = None if batch.takes_part is None else batch.takes_part[:, -x.shape[1] :]
+    run.loads[layer] = expert_load(routed.indices, config.experts, takes_part)
     balance_saved = None
     if run.with_loss:
         run.balance[layer], balance_saved = ops["balance_loss"].forward(
@@ -473,7 +481,7 @@ def _head_forward(run: Run, hidden: Array, batch: Batch, normaliser: float | Non
     )
 
 
-def _check_parameters(params: Parameters, config: ModelConfig) -> None:
+def check_parameters(params: Parameters, config: ModelConfig) -> None:
     wanted = parameter_shapes(config)
     wrong = [f"{name} is missing" for name in wanted if name not in params]
     wrong += [
