@@ -13,7 +13,9 @@ In the folder, safetensors under the checkpoint's own names (experts one by one)
     out.safetensors         out/loss_per_token [B, T] (0 where none counts), out/loss and its parts out/main, out/mtp.N,
                             out/balance.L
     aux.safetensors         aux/routes.L and aux/weights.L [B, T, K], aux/load.L [E]; aux/counted.L with a balance loss
-    act-….safetensors       the activations that were asked for: see ACTIVATIONS
+    act-….safetensors       act/, the activations that were asked for: see ACTIVATIONS
+    cot-….safetensors       cot/, the gradients of those among them that are layers' outputs, the embeddings or the
+                            final hidden states: what a backward of one layer starts from, and ends with
     grad-layer-….safetensors, grad-embedding, grad-norm, grad-head: grad/ and the parameter's name
     unfinished/             the records, until all is done
 """
@@ -566,7 +568,10 @@ class Stream:
                 dx = dx + dstate
         dx_norm, dw = self.ops["rms_norm"].backward(dhidden, saved)
         self._write_gradient("grad-norm", "model.norm.weight", [dw])
-        return {"dx": dx + dx_norm}
+        dx = dx + dx_norm
+        self._write_activations("cot-norm", {"model.norm": dhidden}, "cot")
+        self._write_activations(*self._cotangent(self.config.layers, dx), "cot")
+        return {"dx": dx}
 
     def backward(self, layer: int) -> dict[str, np.ndarray]:
         dx = self.records[f"backward-{layer + 1:05d}" if layer < self.config.layers - 1 else "norm"]["dx"]
@@ -574,7 +579,14 @@ class Stream:
             run = self._run(layer, moe_op(sink.write, output=False))
             _, saved = block_forward(run, layer, self._input(layer), self.batch)
             dx = block_backward(run, layer, dx, 1.0 if self.with_loss else None, saved, sink)
+        self._write_activations(*self._cotangent(layer, dx), "cot")
         return {"dx": dx}
+
+    def _cotangent(self, layer: int, dx: np.ndarray) -> tuple[str, dict[str, np.ndarray]]:
+        """File and name of the gradient of what ``layer`` reads."""
+        if layer == 0:
+            return "cot-embedding", {"model.embed_tokens": dx}
+        return f"cot-layer-{layer - 1:05d}", {f"model.layers.{layer - 1}": dx}
 
     def lookup(self) -> dict[str, np.ndarray]:
         """The embedding's gradient, with the head's if they are tied."""
@@ -674,8 +686,8 @@ class Stream:
 
             yield Sink(write)
 
-    def _write_activations(self, file: str, found: Mapping[str, np.ndarray]) -> None:
-        chosen = {f"act/{name}": x for name, x in found.items() if name in self.activations}
+    def _write_activations(self, file: str, found: Mapping[str, np.ndarray], prefix: str = "act") -> None:
+        chosen = {f"{prefix}/{name}": x for name, x in found.items() if name in self.activations}
         if chosen:
             self._write(f"{file}.safetensors", chosen)
 
@@ -769,7 +781,7 @@ def prepare(folder: Path, identity: dict[str, str], force: bool) -> None:
 
 
 OURS = ("index.json", "unfinished", "in.safetensors", "out.safetensors", "aux.safetensors", "logits.safetensors",
-        "act-*.safetensors", "grad-*.safetensors")  # fmt: skip
+        "act-*.safetensors", "cot-*.safetensors", "grad-*.safetensors")  # fmt: skip
 
 
 def replace_text(path: Path, content: Any, temporary: Path) -> None:

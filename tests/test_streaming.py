@@ -253,6 +253,29 @@ def test_activations(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_cotangents(tmp_path: Path) -> None:
+    """Each makes the gradients of what its activation is made of: the table's rows, the norm's weight, and the weights
+    of the last product that joins a layer's output."""
+    config = replace(TINY, mtp_depth=0, balance_weight=0.0)
+    params = parameters(config)
+    stream(params, config, tmp_path / "out", activations="*")
+    found = read(tmp_path / "out")
+    cot = {name[4:]: x for name, x in found.items() if name.startswith("cot/")}
+    assert set(cot) == {"model.embed_tokens", "model.norm", *(f"model.layers.{n}" for n in range(config.layers))}
+    table = np.zeros_like(params["model.embed_tokens.weight"])
+    np.add.at(table, TOKENS, cot["model.embed_tokens"])
+    np.testing.assert_allclose(table, found["grad/model.embed_tokens.weight"], rtol=0, atol=1e-15)
+    scaled = np.sum(cot["model.norm"] * found["act/model.norm"], axis=(0, 1)) / params["model.norm.weight"]
+    np.testing.assert_allclose(scaled, found["grad/model.norm.weight"], rtol=1e-12, atol=1e-14)
+    _, saved = forward(params, TOKENS, config)
+    for layer in range(config.layers):
+        last = saved.blocks[layer].ffn if layer < config.dense_layers else saved.blocks[layer].moe.shared
+        name = f"model.layers.{layer}.mlp" + ("" if layer < config.dense_layers else ".shared_experts")
+        hidden = last.down.x.reshape(-1, last.down.x.shape[-1])  # what down_proj, whose output joins the layer's, reads
+        dy = cot[f"model.layers.{layer}"].reshape(-1, config.width)
+        np.testing.assert_allclose(dy.T @ hidden, found[f"grad/{name}.down_proj.weight"], rtol=0, atol=1e-15)
+
+
 def test_no_stack_of_experts_is_read(tmp_path: Path) -> None:
     """Experts come one by one, of the embedding only the rows that occur, and in the backward each expert once."""
     config, params = replace(TINY, mtp_depth=0), parameters(replace(TINY, mtp_depth=0))
