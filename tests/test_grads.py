@@ -351,9 +351,9 @@ def test_no_mtp_in_the_checkpoint(run: Any, tmp_path: Path) -> None:
 
 def test_resume_and_force(folder: Path, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ended by a full disk, the same command goes on; finished, it needs --force; another checkpoint is another run."""
-    import refimpl.streaming as streaming
+    from refimpl.streaming.folder import Folder
 
-    out, write = tmp_path / "out", streaming.Stream._write_gradient
+    out, write = tmp_path / "out", Folder.write_gradient
 
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -361,14 +361,14 @@ def test_resume_and_force(folder: Path, run: Any, tmp_path: Path, monkeypatch: p
     def large(*args: Any) -> None:
         raise MemoryError("Unable to allocate 9 TiB")
 
-    monkeypatch.setattr(streaming.Stream, "_write_gradient", large)
+    monkeypatch.setattr(Folder, "write_gradient", large)
     code, _, error = run("--out", out)
     assert (code, error.count("\n")) == (2, 1)
     assert "not enough memory (Unable to allocate 9 TiB): give fewer tokens" in error
-    monkeypatch.setattr(streaming.Stream, "_write_gradient", full)
+    monkeypatch.setattr(Folder, "write_gradient", full)
     code, _, error = run("--out", out)
     assert (code, error) == (2, f"refimpl: --out {out} can't be written: No space left on device\n")
-    monkeypatch.setattr(streaming.Stream, "_write_gradient", write)
+    monkeypatch.setattr(Folder, "write_gradient", write)
     assert sorted(p.name for p in (out / "unfinished").glob("forward-*")) == [
         f"forward-{layer:05d}.safetensors" for layer in range(3)
     ]

@@ -23,7 +23,9 @@ from refimpl.errors import CouldNotRun
 from refimpl.memory import grads_memory
 from refimpl.model import ModelOutput, Route, backward, forward, logits, parameter_shapes
 from refimpl.ops import IMPLEMENTATIONS
-from refimpl.streaming import ROWS, Record, Request, Result, Rows, Stream, gradient_shapes, summed
+from refimpl.streaming import Request, Result, Stream, gradient_shapes
+from refimpl.streaming.folder import Record
+from refimpl.streaming.pieces import ROWS, Rows, summed
 
 TINY = preset("tiny")
 RNG = np.random.default_rng(5)
