@@ -281,6 +281,8 @@ BAD = [
     (["--out", "o"], "float.npy", "--tokens float.npy must hold integers [batch, time], got float64 [2, 10]"),
     (["--out", "o"], "pickle.npy", "--tokens pickle.npy is not an array"),
     (["--out", "o"], "zip.npy", "--tokens zip.npy must hold one array"),
+    (["--out", "o"], "endless.npy", "--tokens endless.npy is not an array: Unable to allocate"),
+    (["--out", "o"], "open.npy", "--tokens open.npy is not an array"),
     (["--out", "o"], "large.json", "--tokens must lie in 0…255, got 1…256"),
     (["--out", "o"], "negative.json", "--tokens must lie in 0…255, got -1…3"),
     (["--out", "o"], "one.json", "--tokens must have shape (B, T) with T of at least 2, got (1, 1)"),
@@ -330,6 +332,9 @@ def test_could_not_run(folder: Path, run: Any, arguments: list[str], tokens: str
     np.save("far.npy", np.arange(20).reshape(2, 10) // 19 * 999)
     np.save("nan.npy", np.full((2, 10, 256), np.nan))
     np.save("pickle.npy", np.array([{"a": 1}]), allow_pickle=True)
+    for name, shape in {"endless.npy": f"({10**15},)}}", "open.npy": "(((("}.items():
+        header = f"{{'descr': '<i8', 'fortran_order': False, 'shape': {shape}\n".encode()
+        Path(name).write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
     with Path("zip.npy").open("wb") as file:
         np.savez(file, a=TOKENS)
     routes = np.broadcast_to(np.arange(3), (2, 10, 3)).copy()

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 
 from ..checkpoint import Checkpoint
@@ -17,6 +16,7 @@ from ..errors import CouldNotRun
 from ..generate import Generation, check_request, generate
 from ..tokenizer import Bytes, HuggingFace, TextStream, Tokenizer, read_json
 from .app import Json, app, check_writable, replace_json
+from .inputs import token_lists
 
 
 @app.command("generate")
@@ -58,7 +58,7 @@ def generate_command(
     for row, text in enumerate(texts):
         if not text or any("\ud800" <= character <= "\udfff" for character in text):
             raise CouldNotRun(f"prompt {row} is {'not UTF-8' if text else 'empty'}")
-    given = read_tokens(tokens) if tokens is not None else [tokenizer.encode(t) for t in texts if tokenizer]
+    given = token_lists(tokens, "--tokens") if tokens is not None else [tokenizer.encode(t) for t in texts if tokenizer]
     if not given:
         raise CouldNotRun("give at least one --prompt TEXT, --prompts FILE or --tokens FILE")
     options: dict[str, Any] = {
@@ -131,30 +131,6 @@ def read_prompts(path: Path) -> list[str]:
         raise CouldNotRun(f"--prompts {path} can't be read: {error.strerror}") from error
     except ValueError as error:
         raise CouldNotRun(f"--prompts {path} is not UTF-8: {error}") from error
-
-
-def read_tokens(path: Path) -> list[list[int]]:
-    """The prompts of a .json or .npy file: one list of token ids, or several."""
-    if path.suffix == ".json":
-        rows = read_json(path)
-    elif path.suffix == ".npy":
-        try:
-            with path.open("rb") as file:
-                rows = np.lib.format.read_array(file, allow_pickle=False).tolist()
-        except OSError as error:
-            raise CouldNotRun(f"--tokens {path} can't be read: {error.strerror or error}") from error
-        except (ValueError, EOFError, MemoryError) as error:
-            raise CouldNotRun(f"--tokens {path} is no .npy file: {error}") from error
-    else:
-        raise CouldNotRun(f"--tokens {path} must be a .json or a .npy file")
-    if isinstance(rows, list) and rows and not any(isinstance(row, list) for row in rows):
-        rows = [rows]
-    if not (
-        isinstance(rows, list)
-        and all(isinstance(row, list) and all(type(token) is int for token in row) for row in rows)
-    ):
-        raise CouldNotRun(f"--tokens {path} must hold one list of integers, or several")
-    return rows
 
 
 def stop_tokens(folder: Path) -> list[int]:

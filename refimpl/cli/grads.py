@@ -21,14 +21,12 @@ from rich.table import Table
 
 from .. import __version__
 from ..checkpoint import Checkpoint
-from ..checkpoint.tensor_file import read_tensor_file
 from ..config import CONVENTIONS, Conventions, ModelConfig
 from ..errors import CouldNotRun
-from ..model import Route
 from ..ops import IMPLEMENTATIONS
 from ..streaming import ACTIVATIONS, EMBEDDING, Request, Result, Size, Stream
-from ..tokenizer import HuggingFace
 from .app import Json, app, check_writable, console, replace_json
+from .inputs import booleans, integers, numbers, read_routes, text_tokens
 
 File = Path | None
 PARTS = ("attention", "norms", "gate", "experts", "shared, dense")
@@ -94,18 +92,18 @@ def grads(
     if json_file is not None:
         check_writable(json_file)
     source = Checkpoint.open(checkpoint, dtype=dtype, conventions=CONVENTIONS[convention], mtp=mtp)
-    ids = _tokens(tokens, text, checkpoint)
-    given_targets = None if targets is None else _integers(targets, "--targets")
-    counts = None if mask is None else _booleans(mask, "--mask")
+    ids = integers(tokens, "--tokens") if tokens is not None else text_tokens(text or "", checkpoint)
+    given_targets = None if targets is None else integers(targets, "--targets")
+    counts = None if mask is None else booleans(mask, "--mask")
     if given_targets is not None:
-        _expect_shape("--targets", given_targets, ids)
-        if counts is not None:
-            _expect_shape("--mask", counts, ids)
+        for option, x in (("--targets", given_targets), ("--mask", counts)):
+            if x is not None and x.shape != ids.shape:
+                raise CouldNotRun(f"{option} must have the tokens' shape {ids.shape}, got {x.shape}")
         counts = (given_targets != -100) if counts is None else counts & (given_targets != -100)
         given_targets = np.where(given_targets == -100, 0, given_targets)
     request = Request(
-        ids, given_targets, counts, None if key_mask is None else _booleans(key_mask, "--key-mask"),
-        None if dlogits is None else _numbers(dlogits), {} if routes is None else _routes(routes),
+        ids, given_targets, counts, None if key_mask is None else booleans(key_mask, "--key-mask"),
+        None if dlogits is None else numbers(dlogits, "--dlogits"), {} if routes is None else read_routes(routes),
         mtp=mtp, mtp_weight=mtp_weight, balance_alpha=balance_alpha, layers=layers, only=only, activations=activations,
         logits=logits, implementation=implementation,
     )  # fmt: skip
@@ -236,82 +234,6 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
             progress.update(task, description=step, completed=done, total=total)
 
         yield move
-
-
-def _tokens(file: File, text: str | None, checkpoint: Path) -> np.ndarray:
-    """Token ids [B, T], from a file or by the checkpoint's tokenizer."""
-    if file is not None:
-        return _integers(file, "--tokens")
-    assert text is not None
-    path = Path(text)
-    try:
-        if len(text) < 4096 and "\0" not in text and path.is_file():
-            text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CouldNotRun(f"--text {path} must be UTF-8: {error.reason} at byte {error.start}") from error
-    except OSError as error:
-        raise CouldNotRun(f"--text {path} can't be read: {error.strerror}") from error
-    return np.array([HuggingFace(checkpoint).encode(text)], dtype=np.int64)
-
-
-def _integers(path: Path, option: str) -> np.ndarray:
-    x = _array(path, option)
-    if x.dtype.kind not in "iu" or x.ndim != 2 or x.size == 0:
-        raise CouldNotRun(f"{option} {path} must hold integers [batch, time], got {x.dtype} {list(x.shape)}")
-    return x.astype(np.int64)
-
-
-def _booleans(path: Path, option: str) -> np.ndarray:
-    x = _array(path, option)
-    if x.dtype.kind not in "biu" or x.ndim != 2 or not np.isin(x, (0, 1)).all():
-        raise CouldNotRun(f"{option} {path} must hold 0 and 1 [batch, time], got {x.dtype} {list(x.shape)}")
-    return x.astype(np.bool_)
-
-
-def _numbers(path: Path) -> np.ndarray:
-    x = _array(path, "--dlogits")
-    if x.dtype.kind not in "fiu":
-        raise CouldNotRun(f"--dlogits {path} must hold numbers [batch, time, vocabulary], got {x.dtype}")
-    return x
-
-
-def _array(path: Path, option: str) -> np.ndarray:
-    """The array of a .npy or .json file."""
-    try:
-        if path.suffix == ".npy":
-            x = np.load(path, allow_pickle=False)
-        elif path.suffix == ".json":
-            x = np.array(json.loads(path.read_text(encoding="utf-8")))
-        else:
-            raise CouldNotRun(f"{option} {path} must be a .npy or a .json file")
-    except OSError as error:
-        raise CouldNotRun(f"{option} {path} can't be read: {error.strerror or error}") from error
-    except (ValueError, EOFError, RecursionError, OverflowError) as error:
-        raise CouldNotRun(f"{option} {path} is not an array: {str(error).splitlines()[0]}") from error
-    if not isinstance(x, np.ndarray):  # an archive of arrays
-        x.close()
-        raise CouldNotRun(f"{option} {path} must hold one array")
-    return x
-
-
-def _expect_shape(option: str, x: np.ndarray, tokens: np.ndarray) -> None:
-    if x.shape != tokens.shape:
-        raise CouldNotRun(f"{option} must have the tokens' shape {tokens.shape}, got {x.shape}")
-
-
-def _routes(path: Path) -> dict[int, Route]:
-    """The choices in a file of ours, or of another implementation in the same form."""
-    file = path / "aux.safetensors" if path.is_dir() else path
-    tensors, _ = read_tensor_file(file)
-    found = {}
-    for name, x in tensors.items():
-        layer = name.removeprefix("aux/routes.")
-        if layer != name and layer.isdecimal():
-            counted = tensors.get(f"aux/counted.{layer}")
-            found[int(layer)] = Route(np.array(x), None if counted is None else np.array(counted))
-    if not found:
-        raise CouldNotRun(f"--routes {file} must hold aux/routes.L as int64 or int32, holds none")
-    return found
 
 
 def _fingerprint(checkpoint: Path) -> str:

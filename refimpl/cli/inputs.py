@@ -1,0 +1,108 @@
+"""Arrays, token ids and routes from files that the user names; CouldNotRun names the option and the file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..checkpoint.tensor_file import read_tensor_file
+from ..errors import CouldNotRun
+from ..model import Route
+from ..tokenizer import HuggingFace
+
+__all__ = ["booleans", "integers", "numbers", "read_routes", "text_tokens", "token_lists"]
+
+
+def integers(path: Path, option: str) -> np.ndarray:
+    """[batch, time], int64."""
+    x = _array(path, option)
+    if x.dtype.kind not in "iu" or x.ndim != 2 or x.size == 0:
+        raise CouldNotRun(f"{option} {path} must hold integers [batch, time], got {x.dtype} {list(x.shape)}")
+    return x.astype(np.int64)
+
+
+def booleans(path: Path, option: str) -> np.ndarray:
+    """[batch, time], bool."""
+    x = _array(path, option)
+    if x.dtype.kind not in "biu" or x.ndim != 2 or not np.isin(x, (0, 1)).all():
+        raise CouldNotRun(f"{option} {path} must hold 0 and 1 [batch, time], got {x.dtype} {list(x.shape)}")
+    return x.astype(np.bool_)
+
+
+def numbers(path: Path, option: str) -> np.ndarray:
+    """[batch, time, vocabulary], of the file's type."""
+    x = _array(path, option)
+    if x.dtype.kind not in "fiu":
+        raise CouldNotRun(f"{option} {path} must hold numbers [batch, time, vocabulary], got {x.dtype}")
+    return x
+
+
+def token_lists(path: Path, option: str) -> list[list[int]]:
+    """Token ids, each prompt as long as it is; a single one need not be in a list."""
+    rows = _read(path, option)
+    rows = rows.tolist() if isinstance(rows, np.ndarray) else rows
+    if isinstance(rows, list) and rows and not any(isinstance(row, list) for row in rows):
+        rows = [rows]
+    if not (
+        isinstance(rows, list)
+        and all(isinstance(row, list) and all(type(token) is int for token in row) for row in rows)
+    ):
+        raise CouldNotRun(f"{option} {path} must hold one list of integers, or several")
+    return rows
+
+
+def text_tokens(text: str, checkpoint: Path) -> np.ndarray:
+    """Ids [1, T] by the checkpoint's tokenizer, of the text or of the file that it names."""
+    path = Path(text)
+    try:
+        if len(text) < 4096 and "\0" not in text and path.is_file():
+            text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CouldNotRun(f"--text {path} must be UTF-8: {error.reason} at byte {error.start}") from error
+    except OSError as error:
+        raise CouldNotRun(f"--text {path} can't be read: {error.strerror}") from error
+    return np.array([HuggingFace(checkpoint).encode(text)], dtype=np.int64)
+
+
+def read_routes(path: Path) -> dict[int, Route]:
+    """The choices in a file of ours, or of another implementation in the same form."""
+    file = path / "aux.safetensors" if path.is_dir() else path
+    tensors, _ = read_tensor_file(file)
+    found = {}
+    for name, x in tensors.items():
+        layer = name.removeprefix("aux/routes.")
+        if layer != name and layer.isdecimal():
+            counted = tensors.get(f"aux/counted.{layer}")
+            found[int(layer)] = Route(np.array(x), None if counted is None else np.array(counted))
+    if not found:
+        raise CouldNotRun(f"--routes {file} must hold aux/routes.L as int64 or int32, holds none")
+    return found
+
+
+def _array(path: Path, option: str) -> np.ndarray:
+    x = _read(path, option)
+    try:
+        return np.array(x)
+    except (ValueError, OverflowError) as error:
+        raise CouldNotRun(f"{option} {path} is not an array: {error}") from error
+
+
+def _read(path: Path, option: str) -> Any:
+    """The array of a .npy file, or what a .json file holds."""
+    if path.suffix not in (".npy", ".json"):
+        raise CouldNotRun(f"{option} {path} must be a .npy or a .json file")
+    try:
+        if path.suffix == ".json":
+            return json.loads(path.read_text(encoding="utf-8"))
+        x = np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise CouldNotRun(f"{option} {path} can't be read: {error.strerror or error}") from error
+    except Exception as error:  # a broken header makes NumPy raise nearly anything
+        raise CouldNotRun(f"{option} {path} is not an array: {' '.join(str(error).split())}") from error
+    if not isinstance(x, np.ndarray):  # an archive of arrays
+        x.close()
+        raise CouldNotRun(f"{option} {path} must hold one array")
+    return x
