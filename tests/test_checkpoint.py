@@ -110,7 +110,7 @@ def test_released_tensors() -> None:
     assert ours == released
     assert len(entries) == len({entry.name for entry in entries}) == 91_991
     assert sum(prod(entry.shape) for entry in entries) == 684_531_386_000
-    assert sum(entry.size for entry in entries) == 688_574_839_360
+    assert sum(entry.spec.bytes for entry in entries) == 688_574_839_360
 
 
 @pytest.mark.parametrize("name", ["v3", "v2", "v2-lite", "moonlight-16b", "tiny"])

@@ -296,7 +296,7 @@ BAD = [
     (["--out", "o", "--dlogits", "float.npy"], "tokens.npy", "--dlogits must have shape (B, T, W)=(2, 10, 256), got"),
     (["--out", "o", "--dlogits", "nan.npy"], "tokens.npy", "--dlogits must be finite, got NaN or infinity"),
     (["--out", "o", "--dlogits", "nan.npy", "--mtp"], "tokens.npy", "--dlogits is the gradient of another loss"),
-    (["--out", "o", "--routes", "broken.npy"], "tokens.npy", "broken.npy is not a safetensors file"),
+    (["--out", "o", "--routes", "broken.npy"], "tokens.npy", "broken.npy is no safetensors file"),
     (["--out", "o", "--routes", "none.safetensors"], "tokens.npy", "must hold aux/routes.L as int64 or int32"),
     (["--out", "o", "--routes", "twice.safetensors"], "tokens.npy", "--routes of layer 1 must name an expert once"),
     (["--out", "o", "--routes", "short.safetensors"], "tokens.npy", "(routes) must have shape (B, T, K)=(2, 10, 3)"),

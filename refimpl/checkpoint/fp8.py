@@ -8,6 +8,7 @@ section 3.3 and the released weights, whose "inverse" scale is the one to multip
 from __future__ import annotations
 
 from math import ceil
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -51,7 +52,7 @@ def quantise(weight: Array, block: tuple[int, int], *, ue8m0: bool = False) -> t
     return narrow(ratio, ml_dtypes.float8_e4m3fn), scale
 
 
-def narrow(x: Array, dtype: type) -> Array:
+def narrow(x: Array, dtype: type | np.dtype[Any]) -> Array:
     """``x``, float32 or float64, rounded once to the nearest number of a narrower type, ties to even.
 
     ml_dtypes rounds float64 to float32 first, and so twice. Here that first step rounds to odd: what lies between two

@@ -13,9 +13,10 @@ from ..config import Conventions, ModelConfig
 from ..errors import CouldNotRun
 from ..model import is_buffer, parameter_shapes
 from .config_json import read_block_size, read_config, with_layout
-from .files import StoredTensor, open_folder
+from .files import open_folder
 from .fp8 import dequantise, scale_shape
 from .names import SCALE, abbreviate, copied_names, is_ignorable, layer_of, stored_names, stored_tensors
+from .tensor_file import StoredTensor
 
 __all__ = ["Checkpoint"]
 

@@ -1,4 +1,4 @@
-"""A safetensors file written a piece at a time, and one read without loading it.
+"""One safetensors file: written a piece at a time, and opened without being loaded.
 
 The layout: the header's length (8 bytes, little-endian), a JSON header with every tensor's dtype, shape and place, then
 the values. Since all shapes are known ahead, the header goes first and values follow in any order.
@@ -7,6 +7,7 @@ the values. Since all shapes are known ahead, the header goes first and values f
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from collections.abc import Mapping
 from math import prod
@@ -14,17 +15,29 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
+from ..array import Array
 from ..errors import CouldNotRun
 
-__all__ = ["Spec", "TensorWriter", "read_tensor_file", "write_tensor_file"]
+__all__ = [
+    "DTYPES", "Spec", "StoredTensor", "TensorWriter", "one_line", "open_file", "read_tensor_file", "write_tensor_file",
+]  # fmt: skip
 
 DTYPES: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype("float64"), "F32": np.dtype("float32"), "I64": np.dtype("int64"), "I32": np.dtype("int32"),
+    "F64": np.dtype("float64"), "F32": np.dtype("float32"), "F16": np.dtype("float16"),
+    "BF16": np.dtype(ml_dtypes.bfloat16), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu), "I64": np.dtype("int64"), "I32": np.dtype("int32"),
     "BOOL": np.dtype("bool"),
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FOREIGN = {  # how files begin that are often found under this name
+    b"version https://git-lfs": "a git-LFS pointer, not the file itself: fetch it with `git lfs pull`",
+    b"PK\x03\x04": "a zip archive, as torch.save writes it, not safetensors: convert it",
+    b"\x80": "a pickle, as torch.save writes it, not safetensors: convert it",
+}
 
 
 class Spec(NamedTuple):
@@ -51,11 +64,7 @@ class TensorWriter:
         self.place, end = {}, 0
         for name, spec in tensors.items():
             self.place[name], start, end = end, end, end + spec.bytes
-            header[name] = {
-                "dtype": NAMES[spec.dtype],
-                "shape": list(spec.shape),
-                "data_offsets": [start, end],
-            }
+            header[name] = {"dtype": NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         self.start = 8 + len(text)
@@ -71,6 +80,11 @@ class TensorWriter:
         self.file.seek(self.start + self.place[name] + start * spec.dtype.itemsize)
         self.file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
         self.missing[name] -= values.nbytes
+
+    def sync(self) -> None:
+        """What was written is on the disk."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
 
     def zero(self, name: str) -> None:
         """All of a tensor is 0, which takes no writing."""
@@ -102,30 +116,68 @@ def write_tensor_file(
             writer.write(name, values)
 
 
-def read_tensor_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The tensors, mapped into memory and read when used, and the metadata; CouldNotRun if it is no such file."""
+class StoredTensor(NamedTuple):
+    """One tensor of a file."""
+
+    path: Path
+    dtype: str  # as safetensors calls it
+    shape: tuple[int, ...]
+    data: np.ndarray  # uint8, mapped
+
+    def array(self) -> Array:
+        """The values, mapped, in their stored type, which must be one of `DTYPES`; possibly unaligned."""
+        return self.data.view(DTYPES[self.dtype]).reshape(self.shape)
+
+
+def open_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Every tensor of a safetensors file, by name, and its metadata; CouldNotRun unless the whole file is sound."""
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise ValueError("it is cut short")
-            header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__", {})
-        tensors: dict[str, np.ndarray] = {}
-        for name, entry in header.items():
-            dtype = DTYPES.get(entry["dtype"])
-            shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
-            if dtype is None:
-                continue  # not of the kinds that we write
-            if end - start != prod(shape) * dtype.itemsize or start < 0 or 8 + length + end > size:
-                raise ValueError(f"{name} does not fit its place")
-            if end == start:
-                tensors[name] = np.zeros(shape, dtype=dtype)
-            else:
-                tensors[name] = np.memmap(path, dtype, "r", 8 + length + start, shape)
-        return tensors, metadata
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(32)
+            for beginning, what in FOREIGN.items():
+                if start.startswith(beginning) and not _fits(start, size):
+                    raise CouldNotRun(f"{path} is {what}")
+            if size < 8:
+                raise CouldNotRun(f"{path} is no safetensors file: it has {size} bytes")
+            data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        if not _fits(start, size):
+            raise CouldNotRun(f"{path} is cut off or no safetensors file: its header would end behind its {size} bytes")
+        with safe_open(path, "np"):  # its checks: the header's form, offsets without gap or overlap, the file's length
+            pass
     except OSError as error:
-        raise CouldNotRun(f"{path} can't be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CouldNotRun(f"{path} is not a safetensors file: {error}") from error
+        raise CouldNotRun(f"{path} can't be read: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise CouldNotRun(f"{path} is cut off or no safetensors file: {one_line(error)}") from error
+    end = 8 + int.from_bytes(start[:8], "little")
+    tensors: dict[str, StoredTensor] = {}
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len({key for key, _ in pairs}) < len(pairs):
+            raise CouldNotRun(f"{path} names a tensor or a field twice in its header")
+        return dict(pairs)
+
+    try:
+        header = json.loads(bytes(data[8:end]), object_pairs_hook=unique)
+        metadata = header.pop("__metadata__", {})
+        for name, entry in header.items():
+            first, last = entry["data_offsets"]
+            tensors[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), data[end + first : end + last])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CouldNotRun(f"{path} is no safetensors file: {one_line(error)}") from error
+    return tensors, metadata
+
+
+def read_tensor_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors whose types are in `DTYPES`, mapped and read when they are touched, and the metadata."""
+    tensors, metadata = open_file(path)
+    return {name: x.array() for name, x in tensors.items() if x.dtype in DTYPES}, metadata
+
+
+def _fits(start: bytes, size: int) -> bool:
+    """Whether a file of that size that starts so can hold the header it announces."""
+    return len(start) >= 8 and 8 + int.from_bytes(start[:8], "little") <= size
+
+
+def one_line(text: object) -> str:
+    return ascii(str(text))[1:-1][:200]

@@ -16,9 +16,10 @@ from ..config import ModelConfig
 from ..errors import CouldNotRun
 from ..model import is_buffer, parameter_shapes
 from .config_json import BLOCK, config_dict
-from .files import DTYPES, INDEX, SINGLE
+from .files import INDEX, SINGLE
 from .fp8 import narrow, quantise, scale_shape
 from .names import SCALE, copied_names, is_quantised, stored_tensors
+from .tensor_file import DTYPES, Spec, TensorWriter
 
 __all__ = ["save_checkpoint", "write_random"]
 
@@ -41,8 +42,8 @@ class Entry(NamedTuple):
     expert: int | None
 
     @property
-    def size(self) -> int:
-        return prod(self.shape) * int(np.dtype(DTYPES[self.dtype]).itemsize)
+    def spec(self) -> Spec:
+        return Spec(self.shape, DTYPES[self.dtype])
 
 
 def save_checkpoint(
@@ -135,7 +136,7 @@ def _write_files(rows: Rows, config: ModelConfig, folder: Path, dtype: str, shar
     filled = 0
     for entry in _entries(config, dtype):
         tensors = [entry, _scales(entry)] if entry.dtype == "F8_E4M3" else [entry]
-        size = sum(tensor.size for tensor in tensors)
+        size = sum(tensor.spec.bytes for tensor in tensors)
         if filled and filled + size > shard_bytes:
             shards.append([])
             filled = 0
@@ -145,10 +146,10 @@ def _write_files(rows: Rows, config: ModelConfig, folder: Path, dtype: str, shar
     total = 0
     for number, shard in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        shard.sort(key=lambda entry: -np.dtype(DTYPES[entry.dtype]).itemsize)  # so every tensor is aligned
+        shard.sort(key=lambda entry: -entry.spec.dtype.itemsize)  # so every tensor is aligned
         _write_file(folder / file, shard, rows, ue8m0=dtype == "fp8_ue8m0")
         weight_map |= {entry.name: file for entry in shard}
-        total += sum(entry.size for entry in shard)
+        total += sum(entry.spec.bytes for entry in shard)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -171,20 +172,14 @@ def _scales(entry: Entry) -> Entry:
 
 def _write_file(path: Path, entries: list[Entry], rows: Rows, *, ue8m0: bool) -> None:
     """One safetensors file; an FP8 weight is quantised twice, once for its scales and once for its numbers."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for entry in entries:
-        header[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [end, end + entry.size]}
-        end += entry.size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    specs = {entry.name: entry.spec for entry in entries}
+    with TensorWriter(path, path.with_name(f"{path.name}.partial"), specs, {"format": "pt"}) as writer:
         for entry in entries:
+            start = 0
             for chunk in _chunks(entry, rows, ue8m0=ue8m0):
-                file.write(np.ascontiguousarray(chunk).view(np.uint8).data)
-        file.flush()
-        os.fsync(file.fileno())
+                writer.write(entry.name, chunk, start)
+                start += chunk.size
+        writer.sync()
 
 
 def _chunks(entry: Entry, rows: Rows, *, ue8m0: bool) -> Iterator[np.ndarray]:
@@ -201,7 +196,7 @@ def _chunks(entry: Entry, rows: Rows, *, ue8m0: bool) -> Iterator[np.ndarray]:
         if fp8:
             yield quantise(x, BLOCK, ue8m0=ue8m0)[int(scales)]
             continue
-        stored = narrow(x, DTYPES[entry.dtype])
+        stored = narrow(x, entry.spec.dtype)
         if (lost := np.isfinite(x) & ~np.isfinite(stored)).any():
             raise CouldNotRun(f"{entry.ours} has numbers that {entry.dtype} can't hold: {np.abs(x[lost]).max():.4g}")
         yield stored
