@@ -7,9 +7,9 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -18,7 +18,8 @@ from safetensors.numpy import load_file, save_file
 from refimpl.checkpoint import Checkpoint, save_checkpoint
 from refimpl.checkpoint.names import stored_names
 from refimpl.cli import main
-from refimpl.config import CONVENTIONS, Yarn, preset
+from refimpl.cli.grads import differing
+from refimpl.config import CONVENTIONS, Conventions, Yarn, preset
 from refimpl.model import backward, forward, parameter_shapes
 
 from checkpoint_values import GOLDEN, Values, assert_agree, golden_values
@@ -247,6 +248,47 @@ def test_what_hf_does_otherwise(run: Any, tmp_path: Path) -> None:
     save_checkpoint(params, within, tmp_path / "within")
     _, printed, _ = run("--out", tmp_path / "b", checkpoint=str(tmp_path / "within"))
     assert "other than hf: yarn_when 'beyond_original', hf 'always'\n" in printed
+
+
+def test_conventions_that_matter() -> None:
+    """Each field that changes a model's loss is named, and none that can't change it. A new field fails here until
+    `differing` considers it."""
+    neutral = replace(
+        CONFIG,
+        mtp_depth=0,
+        groups=1,
+        keep_groups=1,
+        balance_weight=0.0,
+        normalise_weights=False,
+        norm_eps=1e-6,
+        yarn=None,
+    )
+    assert CONFIG.yarn is not None
+    half_given = CONFIG.yarn._replace(mscale=0.9, mscale_all_dim=0.0)
+    configs = [
+        neutral, CONFIG, replace(CONFIG, mtp_depth=0), replace(CONFIG, gate="softmax"),
+        replace(CONFIG, yarn=half_given), replace(neutral, yarn=half_given, max_positions=16),
+        replace(neutral, yarn=CONFIG.yarn, max_positions=16),
+    ]  # fmt: skip
+    rng, found = np.random.default_rng(0), set()
+    for config in configs:
+        params = {
+            name: 0.3 * rng.normal(size=shape) - name.endswith("correction_bias")  # so that a group at 0 is chosen
+            for name, shape in parameter_shapes(config).items()
+        }
+        loss = forward(params, TOKENS, config)[0].loss
+        for name, hint in get_type_hints(Conventions).items():
+            for value in {bool: (True,), float: (0.5,)}.get(hint, get_args(hint)):
+                other = replace(Conventions(), **{name: value})
+                named = differing(config, other)
+                assert set(named) <= {name}
+                changed = forward(params, TOKENS, replace(config, conventions=other))[0].loss != loss
+                assert named or not changed or name == "rope_layout", (name, value)
+                assert not named or config is not neutral, (name, value)
+                found |= {name for _ in named if changed}
+    assert found == {f.name for f in fields(Conventions)} - {"bias_centre", "rope_layout"}
+    within = replace(neutral, yarn=half_given._replace(mscale=1.0), max_positions=16)
+    assert differing(within, CONVENTIONS["hf"]) == ["yarn_when"]  # which alone makes the factor another
 
 
 def test_progress_on_a_terminal(folder: Path, tmp_path: Path) -> None:

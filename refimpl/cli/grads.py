@@ -176,26 +176,33 @@ def _show(result: Result, config: ModelConfig, convention: str) -> None:
 
 
 def _unlike_hf(config: ModelConfig) -> str:
-    """Where Hugging Face's model computes something else, and what is the same if it does not."""
     ours, hf = config.conventions, CONVENTIONS["hf"]
-    theirs = replace(config, conventions=hf)
-    has_no_effect = {
-        "gate_epsilon": not config.weight_rule[0],
-        "softmax_normalise": config.weight_rule == theirs.weight_rule,
-        "latent_eps": config.latent_eps == theirs.latent_eps,
-        "yarn_when": config.active_yarn == theirs.active_yarn,
-        "yarn_factor": config.rope_factor == theirs.rope_factor,
-        "masked_groups": config.groups == 1,
-        "balance_counts": config.balance_weight == 0,
-        "bias_centre": True,  # nothing updates the biases
-        "rope_layout": True,  # the weights', which the checkpoint says
-    } | {f.name: config.mtp_depth == 0 for f in fields(Conventions) if f.name.startswith("mtp_")}
-    other = [
-        f"{f.name} {getattr(ours, f.name)!r}, hf {getattr(hf, f.name)!r}"
-        for f in fields(Conventions)
-        if getattr(ours, f.name) != getattr(hf, f.name) and not has_no_effect.get(f.name, False)
-    ]
+    other = [f"{name} {getattr(ours, name)!r}, hf {getattr(hf, name)!r}" for name in differing(config, hf)]
     return "other than hf: " + "; ".join(other) if other else "the same as hf here"
+
+
+def differing(config: ModelConfig, other: Conventions) -> list[str]:
+    """The fields of the config's conventions that ``other`` has otherwise and that change this model's gradients."""
+    ours = config.conventions
+
+    def derived(conventions: Conventions) -> list[object]:
+        model = replace(config, conventions=conventions)
+        return [model.weight_rule, model.latent_eps, model.active_yarn, model.rope_factor]
+
+    matters = {
+        name: derived(ours) != derived(replace(ours, **{name: getattr(other, name)}))
+        or derived(other) != derived(replace(other, **{name: getattr(ours, name)}))
+        for name in ("softmax_normalise", "latent_eps", "yarn_when", "yarn_factor")
+    }
+    matters |= {f.name: config.mtp_depth > 0 for f in fields(Conventions) if f.name.startswith("mtp_")}
+    matters |= {
+        "gate_epsilon": config.weight_rule[0],
+        "masked_groups": config.keep_groups < config.groups,
+        "balance_counts": config.balance_weight > 0,
+        "bias_centre": False,  # nothing updates the biases
+        "rope_layout": False,  # the weights', which the checkpoint says
+    }
+    return [f.name for f in fields(Conventions) if matters[f.name] and getattr(ours, f.name) != getattr(other, f.name)]
 
 
 def _place(name: str, config: ModelConfig) -> tuple[str, str]:
