@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -131,14 +131,10 @@ def grads(
         f"{seconds:.1f} s; in {out}", markup=False,
     )  # fmt: skip
     if json_file is not None:
-        given: dict[str, Any] = {"checkpoint": str(checkpoint), "out": str(out), "tokens": ids.shape, "dtype": dtype}
-        given |= {
-            "implementation": implementation,
-            "convention": convention,
-            "mtp": mtp,
-            "layers": layers,
-            "only": only,
-        }
+        given = {
+            "checkpoint": str(checkpoint), "out": str(out), "tokens": ids.shape, "dtype": dtype,
+            "implementation": implementation, "convention": convention, "mtp": mtp, "layers": layers, "only": only,
+        }  # fmt: skip
         content = {
             "ok": not bad, "seconds": round(seconds, 1), "settings": given, "config": asdict(stream.config),
             "versions": {"refimpl": __version__, "numpy": np.__version__}, "loss": result.loss, "main": result.main,
