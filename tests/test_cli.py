@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -206,3 +207,26 @@ def test_json_is_replaced_whole(tmp_path: Path) -> None:
     out.write_text("old")
     assert run("verify", "linear", "--examples", "1", "--json", str(out)).returncode == 0
     assert json.loads(out.read_text())["ok"] is True
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_output_that_cannot_be_written() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "refimpl", "conventions", "1"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert done.stderr == "refimpl: the output can't be written: No space left on device\n"
+
+
+def test_terminal_without_greek() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "refimpl", "conventions", "18"], env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "ln(?_ref/?)" in done.stdout or "KL(?_ref??)" in done.stdout

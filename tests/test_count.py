@@ -359,8 +359,20 @@ BAD: list[tuple[Any, str]] = [
     ),
     (V3_JSON | {"topk_method": "best"}, "topk_method must be one of noaux_tc, group_limited_greedy, greedy, got "),
     (V3_JSON | {"topk_method": {}}, "topk_method must be one of noaux_tc, group_limited_greedy, greedy, got {}"),
-    (V3_JSON | {"scoring_func": "tanh"}, "gate must be one of sigmoid, softmax, got 'tanh'"),
-    (V3_JSON | {"scoring_func": ["tanh"]}, "gate must be one of sigmoid, softmax, got ['tanh']"),
+    (V3_JSON | {"scoring_func": "softmax"}, 'scoring_func must be sigmoid in deepseek_v3, got "softmax"'),
+    (V3_JSON | {"scoring_func": ["tanh"]}, 'scoring_func must be sigmoid in deepseek_v3, got ["tanh"]'),
+    *(
+        ({k: v for k, v in V3_JSON.items() if k != key}, f"{key} must be ")
+        for key in ("routed_scaling_factor", "n_group", "topk_group")
+    ),
+    (V2_LITE_JSON | {"routed_scaling_factor": None}, "routed_scaling_factor must be a number of at least 0, got nothi"),
+    (V2_LITE_JSON | {"topk_method": "group_limited_greedy", "n_group": None}, "n_group must be an integer in 1…"),
+    (V3_JSON | {"norm_topk_prob": "false"}, 'norm_topk_prob must be true or false, got "false"'),
+    (V3_JSON | {"rope_theta": 0}, "rope_theta must be a number of at least 1, got 0"),
+    (
+        V3_JSON | {"rope_scaling": dict(V3_JSON["rope_scaling"]) | {"factor": 0.5}},  # type: ignore[call-overload]
+        "rope_scaling's factor must be a number of at least 1, got 0.5",
+    ),
     (V3_JSON | {"attention_bias": True}, "attention_bias must be false, got true"),
     (V3_JSON | {"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false, got 1"),
     (V3_JSON | {"moe_layer_freq": 2}, "moe_layer_freq must be 1, got 2"),

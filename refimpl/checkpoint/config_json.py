@@ -104,11 +104,21 @@ def read_config(path: Path) -> ModelConfig:
     fields: dict[str, Any] = {
         ours: None if (ours, raw.get(key, 0)) == ("q_latent", None) else integer(key) for ours, key in INTEGERS.items()
     }
-    fields |= {ours: integer(key) for ours, key in OPTIONAL_INTEGERS.items() if raw.get(key) is not None}
-    fields |= {ours: number(raw, key, getattr(PRESETS["v3"], ours)) for ours, key in FLOATS.items() if key in raw}
+    method = raw.get("topk_method", "noaux_tc" if kind == "deepseek_v3" else "greedy")
+    expect(isinstance(method, str) and method in SELECTION, "topk_method", "one of " + ", ".join(SELECTION), method)
+    fields["group_score"], fields["gate_bias"] = SELECTION[method]
+    grouped = () if method == "greedy" else ("groups", "keep_groups")  # models differ: no default is right for all
+    fields |= {
+        ours: integer(key)
+        for ours, key in OPTIONAL_INTEGERS.items()
+        if ours in grouped or (raw.get(key) is not None and ours not in ("groups", "keep_groups"))
+    }
+    fields["routed_scale"] = number(raw, "routed_scaling_factor", None)
+    fields |= {ours: number(raw, key, None) for ours, key in FLOATS.items() if raw.get(key) is not None}
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     expect(isinstance(rope, dict), "rope_scaling", "an object or null", rope)
     fields["theta"] = number(rope if "rope_theta" in rope else raw, "rope_theta", 1e4)
+    expect(fields["theta"] >= 1, "rope_theta", "a number of at least 1", fields["theta"])
     if "rope_theta" in raw:
         same = raw["rope_theta"] == fields["theta"]
         expect(same or "rope_theta" not in rope, "rope_theta", "that of rope_parameters", raw["rope_theta"])
@@ -120,6 +130,7 @@ def read_config(path: Path) -> ModelConfig:
         for key, only in {"attention_factor": None, "truncate": True, "partial_rotary_factor": 1}.items():
             expect(rope.get(key) in (None, only), f"rope_scaling's {key}", _shown(only), rope.get(key))
         factor = number(rope, "factor", None)
+        expect(factor >= 1, "rope_scaling's factor", "a number of at least 1", factor)
         original = number(rope, "original_max_position_embeddings", None)  # DeepSeek's code has 4096, transformers not
         expect(original >= 1, "rope_scaling's original_max_position_embeddings", "a number of at least 1", original)
         alone = bool(rope.get("mscale_all_dim")) and rope.get("mscale") is None
@@ -127,13 +138,11 @@ def read_config(path: Path) -> ModelConfig:
         expect(not alone, "rope_scaling's mscale", told, None)
         settings = {key: number(rope, key, default) for key, default in YARN.items()}
         fields["yarn"] = Yarn(factor, int(original), **settings)
-    method = raw.get("topk_method", "noaux_tc" if kind == "deepseek_v3" else "greedy")
-    expect(isinstance(method, str) and method in SELECTION, "topk_method", "one of " + ", ".join(SELECTION), method)
-    fields["group_score"], fields["gate_bias"] = SELECTION[method]
-    fields |= {"groups": 1, "keep_groups": 1} if method == "greedy" else {}
-    fields["gate"] = raw.get("scoring_func", "sigmoid" if kind == "deepseek_v3" else "softmax")
+    fields["gate"] = "sigmoid" if kind == "deepseek_v3" else "softmax"
+    scores = raw.get("scoring_func", fields["gate"])
+    expect(scores == fields["gate"], "scoring_func", f"{fields['gate']} in {kind}", scores)
     fields["tied"] = flag("tie_word_embeddings", False)
-    fields["normalise_weights"] = bool(raw.get("norm_topk_prob", kind == "deepseek_v3"))
+    fields["normalise_weights"] = flag("norm_topk_prob", kind == "deepseek_v3")
     fields["conventions"] = Conventions(rope_layout="interleaved" if flag("rope_interleave", True) else "halves")
     try:
         return ModelConfig(**fields)

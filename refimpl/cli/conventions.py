@@ -47,7 +47,7 @@ def conventions(
         for name, what in trap.who.items():
             table.add_row(f"    {name}", what.replace("`", ""))
         if trap.absent:
-            table.add_row("    –", "no such part: " + ", ".join(trap.absent))
+            table.add_row("    –", "no such part, or not read: " + ", ".join(trap.absent))
         table.add_row("    ours", f"{trap.field.replace('`', '')}; default {trap.default}")
         if trap.checkpoint:
             table.add_row("", "(shows on checkpoints in FP8 alone; the numbers are of one tile)")

@@ -34,6 +34,8 @@ def markdown() -> str:
     for number, trap in enumerate(TRAPS, 1):
         lines += ["", f"## {number}. {trap.title}", "", trap.question, "", "| who | what |", "|---|---|"]
         lines += [f"| {name} | {what} |" for name, what in trap.who.items()]
+        if trap.absent:
+            lines.append(f"| – | no such part, or not read: {', '.join(trap.absent)} |")
         lines += ["", f"- **Ours:** {trap.field}; default: {trap.default}.", f"- **From outside:** {trap.tell}"]
         if trap.checkpoint:
             lines.append("- Shows on checkpoints in FP8 alone; the numbers are of one tile.")

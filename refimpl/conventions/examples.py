@@ -228,17 +228,14 @@ REWARDS = np.array([[1.0, 0.0, 0.0, 1.0]])
 
 def grpo(**how: Any) -> float:
     """The loss of four outputs of one question."""
-    given: dict[str, Any] = {
-        "mask": LENGTHS,
-        "old_log_prob": OLD,
-        "reference_log_prob": REFERENCE_LOG_PROB,
-        "length": 4,
-    }
-    return float(grpo_forward(LOG_PROB, advantages=group_advantages(REWARDS), **(given | how))[0].loss)
+    given: dict[str, Any] = {"mask": LENGTHS, "old_log_prob": OLD, "reference_log_prob": REFERENCE_LOG_PROB}
+    given |= {"advantages": group_advantages(REWARDS), "length": 4}
+    return float(grpo_forward(LOG_PROB, **(given | how))[0].loss)
 
 
 def grpo_level() -> Numbers:
-    presets = {name: grpo(**GRPO_PRESETS[name]) for name in ("deepseekmath", "r1_print", "dapo", "dr_grpo", "gspo")}
+    presets = {name: grpo(**GRPO_PRESETS[name]) for name in ("deepseekmath", "r1_print", "dapo", "gspo")}
+    presets["dr_grpo"] = grpo(advantages=group_advantages(REWARDS, scale=False), **GRPO_PRESETS["dr_grpo"])
     return presets | {"verl": grpo(average="token", dual_clip=3.0, kl_weight=0.0)}
 
 

@@ -9,7 +9,8 @@ __all__ = ["READ", "TRAPS"]
 
 READ = (
     "DeepSeek-V3 9b4e978, DeepSeek-V3.2-Exp 3b99a53, TileKernels 36d9e45, transformers 5.23.0, Megatron-LM d98e8a6, "
-    "torchtitan b5bcd76, TRL 1.16.0, verl 0.9.1, OpenRLHF 3c3be62, SGLang 0.5.23, vLLM of about September 2025"
+    "torchtitan b5bcd76, TRL 1.16.0, verl 0.9.1, OpenRLHF 3c3be62, SGLang 0.5.23, vLLM of about September 2025; of "
+    "the modelling files beside DeepSeek's weights only DeepSeek-VL2's copy, 8ed2d7f"
 )
 MAIN = "main loss"
 RECORD = "`Conventions.{}`".format
@@ -36,9 +37,8 @@ TRAPS = (
             "HF": "after: the main model's final norm, then each module's own (`MtpModel`)",
             "Megatron": "after, as HF (transformer_block.py; `_postprocess`, multi_token_prediction.py)",
             "torchtitan": "before it for module 1, deliberately; after it for later ones (`MTPDecoder.forward`)",
-            "SGLang": "after",
-            "vLLM": "after the final norm for module 1; it handed on the raw state from there (vllm#45895 changes "
-            "that)",
+            "SGLang": "after, as far as its callers show",
+            "vLLM": "after the final norm for module 1 (second-hand); hands on the raw state from there",
         },
         RECORD("mtp_hidden"), "normed",
         "`model.norm.weight` gets a part of its gradient from the MTP loss (normed), or none (raw). With norm weights "
@@ -48,12 +48,17 @@ TRAPS = (
     Trap(
         "MTP's normaliser", "Module k has T − k targets. What is the sum of their losses divided by?",
         {
-            "paper": "T (V3 eq. 24); λ 0.3 for 10T tokens, then 0.1",
-            "Megatron": "the module's own valid targets (`process_mtp_loss`); λ 0.1 by default. verl trains through it",
+            "paper": "T, the positions that predict, where token T + 1 is known (V3 eq. 24); λ 0.3 for 10T tokens, "
+            "then 0.1",
+            "Megatron": "the module's own valid targets (`process_mtp_loss`); λ 0.1 by default",
             "torchtitan": "the main loss's valid targets (`MTPLoss`), λ 0.3",
+            "HF": "sums the modules' losses without λ (`MtpModel`); as written, labels raise (read, not run)",
+            "verl": "Megatron's (mtp_patch.py)",
         },
         RECORD("mtp_normaliser"), "positions",
-        "a constant loss c a token, T = 4 and one module: 0.75 c, or c.",
+        "a constant loss c a token, one module, four positions, the token after the last given: 0.75 c, or c. From "
+        "the tokens alone the last target is missing, and `positions` gives 0.5 c; `main` then divides by the 3 that "
+        "predict.",
         (("loss of MTP module 1", ex.mtp_normaliser),),
     ),
     Trap(
@@ -114,7 +119,8 @@ TRAPS = (
             "are multiplied by m(mscale) / m(mscale_all_dim), or by m(1) if one of them is 0. V2's "
             "config.json has 0.707 for all sizes (llama.cpp#7118)",
             "Megatron": "m = `mscale_all_dim`, 0 by default, and cos and sin by the ratio of the two mscales, 1.369 by "
-            "default: the rotated part of a score is 1.874 times larger, the rest is not (multi_latent_attention.py)",
+            "default: the rotated part of a score is 1.874 times larger, the rest is not (multi_latent_attention.py; "
+            "worked out from its code, not run)",
             "torchtitan": "as DeepSeek; its 16B has 0.70, not 0.707",
         },
         "`Yarn.mscale`, `Yarn.mscale_all_dim`, " + RECORD("yarn_factor"), "1.0, 1.0, ratio",
@@ -126,8 +132,9 @@ TRAPS = (
         "The balance loss's counts", "What does f_i of the sequence-wise balance loss count?",
         {
             "paper": "the K best unbiased scores, without groups (V3 eq. 18); α = 1e-4",
-            "HF": "no balance loss. The file beside V1's and V2's weights counts the routed experts, and does not "
-            "normalise the scores. One config of V3-0324 is said to have α = 0.001, others nothing, which reads as 0",
+            "DeepSeek": "the modelling file beside the weights counts the routed experts, and does not normalise the "
+            "scores. One config of V3-0324 is said to have α = 0.001, others nothing, which reads as 0",
+            "HF": "none",
             "Megatron": "as the paper (`compute_routing_scores_for_aux_loss`); α = 0 and a batch-wise loss by default",
             "torchtitan": "no balance loss, the bias alone",
             "TileKernels": "the ids that it is given; −1 is left out of the counts and not of the divisor "
@@ -143,7 +150,8 @@ TRAPS = (
             "DeepSeek": "no code",
             "paper": "no: b_i += γ sign(mean load − load_i) (V3 2.1.2), γ 0.001 for 14.3T tokens, then 0",
             "HF": "never updated: a buffer; an export that zeroes it loses the routing",
-            "Megatron": "no; once an optimiser step (`get_updated_expert_bias`), recomputed forwards not counted",
+            "Megatron": "no; once an optimiser step (`get_updated_expert_bias`); counts where gradients are recorded, "
+            "so re-entrant recomputation counts once",
             "torchtitan": "yes (`_update_expert_bias`); counts recomputed forwards, and halves the loads then",
         },
         "`bias_update(centre=…)`, " + RECORD("bias_centre"), "False",
@@ -156,9 +164,10 @@ TRAPS = (
         "scores?",
         {
             "DeepSeek": "the model's type, bfloat16, scores too (the bias is float32 since 2025-08-26); V3.2-Exp: "
-            "float32; both add nothing. TileKernels: float32, its sum starts at 1e-20 (top2_sum_gate_kernel.py)",
+            "float32. V3's adds nothing. TileKernels: float32, its sum starts at 1e-20 (top2_sum_gate_kernel.py)",
             "HF": "float32; adds 1e-20 (`DeepseekV3TopkRouter`)",
-            "Megatron": "the input's type unless `moe_router_dtype` is set, scores float32; adds 1e-20 (router.py)",
+            "Megatron": "the input's type unless `moe_router_dtype` is set, scores float32; adds 1e-20 unless top-k "
+            "is 1 (moe_utils.py)",
             "torchtitan": "float32 (before 2026-04-02: product in the model's type); adds 1e-20 (common/moe.py)",
         },
         RECORD("gate_epsilon") + "; the type is the arrays'", "0",
@@ -247,7 +256,7 @@ TRAPS = (
             "verl": "G − 1, ε 1e-6; a group of one gets its reward: mean 0, deviation 1 "
             "(`compute_grpo_outcome_advantage`)",
             "torchtitan": "no deviation by default; if asked, G, ε 1e-6",
-            "OpenRLHF": "G − 1, ε 1e-9; refuses a group of one (experience_maker.py)",
+            "OpenRLHF": "G − 1, ε 1e-9; refuses a group of one (train_ppo_ray.py)",
         },
         "`group_advantages(ddof=, epsilon=, alone=)`", "1, 0, 0",
         "rewards 1 and 0: advantages of ±0.707 (G − 1) or ±1 (G).",
@@ -256,10 +265,10 @@ TRAPS = (
     Trap(
         "k3 and its bounds", "Is the KL estimate clamped, and is its gradient the KL's?",
         {
-            "paper": "DeepSeekMath: r − ln r − 1, unclamped; its gradient is that of the reverse KL. V3.2 multiplies "
-            "it by the ratio, which makes the gradient unbiased",
-            "TRL": "unclamped, so it can be infinite (trl#3015, trl#6637); times the ratio by default since 1.16 "
-            "(`use_bias_correction_kl`, trl#4967)",
+            "paper": "DeepSeekMath: r − ln r − 1, unclamped; its mean gradient is that of KL(π_ref‖π), not of "
+            "KL(π‖π_ref). V3.2 multiplies it by the ratio, and it is",
+            "TRL": "unclamped, so it can be infinite (trl#3015, trl#6637); times the ratio by default in 1.16 "
+            "(`use_bias_correction_kl`, trl#6503)",
             "verl": "clamps the log-ratio to ±20 and k3 to 10: beyond ln r ≈ 2.6 no gradient is left "
             "(`kl_penalty_forward`)",
             "OpenRLHF": "clamps the value to ±10; by default k1 in the reward, not in the loss (`compute_approx_kl`)",
@@ -282,13 +291,13 @@ TRAPS = (
     Trap(
         "MLA as it is taught", "Does MLA have a rotated part, latent norms, and compressed queries at inference?",
         {
-            "DeepSeek": "all three, always",
-            "paper": "rotated part and compressed queries (V2 eq. 9–19), always; norms: see 6",
-            "HF": "all three", "Megatron": "all three", "torchtitan": "all three",
-            "teaching code": "a well-known book's chapter has no RoPE, no norm of the latent and whole queries, and "
-            "says that queries are compressed in training alone",
+            "DeepSeek": "rotated part and norms always; compressed queries in V2 and V3, not in V2-Lite",
+            "paper": "rotated part and compressed queries (V2 eq. 9–19), at inference too; norms: see 6",
+            "HF": "as DeepSeek", "Megatron": "as DeepSeek", "torchtitan": "as DeepSeek",
+            "teaching code": "rasbt/LLMs-from-scratch (ch04/05_mla) has no RoPE, no norm of the latent and whole "
+            "queries, and says that queries are compressed in training alone",
         },
-        "fixed: all three", "–",
+        "`ModelConfig.q_latent`; the others fixed", "as the config says",
         "without the rotated part attention does not know the order of the tokens before it.",
         ((MAIN, ex.rotation),),
     ),
@@ -302,15 +311,15 @@ TRAPS = (
             "SGLang": "yes",
         },
         RECORD("latent_eps"), "config",
-        "nothing on V3 (1e-6). Moonlight's config has 1e-5. Scale the input down until a latent's mean square is near "
-        "eps.",
+        "nothing on V3 (1e-6). Moonlight's config is said to have 1e-5. Scale the input down until a latent's mean "
+        "square is near eps.",
         (("root mean square of a normed latent of std 0.006, eps 1e-5", ex.latent_eps),),
     ),
     Trap(
         "float64 that is not", "Is a model in float64 computed in float64?",
         {
             "HF": "no: norms, gate, softmax, rotation and loss cast to float32 inside",
-            "Megatron": "scores and probabilities of the gate are float32",
+            "Megatron": "the gate's scores are float32",
             "torchtitan": "the gate is float32",
         },
         "fixed: float64 stays float64", "–",
