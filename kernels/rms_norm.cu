@@ -2,8 +2,8 @@
 // Derivation: derivations/rms_norm.md.
 #include "common.cuh"
 
-constexpr int HELD = (sizeof(real) == 8 ? 16 : 24) / VECTOR;  // chunks of a row that a thread holds
-constexpr int BLOCK = 448;  // threads, at most: the widest row is BLOCK · HELD · VECTOR; V3's 7,168 fit in every type
+constexpr int HELD = (sizeof(real) == 8 ? 14 : 24) / VECTOR;  // chunks of a row that a thread holds
+constexpr int BLOCK = 512;  // threads, at most: the widest row is BLOCK · HELD · VECTOR; V3's 7,168 fit in every type
 
 // y = x r w and r = 1 / √(mean(x²) + eps). Grid: a block a row.
 extern "C" __global__ void __launch_bounds__(BLOCK)

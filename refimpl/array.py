@@ -48,7 +48,7 @@ def namespace(**arrays: Array) -> ModuleType:
 def library(x: Array, name: str = "x") -> ModuleType:
     """The namespace of one array of any dtype; TypeError if it is none."""
     if type(x).__module__.partition(".")[0] == "cupy":
-        import cupy  # type: ignore[import-not-found]
+        import cupy
 
         return cupy  # type: ignore[no-any-return]
     if not hasattr(x, "__array_namespace__"):

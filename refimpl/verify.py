@@ -130,7 +130,7 @@ def _placement(backend: str) -> Callable[[Any], Any] | None:
     if backend == "numpy":
         return None
     try:
-        import cupy  # type: ignore[import-not-found]
+        import cupy
     except ImportError as error:
         raise CouldNotRun(f"--backend cupy needs CuPy: pip install 'deepseek-refimpl[cuda13]' ({error})") from error
     try:

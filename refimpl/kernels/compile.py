@@ -60,9 +60,7 @@ class Module:
             numbers = [re.search(rf"(\d+) bytes {what}", part) for what in ("stack frame", "spill stores")]
             loads, registers = re.search(r"(\d+) bytes spill loads", part), re.search(r"Used (\d+) registers", part)
             shared = re.search(r"(\d+) bytes smem", part)
-            stack, stores, loaded, used, static = (
-                int(m[1]) if m else 0 for m in (*numbers, loads, registers, shared)
-            )
+            stack, stores, loaded, used, static = (int(m[1]) if m else 0 for m in (*numbers, loads, registers, shared))
             found[part.split("'")[0]] = Usage(used, stores + loaded, stack, static)
         return found
 
@@ -112,7 +110,7 @@ def build(stem: str, target: str, storage: str, source: str) -> Module:
 
 def _nvrtc() -> Any:
     try:
-        from cuda.bindings import nvrtc  # type: ignore[import-not-found]
+        from cuda.bindings import nvrtc
 
         nvrtc.nvrtcVersion()
     except (ImportError, RuntimeError) as error:  # the bindings, or the library behind them
@@ -138,7 +136,7 @@ def _run(nvrtc: Any, stem: str, source: str, header: str, options: tuple[str, ..
 
 
 def _bytes(nvrtc: Any, program: Any, what: str) -> bytes:
-    content = b" " * _ok(nvrtc, getattr(nvrtc, f"nvrtcGet{what}Size")(program))
+    content: bytes = b" " * _ok(nvrtc, getattr(nvrtc, f"nvrtcGet{what}Size")(program))
     _ok(nvrtc, getattr(nvrtc, f"nvrtcGet{what}")(program, content))
     return content
 
