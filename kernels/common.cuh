@@ -38,6 +38,24 @@ __device__ __forceinline__ uint4 ld_global_nc_stream(const void* address) {
     return bits;
 }
 
+// ld.global.v4.u32 and st.global.v4.u32: 16 bytes in one access, at multiples of 16. Written out, because the compiler
+// otherwise splits a chunk that goes through a union into as many accesses as it has elements.
+__device__ __forceinline__ uint4 ld_global_v4(const void* address) {
+    uint4 bits;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+                 : "l"(__cvta_generic_to_global(address))
+                 : "memory");
+    return bits;
+}
+
+__device__ __forceinline__ void st_global_v4(void* address, uint4 bits) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(__cvta_generic_to_global(address)), "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
+                 : "memory");
+}
+
 // cvt.rn.bf16.f32: to bfloat16, to the nearest, ties to even. One instruction; in integer arithmetic it is five. sm_80 on.
 __device__ __forceinline__ unsigned short cvt_rn_bf16(float x) {
     unsigned short bits;
@@ -68,7 +86,7 @@ template <bool STREAM>
 __device__ __forceinline__ void load_chunk(real (&chunk)[VECTOR], const storage* row, int64 i, int64 length, bool wide) {
     if (wide && i < length) {
         Chunk from;
-        from.bits = STREAM ? ld_global_nc_stream(row + i) : *reinterpret_cast<const uint4*>(row + i);
+        from.bits = STREAM ? ld_global_nc_stream(row + i) : ld_global_v4(row + i);
 #pragma unroll
         for (int v = 0; v < VECTOR; v++) chunk[v] = widen(from.element[v]);
     } else {
@@ -82,7 +100,7 @@ __device__ __forceinline__ void store_chunk(const real (&chunk)[VECTOR], storage
         Chunk to;
 #pragma unroll
         for (int v = 0; v < VECTOR; v++) to.element[v] = narrow(chunk[v]);
-        *reinterpret_cast<uint4*>(row + i) = to.bits;
+        st_global_v4(row + i, to.bits);
     } else {
 #pragma unroll
         for (int v = 0; v < VECTOR; v++)

@@ -56,7 +56,7 @@ def ready(x: Array, dtype: Any = None) -> Array:
     """``x`` (in ``dtype``, if given) contiguous and at a multiple of 16 bytes: itself, if it is so already."""
     xp = library(x)
     x = xp.ascontiguousarray(x, dtype=x.dtype if dtype is None else dtype).reshape(x.shape)
-    address = x.data.ptr if hasattr(x.data, "ptr") else x.ctypes.data
+    address = x.data.ptr if xp.__name__ == "cupy" else x.ctypes.data
     return x if address % 16 == 0 else x.copy()
 
 
