@@ -6,8 +6,9 @@ Each field names our letter, DeepSeek's name (Hugging Face's config.json) and th
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import Literal, get_args, get_type_hints
 
-from .ops.rope import Yarn
+from .ops.rope import Yarn, yarn_mscale
 
 __all__ = ["CONVENTIONS", "PRESETS", "Conventions", "ModelConfig", "Yarn", "preset"]
 
@@ -17,54 +18,50 @@ class Conventions:
     """Where papers and implementations disagree: one field a choice. The default is `official`: DeepSeek's inference
     code and released weights, and the paper where those are silent. derivations/conventions.md says who does what."""
 
-    mtp_order: str = "embedding_hidden"
+    mtp_order: Literal["embedding_hidden", "hidden_embedding"] = "embedding_hidden"
     """In front of MTP's projection: embedding_hidden (released weights, Megatron, vLLM) or hidden_embedding (paper)."""
-    mtp_hidden: str = "normed"
+    mtp_hidden: Literal["normed", "raw", "raw_first"] = "normed"
     """An MTP module reads the previous depth's state normed (after the final norm, or the previous module's own norm;
     Megatron, vLLM) or raw (before it). raw_first: module 1 reads raw, later ones normed (torchtitan)."""
-    mtp_normaliser: str = "positions"
+    mtp_normaliser: Literal["positions", "valid", "main"] = "positions"
     """MTP's loss is a sum divided by: all B·T positions (paper: 1/T over T−k terms; padding left out), valid (its own
     targets; Megatron), or main (the main loss's targets; torchtitan's first version)."""
     mtp_zero_first_embedding: bool = False
     """Zero the embedding that MTP reads at RoPE position 0 of a sequence, as vLLM does."""
-    masked_groups: str = "-inf"
+    masked_groups: Literal["-inf", "zero"] = "-inf"
     """Scores of groups left out: -inf, or zero (Hugging Face before transformers#45441)."""
-    balance_counts: str = "unbiased"
+    balance_counts: Literal["unbiased", "routed"] = "unbiased"
     """f_i counts the K best unbiased and ungrouped scores (paper, Megatron) or the routed experts (HF's V2 code)."""
     bias_centre: bool = False
     """Subtract the mean from the bias update, as torchtitan does."""
     gate_epsilon: float = 0.0
     """Added to the sum of the chosen scores: 0 (DeepSeek's inference code) or 1e-20 (HF, Megatron, torchtitan)."""
-    latent_eps: str = "config"
+    latent_eps: Literal["config", "class_default"] = "config"
     """eps of the two latent norms: the config's, or class_default (1e-6; Hugging Face). They differ on Moonlight."""
-    yarn_when: str = "beyond_original"
+    yarn_when: Literal["beyond_original", "always"] = "beyond_original"
     """YaRN applies only if max_positions exceeds the original context (DeepSeek), or always (Hugging Face)."""
-    rope_layout: str = "interleaved"
+    yarn_factor: Literal["ratio", "if_both"] = "ratio"
+    """What multiplies cos and sin: m(mscale) / m(mscale_all_dim), always, or (HF) if both are given, else m(1)."""
+    softmax_normalise: Literal["scaled", "unscaled", "ignored"] = "scaled"
+    """What norm_topk_prob does to a softmax gate: as to a sigmoid one; without routed_scale (V2's file); none (HF)."""
+    rope_layout: Literal["interleaved", "halves"] = "interleaved"
     """How a head's rotated pairs lie in the weights: interleaved (released checkpoints) or halves."""
 
     def __post_init__(self) -> None:
-        allowed = {
-            "mtp_order": ("embedding_hidden", "hidden_embedding"),
-            "mtp_hidden": ("normed", "raw", "raw_first"),
-            "mtp_normaliser": ("positions", "valid", "main"),
-            "masked_groups": ("-inf", "zero"),
-            "balance_counts": ("unbiased", "routed"),
-            "latent_eps": ("config", "class_default"),
-            "yarn_when": ("beyond_original", "always"),
-            "rope_layout": ("interleaved", "halves"),
-        }
-        for name, choices in allowed.items():
-            if getattr(self, name) not in choices:
+        for name, hint in get_type_hints(type(self)).items():
+            choices = get_args(hint)
+            if choices and getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
 
 
 CONVENTIONS: dict[str, Conventions] = {
     "official": Conventions(),
     "paper": Conventions(mtp_order="hidden_embedding"),
-    "hf": Conventions(  # transformers 5.23; it has no MTP and no balance loss
-        gate_epsilon=1e-20, latent_eps="class_default", yarn_when="always"
+    "hf": Conventions(  # transformers 5.23; its MTP drafts tokens, without a loss that runs; no balance loss
+        gate_epsilon=1e-20, latent_eps="class_default", yarn_when="always", yarn_factor="if_both",
+        softmax_normalise="ignored",
     ),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -138,6 +135,23 @@ class ModelConfig:
         if self.yarn is None or self.conventions.yarn_when == "always":
             return self.yarn
         return self.yarn if self.max_positions > self.yarn.original else None
+
+    @property
+    def rope_factor(self) -> float:
+        """What cos and sin are multiplied with; 1 in released models."""
+        yarn = self.active_yarn
+        if yarn is None:
+            return 1.0
+        if self.conventions.yarn_factor == "if_both" and not (yarn.mscale and yarn.mscale_all_dim):
+            return yarn_mscale(yarn.factor, 1.0)
+        return yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
+
+    @property
+    def weight_rule(self) -> tuple[bool, float]:
+        """Whether the chosen experts' scores are normalised, and what multiplies them then."""
+        rule = self.conventions.softmax_normalise if self.gate == "softmax" else "scaled"
+        normalise = self.normalise_weights and rule != "ignored"
+        return normalise, 1.0 if normalise and rule == "unscaled" else self.routed_scale
 
     @property
     def latent_eps(self) -> float:

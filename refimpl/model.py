@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from .array import Array, expect, expect_ids, expect_mask, library, namespace, number, real, zeros
 from .config import ModelConfig
-from .ops import REFERENCE, Ops, mtp_pairs, rope_frequencies, select_experts, yarn_mscale, yarn_softmax_factor
+from .ops import REFERENCE, Ops, mtp_pairs, rope_frequencies, select_experts, yarn_softmax_factor
 from .ops.router import expert_load
 
 __all__ = ["ModelOutput", "Route", "backward", "forward", "init_parameters", "is_buffer", "logits", "parameter_shapes"]
@@ -145,13 +145,17 @@ class Run(NamedTuple):
     balance: dict[int, Array]
     chosen: dict[int, Route]
     loads: dict[int, Array]
+    caches: dict[int, Array] | None = None  # by layer [B, S − T, C + R]; each block replaces its own by [B, S, C + R]
 
     def names(self, layer: int, *names: str) -> list[Array | None]:
         return [self.params.get(f"model.layers.{layer}.{name}.weight") for name in names]
 
 
 class Batch(NamedTuple):
-    """What a depth reads and predicts, each [B, its positions]: the main model is depth 0, MTP module k depth k."""
+    """What a depth reads and predicts, each [B, its positions]: the main model is depth 0, MTP module k depth k.
+
+    With caches, ``takes_part`` is [B, S]: the cached positions, then these.
+    """
 
     tokens: Array
     targets: Array
@@ -205,13 +209,13 @@ def forward(
 
     Returns (ModelOutput, saved). ValueError names every tensor that is missing or misshapen.
     """
-    _check_parameters(params, config)
-    batch = _batch(params, tokens, config, targets, mask, key_mask, segments, positions, with_loss)
+    check_parameters(params, config)
+    batch = make_batch(params, tokens, config, targets, mask, key_mask, segments, positions, with_loss)
     run = Run(params, config, ops, routes or {}, with_loss, {}, {}, {})
     x, embedding_saved = ops["embedding"].forward(params["model.embed_tokens.weight"], ids=batch.tokens)
     blocks = []
     for layer in range(config.layers):
-        x, saved = _block_forward(run, layer, x, batch)
+        x, saved = block_forward(run, layer, x, batch)
         blocks.append(saved)
     hidden, norm_saved = ops["rms_norm"].forward(x, params["model.norm.weight"], eps=config.norm_eps)
     if not with_loss:
@@ -224,7 +228,7 @@ def forward(
     modules: list[MTPModuleSaved] = []
     for depth in range(1, config.mtp_depth + 1):
         later = batch.at(depth)
-        state, normed, module = _mtp_forward(run, depth, state[:, : later.tokens.shape[1], :], later)
+        state, normed, module = mtp_module_forward(run, depth, state[:, : later.tokens.shape[1], :], later)
         mtp_loss, module_head_saved = _head_forward(run, normed, later, normaliser)
         modules.append(module._replace(head=module_head_saved))
         mtp_losses.append(mtp_loss)
@@ -275,7 +279,7 @@ def backward(
         grads.add(config.head, dw)
         dstate = None
         for depth in range(config.mtp_depth, 0, -1):
-            dstate = _mtp_backward(run, depth, dloss, dstate, saved.mtp[depth - 1], grads)
+            dstate = mtp_module_backward(run, depth, dloss, dstate, saved.mtp[depth - 1], grads)
         if dstate is not None and config.conventions.mtp_hidden == "normed":
             dh = dh + dstate
         elif dstate is not None:
@@ -284,7 +288,7 @@ def backward(
     dx = dx + dx_norm
     grads.add("model.norm.weight", dw)
     for layer in range(config.layers - 1, -1, -1):
-        dx = _block_backward(run, layer, dx, dloss, saved.blocks[layer], grads)
+        dx = block_backward(run, layer, dx, dloss, saved.blocks[layer], grads)
     grads.add("model.embed_tokens.weight", ops["embedding"].backward(dx, saved.embedding))
     return grads.complete()
 
@@ -312,30 +316,32 @@ class Gradients:
         }  # fmt: skip
 
 
-def _block_forward(run: Run, layer: int, x: Array, batch: Batch) -> tuple[Array, BlockSaved]:
+def block_forward(run: Run, layer: int, x: Array, batch: Batch) -> tuple[Array, BlockSaved]:
     """x + MLA(norm(x)), then x + FFN or MoE(norm(x)); adds the layer's balance loss, route and load to ``run``."""
     config, ops = run.config, run.ops
     yarn, conventions = config.active_yarn, config.conventions
     norm, q, q_a, q_a_norm, q_b, kv_a, kv_a_norm, kv_b, o, ffn_norm, gate = run.names(layer, *NORM_AND_MLA, *FFN_NORM)
+    past = None if run.caches is None else run.caches.get(layer)
     h, attention_norm = ops["rms_norm"].forward(x, norm, eps=config.norm_eps)
-    (y, _), mla = ops["mla"].forward(
-        h, None, q_a, q_a_norm, q if q_b is None else q_b, kv_a, kv_a_norm, kv_b, o,
+    (y, cache), mla = ops["mla"].forward(
+        h, past, q_a, q_a_norm, q if q_b is None else q_b, kv_a, kv_a_norm, kv_b, o,
         heads=config.heads, scale=(config.nope + config.rope) ** -0.5 * yarn_softmax_factor(yarn),
         eps=config.latent_eps, positions=batch.positions, layout=conventions.rope_layout,
         inv_freq=namespace(x=x).asarray(rope_frequencies(config.rope, config.theta, yarn)),
-        factor=yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim) if yarn else 1.0,
-        key_mask=batch.takes_part, segments=batch.segments, ops=ops,
+        factor=config.rope_factor, key_mask=batch.takes_part, segments=batch.segments, ops=ops,
     )  # fmt: skip
+    if run.caches is not None:
+        run.caches[layer] = cache
     x = x + y
     h, ffn_norm_saved = ops["rms_norm"].forward(x, ffn_norm, eps=config.norm_eps)
     if layer < config.dense_layers:
         y, ffn = ops["ffn"].forward(h, *run.names(layer, *DENSE), ops=ops)
         return x + y, BlockSaved(attention_norm, mla, ffn_norm_saved, ffn, None, None, None)
-    replay = run.routes.get(layer)
+    replay, (normalise, scale) = run.routes.get(layer), config.weight_rule
     routed, router = ops["router"].forward(
         h, gate, top_k=config.top_k, bias=run.params.get(f"model.layers.{layer}.{BIAS}"), groups=config.groups,
         keep_groups=config.keep_groups, group_score=config.group_score, score=config.gate,
-        normalise=config.normalise_weights, scale=config.routed_scale, epsilon=conventions.gate_epsilon,
+        normalise=normalise, scale=scale, epsilon=conventions.gate_epsilon,
         masked_groups=conventions.masked_groups, routes=replay and replay.indices,
     )  # fmt: skip
     counted = routed.indices if conventions.balance_counts == "routed" else None
@@ -344,7 +350,8 @@ def _block_forward(run: Run, layer: int, x: Array, batch: Batch) -> tuple[Array,
     elif counted is None:
         counted = select_experts(real(routed.scores), config.top_k)
     run.chosen[layer] = Route(routed.indices, counted)
-    run.loads[layer] = expert_load(routed.indices, config.experts, batch.takes_part)
+    takes_part = None if batch.takes_part is None else batch.takes_part[:, -x.shape[1] :]
+    run.loads[layer] = expert_load(routed.indices, config.experts, takes_part)
     balance_saved = None
     if run.with_loss:
         run.balance[layer], balance_saved = ops["balance_loss"].forward(
@@ -356,7 +363,7 @@ def _block_forward(run: Run, layer: int, x: Array, batch: Batch) -> tuple[Array,
     return x + y, BlockSaved(attention_norm, mla, ffn_norm_saved, None, router, balance_saved, moe)
 
 
-def _block_backward(run: Run, layer: int, dx: Array, dloss: Array | None, saved: BlockSaved, grads: Gradients) -> Array:
+def block_backward(run: Run, layer: int, dx: Array, dloss: Array | None, saved: BlockSaved, grads: Gradients) -> Array:
     """The gradient of the block's input from that of its output; adds those of its parameters to ``grads``."""
     ops, add = run.ops, grads.add_layer
     if saved.ffn is not None:
@@ -383,7 +390,7 @@ def _block_backward(run: Run, layer: int, dx: Array, dloss: Array | None, saved:
     return dx + dx_attention
 
 
-def _mtp_forward(run: Run, depth: int, state: Array, batch: Batch) -> tuple[Array, Array, MTPModuleSaved]:
+def mtp_module_forward(run: Run, depth: int, state: Array, batch: Batch) -> tuple[Array, Array, MTPModuleSaved]:
     """Module ``depth``: what it hands to the next, its normed output (the head's input), and saved."""
     config, ops, layer = run.config, run.ops, run.config.layers + depth - 1
     xp, embed = namespace(state=state), run.params["model.embed_tokens.weight"]
@@ -396,13 +403,13 @@ def _mtp_forward(run: Run, depth: int, state: Array, batch: Batch) -> tuple[Arra
     x, mtp = ops["mtp"].forward(
         state, embedding, hnorm, enorm, proj, eps=config.norm_eps, order=config.conventions.mtp_order, ops=ops
     )
-    x, block = _block_forward(run, layer, x, batch)
+    x, block = block_forward(run, layer, x, batch)
     normed, norm_saved = ops["rms_norm"].forward(x, norm, eps=config.norm_eps)
     state = x if config.conventions.mtp_hidden == "raw" else normed
     return state, normed, MTPModuleSaved(embedding_saved, keep, mtp, block, norm_saved, None)
 
 
-def _mtp_backward(
+def mtp_module_backward(
     run: Run, depth: int, dloss: Array, dstate: Array | None, saved: MTPModuleSaved, grads: Gradients
 ) -> Array:
     """The gradient of what module ``depth`` read of the previous depth, from that of what it handed to the next."""
@@ -416,7 +423,7 @@ def _mtp_backward(
     dx, dw_norm = ops["rms_norm"].backward(dnormed, saved.norm)
     if dstate is not None and handed_on_raw:
         dx = dx + dstate
-    dx = _block_backward(run, layer, dx, dloss, saved.block, grads)
+    dx = block_backward(run, layer, dx, dloss, saved.block, grads)
     dread, dembedding, *dw = ops["mtp"].backward(dx, saved.mtp)
     grads.add_layer(layer, dict(zip(MTP, (*dw, dw_norm), strict=True)))
     if saved.keep is not None:
@@ -426,7 +433,7 @@ def _mtp_backward(
     return namespace(dread=dread).concat((dread, last), axis=1)
 
 
-def _batch(
+def make_batch(
     params: Parameters, tokens: Array, config: ModelConfig, targets: Array | None, mask: Array | None,
     key_mask: Array | None, segments: Array | None, positions: Array | None, with_loss: bool,
 ) -> Batch:  # fmt: skip
@@ -474,7 +481,7 @@ def _head_forward(run: Run, hidden: Array, batch: Batch, normaliser: float | Non
     )
 
 
-def _check_parameters(params: Parameters, config: ModelConfig) -> None:
+def check_parameters(params: Parameters, config: ModelConfig) -> None:
     wanted = parameter_shapes(config)
     wrong = [f"{name} is missing" for name in wanted if name not in params]
     wrong += [

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, replace
-from math import prod
+from dataclasses import FrozenInstanceError, fields, replace
+from math import e, prod
 from typing import Any
 
 import pytest
 
-from refimpl.config import CONVENTIONS, PRESETS, Conventions, preset
+from refimpl.config import CONVENTIONS, PRESETS, Conventions, Yarn, preset
 from refimpl.model import is_buffer, parameter_shapes
 
 
@@ -85,7 +85,7 @@ def test_bad_configs(change: dict[str, Any], message: str) -> None:
         replace(preset("tiny"), **change)
 
 
-@pytest.mark.parametrize("field", ["mtp_order", "mtp_hidden", "mtp_normaliser", "masked_groups", "rope_layout"])
+@pytest.mark.parametrize("field", [f.name for f in fields(Conventions) if isinstance(f.default, str)])
 def test_bad_conventions(field: str) -> None:
     with pytest.raises(ValueError, match=f"{field} must be one of .* got 'other'"):
         Conventions(**{field: "other"})
@@ -106,6 +106,30 @@ def test_yarn_when() -> None:
     short = replace(preset("v3"), max_positions=4096)
     assert short.active_yarn is None
     assert replace(short, conventions=CONVENTIONS["hf"]).active_yarn == PRESETS["v3"].yarn
+
+
+def test_yarn_factor() -> None:
+    """Hugging Face takes the ratio of the two mscales only if neither is 0; released models have a ratio of 1."""
+    hf, official = CONVENTIONS["hf"], CONVENTIONS["official"]
+
+    def factor(mscale: float, mscale_all_dim: float, conventions: Conventions) -> float:
+        yarn = Yarn(factor=e**10, mscale=mscale, mscale_all_dim=mscale_all_dim)  # ln of the factor is 10
+        return replace(preset("v3"), yarn=yarn, conventions=conventions).rope_factor
+
+    assert [factor(1, 1, c) for c in (official, hf)] == [1, 1]
+    assert [factor(0.5, 0.25, c) for c in (official, hf)] == pytest.approx([1.2, 1.2])
+    assert [factor(0.5, 0, c) for c in (official, hf)] == pytest.approx([1.5, 2])
+    assert [factor(0, 0.25, c) for c in (official, hf)] == pytest.approx([0.8, 2])
+    assert replace(preset("v3"), yarn=None).rope_factor == 1
+
+
+def test_weight_rule() -> None:
+    """What norm_topk_prob does to a softmax gate differs; to a sigmoid gate it does the same everywhere."""
+    for rule, wanted in {"scaled": (True, 16.0), "unscaled": (True, 1.0), "ignored": (False, 16.0)}.items():
+        conventions = Conventions(softmax_normalise=rule)
+        assert replace(preset("v2"), conventions=conventions).weight_rule == (False, 16.0)
+        assert replace(preset("v2"), conventions=conventions, normalise_weights=True).weight_rule == wanted
+        assert replace(preset("v3"), conventions=conventions).weight_rule == (True, 2.5)
 
 
 def test_latent_eps() -> None:

@@ -37,8 +37,9 @@ V3_JSON = {
 }  # fmt: skip
 V2_LITE_JSON = V3_JSON | {
     "model_type": "deepseek_v2", "vocab_size": 102400, "hidden_size": 2048, "num_hidden_layers": 27,
-    "first_k_dense_replace": 1, "num_attention_heads": 16, "q_lora_rank": None, "intermediate_size": 10944,
-    "moe_intermediate_size": 1408, "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6,
+    "first_k_dense_replace": 1, "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": None,
+    "intermediate_size": 10944, "moe_intermediate_size": 1408, "n_routed_experts": 64, "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
     "n_group": 1, "topk_group": 1, "topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False,
     "routed_scaling_factor": 1.0, "num_nextn_predict_layers": 0, "aux_loss_alpha": 0.001,
     "rope_scaling": V3_JSON["rope_scaling"] | {"mscale": 0.707, "mscale_all_dim": 0.707},  # type: ignore[operator]
@@ -314,7 +315,7 @@ def test_config_json_as_transformers_writes_it(tmp_path: Path) -> None:
     content |= {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}, "aux_loss_alpha": None}
     config = read_config(written(tmp_path / "a.json", content))
     assert config == replace(preset("v3"), theta=5e4, yarn=None)
-    yarn = {"rope_type": "yarn", "factor": 4}
+    yarn = {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 4096}
     config = read_config(written(tmp_path / "b.json", V3_JSON | {"rope_scaling": yarn}))
     assert config.yarn == Yarn(4.0, 4096, 32.0, 1.0, mscale=1.0, mscale_all_dim=0.0)
     groups = {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3}
@@ -344,10 +345,18 @@ BAD: list[tuple[Any, str]] = [
     (V3_JSON | {"first_k_dense_replace": 62}, "dense_layers must be at most layers=61, got 62"),
     (V3_JSON | {"n_group": 7}, "groups must divide experts=256"),
     (V3_JSON | {"rope_theta": "big"}, 'rope_theta must be a number of at least 0, got "big"'),
-    (V3_JSON | {"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number of at least 0, got NaN"),
+    (V3_JSON | {"rms_norm_eps": float("nan")}, "rms_norm_eps must be a finite number, got NaN"),
     (V3_JSON | {"rope_scaling": "yarn"}, 'rope_scaling must be an object or null, got "yarn"'),
     (V3_JSON | {"rope_scaling": {"type": "linear"}}, "rope_scaling's type must be yarn, got \"linear\""),
     (V3_JSON | {"rope_scaling": {"type": "yarn", "factor": []}}, "factor must be a number of at least 0, got []"),
+    (
+        V3_JSON | {"rope_scaling": {"type": "yarn", "factor": 4}},
+        "original_max_position_embeddings must be a number of at least 0, got nothing",
+    ),
+    (
+        V3_JSON | {"rope_scaling": dict(V3_JSON["rope_scaling"]) | {"mscale": None}},
+        "rope_scaling's mscale must be given with mscale_all_dim (DeepSeek's code takes 1 for it, transformers 0), ",
+    ),
     (V3_JSON | {"topk_method": "best"}, "topk_method must be one of noaux_tc, group_limited_greedy, greedy, got "),
     (V3_JSON | {"topk_method": {}}, "topk_method must be one of noaux_tc, group_limited_greedy, greedy, got {}"),
     (V3_JSON | {"scoring_func": "tanh"}, "gate must be one of sigmoid, softmax, got 'tanh'"),

@@ -16,17 +16,18 @@ from refimpl import ops
 from refimpl.check.cases import CASES, REGIMES
 from refimpl.ops import REFERENCE
 
+from support import NOT_OPS
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "refimpl"
 STEMS = sorted(path.stem for path in (PACKAGE / "ops").glob("*.py") if path.stem not in ("__init__", "table"))
-OTHERS = ("conventions",)  # pages that are not of an op
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "kernels/README.md", *(f"derivations/{x}.md" for x in ("README", *OTHERS))]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "kernels/README.md", *(f"derivations/{x}.md" for x in sorted(NOT_OPS))]
 TAG = r"[a-z_]+\.\d+"
 
 
 def test_one_stem_four_places() -> None:
     """Every op has a derivation, a test, cases with regimes, and an exported pair; and none of these lacks an op."""
-    pages = {path.stem for path in (ROOT / "derivations").glob("*.md")} - {"README", *OTHERS}
+    pages = {path.stem for path in (ROOT / "derivations").glob("*.md")} - NOT_OPS
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
     assert set(STEMS) == pages == set(CASES) == set(REGIMES)
     assert set(STEMS) <= tests

@@ -29,6 +29,13 @@ def test_protocol() -> None:
     property_test("rope")
 
 
+def test_a_ramp_that_ends_before_it_begins() -> None:
+    """As DeepSeek's code and Hugging Face's: within a context of one position, no pair is slowed down."""
+    np.testing.assert_array_equal(rope_frequencies(8, 100.0, Yarn(4.0, 1)), rope_frequencies(8, 100.0))
+    ramp_of_one = rope_frequencies(8, 100.0, Yarn(4.0, 16, 32.0, 4.0))  # from pair 0 to pair 0
+    np.testing.assert_array_equal(ramp_of_one[1:], rope_frequencies(8, 100.0)[1:] / 4)
+
+
 @pytest.mark.parametrize(
     ("layout", "y"),
     [("interleaved", [-2, 1, -3, -4]), ("halves", [-3, -2, 1, -4])],

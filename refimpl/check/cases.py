@@ -509,7 +509,7 @@ def model_grpo_case(draw: Draw, *, config: ModelConfig, table: Ops, length: int 
     return Case(inputs, replay=replay), names, Op(forward, backward)
 
 
-def model_variant(config: ModelConfig, conventions: Conventions, mtp_hidden: str = "raw") -> ModelConfig:
+def model_variant(config: ModelConfig, conventions: Conventions, mtp_hidden: Any = "raw") -> ModelConfig:
     """The config with everything the other way round: V2's gate, no query compression, no shared experts, a tied head,
     raw MTP."""
     conventions = replace(conventions, mtp_hidden=mtp_hidden, mtp_zero_first_embedding=True)

@@ -1,16 +1,18 @@
-"""A model's config.json, as Hugging Face writes it, and our `ModelConfig`."""
+"""A model's config.json, as Hugging Face writes it, and our `ModelConfig`, both ways."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from ..config import PRESETS, ModelConfig, Yarn
+from ..config import PRESETS, Conventions, ModelConfig, Yarn
 from ..errors import CouldNotRun
 
-__all__ = ["load_config", "read_config"]
+__all__ = ["config_dict", "load_config", "read_block_size", "read_config", "read_json"]
 
 INTEGERS = {
     "vocabulary": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers",
@@ -24,9 +26,11 @@ OPTIONAL_INTEGERS = {
     "max_positions": "max_position_embeddings",
 }  # fmt: skip
 FLOATS = {"routed_scale": "routed_scaling_factor", "norm_eps": "rms_norm_eps", "balance_weight": "aux_loss_alpha"}
-YARN = {"factor": 40.0, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}  # HF's defaults
+YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}  # HF's defaults
 SELECTION = {"noaux_tc": ("top2", True), "group_limited_greedy": ("max", False), "greedy": ("max", False)}
-ONLY = {"attention_bias": False, "hidden_act": "silu", "moe_layer_freq": 1}
+ONLY = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "moe_layer_freq": 1}
+ARCHITECTURES = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
+BLOCK = (128, 128)  # of FP8 weights, where the file does not say
 
 
 def load_config(model: str) -> ModelConfig:
@@ -36,36 +40,67 @@ def load_config(model: str) -> ModelConfig:
     return PRESETS[model] if model in PRESETS else read_config(Path(model))
 
 
-def read_config(path: Path) -> ModelConfig:
-    """A Hugging Face config.json of ``deepseek_v2`` or ``deepseek_v3``; CouldNotRun names the field that is wrong."""
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object without a number that is not finite and without a key given twice; CouldNotRun otherwise."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise CouldNotRun(f"{path}: {json.dumps(key)[:200]} is given twice")
+            found[key] = value
+        return found
+
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except OSError as error:
         raise CouldNotRun(f"{path} can't be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise CouldNotRun(f"{path} is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise CouldNotRun(f"{path}: the file must be a JSON object, got {_shown(raw)}")
+    for where, value in _infinite("", raw):
+        raise CouldNotRun(f"{path}: {where} must be a finite number, got {_shown(value)}")
+    return raw
+
+
+def read_config(path: Path) -> ModelConfig:
+    """A Hugging Face config.json of ``deepseek_v2`` or ``deepseek_v3``; CouldNotRun names the field that is wrong.
+
+    The conventions are the default ones, but for ``rope_layout``: halves if the file says rope_interleave = false.
+    λ of MTP is in no config.json: ``mtp_weight`` is the default.
+    """
+    raw = read_json(path)
 
     def expect(holds: bool, key: str, wanted: str, value: Any) -> None:
         if not holds:
-            shown = "nothing" if value is None else json.dumps(value)[:40]
-            raise CouldNotRun(f"{path}: {key} must be {wanted}, got {shown}")
+            raise CouldNotRun(f"{path}: {key} must be {wanted}, got {_shown(value)}")
 
     def integer(key: str) -> int | None:
         least = int(key not in ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers"))
         value, most = raw.get(key), 10_000 if key.endswith("layers") else 10**9
         expect(type(value) is int and least <= value <= most, key, f"an integer in {least}…{most:,}", value)
-        return value  # type: ignore[no-any-return]
+        return value
 
-    def number(source: dict[str, Any], key: str, default: float) -> float:
-        value = default if source.get(key) is None else source[key]
-        expect(type(value) in (int, float) and isfinite(value) and value >= 0, key, "a number of at least 0", value)
+    def number(source: dict[str, Any], key: str, default: float | None) -> float:
+        value: Any = default if source.get(key) is None else source[key]
+        key = key if source is raw else f"rope_scaling's {key}"
+        expect(type(value) in (int, float) and 0 <= value < 1e300, key, "a number of at least 0", value)
         return float(value)
 
-    expect(isinstance(raw, dict), "the file", "a JSON object", raw)
+    def flag(key: str, default: bool) -> bool:
+        value = raw.get(key, default)
+        expect(type(value) is bool, key, "true or false", value)
+        return bool(value)
+
     kind = raw.get("model_type")
-    expect(kind in ("deepseek_v2", "deepseek_v3"), "model_type", "deepseek_v2 or deepseek_v3", kind)
-    for key, wanted in ONLY.items():
-        expect(raw.get(key, wanted) == wanted, key, json.dumps(wanted), raw.get(key))
+    expect(isinstance(kind, str) and kind in ARCHITECTURES, "model_type", "deepseek_v2 or deepseek_v3", kind)
+    assert isinstance(kind, str)
+    wanted = [ARCHITECTURES[kind]]
+    expect(raw.get("architectures") in (None, wanted), "architectures", json.dumps(wanted), raw.get("architectures"))
+    for key, only in (ONLY | {"num_key_value_heads": raw.get("num_attention_heads")}).items():
+        expect(raw.get(key) is None or raw[key] == only, key, json.dumps(only), raw.get(key))
+    raw = raw | ({"n_shared_experts": 0} if raw.get("n_shared_experts", 0) is None else {})
     fields: dict[str, Any] = {
         ours: None if (ours, raw.get(key, 0)) == ("q_latent", None) else integer(key) for ours, key in INTEGERS.items()
     }
@@ -73,21 +108,107 @@ def read_config(path: Path) -> ModelConfig:
     fields |= {ours: number(raw, key, getattr(PRESETS["v3"], ours)) for ours, key in FLOATS.items() if key in raw}
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     expect(isinstance(rope, dict), "rope_scaling", "an object or null", rope)
-    fields["theta"] = number(raw if "rope_theta" in raw else rope, "rope_theta", 1e4)
-    turned = rope.get("type", rope.get("rope_type", "default"))
+    fields["theta"] = number(rope if "rope_theta" in rope else raw, "rope_theta", 1e4)
+    if "rope_theta" in raw:
+        same = raw["rope_theta"] == fields["theta"]
+        expect(same or "rope_theta" not in rope, "rope_theta", "that of rope_parameters", raw["rope_theta"])
+        number(raw, "rope_theta", 1e4)
+    turned = rope.get("rope_type", rope.get("type", "default"))
     expect(turned in ("default", "yarn"), "rope_scaling's type", "yarn", turned)
+    expect(rope.get("type", turned) == turned, "rope_scaling's type", f"its rope_type, {turned}", rope.get("type"))
     if turned == "yarn":
-        original = number(rope, "original_max_position_embeddings", 4096)
-        fields["yarn"] = Yarn(original=int(original), **{key: number(rope, key, n) for key, n in YARN.items()})
+        for key, only in {"attention_factor": None, "truncate": True, "partial_rotary_factor": 1}.items():
+            expect(rope.get(key) in (None, only), f"rope_scaling's {key}", _shown(only), rope.get(key))
+        factor = number(rope, "factor", None)
+        original = number(rope, "original_max_position_embeddings", None)  # DeepSeek's code has 4096, transformers not
+        expect(original >= 1, "rope_scaling's original_max_position_embeddings", "a number of at least 1", original)
+        alone = bool(rope.get("mscale_all_dim")) and rope.get("mscale") is None
+        told = "given with mscale_all_dim (DeepSeek's code takes 1 for it, transformers 0)"
+        expect(not alone, "rope_scaling's mscale", told, None)
+        settings = {key: number(rope, key, default) for key, default in YARN.items()}
+        fields["yarn"] = Yarn(factor, int(original), **settings)
     method = raw.get("topk_method", "noaux_tc" if kind == "deepseek_v3" else "greedy")
     expect(isinstance(method, str) and method in SELECTION, "topk_method", "one of " + ", ".join(SELECTION), method)
     fields["group_score"], fields["gate_bias"] = SELECTION[method]
     fields |= {"groups": 1, "keep_groups": 1} if method == "greedy" else {}
     fields["gate"] = raw.get("scoring_func", "sigmoid" if kind == "deepseek_v3" else "softmax")
-    fields["tied"] = raw.get("tie_word_embeddings", False)
-    expect(type(fields["tied"]) is bool, "tie_word_embeddings", "true or false", fields["tied"])
+    fields["tied"] = flag("tie_word_embeddings", False)
     fields["normalise_weights"] = bool(raw.get("norm_topk_prob", kind == "deepseek_v3"))
+    fields["conventions"] = Conventions(rope_layout="interleaved" if flag("rope_interleave", True) else "halves")
     try:
         return ModelConfig(**fields)
     except ValueError as error:
         raise CouldNotRun(f"{path}: {error}") from error
+
+
+def read_block_size(path: Path) -> tuple[int, int]:
+    """The block of FP8 weights that has one scale, (rows, columns); CouldNotRun for another quantisation."""
+    quantisation = read_json(path).get("quantization_config")
+    if quantisation is None:
+        return BLOCK
+    if not isinstance(quantisation, dict):
+        raise CouldNotRun(f"{path}: quantization_config must be an object or null, got {_shown(quantisation)}")
+    for key, wanted in {"quant_method": "fp8", "fmt": "e4m3"}.items():
+        if quantisation.get(key, wanted) != wanted:
+            raise CouldNotRun(f"{path}: quantization_config's {key} must be {wanted}, got {_shown(quantisation[key])}")
+    block = quantisation.get("weight_block_size", list(BLOCK))
+    if not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n >= 1 for n in block)):
+        raise CouldNotRun(f"{path}: weight_block_size must be two integers of at least 1, got {_shown(block)}")
+    return block[0], block[1]
+
+
+def config_dict(config: ModelConfig, *, dtype: str, scales: str | None = None) -> dict[str, Any]:
+    """What `read_config` reads back as ``config``, and transformers 4 and 5 read as the same model.
+
+    ``dtype`` is the name of the type of the tensors that are not quantised; ``scales``, "float32" or "ue8m0", says
+    that the others are FP8. CouldNotRun if no config.json can say what the config says. λ of MTP and the conventions,
+    except for the layout of the rotated pairs, are lost.
+    """
+    kind = "deepseek_v3" if config.gate == "sigmoid" else "deepseek_v2"
+    if (config.group_score, config.gate_bias) != (("top2", True) if kind == "deepseek_v3" else ("max", False)):
+        raise CouldNotRun(
+            f"no config.json stands for gate={config.gate!r}, group_score={config.group_score!r}, "
+            f"gate_bias={config.gate_bias}: deepseek_v3 is sigmoid, top2, True and deepseek_v2 softmax, max, False"
+        )
+    method = "noaux_tc" if kind == "deepseek_v3" else "group_limited_greedy" if config.groups > 1 else "greedy"
+    content: dict[str, Any] = {"architectures": [ARCHITECTURES[kind]], "model_type": kind}
+    content |= {key: getattr(config, ours) for ours, key in (INTEGERS | OPTIONAL_INTEGERS).items()}
+    content |= {key: float(getattr(config, ours)) for ours, key in FLOATS.items()}
+    content |= ONLY | {
+        "num_key_value_heads": config.heads, "topk_method": method, "scoring_func": config.gate,
+        "norm_topk_prob": config.normalise_weights, "tie_word_embeddings": config.tied,
+        "rope_theta": float(config.theta), "rope_scaling": None,
+        "rope_interleave": config.conventions.rope_layout == "interleaved", "torch_dtype": dtype,
+    }  # fmt: skip
+    if config.yarn is not None:  # older transformers read type, newer ones rope_type
+        settings = config.yarn._asdict()
+        original = settings.pop("original")
+        kinds = {"type": "yarn", "rope_type": "yarn", "original_max_position_embeddings": original}
+        content["rope_scaling"] = kinds | settings
+    if scales is not None:
+        quantisation = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+        content["quantization_config"] = quantisation | {"weight_block_size": list(BLOCK)}
+        if scales == "ue8m0":
+            content["quantization_config"]["scale_fmt"] = "ue8m0"
+    return content
+
+
+def with_layout(conventions: Conventions, file: Conventions) -> Conventions:
+    """The conventions, with the layout of the rotated pairs that the file has."""
+    return replace(conventions, rope_layout="halves") if file.rope_layout == "halves" else conventions
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else json.dumps(value, ensure_ascii=True)[:40]
+
+
+def _infinite(where: str, value: Any) -> Iterator[tuple[str, float]]:
+    """Every number in a JSON value that is not finite, with its place."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _infinite(f"{where}.{key}".lstrip("."), inner)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _infinite(f"{where}[{index}]", inner)
+    elif isinstance(value, float) and not isfinite(value):
+        yield where, value

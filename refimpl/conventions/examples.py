@@ -125,6 +125,17 @@ def mscale_default() -> Numbers:
     }
 
 
+def yarn_factor() -> Numbers:
+    yarn = Yarn(factor=4.0, original=16, beta_fast=4.0, beta_slow=1.0, mscale=0.5, mscale_all_dim=0.0)
+    return by_convention("yarn_factor", ("ratio", "if_both"), lambda c: main(replace(c, yarn=yarn)))
+
+
+def softmax_normalise() -> Numbers:
+    return by_convention(
+        "softmax_normalise", ("scaled", "unscaled", "ignored"), lambda c: main(replace(c, gate="softmax"))
+    )
+
+
 def balance_counts() -> Numbers:
     return by_convention("balance_counts", ("unbiased", "routed"), lambda c: float(sum(run(c).balance.values())))
 

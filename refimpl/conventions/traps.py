@@ -110,15 +110,17 @@ TRAPS = (
             "DeepSeek": "the softmax scale, by (0.1 m ln 40 + 1)²; m is 1.0 for V3 and the 236B config, 0.707 for the "
             "16B",
             "paper": "YaRN on the rotated key alone; all code rotates queries too. V2: √t = 0.0707 ln 40 + 1",
-            "HF": "as DeepSeek, m = `mscale_all_dim`; deepseek_v2 ignored it before transformers#47435. V2's "
+            "HF": "as DeepSeek, m = `mscale_all_dim`; deepseek_v2 ignored it before transformers#47435. Cos and sin "
+            "are multiplied by m(mscale) / m(mscale_all_dim), or by m(1) if one of them is 0. V2's "
             "config.json has 0.707 for all sizes (llama.cpp#7118)",
             "Megatron": "m = `mscale_all_dim`, 0 by default, and cos and sin by the ratio of the two mscales, 1.369 by "
             "default: the rotated part of a score is 1.874 times larger, the rest is not (multi_latent_attention.py)",
             "torchtitan": "as DeepSeek; its 16B has 0.70, not 0.707",
         },
-        "`Yarn.mscale`, `Yarn.mscale_all_dim`", "1.0, 1.0",
+        "`Yarn.mscale`, `Yarn.mscale_all_dim`, " + RECORD("yarn_factor"), "1.0, 1.0, ratio",
         "logits agree at position 0 alone, where the softmax has one entry: test later positions.",
-        (("softmax scale at 192 wide heads", ex.mscale), (MAIN, ex.mscale_default)),
+        (("softmax scale at 192 wide heads", ex.mscale), (MAIN, ex.mscale_default),
+         (f"{MAIN}, mscale 0.5, mscale_all_dim 0", ex.yarn_factor)),
     ),
     Trap(
         "The balance loss's counts", "What does f_i of the sequence-wise balance loss count?",
@@ -168,19 +170,20 @@ TRAPS = (
         ),
     ),
     Trap(
-        "The gate's switches", "When does the gate have a bias, and how is a group scored?",
+        "The gate's switches", "When does the gate have a bias, how is a group scored, what does norm_topk_prob do?",
         {
             "DeepSeek": "a bias only if the width is 7168, so a shrunken config silently loses it; groups by their "
             "two best with a bias, by the best without (`Gate`, inference/model.py)",
             "paper": "the sum of a group's best K / kept groups",
-            "HF": "V3: always a bias, two best. V2: none, the best",
+            "HF": "V3: always a bias, two best. V2: none, the best, and norm_topk_prob does nothing (the file beside "
+            "V2's weights: normalised, then not scaled); no released V2 sets it",
             "Megatron": "the best K // kept groups, bias or not",
             "torchtitan": "the two best, bias or not",
             "TileKernels": "the two best",
         },
-        "`ModelConfig.gate_bias`, `.group_score`", "True, top2",
+        "`ModelConfig.gate_bias`, `.group_score`, " + RECORD("softmax_normalise"), "True, top2, scaled",
         "top-3 of two kept groups: `share` takes one score a group, `top2` two.",
-        ((MAIN, ex.gate_bias),),
+        ((MAIN, ex.gate_bias), (f"{MAIN}, softmax gate with norm_topk_prob", ex.softmax_normalise)),
     ),
     Trap(
         "The routed experts that don't run", "Does the modelling code in DeepSeek's checkpoints run the experts in "

@@ -52,7 +52,7 @@ def rope_frequencies(width: int, theta: float, yarn: Yarn | None = None) -> Arra
         return width * log(yarn.original / (2 * pi * times)) / (2 * log(theta))  # (rope.2)
 
     low, high = max(floor(pair_turning(yarn.beta_fast)), 0), min(ceil(pair_turning(yarn.beta_slow)), width - 1)
-    ramp = np.clip((pair - low) / max(high - low, 0.001), 0, 1)
+    ramp = np.clip((pair - low) / (high - low or 0.001), 0, 1)
     return frequency / yarn.factor * ramp + frequency * (1 - ramp)  # (rope.3)
 
 

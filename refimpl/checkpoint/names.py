@@ -1,0 +1,94 @@
+"""Our parameter names and those of a checkpoint's tensors: experts apart, and copies that say nothing new.
+
+In memory the experts of a layer are stacked [E, …] under ``mlp.experts.gate_proj.weight``; a checkpoint has one tensor
+an expert, ``mlp.experts.0.gate_proj.weight``. All other names are the same. derivations/checkpoints.md has the table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from ..config import ModelConfig
+from ..model import parameter_shapes
+
+__all__ = [
+    "SCALE",
+    "abbreviate",
+    "copied_names",
+    "is_ignorable",
+    "is_quantised",
+    "layer_of",
+    "stored_names",
+    "stored_tensors",
+]
+
+EXPERTS = ".mlp.experts."
+SCALE = "_scale_inv"  # what an FP8 weight's name has in addition, for its scales
+MOST_GROUPS = 12  # of names, in one error
+
+
+def stored_names(name: str, shape: tuple[int, ...]) -> list[str]:
+    """The checkpoint's tensors that make up our parameter ``name`` of that shape: E of them for a layer's experts."""
+    if EXPERTS not in name:
+        return [name]
+    before, after = name.split(EXPERTS)
+    return [f"{before}{EXPERTS}{expert}.{after}" for expert in range(shape[0])]
+
+
+def copied_names(config: ModelConfig) -> dict[str, str]:
+    """Tensors that a checkpoint may have in addition, each with our parameter that it must equal."""
+    copies = {"lm_head.weight": config.head} if config.tied else {}
+    for layer in range(config.layers, config.layers + config.mtp_depth):
+        copies[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
+        copies[f"model.layers.{layer}.shared_head.head.weight"] = config.head
+    return copies
+
+
+def is_ignorable(name: str) -> bool:
+    """True for buffers that old versions of transformers wrote and that the config determines."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def is_quantised(name: str) -> bool:
+    """True for the weights that DeepSeek's FP8 checkpoints hold in FP8: the projections of attention and networks."""
+    return re.search(r"\.(self_attn|mlp)\..*_proj(_with_mqa)?\.weight$", name) is not None
+
+
+def layer_of(name: str) -> int | None:
+    """The layer that a tensor belongs to, or None."""
+    found = re.match(r"model\.layers\.(\d{1,9})\.", name)
+    return int(found[1]) if found else None
+
+
+def abbreviate(problems: Iterable[tuple[str, str]]) -> str:
+    """One line of (tensor, what is wrong with it): names that differ in their numbers alone are told as one."""
+    groups: dict[tuple[str, str], list[list[int]]] = {}
+    for name, what in problems:
+        name = name.encode("ascii", "backslashreplace").decode()[
+            :200
+        ]  # names come from the file: keep them on one line
+        pattern = re.sub(r"(?<=\.)\d{1,9}(?=\.)", "\0", re.sub(r"[\0-\x1f\x7f]", "?", name))
+        groups.setdefault((pattern, what), []).append([int(n) for n in re.findall(r"(?<=\.)\d{1,9}(?=\.)", name)])
+    told = []
+    for (pattern, what), numbers in groups.items():
+        for column in zip(*numbers, strict=True):
+            least, most = min(column), max(column)
+            pattern = pattern.replace("\0", str(least) if least == most else f"{least}…{most}", 1)
+        told.append(f"{pattern}{f' ({len(numbers)} tensors)' if len(numbers) > 1 else ''} {what}")
+    if len(told) > MOST_GROUPS:
+        told[MOST_GROUPS - 1 :] = [f"and {len(told) - MOST_GROUPS + 1} more like these"]
+    return "; ".join(told)
+
+
+def stored_tensors(config: ModelConfig) -> dict[str, tuple[str, int | None, tuple[int, ...]]]:
+    """Every tensor that a checkpoint of ``config`` has, in the order of the forward.
+
+    Each with our parameter, which of its experts it is (None: the whole), and its shape.
+    """
+    found: dict[str, tuple[str, int | None, tuple[int, ...]]] = {}
+    for name, shape in parameter_shapes(config).items():
+        stored = stored_names(name, shape)
+        for expert, stored_name in enumerate(stored):
+            found[stored_name] = (name, expert, shape[1:]) if stored != [name] else (name, None, shape)
+    return found

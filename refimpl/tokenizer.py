@@ -1,0 +1,106 @@
+"""Text to tokens and back: a checkpoint's tokenizer.json (extra ``text``), or bytes; and text that streams unbroken."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from .errors import CouldNotRun
+
+__all__ = ["Bytes", "HuggingFace", "TextStream", "Tokenizer"]
+
+BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoding puts where bytes make no character, or none yet
+
+
+class Tokenizer(Protocol):
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, tokens: Sequence[int]) -> str: ...
+
+
+class HuggingFace:
+    """The tokenizer.json in a checkpoint's folder.
+
+    Where tokenizer_config.json asks for it (add_bos_token), the first token is bos_token: DeepSeek's tokenizer.json
+    does not put it there, transformers does on loading (swift-transformers#161). Special tokens are not decoded.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise CouldNotRun(f"{folder} has no tokenizer.json: give token ids with --tokens FILE, or --bytes")
+        try:
+            import tokenizers  # type: ignore[import-not-found, unused-ignore]
+        except ImportError as error:
+            raise CouldNotRun(
+                "text needs the package tokenizers (pip install 'deepseek-refimpl[text]'); or give token ids "
+                "with --tokens FILE"
+            ) from error
+        try:
+            self.tokenizer: Any = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises Exception itself
+            raise CouldNotRun(f"{path} is no tokenizer: {' '.join(str(error).split())}") from error
+        self.first = self._first(folder / "tokenizer_config.json")
+
+    def encode(self, text: str) -> list[int]:
+        tokens: list[int] = self.tokenizer.encode(text).ids
+        return tokens if tokens[:1] == self.first[:1] else self.first + tokens
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def _first(self, path: Path) -> list[int]:
+        """The tokens that every text begins with: bos_token, or none."""
+        if not path.is_file():
+            return []
+        settings = read_json(path)
+        if not isinstance(settings, dict) or settings.get("add_bos_token") is not True:
+            return []
+        name = settings.get("bos_token")
+        name = name.get("content") if isinstance(name, dict) else name
+        token = self.tokenizer.token_to_id(name) if isinstance(name, str) else None
+        if token is None:
+            raise CouldNotRun(f"{path}: add_bos_token needs a bos_token of tokenizer.json, got {name!r}")
+        return [token]
+
+
+class Bytes:
+    """Bytes as tokens, for models of 256 tokens."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return bytes(token for token in tokens if token < 256).decode(errors="replace")
+
+
+class TextStream:
+    """Text piece by piece as tokens come; a character that is spread over several tokens comes whole, with its last."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer, self.tokens = tokenizer, list[int]()
+        self.start = self.read = 0  # tokens before ``read`` were shown; from ``start`` on they give context
+
+    def add(self, token: int) -> str:
+        """What can be shown now that ``token`` came."""
+        self.tokens.append(token)
+        return "" if self.tokenizer.decode(self.tokens[self.start :]).endswith(BROKEN) else self.rest()
+
+    def rest(self) -> str:
+        """What was not shown, whole characters or not."""
+        shown = self.tokenizer.decode(self.tokens[self.start : self.read])
+        text = self.tokenizer.decode(self.tokens[self.start :])
+        self.start, self.read = self.read, len(self.tokens)
+        return text[len(shown) :]
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; CouldNotRun if it can't be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CouldNotRun(f"{path} can't be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CouldNotRun(f"{path} is not JSON: {error}") from error

@@ -1,0 +1,622 @@
+"""Generation: absorbed decoding is the whole forward, a batch is its rows, and speculation changes no token."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import array_api_strict as strict
+import numpy as np
+import pytest
+
+from refimpl.check.cases import model_variant
+from refimpl.checkpoint import Checkpoint
+from refimpl.cli import main
+from refimpl.cli.generate import Output
+from refimpl.config import Conventions, ModelConfig, preset
+from refimpl.generate import Chain, Decoder, Generation, Sampler, generate
+from refimpl.model import forward, logits, parameter_shapes
+from refimpl.ops import IMPLEMENTATIONS
+from refimpl.text import load_text
+from refimpl.tokenizer import Bytes, HuggingFace, TextStream
+
+from support import FULL
+
+TRAINED = Path(__file__).parent / "golden" / "trained"
+TINY = preset("tiny")
+CONFIGS = {"tiny": TINY, "variant": replace(model_variant(TINY, TINY.conventions), yarn=TINY.yarn)}
+PROMPTS = [[5], [9, 8, 7, 6, 5, 4, 3, 2, 1], [40, 41, 42], [250, 3, 3, 60, 61, 62]]
+FEW = {"max_tokens": 12}
+
+
+def parameters(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """Normal with std 0.3, norms and biases off neutral."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: rng.uniform(0.5, 1.5, shape) if name.endswith("norm.weight") else 0.3 * rng.normal(size=shape)
+        for name, shape in parameter_shapes(config).items()
+    }
+
+
+def whole(params: dict[str, np.ndarray], tokens: Sequence[int], config: ModelConfig) -> np.ndarray:
+    """The logits [T, W] of one forward over all tokens, without a cache."""
+    return logits(params, forward(params, np.array([tokens]), config, with_loss=False)[0].hidden)[0]
+
+
+def close(got: np.ndarray, wanted: np.ndarray) -> bool:
+    return bool(np.max(np.abs(got - wanted)) <= 1e-12 * np.max(np.abs(wanted)))
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[dict[str, np.ndarray], ModelConfig]:
+    checkpoint = Checkpoint.open(TRAINED, dtype="float64")
+    return checkpoint.load(), checkpoint.config
+
+
+# The cache
+
+
+@pytest.mark.parametrize("prefill", ["reference", "absorbed", "flash"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_decoding_is_the_whole_forward(name: str, prefill: str) -> None:
+    """At every position, whatever the pieces that the tokens are read in."""
+    config = CONFIGS[name]
+    assert config.active_yarn is not None
+    params, tokens = parameters(config), np.random.default_rng(1).integers(0, 256, (2, 40))
+    wanted = logits(params, forward(params, tokens, config, with_loss=False)[0].hidden)
+    for pieces in ([40], [7] + [1] * 33, [1] * 40, [3, 2, 5, 1, 9, 20]):
+        decoder = Decoder(params, config, np.zeros(2, int), prefill=IMPLEMENTATIONS[prefill])
+        for piece in pieces:
+            part = slice(decoder.length, decoder.length + piece)
+            assert close(decoder.logits(decoder.read(tokens[:, part])[0]), wanted[:, part])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_size_of_the_cache(name: str) -> None:
+    """C + R numbers a token and layer, and nothing else grows."""
+    config = CONFIGS[name]
+    decoder = Decoder(parameters(config), config, np.zeros(3, int))
+    for length in (5, 1, 1):
+        decoder.read(np.ones((3, length), int))
+    assert list(decoder.caches) == list(range(config.layers))
+    assert {cache.shape for cache in decoder.caches.values()} == {(3, 7, config.kv_latent + config.rope)}
+
+
+def test_cut_forgets() -> None:
+    """What was read and cut off leaves no trace, to the bit."""
+    params, tokens = parameters(TINY), np.random.default_rng(2).integers(0, 256, (1, 9))
+    one, other = (Decoder(params, TINY, np.zeros(1, int)) for _ in range(2))
+    for decoder in (one, other):
+        decoder.read(tokens[:, :5])
+    other.read(tokens[:, :3])
+    other.cut(5)
+    assert np.array_equal(one.read(tokens[:, 5:])[0], other.read(tokens[:, 5:])[0])
+
+
+# The batch
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_padding_changes_nothing(name: str) -> None:
+    """Each row of a padded batch has the logits that it has alone, in the prompt and behind it."""
+    config = CONFIGS[name]
+    params, pads = parameters(config), [9 - len(p) for p in PROMPTS]
+    later = np.random.default_rng(3).integers(0, 256, (4, 5))
+    tokens = np.concatenate([[[0] * pad + p for pad, p in zip(pads, PROMPTS, strict=True)], later], axis=1)
+    decoder = Decoder(params, config, np.array(pads))
+    got = [decoder.logits(decoder.read(tokens[:, :9])[0])]
+    got += [decoder.logits(decoder.read(tokens[:, t : t + 1])[0]) for t in range(9, 12)]
+    decoder.keep(np.array([2, 0]))
+    got.append(decoder.logits(decoder.read(tokens[[2, 0], 12:])[0])[[1, 1, 0, 0]])
+    z = np.concatenate(got, axis=1)
+    for row, pad in enumerate(pads):
+        end = 14 if row in (0, 2) else 12
+        assert close(z[row, pad:end], whole(params, tokens[row, pad:end], config))
+
+
+def test_positions_begin_after_the_padding() -> None:
+    """Attention sees only their differences, the context's end and MTP's first position see them."""
+    decoder = Decoder({}, TINY, np.array([0, 2]))
+    for past, wanted in ((0, [[0, 1, 2, 3], [0, 0, 0, 1]]), (4, [[4, 5, 6, 7], [2, 3, 4, 5]])):
+        _, batch = decoder.run({}, np.ones((2, 4), int), past)
+        assert batch.positions.tolist() == wanted
+        assert batch.takes_part.tolist() == [[True] * (past + 4), [False] * 2 + [True] * (past + 2)]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_p": 0.9}], ids=["greedy", "sampled"])
+def test_a_batch_is_its_rows(trained: Any, options: dict[str, Any]) -> None:
+    """Row b alone with seed + b gives the same tokens; some rows stop early, and the others go on."""
+    prompts = [list(text) for text in (b"The ", b"x", b"An object of class", b"for i in")]
+    batch = generate(*trained, prompts, **FEW, stop=[32], seed=11, **options)
+    assert batch == [
+        generate(*trained, [prompt], **FEW, stop=[32], seed=11 + row, **options)[0]
+        for row, prompt in enumerate(prompts)
+    ]
+    assert len({len(g.tokens) for g in batch}) > 1
+
+
+def test_greedy_takes_the_largest(trained: Any) -> None:
+    params, config = trained
+    (found,) = generate(params, config, [b"The v"], **FEW)
+    tokens = [*b"The v", *found.tokens]
+    assert found.tokens == np.argmax(whole(params, tokens, config), axis=-1)[4:-1].tolist()
+
+
+# Sampling
+
+
+def test_nucleus() -> None:
+    """Most probable first, equal ones by id; the sum of exactly top_p suffices."""
+    equal, uneven = np.zeros(4), np.log([0.1, 0.6, 0.3])
+    assert Sampler(1, 0.5).nucleus(equal)[0].tolist() == [0, 1]
+    assert Sampler(1, 0.5 + 1e-9).nucleus(equal)[0].tolist() == [0, 1, 2]
+    assert Sampler(1, 1e-9).nucleus(equal)[0].tolist() == [0]
+    assert Sampler(1, 1.0).nucleus(equal)[0].tolist() == [0, 1, 2, 3]
+    ids, mass = Sampler(1, 0.7).nucleus(uneven)
+    assert ids.tolist() == [1, 2]
+    np.testing.assert_allclose(mass, [0.6, 0.3], rtol=1e-15)
+    np.testing.assert_allclose(Sampler(0.5).nucleus(uneven)[1], np.array([0.36, 0.09, 0.01]) / 0.46, rtol=1e-14)
+    assert Sampler(1, 1.0).nucleus(np.log([0.1] * 10))[0].tolist() == list(range(10))  # the sums end below 1
+
+
+@pytest.mark.parametrize(("top_p", "wanted"), [(1.0, [0.1, 0.6, 0.3]), (0.7, [0, 2 / 3, 1 / 3])])
+def test_law_of_the_sampler(top_p: float, wanted: list[float]) -> None:
+    """Frequencies of 20,000 draws, within five standard deviations."""
+    sampler, n = Sampler(1.0, top_p, seed=5), 20_000
+    counts = np.bincount([sampler.choose(np.log([0.1, 0.6, 0.3])) for _ in range(n)], minlength=3)
+    p = np.array(wanted)
+    assert np.all(np.abs(counts - n * p) <= 5 * np.sqrt(n * p * (1 - p)))
+
+
+def test_seeds_replay(trained: Any) -> None:
+    first, again, other = (
+        generate(*trained, [b"The ", b"The "], **FEW, temperature=1.0, seed=seed) for seed in (3, 3, 5)
+    )
+    assert first == again
+    assert len({tuple(g.tokens) for g in first + other}) == 4
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-300])
+def test_cold_is_greedy(trained: Any, temperature: float) -> None:
+    assert generate(*trained, [b"It is"], **FEW, temperature=temperature) == generate(*trained, [b"It is"], **FEW)
+
+
+def test_equal_logits_take_the_lowest() -> None:
+    assert Sampler().choose(np.array([1.0, 3.0, 2.0, 3.0])) == 1
+
+
+def test_nan_is_no_token() -> None:
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match="logits must be numbers, got NaN"):
+            Sampler(temperature).choose(np.array([0.0, np.nan]))
+
+
+# Ends
+
+
+@pytest.mark.parametrize("speculate", [0, 1, 2])
+def test_ends(trained: Any, speculate: int) -> None:
+    """A stop token is the last one; max_tokens and the context end a row; all is told to on_token."""
+    params, config = trained
+    prompt = list(b"The statement")
+    (free,) = generate(params, config, [prompt], max_tokens=30, speculate=speculate)
+    assert (free.finish, len(free.tokens)) == ("length", 30)
+    for first in sorted(map(free.tokens.index, set(free.tokens))):
+        told: list[tuple[int, int, str]] = []
+        (stopped,) = generate(
+            params, config, [prompt], max_tokens=30, stop=[free.tokens[first], 0], speculate=speculate,
+            on_token=lambda *event, told=told: told.append(event),
+        )  # fmt: skip
+        assert (stopped.finish, stopped.tokens) == ("stop", free.tokens[: first + 1])
+        assert told == [(0, token, "stop" if t == first else "") for t, token in enumerate(stopped.tokens)]
+    (full,) = generate(params, config, [prompt], max_tokens=1000, speculate=speculate)
+    assert (full.finish, len(full.tokens)) == ("context", config.max_positions - len(prompt))
+    assert full.tokens[:30] == free.tokens
+    (one,) = generate(params, config, [prompt], max_tokens=1, speculate=speculate)
+    assert one == Generation(free.tokens[:1], "length", 0, 0, 0)
+
+
+# Speculation
+
+
+DEPTH3 = replace(TINY, mtp_depth=3)
+CHAINS = {
+    "official": {},
+    "paper": {"mtp_order": "hidden_embedding"},
+    "raw": {"mtp_hidden": "raw", "mtp_zero_first_embedding": True},
+    "raw_first": {"mtp_hidden": "raw_first"},
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_drafts_are_those_of_the_whole_chain(name: str) -> None:
+    """Each module's logits with its cache are those of `forward` without one, however many tokens came at once."""
+    config = replace(DEPTH3, conventions=Conventions(**CHAINS[name]))
+    params, tokens = parameters(config), np.random.default_rng(4).integers(0, 256, 40).tolist()
+    decoder, seen = Decoder(params, config, np.zeros(1, int)), 0
+    chain = Chain(decoder)
+    for new in (1, 1, 4, 1, 2, 3, 1, 9, 1, 1):
+        hidden, raw = decoder.read(np.array([tokens[seen : seen + new]]))
+        seen += new
+        state = hidden if config.conventions.mtp_hidden == "normed" else raw
+        drafts, found = chain.draft(state, tokens[: seen + 1], 3)
+        _, saved = forward(params, np.array([tokens[: seen + 1] + drafts]), config)
+        for depth, (draft, z) in enumerate(zip(drafts, found, strict=True), 1):
+            normed = saved.mtp[depth - 1].head.log_prob.h.reshape(-1, config.width)[seen - 1]
+            assert close(z, logits(params, normed))
+            assert draft == int(np.argmax(z))
+            kept = chain.caches[config.layers + depth - 1]
+            assert kept.shape == (1, max(seen - depth + 1, 0), config.kv_latent + config.rope)
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_what_generate_drafts(name: str, trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In each round, after as many accepted drafts as there were, the chain gets the right states of the main model."""
+    params, config = trained[0], replace(trained[1], conventions=Conventions(**CHAINS[name]))
+    rounds: list[tuple[list[int], list[int]]] = []
+
+    def spy(chain: Chain, state: np.ndarray, tokens: Sequence[int], count: int) -> Any:
+        result = original(chain, state, tokens, count)
+        rounds.append((list(tokens), result[0]))
+        return result
+
+    original = Chain.draft
+    monkeypatch.setattr(Chain, "draft", spy)
+    found = generate(params, config, windows(3), max_tokens=14, temperature=0.7, speculate=2)
+    assert len(rounds) == sum(g.forwards for g in found) > 15
+    assert sum(g.accepted for g in found) > 5
+    for tokens, drafts in rounds:  # what follows a position does not change it
+        _, saved = forward(params, np.array([tokens + drafts + [0, 0]]), config)
+        for draft, module in zip(drafts, saved.mtp, strict=False):
+            normed = module.head.log_prob.h.reshape(-1, config.width)[len(tokens) - 2]
+            assert draft == int(np.argmax(logits(params, normed)))
+
+
+def windows(count: int) -> list[bytes]:
+    """Pieces of real text, 4 to 24 bytes each."""
+    data, rng = load_text().data, np.random.default_rng(7)
+    return [data[start : start + rng.integers(4, 25)] for start in rng.integers(0, len(data) - 50, count)]
+
+
+@pytest.mark.parametrize("speculate", [1, 2])
+def test_speculation_is_plain_greedy(trained: Any, speculate: int) -> None:
+    """The same tokens (if not, the two best logits differ by rounding), with a useful number of drafts accepted."""
+    params, config = trained
+    prompts = windows(200 if FULL else 40)
+    plain = generate(params, config, prompts, max_tokens=16)
+    found = generate(params, config, prompts, max_tokens=16, speculate=speculate)
+    for prompt, a, b in zip(prompts, plain, found, strict=True):
+        if a.tokens != b.tokens:
+            same = next(t for t, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)) if x != y)
+            z = whole(params, [*prompt, *a.tokens[:same]], config)[-1]
+            gap = float(z[a.tokens[same]] - z[b.tokens[same]])
+            print(f"{prompt!r}: token {same} differs, the two best logits by {gap:.1e}")
+            assert abs(gap) <= 1e-12 * np.max(np.abs(z))
+    drafted, accepted = sum(g.drafted for g in found), sum(g.accepted for g in found)
+    assert 0.2 < accepted / drafted < 0.9
+    tokens, forwards = sum(len(g.tokens) - 1 for g in found), sum(g.forwards for g in found)
+    assert tokens == forwards + accepted  # each forward gives one token, and one more for each accepted draft
+    assert drafted <= speculate * forwards
+    assert {g.forwards for g in plain} == {15}
+
+
+@pytest.mark.parametrize("speculate", [1, 2])
+def test_speculation_keeps_samples(trained: Any, speculate: int) -> None:
+    """A seed gives the same tokens with drafts as without, so their law is the same."""
+    params, config = trained
+    options = {"max_tokens": 24, "temperature": 0.9, "top_p": 0.95, "stop": [10], "seed": 2}
+    prompts = windows(60 if FULL else 12)
+    plain = generate(params, config, prompts, **options)
+    found = generate(params, config, prompts, **options, speculate=speculate)
+    assert [(g.tokens, g.finish) for g in found] == [(g.tokens, g.finish) for g in plain]
+    assert 0.1 < sum(g.accepted for g in found) / sum(g.drafted for g in found) < 0.9
+
+
+def test_untrained_modules_change_nothing() -> None:
+    """Random weights draft nonsense, which is refused."""
+    params = parameters(TINY)
+    plain, found = (generate(params, TINY, PROMPTS, max_tokens=20, speculate=n) for n in (0, 2))
+    assert [g.tokens for g in found] == [g.tokens for g in plain]
+    assert sum(g.accepted for g in found) < 0.1 * sum(g.drafted for g in found)
+
+
+@pytest.mark.parametrize("speculate", [0, 2])
+def test_array_api_strict(trained: Any, speculate: int) -> None:
+    params, config = trained
+    there = {name: strict.asarray(p) for name, p in params.items()}
+    options = {"max_tokens": 8, "speculate": speculate, "temperature": 1.0, "top_p": 0.9, "stop": [32]}
+    assert generate(there, config, PROMPTS, **options) == generate(params, config, PROMPTS, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
+        ({"temperature": -0.5}, "temperature must be a finite number of at least 0, got -0.5"),
+        ({"temperature": float("nan")}, "temperature must be a finite number of at least 0, got nan"),
+        ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),
+        ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
+        ({"top_p": float("nan")}, r"top_p must lie in \(0, 1\], got nan"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"speculate": 3}, "speculate must lie in 0…2, the number of MTP modules, got 3"),
+        ({"stop": [256]}, "stop must hold tokens in 0…255, got 256"),
+        ({"prompts": []}, "prompts must hold at least one prompt, got none"),
+        ({"prompts": [[1], []]}, "prompt 1 must hold at least 1 token and leave room for one .* of 64, got 0"),
+        ({"prompts": [[1] * 64]}, "prompt 0 must hold at least 1 token and leave room for one .* of 64, got 64"),
+        ({"prompts": [[-1]]}, "prompt 0 must hold tokens in 0…255, got -1"),
+        ({"prompts": [[1.5]]}, "prompt 0 must hold tokens in 0…255, got 1.5"),
+        ({"params": {}}, "params do not fit the config: model.embed_tokens.weight is missing"),
+    ],
+)
+def test_errors(change: dict[str, Any], message: str) -> None:
+    given = {"params": parameters(TINY), "config": TINY, "prompts": [[1]]} | change
+    with pytest.raises(ValueError, match=message):
+        generate(**given)
+
+
+# Text
+
+
+SAMPLE = "naïve 日本語 🎉 \N{REPLACEMENT CHARACTER} end"
+
+
+def test_no_broken_characters() -> None:
+    """A character's bytes come in several tokens: the pieces hold it whole, and no piece a part of it."""
+    stream = TextStream(Bytes())
+    pieces = [stream.add(byte) for byte in SAMPLE.encode()]
+    assert "".join(pieces) + stream.rest() == SAMPLE
+    assert sum("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces) == 1  # the one that stands there
+    assert pieces[:4] == ["n", "a", "", "ï"]
+    for byte in "日".encode()[:2]:
+        assert stream.add(byte) == ""
+    assert stream.rest() == "\N{REPLACEMENT CHARACTER}"  # the end of the text, in the middle of a character
+    assert stream.add(ord("a")) == "a"
+
+
+def byte_level(folder: Path) -> list[str]:
+    """A tokenizer.json whose tokens are the 256 bytes and a first token <s>; the names of the bytes."""
+    tokenizers = pytest.importorskip("tokenizers")
+    names = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({name: i for i, name in enumerate(names)}, []))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_special_tokens(["<s>"])
+    made.save(str(folder / "tokenizer.json"))
+    return names
+
+
+def test_tokenizer(tmp_path: Path) -> None:
+    byte_level(tmp_path)
+    plain = HuggingFace(tmp_path)
+    tokens = plain.encode(SAMPLE)
+    assert len(tokens) == len(SAMPLE.encode())
+    assert plain.decode(tokens) == SAMPLE
+    settings: dict[str, Any] = {"add_bos_token": True, "bos_token": {"content": "<s>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = HuggingFace(tmp_path)
+    assert tokenizer.encode(SAMPLE) == [256, *tokens]
+    assert tokenizer.encode("<s>" + SAMPLE) == [256, *tokens]
+    assert tokenizer.decode([256, *tokens]) == SAMPLE
+    stream = TextStream(tokenizer)
+    pieces = [stream.add(token) for token in tokens]
+    assert "".join(pieces) == SAMPLE
+    assert pieces[:4] == ["n", "a", "", "ï"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": False}))
+    assert HuggingFace(tmp_path).encode(SAMPLE) == tokens
+
+
+# The command line
+
+
+def refimpl(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["refimpl", "generate", *map(str, arguments)])
+    with pytest.raises(SystemExit) as left:
+        main()
+    return int(left.value.code or 0)
+
+
+def test_one_prompt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Only the text is on standard output; speculation does not change it, and its worth is told."""
+    shown = []
+    for extra in ([], ["--speculate", 2, "--json", tmp_path / "out.json"]):
+        assert not refimpl(
+            monkeypatch, "--checkpoint", TRAINED, "--bytes", "--prompt", "The value of ", "--max-tokens", 20,
+            "--dtype", "float64", *extra,
+        )  # fmt: skip
+        shown.append(capsys.readouterr())
+    assert shown[0].out == shown[1].out
+    assert len(shown[0].out) == 21
+    assert shown[0].err.startswith("1 prompts, 20 tokens, ")
+    assert " drafts accepted (" in shown[1].err
+    assert "tokens a forward of the main model\n" in shown[1].err
+    written = json.loads((tmp_path / "out.json").read_text())
+    (result,) = written["results"]
+    assert result["text"] + "\n" == shown[0].out
+    assert bytes(result["prompt"]) == b"The value of "
+    assert written["settings"]["speculate"] == 2
+
+
+def test_prompts_of_a_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Several prompts, each shown when it is finished; --prompts gives what --prompt gives."""
+    common = ["--checkpoint", TRAINED, "--bytes", "--max-tokens", 9, "--temperature", 0.8, "--seed", 4]
+    (tmp_path / "lines.txt").write_text("class\nreturn a\n")
+    (tmp_path / "list.json").write_text('["class", "return a"]')
+    outputs = []
+    for way in (
+        ["--prompt", "class", "--prompt", "return a"],
+        ["--prompts", tmp_path / "lines.txt"],
+        ["--prompts", tmp_path / "list.json"],
+    ):
+        assert refimpl(monkeypatch, *common, *way) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert outputs[0].startswith("[0] ")
+    assert "\n[1] " in outputs[0]
+
+
+def test_tokens_in_and_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "one.json").write_text(json.dumps(list(b"The value")))
+    np.save(tmp_path / "one.npy", np.frombuffer(b"The value", np.uint8))
+    np.save(tmp_path / "two.npy", np.array([[1, 2], [3, 4]]))
+    outputs = []
+    for name in ("one.json", "one.npy", "two.npy"):
+        assert (
+            refimpl(monkeypatch, "--checkpoint", TRAINED, "--tokens", tmp_path / name, "--max-tokens", 5, "--stop", 0)
+            == 0
+        )
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+    assert len(outputs[0].split()) == 5
+    assert outputs[2].startswith("[0] ")
+
+
+def test_streams(capsys: pytest.CaptureFixture[str]) -> None:
+    """One prompt's text is out as soon as it is whole."""
+    output, seen = Output(Bytes(), 1), []
+    for byte in "aï".encode():
+        output(0, byte, "")
+        seen.append(capsys.readouterr().out)
+    output(0, 0xE6, "length")
+    assert [*seen, capsys.readouterr().out] == ["a", "", "ï", "\N{REPLACEMENT CHARACTER}\n"]
+
+
+def test_eos_of_the_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """generation_config.json before config.json; one id or several."""
+    folder = tmp_path / "model"
+    shutil.copytree(TRAINED, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 32}))
+    command = ["--checkpoint", folder, "--bytes", "--prompt", "The value of ", "--max-tokens", 20]
+    assert refimpl(monkeypatch, *command) == 0
+    assert capsys.readouterr().out.endswith(" \n")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [101, 500]}))
+    assert refimpl(monkeypatch, *command) == 0
+    assert capsys.readouterr().out.endswith("e\n")
+    assert refimpl(monkeypatch, *command, "--stop", 0) == 0
+    assert len(capsys.readouterr().out) == 21
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": "end"}))
+    assert refimpl(monkeypatch, *command) == 2
+    assert "eos_token_id must be a token id or a list of them, got 'end'" in capsys.readouterr().err
+
+
+def test_text_of_a_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """tokenizer.json in, text out."""
+    folder = tmp_path / "model"
+    shutil.copytree(TRAINED, folder)
+    names = byte_level(folder)
+    assert (
+        refimpl(monkeypatch, "--checkpoint", folder, "--prompt", "é", "--max-tokens", 6, "--json", tmp_path / "o") == 0
+    )
+    shown = capsys.readouterr().out
+    (result,) = json.loads((tmp_path / "o").read_text())["results"]
+    assert [names[token] for token in result["prompt"]] == ["Ã", "©"]
+    assert shown == result["text"] + "\n"
+
+
+ONE = ["--bytes", "--prompt", "x"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "has no tokenizer.json: give token ids with --tokens FILE, or --bytes"),
+        (["--bytes"], "give at least one --prompt TEXT, --prompts FILE or --tokens FILE"),
+        (["--bytes", "--prompt", "a", "--prompt", ""], "prompt 1 is empty"),
+        (["--bytes", "--prompt", "a\udcff"], "prompt 0 is not UTF-8"),  # how Python hands on a broken byte
+        (["--bytes", "--prompts", "gap.txt"], "prompt 1 is empty"),
+        (["--bytes", "--prompts", "missing.txt"], "--prompts missing.txt can't be read: No such file or directory"),
+        (["--bytes", "--prompts", "latin.txt"], "--prompts latin.txt is not UTF-8: "),
+        (["--bytes", "--prompts", "broken.json"], "broken.json is not JSON: "),
+        (["--bytes", "--prompts", "number.json"], "--prompts number.json must hold a list of strings"),
+        (["--bytes", "--prompt", "x" * 64], "leave room for one in the context of 64, got 64"),
+        (["--tokens", "high.json"], "prompt 0 must hold tokens in 0…255, got 256"),
+        (["--tokens", "number.json"], "--tokens number.json must hold one list of integers, or several"),
+        (["--tokens", "empty.json"], "give at least one --prompt TEXT, --prompts FILE or --tokens FILE"),
+        (["--tokens", "gap.txt"], "--tokens gap.txt must be a .json or a .npy file"),
+        (["--tokens", "missing.npy"], "--tokens missing.npy can't be read: No such file or directory"),
+        (["--tokens", "broken.npy"], "--tokens broken.npy is no .npy file: "),
+        (["--tokens", "zip.npy"], "--tokens zip.npy is no .npy file: "),
+        (["--tokens", "float.npy"], "--tokens float.npy must hold one list of integers, or several"),
+        (["--tokens", "high.json", "--prompt", "x"], "--tokens goes without --prompt, --prompts and --bytes"),
+        ([*ONE, "--temperature", "-1"], "temperature must be a finite number of at least 0, got -1.0"),
+        ([*ONE, "--top-p", "0"], "top_p must lie in (0, 1], got 0.0"),
+        ([*ONE, "--top-p", "1.1"], "top_p must lie in (0, 1], got 1.1"),
+        ([*ONE, "--max-tokens", "0"], "max_tokens must be at least 1, got 0"),
+        ([*ONE, "--seed", "-1"], "seed must be at least 0, got -1"),
+        ([*ONE, "--stop", "256"], "stop must hold tokens in 0…255, got 256"),
+        ([*ONE, "--speculate", "3"], "speculate must lie in 0…2, the number of MTP modules, got 3"),
+        ([*ONE, "--speculate", "-1"], "speculate must lie in 0…2, the number of MTP modules, got -1"),
+        ([*ONE, "--dtype", "float16"], "--dtype must be one of float32, float64, got float16"),
+        ([*ONE, "--convention", "mine"], "--convention must be one of official, paper, hf, got mine"),
+        ([*ONE, "--json", "no/such"], "--json no/such can't be written"),
+        ([*ONE, "--checkpoint", "nowhere"], "nowhere"),
+        (
+            [*ONE, "--checkpoint", "plain", "--speculate", "1"],
+            "speculate=1 needs an MTP module",
+        ),
+    ],
+    ids=lambda a: " ".join(a)[:40] if isinstance(a, list) else "",
+)
+def test_could_not_run(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """One line on standard error, exit code 2, nothing on standard output."""
+    monkeypatch.chdir(tmp_path)
+    Path("gap.txt").write_text("a\n\nb\n")
+    Path("latin.txt").write_bytes(b"\xe9t\xe9\n")
+    Path("broken.json").write_text("[1,")
+    Path("broken.npy").write_bytes(b"\x93NUMPY\x01")
+    Path("number.json").write_text('{"a": 1}')
+    Path("empty.json").write_text("[]")
+    Path("high.json").write_text("[1, 256]")
+    np.save("float.npy", np.ones((1, 2)))
+    np.savez("zip.npz", tokens=np.ones(2, int))
+    Path("zip.npz").rename("zip.npy")
+    if "plain" in arguments:
+        save_without_mtp(Path("plain"))
+    given = [] if "--checkpoint" in arguments else ["--checkpoint", TRAINED]
+    assert refimpl(monkeypatch, *given, *arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("refimpl: ")
+    assert message in shown.err
+    assert shown.err.count("\n") == 1
+
+
+def save_without_mtp(folder: Path) -> None:
+    from refimpl.checkpoint import save_checkpoint
+
+    checkpoint = Checkpoint.open(TRAINED, mtp=False)
+    save_checkpoint(checkpoint.load(), checkpoint.config, folder)
+
+
+def test_no_package_for_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(TRAINED, folder)
+    (folder / "tokenizer.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert refimpl(monkeypatch, "--checkpoint", folder, "--prompt", "x") == 2
+    assert "text needs the package tokenizers (pip install 'deepseek-refimpl[text]')" in capsys.readouterr().err
+
+
+def test_broken_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tokenizers")
+    folder = tmp_path / "model"
+    shutil.copytree(TRAINED, folder)
+    (folder / "tokenizer.json").write_text("{")
+    assert refimpl(monkeypatch, "--checkpoint", folder, "--prompt", "x") == 2
+    error = capsys.readouterr().err
+    assert f"{folder / 'tokenizer.json'} is no tokenizer: " in error
+    assert error.count("\n") == 1
