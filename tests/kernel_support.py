@@ -26,23 +26,31 @@ DTYPES = {"float64": np.float64, "float32": np.float32, "bfloat16": ml_dtypes.bf
 WIDE = {"float64": np.float64, "float32": np.float32, "bfloat16": np.float32}
 
 
-class InterpreterLaunch:
-    """Executes kernels from their PTX, on NumPy arrays; whatever they shall write is NaN (or all ones) before."""
+class InterpreterLaunch(ptx.InterpreterLaunch):
+    """Executes kernels from their PTX, on NumPy arrays. What they shall write is NaN (or all ones) before, and reading
+    it before that is an error."""
 
     target = "sm_90"
 
     def __init__(self, seed: int = 0) -> None:
-        self.seed = seed  # of the order in which warps run
+        super().__init__(seed)
+        self.unwritten: list[np.ndarray] = []
 
     def __call__(
-        self, module: Module, kernel: str, grid: tuple[int, ...], block: tuple[int, ...], arguments: Sequence[Any], *,
+        self, module: Module, kernel: str, grid: Sequence[int], block: Sequence[int], arguments: Sequence[Any], *,
         shared: int = 0,
     ) -> None:  # fmt: skip
-        ptx.run(module.ptx, kernel, grid, block, arguments, shared=shared, seed=self.seed)
+        unwritten = [x for x in arguments if any(x is y for y in self.unwritten)]
+        report = ptx.run(
+            module.ptx, kernel, grid, block, arguments, shared=shared, seed=self.seed, uninitialised=unwritten
+        )
+        self.reports.append((kernel, report))
+        self.unwritten = [x for x in self.unwritten if not any(x is y for y in unwritten)]
 
     def empty(self, shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
         x = np.empty(shape, dtype)
         x.reshape(-1).view(np.uint8)[...] = 0xFF
+        self.unwritten.append(x)
         return x
 
 

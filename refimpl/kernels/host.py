@@ -55,7 +55,7 @@ def numbers(**arrays: Array | None) -> Numbers:
 def ready(x: Array, dtype: Any = None) -> Array:
     """``x`` (in ``dtype``, if given) contiguous and at a multiple of 16 bytes: itself, if it is so already."""
     xp = library(x)
-    x = xp.ascontiguousarray(x, dtype=x.dtype if dtype is None else dtype).reshape(x.shape)
+    x = xp.asarray(x, dtype=x.dtype if dtype is None else dtype, order="C")
     address = x.data.ptr if xp.__name__ == "cupy" else x.ctypes.data
     return x if address % 16 == 0 else x.copy()
 
