@@ -41,10 +41,12 @@ class InterpreterLaunch(ptx.InterpreterLaunch):
         shared: int = 0,
     ) -> None:  # fmt: skip
         unwritten = [x for x in arguments if any(x is y for y in self.unwritten)]
-        report = ptx.run(
-            module.ptx, kernel, grid, block, arguments, shared=shared, seed=self.seed, uninitialised=unwritten
-        )
+        locked = {i: x for i, x in enumerate(arguments) if isinstance(x, np.ndarray) and not x.flags.writeable}
+        given = [locked[i].copy() if i in locked else x for i, x in enumerate(arguments)]
+        report = ptx.run(module.ptx, kernel, grid, block, given, shared=shared, seed=self.seed, uninitialised=unwritten)
         self.reports.append((kernel, report))
+        for i, x in locked.items():
+            assert given[i].tobytes() == x.tobytes(), f"{kernel} wrote to its argument {i}, which is read-only"
         self.unwritten = [x for x in self.unwritten if not any(x is y for y in unwritten)]
 
     def empty(self, shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
@@ -112,8 +114,11 @@ def compare(op: str, pair: Op, case: Case, storage: str, seed: int, extra: Mappi
     reference, wide = REFERENCE[op] if op in REFERENCE else pair_of(op), WIDE[storage]
     inputs, constants = [rounded(x, storage) for x in case.inputs], rounded(case.kwargs, np.dtype(wide).name)
     exact_inputs, exact_constants = [widened(x, np.float64) for x in inputs], widened(constants, np.float64)
-    if case.replay is not None:
+    extra = dict(extra or {})
+    if case.replay is not None:  # choices are the reference's; then all replay them
         chosen = dict(case.replay(reference.forward(*exact_inputs, **exact_constants)[0]))
+        for name, choice in case.replay(pair.forward(*inputs, **constants, **extra)[0]).items():
+            assert np.array_equal(choice, chosen[name]), f"{op} in {storage} chose other {name}"
         constants, exact_constants = constants | chosen, exact_constants | chosen
     shapes = [y.shape for y in Pair(*reference, exact_constants).outputs(exact_inputs)]
     rng = np.random.default_rng([seed, 7])
@@ -122,7 +127,7 @@ def compare(op: str, pair: Op, case: Case, storage: str, seed: int, extra: Mappi
     low = results(
         reference, [widened(x, wide) for x in inputs], widened(constants, wide), [c.astype(wide) for c in cotangents]
     )
-    found = results(pair, inputs, constants | dict(extra or {}), cotangents)
+    found = results(pair, inputs, constants | extra, cotangents)
     assert len(found) == len(exact)
     for i, (got, wanted, plain) in enumerate(zip(found, exact, low, strict=True)):
         assert got.shape == wanted.shape, f"{op} result {i}: shape {got.shape}, wanted {wanted.shape}"
@@ -173,11 +178,13 @@ def _cross_entropy(draw: Draw) -> Case:
 
 
 def _log_prob(draw: Draw) -> Case:
-    case, w, d = CASES["log_prob"](draw), draw.choice([2, 33, 100]), draw.choice([1, 8, 33])
-    b, t = case.kwargs["targets"].shape
-    targets = np.where(case.kwargs["targets"] < 0, -100, draw.rng.integers(0, w, (b, t)))
+    w, d, (b, t) = draw.choice([2, 33, 100]), draw.choice([1, 8, 33]), (2, draw.integer(4, 7))
+    mask = draw.choice([None, draw.rng.random((b, t)) < 0.7, draw.rng.choice([0.0, 0.5, 1.5], (b, t))])
+    targets = draw.rng.integers(0, w, (b, t))
     inputs = draw.rng.normal(size=(b, t, d)), draw.rng.normal(size=(w, d)) / np.sqrt(d)
-    return Case(inputs, case.kwargs | {"targets": targets, "block": draw.choice([(2, w), (256, 4096)])})
+    kwargs = {"targets": targets if mask is None else np.where(mask != 0, targets, -100), "mask": mask}
+    kwargs |= {"temperature": draw.choice([0.6, 1.7]), "block": draw.choice([(2, w), (256, 4096)])}
+    return Case(inputs, kwargs)
 
 
 def _embedding(draw: Draw) -> Case:
@@ -197,19 +204,17 @@ def _router(draw: Draw) -> Case:
 
 
 def _moe(draw: Draw) -> Case:
-    case, d = CASES["moe"](draw), draw.choice([1, 8, 33, 100])
-    x, weights, w_gate, *_ = case.inputs
-    assert x is not None
-    assert w_gate is not None
-    experts, f = w_gate.shape[:2]
-    shared = draw.choice([None, 5])
+    d, f, experts, tokens = draw.choice([1, 8, 33, 100]), draw.integer(3, 6), draw.integer(4, 7), draw.integer(4, 7)
+    shared, k = draw.choice([None, 5]), draw.integer(1, 3)
+    indices = np.argsort(draw.rng.random((tokens, experts - 1)), axis=-1)[:, :k] + 1  # expert 0 gets no token
+    x, weights = draw.rng.normal(size=(tokens, d)), draw.rng.uniform(0.2, 1.5, (tokens, k))
 
     def weight(*shape: int) -> np.ndarray:
         return np.asarray(draw.rng.normal(size=shape) / np.sqrt(shape[-1]))
 
     routed = weight(experts, f, d), weight(experts, f, d), weight(experts, d, f)
     extra = (None, None, None) if shared is None else (weight(shared, d), weight(shared, d), weight(d, shared))
-    return Case((draw.rng.normal(size=(*x.shape[:-1], d)), weights, *routed, *extra), case.kwargs)
+    return Case((x, weights, *routed, *extra), {"indices": indices})
 
 
 SHAPES: dict[str, Callable[[Draw], Case]] = {

@@ -57,6 +57,18 @@ def test_no_stray_tags() -> None:
             assert tag.split(".")[0] in STEMS, f"{path.name} cites {tag}"
 
 
+def test_tags_of_kernels() -> None:
+    """A tag cited in CUDA C stands in a derivation, and every file of an op cites some."""
+    for path in [*(ROOT / "kernels").glob("*.cu"), *(ROOT / "kernels").glob("*.cuh")]:
+        comments = "\n".join(re.findall(r"//(.*)", path.read_text()))
+        tags = re.findall(rf"\(({TAG})\)", comments)
+        assert tags or path.stem not in STEMS, f"{path.name} cites no tag"
+        for tag in tags:
+            page = ROOT / "derivations" / f"{tag.split('.')[0]}.md"
+            assert page.is_file(), f"{path.name} cites {tag}"
+            assert f"\\tag{{{tag}}}" in page.read_text().replace(r"\_", "_"), f"{path.name} cites {tag}"
+
+
 @pytest.mark.parametrize("stem", STEMS)
 def test_contract_of_signatures(stem: str) -> None:
     """Differentiable arguments are positional, the others keyword-only; backward takes (dy, saved)."""
