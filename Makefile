@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: verify test test-full oracle gpu on-gpu check bugs memory clean
+.PHONY: verify test test-full oracle gpu on-gpu check bugs memory memory-grads clean
 
 verify: .venv/base  ## prove every gradient on real text
 	$(BIN)/refimpl verify
@@ -38,6 +38,9 @@ bugs: .venv/dev  ## plant every bug of the catalogue and show which check catche
 
 memory: .venv/base  ## measure the peak memory of flash attention and of the fused output head
 	$(BIN)/refimpl memory
+
+memory-grads: .venv/base  ## measure the peak memory of `refimpl grads` on V2-Lite's shape, 4 layers (14 GB of files)
+	$(BIN)/refimpl memory --grads
 
 .venv/base: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (make PYTHON=...)")'

@@ -1,14 +1,22 @@
-"""Peak memory of the two ops whose point is memory, measured with tracemalloc above their inputs."""
+"""Peak memory of what has memory as its point: two ops, measured with tracemalloc above their inputs, and
+``refimpl grads``, by what the operating system says of its process."""
 
 from __future__ import annotations
 
 import gc
+import json
+import re
+import subprocess
+import sys
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from .errors import CouldNotRun
 from .ops import (
     flash_attention_backward,
     flash_attention_forward,
@@ -16,7 +24,7 @@ from .ops import (
     head_cross_entropy_forward,
 )
 
-__all__ = ["AttentionMemory", "HeadMemory", "attention_memory", "head_memory"]
+__all__ = ["AttentionMemory", "GradsMemory", "HeadMemory", "attention_memory", "grads_memory", "head_memory"]
 
 
 class AttentionMemory(NamedTuple):
@@ -29,6 +37,12 @@ class HeadMemory(NamedTuple):
     length: int  # T
     peak: int  # bytes above h, w and beyond the returned dh, dw
     logits: int  # bytes of the [T, W] logits that are never made
+
+
+class GradsMemory(NamedTuple):
+    peak: int  # bytes that no file backs (RssAnon), the interpreter's included
+    seconds: float
+    numbers: int  # of all gradients
 
 
 def _peak(work: Callable[[], object]) -> int:
@@ -71,3 +85,25 @@ def head_memory(
             return head_cross_entropy_backward(np.ones_like(loss), saved)
 
         yield HeadMemory(t, _peak(work) - h.nbytes - w.nbytes, t * vocabulary * 4)
+
+
+def grads_memory(checkpoint: Path, out: Path, *options: str, tokens: int = 256) -> GradsMemory:
+    """Run ``refimpl grads`` on so many random tokens in a process of its own, and watch it every 2 ms (on Linux)."""
+    vocabulary = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
+    ids, report = out.with_name(f"{out.name}-tokens.json"), out.with_name(f"{out.name}-report.json")
+    ids.write_text(json.dumps(np.random.default_rng(0).integers(0, vocabulary, (1, tokens)).tolist()))
+    command = [sys.executable, "-m", "refimpl", "grads", "--checkpoint", str(checkpoint), "--out", str(out)]
+    command += ["--tokens", str(ids), "--json", str(report), *options]
+    if not Path("/proc/self/status").exists():
+        raise CouldNotRun("the memory of a process can be watched on Linux alone (/proc/self/status)")
+    peak, start = 0, time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None:
+        found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+        peak = max(peak, int(found[1]) * 1024) if found else peak
+        time.sleep(0.002)
+    _, errors = process.communicate()
+    if process.returncode:
+        raise CouldNotRun(f"grads ended with exit code {process.returncode}: {errors.strip()[-500:]}")
+    numbers = sum(size["elements"] for size in json.loads(report.read_text())["gradients"].values())
+    return GradsMemory(peak, time.perf_counter() - start, numbers)

@@ -15,7 +15,7 @@ from refimpl.check.cases import CASES, REGIMES, pair_of
 
 FULL = os.environ.get("REFIMPL_TEST_FULL") == "1"
 EXAMPLES = 500 if FULL else 100  # of each op's property test
-NOT_OPS = {"README", "checkpoints", "conventions"}  # pages of derivations/ that derive no op
+NOT_OPS = {"README", "checkpoints", "conventions", "porting"}  # pages of derivations/ that derive no op
 DIGITS = 50  # of the exact arithmetic; 40 must agree
 
 settings.register_profile(

@@ -115,12 +115,15 @@ def test_no_autograd() -> None:
             assert not banned & {name.split(".")[0] for name in names}, path
 
 
-@pytest.mark.parametrize("module", ["refimpl", "refimpl.ops", "refimpl.model", "refimpl.check", "refimpl.check.cases"])
+@pytest.mark.parametrize(
+    "module",
+    ["refimpl", "refimpl.ops", "refimpl.model", "refimpl.check", "refimpl.check.cases", "refimpl.kernels.table"],
+)
 def test_imports_need_numpy_alone(module: str) -> None:
     code = (
         f"import sys; import {module}; "
         "print(*sorted({m.split('.')[0] for m in sys.modules} & "
-        "{'typer', 'rich', 'cupy', 'numba', 'torch', 'safetensors', 'ml_dtypes', 'hypothesis', 'pytest', 'scipy'}))"
+        "{'typer', 'rich', 'cupy', 'cuda', 'numba', 'torch', 'safetensors', 'ml_dtypes', 'hypothesis', 'pytest', 'scipy'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

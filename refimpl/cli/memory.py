@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
-from ..memory import attention_memory, head_memory
+from ..checkpoint import load_config, write_random
+from ..errors import CouldNotRun
+from ..memory import attention_memory, grads_memory, head_memory
 from .app import app, console
+
+GRADS_BOUND = 6e9  # bytes, of V2-Lite's shape at 256 tokens in float32, however many layers
 
 
 @app.command()
-def memory() -> None:
+def memory(
+    grads: Annotated[bool, typer.Option("--grads", help="Of `refimpl grads`, on a random checkpoint.")] = False,
+    model: Annotated[str, typer.Option(help="With --grads: a preset or a config.json, for the shapes.")] = "v2-lite",
+    layers: Annotated[int, typer.Option(help="With --grads: so many layers of it.")] = 4,
+    tokens: Annotated[int, typer.Option(help="With --grads: so many tokens.")] = 256,
+    folder: Annotated[Path | None, typer.Option(help="With --grads: where its files go for the while.")] = None,
+) -> None:
     """Show the peak memory of flash attention, and of the fused output head and cross-entropy, against their bounds."""
+    if grads:
+        raise typer.Exit(_grads(model, layers, tokens, folder))
     out, holds = console(), True
     out.print("flash attention, forward + backward, above the inputs (4 heads, widths 48/32, block 128, float32)")
     first = 0
@@ -35,3 +53,29 @@ def memory() -> None:
     out.print("  bounds: 10 % of the logits; flat in T (within 5 %)")
     out.print("holds" if holds else "DOES NOT HOLD")
     raise typer.Exit(int(not holds))
+
+
+def _grads(model: str, layers: int, tokens: int, folder: Path | None) -> int:
+    """The peak of `refimpl grads` on a random bfloat16 checkpoint; the exit code."""
+    whole, out = load_config(model), console()
+    if not 1 <= layers <= whole.layers or tokens < 2:
+        raise CouldNotRun(f"--layers must lie in 1…{whole.layers} and --tokens be at least 2, got {layers}, {tokens}")
+    config = replace(whole, layers=layers, dense_layers=min(whole.dense_layers, layers), mtp_depth=0)
+    try:
+        place = Path(tempfile.mkdtemp(prefix="refimpl-memory-", dir=folder))
+    except OSError as error:
+        raise CouldNotRun(f"--folder {folder} can't be written: {error.strerror}") from error
+    try:
+        write_random(config, place / "checkpoint")
+        stored = sum(file.stat().st_size for file in (place / "checkpoint").iterdir())
+        found = grads_memory(place / "checkpoint", place / "grads", tokens=tokens)
+        made = sum(file.stat().st_size for file in (place / "grads").iterdir())
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    out.print(f"refimpl grads: {model}, {layers} of {whole.layers} layers, 1×{tokens} tokens, bfloat16 to float32")
+    out.print(f"  checkpoint {stored / 1e9:.2f} GB, {found.numbers:,} gradients in {made / 1e9:.2f} GB of files")
+    out.print(f"  peak RssAnon {found.peak / 1e9:.2f} GB, {found.seconds:.0f} s; bound {GRADS_BOUND / 1e9:.0f} GB")
+    out.print(f"  all of it: refimpl memory --grads --model {model} --layers {whole.layers} --folder …", markup=False)
+    holds = found.peak <= GRADS_BOUND
+    out.print("holds" if holds else "DOES NOT HOLD")
+    return int(not holds)
