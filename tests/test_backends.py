@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import array_api_strict as strict
@@ -14,6 +15,10 @@ from refimpl.check.dual import dual_array, values
 from refimpl.check.rules import Pair
 from refimpl.config import preset
 from refimpl.model import backward, forward, parameter_shapes
+from refimpl.verify import placed
+
+from pretended_cupy import Pretended
+from pretended_cupy import there as pretended
 
 TYPES = [np.float32, np.float64, np.longdouble, np.complex64, np.complex128, np.clongdouble, object]
 SEED = 5
@@ -125,6 +130,19 @@ def test_numpy_scalars_do_not_widen(op: str) -> None:
     gradients = pair.backward(tuple(w) if isinstance(y, tuple) else w[0], saved)
     for g in gradients if isinstance(gradients, tuple) else (gradients,):
         assert g.dtype == np.float32
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_nothing_that_cupy_refuses(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ops on NumPy dressed as CuPy, whose functions take fewer arguments than the standard's."""
+    monkeypatch.setitem(sys.modules, "cupy", Pretended("cupy"))
+    case, kwargs = frozen(op)
+    pair, w = placed(pair_of(op), pretended), cotangents(op, case, kwargs)
+    for got, wanted in zip(
+        Pair(*pair, kwargs).gradients(case.inputs, w), Pair(*pair_of(op), kwargs).gradients(case.inputs, w), strict=True
+    ):
+        if wanted is not None:
+            assert np.max(np.abs(got - wanted)) <= 1e-14 * np.max(np.abs(wanted))
 
 
 def test_model_on_array_api_strict() -> None:
