@@ -3,6 +3,7 @@ the GPU by ``make gpu``) against the float64 reference and finite differences.""
 
 from __future__ import annotations
 
+import inspect
 import re
 import shutil
 import subprocess
@@ -27,14 +28,15 @@ from refimpl.kernels.compile import STEMS, STORAGE, TARGETS, BuildError, build, 
 from refimpl.kernels.cross_entropy import cross_entropy_in_place
 from refimpl.kernels.launch import DeviceLaunch
 from refimpl.kernels.moe import combine, permute
-from refimpl.kernels.table import CUDA
+from refimpl.kernels.table import CUDA, cuda_table
 from refimpl.model import backward, forward, init_parameters
 from refimpl.ops import REFERENCE, Op
 from refimpl.optimizer import AdamW
 from refimpl.text import load_text
-from refimpl.verify import Settings
+from refimpl.verify import Settings, placed
 
 import kernel_support
+import pretended_cupy
 from kernel_support import DTYPES, ON_DEVICE, SHAPES, TABLE, compare, make_launch, make_table, ops_of, results, rounded
 from support import FULL, HypothesisDraw
 
@@ -425,11 +427,29 @@ def test_no_nvrtc_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
         build("one", "sm_90", "float32", "")
 
 
+class PretendedLaunch(kernel_support.InterpreterLaunch):
+    """The interpreter under arrays that are dressed as CuPy's."""
+
+    def __call__(self, module: Any, kernel: str, grid: Any, block: Any, arguments: Any, *, shared: int = 0) -> None:
+        assert not any(type(x) is np.ndarray for x in arguments), f"{kernel} was given a NumPy array"
+        given = {id(x): pretended_cupy.here(x) for x in arguments}  # one object for an array that comes twice
+        super().__call__(module, kernel, grid, block, [given[id(x)] for x in arguments], shared=shared)
+
+    def empty(self, shape: Any, dtype: Any, like: Any) -> Any:
+        return pretended_cupy.there(super().empty(shape, dtype, like))
+
+
+@pytest.mark.skipif(ON_DEVICE, reason="there it is CuPy itself")
+@pytest.mark.parametrize("op", CUDA)
+def test_host_side_does_nothing_that_cupy_refuses(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", pretended_cupy.Pretended("cupy"))
+    table = cuda_table(PretendedLaunch())
+    extra = {"ops": table} if ops_of(op) else {}
+    compare(op, placed(table[op], pretended_cupy.there), SHAPES[op](RandomDraw(1)), "float32", 1, extra)
+
+
 def test_signatures_are_the_ops() -> None:
     """Every op of the column takes the arguments of the reference, under the same names and with the same defaults."""
-    import inspect
-
-    from refimpl.kernels.table import cuda_table
 
     def parameters(function: Any) -> list[tuple[str, Any, Any]]:
         return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
