@@ -29,7 +29,9 @@ def kernel(body: str, parameters: int = 1, extra: str = "") -> str:
     """A kernel `k` with pointers a, b, … in %rd1, %rd2, …, and the thread's number in %r0."""
     formal = ",\n".join(f".param .u64 k_{i}" for i in range(parameters))
     loads = "".join(f"ld.param.u64 %rd{i + 1}, [k_{i}];\n" for i in range(parameters))
-    return f"{HEAD}{extra}\n.visible .entry k(\n{formal}\n)\n{{{REGISTERS}{loads}mov.u32 %r0, %tid.x;\n{body}\nret;\n}}\n"
+    return (
+        f"{HEAD}{extra}\n.visible .entry k(\n{formal}\n)\n{{{REGISTERS}{loads}mov.u32 %r0, %tid.x;\n{body}\nret;\n}}\n"
+    )
 
 
 def answers(instruction: str, types: str, rows: list, result: str) -> np.ndarray:
@@ -78,6 +80,16 @@ TABLE: list[tuple[str, str, list, str, list]] = [
     ("min.s32 %d, %a, %b;", "s32 s32", [(-1, 1)], "s32", [-1]),
     ("min.u32 %d, %a, %b;", "u32 u32", [(-1, 1)], "u32", [1]),
     ("abs.s32 %d, %a;", "s32", [-5, 5], "s32", [5, 5]),
+    ("add.cc.u32 %d, %a, %b; addc.u32 %d, 5, 0;", "u32 u32", [(ONES, 1), (1, 1)], "u32", [6, 5]),
+    ("sub.cc.u32 %d, %a, %b; subc.u32 %d, 5, 0;", "u32 u32", [(0, 1), (1, 1)], "u32", [4, 5]),
+    (
+        "mad.lo.cc.u32 %d, %a, %b, 9; madc.hi.u32 %d, %a, %b, 0;",
+        "u32 u32",
+        [(ONES, ONES), (0, 0)],
+        "u32",
+        [ONES - 1, 0],
+    ),
+    ("mad.lo.cc.u32 %d, %a, %b, -1; addc.u32 %d, 0, 0;", "u32 u32", [(ONES, ONES), (0, 0)], "u32", [1, 0]),
     ("neg.s32 %d, %a;", "s32", [-5, 5], "s32", [5, -5]),
     ("shl.b32 %d, %a, %b;", "b32 u32", [(1, 31), (1, 32), (1, 33), (3, ONES)], "b32", [B31, 0, 0, 0]),
     ("shr.u32 %d, %a, %b;", "u32 u32", [(B31, 31), (B31, 32), (B31, 100)], "u32", [1, 0, 0]),
@@ -195,7 +207,9 @@ def test_comparisons(row: tuple[str, str, list, list]) -> None:
     compare, types, inputs, expected = row
     both = f"setp.{compare} %p1|%p2, %a, %b;\nselp.u32 %d, 1, 0, %p1;\n@%p2 add.u32 %d, %d, 2;"
     assert answers(both, types, inputs, "u32").tolist() == [1 if e else 2 for e in expected]
-    joined = f"setp.eq.u32 %p3, %r0, 0;\nsetp.{compare.replace('.', '.and.')} %p1, %a, %b, !%p3;\nselp.u32 %d, 1, 0, %p1;"
+    joined = (
+        f"setp.eq.u32 %p3, %r0, 0;\nsetp.{compare.replace('.', '.and.')} %p1, %a, %b, !%p3;\nselp.u32 %d, 1, 0, %p1;"
+    )
     assert answers(joined, types, inputs, "u32").tolist() == [0, *expected[1:]]
 
 
@@ -241,7 +255,9 @@ def test_fma_beyond_the_range() -> None:
     """Products that overflow or vanish, infinities, NaN and signed zeros."""
     big, a = 1e300, np.array([1e200, 1e200, INF, 0.0, -0.0, 5e-324, NAN])
     with np.errstate(all="ignore"):
-        got = fma64(a, np.array([1e200, 1e108, 2, INF, 1, 0.5, 1]), np.array([-big, -np.finfo(float).max, -1, 1, -0.0, 0, 1]))
+        got = fma64(
+            a, np.array([1e200, 1e108, 2, INF, 1, 0.5, 1]), np.array([-big, -np.finfo(float).max, -1, 1, -0.0, 0, 1])
+        )
     with np.errstate(all="ignore"):
         np.testing.assert_array_equal(got, [INF, 1e308 - np.finfo(float).max, INF, NAN, -0.0, 0, NAN])
     assert np.signbit(got[4])
@@ -274,7 +290,9 @@ def test_approximations_err_within_their_bound(name: str) -> None:
         run(kernel(body, 2), "k", 1, 512, [x, out], seed=seed)
         results.append(out)
     exact = function(x.astype(np.float64))
-    limit = np.maximum(relative * np.abs(exact), absolute if name != "lg2" else np.where((x > 0.5) & (x < 2), absolute, 0))
+    limit = np.maximum(
+        relative * np.abs(exact), absolute if name != "lg2" else np.where((x > 0.5) & (x < 2), absolute, 0)
+    )
     error = np.abs(results[0] - exact)
     assert (error <= limit).all()
     assert error.max() > 0.5 * limit.min()
@@ -318,7 +336,9 @@ def test_early_exit_and_special_registers() -> None:
 
 def test_blocks_and_seeds() -> None:
     """Many blocks in chunks; the report counts each thread's instructions; a seed repeats."""
-    np.testing.assert_array_equal(threads("add.u32 %r1, %r2, %r0;", 64, 700), (np.arange(700)[:, None] + np.arange(64)).ravel())
+    np.testing.assert_array_equal(
+        threads("add.u32 %r1, %r2, %r0;", 64, 700), (np.arange(700)[:, None] + np.arange(64)).ravel()
+    )
     out = np.zeros(64, np.uint32)
     text = kernel("mul.wide.u32 %rd9, %r0, 4;\nadd.u64 %rd9, %rd9, %rd1;\nst.global.u32 [%rd9], %r0;\nbar.sync 0;")
     report = run(text, "k", 1, 64, [out])
@@ -349,7 +369,9 @@ def test_votes_matches_and_reductions() -> None:
     assert set(threads(odd + "vote.sync.ballot.b32 %r1, %p1, -1;")) == {0xAAAAAAAA}
     assert set(threads(odd + "vote.sync.any.pred %p2, %p1, -1;\nselp.u32 %r1, 1, 0, %p2;")) == {1}
     assert set(threads(odd + "vote.sync.all.pred %p2, !%p1, -1;\nselp.u32 %r1, 1, 0, %p2;")) == {0}
-    assert threads("and.b32 %r3, %r0, 3;\nmatch.any.sync.b32 %r1, %r3, -1;")[:4].tolist() == [0x11111111 << i for i in range(4)]
+    assert threads("and.b32 %r3, %r0, 3;\nmatch.any.sync.b32 %r1, %r3, -1;")[:4].tolist() == [
+        0x11111111 << i for i in range(4)
+    ]
     assert set(threads("redux.sync.add.u32 %r1, %r0, -1;")) == {496}
     assert set(threads("sub.s32 %r3, %r0, 16;\nredux.sync.min.s32 %r1, %r3, -1;")) == {2**32 - 16}
     assert threads(odd + "activemask.b32 %r1;\n@%p1 activemask.b32 %r1;")[:2].tolist() == [ONES, 0xAAAAAAAA]
@@ -453,7 +475,10 @@ COPY = """
 def test_asynchronous_copies() -> None:
     """Bytes land at the wait; a source size fills with zeros; without the wait they may not be read."""
     x = np.arange(128, dtype=np.uint32)
-    for how, count, wait in (("cg.shared.global", "", "wait_group 0"), ("ca.shared.global.L2::128B", ", 8", "wait_all")):
+    for how, count, wait in (
+        ("cg.shared.global", "", "wait_group 0"),
+        ("ca.shared.global.L2::128B", ", 8", "wait_all"),
+    ):
         y = np.zeros_like(x)
         run(kernel(COPY.format(how=how, count=count, wait=f"cp.async.{wait};"), 2), "k", 1, 32, [x, y])
         np.testing.assert_array_equal(y, np.where(np.arange(128) % 4 < (2 if count else 4), x, 0))
@@ -498,7 +523,7 @@ def test_wrong_arguments() -> None:
     text, x = kernel(""), np.zeros((4, 4), np.float32)
     for arguments, message in [
         ([], "arguments must be 1 for k, got 0"), ([np.float32(1)], "argument 0 must have 8 bytes"),
-        ([x.T], "argument 0 must be C-contiguous"),
+        ([np.broadcast_to(x, (2, 4, 4))], "argument 0 must be C-contiguous"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             run(text, "k", 1, 32, arguments)
@@ -662,11 +687,47 @@ BUGS: dict[str, tuple[str, str, str, str]] = {
 }  # fmt: skip
 
 
+LIBRARY = {
+    "exp": np.exp, "log": np.log, "log1p": np.log1p, "expm1": np.expm1, "sqrt": np.sqrt, "rsqrt": lambda x: 1 / np.sqrt(x),
+    "sin": np.sin, "cos": np.cos, "tanh": np.tanh, "cbrt": np.cbrt, "atan": np.arctan, "exp2": np.exp2, "log2": np.log2,
+    "rint": np.rint, "floor": np.floor, "trunc": np.trunc,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_100"])
+@pytest.mark.parametrize("name", ["float", "double"])
+def test_the_mathematical_library(name: str, target: str) -> None:
+    """CUDA's functions, which lean on fma, bits and rounding modes, give NumPy's values to a few units, far out too."""
+    suffix, dtype = ("f", np.float32) if name == "float" else ("", np.float64)
+    calls = "".join(f"    y[{i} * n + t] = {f}{suffix}(v);\n" for i, f in enumerate(LIBRARY))
+    divide = f"    y[{len(LIBRARY)} * n + t] = v / x[(t + 1) % n] + fmod{suffix}(v, x[(t + 7) % n]);\n"
+    source = f"""extern "C" __global__ void k(const {name}* x, {name}* y, int n) {{
+    const int t = blockIdx.x * 64 + threadIdx.x; const {name} v = x[t];\n{calls}{divide}}}"""
+    x = np.random.default_rng(8).uniform(-4, 6, 256)
+    x = np.abs(np.r_[np.exp(x[:192]), np.exp(4 * x[192:])]).astype(dtype)
+    y = np.zeros((len(LIBRARY) + 1, 256), dtype)
+    run(compiled(source, target), "k", 4, 64, [x, y, np.int32(256)])
+    with np.errstate(over="ignore"):
+        wanted = [f(x.astype(np.float64)) for f in LIBRARY.values()]
+        wanted.append(x / np.roll(x, -1).astype(np.float64) + np.fmod(x, np.roll(x, -7)))
+        for f, got, want in zip([*LIBRARY, "/"], y, np.array(wanted).astype(dtype), strict=True):
+            np.testing.assert_allclose(got, want, rtol=4 * np.finfo(dtype).eps, err_msg=f)
+
+
 def result(case: SimpleNamespace, ptx: str, fresh: bool = True, **options: Any) -> np.ndarray:
     dtype = case.x.dtype
     y = np.zeros(case.size, dtype) if "atomicAdd(y" in case.source else np.full(case.size, -1).astype(dtype)
     unwritten = [y] if fresh and "atomicAdd(y" not in case.source else []
-    run(ptx, "k", case.grid, case.block, [case.x, y, np.int32(len(case.x))], uninitialised=unwritten, limit=20_000, **options)
+    run(
+        ptx,
+        "k",
+        case.grid,
+        case.block,
+        [case.x, y, np.int32(len(case.x))],
+        uninitialised=unwritten,
+        limit=20_000,
+        **options,
+    )
     return y
 
 

@@ -161,9 +161,7 @@ def address_of(m: Machine, operand: Address) -> tuple[Callable[[Lanes], Array], 
     return address, arena
 
 
-def spaces(
-    m: Machine, arena: Arena | None, lanes: Lanes, address: Array
-) -> Iterator[tuple[Arena, Lanes, Array]]:
+def spaces(m: Machine, arena: Arena | None, lanes: Lanes, address: Array) -> Iterator[tuple[Arena, Lanes, Array]]:
     """The arena, its lanes, and their addresses in it; a generic access may meet several arenas."""
     if arena is not None:
         yield arena, lanes, address
@@ -547,11 +545,11 @@ def match(m: Machine, operands: tuple, mods: Modifiers) -> Step:
     read, write, write_second = m.reader(operands[1], type), m.writer(first, "u32"), m.writer(second, "pred")
 
     def body(lanes: Lanes, masks: Array) -> None:
-        team, _ = teams(m, lanes, masks)
-        value = np.broadcast_to(read(lanes), team.shape)
-        same = (team[:, None] == team) & (value[:, None] == value)
-        bits = (same * 2.0 ** m.lane[lanes]).sum(1).astype(np.uint32)
-        unanimous = same.sum(1) == np.bincount(team)[team]
+        team, count = teams(m, lanes, masks)
+        names, value = np.unique(np.broadcast_to(read(lanes), team.shape), return_inverse=True)
+        same = team * len(names) + value
+        bits = np.bincount(same, 2.0 ** m.lane[lanes])[same].astype(np.uint32)
+        unanimous = np.bincount(same)[same] == np.bincount(team, None, count)[team]
         write(lanes, bits if kind == "any" else np.where(unanimous, bits, np.uint32(0)))
         write_second(lanes, unanimous)
 

@@ -103,6 +103,7 @@ class Machine:
         self.expected = np.zeros(self.lanes, np.int64)
         self.vote = np.zeros(self.lanes, bool)
         self.copy_group = np.zeros(self.lanes, np.int64)
+        self.carry = np.zeros(self.lanes, np.int64)
         names = ("tid", "ntid", "ctaid", "nctaid")
         for name in [f"%{n}.{axis}" for n in names for axis in "xyz"] + ["%laneid", "%warpid"]:
             self.special[name] = np.zeros(self.lanes, np.uint32)
