@@ -126,21 +126,15 @@ def _sources() -> dict[str, str]:
 def test_finite_differences(op: str) -> None:
     """The float64 kernels themselves, by `refimpl.check`: contract (arrays read-only and strided, two calls alike,
     float32 near float64) and differences to 1e-8."""
-
-    @settings(max_examples=DIFFERENCES)
-    @given(st.data())
-    def run(data: st.DataObject) -> None:
-        draw = HypothesisDraw(data)
-        case = CASES[op](draw)
+    for seed in range(DIFFERENCES if FULL or op not in ("moe", "log_prob") else 1):  # these launch many kernels
+        case = CASES[op](RandomDraw(seed))
         if "block" in case.kwargs:
             case.kwargs["block"] = (256, 4096)
         report = check(
-            *TABLE[op], case.inputs, case.kwargs | ops_of(op), op=op, replay=case.replay, seed=draw.seed,
+            *TABLE[op], case.inputs, case.kwargs | ops_of(op), op=op, replay=case.replay, seed=seed,
             names=[str(i) for i in range(len(case.inputs))], rules=("contract", "differences"),
         )  # fmt: skip
         assert report.ok, f"{case.kwargs}\n{report}"
-
-    run()
 
 
 @pytest.mark.parametrize("op", CUDA)
