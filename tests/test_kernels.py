@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,20 @@ from refimpl.verify import Settings, placed
 
 import kernel_support
 import pretended_cupy
-from kernel_support import DTYPES, ON_DEVICE, SHAPES, TABLE, compare, make_launch, make_table, ops_of, results, rounded
+from kernel_support import (
+    DTYPES,
+    ON_DEVICE,
+    SHAPES,
+    TABLE,
+    V3,
+    compare,
+    make_launch,
+    make_table,
+    ops_of,
+    results,
+    rounded,
+)
+from ptx import PTXError
 from support import FULL, HypothesisDraw
 
 # Most registers of a thread (in any type, for any target) and static shared memory of a block in bytes.
@@ -155,6 +169,13 @@ def _against_the_reference(op: str, storage: str) -> None:
         compare(op, TABLE[op], SHAPES[op](draw), storage, draw.seed, ops_of(op))
 
     run()
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+@pytest.mark.parametrize("op", V3)
+def test_widths_of_v3(op: str, storage: str) -> None:
+    """Rows of 7,168, 18,432 and 129,280 elements, 256 experts."""
+    compare(op, TABLE[op], V3[op](RandomDraw(0)), storage, 0)
 
 
 @pytest.mark.parametrize("storage", ["float64", "float32"])
@@ -325,6 +346,22 @@ PLANTED = {  # name: (op and file, what stands there, what a mistake would put)
     ),
     "clip by the wrong sign": ("grpo", "a > 0 ? rho > high", "a < 0 ? rho > high"),
     "KL of whole outputs forgotten": ("grpo", "dz_all - du_all", "dz_all"),
+    "barrier before the merge missing": ("cross_entropy", "= total;\n    __syncthreads();", "= total;"),
+    "logits that are overwritten read as constant": ("cross_entropy", "load_chunk<false>", "load_chunk<true>"),
+    "barrier between lanes missing": ("embedding", "    __syncthreads();\n", ""),
+    "end of the last id's rows from beyond": ("embedding", "id + 1 < ids ? start[id + 1] : rows", "start[id + 1]"),
+    "warp not waited for": (
+        "router",
+        "scores[row * experts + e] = s;\n    }\n    __syncwarp();",
+        "scores[row * experts + e] = s;\n    }",
+    ),
+    "threads past the end": ("moe", "if (thread >= slots * parts) return;", ""),
+    "last thread past the end": ("adamw", "if (i >= size) return;", "if (i > size) return;"),
+    "tail read as a whole chunk": (
+        "swiglu",
+        "bool wide = i + VECTOR <= size;\n    real d",
+        "bool wide = true;\n    real d",
+    ),
 }
 
 
@@ -340,10 +377,15 @@ def test_planted_mistakes_are_caught(name: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(host, "compile_kernel", wrong)
     for seed in range(40):
         try:
-            compare(op, TABLE[op], SHAPES[op](RandomDraw(seed)), "float64", seed, ops_of(op))
+            if op == "adamw":
+                test_adamw("float64")
+            else:
+                compare(op, TABLE[op], SHAPES[op](RandomDraw(seed)), "float64", seed, ops_of(op))
+            if op == "cross_entropy":
+                test_cross_entropy_in_place("float64")
             if op == "router":
                 test_router_chooses_exactly_the_same("float64")
-        except AssertionError:
+        except (AssertionError, PTXError):
             return
     pytest.fail(f"nothing saw it: {name}")
 
@@ -378,6 +420,30 @@ def test_nothing_to_do() -> None:
     assert np.array_equal(dw, np.zeros(4))
     y, _ = TABLE["embedding"].forward(np.ones((3, 4)), ids=np.zeros((2, 0), int))
     assert y.shape == (2, 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("capability", "target"),
+    [("80", "sm_80"), ("86", "sm_80"), ("89", "sm_80"), ("90", "sm_90a"), ("100", "sm_100"), ("103", "sm_100")],
+)
+def test_target_of_a_device(capability: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", _device(capability))
+    assert DeviceLaunch().target == target
+
+
+@pytest.mark.parametrize("capability", ["75", "120"])
+def test_no_target_for_a_device(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", _device(capability))
+    with pytest.raises(CouldNotRun, match=f"kernels are compiled for sm_80, .*, this GPU is sm_{capability}"):
+        DeviceLaunch()
+
+
+def _device(capability: str) -> Any:
+    """As much of CuPy as says what GPU there is."""
+    runtime = SimpleNamespace(getDeviceCount=lambda: 1, CUDARuntimeError=RuntimeError)
+    return SimpleNamespace(
+        cuda=SimpleNamespace(runtime=runtime, Device=lambda: SimpleNamespace(compute_capability=capability))
+    )
 
 
 def test_a_kernel_that_does_not_compile_is_an_error() -> None:
@@ -440,6 +506,14 @@ def test_host_side_does_nothing_that_cupy_refuses(op: str, monkeypatch: pytest.M
     table = cuda_table(PretendedLaunch())
     extra = {"ops": table} if ops_of(op) else {}
     compare(op, placed(table[op], pretended_cupy.there), SHAPES[op](RandomDraw(1)), "float32", 1, extra)
+
+
+def test_readme_of_kernels() -> None:
+    """Every kernel is in its table, and the planted mistakes are as many as it says."""
+    page = (SOURCE / "README.md").read_text()
+    for kernel in BUDGET:
+        assert f"`{kernel}`" in page
+    assert f"{len(PLANTED)} planted mistakes" in page
 
 
 def test_signatures_are_the_ops() -> None:
