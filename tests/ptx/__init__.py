@@ -34,12 +34,12 @@ def run(
 ) -> Report:
     """Execute a kernel; arrays among the arguments are read and written in place.
 
-    grid, block: up to 3 sizes. arguments: NumPy arrays (contiguous; one array given twice is one allocation; one
-    that isn't writeable may not be written) and NumPy
-    scalars of the parameters' sizes; for kernels with numba's calling convention each array stands for its 5 + 2·ndim
-    words. shared: bytes of dynamic shared memory. seed: fixes the order of warps and the errors of approximations.
-    uninitialised: arrays among the arguments whose bytes may not be read before they are written. races: look for them.
-    limit: of steps, to end endless loops. Raises PTXError for what the kernel does wrong, ValueError for wrong arguments.
+    grid, block: up to 3 sizes. arguments: NumPy scalars of the parameters' sizes and NumPy arrays: contiguous, one
+    given twice is one allocation, one that isn't writeable may not be written. For kernels with numba's calling
+    convention an array stands for its 5 + 2·ndim words. shared: bytes of dynamic shared memory. seed: fixes the order
+    of warps and the errors of approximations. uninitialised: arrays among the arguments whose bytes may not be read
+    before they are written. races: look for them. limit: of steps, to end endless loops. Raises PTXError for what the
+    kernel does wrong, ValueError for wrong arguments.
     """
     module = parse(ptx)
     if kernel not in module.functions or not module.functions[kernel].entry:
