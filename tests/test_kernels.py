@@ -29,12 +29,12 @@ from refimpl.kernels.compile import STEMS, STORAGE, TARGETS, BuildError, build, 
 from refimpl.kernels.cross_entropy import cross_entropy_in_place
 from refimpl.kernels.launch import DeviceLaunch
 from refimpl.kernels.moe import combine, permute
-from refimpl.kernels.table import CUDA, cuda_table
+from refimpl.kernels.table import COLUMNS, CUDA, cuda_table
 from refimpl.model import backward, forward, init_parameters
 from refimpl.ops import REFERENCE, Op
 from refimpl.optimizer import AdamW
 from refimpl.text import load_text
-from refimpl.verify import Settings, placed
+from refimpl.verify import KERNELS, Settings, placed
 
 import kernel_support
 import pretended_cupy
@@ -527,3 +527,4 @@ def test_signatures_are_the_ops() -> None:
         assert parameters(pair.forward) == parameters(REFERENCE[name].forward), name
         assert parameters(pair.backward) == parameters(REFERENCE[name].backward), name
     assert set(cuda_table(kernel_support.InterpreterLaunch())) == set(REFERENCE)
+    assert set(COLUMNS) == set(KERNELS)
