@@ -451,6 +451,16 @@ def test_a_kernel_that_does_not_compile_is_an_error() -> None:
         build("broken", "sm_90", "float32", "__global__ void broken() { nothing(); }")
 
 
+def test_nothing_is_written_into_shared_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty log is one byte, which NVRTC writes: not into the one b" " that the whole process shares."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(compile, "OPTIONS", ())
+    module = build("one", "sm_90", "float32", 'extern "C" __global__ void one(int* x) { *x = 1; }')
+    assert module.log == ""
+    assert [bytes([i])[0] for i in range(256)] == list(range(256))
+    assert b" " == b"\x20"
+
+
 def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was compiled once is read back; another source, header or option is another entry; nothing half-written."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

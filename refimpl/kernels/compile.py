@@ -136,9 +136,11 @@ def _run(nvrtc: Any, stem: str, source: str, header: str, options: tuple[str, ..
 
 
 def _bytes(nvrtc: Any, program: Any, what: str) -> bytes:
-    content: bytes = b" " * _ok(nvrtc, getattr(nvrtc, f"nvrtcGet{what}Size")(program))
+    size = _ok(nvrtc, getattr(nvrtc, f"nvrtcGet{what}Size")(program))
+    # NVRTC writes into this object, so it must be nobody else's: Python shares bytes of length 0 and 1 (b" " * 1 too)
+    content = bytes(bytearray(size + 1))
     _ok(nvrtc, getattr(nvrtc, f"nvrtcGet{what}")(program, content))
-    return content
+    return content[:size]
 
 
 def _text(nvrtc: Any, program: Any, what: str) -> bytes:
