@@ -535,6 +535,8 @@ REFUSED = {
     "ld.global.u32 %r1, [64];": "near no variable",
     "st.global.u32 [%rd1], %r0;": "by the same instruction",
     "setp.gt.u32 %p1, %r0, 3; @%p1 bar.sync 1; st.global.u32 [%rd1], 1;": "thread .4, 0, 0.: barrier in divergent code",
+    "bar.sync 16;": "numbered from 0 to 15",
+    ".shared .align 4 .b8 s[64]; st.shared.v2.u32 [s], {%r0, %r0};": "misaligned",
     "bar.sync 0, 64;": "deadlock: 32 threads of 64 are at barrier 0",
     "shfl.sync.idx.b32 %r1, %r0, 9, 31, 0xFF;": "not in its member mask",
     "setp.gt.u32 %p1, %r0, 3; @%p1 redux.sync.or.b32 %r1, %r0, -1; @!%p1 bar.warp.sync -1;": "lanes missing",
