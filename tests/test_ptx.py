@@ -154,6 +154,9 @@ TABLE: list[tuple[str, str, list, str, list]] = [
     ("cvt.rn.f32.f64 %d, %a;", "f64", [1 + 2**-24, 1 + 2**-24 + 2**-52, 1e300], "f32", [1, 1 + 2**-23, INF]),
     ("cvt.rz.f32.f64 %d, %a;", "f64", [1 + 2**-23 - 2**-52, -1e300], "f32", [1, -np.finfo(np.float32).max]),
     ("cvt.rp.f32.f64 %d, %a;", "f64", [1 + 2**-50, -1e300], "f32", [1 + 2**-23, -np.finfo(np.float32).max]),
+    ("cvt.rn.ftz.f32.f64 %d, %a;", "f64", [-1e-40, 1.5], "f32", [-0.0, 1.5]),
+    ("cvt.rni.ftz.s32.f32 %d, %a;", "f32", [2.5], "s32", [2]),
+    ("cvt.rpi.ftz.f32.f32 %d, %a;", "f32", [1e-40, 0.1], "f32", [0, 1]),
     ("cvt.sat.f32.f32 %d, %a;", "f32", [-1, 0.25, 2, NAN], "f32", [0, 0.25, 1, 0]),
     ("cvt.f64.f32 %d, %a;", "f32", [0.1], "f64", [float(np.float32(0.1))]),
     ("cvt.s32.s8 %d, %a;", "b32", [0x80, 0x17F], "s32", [-128, 127]),
@@ -170,6 +173,12 @@ TABLE: list[tuple[str, str, list, str, list]] = [
     ("cvt.rn.bf16x2.f32 %d, %a, %b;", "f32 f32", [(1, -2)], "b32", [0x3F80C000]),
     ("add.bf16x2 %d, %a, %b;", "b32 b32", [(0x3F80C000, 0x3F803F80)], "b32", [0x4000BF80]),
     ("fma.rn.bf16 %d, %a, %b, %c;", "b16 b16 b16", [(0x3F80, 0x4000, 0x3F80)], "b16", [0x4040]),
+    ("fma.rn.bf16 %d, %a, %b, %c;", "b16 b16 b16", [(0x3F88, 0x3F88, 0x2B80)], "b16", [0x3F91]),
+    ("add.f16 %d, %a, %b;", "b16 b16", [(0x3C00, 0x3C00), (0x3C00, 0xBC00)], "b16", [0x4000, 0]),
+    ("sub.bf16 %d, %a, %b;", "b16 b16", [(0x3F80, 0x4000)], "b16", [0xBF80]),
+    ("max.bf16x2 %d, %a, %b;", "b32 b32", [(0x3F80C000, 0x40003F80)], "b32", [0x40003F80]),
+    ("neg.bf16x2 %d, %a;", "b32", [0x3F80C000], "b32", [0xBF804000]),
+    ("abs.f16 %d, %a;", "b16", [0xC000], "b16", [0x4000]),
     ("mul.f16 %d, %a, %b;", "b16 b16", [(0x3C00, 0x4000)], "b16", [0x4000]),
     ("mov.b64 %d, {%a, %b};", "b32 b32", [(1, 2)], "b64", [2 << 32 | 1]),
     ("mov.b32 {_, %d}, %a;", "b32", [0x12345678], "b16", [0x1234]),
@@ -182,7 +191,7 @@ PREDICATES: list[tuple[str, str, list, list]] = [
     ("lt.u32", "u32 u32", [(-1, 1), (1, -1)], [0, 1]),
     ("hs.u32", "u32 u32", [(-1, 1), (1, 1)], [1, 1]),
     ("eq.f32", "f32 f32", [(NAN, NAN), (0.0, -0.0)], [0, 1]),
-    ("ne.f32", "f32 f32", [(NAN, 1), (1, 2)], [0, 1]),
+    ("ne.f32", "f32 f32", [(NAN, 1), (1, 2), (1, 1), (2, 1)], [0, 1, 0, 1]),
     ("neu.f32", "f32 f32", [(NAN, 1), (1, 1)], [1, 0]),
     ("equ.f32", "f32 f32", [(NAN, 1), (1, 2)], [1, 0]),
     ("gt.f64", "f64 f64", [(2, 1), (NAN, 1)], [1, 0]),
@@ -336,6 +345,8 @@ def test_early_exit_and_special_registers() -> None:
     assert threads(body, 40).tolist() == [40, 140, 240, 340, 440] + [0] * 35
     body = "mov.u32 %r1, %lanemask_lt;\nmov.u32 %r3, %warpid;\nadd.u32 %r1, %r1, %r3;"
     assert threads(body, 64)[33] == 1 + 1
+    for name, expected in {"eq": 4, "lt": 3, "le": 7, "gt": ONES - 7, "ge": ONES - 3}.items():
+        assert threads(f"mov.u32 %r1, %lanemask_{name};")[2] == expected
 
 
 def test_blocks_and_seeds() -> None:
@@ -398,6 +409,8 @@ def test_barriers() -> None:
     assert set(threads(body, 64, 3)) == {40}
     body = "setp.lt.u32 %p1, %r0, 40;\nbar.red.and.pred %p2, 0, %p1;\nbar.red.or.pred %p3, 1, %p1;\n"
     assert set(threads(body + "selp.u32 %r3, 4, 0, %p2;\nselp.u32 %r1, 1, %r3, %p3;", 64)) == {1}
+    body = "setp.ge.u32 %p1, %r0, 32; @%p1 bra $WAIT; bar.arrive 2, 64; ret; $WAIT: bar.sync 2, 64; mov.u32 %r1, 9;"
+    assert threads(body, 64)[32:].tolist() == [9] * 32
     body = "setp.ge.u32 %p1, %r0, 64;\n@%p1 ret;\nbarrier.sync 3, 64;\nbar.sync 0;\nmov.u32 %r1, 9;"
     assert threads(body, 128).tolist() == [9] * 64 + [0] * 64
 
@@ -452,6 +465,15 @@ def test_atomics(operation: str, expected: int | None, old: set | None) -> None:
     run(kernel(f"atom.global.{operation}\n{tail}", 2), "k", 1, 32, [target, seen])
     assert expected is None or target[0] == expected
     assert old is None or set(seen.tolist()) == old
+
+
+def test_floating_atomics_flush_in_global_memory_alone() -> None:
+    out = np.zeros(2, np.float32)
+    body = """.shared .align 4 .b8 sum[4]; setp.ne.u32 %p1, %r0, 0; @%p1 ret; st.shared.f32 [sum], 0f00000000;
+    mov.b32 %f1, 5; red.global.add.f32 [%rd1], %f1; red.shared.add.f32 [sum], %f1;
+    ld.shared.f32 %f2, [sum]; st.global.f32 [%rd1+4], %f2;"""
+    run(kernel(body), "k", 1, 32, [out])
+    assert out.view(np.uint32).tolist() == [0, 5]
 
 
 def test_floating_atomics_add_in_a_random_order() -> None:
@@ -513,6 +535,8 @@ REFUSED = {
     "ld.global.u32 %r1, [64];": "near no variable",
     "st.global.u32 [%rd1], %r0;": "by the same instruction",
     "setp.gt.u32 %p1, %r0, 3; @%p1 bar.sync 1; st.global.u32 [%rd1], 1;": "thread .4, 0, 0.: barrier in divergent code",
+    "bar.sync 16;": "numbered from 0 to 15",
+    ".shared .align 4 .b8 s[64]; st.shared.v2.u32 [s], {%r0, %r0};": "misaligned",
     "bar.sync 0, 64;": "deadlock: 32 threads of 64 are at barrier 0",
     "shfl.sync.idx.b32 %r1, %r0, 9, 31, 0xFF;": "not in its member mask",
     "setp.gt.u32 %p1, %r0, 3; @%p1 redux.sync.or.b32 %r1, %r0, -1; @!%p1 bar.warp.sync -1;": "lanes missing",

@@ -103,14 +103,12 @@ def arithmetic(m: Machine, operands: tuple, mods: Modifiers) -> Step:
         return integers(m, operands, mods, type)
     mode, ftz, sat = mods.one_of(*DIRECTIONS, default="rn"), mods.flag("ftz"), mods.flag("sat")
     if is_half(type):
-        half, one, zero = (
-            type.removesuffix("x2"),
-            *(np.uint16(x) for x in ((0x3F80, 0x8000) if "b" in type else (0x3C00, 0x8000))),
-        )
+        half = type.removesuffix("x2")
+        one, minus_zero = np.uint16(0x3C00 if half == "f16" else 0x3F80), np.uint16(0x8000)
         fused = {
             "add": lambda a, b: fp.fma_half(a, one, b, half),
-            "sub": lambda a, b: fp.fma_half(a, one, b ^ np.uint16(0x8000), half),
-            "mul": lambda a, b: fp.fma_half(a, b, zero, half),
+            "sub": lambda a, b: fp.fma_half(a, one, b ^ minus_zero, half),
+            "mul": lambda a, b: fp.fma_half(a, b, minus_zero, half),
         }.get(name, lambda a, b, c: fp.fma_half(a, b, c, half))
         if mode != "rn" or ftz or sat:
             raise m.unsupported("a modifier of half arithmetic")

@@ -436,6 +436,8 @@ def barrier(m: Machine, operands: tuple, mods: Modifiers) -> Step:
         if ready is None:
             return run.STOP
         m.barrier[ready] = number(ready)
+        if (wrong := m.barrier[ready] > 15).any():
+            m.fail(ready, wrong, lambda i: "barriers are numbered from 0 to 15")
         m.expected[ready] = expected(ready) if expected else 0
         if kind == "arrive":
             np.add.at(m.arrived, (m.copy[ready], m.barrier[ready]), 1)

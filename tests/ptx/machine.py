@@ -68,7 +68,7 @@ class Machine:
         self.fenced = any(i.opcode.startswith(("membar", "fence")) for i in self.program)
 
     def lay_out(self, dynamic: int) -> None:
-        """Shared and local variables: each starts at its own alignment and no better one."""
+        """Places of shared and local variables and of functions' parameters."""
         owned = [v for f in self.functions for v in f.variables.values()]
         extern: list[Variable] = []
         for variable in [*self.module.variables.values(), *owned]:

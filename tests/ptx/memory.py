@@ -30,8 +30,9 @@ class Arena:
         self.size = GUARD
 
     def add(self, name: str, size: int, align: int = 256, read_only: bool = False) -> int:
-        """Lay out a variable; its address."""
+        """Lay out a variable, in shared and local memory at no better alignment than its own; its address."""
         start = -(-self.size // align) * align
+        start += align if self.name in ("shared", "local") and start % (2 * align) == 0 else 0
         self.names.append(name)
         self.places.append((start, size, read_only))
         self.offsets[name] = start
