@@ -84,6 +84,7 @@ def test_compiles_within_budget(stem: str, storage: str) -> None:
         assert set(module.usage) == set(entries) > set()
         assert f".target {target}\n" in module.ptx
         assert module.cubin.read_bytes()[:4] == b"\x7fELF"
+        assert "warning" not in module.log
         for kernel, usage in module.usage.items():
             registers, shared = BUDGET[kernel]
             where = f"{kernel} in {storage} for {target}: {usage}"
