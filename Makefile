@@ -3,13 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: verify test test-full oracle check bugs memory memory-grads clean
+.PHONY: verify test test-full oracle gpu on-gpu check bugs memory memory-grads clean
 
 verify: .venv/base  ## prove every gradient on real text
 	$(BIN)/refimpl verify
 
 # Two workers, one BLAS thread each: on two cores, more threads only wait for one another.
-test test-full oracle: export OPENBLAS_NUM_THREADS = 1
+test test-full oracle gpu: export OPENBLAS_NUM_THREADS = 1
 
 test: .venv/dev  ## prove it harder: properties, identities, golden values, planted bugs
 	$(BIN)/python -m pytest -q -n 2
@@ -19,6 +19,14 @@ test-full: .venv/dev  ## the same tests with ten times the examples
 
 oracle: .venv/oracle  ## compare with Hugging Face's models (torch from the index may bring gigabytes of CUDA)
 	$(BIN)/python -m pytest -q tests/test_oracle.py tests/test_golden_checkpoints.py
+
+gpu:  ## the kernels' tests, and every gradient, on the GPU at hand; says so where there is none
+	@nvidia-smi -L 2>/dev/null | grep -q GPU || { echo "no GPU: nothing was run"; exit 0; }; $(MAKE) --no-print-directory on-gpu
+
+on-gpu: .venv/gpu
+	REFIMPL_GPU=1 $(BIN)/python -m pytest -q tests/test_kernels.py
+	$(BIN)/refimpl verify --backend cupy
+	$(BIN)/refimpl verify --backend cupy --implementation cuda
 
 check: .venv/dev  ## lint, format and types
 	$(BIN)/ruff check
@@ -43,6 +51,11 @@ memory-grads: .venv/base  ## measure the peak memory of `refimpl grads` on V2-Li
 .venv/dev: .venv/base
 	@echo "installing the tools for tests into .venv"
 	@$(PIP) -e '.[dev]'
+	@touch $@
+
+.venv/gpu: .venv/dev
+	@echo "installing CuPy and Numba's CUDA target into .venv"
+	@$(PIP) -e '.[cuda13]'
 	@touch $@
 
 .venv/oracle: .venv/dev

@@ -6,24 +6,28 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .check import MODEL_FD_TOLERANCE, MODEL_VALIDITY, Report, check
-from .check.cases import CASES, REGIMES, RandomDraw, model_case, model_grpo_case, model_variant, pair_of
+from .check.cases import CASES, REGIMES, Case, RandomDraw, model_case, model_grpo_case, model_variant, pair_of
 from .config import CONVENTIONS, preset
 from .errors import CouldNotRun
-from .ops import IMPLEMENTATIONS, Op
+from .ops import IMPLEMENTATIONS, REFERENCE, Op, Ops
 from .text import Text
 
-__all__ = ["MODELS", "NAMES", "Settings", "Step", "backward_from_file", "plan", "run", "select"]
+__all__ = [
+    "KERNELS", "MODELS", "NAMES", "Settings", "Step", "backward_from_file", "placed", "plan", "run", "select",
+]  # fmt: skip
 
 MODEL, VARIANT, MODEL_GRPO = "model", "model_variant", "model_grpo"
 MODELS = (MODEL, VARIANT, MODEL_GRPO)
 NAMES = (*CASES, *MODELS)  # in reading order
 MOST_EXAMPLES = 300  # drawn in search of a regime
+KERNELS = ("cuda",)  # implementations that only a GPU runs: `refimpl.kernels.table.COLUMNS`
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,18 @@ class Settings:
         if self.seed < 0:
             raise CouldNotRun(f"--seed must be at least 0, got {self.seed}")
         choices = {
-            "implementation": IMPLEMENTATIONS, "backend": ("numpy", "cupy"), "dtype": ("float64", "float32"),
-            "convention": CONVENTIONS,
+            "implementation": (*IMPLEMENTATIONS, *KERNELS), "backend": ("numpy", "cupy"),
+            "dtype": ("float64", "float32"), "convention": CONVENTIONS,
         }  # fmt: skip
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise CouldNotRun(f"--{name} must be one of {', '.join(allowed)}, got {getattr(self, name)}")
         _placement(self.backend)
+        if self.implementation in KERNELS and self.backend != "cupy":
+            raise CouldNotRun(
+                f"--implementation {self.implementation} needs a GPU and --backend cupy, got {self.backend}"
+            )
+        _table(self.implementation)
 
 
 class Step(NamedTuple):
@@ -99,9 +108,19 @@ def plan(names: Sequence[str], settings: Settings) -> list[Step]:
 
 def run(step: Step, settings: Settings, replaced: Mapping[str, Op] | None = None) -> Report:
     """Check one example; ``replaced`` puts other pairs in the place of ops (to grade them)."""
-    name, table, place = step.op, IMPLEMENTATIONS[settings.implementation], _placement(settings.backend)
-    draw = RandomDraw(step.seed, settings.text.data)
-    common: dict[str, Any] = {"op": name, "seed": step.seed, "dtype": settings.dtype}
+    case, tested, common = _example(step, settings, _table(settings.implementation), replaced or {})
+    place = _placement(settings.backend)
+    if place is not None:  # what has no wider types runs beside what has
+        exact = IMPLEMENTATIONS.get(settings.implementation, REFERENCE)
+        common["reference"] = _example(step, settings, exact, replaced or {})[1]
+        tested = placed(tested, place)
+    return check(*tested, case.inputs, case.kwargs, replay=case.replay, seed=step.seed, **common)
+
+
+def _example(step: Step, settings: Settings, table: Ops, replaced: Mapping[str, Op]) -> tuple[Case, Op, dict[str, Any]]:
+    """One example's inputs, the pair under test, and what else `check` is told."""
+    name, draw = step.op, RandomDraw(step.seed, settings.text.data)
+    common: dict[str, Any] = {"op": name, "dtype": settings.dtype}
     if name in MODELS:
         conventions = CONVENTIONS[settings.convention]
         config = replace(preset("tiny"), conventions=conventions)
@@ -112,17 +131,24 @@ def run(step: Step, settings: Settings, replaced: Mapping[str, Op] | None = None
         else:
             case, tensors, tested = model_case(draw, config=config, table=table, masked=name == VARIANT)
         common |= {"names": tensors, "difference_tolerance": MODEL_FD_TOLERANCE, "validity": MODEL_VALIDITY}
-        kwargs = case.kwargs
-    else:
-        case, tested = CASES[name](draw), (replaced or {}).get(name) or pair_of(name, table)
-        parameters = inspect.signature(pair_of(name).forward).parameters
-        common |= {"names": [p.name for p in parameters.values() if p.kind != p.KEYWORD_ONLY]}
-        common |= {"digits": settings.digits}
-        kwargs = case.kwargs | ({"ops": table} if "ops" in parameters else {})
-    if place is not None:
-        common |= {"reference": tested}
-        tested = _placed(tested, place)
-    return check(*tested, case.inputs, kwargs, replay=case.replay, **common)
+        return case, tested, common
+    case, tested = CASES[name](draw), replaced.get(name) or pair_of(name, table)
+    parameters = inspect.signature(pair_of(name).forward).parameters
+    common |= {"names": [p.name for p in parameters.values() if p.kind != p.KEYWORD_ONLY], "digits": settings.digits}
+    if "ops" in parameters:
+        tested = Op(partial(tested.forward, ops=table), tested.backward)
+    return case, tested, common
+
+
+@cache
+def _table(implementation: str) -> Ops:
+    """The ops of an implementation; CouldNotRun for kernels without a GPU."""
+    if implementation in IMPLEMENTATIONS:
+        return IMPLEMENTATIONS[implementation]
+    from .kernels.launch import DeviceLaunch
+    from .kernels.table import COLUMNS
+
+    return COLUMNS[implementation](DeviceLaunch())
 
 
 def _placement(backend: str) -> Callable[[Any], Any] | None:
@@ -130,7 +156,7 @@ def _placement(backend: str) -> Callable[[Any], Any] | None:
     if backend == "numpy":
         return None
     try:
-        import cupy  # type: ignore[import-not-found]
+        import cupy
     except ImportError as error:
         raise CouldNotRun(f"--backend cupy needs CuPy: pip install 'deepseek-refimpl[cuda13]' ({error})") from error
     try:
@@ -141,8 +167,8 @@ def _placement(backend: str) -> Callable[[Any], Any] | None:
     return cupy.asarray  # type: ignore[no-any-return]
 
 
-def _placed(pair: Op, place: Callable[[Any], Any]) -> Op:
-    """The pair run on another device, from and to NumPy arrays."""
+def placed(pair: Op, place: Callable[[Any], Any]) -> Op:
+    """The pair run on another device, to which ``place`` moves an array, from and to NumPy arrays."""
 
     def there(x: Any) -> Any:
         if isinstance(x, (np.ndarray, np.generic)):

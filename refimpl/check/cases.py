@@ -475,7 +475,7 @@ def model_grpo_case(draw: Draw, *, config: ModelConfig, table: Ops, length: int 
     advantages = ops.group_advantages(draw.rng.normal(size=(2, 2)) + np.array([[0.5, -0.5]]))
     shift, away = (draw.rng.normal(size=mask.shape) for _ in range(2))
 
-    def log_probs(values: Sequence[Any], routes: Any) -> tuple[Any, Any, Any, Any]:
+    def log_probs(values: Sequence[Any], routes: Any, table: Ops = table) -> tuple[Any, Any, Any, Any]:
         named, place = given(values), namespace(values=values[0]).asarray
         output, saved = reference_model.forward(named, place(tokens), config, routes=routes, ops=table, with_loss=False)
         head, targets = named["lm_head.weight"], place(tokens[:, 1:])
@@ -503,7 +503,7 @@ def model_grpo_case(draw: Draw, *, config: ModelConfig, table: Ops, length: int 
         return tuple(grads.values())
 
     inputs = tuple(params[name] for name in names)
-    now = log_probs(inputs, None)[0]
+    now = log_probs(inputs, None, ops.REFERENCE)[0]
     old, reference = now - 0.3 * shift, now - 0.5 * away
     replay = lambda y: {"unclipped": y[1], "kept": y[2], "routes": y[3]}  # noqa: E731
     return Case(inputs, replay=replay), names, Op(forward, backward)

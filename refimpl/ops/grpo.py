@@ -71,7 +71,7 @@ def grpo_forward(
     n, t = log_prob.shape
     expect_mask("mask", mask, "(N, T)", (n, t))
     expect("advantages", advantages, "(N,)", (n,))
-    _check(clip, dual_clip, ratio, average, length, kl_weight, kl, kl_level, kl_bounds, reference_log_prob)
+    check_settings(clip, dual_clip, ratio, average, length, kl_weight, kl, kl_level, kl_bounds, reference_log_prob)
     size = xp.sum(xp.astype(mask, xp.float64), axis=1, keepdims=True)
     count = xp.where(size > 0, size, 1.0)
     total = {"sequence": n * count, "token": float(xp.sum(size)) or 1.0, "constant": n * float(length or 1)}[average]
@@ -194,7 +194,7 @@ def _bounded(xp: Any, x: Array, most: float) -> tuple[Array, Array]:
     return fill(~above, fill(~below, x, -most), most), ~(above | below)
 
 
-def _check(
+def check_settings(
     clip: tuple[float, float], dual_clip: float | None, ratio: str, average: str, length: int | None,
     kl_weight: float, kl: str, kl_level: str, kl_bounds: tuple[float, float] | None, reference: Array | None,
 ) -> None:  # fmt: skip

@@ -1,0 +1,156 @@
+// What all kernels share: number types, chunks of 16 bytes, reductions in a fixed order.
+//
+// One of STORAGE_FLOAT64, STORAGE_FLOAT32, STORAGE_BFLOAT16 is defined by refimpl/kernels/compile.py. `storage` is the
+// type in memory, `real` the one that arithmetic is done in. There are no atomics: two runs give the same bits.
+#pragma once
+
+#if defined(STORAGE_FLOAT64)
+typedef double storage;
+typedef double real;
+#elif defined(STORAGE_FLOAT32)
+typedef float storage;
+typedef float real;
+#elif defined(STORAGE_BFLOAT16)
+struct storage { unsigned short bits; };
+typedef float real;
+#else
+#error "one of STORAGE_FLOAT64, STORAGE_FLOAT32 and STORAGE_BFLOAT16 must be defined"
+#endif
+
+typedef long long int64;
+
+constexpr int VECTOR = 16 / sizeof(storage);  // elements of a chunk: the widest access that a thread can make
+constexpr int WARP = 32;
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+#define INFINITY_ (__longlong_as_double(0x7ff0000000000000ll))
+
+// ---- one wrapper for each PTX instruction that CUDA C has no word for
+
+// ld.global.nc.L1::no_allocate.L2::256B.v4.u32: 16 bytes that are read once. They pass L1 by, which stays free for data
+// that is read again, and L2 fetches 256 bytes at a time, so that fewer requests reach memory. Legal only on data that
+// nothing writes while the kernel runs (.nc), at addresses that are multiples of 16.
+__device__ __forceinline__ uint4 ld_global_nc_stream(const void* address) {
+    uint4 bits;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+                 : "l"(__cvta_generic_to_global(address)));
+    return bits;
+}
+
+// ld.global.v4.u32 and st.global.v4.u32: 16 bytes in one access, at multiples of 16. Written out, because the compiler
+// otherwise splits a chunk that goes through a union into as many accesses as it has elements.
+__device__ __forceinline__ uint4 ld_global_v4(const void* address) {
+    uint4 bits;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+                 : "l"(__cvta_generic_to_global(address))
+                 : "memory");
+    return bits;
+}
+
+__device__ __forceinline__ void st_global_v4(void* address, uint4 bits) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(__cvta_generic_to_global(address)), "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
+                 : "memory");
+}
+
+// cvt.rn.bf16.f32: to bfloat16, to the nearest, ties to even. One instruction; in integer arithmetic it is five. sm_80 on.
+__device__ __forceinline__ unsigned short cvt_rn_bf16(float x) {
+    unsigned short bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+}
+
+// ---- between storage and arithmetic
+
+#if defined(STORAGE_BFLOAT16)
+__device__ __forceinline__ real widen(storage x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
+__device__ __forceinline__ storage narrow(real x) { return storage{cvt_rn_bf16(x)}; }
+#else
+__device__ __forceinline__ real widen(storage x) { return x; }
+__device__ __forceinline__ storage narrow(real x) { return x; }
+#endif
+
+union Chunk {
+    uint4 bits;
+    storage element[VECTOR];
+    __device__ Chunk() {}
+};
+
+// Elements i … i + VECTOR − 1 of a row of `length`, 0 past its end. `wide` says that the row starts at a multiple of 16
+// bytes and is a whole number of chunks long: then it is one access of 16 bytes, else one for each element.
+// STREAM: no kernel in flight writes the row and it is read once.
+template <bool STREAM>
+__device__ __forceinline__ void load_chunk(real (&chunk)[VECTOR], const storage* row, int64 i, int64 length, bool wide) {
+    if (wide && i < length) {
+        Chunk from;
+        from.bits = STREAM ? ld_global_nc_stream(row + i) : ld_global_v4(row + i);
+#pragma unroll
+        for (int v = 0; v < VECTOR; v++) chunk[v] = widen(from.element[v]);
+    } else {
+#pragma unroll
+        for (int v = 0; v < VECTOR; v++) chunk[v] = i + v < length ? widen(row[i + v]) : real(0);
+    }
+}
+
+__device__ __forceinline__ void store_chunk(const real (&chunk)[VECTOR], storage* row, int64 i, int64 length, bool wide) {
+    if (wide && i < length) {
+        Chunk to;
+#pragma unroll
+        for (int v = 0; v < VECTOR; v++) to.element[v] = narrow(chunk[v]);
+        st_global_v4(row + i, to.bits);
+    } else {
+#pragma unroll
+        for (int v = 0; v < VECTOR; v++)
+            if (i + v < length) row[i + v] = narrow(chunk[v]);
+    }
+}
+
+// ---- functions of one number
+
+__device__ __forceinline__ float exponential(float x) { return expf(x); }
+__device__ __forceinline__ double exponential(double x) { return exp(x); }
+__device__ __forceinline__ float exponential_minus_1(float x) { return expm1f(x); }
+__device__ __forceinline__ double exponential_minus_1(double x) { return expm1(x); }
+__device__ __forceinline__ float logarithm(float x) { return logf(x); }
+__device__ __forceinline__ double logarithm(double x) { return log(x); }
+__device__ __forceinline__ float root(float x) { return sqrtf(x); }
+__device__ __forceinline__ double root(double x) { return sqrt(x); }
+__device__ __forceinline__ real infinity() { return static_cast<real>(INFINITY_); }
+
+// 1 / (1 + e^-x), without overflow on either side.
+__device__ __forceinline__ real sigmoid(real x) {
+    const real z = exponential(x < 0 ? x : -x);
+    return (x < 0 ? z : real(1)) / (1 + z);
+}
+
+// ---- reductions; every lane, or every thread, gets the same bits
+
+__device__ __forceinline__ real warp_sum(real x) {
+#pragma unroll
+    for (int other = WARP / 2; other > 0; other /= 2) x += __shfl_xor_sync(ALL_LANES, x, other);
+    return x;
+}
+
+__device__ __forceinline__ real warp_max(real x) {
+#pragma unroll
+    for (int other = WARP / 2; other > 0; other /= 2) {
+        const real y = __shfl_xor_sync(ALL_LANES, x, other);
+        x = y > x ? y : x;
+    }
+    return x;
+}
+
+// The sum over the block, whose size is a multiple of 32. All threads must call it.
+__device__ __forceinline__ real block_sum(real x) {
+    __shared__ real part[WARP];
+    x = warp_sum(x);
+    __syncthreads();  // an earlier call may still be read
+    if (threadIdx.x % WARP == 0) part[threadIdx.x / WARP] = x;
+    __syncthreads();
+    real total = 0;
+    for (unsigned warp = 0; warp < blockDim.x / WARP; warp++) total += part[warp];
+    return total;
+}

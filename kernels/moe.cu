@@ -1,0 +1,63 @@
+// What the mixture of experts does around its dense products: send rows to their experts, and add up what comes back.
+// Row r of the expert order belongs to slot order[r] = m K + k, token m's k-th choice; place is the inverse of order.
+// Derivation: derivations/moe.md.
+#include "common.cuh"
+
+// rows[r] = x[order[r] / K], or `scale[order[r]]` times that if scaled. Grid: a thread a chunk of each row.
+extern "C" __global__ void moe_permute(storage* rows, const storage* x, const int64* order, const real* scale,
+                                       int64 slots, int top_k, int width, int scaled) {
+    const int parts = (width + VECTOR - 1) / VECTOR;
+    const int64 thread = int64(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (thread >= slots * parts) return;
+    const int64 row = thread / parts, slot = order[row];
+    const int i = thread % parts * VECTOR;
+    const bool wide = width % VECTOR == 0;
+    const real factor = scaled ? scale[slot] : real(1);
+    real chunk[VECTOR];
+    load_chunk<false>(chunk, x + slot / top_k * width, i, width, wide);  // read K times: let the caches keep it
+#pragma unroll
+    for (int v = 0; v < VECTOR; v++) chunk[v] *= factor;  // (moe.8) with a factor
+    store_chunk(chunk, rows + row * width, i, width, wide);  // (moe.2) (moe.9)
+}
+
+// y[m] = Σ_k weights[m, k] rows[place[m K + k]], weights 1 unless weighted. Grid: a thread a chunk of each token.
+extern "C" __global__ void moe_combine(storage* y, const storage* rows, const int64* place, const real* weights,
+                                       int64 tokens, int top_k, int width, int weighted) {
+    const int parts = (width + VECTOR - 1) / VECTOR;
+    const int64 thread = int64(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (thread >= tokens * parts) return;
+    const int64 token = thread / parts;
+    const int i = thread % parts * VECTOR;
+    const bool wide = width % VECTOR == 0;
+    real sum[VECTOR];
+#pragma unroll
+    for (int v = 0; v < VECTOR; v++) sum[v] = 0;
+    for (int k = 0; k < top_k; k++) {
+        const int64 slot = token * top_k + k;
+        const real weight = weighted ? weights[slot] : real(1);
+        real chunk[VECTOR];
+        load_chunk<true>(chunk, rows + place[slot] * width, i, width, wide);
+#pragma unroll
+        for (int v = 0; v < VECTOR; v++) sum[v] += weight * chunk[v];  // (moe.5) (moe.11)
+    }
+    store_chunk(sum, y + token * width, i, width, wide);
+}
+
+// dweights[slot] = Σ_d dy[m, d] rows[place[slot], d]. Grid: a warp a slot.
+extern "C" __global__ void moe_weight_gradient(real* dweights, const storage* dy, const storage* rows,
+                                               const int64* place, int64 slots, int top_k, int width) {
+    const int lane = threadIdx.x % WARP;
+    const int64 slot = int64(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP;
+    if (slot >= slots) return;
+    const bool wide = width % VECTOR == 0;
+    real sum = 0;
+    for (int i = lane * VECTOR; i < width; i += WARP * VECTOR) {
+        real a[VECTOR], b[VECTOR];
+        load_chunk<false>(a, dy + slot / top_k * width, i, width, wide);
+        load_chunk<true>(b, rows + place[slot] * width, i, width, wide);
+#pragma unroll
+        for (int v = 0; v < VECTOR; v++) sum += a[v] * b[v];
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) dweights[slot] = sum;  // (moe.7)
+}

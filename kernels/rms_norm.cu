@@ -1,0 +1,86 @@
+// RMSNorm: a block a row, and the row in registers, so that forward and backward read each input once.
+// Derivation: derivations/rms_norm.md.
+#include "common.cuh"
+
+constexpr int HELD = (sizeof(real) == 8 ? 14 : 24) / VECTOR;  // chunks of a row that a thread holds
+constexpr int BLOCK = 512;  // threads, at most: the widest row is BLOCK · HELD · VECTOR; V3's 7,168 fit in every type
+
+// y = x r w and r = 1 / √(mean(x²) + eps). Grid: a block a row.
+extern "C" __global__ void __launch_bounds__(BLOCK)
+rms_norm_forward(storage* y, real* r, const storage* x, const storage* w, int width, real eps) {
+    const int64 row = blockIdx.x;
+    const bool wide = width % VECTOR == 0;
+    real held[HELD][VECTOR], sum = 0;
+#pragma unroll
+    for (int k = 0; k < HELD; k++) {
+        load_chunk<true>(held[k], x + row * width, (k * blockDim.x + threadIdx.x) * VECTOR, width, wide);
+#pragma unroll
+        for (int v = 0; v < VECTOR; v++) sum += held[k][v] * held[k][v];
+    }
+    const real rms = 1 / root(block_sum(sum) / width + eps);  // (rms_norm.1)
+    if (threadIdx.x == 0) r[row] = rms;
+#pragma unroll
+    for (int k = 0; k < HELD; k++) {
+        const int i = (k * blockDim.x + threadIdx.x) * VECTOR;
+        real scale[VECTOR];
+        load_chunk<false>(scale, w, i, width, wide);
+#pragma unroll
+        for (int v = 0; v < VECTOR; v++) held[k][v] *= rms * scale[v];  // (rms_norm.2)
+        store_chunk(held[k], y + row * width, i, width, wide);
+    }
+}
+
+// dx, and for each block the sum of dy ∘ n over its rows, part[block, width]. Grid: any number of blocks; each takes
+// every gridDim-th row, so the sums' order depends on the grid alone.
+extern "C" __global__ void __launch_bounds__(BLOCK)
+rms_norm_backward(storage* dx, real* part, const storage* dy, const storage* x, const storage* w, const real* r,
+                  int64 rows, int width) {
+    const bool wide = width % VECTOR == 0;
+    real dw[HELD][VECTOR];
+#pragma unroll
+    for (int k = 0; k < HELD; k++)
+#pragma unroll
+        for (int v = 0; v < VECTOR; v++) dw[k][v] = 0;
+    for (int64 row = blockIdx.x; row < rows; row += gridDim.x) {
+        const real rms = r[row];
+        real n[HELD][VECTOR], dn[HELD][VECTOR], sum = 0;
+#pragma unroll
+        for (int k = 0; k < HELD; k++) {
+            const int i = (k * blockDim.x + threadIdx.x) * VECTOR;
+            real scale[VECTOR];
+            load_chunk<true>(n[k], x + row * width, i, width, wide);
+            load_chunk<true>(dn[k], dy + row * width, i, width, wide);
+            load_chunk<false>(scale, w, i, width, wide);
+#pragma unroll
+            for (int v = 0; v < VECTOR; v++) {
+                n[k][v] *= rms;
+                dw[k][v] += dn[k][v] * n[k][v];  // (rms_norm.5)
+                dn[k][v] *= scale[v];            // (rms_norm.3)
+                sum += dn[k][v] * n[k][v];
+            }
+        }
+        const real mean = block_sum(sum) / width;
+#pragma unroll
+        for (int k = 0; k < HELD; k++) {
+#pragma unroll
+            for (int v = 0; v < VECTOR; v++) n[k][v] = rms * (dn[k][v] - n[k][v] * mean);  // (rms_norm.4)
+            store_chunk(n[k], dx + row * width, (k * blockDim.x + threadIdx.x) * VECTOR, width, wide);
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < HELD; k++)
+#pragma unroll
+        for (int v = 0; v < VECTOR; v++) {
+            const int i = (k * blockDim.x + threadIdx.x) * VECTOR + v;
+            if (i < width) part[int64(blockIdx.x) * width + i] = dw[k][v];
+        }
+}
+
+// dw[i] = Σ_b part[b, i], in order. Grid: a thread a column.
+extern "C" __global__ void rms_norm_weight(real* dw, const real* part, int parts, int width) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= width) return;
+    real sum = 0;
+    for (int b = 0; b < parts; b++) sum += part[int64(b) * width + i];  // (rms_norm.5)
+    dw[i] = sum;
+}

@@ -1,0 +1,159 @@
+"""CUDA C to PTX and machine code by NVRTC, which needs no GPU; kept on disk by the hash of all that enters.
+
+A kernel is compiled for one target (``sm_90``, …) and one storage type; both, and tile sizes if a kernel has any, are
+``#define`` lines put before the source. PTX is what the tests' interpreter executes, the cubin what a device loads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+from ..errors import CouldNotRun
+from . import SOURCE
+
+__all__ = ["STEMS", "STORAGE", "TARGETS", "BuildError", "Module", "Usage", "cache_folder", "compile_kernel"]
+
+TARGETS = ("sm_80", "sm_90", "sm_90a", "sm_100")
+STORAGE = ("float64", "float32", "bfloat16")
+STEMS = tuple(sorted(path.stem for path in SOURCE.glob("*.cu")))
+OPTIONS = ("--std=c++17", "--ptxas-options=-v", "--fmad=true", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
+
+
+class BuildError(RuntimeError):
+    """A kernel that does not compile: NVRTC's log. It is never taken for a missing GPU."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What ptxas says that one kernel takes."""
+
+    registers: int  # a thread
+    spills: int  # bytes a thread, stores and loads
+    stack: int  # bytes a thread
+    shared: int  # bytes a block, static
+
+
+@dataclass(frozen=True)
+class Module:
+    """A compiled source file."""
+
+    stem: str
+    target: str
+    storage: str
+    ptx: str
+    log: str
+    cubin: Path
+
+    @cached_property
+    def usage(self) -> dict[str, Usage]:
+        """By the kernel's name."""
+        return {part.split("'")[0]: _usage(part) for part in self.log.split("Compiling entry function '")[1:]}
+
+
+def _usage(part: str) -> Usage:
+    """From what ptxas logs of one kernel."""
+
+    def number(pattern: str) -> int:
+        found = re.search(pattern, part)
+        return int(found[1]) if found else 0
+
+    spills = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
+    return Usage(number(r"Used (\d+) registers"), spills, number(r"(\d+) bytes stack"), number(r"(\d+) bytes smem"))
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: ``$XDG_CACHE_HOME/refimpl``, by default ``~/.cache/refimpl``."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "refimpl"
+
+
+@cache
+def compile_kernel(stem: str, target: str, storage: str) -> Module:
+    """``kernels/<stem>.cu`` for a target and a storage type.
+
+    ValueError for an unknown name; CouldNotRun if there is no NVRTC; BuildError if it does not compile.
+    """
+    for name, value, known in (("stem", stem, STEMS), ("target", target, TARGETS), ("storage", storage, STORAGE)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value}")
+    source = f"#define STORAGE_{storage.upper()} 1\n#line 1\n" + (SOURCE / f"{stem}.cu").read_text()
+    return build(stem, target, storage, source)
+
+
+def build(stem: str, target: str, storage: str, source: str) -> Module:
+    """Compile ``source``, which may include common.cuh, or take it from the cache."""
+    nvrtc = _nvrtc()
+    header, options = (SOURCE / "common.cuh").read_text(), (f"--gpu-architecture={target}", *OPTIONS)
+    version = _ok(nvrtc, nvrtc.nvrtcVersion())
+    all_that_enters = repr((version, options, header, source, stem))
+    folder = cache_folder() / "kernels" / f"{stem}-{hashlib.sha256(all_that_enters.encode()).hexdigest()[:32]}"
+    if not folder.is_dir():
+        ptx, cubin, log = _run(nvrtc, stem, source, header, options)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(dir=folder.parent))
+        (fresh / "kernel.ptx").write_bytes(ptx)
+        (fresh / "kernel.cubin").write_bytes(cubin)
+        (fresh / "log").write_bytes(log)
+        try:
+            fresh.rename(folder)  # whole or not at all: two processes may build the same
+        except OSError:
+            shutil.rmtree(fresh)
+            if not folder.is_dir():
+                raise
+    ptx_text, log_text = (folder / "kernel.ptx").read_text(), (folder / "log").read_text()
+    return Module(stem, target, storage, ptx_text, log_text, folder / "kernel.cubin")
+
+
+def _nvrtc() -> Any:
+    try:
+        from cuda.bindings import nvrtc
+
+        nvrtc.nvrtcVersion()
+    except (ImportError, RuntimeError) as error:  # the bindings, or the library behind them
+        raise CouldNotRun(
+            f"CUDA C needs NVRTC: pip install 'deepseek-refimpl[kernels]' ({str(error).splitlines()[0]})"
+        ) from error
+    return nvrtc
+
+
+def _run(nvrtc: Any, stem: str, source: str, header: str, options: tuple[str, ...]) -> tuple[bytes, bytes, bytes]:
+    """(PTX, cubin, log)."""
+    program = _ok(
+        nvrtc, nvrtc.nvrtcCreateProgram(source.encode(), f"{stem}.cu".encode(), 1, [header.encode()], [b"common.cuh"])
+    )
+    try:
+        (result,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+        log = _text(nvrtc, program, "ProgramLog")
+        if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise BuildError(f"{stem}.cu does not compile with {' '.join(options)}:\n{log.decode(errors='replace')}")
+        return _text(nvrtc, program, "PTX"), _bytes(nvrtc, program, "CUBIN"), log
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _bytes(nvrtc: Any, program: Any, what: str) -> bytes:
+    size = _ok(nvrtc, getattr(nvrtc, f"nvrtcGet{what}Size")(program))
+    # NVRTC writes into this object, so it must be nobody else's: Python shares bytes of length 0 and 1 (b" " * 1 too)
+    content = bytes(bytearray(size + 1))
+    _ok(nvrtc, getattr(nvrtc, f"nvrtcGet{what}")(program, content))
+    return content[:size]
+
+
+def _text(nvrtc: Any, program: Any, what: str) -> bytes:
+    return _bytes(nvrtc, program, what).rstrip(b"\0")
+
+
+def _ok(nvrtc: Any, answer: tuple[Any, ...]) -> Any:
+    """What a call of NVRTC returns beside its status; RuntimeError unless that is success."""
+    status, *values = answer
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise RuntimeError(f"NVRTC answered {status}")
+    return values[0] if len(values) == 1 else tuple(values)

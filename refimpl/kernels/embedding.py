@@ -1,0 +1,46 @@
+"""Token embedding on kernels/embedding.cu; as `refimpl.ops.embedding`, and for bfloat16 (dw is float32 then)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..array import Array, argsort, expect, expect_ids
+from ..ops.embedding import EmbeddingSaved
+from ..ops.table import Op
+from .host import Kernels, cover, numbers, ready
+from .launch import Launch
+
+__all__ = ["embedding"]
+
+THREADS = 128
+LANES = 4  # as in the kernel
+
+
+def embedding(launch: Launch) -> Op:
+    """The op on ``launch``."""
+    kernels = Kernels(launch, "embedding")
+
+    def embedding_forward(w: Array, *, ids: Array) -> tuple[Array, EmbeddingSaved]:
+        n = numbers(w=w)
+        expect("w", w, "(W, D)", (None, None))
+        ids = ready(expect_ids("ids", ids, w.shape[0]))
+        d, w = w.shape[1], ready(w)
+        y = kernels.empty((*ids.shape, d), w.dtype, w)
+        blocks = cover(ids.size * cover(d, n.vector), THREADS)
+        kernels("embedding_gather", n.storage, blocks, THREADS, y, w, ids, np.int64(ids.size), d)
+        return y, EmbeddingSaved(ids, tuple(w.shape))
+
+    def embedding_backward(dy: Array, saved: EmbeddingSaved) -> Array:
+        n, (vocabulary, d) = numbers(dy=dy), saved.shape
+        expect("dy", dy, "(…, D)", (*saved.ids.shape, d))
+        rows = saved.ids.reshape(-1)
+        order = argsort(rows)
+        start = n.xp.searchsorted(rows[order], n.xp.arange(vocabulary), side="left")
+        dw = kernels.empty((vocabulary, d), n.real, dy)
+        kernels(
+            "embedding_backward", n.storage, vocabulary * cover(d, 32 * n.vector), (32, LANES), dw, ready(dy),
+            ready(order, np.int64), ready(start, np.int64), np.int64(rows.size), np.int64(vocabulary), d,
+        )  # fmt: skip
+        return dw
+
+    return Op(embedding_forward, embedding_backward)

@@ -1,0 +1,87 @@
+"""GRPO and its family on kernels/grpo.cu; as `refimpl.ops.grpo`, with every one of its settings.
+
+Log-probabilities are float32 or float64 (a bfloat16 one has two digits: no ratio can be told from 1).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ..array import Array, expect, expect_mask
+from ..ops.grpo import GRPOOutput, check_settings
+from ..ops.table import Op
+from .host import Kernels, numbers, ready
+from .launch import Launch
+
+__all__ = ["GRPOSaved", "grpo"]
+
+RATIO = {"token": 0, "sequence": 1, "sequence_mean": 2}
+AVERAGE = {"sequence": 0, "token": 1, "constant": 2}
+KL = {"k1": 0, "k2": 1, "k3": 2, "unbiased": 3}
+THREADS = 256
+
+
+class GRPOSaved(NamedTuple):
+    dlog_prob: Array  # [N, T]: the loss's own gradient
+
+
+def grpo(launch: Launch) -> Op:
+    """The op on ``launch``."""
+    kernels = Kernels(launch, "grpo")
+
+    def grpo_forward(
+        log_prob: Array, *, advantages: Array, mask: Array, old_log_prob: Array | None = None,
+        reference_log_prob: Array | None = None, clip: tuple[float, float] = (0.2, 0.2), dual_clip: float | None = None,
+        ratio: str = "token", average: str = "sequence", length: int | None = None, kl_weight: float = 0.04,
+        kl: str = "k3", kl_level: str = "token", kl_bounds: tuple[float, float] | None = None,
+        off_policy: float | None = None, unclipped: Array | None = None, kept: Array | None = None,
+    ) -> tuple[GRPOOutput, GRPOSaved]:  # fmt: skip
+        n = numbers(log_prob=log_prob)
+        if n.storage == "bfloat16":
+            raise TypeError("log_prob must be float64 or float32, got bfloat16")
+        expect("log_prob", log_prob, "(N, T)", (None, None))
+        outputs, t = log_prob.shape
+        expect_mask("mask", mask, "(N, T)", (outputs, t))
+        expect("advantages", advantages, "(N,)", (outputs,))
+        check_settings(clip, dual_clip, ratio, average, length, kl_weight, kl, kl_level, kl_bounds, reference_log_prob)
+        log_prob = ready(log_prob)
+        given = {"old_log_prob": old_log_prob, "reference_log_prob": reference_log_prob if kl_weight else None}
+        others = []
+        for name, other in given.items():
+            if other is not None:
+                expect(name, other, "(N, T)", (outputs, t))
+            others.append(log_prob if other is None else ready(other, n.real))
+        tokens = float(mask.sum())
+        total = {"sequence": outputs, "token": tokens or 1.0, "constant": outputs * float(length or 1)}[average]
+        replayed = unclipped is not None, kept is not None
+        unclipped = _bytes(kernels, unclipped, (outputs, t), log_prob)
+        kept = _bytes(kernels, kept, (outputs,), log_prob)
+        part, loss = kernels.empty((outputs,), n.real, log_prob), kernels.empty((1,), n.real, log_prob)
+        dlog_prob = kernels.empty((outputs, t), n.real, log_prob)
+        infinite = float("inf")
+        bounds = kl_bounds or (infinite, infinite)
+        numbers_of_it = (
+            total, 1 - float(clip[0]), 1 + float(clip[1]), infinite if dual_clip is None else dual_clip, kl_weight,
+            *bounds, infinite if off_policy is None else off_policy,
+        )  # fmt: skip
+        kernels(
+            "grpo_forward", n.storage, outputs, min(THREADS, 32 * -(-t // 32)) or 32, part, dlog_prob, unclipped, kept,
+            log_prob, *others, ready(mask).view(np.uint8), ready(advantages, n.real), t, int(old_log_prob is not None),
+            *map(int, replayed), RATIO[ratio], AVERAGE[average], KL[kl], RATIO[kl_level], *map(n.scalar, numbers_of_it),
+        )  # fmt: skip
+        kernels("grpo_loss", n.storage, 1, THREADS, loss, part, np.int64(outputs))
+        output = GRPOOutput(loss.reshape(()), unclipped.view(bool), kept.view(bool))
+        return output, GRPOSaved(dlog_prob)
+
+    def grpo_backward(dy: tuple[Array], saved: GRPOSaved) -> Array:
+        (dlog_prob,) = saved
+        return numbers(log_prob=dlog_prob).xp.asarray(dy[0], dtype=dlog_prob.dtype) * dlog_prob
+
+    return Op(grpo_forward, grpo_backward)
+
+
+def _bytes(kernels: Kernels, choice: Array | None, shape: tuple[int, ...], like: Array) -> Array:
+    """A choice to replay as bytes, or room for one."""
+    return kernels.empty(shape, np.uint8, like) if choice is None else ready(choice).view(np.uint8)

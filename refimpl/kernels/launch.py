@@ -1,0 +1,70 @@
+"""How a compiled kernel is started: on the GPU at hand here, under the interpreter of PTX in the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from ..array import Array
+from ..errors import CouldNotRun
+from .compile import TARGETS, Module
+
+__all__ = ["DeviceLaunch", "Launch"]
+
+
+class Launch(Protocol):
+    """What the host side needs from whatever executes kernels."""
+
+    target: str  # of `refimpl.kernels.compile.TARGETS`
+
+    def __call__(
+        self, module: Module, kernel: str, grid: tuple[int, ...], block: tuple[int, ...], arguments: Sequence[Any], *,
+        shared: int = 0,
+    ) -> None:  # fmt: skip
+        """Run ``kernel`` with arrays (read and written in place) and NumPy scalars of the parameters' very types."""
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
+        """An array whose content a kernel will write, on the device of ``like``."""
+
+
+class DeviceLaunch:
+    """Launches on the current CuPy device; CouldNotRun without a GPU, or on one that no target fits."""
+
+    def __init__(self) -> None:
+        try:
+            import cupy
+        except ImportError as error:
+            raise CouldNotRun(f"kernels need CuPy: pip install 'deepseek-refimpl[cuda13]' ({error})") from error
+        try:
+            count = cupy.cuda.runtime.getDeviceCount()
+        except cupy.cuda.runtime.CUDARuntimeError as error:
+            raise CouldNotRun(f"kernels need a GPU: {error}") from error
+        if count < 1:
+            raise CouldNotRun("kernels need a GPU, found none")
+        self._cupy = cupy
+        capability = int(cupy.cuda.Device().compute_capability)
+        fitting = [t for t in TARGETS if _fits(t, capability)]
+        if not fitting:
+            raise CouldNotRun(f"kernels are compiled for {', '.join(TARGETS)}, this GPU is sm_{capability}")
+        self.target = fitting[-1]
+        self._modules: dict[str, Any] = {}
+
+    def __call__(
+        self, module: Module, kernel: str, grid: tuple[int, ...], block: tuple[int, ...], arguments: Sequence[Any], *,
+        shared: int = 0,
+    ) -> None:  # fmt: skip
+        path = str(module.cubin)
+        if path not in self._modules:
+            self._modules[path] = self._cupy.RawModule(path=path)
+        self._modules[path].get_function(kernel)(grid, block, tuple(arguments), shared_mem=shared)
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
+        return self._cupy.empty(shape, dtype=dtype)
+
+
+def _fits(target: str, capability: int) -> bool:
+    """Machine code runs on its own major version from its minor version on; ``a`` on its very version alone."""
+    number = int(target.removeprefix("sm_").rstrip("a"))
+    if target.endswith("a"):
+        return number == capability
+    return number // 10 == capability // 10 and number <= capability

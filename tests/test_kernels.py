@@ -1,0 +1,541 @@
+"""The kernels in CUDA C: compiled for every target and type, and executed (under our interpreter of their PTX, or on
+the GPU by ``make gpu``) against the float64 reference and finite differences."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from refimpl import ops
+from refimpl.check import check
+from refimpl.check.cases import CASES, RandomDraw
+from refimpl.check.rules import Pair
+from refimpl.config import preset
+from refimpl.errors import CouldNotRun
+from refimpl.kernels import SOURCE, compile, host
+from refimpl.kernels.adamw import adamw
+from refimpl.kernels.compile import STEMS, STORAGE, TARGETS, BuildError, build, compile_kernel
+from refimpl.kernels.cross_entropy import cross_entropy_in_place
+from refimpl.kernels.launch import DeviceLaunch
+from refimpl.kernels.moe import combine, permute
+from refimpl.kernels.table import COLUMNS, CUDA, cuda_table
+from refimpl.model import backward, forward, init_parameters
+from refimpl.ops import REFERENCE, Op
+from refimpl.optimizer import AdamW
+from refimpl.text import load_text
+from refimpl.verify import KERNELS, Settings, placed
+
+import kernel_support
+import pretended_cupy
+from kernel_support import (
+    DTYPES,
+    ON_DEVICE,
+    SHAPES,
+    TABLE,
+    V3,
+    compare,
+    make_launch,
+    make_table,
+    ops_of,
+    results,
+    rounded,
+)
+from ptx import PTXError
+from support import FULL, HypothesisDraw
+
+# Most registers of a thread (in any type, for any target) and static shared memory of a block in bytes.
+BUDGET = {
+    "adamw_update": (40, 0), "cross_entropy_backward": (40, 0), "cross_entropy_forward": (40, 256),
+    "cross_entropy_loss": (32, 256), "embedding_backward": (40, 4096), "embedding_gather": (32, 0),
+    "grpo_forward": (64, 256), "grpo_loss": (32, 256), "moe_combine": (40, 0), "moe_permute": (40, 0),
+    "moe_weight_gradient": (48, 0), "rms_norm_backward": (128, 256), "rms_norm_forward": (80, 256),
+    "rms_norm_weight": (40, 0), "rope_rotate": (64, 0), "router_backward": (40, 0), "router_forward": (64, 0),
+    "swiglu_backward": (48, 0), "swiglu_forward": (40, 0),
+}  # fmt: skip
+STREAMS = ("rms_norm", "swiglu", "rope", "cross_entropy", "embedding", "moe")  # read what they read once past L1
+EXAMPLES = 40 if FULL else 6  # of each op and type
+DIFFERENCES = 20 if FULL else 2  # examples of each op under finite differences
+LOW = [(op, storage) for op in CUDA for storage in ("float32", "bfloat16")]
+# GRPO takes no bfloat16; a mixture of experts rounds between its stages, each of which is tested alone
+LOW = [pair for pair in LOW if pair not in (("grpo", "bfloat16"), ("moe", "bfloat16"))]
+
+
+# ---- compiling
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+@pytest.mark.parametrize("stem", STEMS)
+def test_compiles_within_budget(stem: str, storage: str) -> None:
+    """For all four targets: no spills, no stack, registers and shared memory within the budget."""
+    for target in TARGETS:
+        module = compile_kernel(stem, target, storage)
+        entries = re.findall(r"\.entry (\w+)\(", module.ptx)
+        assert set(module.usage) == set(entries) > set()
+        assert f".target {target}\n" in module.ptx
+        assert module.cubin.read_bytes()[:4] == b"\x7fELF"
+        assert "warning" not in module.log
+        for kernel, usage in module.usage.items():
+            registers, shared = BUDGET[kernel]
+            where = f"{kernel} in {storage} for {target}: {usage}"
+            assert usage.spills == usage.stack == 0, where
+            assert 0 < usage.registers <= registers, where
+            assert usage.shared <= shared, where
+
+
+def test_every_kernel_has_a_budget() -> None:
+    text = re.sub(r"__launch_bounds__\(\w+\)", "", "".join(_sources().values()))
+    declared = re.findall(r'extern "C" __global__ void\s+(\w+)\(', text)
+    assert sorted(declared) == sorted(BUDGET)
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+@pytest.mark.parametrize("stem", STEMS)
+def test_ptx(stem: str, storage: str) -> None:
+    """16-byte accesses where rows allow them, streaming where data is read once, and nothing that flushes to zero."""
+    code = compile_kernel(stem, "sm_90", storage).ptx
+    if stem in STREAMS:
+        assert "ld.global.nc.L1::no_allocate.L2::256B.v4.u32" in code
+        assert "st.global.v4.u32" in code
+    assert ("cvt.rn.bf16.f32" in code) == (storage == "bfloat16" and stem not in ("router", "grpo"))
+    assert not re.search(r"\.local|\batom\.|\bred\.", code)
+    assert not re.search(r"(add|mul|fma|sub)\.(rn\.)?ftz", code)
+
+
+def test_machine_code() -> None:
+    """What ptxas made of it: 128-bit loads that prefetch 256 bytes (on sm_80 it makes that 128), stores, shuffles."""
+    disassembler = shutil.which("nvdisasm") or str(Path(sys.prefix) / _packages() / "nvidia/cu13/bin/nvdisasm")
+    if not Path(disassembler).is_file():
+        pytest.skip("there is no nvdisasm: pip install nvidia-cuda-nvdisasm")
+    for storage in STORAGE:
+        for target in TARGETS:
+            module = compile_kernel("rms_norm", target, storage)
+            done = subprocess.run([disassembler, "-c", module.cubin], capture_output=True, text=True, check=True)
+            fetched = "LTC128B" if target == "sm_80" else "LTC256B"
+            for instruction in (f"LDG.E.NA.{fetched}.128.CONSTANT", "LDG.E.128", "STG.E.128", "SHFL.BFLY"):
+                assert instruction in done.stdout, f"{instruction} is not in rms_norm for {target}, {storage}"
+
+
+def _packages() -> str:
+    return f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+
+
+def _sources() -> dict[str, str]:
+    return {stem: (SOURCE / f"{stem}.cu").read_text() for stem in STEMS}
+
+
+# ---- executing
+
+
+@pytest.mark.parametrize("op", CUDA)
+def test_finite_differences(op: str) -> None:
+    """The float64 kernels themselves, by `refimpl.check`: contract (arrays read-only and strided, two calls alike,
+    float32 near float64) and differences to 1e-8."""
+    for seed in range(DIFFERENCES if FULL or op not in ("moe", "log_prob") else 1):  # these launch many kernels
+        case = CASES[op](RandomDraw(seed))
+        if "block" in case.kwargs:
+            case.kwargs["block"] = (256, 4096)
+        report = check(
+            *TABLE[op], case.inputs, case.kwargs | ops_of(op), op=op, replay=case.replay, seed=seed,
+            names=[str(i) for i in range(len(case.inputs))], rules=("contract", "differences"),
+        )  # fmt: skip
+        assert report.ok, f"{case.kwargs}\n{report}"
+
+
+@pytest.mark.parametrize("op", CUDA)
+def test_float64_against_the_reference(op: str) -> None:
+    _against_the_reference(op, "float64")
+
+
+@pytest.mark.parametrize(("op", "storage"), LOW)
+def test_error_is_that_of_the_reference(op: str, storage: str) -> None:
+    _against_the_reference(op, storage)
+
+
+def _against_the_reference(op: str, storage: str) -> None:
+    @settings(max_examples=EXAMPLES)
+    @given(st.data())
+    def run(data: st.DataObject) -> None:
+        draw = HypothesisDraw(data)
+        compare(op, TABLE[op], SHAPES[op](draw), storage, draw.seed, ops_of(op))
+
+    run()
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+@pytest.mark.parametrize("op", V3)
+def test_widths_of_v3(op: str, storage: str) -> None:
+    """Rows of 7,168, 18,432 and 129,280 elements, 256 experts."""
+    compare(op, TABLE[op], V3[op](RandomDraw(0)), storage, 0)
+
+
+@pytest.mark.parametrize("storage", ["float64", "float32"])
+@pytest.mark.parametrize("op", CUDA)
+def test_same_bits(op: str, storage: str) -> None:
+    """Twice the same call, and in float64 warps that run in other orders too (in float32 the seed draws the errors of
+    the interpreter's approximate functions as well): not one bit differs."""
+    case = SHAPES[op](RandomDraw(3))
+    kwargs, inputs = rounded(case.kwargs, storage) | ops_of(op), [rounded(x, storage) for x in case.inputs]
+    outputs = Pair(*TABLE[op], kwargs).outputs(inputs)
+    cotangents = [np.cos(np.arange(y.size) + 1).reshape(y.shape) for y in outputs]
+    found = [
+        results(make_table(make_launch(seed))[op], inputs, kwargs, cotangents)
+        for seed in ((0, 1, 2) if storage == "float64" else (0, 0))
+    ]
+    for others in found[1:]:
+        for a, b in zip(found[0], others, strict=True):
+            assert a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+def test_router_chooses_exactly_the_same(storage: str) -> None:
+    """Scores full of ties: the ids are those of `select_experts` on the same scores, in every grouping."""
+    rng = np.random.default_rng(0)
+    for experts, groups, keep, top_k, group_score, hidden in (
+        (8, 1, 1, 3, "max", "-inf"), (64, 8, 4, 8, "top2", "-inf"), (64, 8, 4, 8, "share", "zero"),
+        (33, 3, 2, 6, "top2", "zero"), (6, 6, 5, 5, "top2", "-inf"), (1, 1, 1, 1, "max", "-inf"),
+    ):  # fmt: skip
+        x = np.eye(5)[rng.integers(0, 5, 6)]
+        w, bias = rng.integers(-2, 3, (experts, 5)) / 2.0, rng.integers(-3, 2, experts) / 4.0
+        for score in ("sigmoid", "softmax"):
+            output, _ = TABLE["router"].forward(
+                *(rounded(a, storage) for a in (x, w)), bias=bias, top_k=top_k, groups=groups, keep_groups=keep,
+                group_score=group_score, masked_groups=hidden, score=score,
+            )  # fmt: skip
+            biased = output.scores + bias.astype(output.scores.dtype)
+            wanted = ops.select_experts(biased, top_k, groups, keep, group_score, hidden)
+            assert np.array_equal(output.indices, wanted), (experts, groups, score)
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+def test_permute_and_combine(storage: str) -> None:
+    """The stages of a mixture of experts alone, in every type: rows move unchanged, sums round once."""
+    if ON_DEVICE:
+        pytest.skip("on arrays of the interpreter")
+    rng, launch = np.random.default_rng(1), make_launch()
+    for tokens, top_k, d in ((1, 1, 1), (5, 2, 33), (4, 3, 40)):
+        x, weights = rounded(rng.normal(size=(tokens, d)), storage), rng.uniform(0.2, 1.5, (tokens, top_k))
+        weights = weights.astype(kernel_support.WIDE[storage])
+        order = rng.permutation(tokens * top_k)
+        rows = permute(launch, x, order, top_k)
+        assert np.array_equal(rows, x[order // top_k])
+        exact = (weights.reshape(-1, 1)[order].astype(np.float64)) * x[order // top_k].astype(np.float64)
+        unit = float(kernel_support.ml_dtypes.finfo(DTYPES[storage]).eps)
+        scaled = permute(launch, x, order, top_k, weights)
+        assert np.all(np.abs(scaled.astype(np.float64) - exact) <= unit * np.abs(exact))
+        y = combine(launch, rows, host.place(order), top_k, weights)
+        exact = weights.astype(np.float64).sum(axis=1, keepdims=True) * x.astype(np.float64)
+        sums = (top_k + 1) * np.finfo(weights.dtype).eps
+        assert np.all(np.abs(y.astype(np.float64) - exact) <= (unit + sums) * np.abs(exact))
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+def test_cross_entropy_in_place(storage: str) -> None:
+    """The same bits as the op's gradient, in the memory of the logits."""
+    if ON_DEVICE:
+        pytest.skip("on arrays of the interpreter")
+    rng = np.random.default_rng(0)
+    logits, targets = rounded(rng.normal(size=(3, 40)), storage), np.array([0, 39, 7])
+    pair, in_place = TABLE["cross_entropy"], cross_entropy_in_place(make_launch())
+    _, saved = pair.forward(logits, targets=targets)
+    fresh = pair.backward(0.7, saved)
+    assert not np.shares_memory(fresh, logits)
+    written = in_place(0.7, saved)
+    assert np.shares_memory(written, logits)
+    assert written.tobytes() == fresh.tobytes()
+
+
+def test_cross_entropy_extremes() -> None:
+    """Logits of ±1e4 and −∞, masked rows of NaN: finite where the reference is."""
+    logits = np.array([[1e4, -1e4, 0.0], [-np.inf, 1.0, 2.0], [0.0, 0.0, 0.0]])
+    kwargs: dict[str, Any] = {"targets": np.array([0, 2, -100]), "mask": np.array([True, True, False])}
+    for dtype in (np.float64, np.float32):
+        loss, saved = TABLE["cross_entropy"].forward(logits.astype(dtype), **kwargs)
+        wanted, reference = ops.cross_entropy_forward(logits, **kwargs)
+        np.testing.assert_allclose(loss, wanted, rtol=1e-6)
+        gradient = TABLE["cross_entropy"].backward(dtype(1), saved)
+        np.testing.assert_allclose(gradient, ops.cross_entropy_backward(1.0, reference), atol=1e-7)
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+def test_adamw(storage: str) -> None:
+    """Three steps as `refimpl.optimizer.AdamW` does them; bfloat16 parameters differ by a unit, moments don't."""
+    if ON_DEVICE:
+        pytest.skip("on arrays of the interpreter")
+    rng, wide = np.random.default_rng(0), kernel_support.WIDE[storage]
+    params = {"w": rounded(rng.normal(size=(5, 13)), storage), "norm": rounded(rng.normal(size=3), storage)}
+    reference = {name: p.astype(np.float64) for name, p in params.items()}
+    options: dict[str, Any] = {"decays": lambda name: name == "w", "weight_decay": 0.2}
+    ours, theirs = adamw(make_launch())(**options), AdamW(**options)
+    for _ in range(3):
+        grads = {name: rng.normal(size=p.shape).astype(wide) for name, p in params.items()}
+        ours.update(params, grads, 0.01)
+        theirs.update(reference, {name: g.astype(np.float64) for name, g in grads.items()}, 0.01)
+    tolerance = {"float64": 1e-14, "float32": 1e-6, "bfloat16": 3 * 2**-8}[storage]
+    for name, p in params.items():
+        assert p.dtype == DTYPES[storage]
+        assert np.max(np.abs(p.astype(np.float64) - reference[name])) <= tolerance * np.max(np.abs(reference[name]))
+        np.testing.assert_allclose(
+            ours.first[name], theirs.first[name], rtol=0, atol=1e-6 if wide != np.float64 else 1e-15
+        )
+    before = params["w"].copy()
+    with pytest.raises(ValueError, match=r"w must be a parameter for a gradient of int64"):
+        ours.update(params, {"w": np.ones((5, 13), dtype=np.int64)}, 0.01)
+    with pytest.raises(ValueError, match="norm and its gradient must be contiguous"):
+        ours.update(params, {"w": grads["w"], "norm": np.ones((3, 2), dtype=wide)[:, 0]}, 0.01)
+    with pytest.raises(ValueError, match="learning_rate must be a finite number"):
+        ours.update(params, grads, float("nan"))
+    assert np.array_equal(params["w"], before)
+
+
+def test_whole_model() -> None:
+    """Loss and every gradient of the tiny model with all kernels in their places, as with the reference."""
+    if ON_DEVICE:
+        pytest.skip("refimpl verify --backend cupy --implementation cuda")
+    config = preset("tiny")
+    params = {name: p.astype(np.float64) for name, p in init_parameters(config, std=0.15).items()}
+    tokens = np.frombuffer(b"by hand and checked", dtype=np.uint8)[None, :9].astype(np.int64)
+    wanted, wanted_saved = forward(params, tokens, config, ops=REFERENCE)
+    found, saved = forward(params, tokens, config, ops=TABLE)
+    assert abs(float(found.loss) - float(wanted.loss)) <= 1e-13 * float(wanted.loss)
+    grads = backward(saved)
+    for name, g in backward(wanted_saved).items():
+        assert np.max(np.abs(grads[name] - g)) <= 1e-12 * np.max(np.abs(g), initial=1e-3), name
+
+
+# ---- mistakes must show
+
+PLANTED = {  # name: (op and file, what stands there, what a mistake would put)
+    "mean of one element less": (
+        "rms_norm",
+        "root(block_sum(sum) / width + eps)",
+        "root(block_sum(sum) / (width + 1) + eps)",
+    ),
+    "weight left out of dx": ("rms_norm", "dn[k][v] *= scale[v];", ""),
+    "last partial sum lost": ("rms_norm", "for (int b = 0; b < parts; b++)", "for (int b = 0; b < parts - 1; b++)"),
+    "silu without its second term": ("swiglu", "(s + g[v] * s * (1 - s))", "s"),
+    "backward turns forward": ("rope", "sign * sin[angle]", "sin[angle]"),
+    "first half turned twice": ("rope", "second[v] = a * s[v] + b * c[v];", "second[v] = first[v] * s[v] + b * c[v];"),
+    "maximum not carried": ("cross_entropy", "total.sum * ratio(total.largest, largest)", "total.sum"),
+    "target off by one": ("cross_entropy", "i + v == target", "i + v == target + 1"),
+    "second lane dropped": ("embedding", "lane = 1; lane < LANES", "lane = 2; lane < LANES"),
+    "ties to the higher index": (
+        "router",
+        "a.value == b.value && a.index < b.index",
+        "a.value == b.value && a.index > b.index",
+    ),
+    "scale forgotten in the backward": (
+        "router",
+        "scale * dweights[row * top_k + lane]",
+        "dweights[row * top_k + lane]",
+    ),
+    "weight of another slot": ("moe", "weighted ? weights[slot]", "weighted ? weights[token]"),
+    "gradient from lane 0 alone": (
+        "moe",
+        "sum = warp_sum(sum);\n    if (lane == 0) dweights",
+        "if (lane == 0) dweights",
+    ),
+    "clip by the wrong sign": ("grpo", "a > 0 ? rho > high", "a < 0 ? rho > high"),
+    "KL of whole outputs forgotten": ("grpo", "dz_all - du_all", "dz_all"),
+    "barrier before the merge missing": ("cross_entropy", "= total;\n    __syncthreads();", "= total;"),
+    "logits that are overwritten read as constant": ("cross_entropy", "load_chunk<false>", "load_chunk<true>"),
+    "barrier between lanes missing": ("embedding", "    __syncthreads();\n", ""),
+    "end of the last id's rows from beyond": ("embedding", "id + 1 < ids ? start[id + 1] : rows", "start[id + 1]"),
+    "warp not waited for": (
+        "router",
+        "scores[row * experts + e] = s;\n    }\n    __syncwarp();",
+        "scores[row * experts + e] = s;\n    }",
+    ),
+    "threads past the end": ("moe", "if (thread >= slots * parts) return;", ""),
+    "last thread past the end": ("adamw", "if (i >= size) return;", "if (i > size) return;"),
+    "tail read as a whole chunk": (
+        "swiglu",
+        "bool wide = i + VECTOR <= size;\n    real d",
+        "bool wide = true;\n    real d",
+    ),
+}
+
+
+@pytest.mark.skipif(ON_DEVICE, reason="one place to plant them is enough")
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_mistakes_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    op, old, new = PLANTED[name]
+    source = _sources()[op]
+    assert source.count(old) == 1, f"{name}: its place is gone"
+    edited = "#define STORAGE_FLOAT64 1\n" + source.replace(old, new)
+    real = host.compile_kernel
+    wrong = lambda s, target, storage: build(s, target, storage, edited) if s == op else real(s, target, storage)  # noqa: E731
+    monkeypatch.setattr(host, "compile_kernel", wrong)
+    for seed in range(40):
+        try:
+            if op == "adamw":
+                test_adamw("float64")
+            else:
+                compare(op, TABLE[op], SHAPES[op](RandomDraw(seed)), "float64", seed, ops_of(op))
+            if op == "cross_entropy":
+                test_cross_entropy_in_place("float64")
+            if op == "router":
+                test_router_chooses_exactly_the_same("float64")
+        except (AssertionError, PTXError):
+            return
+    pytest.fail(f"nothing saw it: {name}")
+
+
+# ---- errors
+
+
+def test_errors() -> None:
+    with pytest.raises(TypeError, match=r"x must be float64, float32 or bfloat16, got float16"):
+        TABLE["rms_norm"].forward(np.ones((2, 3), np.float16), np.ones(3), eps=0.1)
+    with pytest.raises(TypeError, match=r"w must be \w+ float32 like x, got \w+ float64"):
+        TABLE["rms_norm"].forward(np.ones((2, 3), np.float32), np.ones(3), eps=0.1)
+    with pytest.raises(ValueError, match=r"w must have shape \(D,\)=\(3,\), got \(2,\)"):
+        TABLE["rms_norm"].forward(np.ones((2, 3)), np.ones(2), eps=0.1)
+    with pytest.raises(ValueError, match=r"x must be at most 7168 wide in float64, got 7169"):
+        TABLE["rms_norm"].forward(np.ones((1, 7169)), np.ones(7169), eps=0.1)
+    with pytest.raises(ValueError, match=r"top_k must lie in 1…4"):
+        TABLE["router"].forward(np.ones((1, 2)), np.ones((4, 2)), top_k=5)
+    ones = np.ones((1, 2), DTYPES["bfloat16"])
+    with pytest.raises(TypeError, match="log_prob must be float64 or float32, got bfloat16"):
+        TABLE["grpo"].forward(ones, advantages=np.ones(1), mask=np.ones((1, 2), bool), kl_weight=0.0)
+    with pytest.raises(ValueError, match="target must be one of sm_80, sm_90, sm_90a, sm_100, got sm_70"):
+        compile_kernel("rope", "sm_70", "float32")
+
+
+def test_nothing_to_do() -> None:
+    """No rows at all: empty results, no launch."""
+    y, saved = TABLE["rms_norm"].forward(np.ones((0, 4)), np.ones(4), eps=0.1)
+    assert y.shape == (0, 4)
+    dx, dw = TABLE["rms_norm"].backward(y, saved)
+    assert dx.shape == (0, 4)
+    assert np.array_equal(dw, np.zeros(4))
+    y, _ = TABLE["embedding"].forward(np.ones((3, 4)), ids=np.zeros((2, 0), int))
+    assert y.shape == (2, 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("capability", "target"),
+    [("80", "sm_80"), ("86", "sm_80"), ("89", "sm_80"), ("90", "sm_90a"), ("100", "sm_100"), ("103", "sm_100")],
+)
+def test_target_of_a_device(capability: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", _device(capability))
+    assert DeviceLaunch().target == target
+
+
+@pytest.mark.parametrize("capability", ["75", "120"])
+def test_no_target_for_a_device(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", _device(capability))
+    with pytest.raises(CouldNotRun, match=f"kernels are compiled for sm_80, .*, this GPU is sm_{capability}"):
+        DeviceLaunch()
+
+
+def _device(capability: str) -> Any:
+    """As much of CuPy as says what GPU there is."""
+    runtime = SimpleNamespace(getDeviceCount=lambda: 1, CUDARuntimeError=RuntimeError)
+    return SimpleNamespace(
+        cuda=SimpleNamespace(runtime=runtime, Device=lambda: SimpleNamespace(compute_capability=capability))
+    )
+
+
+def test_a_kernel_that_does_not_compile_is_an_error() -> None:
+    with pytest.raises(BuildError, match=r"(?s)broken.cu does not compile with .*sm_90.*identifier \"nothing\""):
+        build("broken", "sm_90", "float32", "__global__ void broken() { nothing(); }")
+
+
+def test_nothing_is_written_into_shared_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty log is one byte, which NVRTC writes: not into the one b" " that the whole process shares."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(compile, "OPTIONS", ())
+    module = build("one", "sm_90", "float32", 'extern "C" __global__ void one(int* x) { *x = 1; }')
+    assert module.log == ""
+    assert [bytes([i])[0] for i in range(256)] == list(range(256))
+    assert b" " == b"\x20"
+
+
+def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was compiled once is read back; another source, header or option is another entry; nothing half-written."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = '#define STORAGE_FLOAT32 1\n#include "common.cuh"\nextern "C" __global__ void one(real* x) { *x = 1; }'
+    first = build("one", "sm_90", "float32", source)
+    monkeypatch.setattr(compile, "_run", lambda *_: pytest.fail("compiled again"))
+    assert build("one", "sm_90", "float32", source) == first
+    monkeypatch.setattr(compile, "_run", lambda *_: (b"ptx", b"cubin", b"log"))
+    assert build("one", "sm_80", "float32", source).ptx == "ptx"
+    assert build("one", "sm_90", "float32", source + "\n").ptx == "ptx"
+    folder = tmp_path / "refimpl" / "kernels"
+    assert len(list(folder.iterdir())) == 3
+    assert first.cubin.parent.parent == folder
+    changed = tmp_path / "source"
+    changed.mkdir()
+    (changed / "common.cuh").write_text("// another\n")
+    monkeypatch.setattr(compile, "SOURCE", changed)
+    assert build("one", "sm_90", "float32", source).ptx == "ptx"
+    assert len(list(folder.iterdir())) == 4
+
+
+@pytest.mark.skipif(ON_DEVICE, reason="there is a GPU")
+def test_no_gpu_is_one_clear_line() -> None:
+    with pytest.raises(CouldNotRun, match=r"^kernels need (a GPU|CuPy)[^\n]*$"):
+        DeviceLaunch()
+    for backend, message in (("numpy", "needs a GPU and --backend cupy"), ("cupy", "needs (a GPU|CuPy)")):
+        with pytest.raises(CouldNotRun, match=message):
+            Settings(load_text(None), implementation="cuda", backend=backend).validate()
+
+
+def test_no_nvrtc_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(CouldNotRun, match=r"^CUDA C needs NVRTC: pip install 'deepseek-refimpl\[kernels\]' [^\n]*$"):
+        build("one", "sm_90", "float32", "")
+
+
+class PretendedLaunch(kernel_support.InterpreterLaunch):
+    """The interpreter under arrays that are dressed as CuPy's."""
+
+    def __call__(self, module: Any, kernel: str, grid: Any, block: Any, arguments: Any, *, shared: int = 0) -> None:
+        assert not any(type(x) is np.ndarray for x in arguments), f"{kernel} was given a NumPy array"
+        given = {id(x): pretended_cupy.here(x) for x in arguments}  # one object for an array that comes twice
+        super().__call__(module, kernel, grid, block, [given[id(x)] for x in arguments], shared=shared)
+
+    def empty(self, shape: Any, dtype: Any, like: Any) -> Any:
+        return pretended_cupy.there(super().empty(shape, dtype, like))
+
+
+@pytest.mark.skipif(ON_DEVICE, reason="there it is CuPy itself")
+@pytest.mark.parametrize("op", CUDA)
+def test_host_side_does_nothing_that_cupy_refuses(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", pretended_cupy.Pretended("cupy"))
+    table = cuda_table(PretendedLaunch())
+    extra = {"ops": table} if ops_of(op) else {}
+    compare(op, placed(table[op], pretended_cupy.there), SHAPES[op](RandomDraw(1)), "float32", 1, extra)
+
+
+def test_readme_of_kernels() -> None:
+    """Every kernel is in its table, and the planted mistakes are as many as it says."""
+    page = (SOURCE / "README.md").read_text()
+    for kernel in BUDGET:
+        assert f"`{kernel}`" in page
+    assert f"{len(PLANTED)} planted mistakes" in page
+
+
+def test_signatures_are_the_ops() -> None:
+    """Every op of the column takes the arguments of the reference, under the same names and with the same defaults."""
+
+    def parameters(function: Any) -> list[tuple[str, Any, Any]]:
+        return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+
+    for name, make in CUDA.items():
+        pair: Op = make(kernel_support.InterpreterLaunch())
+        assert parameters(pair.forward) == parameters(REFERENCE[name].forward), name
+        assert parameters(pair.backward) == parameters(REFERENCE[name].backward), name
+    assert set(cuda_table(kernel_support.InterpreterLaunch())) == set(REFERENCE)
+    assert set(COLUMNS) == set(KERNELS)
