@@ -30,6 +30,7 @@ def run(
     seed: int = 0,
     uninitialised: Sequence[np.ndarray] = (),
     limit: int = 10_000_000,
+    sectors: bool = False,
 ) -> Report:
     """Execute a kernel; arrays among the arguments are read and written in place.
 
@@ -37,7 +38,7 @@ def run(
     scalars of the parameters' sizes; for kernels with numba's calling convention each array stands for its 5 + 2·ndim
     words. shared: bytes of dynamic shared memory. seed: fixes the order of warps and the errors of approximations.
     uninitialised: arrays among the arguments whose bytes may not be read before they are written. limit: of steps, to
-    end endless loops. Raises PTXError for what the kernel does wrong, ValueError for wrong arguments.
+    end endless loops. sectors: whether they are counted. Raises PTXError for what the kernel does wrong, ValueError for wrong arguments.
     """
     module = parse(ptx)
     if kernel not in module.functions or not module.functions[kernel].entry:
@@ -69,6 +70,7 @@ def run(
         )
         blocks = int(np.prod(shape[0]))
         chunk = max(1, min(blocks, MOST_LANES // (32 * machine.warps)))
+        machine.counts_sectors = sectors
         machine.prepare(chunk)
         numbers = machine.rng.permutation(blocks)
         try:
