@@ -9,7 +9,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import pytest
 
 from refimpl.array import library
 from refimpl.check.cases import CASES, Case, Draw, pair_of
@@ -17,7 +16,7 @@ from refimpl.check.rules import Pair
 from refimpl.kernels.compile import Module
 from refimpl.kernels.launch import DeviceLaunch, Launch
 from refimpl.kernels.table import cuda_table
-from refimpl.ops import REFERENCE, Op
+from refimpl.ops import REFERENCE, Op, Yarn, rope_frequencies
 from refimpl.verify import placed
 
 import ptx
@@ -264,4 +263,26 @@ SHAPES: dict[str, Callable[[Draw], Case]] = {
     "embedding": _embedding, "router": _router, "moe": _moe, "grpo": CASES["grpo"],
 }  # fmt: skip
 
-needs_device = pytest.mark.skipif(not ON_DEVICE, reason="shapes for a GPU: make gpu")
+
+def _v3_router(draw: Draw) -> Case:
+    x, w = draw.rng.normal(size=(ROWS, 128)), draw.rng.normal(size=(256, 128)) / np.sqrt(128)
+    kwargs = {"top_k": 8, "groups": 8, "keep_groups": 4, "scale": 2.5, "bias": 0.01 * draw.rng.normal(size=256)}
+    return Case((x, w), kwargs, replay=lambda y: {"routes": y.indices})
+
+
+ROWS = 300 if ON_DEVICE else 2
+V3: dict[str, Callable[[Draw], Case]] = {  # V3's widths
+    "rms_norm": lambda draw: Case(
+        (draw.rng.normal(size=(ROWS, 7168)), draw.rng.uniform(0.5, 1.5, 7168)), {"eps": 1e-6}
+    ),
+    "swiglu": lambda draw: Case((draw.rng.normal(size=(ROWS, 18432)), draw.rng.normal(size=(ROWS, 18432)))),
+    "rope": lambda draw: Case(
+        (draw.rng.normal(size=(1, ROWS, 128, 64)),),
+        {"positions": np.arange(ROWS) + 4000, "inv_freq": rope_frequencies(64, 1e4, Yarn())},
+    ),
+    "cross_entropy": lambda draw: Case(
+        (2 * draw.rng.normal(size=(ROWS, 129280)),), {"targets": draw.rng.integers(0, 129280, ROWS)}
+    ),
+    "embedding": lambda draw: Case((draw.rng.normal(size=(50, 7168)),), {"ids": draw.rng.integers(0, 40, ROWS * 30)}),
+    "router": _v3_router,
+}

@@ -25,6 +25,10 @@ class ndarray(np.ndarray):
     def device(self) -> Any:
         return nullcontext()
 
+    @property
+    def data(self) -> Any:
+        return types.SimpleNamespace(ptr=self.ctypes.data)
+
     def get(self) -> np.ndarray:
         return self.view(np.ndarray)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from refimpl import ops
-from refimpl.check.cases import CASES, Case, RandomDraw, pair_of
+from refimpl.check.cases import CASES, Case, RandomDraw, model_case, pair_of
 from refimpl.check.dual import dual_array, values
 from refimpl.check.rules import Pair
 from refimpl.config import preset
@@ -143,6 +143,17 @@ def test_nothing_that_cupy_refuses(op: str, monkeypatch: pytest.MonkeyPatch) -> 
     ):
         if wanted is not None:
             assert np.max(np.abs(got - wanted)) <= 1e-14 * np.max(np.abs(wanted))
+
+
+def test_model_needs_nothing_that_cupy_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", Pretended("cupy"))
+    case, _, pair = model_case(RandomDraw(0), length=5)
+    y, saved = pair.forward(*case.inputs)
+    dy = tuple(np.ones_like(m) for m in y[:3])
+    pretended_y, pretended_saved = (on_cupy := placed(pair, pretended)).forward(*case.inputs)
+    assert abs(float(pretended_y[0]) - float(y[0])) <= 1e-13
+    for got, wanted in zip(on_cupy.backward(dy, pretended_saved), pair.backward(dy, saved), strict=True):
+        assert np.max(np.abs(got - wanted)) <= 1e-12 * np.max(np.abs(wanted), initial=1e-3)
 
 
 def test_model_on_array_api_strict() -> None:

@@ -26,7 +26,7 @@ from refimpl.bench.run import BASELINES, baselines, measure_row, most_error, num
 from refimpl.cli import app
 from refimpl.errors import CouldNotRun
 
-from kernel_support import ON_DEVICE, InterpreterLaunch, needs_device
+from kernel_support import ON_DEVICE, InterpreterLaunch, make_launch
 
 ROOT = Path(__file__).parents[1]
 V3 = Sizes()
@@ -152,23 +152,17 @@ def test_worst_error() -> None:
         worst_error((x,), (x, x))
 
 
-@needs_device
+@pytest.mark.skipif(not ON_DEVICE, reason="shapes for a GPU: make gpu")
 @pytest.mark.parametrize("name", ROWS)
 def test_v3_shapes(name: str) -> None:
     """On the GPU: at V3's shapes, against the float64 reference on the GPU."""
     import cupy
 
     row = ROWS[name]
-    work = row.make(Maker(_device_launch(), cupy, V3, number_type(row.storage), 0))
+    work = row.make(Maker(make_launch(), cupy, V3, number_type(row.storage), 0))
     assert work.check() <= most_error(row.storage)
     del work
     cupy.get_default_memory_pool().free_all_blocks()
-
-
-def _device_launch() -> Any:
-    from kernel_support import make_launch
-
-    return make_launch()
 
 
 def test_select_rows() -> None:

@@ -3,11 +3,13 @@ the GPU by ``make gpu``) against the float64 reference and finite differences.""
 
 from __future__ import annotations
 
+import inspect
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,19 +29,21 @@ from refimpl.kernels.compile import STEMS, STORAGE, TARGETS, BuildError, build, 
 from refimpl.kernels.cross_entropy import cross_entropy_in_place
 from refimpl.kernels.launch import DeviceLaunch
 from refimpl.kernels.moe import combine, permute
-from refimpl.kernels.table import CUDA, cuda_table
+from refimpl.kernels.table import COLUMNS, CUDA, cuda_table
 from refimpl.model import backward, forward, init_parameters
 from refimpl.ops import REFERENCE, Op
 from refimpl.optimizer import AdamW
 from refimpl.text import load_text
-from refimpl.verify import Settings, placed
+from refimpl.verify import KERNELS, Settings, placed
 
 import kernel_support
+import pretended_cupy
 from kernel_support import (
     DTYPES,
     ON_DEVICE,
     SHAPES,
     TABLE,
+    V3,
     compare,
     make_launch,
     make_table,
@@ -50,6 +54,7 @@ from kernel_support import (
     to_device,
     to_host,
 )
+from ptx import PTXError
 from support import FULL, HypothesisDraw
 
 # Most registers of a thread (in any type, for any target) and static shared memory of a block in bytes.
@@ -82,6 +87,7 @@ def test_compiles_within_budget(stem: str, storage: str) -> None:
         assert set(module.usage) == set(entries) > set()
         assert f".target {target}\n" in module.ptx
         assert module.cubin.read_bytes()[:4] == b"\x7fELF"
+        assert "warning" not in module.log
         for kernel, usage in module.usage.items():
             registers, shared = BUDGET[kernel]
             where = f"{kernel} in {storage} for {target}: {usage}"
@@ -138,21 +144,15 @@ def _sources() -> dict[str, str]:
 def test_finite_differences(op: str) -> None:
     """The float64 kernels themselves, by `refimpl.check`: contract (arrays read-only and strided, two calls alike,
     float32 near float64) and differences to 1e-8."""
-
-    @settings(max_examples=DIFFERENCES)
-    @given(st.data())
-    def run(data: st.DataObject) -> None:
-        draw = HypothesisDraw(data)
-        case = CASES[op](draw)
+    for seed in range(DIFFERENCES if FULL or op not in ("moe", "log_prob") else 1):  # these launch many kernels
+        case = CASES[op](RandomDraw(seed))
         if "block" in case.kwargs:
             case.kwargs["block"] = (256, 4096)
         report = check(
-            *TABLE[op], case.inputs, case.kwargs | ops_of(op), op=op, replay=case.replay, seed=draw.seed,
+            *TABLE[op], case.inputs, case.kwargs | ops_of(op), op=op, replay=case.replay, seed=seed,
             names=[str(i) for i in range(len(case.inputs))], rules=("contract", "differences"),
         )  # fmt: skip
         assert report.ok, f"{case.kwargs}\n{report}"
-
-    run()
 
 
 @pytest.mark.parametrize("op", CUDA)
@@ -173,6 +173,13 @@ def _against_the_reference(op: str, storage: str) -> None:
         compare(op, TABLE[op], SHAPES[op](draw), storage, draw.seed, ops_of(op))
 
     run()
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+@pytest.mark.parametrize("op", V3)
+def test_widths_of_v3(op: str, storage: str) -> None:
+    """Rows of 7,168, 18,432 and 129,280 elements, 256 experts."""
+    compare(op, TABLE[op], V3[op](RandomDraw(0)), storage, 0)
 
 
 @pytest.mark.parametrize("storage", ["float64", "float32"])
@@ -349,6 +356,22 @@ PLANTED = {  # name: (op and file, what stands there, what a mistake would put)
     ),
     "clip by the wrong sign": ("grpo", "a > 0 ? rho > high", "a < 0 ? rho > high"),
     "KL of whole outputs forgotten": ("grpo", "dz_all - du_all", "dz_all"),
+    "barrier before the merge missing": ("cross_entropy", "= total;\n    __syncthreads();", "= total;"),
+    "logits that are overwritten read as constant": ("cross_entropy", "load_chunk<false>", "load_chunk<true>"),
+    "barrier between lanes missing": ("embedding", "    __syncthreads();\n", ""),
+    "end of the last id's rows from beyond": ("embedding", "id + 1 < ids ? start[id + 1] : rows", "start[id + 1]"),
+    "warp not waited for": (
+        "router",
+        "scores[row * experts + e] = s;\n    }\n    __syncwarp();",
+        "scores[row * experts + e] = s;\n    }",
+    ),
+    "threads past the end": ("moe", "if (thread >= slots * parts) return;", ""),
+    "last thread past the end": ("adamw", "if (i >= size) return;", "if (i > size) return;"),
+    "tail read as a whole chunk": (
+        "swiglu",
+        "bool wide = i + VECTOR <= size;\n    real d",
+        "bool wide = true;\n    real d",
+    ),
 }
 
 
@@ -364,10 +387,15 @@ def test_planted_mistakes_are_caught(name: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(host, "compile_kernel", wrong)
     for seed in range(40):
         try:
-            compare(op, TABLE[op], SHAPES[op](RandomDraw(seed)), "float64", seed, ops_of(op))
+            if op == "adamw":
+                test_adamw("float64")
+            else:
+                compare(op, TABLE[op], SHAPES[op](RandomDraw(seed)), "float64", seed, ops_of(op))
+            if op == "cross_entropy":
+                test_cross_entropy_in_place("float64")
             if op == "router":
                 test_router_chooses_exactly_the_same("float64")
-        except AssertionError:
+        except (AssertionError, PTXError):
             return
     pytest.fail(f"nothing saw it: {name}")
 
@@ -378,7 +406,7 @@ def test_planted_mistakes_are_caught(name: str, monkeypatch: pytest.MonkeyPatch)
 def test_errors() -> None:
     with pytest.raises(TypeError, match=r"x must be float64, float32 or bfloat16, got float16"):
         TABLE["rms_norm"].forward(np.ones((2, 3), np.float16), np.ones(3), eps=0.1)
-    with pytest.raises(TypeError, match=r"w must be numpy float32 like x, got numpy float64"):
+    with pytest.raises(TypeError, match=r"w must be \w+ float32 like x, got \w+ float64"):
         TABLE["rms_norm"].forward(np.ones((2, 3), np.float32), np.ones(3), eps=0.1)
     with pytest.raises(ValueError, match=r"w must have shape \(D,\)=\(3,\), got \(2,\)"):
         TABLE["rms_norm"].forward(np.ones((2, 3)), np.ones(2), eps=0.1)
@@ -404,9 +432,43 @@ def test_nothing_to_do() -> None:
     assert y.shape == (2, 0, 4)
 
 
+@pytest.mark.parametrize(
+    ("capability", "target"),
+    [("80", "sm_80"), ("86", "sm_80"), ("89", "sm_80"), ("90", "sm_90a"), ("100", "sm_100"), ("103", "sm_100")],
+)
+def test_target_of_a_device(capability: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", _device(capability))
+    assert DeviceLaunch().target == target
+
+
+@pytest.mark.parametrize("capability", ["75", "120"])
+def test_no_target_for_a_device(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", _device(capability))
+    with pytest.raises(CouldNotRun, match=f"kernels are compiled for sm_80, .*, this GPU is sm_{capability}"):
+        DeviceLaunch()
+
+
+def _device(capability: str) -> Any:
+    """As much of CuPy as says what GPU there is."""
+    runtime = SimpleNamespace(getDeviceCount=lambda: 1, CUDARuntimeError=RuntimeError)
+    return SimpleNamespace(
+        cuda=SimpleNamespace(runtime=runtime, Device=lambda: SimpleNamespace(compute_capability=capability))
+    )
+
+
 def test_a_kernel_that_does_not_compile_is_an_error() -> None:
     with pytest.raises(BuildError, match=r"(?s)broken.cu does not compile with .*sm_90.*identifier \"nothing\""):
         build("broken", "sm_90", "float32", "__global__ void broken() { nothing(); }")
+
+
+def test_nothing_is_written_into_shared_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty log is one byte, which NVRTC writes: not into the one b" " that the whole process shares."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(compile, "OPTIONS", ())
+    module = build("one", "sm_90", "float32", 'extern "C" __global__ void one(int* x) { *x = 1; }')
+    assert module.log == ""
+    assert [bytes([i])[0] for i in range(256)] == list(range(256))
+    assert b" " == b"\x20"
 
 
 def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -445,9 +507,37 @@ def test_no_nvrtc_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
         build("one", "sm_90", "float32", "")
 
 
+class PretendedLaunch(kernel_support.InterpreterLaunch):
+    """The interpreter under arrays that are dressed as CuPy's."""
+
+    def __call__(self, module: Any, kernel: str, grid: Any, block: Any, arguments: Any, *, shared: int = 0) -> None:
+        assert not any(type(x) is np.ndarray for x in arguments), f"{kernel} was given a NumPy array"
+        given = {id(x): pretended_cupy.here(x) for x in arguments}  # one object for an array that comes twice
+        super().__call__(module, kernel, grid, block, [given[id(x)] for x in arguments], shared=shared)
+
+    def empty(self, shape: Any, dtype: Any, like: Any) -> Any:
+        return pretended_cupy.there(super().empty(shape, dtype, like))
+
+
+@pytest.mark.skipif(ON_DEVICE, reason="there it is CuPy itself")
+@pytest.mark.parametrize("op", CUDA)
+def test_host_side_does_nothing_that_cupy_refuses(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", pretended_cupy.Pretended("cupy"))
+    table = cuda_table(PretendedLaunch())
+    extra = {"ops": table} if ops_of(op) else {}
+    compare(op, placed(table[op], pretended_cupy.there), SHAPES[op](RandomDraw(1)), "float32", 1, extra)
+
+
+def test_readme_of_kernels() -> None:
+    """Every kernel is in its table, and the planted mistakes are as many as it says."""
+    page = (SOURCE / "README.md").read_text()
+    for kernel in BUDGET:
+        assert f"`{kernel}`" in page
+    assert f"{len(PLANTED)} planted mistakes" in page
+
+
 def test_signatures_are_the_ops() -> None:
     """Every op of the column takes the arguments of the reference, under the same names and with the same defaults."""
-    import inspect
 
     def parameters(function: Any) -> list[tuple[str, Any, Any]]:
         return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
@@ -457,3 +547,4 @@ def test_signatures_are_the_ops() -> None:
         assert parameters(pair.forward) == parameters(REFERENCE[name].forward), name
         assert parameters(pair.backward) == parameters(REFERENCE[name].backward), name
     assert set(cuda_table(kernel_support.InterpreterLaunch())) == set(REFERENCE)
+    assert set(COLUMNS) == set(KERNELS)

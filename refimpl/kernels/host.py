@@ -61,11 +61,12 @@ def ready(x: Array, dtype: Any = None) -> Array:
 
 
 def product(a: Array, b: Array, dtype: Any) -> Array:
-    """a @ b, summed in float32 or wider, in ``dtype``; cuBLAS on a device."""
-    xp = library(a)
+    """a […, n] @ b [n, m], summed in float32 or wider, in ``dtype``; cuBLAS on a device."""
+    xp, shape = library(a), (*a.shape[:-1], b.shape[1])
     if a.dtype != dtype:  # CuPy would round the product of bfloat16 arrays to bfloat16
         a, b = a.astype(dtype), b.astype(dtype)
-    return xp.matmul(a, b).astype(dtype, copy=False)
+    rows = a.reshape(-1, b.shape[0])  # CuPy has no stacks of bfloat16 products
+    return xp.matmul(rows, b).astype(dtype, copy=False).reshape(shape)
 
 
 def place(permutation: Array) -> Array:

@@ -16,7 +16,7 @@ from .rope import rope
 from .router import router
 from .swiglu import swiglu
 
-__all__ = ["CUDA", "cuda_table"]
+__all__ = ["COLUMNS", "CUDA", "cuda_table"]
 
 CUDA = {
     "embedding": embedding, "rms_norm": rms_norm, "swiglu": swiglu, "rope": rope, "router": router,
@@ -29,3 +29,7 @@ def cuda_table(launch: Launch) -> dict[str, Op]:
     """The reference's table with every op that CUDA C does in its place; an op without kernels stays the reference."""
     kernels = {name: make(launch) for name, make in CUDA.items()}
     return REFERENCE | {"linear": Op(linear_forward, linear_backward)} | kernels
+
+
+COLUMNS = {"cuda": cuda_table}
+"""By the name that ``--implementation`` takes, what makes the table from a `Launch`."""

@@ -44,10 +44,10 @@ class Machine:
 
     def __init__(
         self, module: Module, kernel: Function, grid: tuple[int, int, int], block: tuple[int, int, int],
-        memory: Arena, parameters: Arena, shared: int, seed: int, limit: int,
+        memory: Arena, parameters: Arena, shared: int, seed: int, limit: int, races: bool,
     ) -> None:  # fmt: skip
         self.module, self.kernel, self.grid, self.block = module, kernel, grid, block
-        self.rng, self.seed, self.limit = np.random.default_rng(seed), seed, limit
+        self.rng, self.seed, self.limit, self.races = np.random.default_rng(seed), seed, limit, races
         self.threads = int(np.prod(block))
         self.warps = -(-self.threads // 32)
         self.report = Report()
@@ -70,10 +70,10 @@ class Machine:
         self.fenced = any(i.opcode.startswith(("membar", "fence")) for i in self.program)
 
     def lay_out(self, dynamic: int) -> None:
-        """Shared and local variables: each starts at its own alignment and no better one."""
-        owned = [(f, v) for f in self.functions for v in f.variables.values()]
+        """Places of shared and local variables and of functions' parameters."""
+        owned = [v for f in self.functions for v in f.variables.values()]
         extern: list[Variable] = []
-        for function, variable in [*((None, v) for v in self.module.variables.values()), *owned]:
+        for variable in [*self.module.variables.values(), *owned]:
             if variable.space == "shared" and variable.size is None:
                 extern.append(variable)
             elif variable.space == "shared":
@@ -96,7 +96,7 @@ class Machine:
         self.registers: dict[str, Array] = {}
         self.special: dict[str, Array] = {}
         self.shared.allocate(blocks)
-        self.local.allocate(self.lanes)
+        self.local.allocate(self.lanes if self.local.offsets else 1, tracked=False)
         self.order = Order(int(np.prod(self.grid)), self.warps)
         self.pc = np.zeros(self.lanes, np.int64)
         self.state = np.zeros(self.lanes, np.int8)
@@ -104,7 +104,9 @@ class Machine:
         self.barrier = np.zeros(self.lanes, np.int64)
         self.expected = np.zeros(self.lanes, np.int64)
         self.vote = np.zeros(self.lanes, bool)
+        self.finish: dict[int, tuple[Callable, str]] = {}
         self.copy_group = np.zeros(self.lanes, np.int64)
+        self.carry = np.zeros(self.lanes, np.int64)
         names = ("tid", "ntid", "ctaid", "nctaid")
         for name in [f"%{n}.{axis}" for n in names for axis in "xyz"] + ["%laneid", "%warpid"]:
             self.special[name] = np.zeros(self.lanes, np.uint32)
@@ -116,9 +118,10 @@ class Machine:
         masks = {"eq": one, "lt": one - 1, "le": one | (one - 1), "gt": ~(one | (one - 1)), "ge": ~(one - 1)}
         self.special |= {f"%lanemask_{name}": mask.astype(np.uint32) for name, mask in masks.items()}
         self.special["%dynamic_smem_size"] = np.full(self.lanes, self.shared.places[-1][1], np.uint32)
-        self.steps = []
-        for self.at in range(len(self.program)):
-            self.steps.append(instructions.bind(self, self.program[self.at]))
+        self.steps: list[instructions.Step] = []
+        for place, instruction in enumerate(self.program):
+            self.at = place
+            self.steps.append(instructions.bind(self, instruction))
         self.counts = np.zeros(len(self.program), np.int64)
 
     def run_blocks(self, numbers: Array) -> None:
@@ -182,7 +185,8 @@ class Machine:
     def run_group(self, lanes: Lanes, pc: int, until: int) -> None:
         """Run lanes that are together until they part, wait, or reach lanes that wait for them."""
         index = self.index[lanes]
-        self.first = pc
+        self.first = self.at = pc
+        self.check_limit(lanes)
         executed = 0
         while pc < until:
             self.at = pc
@@ -196,11 +200,14 @@ class Machine:
                 break
             else:
                 pc = following
-                if pc <= self.at and self.order.now > self.limit:
-                    self.fail(lanes, None, lambda i: f"still running after {self.limit} steps: an endless loop?")
+                self.check_limit(lanes)
         else:
             self.pc[lanes] = pc
         self.length[np.unique(self.warp[lanes])] += executed
+
+    def check_limit(self, lanes: Lanes) -> None:
+        if self.order.now > self.limit:
+            self.fail(lanes, None, lambda i: f"still running after {self.limit} steps: an endless loop?")
 
     def wake(self, low: int, high: int) -> bool:
         """Nothing runs: see whether lanes that wait within their warp now can go on, because others have exited."""
@@ -243,6 +250,10 @@ class Machine:
             self.fail(index, wrong, lambda i: f"the lane itself is not in its member mask {mask[i]:#x}")
         warp = self.warp[index]
         ready = mask & alive[warp] & ~present[warp] == 0
+        team, count = instructions.teams(self, index, mask)
+        members = np.bincount(team, 2.0 ** self.lane[index], count)[team].astype(np.uint32)
+        if (wrong := ready & (members != mask & alive[warp])).any():
+            self.fail(index, wrong, lambda i: f"lanes named in its member mask {mask[i]:#x} come with another mask")
         self.pc[index] = self.at
         self.state[index] = np.where(ready, RUN, AT_WARP)
         return self.compact(index[ready]) if ready.any() else None
@@ -303,7 +314,7 @@ class Machine:
             raise self.unsupported(f"special register {operand.name}")
         if operand.name not in self.registers:
             dtype = np.dtype(DTYPES[operand.type])
-            bits = dtype if dtype == bool else np.dtype(f"u{dtype.itemsize}")
+            bits = dtype if dtype.kind == "b" else np.dtype(f"u{dtype.itemsize}")
             self.registers[operand.name] = np.zeros(self.lanes, bits)
         return self.registers[operand.name]
 
@@ -323,7 +334,7 @@ class Machine:
         if not isinstance(operand, Register):
             raise self.unsupported(f"the operand {operand}")
         array, dtype = self.register(operand), np.dtype(DTYPES[type])
-        if (array.dtype == bool) != (dtype == bool) or dtype.itemsize > array.dtype.itemsize:
+        if (array.dtype.kind == "b") != (dtype.kind == "b") or dtype.itemsize > array.dtype.itemsize:
             raise self.unsupported(f"reading .{operand.type} {operand.name.split('@')[0]} as .{type}")
         if dtype.itemsize < array.dtype.itemsize:
             narrow = np.dtype(f"u{dtype.itemsize}")
@@ -338,7 +349,7 @@ class Machine:
         if not isinstance(operand, Register):
             raise self.unsupported(f"the destination {operand}")
         array, dtype = self.register(operand), np.dtype(DTYPES[type])
-        if (array.dtype == bool) != (dtype == bool) or dtype.itemsize > array.dtype.itemsize:
+        if (array.dtype.kind == "b") != (dtype.kind == "b") or dtype.itemsize > array.dtype.itemsize:
             raise self.unsupported(f"writing .{type} to .{operand.type} {operand.name.split('@')[0]}")
         if dtype.itemsize == array.dtype.itemsize:
             view = array.view(dtype)
