@@ -6,6 +6,7 @@ writes with torch's own functions: its fused RMSNorm, cross-entropy and AdamW wh
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -180,6 +181,11 @@ class TorchDevice:
             after.record()
         after.synchronize()
         return before.elapsed_time(after) / 1e3
+
+    def free(self) -> None:
+        """Leave the memory to others: CuPy's next row needs it."""
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def peak(self, call: Call) -> int:
         self.stream.synchronize()

@@ -36,14 +36,16 @@ def gpus() -> list[str]:
     return [line for line in done.stdout.splitlines() if line.startswith("GPU")] if done.returncode == 0 else []
 
 
-def commands(python: str, sanitizer: str | None) -> list[Command]:
-    """What is run, in order."""
+def commands(python: str, sanitizer: str | None, columns: Sequence[str]) -> list[Command]:
+    """What is run, in order; columns: the implementations that have kernels."""
     device = {"REFIMPL_GPU": "1"}
     verify = (python, "-m", "refimpl", "verify", "--backend", "cupy")
     found: list[Command] = [
         ("the kernels' tests on the device", (python, *SUITE), device),
         ("every gradient, ops and model, by CuPy alone", verify, {}),
-        ("every gradient, ops and model, by the kernels", (*verify, "--implementation", "cuda"), {}),
+    ]
+    found += [
+        (f"every gradient, ops and model, by {name}", (*verify, "--implementation", name), {}) for name in columns
     ]
     for tool in TOOLS if sanitizer else ():
         check = (sanitizer or "", "--tool", tool, "--target-processes", "all", "--error-exitcode", "9")
@@ -77,8 +79,11 @@ def main(arguments: Sequence[str]) -> int:
     if "--only-look" in arguments:
         return 0
     print("\n".join(found))
+    sys.path.insert(0, str(ROOT))
+    from refimpl.kernels.table import COLUMNS
+
     sanitizer, verdicts = shutil.which("compute-sanitizer"), []
-    for command in commands(sys.executable, sanitizer):
+    for command in commands(sys.executable, sanitizer, tuple(COLUMNS)):
         start = time.perf_counter()
         verdicts.append((command[0], execute(command), time.perf_counter() - start))
     for what, verdict, seconds in verdicts:

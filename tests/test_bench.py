@@ -353,6 +353,124 @@ def _adamw_baseline(module: Any, torch: Any, work: Any) -> None:
     assert torch.allclose(p, q, rtol=0, atol=1e-12)
 
 
+# ---- CuPy's side, on a CuPy that is no more than its names
+
+
+class Stub(types.ModuleType):
+    """What `CupyDevice` asks of CuPy, done at once by NumPy; every event lies 1 ms after the one before."""
+
+    __version__ = "14.2.0"
+
+    def __init__(self) -> None:
+        super().__init__("cupy")
+        self.said, stub = list[str](), self
+
+        class Stream:
+            def __init__(self, non_blocking: bool) -> None: ...
+            def __enter__(self) -> None: ...
+            def __exit__(self, *_: Any) -> None: ...
+            def synchronize(self) -> None: ...
+            def begin_capture(self) -> None:
+                stub.said.append("begin")
+
+            def end_capture(self) -> Any:
+                stub.said.append("end")
+                return types.SimpleNamespace(launch=lambda stream: stub.said.append("launch"))
+
+        class Event:
+            def record(self, stream: Stream) -> None: ...
+            def synchronize(self) -> None: ...
+
+        class MemoryPool:
+            malloc = None
+
+            def total_bytes(self) -> int:
+                return 512
+
+        runtime = types.SimpleNamespace(
+            getDeviceProperties=lambda _: {"name": b"Stub GPU", "l2CacheSize": 1},
+            runtimeGetVersion=lambda: 13000, driverGetVersion=lambda: 13010,
+        )  # fmt: skip
+        self.cuda = types.SimpleNamespace(
+            Stream=Stream, Event=Event, MemoryPool=MemoryPool, runtime=runtime, using_allocator=lambda _: nullcontext(),
+            Device=lambda: types.SimpleNamespace(id=0), get_elapsed_time=lambda before, after: 1.0,
+            memory=types.SimpleNamespace(OutOfMemoryError=MemoryError),
+        )  # fmt: skip
+
+    def get_default_memory_pool(self) -> Any:
+        return types.SimpleNamespace(free_all_blocks=lambda: self.said.append("free"))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
+    from refimpl.bench import device, run
+
+    found = Stub()
+    monkeypatch.setitem(sys.modules, "cupy", found)
+    monkeypatch.setattr(device, "DeviceLaunch", InterpreterLaunch)
+    monkeypatch.setattr(device, "COPIED", 4096)
+    monkeypatch.setattr(device, "SIDE", 8)
+    monkeypatch.setattr(np, "matmul", lambda a, b, out=None: a)  # NumPy's writes no bfloat16
+    monkeypatch.setattr(run, "Sizes", lambda: SMALL)
+    return found
+
+
+@on_interpreter
+def test_command_writes_what_it_shows(stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the command line to the file: header, a line a row, results that the table takes."""
+    cli = sys.modules["refimpl.cli.bench"]
+    chosen = [ROWS["RMSNorm forward"], ROWS["CE forward + backward in place"]]
+    monkeypatch.setattr(cli, "select_rows", lambda names: chosen)
+    monkeypatch.setattr(cli, "baselines", lambda: (None, "torch is not installed"))
+    done = CliRunner().invoke(
+        app, ["bench", "--gpu", "--runs", "20", "--results", str(tmp_path / "new"), "--commit", "abc"],
+        catch_exceptions=False,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    (found,) = read_results(tmp_path / "new")
+    assert (found.device, found.commit, found.cache) == ("Stub GPU", "abc", 1)
+    assert found.versions.items() >= {"CUDA runtime": "13.0", "CUDA of the driver": "13.1", "CuPy": "14.2.0"}.items()
+    assert found.copy == pytest.approx(2 * 4096 / (1e-3 / 8))
+    assert found.matrix == pytest.approx(2 * 8**3 / (1e-3 / 8))
+    lines = done.output.splitlines()
+    assert lines[0] == f"Stub GPU, driver {found.driver}, commit abc, {found.date}"
+    assert lines[3] == "no baselines: torch is not installed"
+    assert lines[4:6] == [line_of(row, found.copy) for row in found.rows]
+    assert lines[6].startswith("written: ")
+    assert [row.name for row in found.rows] == [row.name for row in chosen]
+    assert found.rows[0].ours == Times(1e-3, 1e-3, 1e-3)
+    assert found.rows[0].peak == 512
+    assert stub.said.count("begin") == stub.said.count("end") == 2
+    assert stub.said.count("launch") == 45  # 20 samples each; 3 warm-ups, and 2 where one graph is enough
+
+
+@on_interpreter
+def test_command_on_a_wrong_kernel(stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit 1, the row named, and nothing written where the table looks; out of memory is one line."""
+    cli = sys.modules["refimpl.cli.bench"]
+    row = ROWS["AdamW step"]
+
+    def inexact(maker: Maker) -> Any:
+        return row.make(maker)._replace(check=lambda: 0.5)
+
+    def large(maker: Maker) -> Any:
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(cli, "baselines", lambda: (None, ""))
+    monkeypatch.setattr(cli, "select_rows", lambda names: [replace(row, make=inexact)])
+    arguments = ["bench", "--gpu", "--runs", "20", "--results", str(tmp_path)]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 1
+    assert "DOES NOT HOLD: AdamW step: its error is above the bound" in done.output
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(cli, "select_rows", lambda names: [replace(row, make=large)])
+    with pytest.raises(CouldNotRun, match=r"^AdamW step and its float64 reference don't fit on Stub GPU: no more$"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
 # ---- results and the table
 
 

@@ -35,7 +35,7 @@ def test_gpus_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_commands() -> None:
     """Tests, verify with and without kernels, and each tool of the sanitizer if there is one."""
-    bare, checked = commands("python", None), commands("python", "compute-sanitizer")
+    bare, checked = commands("python", None, ["cuda"]), commands("python", "compute-sanitizer", ["cuda"])
     assert [" ".join(arguments) for _, arguments, _ in bare] == [
         "python -m pytest -q -p no:benchmark tests/test_kernels.py tests/test_bench.py",
         "python -m refimpl verify --backend cupy",
@@ -66,7 +66,7 @@ def test_a_failure_is_exit_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     for verdict, code in (("holds", 0), ("DOES NOT HOLD", 1), ("could not run: Device not supported", 0)):
         monkeypatch.setattr(gpu, "execute", lambda command, verdict=verdict: verdict)
         assert main([]) == code
-        assert f"{verdict}: every gradient, ops and model, by the kernels" in capsys.readouterr().out
+        assert f"{verdict}: every gradient, ops and model, by cuda" in capsys.readouterr().out
 
 
 def test_selection_of_the_sanitizer() -> None:

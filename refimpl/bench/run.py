@@ -137,4 +137,7 @@ def _baseline(
     side: Any = torch
     device = side.TorchDevice()
     calls: list[Callable[[], object]] = [device.baseline(name, arrays, compiled) for arrays in inputs]
-    return measure(device, calls, runs), device.peak(calls[0])
+    found = measure(device, calls, runs), device.peak(calls[0])
+    calls.clear()
+    device.free()
+    return found
