@@ -27,7 +27,7 @@ gpu:  ## the kernels' tests, and every gradient, on the GPU at hand; says so whe
 	then $(PYTHON) tests/gpu.py; else $(MAKE) --no-print-directory .venv/gpu && $(BIN)/python tests/gpu.py; fi
 
 ladder: .venv/dev  ## what each version of RMSNorm and cross-entropy costs, counted by the interpreter
-	PYTHONPATH=tests $(BIN)/python tests/ladder.py
+	$(BIN)/python tests/ladder.py
 
 check: .venv/dev  ## lint, format and types
 	$(BIN)/ruff check
