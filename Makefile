@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: verify test test-full oracle gpu on-gpu check bugs memory memory-grads clean
+.PHONY: verify test test-full oracle gpu ladder check bugs memory memory-grads clean
 
 verify: .venv/base  ## prove every gradient on real text
 	$(BIN)/refimpl verify
@@ -20,13 +20,14 @@ test-full: .venv/dev  ## the same tests with ten times the examples
 oracle: .venv/oracle  ## compare with Hugging Face's models (torch from the index may bring gigabytes of CUDA)
 	$(BIN)/python -m pytest -q tests/test_oracle.py tests/test_golden_checkpoints.py
 
+# With the Python at hand where that has what is needed (a GPU machine may have no network), else in .venv.
 gpu:  ## the kernels' tests, and every gradient, on the GPU at hand; says so where there is none
-	@nvidia-smi -L 2>/dev/null | grep -q GPU || { echo "no GPU: nothing was run"; exit 0; }; $(MAKE) --no-print-directory on-gpu
+	@$(PYTHON) tests/gpu.py --only-look; case $$? in 0) ;; 3) exit 0 ;; *) exit 1 ;; esac; \
+	if $(PYTHON) -c 'import cupy, cuda.bindings, hypothesis, ml_dtypes, pytest, safetensors, typer' 2>/dev/null; \
+	then $(PYTHON) tests/gpu.py; else $(MAKE) --no-print-directory .venv/gpu && $(BIN)/python tests/gpu.py; fi
 
-on-gpu: .venv/gpu
-	REFIMPL_GPU=1 $(BIN)/python -m pytest -q tests/test_kernels.py
-	$(BIN)/refimpl verify --backend cupy
-	$(BIN)/refimpl verify --backend cupy --implementation cuda
+ladder: .venv/dev  ## what each version of RMSNorm and cross-entropy costs, counted by the interpreter
+	$(BIN)/python tests/ladder.py
 
 check: .venv/dev  ## lint, format and types
 	$(BIN)/ruff check

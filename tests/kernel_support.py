@@ -10,6 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from refimpl.array import library
 from refimpl.check.cases import CASES, Case, Draw, pair_of
 from refimpl.check.rules import Pair
 from refimpl.kernels.compile import Module
@@ -20,7 +21,8 @@ from refimpl.verify import placed
 
 import ptx
 
-ON_DEVICE = os.environ.get("REFIMPL_GPU") == "1"  # make gpu: the same suite on the GPU
+ON_DEVICE = os.environ.get("REFIMPL_GPU") == "1"  # tests/gpu.py: the same suite on the GPU
+SANITIZED = os.environ.get("REFIMPL_SANITIZER") == "1"  # under compute-sanitizer
 DTYPES = {"float64": np.float64, "float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 LUCK, HALF_UNIT = 8, 2.0**-24
 WIDE = {"float64": np.float64, "float32": np.float32, "bfloat16": np.float32}
@@ -56,20 +58,52 @@ class InterpreterLaunch(ptx.InterpreterLaunch):
         return x
 
 
+class PoisonedLaunch(DeviceLaunch):
+    """On the GPU: what a kernel shall write is NaN (or all ones) before. Not under compute-sanitizer, whose initcheck
+    sees reading before writing by itself."""
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
+        x = super().empty(shape, dtype, like)
+        if not SANITIZED:
+            x.reshape(-1).view(np.uint8)[...] = 0xFF
+        return x
+
+
+def to_device(x: np.ndarray) -> Any:
+    """Where kernels read it."""
+    if not ON_DEVICE:
+        return x
+    import cupy
+
+    return cupy.asarray(x)
+
+
+def to_host(x: Any) -> np.ndarray:
+    return x.get() if ON_DEVICE else x
+
+
+def strided(x: Any) -> Any:
+    """As `to_device`, but between any two elements lies another."""
+    x = to_device(np.asarray(x))
+    room = library(x).empty((*x.shape, 2), dtype=x.dtype)
+    room[..., 0], room[..., 1] = x, 1
+    return room[..., 0]
+
+
 def make_table(launch: Launch) -> dict[str, Op]:
     """The CUDA column, from and to NumPy arrays wherever it runs."""
     table = cuda_table(launch)
-    if not ON_DEVICE:
-        return table
-    import cupy
-
-    return {name: placed(pair, cupy.asarray) for name, pair in table.items()}
+    return {name: placed(pair, to_device) for name, pair in table.items()} if ON_DEVICE else table
 
 
 def make_launch(seed: int = 0) -> Launch:
-    return DeviceLaunch() if ON_DEVICE else InterpreterLaunch(seed)
+    return PoisonedLaunch() if ON_DEVICE else InterpreterLaunch(seed)
 
 
+if SANITIZED:  # each array an allocation of its own, so that its bounds are seen
+    import cupy
+
+    cupy.cuda.set_allocator(None)
 TABLE = make_table(make_launch())
 
 

@@ -50,6 +50,9 @@ from kernel_support import (
     ops_of,
     results,
     rounded,
+    strided,
+    to_device,
+    to_host,
 )
 from ptx import PTXError
 from support import FULL, HypothesisDraw
@@ -197,6 +200,15 @@ def test_same_bits(op: str, storage: str) -> None:
             assert a.tobytes() == b.tobytes()
 
 
+@pytest.mark.skipif(not ON_DEVICE, reason="arrays with gaps are part of test_finite_differences")
+@pytest.mark.parametrize(("op", "storage"), [*((op, "float64") for op in CUDA), *LOW])
+def test_strided_arrays(op: str, storage: str) -> None:
+    """Arrays with gaps on the GPU, inputs, cotangents and all others: the same rule."""
+    for seed in range(3):
+        pair = placed(cuda_table(make_launch())[op], strided)
+        compare(op, pair, SHAPES[op](RandomDraw(seed)), storage, seed, ops_of(op))
+
+
 @pytest.mark.parametrize("storage", STORAGE)
 def test_router_chooses_exactly_the_same(storage: str) -> None:
     """Scores full of ties: the ids are those of `select_experts` on the same scores, in every grouping."""
@@ -220,20 +232,19 @@ def test_router_chooses_exactly_the_same(storage: str) -> None:
 @pytest.mark.parametrize("storage", STORAGE)
 def test_permute_and_combine(storage: str) -> None:
     """The stages of a mixture of experts alone, in every type: rows move unchanged, sums round once."""
-    if ON_DEVICE:
-        pytest.skip("on arrays of the interpreter")
     rng, launch = np.random.default_rng(1), make_launch()
     for tokens, top_k, d in ((1, 1, 1), (5, 2, 33), (4, 3, 40)):
         x, weights = rounded(rng.normal(size=(tokens, d)), storage), rng.uniform(0.2, 1.5, (tokens, top_k))
         weights = weights.astype(kernel_support.WIDE[storage])
         order = rng.permutation(tokens * top_k)
-        rows = permute(launch, x, order, top_k)
-        assert np.array_equal(rows, x[order // top_k])
+        here = [to_device(a) for a in (x, order, weights)]
+        rows = permute(launch, *here[:2], top_k)
+        assert np.array_equal(to_host(rows), x[order // top_k])
         exact = (weights.reshape(-1, 1)[order].astype(np.float64)) * x[order // top_k].astype(np.float64)
         unit = float(kernel_support.ml_dtypes.finfo(DTYPES[storage]).eps)
-        scaled = permute(launch, x, order, top_k, weights)
+        scaled = to_host(permute(launch, *here[:2], top_k, here[2]))
         assert np.all(np.abs(scaled.astype(np.float64) - exact) <= unit * np.abs(exact))
-        y = combine(launch, rows, host.place(order), top_k, weights)
+        y = to_host(combine(launch, rows, host.place(here[1]), top_k, here[2]))
         exact = weights.astype(np.float64).sum(axis=1, keepdims=True) * x.astype(np.float64)
         sums = (top_k + 1) * np.finfo(weights.dtype).eps
         assert np.all(np.abs(y.astype(np.float64) - exact) <= (unit + sums) * np.abs(exact))
@@ -242,17 +253,15 @@ def test_permute_and_combine(storage: str) -> None:
 @pytest.mark.parametrize("storage", STORAGE)
 def test_cross_entropy_in_place(storage: str) -> None:
     """The same bits as the op's gradient, in the memory of the logits."""
-    if ON_DEVICE:
-        pytest.skip("on arrays of the interpreter")
     rng = np.random.default_rng(0)
-    logits, targets = rounded(rng.normal(size=(3, 40)), storage), np.array([0, 39, 7])
-    pair, in_place = TABLE["cross_entropy"], cross_entropy_in_place(make_launch())
-    _, saved = pair.forward(logits, targets=targets)
+    logits = to_device(rounded(rng.normal(size=(3, 40)), storage))
+    pair, in_place = cuda_table(make_launch())["cross_entropy"], cross_entropy_in_place(make_launch())
+    before = to_host(logits).tobytes()
+    _, saved = pair.forward(logits, targets=to_device(np.array([0, 39, 7])))
     fresh = pair.backward(0.7, saved)
-    assert not np.shares_memory(fresh, logits)
-    written = in_place(0.7, saved)
-    assert np.shares_memory(written, logits)
-    assert written.tobytes() == fresh.tobytes()
+    assert to_host(logits).tobytes() == before
+    assert in_place(0.7, saved) is saved.logits
+    assert to_host(logits).tobytes() == to_host(fresh).tobytes()
 
 
 def test_cross_entropy_extremes() -> None:
@@ -270,32 +279,32 @@ def test_cross_entropy_extremes() -> None:
 @pytest.mark.parametrize("storage", STORAGE)
 def test_adamw(storage: str) -> None:
     """Three steps as `refimpl.optimizer.AdamW` does them; bfloat16 parameters differ by a unit, moments don't."""
-    if ON_DEVICE:
-        pytest.skip("on arrays of the interpreter")
     rng, wide = np.random.default_rng(0), kernel_support.WIDE[storage]
-    params = {"w": rounded(rng.normal(size=(5, 13)), storage), "norm": rounded(rng.normal(size=3), storage)}
-    reference = {name: p.astype(np.float64) for name, p in params.items()}
+    drawn = {"w": rounded(rng.normal(size=(5, 13)), storage), "norm": rounded(rng.normal(size=3), storage)}
+    params = {name: to_device(p) for name, p in drawn.items()}
+    reference = {name: p.astype(np.float64) for name, p in drawn.items()}
     options: dict[str, Any] = {"decays": lambda name: name == "w", "weight_decay": 0.2}
     ours, theirs = adamw(make_launch())(**options), AdamW(**options)
     for _ in range(3):
         grads = {name: rng.normal(size=p.shape).astype(wide) for name, p in params.items()}
-        ours.update(params, grads, 0.01)
+        ours.update(params, {name: to_device(g) for name, g in grads.items()}, 0.01)
         theirs.update(reference, {name: g.astype(np.float64) for name, g in grads.items()}, 0.01)
     tolerance = {"float64": 1e-14, "float32": 1e-6, "bfloat16": 3 * 2**-8}[storage]
     for name, p in params.items():
         assert p.dtype == DTYPES[storage]
-        assert np.max(np.abs(p.astype(np.float64) - reference[name])) <= tolerance * np.max(np.abs(reference[name]))
+        error = np.abs(to_host(p).astype(np.float64) - reference[name])
+        assert np.max(error) <= tolerance * np.max(np.abs(reference[name]))
         np.testing.assert_allclose(
-            ours.first[name], theirs.first[name], rtol=0, atol=1e-6 if wide != np.float64 else 1e-15
+            to_host(ours.first[name]), theirs.first[name], rtol=0, atol=1e-6 if wide != np.float64 else 1e-15
         )
-    before = params["w"].copy()
+    before, grads = to_host(params["w"]).copy(), {name: to_device(g) for name, g in grads.items()}
     with pytest.raises(ValueError, match=r"w must be a parameter for a gradient of int64"):
-        ours.update(params, {"w": np.ones((5, 13), dtype=np.int64)}, 0.01)
+        ours.update(params, {"w": to_device(np.ones((5, 13), dtype=np.int64))}, 0.01)
     with pytest.raises(ValueError, match="norm and its gradient must be contiguous"):
-        ours.update(params, {"w": grads["w"], "norm": np.ones((3, 2), dtype=wide)[:, 0]}, 0.01)
+        ours.update(params, {"w": grads["w"], "norm": to_device(np.ones((3, 2), dtype=wide))[:, 0]}, 0.01)
     with pytest.raises(ValueError, match="learning_rate must be a finite number"):
         ours.update(params, grads, float("nan"))
-    assert np.array_equal(params["w"], before)
+    assert np.array_equal(to_host(params["w"]), before)
 
 
 def test_whole_model() -> None:

@@ -40,6 +40,7 @@ def test_wheel_holds_all_and_nothing_else(wheel: Path) -> None:
     assert {name.split("/")[0] for name in names} == {"refimpl", f"deepseek_refimpl-{refimpl.__version__}.dist-info"}
     wanted = {str(p.relative_to(ROOT)) for p in (ROOT / "refimpl").rglob("*.py")}
     wanted |= {f"refimpl/kernels/src/{p.name}" for p in (ROOT / "kernels").iterdir() if p.is_file()}
+    wanted |= {f"refimpl/kernels/src/ladder/{p.name}" for p in (ROOT / "kernels" / "ladder").iterdir()}
     assert wanted | {"refimpl/py.typed"} <= set(names)
 
 

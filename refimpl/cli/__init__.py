@@ -10,10 +10,10 @@ import os
 import sys
 
 from ..errors import CouldNotRun
-from . import conventions, count, generate, grads, memory, verify  # each adds its commands to the app
+from . import bench, conventions, count, generate, grads, memory, verify  # each adds its commands to the app
 from .app import app
 
-__all__ = ["app", "conventions", "count", "generate", "grads", "main", "memory", "verify"]
+__all__ = ["app", "bench", "conventions", "count", "generate", "grads", "main", "memory", "verify"]
 
 
 def main() -> None:

@@ -19,7 +19,9 @@ from typing import Any
 from ..errors import CouldNotRun
 from . import SOURCE
 
-__all__ = ["STEMS", "STORAGE", "TARGETS", "BuildError", "Module", "Usage", "cache_folder", "compile_kernel"]
+__all__ = [
+    "STEMS", "STORAGE", "TARGETS", "BuildError", "Module", "Usage", "cache_folder", "compile_kernel", "nvrtc_version",
+]  # fmt: skip
 
 TARGETS = ("sm_80", "sm_90", "sm_90a", "sm_100")
 STORAGE = ("float64", "float32", "bfloat16")
@@ -110,6 +112,12 @@ def build(stem: str, target: str, storage: str, source: str) -> Module:
                 raise
     ptx_text, log_text = (folder / "kernel.ptx").read_text(), (folder / "log").read_text()
     return Module(stem, target, storage, ptx_text, log_text, folder / "kernel.cubin")
+
+
+def nvrtc_version() -> str:
+    """``13.0``; CouldNotRun if there is no NVRTC."""
+    nvrtc = _nvrtc()
+    return "{}.{}".format(*_ok(nvrtc, nvrtc.nvrtcVersion()))
 
 
 def _nvrtc() -> Any:

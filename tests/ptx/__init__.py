@@ -31,6 +31,7 @@ def run(
     uninitialised: Sequence[np.ndarray] = (),
     races: bool = True,
     limit: int = 10_000_000,
+    sectors: bool = False,
 ) -> Report:
     """Execute a kernel; arrays among the arguments are read and written in place.
 
@@ -38,8 +39,8 @@ def run(
     given twice is one allocation, one that isn't writeable may not be written. For kernels with numba's calling
     convention an array stands for its 5 + 2·ndim words. shared: bytes of dynamic shared memory. seed: fixes the order
     of warps and the errors of approximations. uninitialised: arrays among the arguments whose bytes may not be read
-    before they are written. races: look for them. limit: of steps, to end endless loops. Raises PTXError for what the
-    kernel does wrong, ValueError for wrong arguments.
+    before they are written. races: look for them. limit: of steps, to end endless loops. sectors: count them. Raises
+    PTXError for what the kernel does wrong, ValueError for wrong arguments.
     """
     module = parse(ptx)
     if kernel not in module.functions or not module.functions[kernel].entry:
@@ -70,6 +71,7 @@ def run(
         machine = Machine(module, function, *shape, memory, parameters, shared, seed, limit, races)
         blocks = int(np.prod(shape[0]))
         chunk = max(1, min(blocks, MOST_LANES // (32 * machine.warps)))
+        machine.counts_sectors = sectors
         machine.prepare(chunk)
         numbers = machine.rng.permutation(blocks)
         try:

@@ -220,6 +220,7 @@ def load(m: Machine, operands: tuple, mods: Modifiers) -> Step:
                     checks_races(m, arena, strong) and not constant, constant,
                 )  # fmt: skip
                 m.report.read[arena.name] += size * len(position)
+                m.touch(arena, at, position)
             first = position // item
             for i, write in enumerate(writers):
                 write(at, arena.views[item][first + i].view(dtype))
@@ -256,6 +257,7 @@ def store(m: Machine, operands: tuple, mods: Modifiers) -> Step:
                     m.fail(at, lost, lambda j: "race: another thread writes another value here by the same instruction")
             arena.valid[arena.spread(position, size)] = True
             m.report.written[arena.name] += size * len(position)
+            m.touch(arena, at, position)
 
     return step
 

@@ -36,6 +36,7 @@ class Report:
     read: Counter[str] = field(default_factory=Counter)
     written: Counter[str] = field(default_factory=Counter)
     longest_warp: int = 0
+    sectors: int = 0  # 32-byte pieces of global memory that each warp's access touches, if they are counted
 
 
 class Machine:
@@ -65,6 +66,7 @@ class Machine:
         self.arenas |= {"shared": self.shared, "local": self.local}
         self.symbols: dict[str, tuple[Arena, int]] = {n: (memory, GLOBAL_START + o) for n, o in memory.offsets.items()}
         self.lay_out(shared)
+        self.counts_sectors = False
         self.fenced = any(i.opcode.startswith(("membar", "fence")) for i in self.program)
 
     def lay_out(self, dynamic: int) -> None:
@@ -297,6 +299,12 @@ class Machine:
                     np.array(stuck[:1]), None, lambda i: "barrier in divergent code: the rest of the warp went on"
                 )
         self.state[lanes] = EXITED
+
+    def touch(self, arena: Arena, lanes: Lanes, position: Array) -> None:
+        """Count the sectors of one access (of at most 16 bytes, so each lane's lies in one)."""
+        if self.counts_sectors and arena is self.memory:
+            warp = self.thread[lanes] >> 5
+            self.report.sectors += len(np.unique(warp * (arena.stride // 32) + position // 32))
 
     def register(self, operand: Register) -> Array:
         """The array of a register over all lanes: bits, or bool for predicates."""

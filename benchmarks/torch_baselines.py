@@ -1,0 +1,204 @@
+"""Torch's side of `refimpl bench --gpu`: the same work on the same inputs, eager and compiled. Not part of the package.
+
+Loaded by its path from refimpl/bench/run.py where torch is installed. Each baseline is what someone who is after speed
+writes with torch's own functions: its fused RMSNorm, cross-entropy and AdamW where it has one.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch._functorch.config
+from torch.nn import functional
+
+VERSION = torch.__version__
+EPS = 1e-6
+TOP_K, GROUPS, KEEP_GROUPS, SCALE = 8, 8, 4, 2.5
+CLIP, KL_WEIGHT = 0.2, 0.04
+
+Call = Callable[[], object]
+Transform = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def rms_norm(x: Any, w: Any) -> Any:
+    return functional.rms_norm(x, (x.shape[-1],), w, EPS)
+
+
+def rope(x: Any, cos: Any, sin: Any) -> Any:
+    """Interleaved pairs; x [1, T, H, R], cos and sin [T, R / 2]."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    c, s = cos[None, :, None, :], sin[None, :, None, :]
+    a, b = pairs[..., 0], pairs[..., 1]
+    return torch.stack((a * c - b * s, a * s + b * c), dim=-1).flatten(-2).to(x.dtype)
+
+
+def swiglu(gate: Any, up: Any) -> Any:
+    return functional.silu(gate) * up
+
+
+def gate(logits: Any, bias: Any) -> Any:
+    scores = logits.sigmoid()
+    grouped = (scores + bias).unflatten(-1, (GROUPS, -1))
+    best = grouped.topk(2, dim=-1).values.sum(-1).topk(KEEP_GROUPS, dim=-1, sorted=False).indices
+    keep = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter_(-1, best, True)
+    chosen = grouped.masked_fill(~keep[..., None], float("-inf")).flatten(-2).topk(TOP_K, dim=-1).indices
+    weights = scores.gather(-1, chosen)
+    return SCALE * weights / weights.sum(-1, keepdim=True), chosen
+
+
+def permute(x: Any, order: Any) -> Any:
+    return x.index_select(0, order // TOP_K)
+
+
+def combine(rows: Any, where: Any, weights: Any) -> Any:
+    own = rows.index_select(0, where).unflatten(0, (-1, TOP_K))
+    return (own * weights[..., None]).sum(1).to(rows.dtype)
+
+
+def cross_entropy(logits: Any, targets: Any) -> Any:
+    return functional.cross_entropy(logits, targets)
+
+
+def grpo(log_prob: Any, old: Any, reference: Any, advantages: Any) -> Any:
+    ratio, a = (log_prob - old).exp(), advantages[:, None]
+    objective = torch.minimum(ratio * a, ratio.clamp(1 - CLIP, 1 + CLIP) * a)
+    u = reference - log_prob
+    return -(objective - KL_WEIGHT * (torch.expm1(u) - u)).mean(1).mean()
+
+
+def adamw(p: Any, g: Any, m: Any, v: Any) -> None:
+    """The third step, say: the corrections are constants."""
+    m.lerp_(g, 0.1)
+    v.lerp_(g * g, 0.05)
+    p.mul_(1 - 1e-3 * 0.1).sub_(1e-3 * (m / 0.271) / ((v / 0.142625).sqrt() + 1e-8))
+
+
+def forward_of(function: Callable[..., Any]) -> Callable[..., Call]:
+    def prepare(transform: Transform, *inputs: Any) -> Call:
+        changed = transform(function)
+
+        def call() -> object:
+            with torch.no_grad():
+                return changed(*inputs)
+
+        return call
+
+    return prepare
+
+
+def backward_of(function: Callable[..., Any], differentiable: int) -> Callable[..., Call]:
+    """The last input is the cotangent of the one output."""
+
+    def prepare(transform: Transform, *inputs: Any) -> Call:
+        *given, dy = inputs
+        for x in given[:differentiable]:
+            x.requires_grad_(True)
+        y = transform(function)(*given)
+        return lambda: torch.autograd.grad(y, given[:differentiable], dy, retain_graph=True)
+
+    return prepare
+
+
+def both_of(function: Callable[..., Any]) -> Callable[..., Call]:
+    """Forward and backward of a scalar, in the first input."""
+
+    def prepare(transform: Transform, *inputs: Any) -> Call:
+        changed = transform(function)
+        inputs[0].requires_grad_(True)
+        return lambda: torch.autograd.grad(changed(*inputs), inputs[0])
+
+    return prepare
+
+
+def rope_backward(transform: Transform, dy: Any, cos: Any, sin: Any) -> Call:
+    return backward_of(rope, 1)(transform, torch.empty_like(dy).normal_(), cos, sin, dy)
+
+
+def adamw_step(transform: Transform, p: Any, g: Any) -> Call:
+    if transform is not eager:
+        m, v = torch.zeros_like(p), torch.zeros_like(p)
+        return forward_of(adamw)(transform, p, g, m, v)
+    p = p.requires_grad_(True)
+    p.grad = g
+    return torch.optim.AdamW([p], lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True, capturable=True).step
+
+
+def eager(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
+BASELINES: dict[str, Callable[..., Call]] = {
+    "RMSNorm forward": forward_of(rms_norm),
+    "RMSNorm backward": backward_of(rms_norm, 2),
+    "RoPE forward": forward_of(rope),
+    "RoPE backward": rope_backward,
+    "SwiGLU forward": forward_of(swiglu),
+    "SwiGLU backward": backward_of(swiglu, 2),
+    "gate top-k": forward_of(gate),
+    "MoE permute": forward_of(permute),
+    "MoE combine": forward_of(combine),
+    "CE forward + backward in place": both_of(cross_entropy),
+    "GRPO from log-probabilities": both_of(grpo),
+    "AdamW step": adamw_step,
+}
+"""By the rows' names: from a transform (`eager`, torch.compile) and the inputs, the call that is timed."""
+
+
+class TorchDevice:
+    """`refimpl.bench.measure.Device` by torch: a stream, its graphs, its events, its allocator's own peak."""
+
+    def __init__(self) -> None:
+        torch._functorch.config.donated_buffer = False  # a compiled backward is called more than once here
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
+        self.stream = torch.cuda.Stream()
+
+    def baseline(self, name: str, arrays: Sequence[Any], compiled: bool) -> Call:
+        """The call, made twice already: compiling and allocating are over."""
+        tensors = [tensor(x) for x in arrays]
+        with torch.cuda.stream(self.stream):
+            call = BASELINES[name](torch.compile if compiled else eager, *tensors)
+            for _ in range(2):
+                call()
+        self.stream.synchronize()
+        return call
+
+    def capture(self, calls: Sequence[Call]) -> Call:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            for call in calls:
+                call()
+        return graph.replay
+
+    def seconds(self, call: Call) -> float:
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.stream(self.stream):
+            before.record()
+            call()
+            after.record()
+        after.synchronize()
+        return before.elapsed_time(after) / 1e3
+
+    def free(self) -> None:
+        """Leave the memory to others: CuPy's next row needs it."""
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def peak(self, call: Call) -> int:
+        self.stream.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        with torch.cuda.stream(self.stream):
+            call()
+        self.stream.synchronize()
+        return int(torch.cuda.max_memory_allocated() - start)
+
+
+def tensor(x: Any) -> Any:
+    """A tensor on the memory of a CuPy array; bfloat16 by way of int16, which DLPack has in every version."""
+    if str(x.dtype) == "bfloat16":
+        return torch.from_dlpack(x.view("int16")).view(torch.bfloat16)
+    return torch.from_dlpack(x)

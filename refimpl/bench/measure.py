@@ -1,0 +1,124 @@
+"""How a row is measured, on whatever `Device` answers: many calls in one graph, inputs that no cache holds, a median.
+
+The kernels of a call are recorded once and then repeated as they were launched, so that Python's own time is not in
+the numbers. A baseline is captured into a graph in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..array import Array
+from ..kernels.compile import Module
+from ..kernels.launch import Launch
+
+__all__ = ["RUNS", "Device", "Recorder", "Times", "copies", "measure", "repeats", "summary"]
+
+RUNS = 30  # samples of each number; at least 20
+SAMPLE = 1e-3  # seconds that one sample lasts at least: an event's resolution and the launch of a graph are lost in it
+MOST_CALLS = 2000  # in one graph
+CACHES = 3  # times the cache that pass between two uses of the same input
+
+Call = Callable[[], object]
+
+
+class Device(Protocol):
+    """What captures calls and times them; CuPy's streams (`refimpl.bench.device`), or torch's."""
+
+    def capture(self, calls: Sequence[Call]) -> Call:
+        """One call that repeats all of them on the device."""
+
+    def seconds(self, call: Call) -> float:
+        """Between an event before the call and one after it."""
+
+    def peak(self, call: Call) -> int:
+        """The most bytes that were taken at a time for the call, beyond what there was before."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one call."""
+
+    median: float
+    low: float  # a tenth of the samples is faster
+    high: float  # a tenth is slower
+
+
+def summary(samples: Sequence[float]) -> Times:
+    """Median and spread; ValueError for fewer than 20 samples, or one that is no positive number."""
+    if len(samples) < 20:
+        raise ValueError(f"samples must be at least 20, got {len(samples)}")
+    if not all(np.isfinite(x) and x > 0 for x in samples):
+        raise ValueError(f"samples must be positive numbers, got {min(samples)} … {max(samples)}")
+    low, median, high = (float(np.quantile(samples, q)) for q in (0.1, 0.5, 0.9))
+    return Times(median, low, high)
+
+
+def copies(bytes_of_a_call: int, cache: int) -> int:
+    """How many sets of inputs to go round, so that `CACHES` times the cache's bytes pass before a set comes back."""
+    return max(1, ceil(CACHES * cache / bytes_of_a_call))
+
+
+def repeats(seconds: float, calls: int) -> int:
+    """How often ``calls``, which take so long together, go into a sample for it to last `SAMPLE`."""
+    return max(1, min(ceil(SAMPLE / seconds), MOST_CALLS // calls))
+
+
+def measure(device: Device, calls: Sequence[Call], runs: int = RUNS, reset: Call | None = None) -> Times:
+    """The time of one of ``calls``, which do the same on sets of inputs of their own, one after the other.
+
+    ``reset`` is called before each sample, outside its events, and then a sample makes each call once: for work that
+    overwrites its inputs with what would be no fair input of the next call.
+    """
+    once = device.capture(calls)
+    device.seconds(once)  # the first time is a warm-up
+    number = 1 if reset else repeats(device.seconds(once), len(calls))
+    all_of_them = once if number == 1 else device.capture([*calls] * number)
+    device.seconds(all_of_them)
+    samples = []
+    for _ in range(runs):
+        if reset:
+            reset()
+        samples.append(device.seconds(all_of_them) / (number * len(calls)))
+    return summary(samples)
+
+
+class Recorder:
+    """A launch that keeps what it launched, to be launched again without the host code around it."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch, self.target = launch, launch.target
+        self.launched: list[tuple[Any, ...]] | None = None  # what is kept stays in memory: only in `record`
+
+    def __call__(
+        self, module: Module, kernel: str, grid: tuple[int, ...], block: tuple[int, ...], arguments: Sequence[Any], *,
+        shared: int = 0,
+    ) -> None:  # fmt: skip
+        if self.launched is not None:
+            self.launched.append((module, kernel, grid, block, arguments, shared))
+        self.launch(module, kernel, grid, block, arguments, shared=shared)
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
+        return self.launch.empty(shape, dtype, like)
+
+    def record(self, call: Call) -> Call:
+        """Make the call; a function that launches the kernels which that launched, on the same arrays."""
+        launched: list[tuple[Any, ...]] = []
+        self.launched, launch = launched, self.launch
+        try:
+            call()
+        finally:
+            self.launched = None
+        if not launched:
+            raise ValueError("call must launch at least one kernel, got none")
+
+        def again() -> None:
+            for module, kernel, grid, block, arguments, shared in launched:
+                launch(module, kernel, grid, block, arguments, shared=shared)
+
+        return again

@@ -1,0 +1,188 @@
+"""What one run found, as a file under benchmarks/results, and the table of kernels/README.md made from all of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..kernels.compile import TARGETS
+from .measure import Times
+from .rows import ROWS, Row, Sizes
+
+__all__ = ["Measured", "Results", "file_name", "line_of", "read_results", "render", "shape_of"]
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One row on one device. Times are seconds a call; None where there is no baseline, and `notes` say why."""
+
+    name: str
+    shape: str
+    storage: str
+    bytes: int  # the least that must move
+    ours: Times
+    peak: int  # bytes taken beyond the inputs, results included
+    error: float  # against the float64 reference: of the largest value
+    eager: Times | None = None
+    eager_peak: int | None = None
+    compiled: Times | None = None
+    compiled_peak: int | None = None
+    notes: tuple[str, ...] = ()
+
+    def floor(self, copy: float) -> float:
+        """Seconds that the bytes take at the rate of the card's own copy, in bytes a second."""
+        return self.bytes / copy
+
+    def share(self, copy: float) -> float:
+        """How much of that rate is reached, 1 being all."""
+        return self.floor(copy) / self.ours.median
+
+    @property
+    def ratio(self) -> float | None:
+        """Our time over that of the faster baseline."""
+        baselines = [t.median for t in (self.eager, self.compiled) if t is not None]
+        return self.ours.median / min(baselines) if baselines else None
+
+
+@dataclass(frozen=True)
+class Results:
+    """One run on one device."""
+
+    device: str
+    driver: str
+    date: str  # of the day, YYYY-MM-DD, UTC
+    commit: str
+    versions: dict[str, str]
+    cache: int  # bytes of the last-level cache
+    copy: float  # bytes a second, read and written, of the card's own copy
+    matrix: float  # flop a second of a bfloat16 matrix product
+    rows: list[Measured] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is written: the fields, and for the reader what follows from them."""
+        content = {"schema": SCHEMA, **asdict(self)}
+        for row, written in zip(self.rows, content["rows"], strict=True):
+            written["notes"] = list(row.notes)
+            written |= {"floor": row.floor(self.copy), "share": row.share(self.copy), "ratio": row.ratio}
+        return content
+
+    @classmethod
+    def from_json(cls, content: Any) -> Results:
+        """Of `to_json`; ValueError unless it is just that."""
+        try:
+            given = {key: value for key, value in content.items() if key != "schema"}
+            rows = [_measured(row) for row in given.pop("rows")]
+            results = cls(**given, rows=rows)
+            same = results.to_json() == content
+        except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
+            raise ValueError(f"results must have the fields that refimpl bench writes: {error}") from error
+        if not same:
+            raise ValueError("results must be as refimpl bench wrote them: a derived number or the schema differs")
+        return results
+
+
+def _measured(row: dict[str, Any]) -> Measured:
+    given = {key: value for key, value in row.items() if key not in ("floor", "share", "ratio")}
+    for name in ("ours", "eager", "compiled"):
+        given[name] = None if given[name] is None else Times(**given[name])
+    return Measured(**given | {"notes": tuple(given["notes"])})
+
+
+def file_name(device: str, date: str) -> str:
+    """``nvidia-h100-80gb-hbm3-2026-11-30.json``."""
+    return f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}-{date}.json"
+
+
+def read_results(folder: Path) -> list[Results]:
+    """All files of the folder, the latest of each device; ValueError that names a file which is none of ours."""
+    latest: dict[str, Results] = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            results = Results.from_json(json.loads(path.read_text()))
+        except ValueError as error:
+            raise ValueError(f"{path.name}: {error}") from error
+        if path.name != file_name(results.device, results.date):
+            raise ValueError(f"{path.name}: must be called {file_name(results.device, results.date)}")
+        if results.device not in latest or latest[results.device].date < results.date:
+            latest[results.device] = results
+    return [latest[device] for device in sorted(latest)]
+
+
+def shape_of(row: Row, sizes: Sizes) -> str:
+    """The row's shape in numbers: ``4096 × 7168``."""
+    return re.sub(r"[a-z_]+", lambda name: str(getattr(sizes, name[0])), row.shape)
+
+
+HEAD = (
+    "kernel", "shape", "type", "at least", "device", "ours", "floor", "share", "torch eager", "torch.compile",
+    "ours ÷ best of torch", "memory, ours / eager / compiled", "error",
+)  # fmt: skip
+
+
+def render(all_results: Sequence[Results]) -> str:
+    """The Markdown of kernels/README.md: a line for each row and device, and what was not measured."""
+    sizes = Sizes()
+    lines = [f"Targets of every kernel: {', '.join(TARGETS)}.", ""]
+    lines += [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
+    for row in ROWS.values():
+        link = f"[{row.name}]({row.stem}.cu)"
+        begin = [link, shape_of(row, sizes), row.storage, f"{row.formula} = {_bytes(row.bytes(sizes))}"]
+        found = [(r, m) for r in all_results for m in r.rows if m.name == row.name]
+        if not found:
+            lines.append(f"| {' | '.join([*begin, 'not measured yet', *['–'] * (len(HEAD) - 5)])} |")
+        for results, measured in found:
+            lines.append(f"| {' | '.join([*begin, results.device, *_cells(measured, results.copy)])} |")
+    for results in all_results:
+        versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
+        lines += [
+            "",
+            f"{results.device}: its own copy {results.copy / 1e12:.2f} TB/s, its bfloat16 product "
+            f"{results.matrix / 1e12:.0f} TFLOP/s, driver {results.driver}, {versions}; commit {results.commit}, "
+            f"{results.date}.",
+        ]
+        lines += [f"{m.name}: {note}." for m in results.rows for note in m.notes]
+    return "\n".join(lines) + "\n"
+
+
+def line_of(m: Measured, copy: float) -> str:
+    """One row on a terminal, what has no baseline left out."""
+    ours, floor, share, eager, compiled, ratio, memory, error = _cells(m, copy)
+    parts = [f"{ours}, floor {floor} ({ROWS[m.name].formula}), {share} of it"]
+    parts += [f"torch {eager}"] if m.eager else []
+    parts += [f"torch.compile {compiled}"] if m.compiled else []
+    parts += [f"{ratio} x the best"] if m.ratio else []
+    parts += [f"memory {memory}", f"error {error}", *m.notes]
+    return f"{m.name} {m.shape} {m.storage}: {'; '.join(parts)}"
+
+
+def _cells(m: Measured, copy: float) -> list[str]:
+    memory = " / ".join("–" if x is None else _bytes(x) for x in (m.peak, m.eager_peak, m.compiled_peak))
+    return [
+        _time(m.ours), _seconds(m.floor(copy)), f"{100 * m.share(copy):.0f} %", _time(m.eager), _time(m.compiled),
+        "–" if m.ratio is None else f"{m.ratio:.2f}", memory, f"{m.error:.1e}",
+    ]  # fmt: skip
+
+
+def _time(t: Times | None) -> str:
+    return "–" if t is None else f"{_seconds(t.median)} ({_seconds(t.low)} … {_seconds(t.high)})"
+
+
+def _seconds(x: float) -> str:
+    """Three digits, in µs or ms."""
+    unit, scale = ("µs", 1e6) if x < 1e-3 else ("ms", 1e3)
+    return f"{_digits(x * scale)} {unit}"
+
+
+def _bytes(x: float) -> str:
+    unit, scale = next((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1)) if x >= s or s == 1)
+    return f"{_digits(x / scale)} {unit}"
+
+
+def _digits(x: float) -> str:
+    return f"{x:.2f}" if x < 10 else f"{x:.1f}" if x < 100 else f"{x:.0f}"

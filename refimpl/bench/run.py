@@ -1,0 +1,143 @@
+"""All rows on one device, beside torch if that is there."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from .. import __version__
+from ..errors import CouldNotRun
+from ..kernels import SOURCE
+from ..kernels.compile import nvrtc_version
+from .measure import RUNS, Times, copies, measure
+from .results import Measured, Results, shape_of
+from .rows import ROWS, Maker, Row, Sizes
+
+__all__ = ["BASELINES", "baselines", "header", "measure_row", "measure_rows", "most_error", "select_rows"]
+
+BASELINES = SOURCE.parent / "benchmarks" / "torch_baselines.py"  # in a checkout alone: the package names no torch
+UNITS = {"bfloat16": 1, "float32": 64}  # of the type, of the largest value: rounding once, and sums
+
+
+def select_rows(names: Sequence[str]) -> list[Row]:
+    """The rows by name; all of them if there are no names. CouldNotRun for one that does not exist."""
+    unknown = [name for name in names if name not in ROWS]
+    if unknown:
+        raise CouldNotRun(f"unknown row {', '.join(unknown)}; there are {', '.join(ROWS)}")
+    return [row for row in ROWS.values() if row.name in names or not names]
+
+
+def most_error(storage: str) -> float:
+    """Above this a row does not hold, however fast it is."""
+    import ml_dtypes
+
+    information: Any = ml_dtypes.finfo
+    return UNITS[storage] * float(information(number_type(storage)).eps)
+
+
+def number_type(storage: str) -> Any:
+    """The dtype of a name."""
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16 if storage == "bfloat16" else storage)
+
+
+def baselines(path: Path = BASELINES) -> tuple[ModuleType | None, str]:
+    """The module of torch's side and its version, or None and why there is none."""
+    if not path.is_file():
+        return None, f"{path.name} is not there: run from a checkout"
+    if importlib.util.find_spec("torch") is None:
+        return None, "torch is not installed"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise CouldNotRun(f"{path} can't be loaded")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module, str(module.VERSION)
+
+
+def header(device: Any, torch_version: str | None, commit: str | None) -> Results:
+    """A run without rows yet: what and where, and the ceilings, which are measured here."""
+    versions = {"refimpl": __version__, "Python": platform.python_version(), "NumPy": np.__version__}
+    versions |= {"NVRTC": nvrtc_version(), **device.versions()} | ({"torch": torch_version} if torch_version else {})
+    copy, matrix = device.ceilings()
+    date = datetime.now(UTC).strftime("%Y-%m-%d")
+    return Results(
+        device.name, device.driver(), date, commit or commit_of_checkout(), versions, device.cache, copy, matrix
+    )
+
+
+def commit_of_checkout() -> str:
+    """Of the sources that run, marked if they were changed since; ``unknown`` where git can't say."""
+    command = ["git", "-C", str(SOURCE.parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def measure_rows(
+    device: Any, rows: Sequence[Row], torch: ModuleType | None, sizes: Sizes | None = None, runs: int = RUNS
+) -> Iterator[Measured]:
+    """Each row, as soon as it is measured."""
+    for row in rows:
+        try:
+            yield measure_row(device, row, torch, sizes or Sizes(), runs)
+        except device.out_of_memory as error:
+            raise CouldNotRun(f"{row.name} and its float64 reference don't fit on {device.name}: {error}") from error
+        device.free()
+
+
+def measure_row(device: Any, row: Row, torch: ModuleType | None, sizes: Sizes, runs: int) -> Measured:
+    """One row: its error first, then our time and memory, then torch's on the same inputs.
+
+    What torch can't do becomes a note; whatever our side can't do is an error.
+    """
+    notes: list[str] = []
+    with device.stream:
+        works = [
+            row.make(Maker(device.launch, device.xp, sizes, number_type(row.storage), seed))
+            for seed in range(copies(row.bytes(sizes), device.cache))
+        ]
+        error = works[0].check()
+        resets = [work.reset for work in works if work.reset]
+
+        def reset() -> None:
+            for each in resets:
+                each()
+
+        calls = [device.launch.record(work.run) for work in works]
+        ours = measure(device, calls, runs, reset if resets else None)
+        peak = device.peak(works[0].run)
+        reset()
+    device.free()
+    found: dict[str, tuple[Times | None, int | None]] = {"eager": (None, None), "compiled": (None, None)}
+    for how in found if torch is not None else ():
+        try:
+            found[how] = _baseline(torch, row.name, [work.inputs for work in works], how == "compiled", runs)
+        except Exception as raised:  # torch's own failure is no reason to lose our numbers
+            notes.append(f"torch {how}: {type(raised).__name__}: {(str(raised) or 'no message').splitlines()[0]}")
+    return Measured(
+        row.name, shape_of(row, sizes), row.storage, row.bytes(sizes), ours, peak, error,
+        *found["eager"], *found["compiled"], tuple(notes),
+    )  # fmt: skip
+
+
+def _baseline(
+    torch: ModuleType | None, name: str, inputs: Sequence[tuple[Any, ...]], compiled: bool, runs: int
+) -> tuple[Times, int]:
+    side: Any = torch
+    device = side.TorchDevice()
+    calls: list[Callable[[], object]] = [device.baseline(name, arrays, compiled) for arrays in inputs]
+    found = measure(device, calls, runs), device.peak(calls[0])
+    calls.clear()
+    device.free()
+    return found

@@ -1,0 +1,85 @@
+"""``refimpl bench``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..bench.measure import RUNS
+from ..bench.results import file_name, line_of, read_results, render
+from ..bench.run import baselines, header, measure_rows, most_error, select_rows
+from ..errors import CouldNotRun
+from .app import Json, app, check_writable, console, replace_json
+
+RESULTS = Path("benchmarks/results")
+
+
+@app.command()
+def bench(
+    rows: Annotated[list[str] | None, typer.Argument(help="Rows, by the names in the table; default: all.")] = None,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Measure the kernels on the GPU at hand.")] = False,
+    table: Annotated[bool, typer.Option("--table", help="Print kernels/README.md's table from all results.")] = False,
+    results: Annotated[Path, typer.Option(help="Folder of the results of each device and day.")] = RESULTS,
+    runs: Annotated[int, typer.Option(help="Samples of each time, at least 20.")] = RUNS,
+    commit: Annotated[str | None, typer.Option(help="Of this checkout, where git can't say.")] = None,
+    json_file: Json = None,
+) -> None:
+    """Measure the kernels on a GPU: time, floor, torch if it is there, memory, error; or show what was measured.
+
+    A run of all rows is kept as <results>/<device>-<date>.json; a run of some rows only with --json.
+    """
+    if gpu == table:
+        raise CouldNotRun("bench needs one of --gpu (measure) and --table (what was measured)")
+    if table:
+        print(_table(results), end="")
+        return
+    raise typer.Exit(_measure(rows or [], results, runs, commit, json_file))
+
+
+def _table(folder: Path) -> str:
+    try:
+        return render(read_results(folder))
+    except ValueError as error:
+        raise CouldNotRun(f"--results {folder}: {error}") from error
+
+
+def _measure(names: list[str], folder: Path, runs: int, commit: str | None, json_file: Path | None) -> int:
+    """Measure, show each row as it comes, write the file; the exit code."""
+    chosen = select_rows(names)
+    if runs < 20:
+        raise CouldNotRun(f"--runs must be at least 20, got {runs}")
+    if json_file is not None:
+        check_writable(json_file)
+    from ..bench.device import CupyDevice
+
+    device = CupyDevice()
+    if not names and json_file is None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CouldNotRun(f"--results {folder} can't be made: {error.strerror}") from error
+        check_writable(folder / "results.json")
+    torch, version = baselines()
+    out = console()
+    found = header(device, version if torch else None, commit)
+    out.print(f"{found.device}, driver {found.driver}, commit {found.commit}, {found.date}", markup=False)
+    out.print(", ".join(f"{name} {v}" for name, v in found.versions.items()), markup=False)
+    out.print(f"its own copy {found.copy / 1e12:.2f} TB/s, bfloat16 product {found.matrix / 1e12:.0f} TFLOP/s")
+    if torch is None:
+        out.print(f"no baselines: {version}", markup=False)
+    wrong = []
+    for measured in measure_rows(device, chosen, torch, runs=runs):
+        found = replace(found, rows=[*found.rows, measured])
+        out.print(line_of(measured, found.copy), markup=False)
+        if not measured.error <= most_error(measured.storage):
+            wrong.append(measured.name)
+    for name in wrong:
+        out.print(f"DOES NOT HOLD: {name}: its error is above the bound", markup=False)
+    path = json_file or (None if names or wrong else folder / file_name(found.device, found.date))
+    if path is not None:
+        replace_json(path, found.to_json())
+        out.print(f"written: {path}", markup=False)
+    return int(bool(wrong))
