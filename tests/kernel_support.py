@@ -28,14 +28,15 @@ LUCK, HALF_UNIT = 8, 2.0**-24
 WIDE = {"float64": np.float64, "float32": np.float32, "bfloat16": np.float32}
 
 
-class InterpreterLaunch(ptx.InterpreterLaunch):
+class InterpreterLaunch:
     """Executes kernels from their PTX, on NumPy arrays. What they shall write is NaN (or all ones) before, and reading
     it before that is an error."""
 
     target = "sm_90"
 
     def __init__(self, seed: int = 0) -> None:
-        super().__init__(seed)
+        self.seed = seed
+        self.reports: list[tuple[str, ptx.Report]] = []
         self.unwritten: list[np.ndarray] = []
 
     def __call__(

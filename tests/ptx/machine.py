@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from . import instructions
-from .memory import GLOBAL_START, Arena, Order
-from .parse import DTYPES, Function, Immediate, Instruction, Module, Not, Operand, PTXError, Register, Symbol, Variable
+from .memory import Arena, Order
+from .parse import DTYPES, Immediate, Instruction, Kernel, Operand, PTXError, Register, Symbol, Variable
 
 Array = np.ndarray
 Lanes = slice | Array
@@ -35,121 +35,100 @@ class Report:
     barriers: int = 0
     read: Counter[str] = field(default_factory=Counter)
     written: Counter[str] = field(default_factory=Counter)
-    longest_warp: int = 0
     sectors: int = 0  # 32-byte pieces of global memory that each warp's access touches, if they are counted
 
 
 class Machine:
-    """One kernel with memory laid out; `run_blocks` executes a chunk of blocks."""
+    """One kernel with memory laid out; `run` executes its blocks in chunks."""
 
     def __init__(
-        self, module: Module, kernel: Function, grid: tuple[int, int, int], block: tuple[int, int, int],
-        memory: Arena, parameters: Arena, shared: int, seed: int, limit: int, races: bool,
+        self, kernel: Kernel, grid: tuple[int, ...], block: tuple[int, ...], memory: Arena, order: Order,
+        *, seed: int, limit: int, races: bool, sectors: bool,
     ) -> None:  # fmt: skip
-        self.module, self.kernel, self.grid, self.block = module, kernel, grid, block
-        self.rng, self.seed, self.limit, self.races = np.random.default_rng(seed), seed, limit, races
-        self.threads = int(np.prod(block))
-        self.warps = -(-self.threads // 32)
+        self.kernel, self.grid, self.block, self.memory, self.order = kernel, grid, block, memory, order
+        self.seed, self.limit, self.counts_sectors = seed, limit, sectors
+        self.rng = np.random.default_rng(seed)
+        self.threads, self.warps = int(np.prod(block)), order.warps
+        self.blocks = max(1, min(int(np.prod(grid)), MOST_LANES // (32 * self.warps)))  # at once
         self.report = Report()
-        self.functions = reachable(module, kernel)
-        self.program: list[Instruction] = []
-        self.owner: list[Function] = []
-        self.start: dict[str, int] = {}
-        for function in self.functions:
-            self.start[function.name] = len(self.program)
-            self.program += [*function.instructions, Instruction("ret", (), None, 0, "ret; (end)", (0,))]
-            self.owner += [function] * (len(function.instructions) + 1)
-        self.memory, self.parameters = memory, parameters
-        granule = memory.granule
-        self.shared, self.local = Arena("shared", 0, granule), Arena("local", 0, granule)
-        self.arenas = {"global": memory, "const": memory, "param": parameters}
-        self.arenas |= {"shared": self.shared, "local": self.local}
-        self.symbols: dict[str, tuple[Arena, int]] = {n: (memory, GLOBAL_START + o) for n, o in memory.offsets.items()}
-        self.lay_out(shared)
-        self.counts_sectors = False
-        self.fenced = any(i.opcode.startswith(("membar", "fence")) for i in self.program)
+        self.program = [*kernel.instructions, Instruction("ret", (), None, 0, "ret; (end)")]
+        self.shared = Arena("shared", 0, memory.granule, order, races)
+        self.parameters = Arena("param", 4096, memory.granule)
+        self.arenas = {arena.name: arena for arena in (memory, self.shared, self.parameters)}
+        self.symbols: dict[str, int] = {}
 
-    def lay_out(self, dynamic: int) -> None:
-        """Places of shared and local variables and of functions' parameters."""
-        owned = [v for f in self.functions for v in f.variables.values()]
-        extern: list[Variable] = []
-        for variable in [*self.module.variables.values(), *owned]:
-            if variable.space == "shared" and variable.size is None:
-                extern.append(variable)
-            elif variable.space == "shared":
-                address = self.shared.add(variable.name, variable.size, variable.align)
-                self.symbols[variable.name] = self.shared, address
-            elif variable.space == "local" or (variable.space == "param" and variable not in self.kernel.parameters):
-                self.symbols[variable.name] = self.local, self.local.add(variable.name, variable.size, variable.align)
-            elif variable.space == "param":
-                self.symbols[variable.name] = self.parameters, self.parameters.offsets[variable.name]
-        align = max((v.align for v in extern), default=16)
-        start = self.shared.add("dynamic shared memory", dynamic, align)
-        self.symbols |= {v.name: (self.shared, start) for v in extern}
+    def lay_out(self, variables: list[Variable], dynamic: int, values: list[Array]) -> None:
+        """Places of shared variables, and of parameters with their bytes."""
+        for variable in variables:
+            if variable.size:
+                self.symbols[variable.name] = self.shared.add(*variable[::2], variable.align)
+        start = self.shared.add(
+            "dynamic shared memory", dynamic, max([v.align for v in variables if not v.size] or [16])
+        )
+        self.symbols |= {v.name: start for v in variables if not v.size}
+        self.shared.allocate(self.blocks)
+        for parameter in self.kernel.parameters:
+            self.symbols[parameter.name] = self.parameters.add(
+                parameter.name, parameter.size, parameter.align, read_only=True
+            )
+        self.parameters.allocate(1)
+        for parameter, data in zip(self.kernel.parameters, values, strict=True):
+            self.parameters.put(self.symbols[parameter.name], data)
+        self.dynamic = dynamic
 
-    def prepare(self, blocks: int) -> None:
-        """Arrays for `blocks` blocks at once, and the instructions bound to them."""
-        self.lanes = blocks * self.warps * 32
+    def run(self) -> Report:
+        self.lanes = self.blocks * self.warps * 32
         self.index = np.arange(self.lanes)
-        self.lane = (self.index & 31).astype(np.uint32)
+        self.lane = self.index & 31
         self.warp = self.index >> 5  # by place in the arrays
-        self.registers: dict[str, Array] = {}
-        self.special: dict[str, Array] = {}
-        self.shared.allocate(blocks)
-        self.local.allocate(self.lanes if self.local.offsets else 1, tracked=False)
-        self.order = Order(int(np.prod(self.grid)), self.warps)
-        self.pc = np.zeros(self.lanes, np.int64)
-        self.state = np.zeros(self.lanes, np.int8)
-        self.back = {f.name: np.zeros(self.lanes, np.int64) for f in self.functions}
-        self.barrier = np.zeros(self.lanes, np.int64)
-        self.expected = np.zeros(self.lanes, np.int64)
-        self.vote = np.zeros(self.lanes, bool)
-        self.finish: dict[int, tuple[Callable, str]] = {}
-        self.copy_group = np.zeros(self.lanes, np.int64)
-        self.carry = np.zeros(self.lanes, np.int64)
-        names = ("tid", "ntid", "ctaid", "nctaid")
-        for name in [f"%{n}.{axis}" for n in names for axis in "xyz"] + ["%laneid", "%warpid"]:
-            self.special[name] = np.zeros(self.lanes, np.uint32)
+        self.registers: dict[Register, Array] = {}
+        self.special = {
+            f"%{name}.{axis}": np.zeros(self.lanes, np.uint32)
+            for name in ("tid", "ntid", "ctaid", "nctaid")
+            for axis in "xyz"
+        }
         for axis, size, count in zip("xyz", self.block, self.grid, strict=True):
             self.special[f"%ntid.{axis}"][:] = size
             self.special[f"%nctaid.{axis}"][:] = count
-        self.special["%laneid"][:] = self.lane
-        one = np.uint32(1) << self.lane
-        masks = {"eq": one, "lt": one - 1, "le": one | (one - 1), "gt": ~(one | (one - 1)), "ge": ~(one - 1)}
-        self.special |= {f"%lanemask_{name}": mask.astype(np.uint32) for name, mask in masks.items()}
-        self.special["%dynamic_smem_size"] = np.full(self.lanes, self.shared.places[-1][1], np.uint32)
+        self.special["%dynamic_smem_size"] = np.full(self.lanes, self.dynamic, np.uint32)
+        self.pc = np.zeros(self.lanes, np.int64)
+        self.state = np.zeros(self.lanes, np.int8)
+        self.copy_group = np.zeros(self.lanes, np.int64)
         self.steps: list[instructions.Step] = []
         for place, instruction in enumerate(self.program):
             self.at = place
             self.steps.append(instructions.bind(self, instruction))
         self.counts = np.zeros(len(self.program), np.int64)
+        numbers = self.rng.permutation(int(np.prod(self.grid)))
+        for start in range(0, len(numbers), self.blocks):
+            self.run_blocks(numbers[start : start + self.blocks])
+        self.report.instructions = int(self.counts.sum())
+        for instruction, count in zip(self.program, self.counts, strict=True):
+            self.report.histogram[instruction.opcode] += int(count)
+        self.report.histogram = +self.report.histogram
+        return self.report
 
     def run_blocks(self, numbers: Array) -> None:
-        """Execute these blocks (linear numbers), at most as many as prepared for."""
-        blocks, warps = self.lanes // (32 * self.warps), self.warps
+        """Execute these blocks (linear numbers), at most as many as there are copies of shared memory."""
+        blocks, warps = self.blocks, self.warps
         first = self.rng.permuted(np.tile(np.arange(warps), (blocks, 1)), axis=1) < (warps + 1) // 2
         slots = np.argsort(~first.ravel(), kind="stable")  # warps in the order of their cohorts
         cut = int(first.sum()) * 32
         slot, warp = slots // warps, slots % warps
         self.copy = np.repeat(slot, 32)  # which copy of shared memory
-        thread = np.repeat(warp * 32, 32) + self.lane.astype(np.int64)
-        padded = np.resize(numbers, blocks)
-        self.block_number = padded[self.copy]
+        thread = np.repeat(warp * 32, 32) + self.lane
+        self.block_number = np.resize(numbers, blocks)[self.copy]
         self.thread = self.block_number * (warps * 32) + thread
         for name, linear, shape in (("tid", thread, self.block), ("ctaid", self.block_number, self.grid)):
             self.special[f"%{name}.x"][:] = linear % shape[0]
             self.special[f"%{name}.y"][:] = linear // shape[0] % shape[1]
             self.special[f"%{name}.z"][:] = linear // (shape[0] * shape[1])
-        self.special["%warpid"][:] = thread >> 5
         for register in self.registers.values():  # registers start as rubbish
             register.fill(0xAB if register.dtype != bool else True)
         self.shared.reset()
-        self.local.reset()
         self.pending: list[instructions.Copy] = []
         self.copy_group.fill(0)
-        self.arrived = np.zeros((blocks, 16), np.int64)
-        self.length = np.zeros(blocks * warps, np.int64)
-        self.pc.fill(self.start[self.kernel.name])
+        self.pc.fill(0)
         self.state[:] = np.where((thread < self.threads) & (self.copy < len(numbers)), RUN, EXITED)
         cohorts = [(0, cut), (cut, self.lanes)]
         while True:
@@ -157,8 +136,7 @@ class Machine:
                 self.run_cohort(*cohorts[number])
             if (self.state == EXITED).all():
                 break
-            self.release()
-        self.report.longest_warp = max(self.report.longest_warp, int(self.length.max()))
+            self.open_barriers()
 
     def run_cohort(self, low: int, high: int) -> None:
         """Run these lanes until each has exited or waits at a barrier."""
@@ -184,26 +162,22 @@ class Machine:
 
     def run_group(self, lanes: Lanes, pc: int, until: int) -> None:
         """Run lanes that are together until they part, wait, or reach lanes that wait for them."""
-        index = self.index[lanes]
+        count = len(self.index[lanes])
         self.first = self.at = pc
         self.check_limit(lanes)
-        executed = 0
         while pc < until:
             self.at = pc
-            executed += 1
-            self.counts[pc] += len(index)
+            self.counts[pc] += count
             self.order.now += 1
             following = self.steps[pc](lanes)
+            if following is STOP:
+                return
             if following is None:
                 pc += 1
-            elif following is STOP:
-                break
             else:
                 pc = following
                 self.check_limit(lanes)
-        else:
-            self.pc[lanes] = pc
-        self.length[np.unique(self.warp[lanes])] += executed
+        self.pc[lanes] = pc
 
     def check_limit(self, lanes: Lanes) -> None:
         if self.order.now > self.limit:
@@ -220,70 +194,34 @@ class Machine:
             self.run_group(lanes, int(place), int(place) + 1)
             if (self.state[lanes] != AT_WARP).any():
                 return True
-        lane = waiting[0]
-        self.at = int(self.pc[lane])
-        mates = self.index[self.warp == self.warp[lane]]
-        missing = mates[(self.state[mates] != EXITED) & (self.pc[mates] != self.at)]
-        where = f"{len(missing)} lanes of the warp are elsewhere" + (
-            f", the first at line {self.program[self.pc[missing[0]]].line}" if len(missing) else ""
-        )
-        self.fail(waiting[:1], None, lambda i: f"lanes missing: {where}, and this instruction waits for them for ever")
+        self.at = int(self.pc[waiting[0]])
+        message = "lanes missing: others of the warp are elsewhere, and this instruction waits for them for ever"
+        self.fail(waiting, None, lambda i: message)
+        return False
 
-    def arrive(self, lanes: Lanes, masks: Array | None) -> Lanes | None:
-        """Lanes whose whole warp (those in `masks` that have not exited) is here; the others wait.
+    def arrive(self, lanes: Lanes) -> Lanes | None:
+        """Lanes whose whole warp (all that have not exited) is here; the others wait.
 
         Returns the lanes that go on, or None; if these are not just `lanes`, their pc is set and the step must STOP.
         """
         index = self.index[lanes]
-        here = self.index[(self.state == AT_WARP) & (self.pc == self.at)]
         if isinstance(lanes, slice) and len(index) % 32 == 0 and lanes.start % 32 == 0:
-            if masks is None or (masks[lanes] == 0xFFFFFFFF).all():
-                return lanes
-        index = np.sort(np.concatenate([index, here])) if len(here) else index
-        bit = np.uint32(1) << self.lane
-        present, alive = (np.zeros(self.lanes // 32, np.uint32) for _ in range(2))
-        np.bitwise_or.at(present, self.warp[index], bit[index])
-        live = self.index[self.state != EXITED]
-        np.bitwise_or.at(alive, self.warp[live], bit[live])
-        mask = np.full(len(index), 0xFFFFFFFF, np.uint32) if masks is None else masks[index]
-        if (wrong := mask & bit[index] == 0).any():
-            self.fail(index, wrong, lambda i: f"the lane itself is not in its member mask {mask[i]:#x}")
-        warp = self.warp[index]
-        ready = mask & alive[warp] & ~present[warp] == 0
-        team, count = instructions.teams(self, index, mask)
-        members = np.bincount(team, 2.0 ** self.lane[index], count)[team].astype(np.uint32)
-        if (wrong := ready & (members != mask & alive[warp])).any():
-            self.fail(index, wrong, lambda i: f"lanes named in its member mask {mask[i]:#x} come with another mask")
+            return lanes
+        here = self.index[(self.state == AT_WARP) & (self.pc == self.at)]
+        index = np.sort(np.concatenate([index, here]))
+        present = np.bincount(self.warp[index], minlength=len(self.lane) // 32)
+        alive = np.bincount(self.warp[self.state != EXITED], minlength=len(present))
+        ready = (present == alive)[self.warp[index]]
         self.pc[index] = self.at
         self.state[index] = np.where(ready, RUN, AT_WARP)
         return self.compact(index[ready]) if ready.any() else None
 
-    def release(self) -> None:
-        """All wait: open the barriers that are complete."""
-        waiting = self.index[self.state == AT_BARRIER]
-        if not len(waiting):
-            return
-        blocks = len(self.arrived)
-        key = self.copy[waiting] * 16 + self.barrier[waiting]
-        count = np.bincount(key, minlength=blocks * 16) + self.arrived.ravel()
-        live = np.bincount(self.copy[self.state != EXITED], minlength=blocks)
-        wanted = np.where(self.expected[waiting] > 0, self.expected[waiting], live[self.copy[waiting]])
-        opened = count[key] == wanted
-        if not opened.any():
-            self.at = int(self.pc[waiting[0]])
-            self.fail(
-                waiting[:1], None,
-                lambda i: f"deadlock: {count[key[0]]} threads of {wanted[0]} are at barrier {self.barrier[waiting[0]]}",
-            )  # fmt: skip
-        lanes = waiting[opened]
-        for place in np.unique(self.pc[lanes]):
-            self.at = int(place)
-            instructions.finish_barrier(self, lanes[self.pc[lanes] == place], lanes)
-        self.report.barriers += len(np.unique(key[opened]))
-        self.arrived.ravel()[np.unique(key[opened])] = 0
+    def open_barriers(self) -> None:
+        """All wait, so that all have come."""
+        lanes = self.index[self.state == AT_BARRIER]
+        self.report.barriers += len(np.unique(self.copy[lanes]))
         self.order.now += 1
         self.order.block_time[self.block_number[lanes]] = self.order.now
-        self.order.warp_time[self.thread[lanes] >> 5] = self.order.now
         self.order.now += 1
         self.state[lanes] = RUN
         self.pc[lanes] += 1
@@ -292,12 +230,11 @@ class Machine:
         """End these threads; to leave a barrier's warp mates behind after other work is divergence."""
         if self.first != self.at and (self.state == AT_WARP).any():
             mates = self.index[(self.state == AT_WARP) & np.isin(self.warp, self.warp[lanes])]
-            stuck = [i for i in mates if self.program[self.pc[i]].opcode.startswith("bar.")]
-            if stuck and "warp" not in self.program[self.pc[stuck[0]]].opcode:
+            stuck = [i for i in mates if self.program[self.pc[i]].opcode == "bar.sync"]
+            if stuck:
                 self.at = int(self.pc[stuck[0]])
-                self.fail(
-                    np.array(stuck[:1]), None, lambda i: "barrier in divergent code: the rest of the warp went on"
-                )
+                message = "barrier in divergent code: the rest of the warp went on"
+                self.fail(np.array(stuck), None, lambda i: message)
         self.state[lanes] = EXITED
 
     def touch(self, arena: Arena, lanes: Lanes, position: Array) -> None:
@@ -308,15 +245,15 @@ class Machine:
 
     def register(self, operand: Register) -> Array:
         """The array of a register over all lanes: bits, or bool for predicates."""
-        if operand.name in self.special:
+        if operand.type == "special":
+            if operand.name not in self.special:
+                raise self.unsupported(f"special register {operand.name}")
             return self.special[operand.name]
-        if operand.name[0] == "%" and "@" not in operand.name:
-            raise self.unsupported(f"special register {operand.name}")
-        if operand.name not in self.registers:
+        if operand not in self.registers:
             dtype = np.dtype(DTYPES[operand.type])
             bits = dtype if dtype.kind == "b" else np.dtype(f"u{dtype.itemsize}")
-            self.registers[operand.name] = np.zeros(self.lanes, bits)
-        return self.registers[operand.name]
+            self.registers[operand] = np.zeros(self.lanes, bits)
+        return self.registers[operand]
 
     def reader(self, operand: Operand, type: str) -> Callable[[Lanes], Array]:
         """A function from lanes to the operand's values in the type's dtype."""
@@ -326,45 +263,28 @@ class Machine:
         if isinstance(operand, Symbol):
             if operand.name not in self.symbols:
                 raise self.unsupported(f"the name {operand.name}")
-            address = np.array([self.symbols[operand.name][1] + operand.offset], np.uint64).astype(DTYPES[type])
+            address = np.array([self.symbols[operand.name]], DTYPES[type])
             return lambda lanes: address
-        if isinstance(operand, Not):
-            positive = self.reader(operand.predicate, type)
-            return lambda lanes: ~positive(lanes)
-        if not isinstance(operand, Register):
-            raise self.unsupported(f"the operand {operand}")
-        array, dtype = self.register(operand), np.dtype(DTYPES[type])
-        if (array.dtype.kind == "b") != (dtype.kind == "b") or dtype.itemsize > array.dtype.itemsize:
-            raise self.unsupported(f"reading .{operand.type} {operand.name.split('@')[0]} as .{type}")
-        if dtype.itemsize < array.dtype.itemsize:
-            narrow = np.dtype(f"u{dtype.itemsize}")
-            return lambda lanes: array[lanes].astype(narrow).view(dtype)
-        view = array.view(dtype)
+        view = self.view(operand, type)
         return lambda lanes: view[lanes]
 
     def writer(self, operand: Operand, type: str) -> Callable[[Lanes, Array], None]:
-        """A function that stores values of the type's dtype; wider registers are sign- or zero-extended."""
-        if operand is None:
-            return lambda lanes, value: None
+        """A function that stores values of the type's dtype."""
+        return self.view(operand, type).__setitem__
+
+    def view(self, operand: Operand, type: str) -> Array:
         if not isinstance(operand, Register):
-            raise self.unsupported(f"the destination {operand}")
+            raise self.unsupported(f"the operand {operand}")
         array, dtype = self.register(operand), np.dtype(DTYPES[type])
-        if (array.dtype.kind == "b") != (dtype.kind == "b") or dtype.itemsize > array.dtype.itemsize:
-            raise self.unsupported(f"writing .{type} to .{operand.type} {operand.name.split('@')[0]}")
-        if dtype.itemsize == array.dtype.itemsize:
-            view = array.view(dtype)
-        else:
-            view = array.view(f"{'i' if dtype.kind == 'i' else 'u'}{array.dtype.itemsize}")
-            if dtype.kind == "f":
-                bits = np.dtype(f"u{dtype.itemsize}")
-                return lambda lanes, value: view.__setitem__(lanes, value.view(bits))
-        return view.__setitem__
+        if (array.dtype.kind == "b") != (dtype.kind == "b") or dtype.itemsize != array.dtype.itemsize:
+            raise self.unsupported(f".{operand.type} {operand.name} as .{type}")
+        return array.view(dtype)
 
     def unsupported(self, what: str) -> PTXError:
         instruction = self.program[self.at]
         return PTXError(f"{self.kernel.name}, line {instruction.line}: `{instruction.text}`: {what} is not supported")
 
-    def fail(self, lanes: Lanes | Array, wrong: Array | None, message: Callable[[int], str]) -> None:
+    def fail(self, lanes: Lanes, wrong: Array | None, message: Callable[[int], str]) -> None:
         """Raise for the first lane of `lanes` where `wrong`."""
         first = 0 if wrong is None else int(np.flatnonzero(wrong)[0])
         lane = int(self.index[lanes][first])
@@ -374,21 +294,3 @@ class Machine:
             f"{self.kernel.name}, line {instruction.line}: `{instruction.text}`: "
             f"block {block}, thread {thread}: {message(first)}"
         )
-
-
-def reachable(module: Module, kernel: Function) -> list[Function]:
-    """The kernel and the functions that it calls, callees first."""
-    found: list[Function] = []
-
-    def visit(function: Function, path: tuple[str, ...]) -> None:
-        for instruction in function.instructions:
-            if instruction.opcode.startswith("call"):
-                name = next((o.name for o in instruction.operands if isinstance(o, Symbol)), "a pointer")
-                if name in path or name not in module.functions:
-                    raise PTXError(f"{function.name}, line {instruction.line}: a call of {name} is not supported")
-                visit(module.functions[name], (*path, name))
-        if function not in found:
-            found.append(function)
-
-    visit(kernel, (kernel.name,))
-    return found

@@ -1,13 +1,12 @@
-"""PTX text to instructions: scopes and register families are resolved, one `Instruction` a statement.
+"""PTX text to instructions, one `Instruction` a statement.
 
-The grammar is that of NVIDIA's "PTX ISA" (9.0), as far as NVRTC and numba-cuda use it; what it doesn't know raises.
+The grammar is that of NVIDIA's "PTX ISA" (9.0), as far as our kernels use it; what it doesn't know raises.
 """
 
 from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
@@ -16,10 +15,7 @@ import numpy as np
 
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 DTYPES = {f"{kind}{8 * size}": UNSIGNED[size] for size in UNSIGNED for kind in "bu"}
-DTYPES |= {"s8": np.int8, "s16": np.int16, "s32": np.int32, "s64": np.int64, "pred": np.bool_}
-DTYPES |= {"f16": np.uint16, "bf16": np.uint16, "f16x2": np.uint32, "bf16x2": np.uint32}  # kept as bits
-DTYPES |= {"f32": np.float32, "f64": np.float64}
-SPACES = ("global", "shared", "local", "const", "param")
+DTYPES |= {"s16": np.int16, "s32": np.int32, "s64": np.int64, "f32": np.float32, "f64": np.float64, "pred": np.bool_}
 
 
 class PTXError(Exception):
@@ -28,7 +24,7 @@ class PTXError(Exception):
 
 class Register(NamedTuple):
     name: str
-    type: str
+    type: str  # "special" if not declared: %tid.x
 
 
 class Immediate(NamedTuple):
@@ -38,45 +34,35 @@ class Immediate(NamedTuple):
     def value(self, type: str) -> np.ndarray:
         """One element of the type's dtype; integers wrap, 0f and 0d are bit patterns."""
         dtype = np.dtype(DTYPES[type])
-        if self.text[:2] in ("0f", "0F"):
-            number = struct.unpack(">f", bytes.fromhex(self.text[2:]))[0]
-        elif self.text[:2] in ("0d", "0D"):
-            number = struct.unpack(">d", bytes.fromhex(self.text[2:]))[0]
-        elif re.fullmatch(r"-?\d+\.\d*([eE]-?\d+)?", self.text):
-            number = float(self.text)
-        else:
-            number = int(self.text.rstrip("U"), 0)
-        if dtype.kind in "fb":
-            return np.array([number], dtype)
-        if isinstance(number, float):
+        if self.text[:2] in ("0f", "0d"):
+            number = struct.unpack(f">{self.text[1]}", bytes.fromhex(self.text[2:]))[0]
             return np.array([number], f"f{dtype.itemsize}").view(dtype)
-        return np.array([number & (256**dtype.itemsize - 1)], f"u{dtype.itemsize}").view(dtype)
+        if dtype.kind in "fb":
+            return np.array([int(self.text, 0)], dtype)
+        return np.array([int(self.text, 0) & (256**dtype.itemsize - 1)], f"u{dtype.itemsize}").view(dtype)
 
 
 class Symbol(NamedTuple):
     name: str
-    offset: int = 0
 
 
 class Address(NamedTuple):
-    base: Register | Immediate | Symbol
+    base: Register | Symbol
     offset: int
 
 
 class Pair(NamedTuple):
-    first: Operand
-    second: Operand
+    """a|b, what a shuffle writes."""
 
-
-class Not(NamedTuple):
-    predicate: Register
+    first: Register
+    second: Register
 
 
 class Vector(tuple):
-    """{…} or (…)."""
+    """{…}"""
 
 
-Operand = Register | Immediate | Symbol | Address | Pair | Not | Vector | None
+Operand = Register | Immediate | Symbol | Address | Pair | Vector
 
 
 @dataclass(frozen=True)
@@ -86,38 +72,28 @@ class Instruction:
     guard: tuple[Register, bool] | None  # (predicate, wanted value)
     line: int
     text: str
-    scope: tuple[int, ...]
 
 
 class Variable(NamedTuple):
     name: str
-    space: str
     align: int
-    size: int | None  # None for an extern array
-    data: bytes
+    size: int  # bytes; 0 for dynamic shared memory
 
 
 @dataclass
-class Function:
+class Kernel:
     name: str
-    entry: bool
-    returns: list[Variable] = field(default_factory=list)
     parameters: list[Variable] = field(default_factory=list)
-    variables: dict[str, Variable] = field(default_factory=dict)
+    shared: list[Variable] = field(default_factory=list)
     instructions: list[Instruction] = field(default_factory=list)
-    labels: dict[tuple[int, str], int] = field(default_factory=dict)
-    limits: dict[str, tuple[int, ...]] = field(default_factory=dict)  # .maxntid and .reqntid
-
-    def target(self, instruction: Instruction) -> int | None:
-        """The index of the label that a branch names, seen from its scope."""
-        name = instruction.operands[0].name
-        return next((self.labels[s, name] for s in reversed(instruction.scope) if (s, name) in self.labels), None)
+    labels: dict[str, int] = field(default_factory=dict)
+    most_threads: int = 1024
 
 
 @dataclass
 class Module:
-    variables: dict[str, Variable]
-    functions: dict[str, Function]
+    shared: list[Variable] = field(default_factory=list)
+    kernels: dict[str, Kernel] = field(default_factory=dict)
 
 
 TOKEN = re.compile(r'"[^"]*"|[%$\w.]+(?:::\w+(?:\.\w+)*)*|\S')
@@ -130,18 +106,20 @@ class Parser:
         self.tokens = [(m[0], i) for i, line in enumerate(self.lines, 1) for m in TOKEN.finditer(line)]
         self.tokens.append(("", len(self.lines)))
         self.at = 0
-        self.module = Module({}, {})
-        self.function: Function | None = None
-        self.scopes: list[tuple[int, dict[str, Register | Symbol]]] = [(0, {})]
-        self.made = 0
+        self.module = Module()
+        self.scopes: list[dict[str, str]] = []  # types of registers; of a family by its name and "<"
 
     def peek(self) -> str:
         return self.tokens[self.at][0]
 
+    def error(self, what: str) -> PTXError:
+        line = self.tokens[self.at][1]
+        return PTXError(f"line {line}: {what}: {self.lines[line - 1].strip()}")
+
     def take(self, expected: str = "") -> str:
-        token, line = self.tokens[self.at]
+        token = self.peek()
         if not token or (expected and token != expected):
-            raise PTXError(f"line {line}: {expected or 'more'} expected, got {token!r}: {self.lines[line - 1].strip()}")
+            raise self.error(f"{expected or 'more'} expected, got {token!r}")
         self.at += 1
         return token
 
@@ -150,196 +128,133 @@ class Parser:
         self.at += found
         return found
 
+    def skip(self, end: str) -> None:
+        while self.take() != end:
+            pass
+
     def parse(self) -> Module:
         while self.peek():
-            token = self.peek()
-            if token in (".version", ".target", ".address_size", ".file"):
+            token = self.take()
+            if token in (".version", ".target", ".address_size"):
                 line = self.tokens[self.at][1]
-                while self.peek() and self.tokens[self.at][1] == line:
+                while self.tokens[self.at][1] == line and self.peek():
                     self.at += 1
-            elif token in (".visible", ".extern", ".weak", ".common"):
-                self.at += 1
-            elif token in (".entry", ".func"):
-                self.parse_function()
-            elif token[1:] in SPACES:
-                for variable in self.declaration():
-                    self.module.variables[variable.name] = variable
-                    self.scopes[0][1][variable.name] = Symbol(variable.name)
-            else:
-                raise PTXError(f"line {self.tokens[self.at][1]}: can't read {token!r} at the top of a module")
+            elif token == ".entry":
+                self.kernel()
+            elif token == ".shared":
+                self.module.shared.append(self.variable())
+                self.take(";")
+            elif token == ".global":
+                self.skip(";")  # constants that the compiler has put in their places; what uses one raises
+            elif token not in (".visible", ".extern", ".common"):
+                raise self.error(f"can't read {token!r} at the top of a module")
         return self.module
 
-    def declaration(self, end: str = ";") -> Iterator[Variable]:
-        """`.space .align n .type name[size] = {…}, …` up to `end`; the names are as written."""
-        space, align, pointer = self.take()[1:], 0, False
+    def variable(self) -> Variable:
+        """`.align n .type name[size]` or `.type .ptr .align n name`, whose alignment is of what it points to."""
+        align, pointer, width = 0, False, 0
         while self.peek().startswith("."):
             token = self.take()[1:]
-            pointer |= token == "ptr"  # the alignment that follows is of what it points to
             if token == "align":
-                align = align if pointer else int(self.peek())
+                align = max(align, 0 if pointer else int(self.peek()))
                 self.take()
-            elif token in DTYPES:
-                type = token
-            elif token != "ptr" and token not in SPACES:
-                raise PTXError(f"line {self.tokens[self.at][1]}: can't read .{token} in a declaration")
-        while True:
-            name, count, width = self.take(), 1, np.dtype(DTYPES[type]).itemsize
-            while self.accept("["):
-                if self.accept("]"):
-                    count = 0
-                else:
-                    count *= int(self.take(), 0)
-                    self.take("]")
-            data = b"".join(Immediate(x).value(type).tobytes() for x in self.initial()) if self.accept("=") else b""
-            yield Variable(name, space, align or width, count * width or None, data)
-            if end != ";" or not self.accept(","):
-                break
-        if end == ";":
-            self.take(";")
+            elif token == "ptr":
+                pointer = True
+            else:
+                width = np.dtype(DTYPES[token]).itemsize
+        name, count = self.take(), 1
+        if self.accept("["):
+            count = 0 if self.peek() == "]" else int(self.take())
+            self.take("]")
+        return Variable(name, align or width, count * width)
 
-    def initial(self) -> list[str]:
-        values = [self.take() for _ in iter(lambda: self.peek() == ";", True)]
-        if any(re.match(r"[A-Za-z_$%]", value) for value in values):
-            raise PTXError(f"line {self.tokens[self.at][1]}: an initial value that is an address isn't supported")
-        text = "".join(values).replace("{", "").replace("}", "")
-        return [value for value in text.split(",") if value]
-
-    def parse_function(self) -> None:
-        function = Function("", self.take() == ".entry")
-        self.open()
-        if self.accept("("):
-            function.returns = self.formal(function)
-        function.name = self.take()
-        if self.accept("("):
-            function.parameters = self.formal(function)
-        while self.peek() not in ("{", ";"):
-            name, numbers = self.take(), []
-            while re.fullmatch(r"\d+|,", self.peek()):
-                numbers.append(self.take())
-            function.limits[name] = tuple(int(n) for n in numbers if n != ",")
-        if self.accept(";"):
-            self.scopes.pop()
-            return
-        self.take("{")
-        self.module.functions[function.name] = self.function = function
-        depth = len(self.scopes)
-        while len(self.scopes) >= depth:
-            self.statement(function)
-
-    def open(self) -> None:
-        self.made += 1
-        self.scopes.append((self.made, {}))
-
-    def formal(self, function: Function) -> list[Variable]:
-        found: list[Variable] = []
+    def kernel(self) -> None:
+        kernel = Kernel(self.take())
+        self.take("(")
         while not self.accept(")"):
-            found += [self.declare(function, variable) for variable in self.declaration(end=")")]
+            self.take(".param")
+            kernel.parameters.append(self.variable())
             self.accept(",")
-        return found
+        if self.accept(".maxntid"):
+            kernel.most_threads = int(self.take())
+            while self.accept(","):
+                kernel.most_threads *= int(self.take())
+        self.take("{")
+        self.scopes.append({})
+        while self.scopes:
+            self.statement(kernel)
+        self.module.kernels[kernel.name] = kernel
 
-    def declare(self, function: Function, variable: Variable) -> Variable:
-        """Enter a function's variable under a name of its own."""
-        scope, names = self.scopes[-1]
-        unique = variable._replace(name=f"{variable.name}@{scope}")
-        names[variable.name] = Symbol(unique.name)
-        function.variables[unique.name] = unique
-        return unique
-
-    def statement(self, function: Function) -> None:
-        token, line = self.tokens[self.at]
+    def statement(self, kernel: Kernel) -> None:
         if self.accept("{"):
-            self.open()
+            self.scopes.append({})
         elif self.accept("}"):
             self.scopes.pop()
-        elif self.accept(";"):
-            pass
-        elif token == ".reg":
+        elif self.accept(".reg"):
             self.registers()
-        elif token in (".pragma", ".loc"):
-            while self.tokens[self.at][1] == line:
-                self.at += 1
-        elif token[1:] in SPACES and token[0] == ".":
-            for variable in self.declaration():
-                self.declare(function, variable)
+        elif self.accept(".pragma"):
+            self.skip(";")
+        elif self.accept(".shared"):
+            kernel.shared.append(self.variable())
+            self.take(";")
         elif self.tokens[self.at + 1][0] == ":":
-            function.labels[self.scopes[-1][0], self.take()] = len(function.instructions)
+            kernel.labels[self.take()] = len(kernel.instructions)
             self.take(":")
         else:
-            self.instruction(function)
+            self.instruction(kernel)
 
     def registers(self) -> None:
-        scope, names = self.scopes[-1]
-        self.take(".reg")
-        type = self.take()[1:]
-        if type not in DTYPES:
-            raise PTXError(f"line {self.tokens[self.at][1]}: registers of type .{type} aren't supported")
-        while True:
-            name = self.take()
-            if self.accept("<"):
-                self.take()
-                self.take(">")
-                names[name + "<"] = Register(str(scope), type)
-            else:
-                names[name] = Register(f"{name}@{scope}", type)
-            if not self.accept(","):
-                break
+        type, name = self.take()[1:], self.take()
+        if self.accept("<"):
+            self.take()
+            self.take(">")
+            name += "<"
+        if type not in DTYPES or self.type_of(name):
+            raise self.error(f"a register of type .{type}, or of a name that is taken, isn't supported")
+        self.scopes[-1][name] = type
         self.take(";")
 
-    def instruction(self, function: Function) -> None:
-        start, guard = self.at, None
-        line = self.tokens[start][1]
+    def type_of(self, name: str) -> str:
+        """The type of a register in scope, or nothing."""
+        names = (name, re.sub(r"\d+$", "<", name))
+        return next((scope[n] for scope in self.scopes for n in names if n in scope), "")
+
+    def instruction(self, kernel: Kernel) -> None:
+        guard, line = None, self.tokens[self.at][1]
         if self.accept("@"):
             wanted = not self.accept("!")
-            guard = (self.name(self.take()), wanted)
+            guard = (self.operand(), wanted)
         opcode, operands = self.take(), []
         while not self.accept(";"):
             operands.append(self.operand())
             if self.peek() != ";":
                 self.take(",")
-        scope = tuple(s for s, _ in self.scopes)
-        last = self.tokens[self.at - 1][1]
-        text = " ".join(" ".join(self.lines[line - 1 : last]).split())
-        function.instructions.append(Instruction(opcode, tuple(operands), guard, line, text, scope))
+        text = " ".join(" ".join(self.lines[line - 1 : self.tokens[self.at - 1][1]]).split())
+        kernel.instructions.append(Instruction(opcode, tuple(operands), guard, line, text))
 
     def operand(self) -> Operand:
-        if self.accept("{") or self.accept("("):
-            parts = []
-            while not (self.accept("}") or self.accept(")")):
+        if self.accept("{"):
+            parts = [self.operand()]
+            while self.accept(","):
                 parts.append(self.operand())
-                self.accept(",")
+            self.take("}")
             return Vector(parts)
         if self.accept("["):
-            base = self.operand()
+            base, offset = self.operand(), 0
+            if self.accept("+"):
+                offset = int(("-" if self.accept("-") else "") + self.take())
             self.take("]")
-            return Address(base, 0) if not isinstance(base, Address) else base
-        if self.accept("!"):
-            return Not(self.name(self.take()))
+            return Address(base, offset)
         token = self.take()
-        if token == "-":
-            return Immediate("-" + self.take())
-        value = None if token == "_" else self.name(token)
-        if self.accept("|"):
-            return Pair(value, self.operand())
-        if self.accept("+"):
-            sign = "-" if self.accept("-") else ""
-            offset = int(sign + self.take(), 0)
-            return Symbol(value.name, value.offset + offset) if isinstance(value, Symbol) else Address(value, offset)
-        return value
-
-    def name(self, token: str) -> Register | Symbol | Immediate:
-        if token[0].isdigit():
-            return Immediate(token)
-        family = re.sub(r"\d+$", "", token)
-        for _, names in reversed(self.scopes):
-            if token in names:
-                return names[token]
-            if family + "<" in names:
-                scope, type = names[family + "<"]
-                return Register(f"{token}@{scope}", type)
-        return Register(token, "b64" if token.endswith("64") else "b32") if token[0] == "%" else Symbol(token)
+        if token == "-" or token[0].isdigit():
+            return Immediate(token + self.take() if token == "-" else token)
+        if token[0] != "%":
+            return Symbol(token)
+        register = Register(token, self.type_of(token) or "special")
+        return Pair(register, self.operand()) if self.accept("|") else register
 
 
 @lru_cache(maxsize=64)
 def parse(text: str) -> Module:
-    """All variables and functions of a PTX text."""
+    """All shared variables and kernels of a PTX text."""
     return Parser(text).parse()

@@ -83,11 +83,6 @@ WARP = """extern "C" __global__ void k(const float* x, float* y, int n) {
     __syncwarp();
     y[threadIdx.x] = s[warp][31 - lane];
 }"""
-LOCAL = """extern "C" __global__ void k(const int* x, int* y, int n) {
-    int stack[16];
-    for (int i = 0; i < 16; i++) stack[x[i] & 15] = i * i;
-    y[threadIdx.x] = stack[x[threadIdx.x] & 15];
-}"""
 SCAN = """extern "C" __global__ void k(const float* x, float* y, int n) {
     const int i = threadIdx.x;
     float v = x[i];
@@ -98,7 +93,6 @@ SCAN = """extern "C" __global__ void k(const float* x, float* y, int n) {
     y[i] = v;
 }"""
 FLOATS = np.random.default_rng(7).standard_normal(2048).astype(np.float32)
-INTS = np.arange(16, dtype=np.int32)[::-1].copy()
 CASES: dict[str, Case] = {
     "sum": Case(source=SUM, x=FLOATS[:250], size=2, grid=2, block=128, wanted=lambda x: [x[:128].sum(), x[128:].sum()]),
     "shift": Case(
@@ -113,7 +107,6 @@ CASES: dict[str, Case] = {
     "stride": Case(source=STRIDE, x=FLOATS[:1000], size=1, grid=3, block=64, wanted=lambda x: [x.sum()]),
     "count": Case(source=COUNT, x=np.arange(300, dtype=np.int32) ** 2, size=8, grid=1, block=96, wanted=lambda x: np.bincount(x & 7, minlength=8)),
     "warp": Case(source=WARP, x=FLOATS[:128], size=128, grid=1, block=128, wanted=lambda x: x.reshape(4, 32)[:, ::-1].ravel()),
-    "local": Case(source=LOCAL, x=INTS, size=16, grid=1, block=16, wanted=lambda x: (15 - x) ** 2),
     "scan": Case(source=SCAN, x=FLOATS[:64], size=64, grid=1, block=64, wanted=lambda x: x.reshape(2, 32).cumsum(1).ravel()),
 }  # fmt: skip
 WRONG = "a wrong result"
@@ -131,7 +124,6 @@ BUGS: dict[str, tuple[str, str, str, str]] = {
     "one past the shared array": ("shift", "t < 127 ? t + 1 : t", "t + 1", "out of bounds: shared byte 512"),
     "barrier in divergent code": ("sum", "    __syncthreads();", "    if (threadIdx.x % 32 < 16) __syncthreads();", "barrier in divergent code"),
     "barrier for half of the block": ("shift", "    __syncthreads();\n    s[t] = next;", "    if (t < 64) __syncthreads();\n    s[t] = next;", "race"),
-    "barrier for too many": ("sum", "__syncthreads();", 'asm volatile("bar.sync 0, 160;" ::: "memory");', "deadlock: 128 threads of 160"),
     "no wait for cp.async": ("staged", 'asm volatile("cp.async.wait_group 1;" ::: "memory");', ";", "in flight"),
     "wait for one group too few": ("staged", "wait_group 0", "wait_group 1", "in flight"),
     "no barrier after the wait": ("staged", "        __syncthreads();\n        for", "        for", "in flight|race"),
@@ -146,7 +138,6 @@ BUGS: dict[str, tuple[str, str, str, str]] = {
     "no __syncwarp": ("warp", "    __syncwarp();\n", "", "race: reads shared"),
     "read-only load of what is written": ("warp", "y[threadIdx.x] =", "y[threadIdx.x] = __ldg(y + threadIdx.x) +", "writes memory that this kernel reads by ld.global.nc"),
     "output read before it is written": ("warp", "y[threadIdx.x] =", "y[threadIdx.x] +=", r"ld\.global.*never written"),
-    "local array not filled": ("local", "i < 16; i++) stack", "i < 15; i++) stack", r"ld\.local.*never written"),
     "scan's lane": ("scan", "i % 32 >= o", "i % 32 > o", WRONG),
     "endless loop": ("scan", "o *= 2", "o *= 1", "endless loop"),
 }  # fmt: skip
