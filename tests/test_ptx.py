@@ -288,6 +288,11 @@ def test_lanes_wait_for_their_mates() -> None:
     assert threads(late).tolist() == [5] * 6 + [6, 5] + [6] * 24
 
 
+def test_lanes_do_not_wait_for_mates_that_exit_later() -> None:
+    body = "setp.lt.u32 %p1, %r0, 9;\n@%p1 bra $A;\nbar.warp.sync -1;\nmov.u32 %r1, 9;\nbra $B;\n$A: ret;\n$B:"
+    assert threads(body).tolist() == [0] * 9 + [9] * 23
+
+
 def test_warps_that_left_before_the_barrier() -> None:
     body = "setp.lt.u32 %p1, %r0, 64;\n@%p1 bra $A;\nret;\n$A: bar.sync 0;\nmov.u32 %r1, 9;"
     assert threads(body, 128).tolist() == [9] * 64 + [0] * 64
@@ -395,6 +400,33 @@ def test_what_is_refused(body: str) -> None:
     with pytest.raises(PTXError, match=REFUSED[body]) as caught:
         run(kernel(body), "k", 1, 32, [np.zeros(1, np.uint32)], limit=1000)
     assert "k, line" in str(caught.value)
+
+
+UNREADABLE = {
+    ".local .align 4 .b8 stack[16];": ", expected, got '4'",
+    ".reg .b128 %q;": "a register of type .b128",
+    "{ .reg .b32 %r1; }": "or of a name that is taken",
+}
+
+
+@pytest.mark.parametrize("body", UNREADABLE)
+def test_what_cannot_be_read(body: str) -> None:
+    with pytest.raises(PTXError, match=UNREADABLE[body]):
+        run(kernel(body), "k", 1, 32, [np.zeros(1, np.uint32)])
+
+
+def test_functions_are_not_read() -> None:
+    with pytest.raises(PTXError, match=r"can't read '\.func' at the top of a module"):
+        run(kernel("", extra=".func f() { ret; }"), "k", 1, 32, [np.zeros(1, np.uint32)])
+
+
+def test_read_only_memory() -> None:
+    x = np.zeros(1, np.uint32)
+    with pytest.raises(PTXError, match=r"ld\.global\.nc of memory that this kernel writes"):
+        run(kernel("st.global.u32 [%rd1], 5; ld.global.nc.f32 %f1, [%rd1];"), "k", 1, 1, [x])
+    x.flags.writeable = False
+    with pytest.raises(PTXError, match="write to read-only memory: global byte 0 of argument 0"):
+        run(kernel("st.global.u32 [%rd1], 5;"), "k", 1, 1, [x])
 
 
 def test_wrong_arguments() -> None:
