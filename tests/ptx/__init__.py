@@ -29,6 +29,7 @@ def run(
     shared: int = 0,
     seed: int = 0,
     uninitialised: Sequence[np.ndarray] = (),
+    races: bool = True,
     limit: int = 10_000_000,
 ) -> Report:
     """Execute a kernel; arrays among the arguments are read and written in place.
@@ -36,15 +37,15 @@ def run(
     grid, block: up to 3 sizes. arguments: NumPy arrays (contiguous; one array given twice is one allocation) and NumPy
     scalars of the parameters' sizes; for kernels with numba's calling convention each array stands for its 5 + 2·ndim
     words. shared: bytes of dynamic shared memory. seed: fixes the order of warps and the errors of approximations.
-    uninitialised: arrays among the arguments whose bytes may not be read before they are written. limit: of steps, to
-    end endless loops. Raises PTXError for what the kernel does wrong, ValueError for wrong arguments.
+    uninitialised: arrays among the arguments whose bytes may not be read before they are written. races: look for them.
+    limit: of steps, to end endless loops. Raises PTXError for what the kernel does wrong, ValueError for wrong arguments.
     """
     module = parse(ptx)
     if kernel not in module.functions or not module.functions[kernel].entry:
         known = [name for name, function in module.functions.items() if function.entry]
         raise ValueError(f"kernel must be one of {known}, got {kernel!r}")
     function = module.functions[kernel]
-    shape = [(tuple(int(n) for n in np.atleast_1d(size)) + (1, 1))[:3] for size in (grid, block)]
+    shape = [(*(int(n) for n in np.atleast_1d(size)), 1, 1)[:3] for size in (grid, block)]
     threads = int(np.prod(shape[1]))
     most = int(np.prod(function.limits.get(".maxntid", (1024,))))
     exact = function.limits.get(".reqntid")
@@ -64,9 +65,8 @@ def run(
                 memory.put(variable.name, variable.data.ljust(variable.size, b"\0"))
         for name, (array, data) in arrays.items():
             memory.put(name, data, valid=not any(array is other for other in uninitialised))
-        machine = Machine(
-            module, function, *shape, memory, bind_parameters(function, arguments, memory, arrays), shared, seed, limit
-        )
+        parameters = bind_parameters(function, arguments, memory, arrays)
+        machine = Machine(module, function, *shape, memory, parameters, shared, seed, limit, races)
         blocks = int(np.prod(shape[0]))
         chunk = max(1, min(blocks, MOST_LANES // (32 * machine.warps)))
         machine.prepare(chunk)
@@ -137,7 +137,7 @@ def bind_parameters(
     parameters = Arena("param", 4096, memory.granule)
     for variable in function.parameters:
         parameters.add(variable.name, variable.size, variable.align, read_only=True)
-    parameters.allocate(1)
+    parameters.allocate(1, tracked=False)
     for number, (variable, value) in enumerate(zip(function.parameters, values, strict=True)):
         data = value if isinstance(value, bytes) else getattr(value, "tobytes", bytes)()
         if len(data) != variable.size:
@@ -148,21 +148,26 @@ def bind_parameters(
 
 
 class InterpreterLaunch:
-    """Launches on this interpreter: `launch(module, kernel, grid, block, arguments, shared=0)` with `module.ptx` text."""
+    """A `refimpl.kernels.launch.Launch` that executes `module.ptx` here; `reports` keeps (kernel, Report) of each."""
 
-    def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
+    def __init__(self, seed: int = 0, target: str = "sm_90") -> None:
+        self.seed, self.target = seed, target
         self.reports: list[tuple[str, Report]] = []
+        self.fresh: list[np.ndarray] = []
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, like: Any = None) -> np.ndarray:
+        """An array that the first kernel to take it may not read before it writes."""
+        array = np.empty(shape, dtype)
+        array.reshape(-1).view(np.uint8)[:] = 0xFF
+        self.fresh.append(array)
+        return array
 
     def __call__(
-        self,
-        module: Any,
-        kernel: str,
-        grid: Sequence[int],
-        block: Sequence[int],
-        arguments: Sequence[Any],
-        *,
+        self, module: Any, kernel: str, grid: Sequence[int], block: Sequence[int], arguments: Sequence[Any], *,
         shared: int = 0,
-    ) -> None:
-        report = run(module.ptx, kernel, grid, block, arguments, shared=shared, seed=self.seed)
+    ) -> None:  # fmt: skip
+        report = run(
+            module.ptx, kernel, grid, block, arguments, shared=shared, seed=self.seed, uninitialised=self.fresh
+        )
+        self.fresh = [array for array in self.fresh if not any(array is argument for argument in arguments)]
         self.reports.append((kernel, report))

@@ -201,7 +201,7 @@ def approximate(name: str, x: Array, seed: int) -> Array:
         bound = np.where(near, absolute, relative * np.abs(exact)) - 2**-24 * np.abs(exact)
     else:
         bound = np.maximum(relative - 2**-24, 0) * np.abs(exact) + max(absolute - 2**-24, 0)
-    special = ~np.isfinite(exact) | (exact == 0) | (exact == 1)
+    special = ~np.isfinite(exact) | (exact == 0) | (np.abs(exact) == 1)
     return np.where(special, exact, exact + np.where(special, 0, bound) * noise(x, seed)).astype(np.float32)
 
 

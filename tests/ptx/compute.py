@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray
 Step = Callable[["Lanes"], object]
-FACTORIES: dict[str, Callable[["Machine", tuple, "Modifiers"], Step]] = {}
+FACTORIES: dict[str, Callable] = {}
 DIRECTIONS = ("rn", "rz", "rm", "rp")
 
 
@@ -46,8 +46,9 @@ class Modifiers:
             self.left.remove(found)
         return found
 
-    def drop(self, *names: str) -> None:
+    def drop(self, *names: str) -> list[str]:
         self.left = [part for part in self.left if part not in names]
+        return self.left
 
 
 def factory(*names: str) -> Callable:
@@ -98,7 +99,7 @@ def is_half(type: str) -> bool:
 @factory("add", "sub", "mul", "fma", "mad")
 def arithmetic(m: Machine, operands: tuple, mods: Modifiers) -> Step:
     type, name = mods.type(), mods.name
-    if type[0] in "usb":
+    if "f" not in type:
         return integers(m, operands, mods, type)
     mode, ftz, sat = mods.one_of(*DIRECTIONS, default="rn"), mods.flag("ftz"), mods.flag("sat")
     if is_half(type):
@@ -166,7 +167,7 @@ def integers(m: Machine, operands: tuple, mods: Modifiers, type: str) -> Step:
 @factory("div", "rem")
 def divide(m: Machine, operands: tuple, mods: Modifiers) -> Step:
     type = mods.type()
-    if type[0] == "f":
+    if "f" in type:
         mode, ftz = mods.one_of("rn", "approx", "full"), mods.flag("ftz")
         function: Callable = np.divide if mode == "rn" else lambda a, b: fp.quotient(a, b, m.seed)
         return elementwise(m, operands, [type] * 2, type, finished(function, type, ftz, False))

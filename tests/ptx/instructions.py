@@ -163,10 +163,10 @@ def address_of(m: Machine, operand: Address) -> tuple[Callable[[Lanes], Array], 
 
 def spaces(
     m: Machine, arena: Arena | None, lanes: Lanes, address: Array
-) -> Iterator[tuple[Arena, Lanes, Array, Array]]:
-    """The arena, its lanes, their addresses in it and which of `lanes` they are; generic addresses may be in several."""
+) -> Iterator[tuple[Arena, Lanes, Array]]:
+    """The arena, its lanes, and their addresses in it; a generic access may meet several arenas."""
     if arena is not None:
-        yield arena, lanes, address, slice(None)
+        yield arena, lanes, address
         return
     for candidate, base in ((m.shared, SHARED_WINDOW), (m.local, LOCAL_WINDOW), (m.memory, None)):
         inside = (
@@ -175,10 +175,10 @@ def spaces(
             else (address < SHARED_WINDOW) | (address >= LOCAL_WINDOW + WINDOW)
         )
         if inside.all():
-            yield candidate, lanes, address - np.uint64(base or 0), slice(None)
+            yield candidate, lanes, address - np.uint64(base or 0)
             return
         if inside.any():
-            yield candidate, m.index[lanes][inside], address[inside] - np.uint64(base or 0), inside
+            yield candidate, m.index[lanes][inside], address[inside] - np.uint64(base or 0)
 
 
 def place(m: Machine, arena: Arena, lanes: Lanes, address: Array, size: int, write: bool) -> Array:
@@ -187,7 +187,7 @@ def place(m: Machine, arena: Arena, lanes: Lanes, address: Array, size: int, wri
 
 
 def checks_races(m: Machine, arena: Arena, strong: bool) -> bool:
-    return arena is m.shared or (arena is m.memory and not strong and not m.fenced)
+    return m.races and (arena is m.shared or (arena is m.memory and not strong and not m.fenced))
 
 
 def memory_operands(m: Machine, mods: Modifiers, pointer: Address) -> tuple[Callable, Arena | None, bool]:
@@ -196,7 +196,7 @@ def memory_operands(m: Machine, mods: Modifiers, pointer: Address) -> tuple[Call
     read, arena = address_of(m, pointer)
     if space != "param" or arena is None:
         arena = m.arenas[space] if space else None
-    strong = any([mods.flag(name) for name in STRONG])
+    strong = len(mods.left) != len(mods.drop(*STRONG))
     mods.drop(*SCOPES, *HINTS)
     return read, arena, strong
 
@@ -214,7 +214,7 @@ def load(m: Machine, operands: tuple, mods: Modifiers) -> Step:
         raise m.unsupported(f"a vector of {len(writers)} registers")
 
     def step(lanes: Lanes) -> None:
-        for arena, at, address, _ in spaces(m, space, lanes, read_address(lanes)):
+        for arena, at, address in spaces(m, space, lanes, read_address(lanes)):
             position = place(m, arena, at, address, size, False)
             if arena is not m.parameters:
                 check_read(
@@ -242,7 +242,7 @@ def store(m: Machine, operands: tuple, mods: Modifiers) -> Step:
         raise m.unsupported(f"a vector of {len(readers)} registers")
 
     def step(lanes: Lanes) -> None:
-        for arena, at, address, _ in spaces(m, space, lanes, read_address(lanes)):
+        for arena, at, address in spaces(m, space, lanes, read_address(lanes)):
             position = place(m, arena, at, address, size, True)
             view, first = arena.views[item], position // item
             values = [np.broadcast_to(read(at).view(view.dtype), position.shape) for read in readers]
@@ -286,7 +286,7 @@ def atomic(m: Machine, operands: tuple, mods: Modifiers) -> Step:
     readers, write = [m.reader(operand, type) for operand in operands[2:]], m.writer(operands[0], type)
 
     def step(lanes: Lanes) -> None:
-        for arena, at, address, _ in spaces(m, space, lanes, read_address(lanes)):
+        for arena, at, address in spaces(m, space, lanes, read_address(lanes)):
             position = place(m, arena, at, address, dtype.itemsize, True)
             check_atomic(
                 arena, m.order, position, dtype.itemsize, m.thread[at],
@@ -359,7 +359,7 @@ def copy_asynchronously(m: Machine, operands: tuple, mods: Modifiers) -> Step:
                 position[:, None] + np.arange(unit)
             ]
         data[np.arange(size) >= count[:, None]] = 0
-        check_write(m.shared, m.order, target, size, m.thread[lanes], fail, True, np.zeros(len(index), bool))
+        check_write(m.shared, m.order, target, size, m.thread[lanes], fail, m.races, np.zeros(len(index), bool))
         m.shared.valid[m.shared.spread(target, size)] = False
         m.shared.bytes[target[:, None] + np.arange(size)] = 0xFF
         m.pending.append(Copy(index, m.copy_group[index], target, data))

@@ -43,10 +43,10 @@ class Machine:
 
     def __init__(
         self, module: Module, kernel: Function, grid: tuple[int, int, int], block: tuple[int, int, int],
-        memory: Arena, parameters: Arena, shared: int, seed: int, limit: int,
+        memory: Arena, parameters: Arena, shared: int, seed: int, limit: int, races: bool,
     ) -> None:  # fmt: skip
         self.module, self.kernel, self.grid, self.block = module, kernel, grid, block
-        self.rng, self.seed, self.limit = np.random.default_rng(seed), seed, limit
+        self.rng, self.seed, self.limit, self.races = np.random.default_rng(seed), seed, limit, races
         self.threads = int(np.prod(block))
         self.warps = -(-self.threads // 32)
         self.report = Report()
@@ -69,9 +69,9 @@ class Machine:
 
     def lay_out(self, dynamic: int) -> None:
         """Shared and local variables: each starts at its own alignment and no better one."""
-        owned = [(f, v) for f in self.functions for v in f.variables.values()]
+        owned = [v for f in self.functions for v in f.variables.values()]
         extern: list[Variable] = []
-        for function, variable in [*((None, v) for v in self.module.variables.values()), *owned]:
+        for variable in [*self.module.variables.values(), *owned]:
             if variable.space == "shared" and variable.size is None:
                 extern.append(variable)
             elif variable.space == "shared":
@@ -94,7 +94,7 @@ class Machine:
         self.registers: dict[str, Array] = {}
         self.special: dict[str, Array] = {}
         self.shared.allocate(blocks)
-        self.local.allocate(self.lanes)
+        self.local.allocate(self.lanes if self.local.offsets else 1, tracked=False)
         self.order = Order(int(np.prod(self.grid)), self.warps)
         self.pc = np.zeros(self.lanes, np.int64)
         self.state = np.zeros(self.lanes, np.int8)
@@ -114,9 +114,10 @@ class Machine:
         masks = {"eq": one, "lt": one - 1, "le": one | (one - 1), "gt": ~(one | (one - 1)), "ge": ~(one - 1)}
         self.special |= {f"%lanemask_{name}": mask.astype(np.uint32) for name, mask in masks.items()}
         self.special["%dynamic_smem_size"] = np.full(self.lanes, self.shared.places[-1][1], np.uint32)
-        self.steps = []
-        for self.at in range(len(self.program)):
-            self.steps.append(instructions.bind(self, self.program[self.at]))
+        self.steps: list[instructions.Step] = []
+        for place, instruction in enumerate(self.program):
+            self.at = place
+            self.steps.append(instructions.bind(self, instruction))
         self.counts = np.zeros(len(self.program), np.int64)
 
     def run_blocks(self, numbers: Array) -> None:
@@ -295,7 +296,7 @@ class Machine:
             raise self.unsupported(f"special register {operand.name}")
         if operand.name not in self.registers:
             dtype = np.dtype(DTYPES[operand.type])
-            bits = dtype if dtype == bool else np.dtype(f"u{dtype.itemsize}")
+            bits = dtype if dtype.kind == "b" else np.dtype(f"u{dtype.itemsize}")
             self.registers[operand.name] = np.zeros(self.lanes, bits)
         return self.registers[operand.name]
 
@@ -315,7 +316,7 @@ class Machine:
         if not isinstance(operand, Register):
             raise self.unsupported(f"the operand {operand}")
         array, dtype = self.register(operand), np.dtype(DTYPES[type])
-        if (array.dtype == bool) != (dtype == bool) or dtype.itemsize > array.dtype.itemsize:
+        if (array.dtype.kind == "b") != (dtype.kind == "b") or dtype.itemsize > array.dtype.itemsize:
             raise self.unsupported(f"reading .{operand.type} {operand.name.split('@')[0]} as .{type}")
         if dtype.itemsize < array.dtype.itemsize:
             narrow = np.dtype(f"u{dtype.itemsize}")
@@ -330,7 +331,7 @@ class Machine:
         if not isinstance(operand, Register):
             raise self.unsupported(f"the destination {operand}")
         array, dtype = self.register(operand), np.dtype(DTYPES[type])
-        if (array.dtype == bool) != (dtype == bool) or dtype.itemsize > array.dtype.itemsize:
+        if (array.dtype.kind == "b") != (dtype.kind == "b") or dtype.itemsize > array.dtype.itemsize:
             raise self.unsupported(f"writing .{type} to .{operand.type} {operand.name.split('@')[0]}")
         if dtype.itemsize == array.dtype.itemsize:
             view = array.view(dtype)

@@ -38,8 +38,8 @@ class Arena:
         self.size = start + size
         return self.base + start
 
-    def allocate(self, copies: int) -> None:
-        """All bytes poisoned (0xFF: NaN in every float type) and unwritten."""
+    def allocate(self, copies: int, tracked: bool = True) -> None:
+        """All bytes poisoned (0xFF: NaN in every float type) and unwritten; `tracked`: who did what is kept."""
         self.stride = -(-(self.size + GUARD) // 256) * 256
         self.copies = copies
         self.bytes = np.full(copies * self.stride, 0xFF, np.uint8)
@@ -50,6 +50,7 @@ class Arena:
         self.read_only = np.array([place[2] for place in self.places])
         granules = copies * self.stride // self.granule
         self.valid = np.zeros(granules, bool)
+        granules = granules if tracked else 0
         self.writer = np.full(granules, -1, np.int64)
         self.written = np.zeros(granules, np.int64)
         self.atomic = np.zeros(granules, bool)
