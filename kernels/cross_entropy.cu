@@ -18,9 +18,11 @@ __device__ __forceinline__ Total merge(Total a, Total b) {
     return {largest, a.sum * ratio(a.largest, largest) + b.sum * ratio(b.largest, largest)};
 }
 
-// lse = log Σ_w e^z and chosen = z[target] − lse of each row of logits [rows, vocabulary]. Grid: a block a row.
+// Of each row of logits [rows, vocabulary]: its maximum, Σ_w e^(z − largest), and chosen = log of the target's
+// probability. (Both numbers are kept, not log Σ e^z: rounding that would cost p a unit for each unit of lse.)
+// Grid: a block a row.
 extern "C" __global__ void __launch_bounds__(BLOCK)
-cross_entropy_forward(real* lse, real* chosen, const storage* logits, const int64* targets, int vocabulary) {
+cross_entropy_forward(real* largest_of_row, real* sum_of_row, real* chosen, const storage* logits, const int64* targets, int vocabulary) {
     const int64 row = blockIdx.x;
     const storage* z = logits + row * vocabulary;
     const bool wide = vocabulary % VECTOR == 0;
@@ -44,9 +46,9 @@ cross_entropy_forward(real* lse, real* chosen, const storage* logits, const int6
     __syncthreads();
     if (threadIdx.x == 0) {
         for (unsigned warp = 1; warp < blockDim.x / WARP; warp++) total = merge(total, part[warp]);
-        const real log_sum = logarithm(total.sum);
-        lse[row] = total.largest + log_sum;
-        chosen[row] = widen(z[targets[row]]) - total.largest - log_sum;  // (cross_entropy.1)
+        largest_of_row[row] = total.largest;
+        sum_of_row[row] = total.sum;
+        chosen[row] = widen(z[targets[row]]) - total.largest - logarithm(total.sum);  // (cross_entropy.1)
     }
 }
 
@@ -59,11 +61,11 @@ extern "C" __global__ void cross_entropy_loss(real* loss, const real* chosen, co
     if (threadIdx.x == 0) loss[0] = -sum;  // (cross_entropy.2)
 }
 
-// dlogits = dloss weight (p − 1[w = target]) with p = e^(z − lse). dlogits may be logits itself: each thread reads its
+// dlogits = dloss weight (p − 1[w = target]) with p = e^(z − largest) / sum. dlogits may be logits itself: each thread reads its
 // chunk before it writes it; so no load here is .nc. Grid: for each row, a thread for each chunk.
 extern "C" __global__ void __launch_bounds__(BLOCK)
-cross_entropy_backward(storage* dlogits, const storage* logits, const real* lse, const int64* targets,
-                       const real* weight, const real* dloss, int vocabulary) {
+cross_entropy_backward(storage* dlogits, const storage* logits, const real* largest_of_row, const real* sum_of_row,
+                       const int64* targets, const real* weight, const real* dloss, int vocabulary) {
     const int parts = (vocabulary - 1) / (blockDim.x * VECTOR) + 1;
     const int64 row = blockIdx.x / parts;
     const bool wide = vocabulary % VECTOR == 0;
@@ -71,11 +73,11 @@ cross_entropy_backward(storage* dlogits, const storage* logits, const real* lse,
     if (i >= vocabulary) return;
     real chunk[VECTOR];
     load_chunk<false>(chunk, logits + row * vocabulary, i, vocabulary, wide);
-    const real scale = dloss[0] * weight[row], shift = lse[row];
+    const real scale = dloss[0] * weight[row], largest = largest_of_row[row], sum = sum_of_row[row];
     const int64 target = targets[row];
 #pragma unroll
     for (int v = 0; v < VECTOR; v++) {
-        const real p = exponential(chunk[v] - shift);
+        const real p = exponential(chunk[v] - largest) / sum;
         chunk[v] = scale == 0 ? real(0) : scale * (i + v == target ? p - 1 : p);  // (cross_entropy.3)
     }
     store_chunk(chunk, dlogits + row * vocabulary, i, vocabulary, wide);

@@ -23,6 +23,7 @@ import ptx
 
 ON_DEVICE = os.environ.get("REFIMPL_GPU") == "1"  # make gpu: the same suite on the GPU
 DTYPES = {"float64": np.float64, "float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+LUCK, HALF_UNIT = 8, 2.0**-24
 WIDE = {"float64": np.float64, "float32": np.float32, "bfloat16": np.float32}
 
 
@@ -110,7 +111,9 @@ def results(pair: Op, inputs: Sequence[Any], kwargs: Mapping[str, Any], cotangen
 def compare(op: str, pair: Op, case: Case, storage: str, seed: int, extra: Mapping[str, Any] | None = None) -> None:
     """The rule: a kernel's error is at most twice that of the float32 reference on the same inputs (rounded to the
     storage type), and one unit: of the element in the type that it is stored in, and of the largest in the type that
-    arithmetic is done in. For float64 kernels, whose reference is no better, its error is taken as 64 such units."""
+    arithmetic is done in. One small example may round luckily, so the reference's error is the largest of LUCK runs, in
+    all but one of which float32 inputs and cotangents are moved by up to half a unit. For float64 kernels, whose
+    reference is no better, its error is taken as 64 units."""
     reference, wide = REFERENCE[op] if op in REFERENCE else pair_of(op), WIDE[storage]
     inputs, constants = [rounded(x, storage) for x in case.inputs], rounded(case.kwargs, np.dtype(wide).name)
     exact_inputs, exact_constants = [widened(x, np.float64) for x in inputs], widened(constants, np.float64)
@@ -124,18 +127,23 @@ def compare(op: str, pair: Op, case: Case, storage: str, seed: int, extra: Mappi
     rng = np.random.default_rng([seed, 7])
     cotangents = [np.asarray(rng.normal(size=shape)).astype(DTYPES[storage]) for shape in shapes]
     exact = results(reference, exact_inputs, exact_constants, [c.astype(np.float64) for c in cotangents])
-    low = results(
-        reference, [widened(x, wide) for x in inputs], widened(constants, wide), [c.astype(wide) for c in cotangents]
-    )
+    plain = []
+    for run in range(LUCK if storage != "float64" else 1):
+        moved = [
+            x if x is None else widened(x, wide) * (1 + bool(run) * rng.uniform(-HALF_UNIT, HALF_UNIT, x.shape))
+            for x in (*inputs, *cotangents)
+        ]
+        low = [x if x is None else np.asarray(x, wide) for x in moved]
+        plain.append(results(reference, low[: len(inputs)], widened(constants, wide), low[len(inputs) :]))
     found = results(pair, inputs, constants | extra, cotangents)
     assert len(found) == len(exact)
-    for i, (got, wanted, plain) in enumerate(zip(found, exact, low, strict=True)):
+    for i, (got, wanted) in enumerate(zip(found, exact, strict=True)):
         assert got.shape == wanted.shape, f"{op} result {i}: shape {got.shape}, wanted {wanted.shape}"
         assert got.dtype in (DTYPES[storage], wide), f"{op} result {i}: {got.dtype}"
         got_wide, largest = got.astype(np.float64), np.max(np.abs(wanted), initial=0)
         assert np.array_equal(np.isnan(got_wide), np.isnan(wanted)), f"{op} result {i}: NaN at other places"
         unit = float(ml_dtypes.finfo(got.dtype).eps) * np.abs(wanted) + float(np.finfo(wide).eps) * largest
-        plain_error = np.max(np.abs(plain - wanted), initial=0)
+        plain_error = max(np.max(np.abs(low[i] - wanted), initial=0) for low in plain)
         if storage == "float64":
             plain_error = 64 * np.finfo(np.float64).eps * largest
         excess = np.abs(got_wide - wanted) - 2 * plain_error - unit

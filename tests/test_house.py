@@ -123,7 +123,8 @@ def test_imports_need_numpy_alone(module: str) -> None:
     code = (
         f"import sys; import {module}; "
         "print(*sorted({m.split('.')[0] for m in sys.modules} & "
-        "{'typer', 'rich', 'cupy', 'cuda', 'numba', 'torch', 'safetensors', 'ml_dtypes', 'hypothesis', 'pytest', 'scipy'}))"
+        "{'typer', 'rich', 'cupy', 'cuda', 'numba', 'torch', 'safetensors', 'ml_dtypes', 'hypothesis', 'pytest', "
+        "'scipy'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

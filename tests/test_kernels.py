@@ -40,7 +40,7 @@ from support import FULL, HypothesisDraw
 
 # Most registers of a thread (in any type, for any target) and static shared memory of a block in bytes.
 BUDGET = {
-    "adamw_update": (40, 0), "cross_entropy_backward": (36, 0), "cross_entropy_forward": (40, 256),
+    "adamw_update": (40, 0), "cross_entropy_backward": (40, 0), "cross_entropy_forward": (40, 256),
     "cross_entropy_loss": (32, 256), "embedding_backward": (40, 4096), "embedding_gather": (32, 0),
     "grpo_forward": (64, 256), "grpo_loss": (32, 256), "moe_combine": (40, 0), "moe_permute": (40, 0),
     "moe_weight_gradient": (48, 0), "rms_norm_backward": (128, 256), "rms_norm_forward": (80, 256),

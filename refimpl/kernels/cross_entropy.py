@@ -1,6 +1,6 @@
 """Cross-entropy of given logits on kernels/cross_entropy.cu; as `refimpl.ops.cross_entropy`, and for bfloat16.
 
-Saved are the logits and one number a row, not the probabilities: nothing of the logits' size is made in the forward.
+Saved are the logits and two numbers a row, not the probabilities: nothing of the logits' size is made in the forward.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ THREADS = 128  # of the backward: a thread a chunk
 
 class CrossEntropySaved(NamedTuple):
     logits: Array  # […, W]: probabilities are recomputed from them
-    lse: Array  # [rows]: log Σ e^z, in float32 for bfloat16
+    largest: Array  # [rows]: the maximum, in float32 for bfloat16
+    total: Array  # [rows]: Σ e^(z − largest)
     targets: Array  # [rows] int64
     weight: Array  # [rows]: mask / normaliser
 
@@ -40,14 +41,14 @@ def cross_entropy(launch: Launch) -> Op:
         like = n.xp.zeros((1,), dtype=n.real)
         targets, weight = token_weights(like, targets, mask, normaliser, last(logits, "logits"))
         logits, targets, weight = ready(logits), ready(targets.reshape(-1)), ready(weight.reshape(-1))
-        lse, chosen = softmax_statistics(launch, logits, targets)
+        largest, total, chosen = softmax_statistics(launch, logits, targets)
         loss = kernels.empty((1,), n.real, logits)
         kernels("cross_entropy_loss", n.storage, 1, 256, loss, chosen, weight, n.xp.int64(targets.size))
-        return loss.reshape(()), CrossEntropySaved(logits, lse, targets, weight)
+        return loss.reshape(()), CrossEntropySaved(logits, largest, total, targets, weight)
 
     def cross_entropy_backward(dloss: Array, saved: CrossEntropySaved) -> Array:
         out = kernels.empty(saved.logits.shape, saved.logits.dtype, saved.logits)
-        return softmax_gradient(launch, out, saved.logits, saved.lse, saved.targets, saved.weight, dloss)
+        return softmax_gradient(launch, out, *saved, dloss)
 
     return Op(cross_entropy_forward, cross_entropy_backward)
 
@@ -64,23 +65,27 @@ def cross_entropy_in_place(launch: Launch) -> Callable[[Array, CrossEntropySaved
     return cross_entropy_backward_in_place
 
 
-def softmax_statistics(launch: Launch, logits: Array, targets: Array) -> tuple[Array, Array]:
-    """(lse, log-probability of the target), each [rows], of contiguous ``logits`` […, W] and ``targets`` [rows]."""
+def softmax_statistics(launch: Launch, logits: Array, targets: Array) -> tuple[Array, Array, Array]:
+    """(maximum, Σ e^(z − maximum), log-probability of the target), each [rows], of contiguous ``logits`` […, W] and
+    ``targets`` [rows]."""
     kernels, n = Kernels(launch, "cross_entropy"), numbers(logits=logits)
     rows, vocabulary = prod(logits.shape[:-1]), logits.shape[-1]
-    lse, chosen = (kernels.empty((rows,), n.real, logits) for _ in range(2))
+    largest, total, chosen = (kernels.empty((rows,), n.real, logits) for _ in range(3))
     threads = min(ROW_THREADS, 32 * cover(vocabulary, 32 * n.vector))
-    kernels("cross_entropy_forward", n.storage, rows, threads, lse, chosen, logits, targets, vocabulary)
-    return lse, chosen
+    kernels("cross_entropy_forward", n.storage, rows, threads, largest, total, chosen, logits, targets, vocabulary)
+    return largest, total, chosen
 
 
 def softmax_gradient(
-    launch: Launch, out: Array, logits: Array, lse: Array, targets: Array, weight: Array, dloss: Any
+    launch: Launch, out: Array, logits: Array, largest: Array, total: Array, targets: Array, weight: Array, dloss: Any
 ) -> Array:
     """``out`` = dloss · weight (softmax(logits) − one-hot(targets)); ``out`` may be ``logits``."""
     kernels, n = Kernels(launch, "cross_entropy"), numbers(logits=logits)
     rows, vocabulary = prod(logits.shape[:-1]), logits.shape[-1]
     dloss = n.xp.asarray(dloss, dtype=n.real).reshape(1)
     blocks = rows * cover(vocabulary, THREADS * n.vector)
-    kernels("cross_entropy_backward", n.storage, blocks, THREADS, out, logits, lse, targets, weight, dloss, vocabulary)
+    kernels(
+        "cross_entropy_backward", n.storage, blocks, THREADS, out, logits, largest, total, targets, weight, dloss,
+        vocabulary,
+    )  # fmt: skip
     return out

@@ -6,15 +6,27 @@ is cuBLAS's, the log-sum-exp and the gradient, which is written over the logits,
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from ..array import Array, blocks, expect
 from ..ops.cross_entropy import token_weights
-from ..ops.log_prob import LogProbSaved
 from ..ops.table import Op
 from .cross_entropy import softmax_gradient, softmax_statistics
 from .host import numbers, product, ready
 from .launch import Launch
 
-__all__ = ["log_prob"]
+__all__ = ["LogProbSaved", "log_prob"]
+
+
+class LogProbSaved(NamedTuple):
+    h: Array  # […, D]: logits are recomputed from it
+    w: Array  # [W, D]
+    largest: Array  # [M]: the largest logit of each token
+    total: Array  # [M]: Σ e^(z − largest)
+    targets: Array  # [M]
+    mask: Array  # [M]
+    temperature: float
+    block: tuple[int, int]
 
 
 def log_prob(launch: Launch) -> Op:
@@ -37,15 +49,17 @@ def log_prob(launch: Launch) -> Op:
         like = n.xp.zeros((1,), dtype=n.real)
         targets, mask = token_weights(like, targets, mask, 1.0, w.shape[0])
         targets, mask = ready(targets.reshape(-1)), mask.reshape(-1)
-        rows, lse = h.reshape(-1, h.shape[-1]), n.xp.zeros((targets.size,), dtype=n.real)
-        chosen, saved = n.xp.zeros_like(lse), LogProbSaved(h, w, lse, targets, mask, float(temperature), block)
+        rows = h.reshape(-1, h.shape[-1])
+        largest, total, chosen = (n.xp.zeros((targets.size,), dtype=n.real) for _ in range(3))
+        saved = LogProbSaved(h, w, largest, total, targets, mask, float(temperature), block)
         for start, stop in blocks(targets.size, _rows(block, w)):
             z = logits(rows[start:stop], w, saved)
-            lse[start:stop], chosen[start:stop] = softmax_statistics(launch, z, ready(targets[start:stop]))
+            part = slice(start, stop)
+            largest[part], total[part], chosen[part] = softmax_statistics(launch, z, ready(targets[part]))
         return n.xp.where(mask != 0, mask * chosen, n.scalar(0)).reshape(h.shape[:-1]), saved
 
     def log_prob_backward(dy: Array, saved: LogProbSaved) -> tuple[Array, Array]:
-        h, w, lse, targets, mask, temperature, block = saved
+        h, w, largest, total, targets, mask, temperature, block = saved
         n = numbers(h=h)
         expect("dy", dy, "(…)", tuple(h.shape[:-1]))
         rows = h.reshape(-1, h.shape[-1])
@@ -53,7 +67,8 @@ def log_prob(launch: Launch) -> Op:
         dh, dw = n.xp.zeros(rows.shape, dtype=h.dtype), n.xp.zeros(w.shape, dtype=n.real)
         for start, stop in blocks(targets.size, _rows(block, w)):
             z, part = logits(rows[start:stop], w, saved), slice(start, stop)
-            dz = softmax_gradient(launch, z, z, ready(lse[part]), ready(targets[part]), ready(weight[part]), 1.0)
+            of_rows = (ready(x[part]) for x in (largest, total, targets, weight))
+            dz = softmax_gradient(launch, z, z, *of_rows, dloss=1.0)
             dh[part] = product(dz, w.astype(n.real, copy=False), n.real)
             dw += product(dz.T, rows[part].astype(n.real, copy=False), n.real)
         return dh.reshape(h.shape), dw
