@@ -27,7 +27,7 @@ MODEL, VARIANT, MODEL_GRPO = "model", "model_variant", "model_grpo"
 MODELS = (MODEL, VARIANT, MODEL_GRPO)
 NAMES = (*CASES, *MODELS)  # in reading order
 MOST_EXAMPLES = 300  # drawn in search of a regime
-KERNELS = ("cuda",)  # implementations that only a GPU runs
+KERNELS = ("cuda", "numba_cuda")  # implementations that only a GPU runs
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _table(implementation: str) -> Ops:
     from .kernels.launch import DeviceLaunch
     from .kernels.table import cuda_table
 
-    return cuda_table(DeviceLaunch())
+    return cuda_table(DeviceLaunch(implementation))
 
 
 def _placement(backend: str) -> Callable[[Any], Any] | None:

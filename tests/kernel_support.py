@@ -15,7 +15,7 @@ from refimpl.check.cases import CASES, Case, Draw, pair_of
 from refimpl.check.rules import Pair
 from refimpl.kernels.compile import Module
 from refimpl.kernels.launch import DeviceLaunch, Launch
-from refimpl.kernels.table import cuda_table
+from refimpl.kernels.table import KERNELS, cuda_table
 from refimpl.ops import REFERENCE, Op
 from refimpl.verify import placed
 
@@ -33,8 +33,9 @@ class InterpreterLaunch(ptx.InterpreterLaunch):
 
     target = "sm_90"
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, language: str = "cuda") -> None:
         super().__init__(seed)
+        self.language = language
         self.unwritten: list[np.ndarray] = []
 
     def __call__(
@@ -58,7 +59,7 @@ class InterpreterLaunch(ptx.InterpreterLaunch):
 
 
 def make_table(launch: Launch) -> dict[str, Op]:
-    """The CUDA column, from and to NumPy arrays wherever it runs."""
+    """The column of the launch's language, from and to NumPy arrays wherever it runs."""
     table = cuda_table(launch)
     if not ON_DEVICE:
         return table
@@ -67,16 +68,19 @@ def make_table(launch: Launch) -> dict[str, Op]:
     return {name: placed(pair, cupy.asarray) for name, pair in table.items()}
 
 
-def make_launch(seed: int = 0) -> Launch:
-    return DeviceLaunch() if ON_DEVICE else InterpreterLaunch(seed)
+def make_launch(seed: int = 0, language: str = "cuda") -> Launch:
+    return DeviceLaunch(language) if ON_DEVICE else InterpreterLaunch(seed, language)
 
 
-TABLE = make_table(make_launch())
+TABLES = {language: make_table(make_launch(0, language)) for language in KERNELS}
+TABLE = TABLES["cuda"]
 
 
-def ops_of(op: str) -> dict[str, Any]:
+def ops_of(op: str, language: str = "cuda") -> dict[str, Any]:
     """The argument ``ops`` for an op made of others."""
-    return {"ops": cuda_table(make_launch())} if "ops" in inspect.signature(pair_of(op).forward).parameters else {}
+    if "ops" not in inspect.signature(pair_of(op).forward).parameters:
+        return {}
+    return {"ops": cuda_table(make_launch(0, language))}
 
 
 def rounded(x: Any, storage: str) -> Any:

@@ -27,7 +27,8 @@ from refimpl.kernels.compile import STEMS, STORAGE, TARGETS, BuildError, build, 
 from refimpl.kernels.cross_entropy import cross_entropy_in_place
 from refimpl.kernels.launch import DeviceLaunch
 from refimpl.kernels.moe import combine, permute
-from refimpl.kernels.table import CUDA
+from refimpl.kernels.numba_cuda import NUMBA_STORAGE
+from refimpl.kernels.table import CUDA, KERNELS, cuda_table
 from refimpl.model import backward, forward, init_parameters
 from refimpl.ops import REFERENCE, Op
 from refimpl.optimizer import AdamW
@@ -35,7 +36,19 @@ from refimpl.text import load_text
 from refimpl.verify import Settings
 
 import kernel_support
-from kernel_support import DTYPES, ON_DEVICE, SHAPES, TABLE, compare, make_launch, make_table, ops_of, results, rounded
+from kernel_support import (
+    DTYPES,
+    ON_DEVICE,
+    SHAPES,
+    TABLE,
+    TABLES,
+    compare,
+    make_launch,
+    make_table,
+    ops_of,
+    results,
+    rounded,
+)
 from support import FULL, HypothesisDraw
 
 # Most registers of a thread (in any type, for any target) and static shared memory of a block in bytes.
@@ -50,9 +63,11 @@ BUDGET = {
 STREAMS = ("rms_norm", "swiglu", "rope", "cross_entropy", "embedding", "moe")  # read what they read once past L1
 EXAMPLES = 40 if FULL else 6  # of each op and type
 DIFFERENCES = 20 if FULL else 2  # examples of each op under finite differences
-LOW = [(op, storage) for op in CUDA for storage in ("float32", "bfloat16")]
+COLUMNS = [("cuda", storage) for storage in STORAGE] + [("numba_cuda", storage) for storage in NUMBA_STORAGE]
+OPS = [(language, op) for language, column in KERNELS.items() for op in column]
+LOW = [(language, op, storage) for language, storage in COLUMNS for op in KERNELS[language] if storage != "float64"]
 # GRPO takes no bfloat16; a mixture of experts rounds between its stages, each of which is tested alone
-LOW = [pair for pair in LOW if pair not in (("grpo", "bfloat16"), ("moe", "bfloat16"))]
+LOW = [case for case in LOW if case[1:] not in (("grpo", "bfloat16"), ("moe", "bfloat16"))]
 
 
 # ---- compiling
@@ -120,8 +135,8 @@ def _sources() -> dict[str, str]:
 # ---- executing
 
 
-@pytest.mark.parametrize("op", CUDA)
-def test_finite_differences(op: str) -> None:
+@pytest.mark.parametrize(("language", "op"), OPS)
+def test_finite_differences(language: str, op: str) -> None:
     """The float64 kernels themselves, by `refimpl.check`: contract (arrays read-only and strided, two calls alike,
     float32 near float64) and differences to 1e-8."""
 
@@ -133,7 +148,7 @@ def test_finite_differences(op: str) -> None:
         if "block" in case.kwargs:
             case.kwargs["block"] = (256, 4096)
         report = check(
-            *TABLE[op], case.inputs, case.kwargs | ops_of(op), op=op, replay=case.replay, seed=draw.seed,
+            *TABLES[language][op], case.inputs, case.kwargs | ops_of(op, language), op=op, replay=case.replay, seed=draw.seed,
             names=[str(i) for i in range(len(case.inputs))], rules=("contract", "differences"),
         )  # fmt: skip
         assert report.ok, f"{case.kwargs}\n{report}"
@@ -141,37 +156,37 @@ def test_finite_differences(op: str) -> None:
     run()
 
 
-@pytest.mark.parametrize("op", CUDA)
-def test_float64_against_the_reference(op: str) -> None:
-    _against_the_reference(op, "float64")
+@pytest.mark.parametrize(("language", "op"), OPS)
+def test_float64_against_the_reference(language: str, op: str) -> None:
+    _against_the_reference(language, op, "float64")
 
 
-@pytest.mark.parametrize(("op", "storage"), LOW)
-def test_error_is_that_of_the_reference(op: str, storage: str) -> None:
-    _against_the_reference(op, storage)
+@pytest.mark.parametrize(("language", "op", "storage"), LOW)
+def test_error_is_that_of_the_reference(language: str, op: str, storage: str) -> None:
+    _against_the_reference(language, op, storage)
 
 
-def _against_the_reference(op: str, storage: str) -> None:
+def _against_the_reference(language: str, op: str, storage: str) -> None:
     @settings(max_examples=EXAMPLES)
     @given(st.data())
     def run(data: st.DataObject) -> None:
         draw = HypothesisDraw(data)
-        compare(op, TABLE[op], SHAPES[op](draw), storage, draw.seed, ops_of(op))
+        compare(op, TABLES[language][op], SHAPES[op](draw), storage, draw.seed, ops_of(op, language))
 
     run()
 
 
 @pytest.mark.parametrize("storage", ["float64", "float32"])
-@pytest.mark.parametrize("op", CUDA)
-def test_same_bits(op: str, storage: str) -> None:
+@pytest.mark.parametrize(("language", "op"), OPS)
+def test_same_bits(language: str, op: str, storage: str) -> None:
     """Twice the same call, and in float64 warps that run in other orders too (in float32 the seed draws the errors of
     the interpreter's approximate functions as well): not one bit differs."""
     case = SHAPES[op](RandomDraw(3))
-    kwargs, inputs = rounded(case.kwargs, storage) | ops_of(op), [rounded(x, storage) for x in case.inputs]
-    outputs = Pair(*TABLE[op], kwargs).outputs(inputs)
+    kwargs, inputs = rounded(case.kwargs, storage) | ops_of(op, language), [rounded(x, storage) for x in case.inputs]
+    outputs = Pair(*TABLES[language][op], kwargs).outputs(inputs)
     cotangents = [np.cos(np.arange(y.size) + 1).reshape(y.shape) for y in outputs]
     found = [
-        results(make_table(make_launch(seed))[op], inputs, kwargs, cotangents)
+        results(make_table(make_launch(seed, language))[op], inputs, kwargs, cotangents)
         for seed in ((0, 1, 2) if storage == "float64" else (0, 0))
     ]
     for others in found[1:]:
@@ -179,8 +194,8 @@ def test_same_bits(op: str, storage: str) -> None:
             assert a.tobytes() == b.tobytes()
 
 
-@pytest.mark.parametrize("storage", STORAGE)
-def test_router_chooses_exactly_the_same(storage: str) -> None:
+@pytest.mark.parametrize(("language", "storage"), COLUMNS)
+def test_router_chooses_exactly_the_same(language: str, storage: str) -> None:
     """Scores full of ties: the ids are those of `select_experts` on the same scores, in every grouping."""
     rng = np.random.default_rng(0)
     for experts, groups, keep, top_k, group_score, hidden in (
@@ -190,7 +205,7 @@ def test_router_chooses_exactly_the_same(storage: str) -> None:
         x = np.eye(5)[rng.integers(0, 5, 6)]
         w, bias = rng.integers(-2, 3, (experts, 5)) / 2.0, rng.integers(-3, 2, experts) / 4.0
         for score in ("sigmoid", "softmax"):
-            output, _ = TABLE["router"].forward(
+            output, _ = TABLES[language]["router"].forward(
                 *(rounded(a, storage) for a in (x, w)), bias=bias, top_k=top_k, groups=groups, keep_groups=keep,
                 group_score=group_score, masked_groups=hidden, score=score,
             )  # fmt: skip
@@ -199,12 +214,12 @@ def test_router_chooses_exactly_the_same(storage: str) -> None:
             assert np.array_equal(output.indices, wanted), (experts, groups, score)
 
 
-@pytest.mark.parametrize("storage", STORAGE)
-def test_permute_and_combine(storage: str) -> None:
+@pytest.mark.parametrize(("language", "storage"), COLUMNS)
+def test_permute_and_combine(language: str, storage: str) -> None:
     """The stages of a mixture of experts alone, in every type: rows move unchanged, sums round once."""
     if ON_DEVICE:
         pytest.skip("on arrays of the interpreter")
-    rng, launch = np.random.default_rng(1), make_launch()
+    rng, launch = np.random.default_rng(1), make_launch(0, language)
     for tokens, top_k, d in ((1, 1, 1), (5, 2, 33), (4, 3, 40)):
         x, weights = rounded(rng.normal(size=(tokens, d)), storage), rng.uniform(0.2, 1.5, (tokens, top_k))
         weights = weights.astype(kernel_support.WIDE[storage])
@@ -221,14 +236,14 @@ def test_permute_and_combine(storage: str) -> None:
         assert np.all(np.abs(y.astype(np.float64) - exact) <= (unit + sums) * np.abs(exact))
 
 
-@pytest.mark.parametrize("storage", STORAGE)
-def test_cross_entropy_in_place(storage: str) -> None:
+@pytest.mark.parametrize(("language", "storage"), COLUMNS)
+def test_cross_entropy_in_place(language: str, storage: str) -> None:
     """The same bits as the op's gradient, in the memory of the logits."""
     if ON_DEVICE:
         pytest.skip("on arrays of the interpreter")
     rng = np.random.default_rng(0)
     logits, targets = rounded(rng.normal(size=(3, 40)), storage), np.array([0, 39, 7])
-    pair, in_place = TABLE["cross_entropy"], cross_entropy_in_place(make_launch())
+    pair, in_place = TABLES[language]["cross_entropy"], cross_entropy_in_place(make_launch(0, language))
     _, saved = pair.forward(logits, targets=targets)
     fresh = pair.backward(0.7, saved)
     assert not np.shares_memory(fresh, logits)
@@ -237,15 +252,16 @@ def test_cross_entropy_in_place(storage: str) -> None:
     assert written.tobytes() == fresh.tobytes()
 
 
-def test_cross_entropy_extremes() -> None:
+@pytest.mark.parametrize("language", KERNELS)
+def test_cross_entropy_extremes(language: str) -> None:
     """Logits of ±1e4 and −∞, masked rows of NaN: finite where the reference is."""
     logits = np.array([[1e4, -1e4, 0.0], [-np.inf, 1.0, 2.0], [0.0, 0.0, 0.0]])
     kwargs: dict[str, Any] = {"targets": np.array([0, 2, -100]), "mask": np.array([True, True, False])}
     for dtype in (np.float64, np.float32):
-        loss, saved = TABLE["cross_entropy"].forward(logits.astype(dtype), **kwargs)
+        loss, saved = TABLES[language]["cross_entropy"].forward(logits.astype(dtype), **kwargs)
         wanted, reference = ops.cross_entropy_forward(logits, **kwargs)
         np.testing.assert_allclose(loss, wanted, rtol=1e-6)
-        gradient = TABLE["cross_entropy"].backward(dtype(1), saved)
+        gradient = TABLES[language]["cross_entropy"].backward(dtype(1), saved)
         np.testing.assert_allclose(gradient, ops.cross_entropy_backward(1.0, reference), atol=1e-7)
 
 
@@ -280,7 +296,8 @@ def test_adamw(storage: str) -> None:
     assert np.array_equal(params["w"], before)
 
 
-def test_whole_model() -> None:
+@pytest.mark.parametrize("language", KERNELS)
+def test_whole_model(language: str) -> None:
     """Loss and every gradient of the tiny model with all kernels in their places, as with the reference."""
     if ON_DEVICE:
         pytest.skip("refimpl verify --backend cupy --implementation cuda")
@@ -288,7 +305,7 @@ def test_whole_model() -> None:
     params = {name: p.astype(np.float64) for name, p in init_parameters(config, std=0.15).items()}
     tokens = np.frombuffer(b"by hand and checked", dtype=np.uint8)[None, :9].astype(np.int64)
     wanted, wanted_saved = forward(params, tokens, config, ops=REFERENCE)
-    found, saved = forward(params, tokens, config, ops=TABLE)
+    found, saved = forward(params, tokens, config, ops=TABLES[language])
     assert abs(float(found.loss) - float(wanted.loss)) <= 1e-13 * float(wanted.loss)
     grads = backward(saved)
     for name, g in backward(wanted_saved).items():
@@ -346,7 +363,7 @@ def test_planted_mistakes_are_caught(name: str, monkeypatch: pytest.MonkeyPatch)
         try:
             compare(op, TABLE[op], SHAPES[op](RandomDraw(seed)), "float64", seed, ops_of(op))
             if op == "router":
-                test_router_chooses_exactly_the_same("float64")
+                test_router_chooses_exactly_the_same("cuda", "float64")
         except AssertionError:
             return
     pytest.fail(f"nothing saw it: {name}")
@@ -428,8 +445,6 @@ def test_no_nvrtc_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_signatures_are_the_ops() -> None:
     """Every op of the column takes the arguments of the reference, under the same names and with the same defaults."""
     import inspect
-
-    from refimpl.kernels.table import cuda_table
 
     def parameters(function: Any) -> list[tuple[str, Any, Any]]:
         return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]

@@ -9,13 +9,16 @@ from ..array import Array
 from ..errors import CouldNotRun
 from .compile import TARGETS, Module
 
-__all__ = ["DeviceLaunch", "Launch"]
+__all__ = ["LANGUAGES", "DeviceLaunch", "Launch"]
+
+LANGUAGES = ("cuda", "numba_cuda")
 
 
 class Launch(Protocol):
     """What the host side needs from whatever executes kernels."""
 
     target: str  # of `refimpl.kernels.compile.TARGETS`
+    language: str  # of `LANGUAGES`: which kernels it runs
 
     def __call__(
         self, module: Module, kernel: str, grid: tuple[int, ...], block: tuple[int, ...], arguments: Sequence[Any], *,
@@ -30,7 +33,10 @@ class Launch(Protocol):
 class DeviceLaunch:
     """Launches on the current CuPy device; CouldNotRun without a GPU, or on one that no target fits."""
 
-    def __init__(self) -> None:
+    def __init__(self, language: str = "cuda") -> None:
+        if language not in LANGUAGES:
+            raise ValueError(f"language must be one of {', '.join(LANGUAGES)}, got {language}")
+        self.language = language
         try:
             import cupy
         except ImportError as error:

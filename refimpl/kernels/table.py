@@ -16,16 +16,21 @@ from .rope import rope
 from .router import router
 from .swiglu import swiglu
 
-__all__ = ["CUDA", "cuda_table"]
+__all__ = ["CUDA", "KERNELS", "NUMBA_CUDA", "cuda_table"]
 
 CUDA = {
     "embedding": embedding, "rms_norm": rms_norm, "swiglu": swiglu, "rope": rope, "router": router,
     "cross_entropy": cross_entropy, "log_prob": log_prob, "moe": moe, "grpo": grpo,
 }  # fmt: skip
-"""What makes each op that has kernels from a `Launch`."""
+"""What makes each op that has kernels in CUDA C from a `Launch`."""
+
+NUMBA_CUDA = {name: CUDA[name] for name in ("rms_norm", "swiglu", "rope", "router", "cross_entropy", "log_prob", "moe")}
+"""Those of them that have kernels in Numba CUDA too; the host side is the same."""
+
+KERNELS = {"cuda": CUDA, "numba_cuda": NUMBA_CUDA}
 
 
 def cuda_table(launch: Launch) -> dict[str, Op]:
-    """The reference's table with every op that CUDA C does in its place; an op without kernels stays the reference."""
-    kernels = {name: make(launch) for name, make in CUDA.items()}
+    """The reference's table with every op in its place that the launch's language has; the others stay the reference's."""
+    kernels = {name: make(launch) for name, make in KERNELS[launch.language].items()}
     return REFERENCE | {"linear": Op(linear_forward, linear_backward)} | kernels
