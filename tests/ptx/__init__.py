@@ -34,11 +34,12 @@ def run(
 ) -> Report:
     """Execute a kernel; arrays among the arguments are read and written in place.
 
-    grid, block: up to 3 sizes. arguments: NumPy arrays (contiguous; one array given twice is one allocation) and NumPy
-    scalars of the parameters' sizes; for kernels with numba's calling convention each array stands for its 5 + 2·ndim
-    words. shared: bytes of dynamic shared memory. seed: fixes the order of warps and the errors of approximations.
-    uninitialised: arrays among the arguments whose bytes may not be read before they are written. races: look for them.
-    limit: of steps, to end endless loops. Raises PTXError for what the kernel does wrong, ValueError for wrong arguments.
+    grid, block: up to 3 sizes. arguments: NumPy scalars of the parameters' sizes and NumPy arrays: contiguous, one
+    given twice is one allocation, one that isn't writeable may not be written. For kernels with numba's calling
+    convention an array stands for its 5 + 2·ndim words. shared: bytes of dynamic shared memory. seed: fixes the order
+    of warps and the errors of approximations. uninitialised: arrays among the arguments whose bytes may not be read
+    before they are written. races: look for them. limit: of steps, to end endless loops. Raises PTXError for what the
+    kernel does wrong, ValueError for wrong arguments.
     """
     module = parse(ptx)
     if kernel not in module.functions or not module.functions[kernel].entry:
@@ -75,9 +76,10 @@ def run(
             for start in range(0, blocks, chunk):
                 machine.run_blocks(numbers[start : start + chunk])
         finally:
-            for name, (_, data) in arrays.items():
+            for name, (array, data) in arrays.items():
                 start = memory.offsets[name]
-                data[:] = memory.bytes[start : start + len(data)]
+                if array.flags.writeable:
+                    data[:] = memory.bytes[start : start + len(data)]
     report = machine.report
     report.instructions = int(machine.counts.sum())
     for instruction, count in zip(machine.program, machine.counts, strict=True):
@@ -110,7 +112,7 @@ def allocate(memory: Arena, arguments: Sequence[Any]) -> dict[str, tuple[np.ndar
             raise ValueError(f"argument {number} must not overlap another array")
         data = argument.reshape(-1).view(np.uint8)
         name = f"argument {number} {argument.dtype}{list(argument.shape)}"
-        memory.add(name, data.nbytes)
+        memory.add(name, data.nbytes, read_only=not argument.flags.writeable)
         arrays[name] = argument, data
     return arrays
 

@@ -189,18 +189,26 @@ APPROXIMATE: dict[str, tuple[Callable, float, float]] = {
 }
 
 
-def approximate(name: str, x: Array, seed: int) -> Array:
-    """The function of float32 or float64 x, with a seeded error within the documented bound."""
+def approximate(name: str, x: Array, seed: int, ftz: bool) -> Array:
+    """The function of float32 or float64 x, with a seeded error within the documented bound.
+
+    In f64 the .ftz forms of rcp and rsqrt have about 20 bits and a lower word of zero. rsqrt without it is what CUDA's
+    rsqrt(double), of 1 unit, compiles to.
+    """
     function, relative, absolute = APPROXIMATE[name]
     exact = function(x.astype(np.float64))
-    if x.dtype == np.float64:  # rcp and rsqrt: about 20 bits, the lower word of the result is zero
-        close = exact * (1 + 2.0**-21 * noise(x, seed))
-        return (np.ascontiguousarray(close).view(np.uint64) & np.uint64(0xFFFFFFFF << 32)).view(np.float64)
+    if x.dtype == np.float64:
+        close = exact * (1 + (2.0**-21 if ftz else 2.0**-53) * noise(x, seed))
+        return (close.view(np.uint64) & np.uint64(0xFFFFFFFF << 32)).view(np.float64) if ftz else close
     if name == "lg2":  # absolute in (1/2, 2), relative elsewhere
         near = (x > 0.5) & (x < 2)
         bound = np.where(near, absolute, relative * np.abs(exact)) - 2**-24 * np.abs(exact)
     else:
         bound = np.maximum(relative - 2**-24, 0) * np.abs(exact) + max(absolute - 2**-24, 0)
+    if name == "tanh":
+        bound = np.minimum(bound, 1 - np.abs(exact))  # never beyond ±1
+    if name == "ex2":
+        bound = np.where(x == np.rint(x), 0, bound)  # powers of 2 are exact: CUDA's tanh(double) counts on it
     special = ~np.isfinite(exact) | (exact == 0) | (np.abs(exact) == 1)
     return np.where(special, exact, exact + np.where(special, 0, bound) * noise(x, seed)).astype(np.float32)
 

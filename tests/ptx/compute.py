@@ -103,14 +103,12 @@ def arithmetic(m: Machine, operands: tuple, mods: Modifiers) -> Step:
         return integers(m, operands, mods, type)
     mode, ftz, sat = mods.one_of(*DIRECTIONS, default="rn"), mods.flag("ftz"), mods.flag("sat")
     if is_half(type):
-        half, one, zero = (
-            type.removesuffix("x2"),
-            *(np.uint16(x) for x in ((0x3F80, 0x8000) if "b" in type else (0x3C00, 0x8000))),
-        )
+        half = type.removesuffix("x2")
+        one, minus_zero = np.uint16(0x3C00 if half == "f16" else 0x3F80), np.uint16(0x8000)
         fused = {
             "add": lambda a, b: fp.fma_half(a, one, b, half),
-            "sub": lambda a, b: fp.fma_half(a, one, b ^ np.uint16(0x8000), half),
-            "mul": lambda a, b: fp.fma_half(a, b, zero, half),
+            "sub": lambda a, b: fp.fma_half(a, one, b ^ minus_zero, half),
+            "mul": lambda a, b: fp.fma_half(a, b, minus_zero, half),
         }.get(name, lambda a, b, c: fp.fma_half(a, b, c, half))
         if mode != "rn" or ftz or sat:
             raise m.unsupported("a modifier of half arithmetic")
@@ -145,8 +143,37 @@ def high_product(a: Array, b: Array) -> Array:
     return product.view(a.dtype)
 
 
+@factory("addc", "subc", "madc")
+def carrying(m: Machine, operands: tuple, mods: Modifiers, type: str = "") -> Step:
+    """32-bit add, sub and mad with a carry in (…c) or out (.cc), which is each thread's own."""
+    type = type or mods.type()
+    if type not in ("u32", "s32"):
+        raise m.unsupported(f"a carry of .{type}")
+    takes, gives, part = mods.name.endswith("c"), mods.flag("cc"), mods.one_of("lo", "hi", default="")
+    read, write = [m.reader(operand, "u32") for operand in operands[1:]], m.writer(operands[0], "u32")
+    if part and type == "s32" and part == "hi":
+        raise m.unsupported("a signed upper half with carry")
+
+    def step(lanes: Lanes) -> None:
+        a, b, *c = (r(lanes).astype(np.int64) for r in read)
+        carry = m.carry[lanes] if takes else np.int64(0)
+        if part:
+            product = a.view(np.uint64) * b.view(np.uint64)
+            half = product >> np.uint64(32) if part == "hi" else product & np.uint64(0xFFFFFFFF)
+            total = half.view(np.int64) + c[0] + carry
+        else:
+            total = a - b - carry if mods.name.startswith("sub") else a + b + carry
+        write(lanes, total.astype(np.uint32))
+        if gives:
+            m.carry[lanes] = total >> 32 & 1
+
+    return step
+
+
 def integers(m: Machine, operands: tuple, mods: Modifiers, type: str) -> Step:
     name, result, dtype = mods.name, type, DTYPES[type]
+    if "cc" in mods.left:
+        return carrying(m, operands, mods, type)
     if name in ("add", "sub"):
         function = np.add if name == "add" else np.subtract
         if mods.flag("sat"):
@@ -214,8 +241,8 @@ def special(m: Machine, operands: tuple, mods: Modifiers) -> Step:
     mode = mods.one_of("rn", "approx")
     if mode == "rn":
         function: Callable = {"rcp": lambda x: DTYPES[type](1) / x, "sqrt": np.sqrt}[name]
-    elif type in ("f32", "f64") and not (type == "f64" and name not in ("rcp", "rsqrt")):
-        function = lambda x: fp.approximate(name, x, m.seed)  # noqa: E731
+    elif type == "f32" or (type == "f64" and (name == "rsqrt" or (name == "rcp" and ftz))):
+        function = lambda x: fp.approximate(name, x, m.seed, ftz)  # noqa: E731
     else:
         raise m.unsupported(f"{name} of .{type}")
     return elementwise(m, operands, [type], type, finished(function, type, ftz, False))

@@ -161,9 +161,7 @@ def address_of(m: Machine, operand: Address) -> tuple[Callable[[Lanes], Array], 
     return address, arena
 
 
-def spaces(
-    m: Machine, arena: Arena | None, lanes: Lanes, address: Array
-) -> Iterator[tuple[Arena, Lanes, Array]]:
+def spaces(m: Machine, arena: Arena | None, lanes: Lanes, address: Array) -> Iterator[tuple[Arena, Lanes, Array]]:
     """The arena, its lanes, and their addresses in it; a generic access may meet several arenas."""
     if arena is not None:
         yield arena, lanes, address
@@ -429,7 +427,7 @@ def barrier(m: Machine, operands: tuple, mods: Modifiers) -> Step:
     if kind == "red":
         how, type = mods.one_of("popc", "and", "or"), mods.type()
         result, predicate, operands = m.writer(operands[0], type), m.reader(operands[-1], "pred"), operands[1:-1]
-        m.special[f"finish {m.at}"] = result, how
+        m.finish[m.at] = result, how
     number = m.reader(operands[0], "u32")
     expected = m.reader(operands[1], "u32") if len(operands) > 1 else None
 
@@ -438,6 +436,8 @@ def barrier(m: Machine, operands: tuple, mods: Modifiers) -> Step:
         if ready is None:
             return run.STOP
         m.barrier[ready] = number(ready)
+        if (wrong := m.barrier[ready] > 15).any():
+            m.fail(ready, wrong, lambda i: "barriers are numbered from 0 to 15")
         m.expected[ready] = expected(ready) if expected else 0
         if kind == "arrive":
             np.add.at(m.arrived, (m.copy[ready], m.barrier[ready]), 1)
@@ -454,9 +454,9 @@ def barrier(m: Machine, operands: tuple, mods: Modifiers) -> Step:
 
 def finish_barrier(m: Machine, lanes: Array, everyone: Array) -> None:
     """Give bar.red's result to lanes at one instruction, of all the threads that the barrier let go."""
-    if f"finish {m.at}" not in m.special:
+    if m.at not in m.finish:
         return
-    write, how = m.special[f"finish {m.at}"]
+    write, how = m.finish[m.at]
     key = m.copy * 16 + m.barrier
     votes, total = (np.bincount(key[everyone], weights)[key[lanes]] for weights in (m.vote[everyone], None))
     write(lanes, {"popc": votes.astype(np.uint32), "and": votes == total, "or": votes > 0}[how])
@@ -466,7 +466,7 @@ def finish_barrier(m: Machine, lanes: Array, everyone: Array) -> None:
 
 
 def together(m: Machine, mask: Operand, body: Callable[[Lanes, Array], None]) -> Step:
-    """Run the body on lanes whose mask's lanes have all come; `masks` is over all lanes."""
+    """Run the body on lanes whose masks' lanes have all come."""
     read = m.reader(mask, "u32")
 
     def step(lanes: Lanes) -> object:
@@ -474,7 +474,7 @@ def together(m: Machine, mask: Operand, body: Callable[[Lanes, Array], None]) ->
         ready = m.arrive(lanes, masks)
         if ready is None:
             return run.STOP
-        body(ready, masks)
+        body(ready, masks[ready])
         if ready is lanes:
             return None
         m.pc[ready] = m.at + 1
@@ -485,7 +485,7 @@ def together(m: Machine, mask: Operand, body: Callable[[Lanes, Array], None]) ->
 
 def teams(m: Machine, lanes: Lanes, masks: Array) -> tuple[Array, int]:
     """A number for each lane, the same for lanes of one warp with one mask, and how many there are."""
-    key = (m.warp[lanes] << 32) | masks[lanes]
+    key = (m.warp[lanes] << 32) | masks
     names, number = np.unique(key, return_inverse=True)
     return number, len(names)
 
@@ -506,8 +506,8 @@ def shuffle(m: Machine, operands: tuple, mods: Modifiers) -> Step:
         inside = other >= last if kind == "up" else other <= last
         other = np.where(inside, other, lane)
         source = m.index[lanes] - lane + other
-        named = masks[lanes] >> other.astype(np.uint32) & 1 != 0
-        if (wrong := ~named | (m.state[source] == run.EXITED) | (masks[source] != masks[lanes])).any():
+        named = masks >> other.astype(np.uint32) & 1 != 0
+        if (wrong := ~named | (m.state[source] == run.EXITED)).any():
             m.fail(
                 lanes,
                 wrong,
@@ -547,11 +547,11 @@ def match(m: Machine, operands: tuple, mods: Modifiers) -> Step:
     read, write, write_second = m.reader(operands[1], type), m.writer(first, "u32"), m.writer(second, "pred")
 
     def body(lanes: Lanes, masks: Array) -> None:
-        team, _ = teams(m, lanes, masks)
-        value = np.broadcast_to(read(lanes), team.shape)
-        same = (team[:, None] == team) & (value[:, None] == value)
-        bits = (same * 2.0 ** m.lane[lanes]).sum(1).astype(np.uint32)
-        unanimous = same.sum(1) == np.bincount(team)[team]
+        team, count = teams(m, lanes, masks)
+        names, value = np.unique(np.broadcast_to(read(lanes), team.shape), return_inverse=True)
+        same = team * len(names) + value
+        bits = np.bincount(same, 2.0 ** m.lane[lanes])[same].astype(np.uint32)
+        unanimous = np.bincount(same)[same] == np.bincount(team, None, count)[team]
         write(lanes, bits if kind == "any" else np.where(unanimous, bits, np.uint32(0)))
         write_second(lanes, unanimous)
 

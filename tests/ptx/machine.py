@@ -68,7 +68,7 @@ class Machine:
         self.fenced = any(i.opcode.startswith(("membar", "fence")) for i in self.program)
 
     def lay_out(self, dynamic: int) -> None:
-        """Shared and local variables: each starts at its own alignment and no better one."""
+        """Places of shared and local variables and of functions' parameters."""
         owned = [v for f in self.functions for v in f.variables.values()]
         extern: list[Variable] = []
         for variable in [*self.module.variables.values(), *owned]:
@@ -102,7 +102,9 @@ class Machine:
         self.barrier = np.zeros(self.lanes, np.int64)
         self.expected = np.zeros(self.lanes, np.int64)
         self.vote = np.zeros(self.lanes, bool)
+        self.finish: dict[int, tuple[Callable, str]] = {}
         self.copy_group = np.zeros(self.lanes, np.int64)
+        self.carry = np.zeros(self.lanes, np.int64)
         names = ("tid", "ntid", "ctaid", "nctaid")
         for name in [f"%{n}.{axis}" for n in names for axis in "xyz"] + ["%laneid", "%warpid"]:
             self.special[name] = np.zeros(self.lanes, np.uint32)
@@ -181,7 +183,8 @@ class Machine:
     def run_group(self, lanes: Lanes, pc: int, until: int) -> None:
         """Run lanes that are together until they part, wait, or reach lanes that wait for them."""
         index = self.index[lanes]
-        self.first = pc
+        self.first = self.at = pc
+        self.check_limit(lanes)
         executed = 0
         while pc < until:
             self.at = pc
@@ -195,11 +198,14 @@ class Machine:
                 break
             else:
                 pc = following
-                if pc <= self.at and self.order.now > self.limit:
-                    self.fail(lanes, None, lambda i: f"still running after {self.limit} steps: an endless loop?")
+                self.check_limit(lanes)
         else:
             self.pc[lanes] = pc
         self.length[np.unique(self.warp[lanes])] += executed
+
+    def check_limit(self, lanes: Lanes) -> None:
+        if self.order.now > self.limit:
+            self.fail(lanes, None, lambda i: f"still running after {self.limit} steps: an endless loop?")
 
     def wake(self, low: int, high: int) -> bool:
         """Nothing runs: see whether lanes that wait within their warp now can go on, because others have exited."""
@@ -242,6 +248,10 @@ class Machine:
             self.fail(index, wrong, lambda i: f"the lane itself is not in its member mask {mask[i]:#x}")
         warp = self.warp[index]
         ready = mask & alive[warp] & ~present[warp] == 0
+        team, count = instructions.teams(self, index, mask)
+        members = np.bincount(team, 2.0 ** self.lane[index], count)[team].astype(np.uint32)
+        if (wrong := ready & (members != mask & alive[warp])).any():
+            self.fail(index, wrong, lambda i: f"lanes named in its member mask {mask[i]:#x} come with another mask")
         self.pc[index] = self.at
         self.state[index] = np.where(ready, RUN, AT_WARP)
         return self.compact(index[ready]) if ready.any() else None

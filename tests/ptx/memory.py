@@ -15,7 +15,7 @@ import numpy as np
 from .parse import UNSIGNED
 
 Array = np.ndarray
-GUARD = 256  # bytes before, between and after variables
+GUARD, MOST_GUARD = 256, 1 << 20  # bytes before the first variable and after each: as many as it has, within these
 SHARED_WINDOW, LOCAL_WINDOW, GLOBAL_START, WINDOW = 1 << 40, 1 << 41, 1 << 44, 1 << 32
 
 
@@ -27,20 +27,21 @@ class Arena:
         self.names: list[str] = ["no variable"]
         self.places: list[tuple[int, int, bool]] = [(0, 0, False)]  # offset, size, read-only
         self.offsets: dict[str, int] = {}
-        self.size = 0
+        self.size = GUARD
 
     def add(self, name: str, size: int, align: int = 256, read_only: bool = False) -> int:
-        """Lay out a variable; its address."""
-        start = -(-(self.size + GUARD) // align) * align
+        """Lay out a variable, in shared and local memory at no better alignment than its own; its address."""
+        start = -(-self.size // align) * align
+        start += align if self.name in ("shared", "local") and start % (2 * align) == 0 else 0
         self.names.append(name)
         self.places.append((start, size, read_only))
         self.offsets[name] = start
-        self.size = start + size
+        self.size = start + size + min(max(size, GUARD), MOST_GUARD)
         return self.base + start
 
     def allocate(self, copies: int, tracked: bool = True) -> None:
         """All bytes poisoned (0xFF: NaN in every float type) and unwritten; `tracked`: who did what is kept."""
-        self.stride = -(-(self.size + GUARD) // 256) * 256
+        self.stride = -(-self.size // 256) * 256
         self.copies = copies
         self.bytes = np.full(copies * self.stride, 0xFF, np.uint8)
         self.views = {size: self.bytes.view(dtype) for size, dtype in UNSIGNED.items()}
