@@ -12,6 +12,7 @@ and each has its function here:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from math import prod
 from types import ModuleType
 from typing import Any
@@ -48,12 +49,32 @@ def namespace(**arrays: Array) -> ModuleType:
 def library(x: Array, name: str = "x") -> ModuleType:
     """The namespace of one array of any dtype; TypeError if it is none."""
     if type(x).__module__.partition(".")[0] == "cupy":
-        import cupy
-
-        return cupy  # type: ignore[no-any-return]
+        return CUPY
     if not hasattr(x, "__array_namespace__"):
         raise TypeError(f"{name} must be an array of NumPy, CuPy or an array-API library, got {type(x).__name__}")
     return x.__array_namespace__()  # type: ignore[no-any-return]
+
+
+class _CuPy(ModuleType):
+    """CuPy with the standard's argument ``device``, which its functions that make arrays (14.2) lack."""
+
+    MAKERS = ("arange", "asarray", "empty", "full", "ones", "zeros")
+
+    def __getattr__(self, name: str) -> Any:
+        import cupy
+
+        function = getattr(cupy, name)  # AttributeError if CuPy has no such name
+        if name not in self.MAKERS:
+            return function
+
+        def make(*args: Any, device: Any = None, **kwargs: Any) -> Array:
+            with nullcontext() if device is None else device:
+                return function(*args, **kwargs)
+
+        return make
+
+
+CUPY = _CuPy("cupy")
 
 
 def is_object(x: Array) -> bool:

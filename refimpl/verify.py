@@ -27,7 +27,7 @@ MODEL, VARIANT, MODEL_GRPO = "model", "model_variant", "model_grpo"
 MODELS = (MODEL, VARIANT, MODEL_GRPO)
 NAMES = (*CASES, *MODELS)  # in reading order
 MOST_EXAMPLES = 300  # drawn in search of a regime
-KERNELS = ("cuda", "numba_cuda")  # implementations that only a GPU runs
+KERNELS = ("cuda", "numba_cuda")  # implementations that only a GPU runs: `refimpl.kernels.table.COLUMNS`
 
 
 @dataclass(frozen=True)
@@ -146,9 +146,9 @@ def _table(implementation: str) -> Ops:
     if implementation in IMPLEMENTATIONS:
         return IMPLEMENTATIONS[implementation]
     from .kernels.launch import DeviceLaunch
-    from .kernels.table import cuda_table
+    from .kernels.table import COLUMNS
 
-    return cuda_table(DeviceLaunch(implementation))
+    return COLUMNS[implementation](DeviceLaunch())
 
 
 def _placement(backend: str) -> Callable[[Any], Any] | None:

@@ -9,14 +9,13 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import pytest
 
 from refimpl.check.cases import CASES, Case, Draw, pair_of
 from refimpl.check.rules import Pair
 from refimpl.kernels.compile import Module
-from refimpl.kernels.launch import DeviceLaunch, Launch
-from refimpl.kernels.table import KERNELS, cuda_table
-from refimpl.ops import REFERENCE, Op
+from refimpl.kernels.launch import DeviceLaunch, Launch, NumbaLaunch
+from refimpl.kernels.table import COLUMNS
+from refimpl.ops import REFERENCE, Op, Yarn, rope_frequencies
 from refimpl.verify import placed
 
 import ptx
@@ -33,9 +32,8 @@ class InterpreterLaunch(ptx.InterpreterLaunch):
 
     target = "sm_90"
 
-    def __init__(self, seed: int = 0, language: str = "cuda") -> None:
+    def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)
-        self.language = language
         self.unwritten: list[np.ndarray] = []
 
     def __call__(
@@ -58,9 +56,9 @@ class InterpreterLaunch(ptx.InterpreterLaunch):
         return x
 
 
-def make_table(launch: Launch) -> dict[str, Op]:
-    """The column of the launch's language, from and to NumPy arrays wherever it runs."""
-    table = cuda_table(launch)
+def make_table(launch: Launch, column: str = "cuda") -> dict[str, Op]:
+    """A column, from and to NumPy arrays wherever it runs."""
+    table = COLUMNS[column](launch)
     if not ON_DEVICE:
         return table
     import cupy
@@ -68,19 +66,21 @@ def make_table(launch: Launch) -> dict[str, Op]:
     return {name: placed(pair, cupy.asarray) for name, pair in table.items()}
 
 
-def make_launch(seed: int = 0, language: str = "cuda") -> Launch:
-    return DeviceLaunch(language) if ON_DEVICE else InterpreterLaunch(seed, language)
+def make_launch(seed: int = 0, column: str = "cuda") -> Launch:
+    """What host functions outside a table are given."""
+    launch: Launch = DeviceLaunch() if ON_DEVICE else InterpreterLaunch(seed)
+    return NumbaLaunch(launch) if column == "numba_cuda" else launch
 
 
-TABLES = {language: make_table(make_launch(0, language)) for language in KERNELS}
+TABLES = {column: make_table(make_launch(), column) for column in COLUMNS}
 TABLE = TABLES["cuda"]
 
 
-def ops_of(op: str, language: str = "cuda") -> dict[str, Any]:
+def ops_of(op: str, column: str = "cuda") -> dict[str, Any]:
     """The argument ``ops`` for an op made of others."""
     if "ops" not in inspect.signature(pair_of(op).forward).parameters:
         return {}
-    return {"ops": cuda_table(make_launch(0, language))}
+    return {"ops": COLUMNS[column](make_launch())}
 
 
 def rounded(x: Any, storage: str) -> Any:
@@ -234,4 +234,26 @@ SHAPES: dict[str, Callable[[Draw], Case]] = {
     "embedding": _embedding, "router": _router, "moe": _moe, "grpo": CASES["grpo"],
 }  # fmt: skip
 
-needs_device = pytest.mark.skipif(not ON_DEVICE, reason="shapes for a GPU: make gpu")
+
+def _v3_router(draw: Draw) -> Case:
+    x, w = draw.rng.normal(size=(ROWS, 128)), draw.rng.normal(size=(256, 128)) / np.sqrt(128)
+    kwargs = {"top_k": 8, "groups": 8, "keep_groups": 4, "scale": 2.5, "bias": 0.01 * draw.rng.normal(size=256)}
+    return Case((x, w), kwargs, replay=lambda y: {"routes": y.indices})
+
+
+ROWS = 300 if ON_DEVICE else 2
+V3: dict[str, Callable[[Draw], Case]] = {  # V3's widths
+    "rms_norm": lambda draw: Case(
+        (draw.rng.normal(size=(ROWS, 7168)), draw.rng.uniform(0.5, 1.5, 7168)), {"eps": 1e-6}
+    ),
+    "swiglu": lambda draw: Case((draw.rng.normal(size=(ROWS, 18432)), draw.rng.normal(size=(ROWS, 18432)))),
+    "rope": lambda draw: Case(
+        (draw.rng.normal(size=(1, ROWS, 128, 64)),),
+        {"positions": np.arange(ROWS) + 4000, "inv_freq": rope_frequencies(64, 1e4, Yarn())},
+    ),
+    "cross_entropy": lambda draw: Case(
+        (2 * draw.rng.normal(size=(ROWS, 129280)),), {"targets": draw.rng.integers(0, 129280, ROWS)}
+    ),
+    "embedding": lambda draw: Case((draw.rng.normal(size=(50, 7168)),), {"ids": draw.rng.integers(0, 40, ROWS * 30)}),
+    "router": _v3_router,
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import array_api_strict as strict
@@ -9,11 +10,15 @@ import numpy as np
 import pytest
 
 from refimpl import ops
-from refimpl.check.cases import CASES, Case, RandomDraw, pair_of
+from refimpl.check.cases import CASES, Case, RandomDraw, model_case, pair_of
 from refimpl.check.dual import dual_array, values
 from refimpl.check.rules import Pair
 from refimpl.config import preset
 from refimpl.model import backward, forward, parameter_shapes
+from refimpl.verify import placed
+
+from pretended_cupy import Pretended
+from pretended_cupy import there as pretended
 
 TYPES = [np.float32, np.float64, np.longdouble, np.complex64, np.complex128, np.clongdouble, object]
 SEED = 5
@@ -125,6 +130,30 @@ def test_numpy_scalars_do_not_widen(op: str) -> None:
     gradients = pair.backward(tuple(w) if isinstance(y, tuple) else w[0], saved)
     for g in gradients if isinstance(gradients, tuple) else (gradients,):
         assert g.dtype == np.float32
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_nothing_that_cupy_refuses(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ops on NumPy dressed as CuPy, whose functions take fewer arguments than the standard's."""
+    monkeypatch.setitem(sys.modules, "cupy", Pretended("cupy"))
+    case, kwargs = frozen(op)
+    pair, w = placed(pair_of(op), pretended), cotangents(op, case, kwargs)
+    for got, wanted in zip(
+        Pair(*pair, kwargs).gradients(case.inputs, w), Pair(*pair_of(op), kwargs).gradients(case.inputs, w), strict=True
+    ):
+        if wanted is not None:
+            assert np.max(np.abs(got - wanted)) <= 1e-14 * np.max(np.abs(wanted))
+
+
+def test_model_needs_nothing_that_cupy_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", Pretended("cupy"))
+    case, _, pair = model_case(RandomDraw(0), length=5)
+    y, saved = pair.forward(*case.inputs)
+    dy = tuple(np.ones_like(m) for m in y[:3])
+    pretended_y, pretended_saved = (on_cupy := placed(pair, pretended)).forward(*case.inputs)
+    assert abs(float(pretended_y[0]) - float(y[0])) <= 1e-13
+    for got, wanted in zip(on_cupy.backward(dy, pretended_saved), pair.backward(dy, saved), strict=True):
+        assert np.max(np.abs(got - wanted)) <= 1e-12 * np.max(np.abs(wanted), initial=1e-3)
 
 
 def test_model_on_array_api_strict() -> None:

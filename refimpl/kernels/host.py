@@ -9,7 +9,7 @@ import numpy as np
 
 from ..array import Array, library
 from .compile import compile_kernel
-from .launch import Launch
+from .launch import Launch, NumbaLaunch
 from .numba_cuda import compile_numba
 
 __all__ = ["Kernels", "Numbers", "cover", "numbers", "place", "product", "ready"]
@@ -62,11 +62,12 @@ def ready(x: Array, dtype: Any = None) -> Array:
 
 
 def product(a: Array, b: Array, dtype: Any) -> Array:
-    """a @ b, summed in float32 or wider, in ``dtype``; cuBLAS on a device."""
-    xp = library(a)
+    """a […, n] @ b [n, m], summed in float32 or wider, in ``dtype``; cuBLAS on a device."""
+    xp, shape = library(a), (*a.shape[:-1], b.shape[1])
     if a.dtype != dtype:  # CuPy would round the product of bfloat16 arrays to bfloat16
         a, b = a.astype(dtype), b.astype(dtype)
-    return xp.matmul(a, b).astype(dtype, copy=False)
+    rows = a.reshape(-1, b.shape[0])  # CuPy has no stacks of bfloat16 products
+    return xp.matmul(rows, b).astype(dtype, copy=False).reshape(shape)
 
 
 def place(permutation: Array) -> Array:
@@ -78,7 +79,7 @@ def place(permutation: Array) -> Array:
 
 
 class Kernels:
-    """The kernels of one source file, in the launch's language, as it runs them."""
+    """The kernels of one source file, in the language of the launch, as it runs them."""
 
     def __init__(self, launch: Launch, stem: str) -> None:
         self.launch, self.stem = launch, stem
@@ -96,10 +97,10 @@ class Kernels:
             raise ValueError(f"{kernel} can't run on more than 2³¹ − 1 blocks, got {blocks}")
         typed = [np.int32(x) if isinstance(x, int) else x for x in arguments]
         block = (threads,) if isinstance(threads, int) else threads
-        if self.launch.language == "cuda":
-            module = compile_kernel(self.stem, self.launch.target, storage)
-        else:
+        if isinstance(self.launch, NumbaLaunch):
             module = compile_numba(self.stem, kernel, self.launch.target, storage)
+        else:
+            module = compile_kernel(self.stem, self.launch.target, storage)
         self.launch(module, kernel, (blocks,), block, typed, shared=shared)
 
 

@@ -9,16 +9,13 @@ from ..array import Array
 from ..errors import CouldNotRun
 from .compile import TARGETS, Module
 
-__all__ = ["LANGUAGES", "DeviceLaunch", "Launch"]
-
-LANGUAGES = ("cuda", "numba_cuda")
+__all__ = ["DeviceLaunch", "Launch", "NumbaLaunch"]
 
 
 class Launch(Protocol):
     """What the host side needs from whatever executes kernels."""
 
     target: str  # of `refimpl.kernels.compile.TARGETS`
-    language: str  # of `LANGUAGES`: which kernels it runs
 
     def __call__(
         self, module: Module, kernel: str, grid: tuple[int, ...], block: tuple[int, ...], arguments: Sequence[Any], *,
@@ -30,13 +27,26 @@ class Launch(Protocol):
         """An array whose content a kernel will write, on the device of ``like``."""
 
 
+class NumbaLaunch:
+    """Another launch, for the kernels in Numba CUDA: the host side compiles those for it."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch, self.target = launch, launch.target
+
+    def __call__(
+        self, module: Module, kernel: str, grid: tuple[int, ...], block: tuple[int, ...], arguments: Sequence[Any], *,
+        shared: int = 0,
+    ) -> None:  # fmt: skip
+        self.launch(module, kernel, grid, block, arguments, shared=shared)
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
+        return self.launch.empty(shape, dtype, like)
+
+
 class DeviceLaunch:
     """Launches on the current CuPy device; CouldNotRun without a GPU, or on one that no target fits."""
 
-    def __init__(self, language: str = "cuda") -> None:
-        if language not in LANGUAGES:
-            raise ValueError(f"language must be one of {', '.join(LANGUAGES)}, got {language}")
-        self.language = language
+    def __init__(self) -> None:
         try:
             import cupy
         except ImportError as error:

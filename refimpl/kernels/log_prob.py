@@ -67,8 +67,8 @@ def log_prob(launch: Launch) -> Op:
         dh, dw = n.xp.zeros(rows.shape, dtype=h.dtype), n.xp.zeros(w.shape, dtype=n.real)
         for start, stop in blocks(targets.size, _rows(block, w)):
             z, part = logits(rows[start:stop], w, saved), slice(start, stop)
-            of_rows = (ready(x[part]) for x in (largest, total, targets, weight))
-            dz = softmax_gradient(launch, z, z, *of_rows, dloss=1.0)
+            of_rows = [ready(x[part]) for x in (largest, total, targets, weight)]
+            dz = softmax_gradient(launch, z, z, *of_rows, dloss=1.0)  # type: ignore[misc]
             dh[part] = product(dz, w.astype(n.real, copy=False), n.real)
             dw += product(dz.T, rows[part].astype(n.real, copy=False), n.real)
         return dh.reshape(h.shape), dw

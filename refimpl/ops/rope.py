@@ -87,7 +87,9 @@ def rope_forward(
     if layout not in ("interleaved", "halves"):
         raise ValueError(f"layout must be 'interleaved' or 'halves', got {layout!r}")
     wide: Any = xp.float64
-    if not is_object(x) and x.dtype in (getattr(xp, "longdouble", None), getattr(xp, "clongdouble", None)):
+    if not is_object(x) and x.dtype in [
+        getattr(xp, name) for name in ("longdouble", "clongdouble") if hasattr(xp, name)
+    ]:
         wide = xp.longdouble
     turns = xp.astype(xp.reshape(positions, (-1, x.shape[1], 1, 1)), wide)
     angle = turns * xp.astype(xp.asarray(inv_freq), wide)
