@@ -40,7 +40,7 @@ def block_sum(part, x):
     Warps can't read each other's registers, so their sums meet in ``part``: shared memory for 32 numbers.
     """
     x = warp_sum(x)
-    cuda.syncthreads()  # another warp may still be reading what an earlier call wrote to part
+    cuda.syncthreads()  # another warp may still read an earlier call's part
     if cuda.threadIdx.x % WARP == 0:
         part[cuda.threadIdx.x // WARP] = x
     cuda.syncthreads()  # no thread reads part before all warps have written theirs

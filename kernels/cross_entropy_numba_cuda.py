@@ -52,7 +52,7 @@ def kernels(real):
         dlogits: reals, logits: reals, largest_of_row: reals, sum_of_row: reals, targets: ids, weight: reals,
         dloss: reals, vocabulary: int32,
     ):  # fmt: skip
-        """dlogits = dloss weight (p − 1[w = target]), p = e^(z − maximum) / sum; over the logits, if it is the same array.
+        """dlogits = dloss weight (p − 1[w = target]), p = e^(z − maximum) / sum; dlogits may be logits itself.
 
         Grid: for each row, as many blocks as cover it with ``each`` logits a thread.
         """

@@ -1,7 +1,7 @@
 """What the mixture of experts does around its products, in Numba CUDA: moe.cu on the same arguments, for reading.
 
-Row r of the experts' order belongs to slot order[r] = m K + k, token m's k-th choice; place is the inverse of order. The
-backward of either is the other. Derivation: derivations/moe.md.
+Row r of the experts' order belongs to slot order[r] = m K + k, token m's k-th choice; place is the inverse of order.
+The backward of either is the other. Derivation: derivations/moe.md.
 """
 
 from numba import cuda, int32, int64
@@ -17,26 +17,29 @@ def kernels(real):
     def moe_permute(
         rows: reals, x: reals, order: ids, scale: reals, slots: int64, top_k: int32, width: int32, scaled: int32
     ):
-        """rows[r] = x[order[r] / K], or ``scale[order[r]]`` times that if scaled. A thread an element at a time."""
-        for i in range(cuda.grid(1), slots * width, cuda.gridsize(1)):
-            slot, column = order[i // width], i % width
+        """rows[r] = x[order[r] / K], or ``scale[order[r]]`` times that if scaled. A block takes rows in turn."""
+        for row in range(cuda.blockIdx.x, slots, cuda.gridDim.x):
+            slot = order[row]
+            start, source = row * width, slot // top_k * width
             factor = scale[slot] if scaled else real(1)
-            rows[i] = factor * x[slot // top_k * width + column]  # (moe.2) (moe.8) (moe.9)
+            for i in range(cuda.threadIdx.x, width, cuda.blockDim.x):
+                rows[start + i] = factor * x[source + i]  # (moe.2) (moe.8) (moe.9)
 
     def moe_combine(
         y: reals, rows: reals, place: ids, weights: reals, tokens: int64, top_k: int32, width: int32, weighted: int32
     ):
-        """y[m] = Σ_k weights[m, k] rows[place[m K + k]], weights 1 unless weighted. A thread an element at a time.
+        """y[m] = Σ_k weights[m, k] rows[place[m K + k]], weights 1 unless weighted. A block takes tokens in turn.
 
-        Each output is one thread's sum, in the order of k: threads that added their rows to y would need atomics.
+        Each element is one thread's sum, in the order of k: threads that added their rows to y would need atomics.
         """
-        for i in range(cuda.grid(1), tokens * width, cuda.gridsize(1)):
-            token, column = i // width, i % width
-            total = real(0)
-            for slot in range(token * top_k, (token + 1) * top_k):
-                weight = weights[slot] if weighted else real(1)
-                total += weight * rows[place[slot] * width + column]  # (moe.4) (moe.5) (moe.11)
-            y[i] = total
+        for token in range(cuda.blockIdx.x, tokens, cuda.gridDim.x):
+            for i in range(cuda.threadIdx.x, width, cuda.blockDim.x):
+                total = real(0)
+                for k in range(top_k):
+                    slot = token * top_k + k
+                    weight = weights[slot] if weighted else real(1)
+                    total += weight * rows[place[slot] * width + i]  # (moe.4) (moe.5) (moe.11)
+                y[token * width + i] = total
 
     def moe_weight_gradient(
         dweights: reals, dy: reals, rows: reals, place: ids, slots: int64, top_k: int32, width: int32

@@ -1,7 +1,8 @@
-"""RMSNorm in Numba CUDA: what rms_norm.cu does, on the same arguments, for reading. Derivation: derivations/rms_norm.md.
+"""RMSNorm in Numba CUDA: what rms_norm.cu does, on the same arguments, for reading.
 
-A block takes a row. Its threads stride over the row together, so that neighbours read neighbouring elements: a warp's 32
-reads are then one access to memory. Arrays are flat: element (row, i) is ``row * width + i``.
+A block takes a row. Its threads stride over the row together, so that neighbours read neighbouring elements: a warp's
+32 reads are then a few accesses to memory. Arrays are flat: element (row, i) is ``row * width + i``. Derivation:
+derivations/rms_norm.md.
 """
 
 import math
@@ -35,8 +36,9 @@ def kernels(real):
     ):  # fmt: skip
         """dx, and part_dw[block, width]: the sum of dy ∘ n over the block's rows. Grid: any number of blocks.
 
-        dw is a sum over rows, which blocks share: each adds up its own rows, every gridDim-th, in its own row of part_dw,
-        and `rms_norm_weight` adds the blocks. With atomics the order, and so the last bits, would change from run to run.
+        dw is a sum over rows, which blocks share: each adds up its own rows, every gridDim-th, in its own row of
+        part_dw, and `rms_norm_weight` adds the blocks. With atomics the order, and so the last bits, would change from
+        run to run.
         """
         part = cuda.shared.array(WARP, real)
         thread, threads = cuda.threadIdx.x, cuda.blockDim.x

@@ -1,7 +1,8 @@
 """The gate of the mixture of experts in Numba CUDA: what router.cu does, on the same arguments, for reading.
 
-A warp takes a row; its 32 threads, the lanes, take the experts lane, lane + 32, … The logits are the host's. Who is chosen
-is found by counting: an expert's rank is the number of experts that come before it. Derivation: derivations/router.md.
+A warp takes a row; its 32 threads, the lanes, take the experts lane, lane + 32, … The logits are the host's. Who is
+chosen is found by counting: an expert's rank is the number of experts that come before it. Derivation:
+derivations/router.md.
 """
 
 import math
@@ -56,7 +57,7 @@ def kernels(real):
                 total += math.exp(logits[z + e] - largest)
             total = warp_sum(total)
         for e in range(lane, experts, WARP):
-            if softmax:
+            if softmax:  # noqa: SIM108
                 s = math.exp(logits[z + e] - largest) / total  # (router.3)
             else:
                 s = sigmoid(logits[z + e])  # (router.2)

@@ -3,13 +3,15 @@ the GPU by ``make gpu``) against the float64 reference and finite differences.""
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -75,6 +77,9 @@ LOW = [(column, op, storage) for column, storage in TYPES for c, op in OPS if c 
 # GRPO takes no bfloat16; a mixture of experts rounds between its stages, each of which is tested alone
 LOW = [case for case in LOW if case[1:] not in (("grpo", "bfloat16"), ("moe", "bfloat16"))]
 WIDE = [(column, op, storage) for column, storage in TYPES for c, op in OPS if c == column and op in V3]
+WIDE = [case for case in WIDE if FULL or case[::2] != ("numba_cuda", "float64")]
+# Of any kernel in Numba CUDA: registers of a thread; shared memory of a block, to which the linker adds 1,024 on sm_90.
+NUMBA_REGISTERS, NUMBA_SHARED = 80, 256 + 1024
 
 
 # ---- compiling
@@ -131,6 +136,37 @@ def test_machine_code() -> None:
                 assert instruction in done.stdout, f"{instruction} is not in rms_norm for {target}, {storage}"
 
 
+@pytest.mark.parametrize("stem", NUMBA_STEMS)
+def test_numba_compiles_within_budget(stem: str) -> None:
+    """float32 for every target (float64 too in test-full; tests execute that of sm_90): plain parameters, machine code
+    without spills, nothing that calls, flushes to zero or computes in a wider type."""
+    for storage in NUMBA_STORAGE if FULL else ("float32",):
+        for kernel, function in kernels_of(stem, storage).items():
+            for target in TARGETS:
+                module = compile_numba(stem, kernel, target, storage)
+                where, usage = f"{kernel} in {storage} for {target}", module.usage
+                assert list(usage) == re.findall(r"\.entry (\w+)\(", module.ptx) == [kernel], where
+                assert f".target {target.rstrip('a')}\n" in module.ptx, where
+                assert len(re.findall(r"\.param .*_param_\d+,?\n", module.ptx)) == len(function.__annotations__), where
+                assert module.cubin.read_bytes()[:4] == b"\x7fELF", where
+                assert usage[kernel].spills == usage[kernel].stack == 0, where
+                assert 0 < usage[kernel].registers <= NUMBA_REGISTERS, f"{where}: {usage}"
+                assert usage[kernel].shared <= NUMBA_SHARED, f"{where}: {usage}"
+                assert not re.search(r"\.local|\batom\.|\bred\.|\bcall|(add|mul|fma|sub)\.(rn\.)?ftz", module.ptx), (
+                    where
+                )
+                assert storage == "float64" or ".f64" not in module.ptx, where
+
+
+def test_numba_has_the_kernels_of_cuda_c() -> None:
+    """Under the same names, with as many parameters."""
+    for stem in NUMBA_STEMS:
+        text = re.sub(r"__launch_bounds__\(\w+\)", "", _sources()[stem])
+        declared = re.findall(r'extern "C" __global__ void\s+(\w+)\(([^)]*)\)', text)
+        found = {name: len(kernel.__annotations__) for name, kernel in kernels_of(stem, "float32").items()}
+        assert found == {name: parameters.count(",") + 1 for name, parameters in declared}
+
+
 def _packages() -> str:
     return f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
 
@@ -146,13 +182,14 @@ def _sources() -> dict[str, str]:
 def test_finite_differences(column: str, op: str) -> None:
     """The float64 kernels themselves, by `refimpl.check`: contract (arrays read-only and strided, two calls alike,
     float32 near float64) and differences to 1e-8."""
-    for seed in range(1 if op in MANY and not FULL else DIFFERENCES):
+    more = ops_of(op, column) if column == "cuda" or FULL else {}  # else experts are the reference's
+    for seed in range(1 if (column == "numba_cuda" or op in MANY) and not FULL else DIFFERENCES):
         case = CASES[op](RandomDraw(seed))
         if "block" in case.kwargs:
             case.kwargs["block"] = (256, 4096)
         report = check(
-            *TABLES[column][op], case.inputs, case.kwargs | ops_of(op, column), op=op, replay=case.replay,
-            seed=seed, names=[str(i) for i in range(len(case.inputs))], rules=("contract", "differences"),
+            *TABLES[column][op], case.inputs, case.kwargs | more, op=op, replay=case.replay, seed=seed,
+            names=[str(i) for i in range(len(case.inputs))], rules=("contract", "differences"),
         )  # fmt: skip
         assert report.ok, f"{case.kwargs}\n{report}"
 
@@ -308,6 +345,8 @@ def test_whole_model(column: str) -> None:
     """Loss and every gradient of the tiny model with all kernels in their places, as with the reference."""
     if ON_DEVICE:
         pytest.skip(f"refimpl verify --backend cupy --implementation {column}")
+    if column == "numba_cuda" and not FULL:
+        pytest.skip("its host side is that of cuda, and each of its ops is tested alone")
     config = preset("tiny")
     params = {name: p.astype(np.float64) for name, p in init_parameters(config, std=0.15).items()}
     tokens = np.frombuffer(b"by hand and checked", dtype=np.uint8)[None, :9].astype(np.int64)
@@ -392,6 +431,55 @@ def test_planted_mistakes_are_caught(name: str, monkeypatch: pytest.MonkeyPatch)
                 test_cross_entropy_in_place("cuda", "float64")
             if op == "router":
                 test_router_chooses_exactly_the_same("cuda", "float64")
+        except (AssertionError, PTXError):
+            return
+    pytest.fail(f"nothing saw it: {name}")
+
+
+PLANTED_IN_NUMBA = {  # name: (op, file, what stands there, what a mistake would put)
+    "sums read before all are written": (
+        "cross_entropy", "common",
+        "    cuda.syncthreads()  # no thread reads part before all warps have written theirs\n", "",
+    ),
+    "sums written while others are read": (
+        "cross_entropy", "common", "    cuda.syncthreads()  # another warp may still read an earlier call's part\n", "",
+    ),
+    "weight left out of dx": ("rms_norm", "rms_norm", "dn = dy[start + i] * w[i]", "dn = dy[start + i]"),
+    "element past the end": (
+        "swiglu", "swiglu", "size, cuda.gridsize(1)):\n            y", "size + 1, cuda.gridsize(1)):\n            y",
+    ),
+    "backward turns forward": ("rope", "rope", "real(sign) * sin[angle]", "sin[angle]"),
+    "warp not waited for": (
+        "router", "router", "        cuda.syncwarp()  # a lane reads below what the others wrote above\n", "",
+    ),
+    "ties to the higher index": ("router", "router", "j < i", "j > i"),
+    "weight of another slot": ("moe", "moe", "weights[slot] if weighted", "weights[token] if weighted"),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(ON_DEVICE, reason="one place to plant them is enough")
+@pytest.mark.parametrize("name", PLANTED_IN_NUMBA)
+def test_planted_mistakes_in_numba_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    op, file, old, new = PLANTED_IN_NUMBA[name]
+    for stem in ("common", op):
+        source = (SOURCE / f"{stem}_numba_cuda.py").read_text()
+        assert stem != file or source.count(old) == 1, f"{name}: its place is gone"
+        module = ModuleType(f"refimpl.kernels.{stem}_numba_cuda")
+        module.__package__ = "refimpl.kernels"
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        edited = source.replace(old, new) if stem == file else source
+        exec(builtins.compile(edited, stem, "exec", dont_inherit=True), vars(module))
+
+    @cache
+    def wrong(stem: str, kernel: str, target: str, storage: str) -> Any:
+        return SimpleNamespace(ptx=build_numba(kernels_of(stem, storage)[kernel], target)[0].decode())
+
+    monkeypatch.setattr(host, "compile_numba", wrong)
+    for seed in range(40):
+        try:
+            compare(op, TABLES["numba_cuda"][op], SHAPES[op](RandomDraw(seed)), "float64", seed)
+            if op == "router":
+                test_router_chooses_exactly_the_same("numba_cuda", "float64")
         except (AssertionError, PTXError):
             return
     pytest.fail(f"nothing saw it: {name}")
@@ -484,14 +572,37 @@ def test_no_gpu_is_one_clear_line() -> None:
     with pytest.raises(CouldNotRun, match=r"^kernels need (a GPU|CuPy)[^\n]*$"):
         DeviceLaunch()
     for backend, message in (("numpy", "needs a GPU and --backend cupy"), ("cupy", "needs (a GPU|CuPy)")):
-        with pytest.raises(CouldNotRun, match=message):
-            Settings(load_text(None), implementation="cuda", backend=backend).validate()
+        for implementation in KERNELS:
+            with pytest.raises(CouldNotRun, match=message):
+                Settings(load_text(None), implementation=implementation, backend=backend).validate()
 
 
 def test_no_nvrtc_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(CouldNotRun, match=r"^CUDA C needs NVRTC: pip install 'deepseek-refimpl\[kernels\]' [^\n]*$"):
         build("one", "sm_90", "float32", "")
+
+
+def test_errors_of_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    ones = np.ones((1, 2), DTYPES["bfloat16"])
+    with pytest.raises(TypeError, match="kernels in Numba CUDA take float64 and float32 arrays, got bfloat16"):
+        TABLES["numba_cuda"]["swiglu"].forward(ones, ones)
+    with pytest.raises(ValueError, match=r"stem must be one of cross_entropy, moe, .*, got adamw"):
+        kernels_of("adamw", "float32")
+    with pytest.raises(ValueError, match="target must be one of sm_80, sm_90, sm_90a, sm_100, got sm_70"):
+        compile_numba("rope", "rope_rotate", "sm_70", "float32")
+
+    def broken(y: Any) -> None:
+        y.nothing()
+
+    broken.__annotations__ = {"y": kernels_of("swiglu", "float32")["swiglu_forward"].__annotations__["y"]}
+    with pytest.raises(BuildError, match=r"(?s)^broken does not compile for sm_90:.*nothing"):
+        build_numba(broken, "sm_90")
+    monkeypatch.setitem(sys.modules, "numba", None)
+    with pytest.raises(
+        CouldNotRun, match=r"^Numba CUDA needs numba-cuda: pip install 'deepseek-refimpl\[kernels\]' [^\n]*$"
+    ):
+        kernels_of("rope", "float32")
 
 
 class PretendedLaunch(kernel_support.InterpreterLaunch):
@@ -533,5 +644,6 @@ def test_signatures_are_the_ops() -> None:
         pair: Op = make(kernel_support.InterpreterLaunch())
         assert parameters(pair.forward) == parameters(REFERENCE[name].forward), name
         assert parameters(pair.backward) == parameters(REFERENCE[name].backward), name
-    assert set(cuda_table(kernel_support.InterpreterLaunch())) == set(REFERENCE)
+    for make in COLUMNS.values():
+        assert set(make(kernel_support.InterpreterLaunch())) == set(REFERENCE)
     assert set(COLUMNS) == set(KERNELS)

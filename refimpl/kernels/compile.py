@@ -96,7 +96,7 @@ def build(stem: str, target: str, storage: str, source: str) -> Module:
 def kept(
     name: str, target: str, storage: str, all_that_enters: object, make: Callable[[], tuple[bytes, bytes, bytes]]
 ) -> Module:
-    """The module from the cache, by the hash of ``all_that_enters``; if it is not there, ``make`` gives PTX, cubin, log."""
+    """The module from the cache, by the hash of ``all_that_enters``; else what ``make`` gives: PTX, cubin and log."""
     number = hashlib.sha256(repr(all_that_enters).encode()).hexdigest()[:32]
     folder = cache_folder() / "kernels" / f"{name}-{number}"
     if not folder.is_dir():

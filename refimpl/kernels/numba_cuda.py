@@ -1,8 +1,8 @@
 """Numba CUDA to PTX and machine code, which needs no GPU; kept on disk as the kernels in CUDA C are.
 
-Kernels take plain pointers and numbers (numba's own arrays would be seven words each), so they have the very parameters of
-their twins in CUDA C, and the same host side starts both. bfloat16 is left out: numba compiles it to calls of functions
-that it does not contain.
+Kernels take plain pointers and numbers (numba's own arrays would be seven words each), so they have the very parameters
+of their twins in CUDA C, and the same host side starts both. bfloat16 is left out: numba compiles it to calls of
+functions that it does not contain.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def _numba() -> Any:
         importlib.import_module("cuda.bindings.nvjitlink").version()
         importlib.import_module("numba.cuda")
         version("numba-cuda")  # numba's own CUDA target can't compile without a driver
+        return importlib.import_module("numba")
     except (ImportError, RuntimeError, PackageNotFoundError) as error:
         raise CouldNotRun(
             f"Numba CUDA needs numba-cuda: pip install 'deepseek-refimpl[kernels]' ({str(error).splitlines()[0]})"
         ) from error
-    return importlib.import_module("numba")
