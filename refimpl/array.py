@@ -58,20 +58,16 @@ def library(x: Array, name: str = "x") -> ModuleType:
 class _CuPy(ModuleType):
     """CuPy with the standard's argument ``device``, which its functions that make arrays (14.2) lack."""
 
-    MAKERS = ("arange", "asarray", "empty", "full", "ones", "zeros")
-
     def __getattr__(self, name: str) -> Any:
         import cupy
 
-        function = getattr(cupy, name)  # AttributeError if CuPy has no such name
-        if name not in self.MAKERS:
-            return function
+        function = getattr(cupy, name)
 
         def make(*args: Any, device: Any = None, **kwargs: Any) -> Array:
-            with nullcontext() if device is None else device:
+            with device or nullcontext():
                 return function(*args, **kwargs)
 
-        return make
+        return make if name in ("arange", "asarray", "full", "ones", "zeros") else function
 
 
 CUPY = _CuPy("cupy")

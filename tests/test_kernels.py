@@ -95,6 +95,7 @@ def test_compiles_within_budget(stem: str, storage: str) -> None:
         assert set(module.usage) == set(entries) > set()
         assert f".target {target}\n" in module.ptx
         assert module.cubin.read_bytes()[:4] == b"\x7fELF"
+        assert "warning" not in module.log
         for kernel, usage in module.usage.items():
             registers, shared = BUDGET[kernel]
             where = f"{kernel} in {storage} for {target}: {usage}"
@@ -544,6 +545,16 @@ def _device(capability: str) -> Any:
 def test_a_kernel_that_does_not_compile_is_an_error() -> None:
     with pytest.raises(BuildError, match=r"(?s)broken.cu does not compile with .*sm_90.*identifier \"nothing\""):
         build("broken", "sm_90", "float32", "__global__ void broken() { nothing(); }")
+
+
+def test_nothing_is_written_into_shared_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty log is one byte, which NVRTC writes: not into the one b" " that the whole process shares."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(compile, "OPTIONS", ())
+    module = build("one", "sm_90", "float32", 'extern "C" __global__ void one(int* x) { *x = 1; }')
+    assert module.log == ""
+    assert [bytes([i])[0] for i in range(256)] == list(range(256))
+    assert b" " == b"\x20"
 
 
 def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -577,14 +577,14 @@ def compiled(source: str, target: str = "sm_90") -> str:
     options = [f"--gpu-architecture={target}".replace("sm_", "compute_").encode(), b"--std=c++17"]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     _, size = nvrtc.nvrtcGetProgramLogSize(program)
-    log = b" " * size
+    log = bytes(bytearray(size + 1))  # NVRTC writes into it: b" " * 1 would be the object that all share
     nvrtc.nvrtcGetProgramLog(program, log)
     assert int(status) == 0, log.decode()
     _, size = nvrtc.nvrtcGetPTXSize(program)
-    text = b" " * size
+    text = bytes(bytearray(size + 1))
     nvrtc.nvrtcGetPTX(program, text)
     nvrtc.nvrtcDestroyProgram(program)
-    return text.decode()
+    return text[:size].decode()
 
 
 LIBRARY = {

@@ -56,14 +56,18 @@ class Module:
     @cached_property
     def usage(self) -> dict[str, Usage]:
         """By the kernel's name."""
-        found = {}
-        for part in self.log.split("Compiling entry function '")[1:]:
-            numbers = [re.search(rf"(\d+) bytes {what}", part) for what in ("stack frame", "spill stores")]
-            loads, registers = re.search(r"(\d+) bytes spill loads", part), re.search(r"Used (\d+) registers", part)
-            shared = re.search(r"(\d+) bytes smem", part)
-            stack, stores, loaded, used, static = (int(m[1]) if m else 0 for m in (*numbers, loads, registers, shared))
-            found[part.split("'")[0]] = Usage(used, stores + loaded, stack, static)
-        return found
+        return {part.split("'")[0]: _usage(part) for part in self.log.split("Compiling entry function '")[1:]}
+
+
+def _usage(part: str) -> Usage:
+    """From what ptxas logs of one kernel."""
+
+    def number(pattern: str) -> int:
+        found = re.search(pattern, part)
+        return int(found[1]) if found else 0
+
+    spills = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
+    return Usage(number(r"Used (\d+) registers"), spills, number(r"(\d+) bytes stack"), number(r"(\d+) bytes smem"))
 
 
 def cache_folder() -> Path:
@@ -144,9 +148,11 @@ def _run(nvrtc: Any, stem: str, source: str, header: str, options: tuple[str, ..
 
 
 def _bytes(nvrtc: Any, program: Any, what: str) -> bytes:
-    content: bytes = b" " * _ok(nvrtc, getattr(nvrtc, f"nvrtcGet{what}Size")(program))
+    size = _ok(nvrtc, getattr(nvrtc, f"nvrtcGet{what}Size")(program))
+    # NVRTC writes into this object, so it must be nobody else's: Python shares bytes of length 0 and 1 (b" " * 1 too)
+    content = bytes(bytearray(size + 1))
     _ok(nvrtc, getattr(nvrtc, f"nvrtcGet{what}")(program, content))
-    return content
+    return content[:size]
 
 
 def _text(nvrtc: Any, program: Any, what: str) -> bytes:

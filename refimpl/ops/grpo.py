@@ -14,9 +14,7 @@ from typing import Any, NamedTuple
 
 from ..array import Array, cast, expect, expect_mask, fill, library, namespace, number, real
 
-__all__ = [
-    "GRPO_PRESETS", "GRPOOutput", "GRPOSaved", "check_settings", "grpo_backward", "grpo_forward", "group_advantages",
-]  # fmt: skip
+__all__ = ["GRPO_PRESETS", "GRPOOutput", "GRPOSaved", "grpo_backward", "grpo_forward", "group_advantages"]
 
 GRPO_PRESETS: dict[str, dict[str, Any]] = {
     "deepseekmath": {},
