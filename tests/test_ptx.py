@@ -134,6 +134,13 @@ TABLE: list[tuple[str, str, list, str, list]] = [
     ("add.rp.f32 %d, %a, %b;", "f32 f32", [(1, 2**-25), (1, 2**-60)], "f32", [1 + 2**-23, 1 + 2**-23]),
     ("fma.rn.f32 %d, %a, %b, %c;", "f32 f32 f32", [(1 + 2**-23, 1 - 2**-23, -1)], "f32", [-(2.0**-46)]),
     ("fma.rn.f64 %d, %a, %b, %c;", "f64 f64 f64", [(1 + 2**-52, 1 - 2**-52, -1)], "f64", [-(2.0**-104)]),
+    (
+        "fma.rn.f64 %d, %a, %b, %c;",
+        "f64 f64 f64",
+        [(1 + 2**-52, (1 + 2**-52) * 2.0**-960, -(1 + 2**-51) * 2.0**-960)],
+        "f64",
+        [2.0**-1064],
+    ),
     ("div.rn.f32 %d, %a, %b;", "f32 f32", [(1, 3), (-1, 0), (0, 0)], "f32", [np.float32(1) / 3, -INF, NAN]),
     ("sqrt.rn.f32 %d, %a;", "f32", [2, -1, -0.0], "f32", [np.sqrt(np.float32(2)), NAN, -0.0]),
     ("rcp.rn.f64 %d, %a;", "f64", [3, 0], "f64", [1 / 3, INF]),
@@ -409,6 +416,8 @@ def test_barriers() -> None:
     assert set(threads(body, 64, 3)) == {40}
     body = "setp.lt.u32 %p1, %r0, 40;\nbar.red.and.pred %p2, 0, %p1;\nbar.red.or.pred %p3, 1, %p1;\n"
     assert set(threads(body + "selp.u32 %r3, 4, 0, %p2;\nselp.u32 %r1, 1, %r3, %p3;", 64)) == {1}
+    body = "setp.eq.u32 %p1, %r0, 99; bar.red.or.pred %p3, 1, %p1; selp.u32 %r1, 1, 0, %p3;"
+    assert set(threads(body, 64)) == {0}
     body = "setp.ge.u32 %p1, %r0, 32; @%p1 bra $WAIT; bar.arrive 2, 64; ret; $WAIT: bar.sync 2, 64; mov.u32 %r1, 9;"
     assert threads(body, 64)[32:].tolist() == [9] * 32
     body = "setp.ge.u32 %p1, %r0, 64;\n@%p1 ret;\nbarrier.sync 3, 64;\nbar.sync 0;\nmov.u32 %r1, 9;"
@@ -431,6 +440,10 @@ def test_shared_memory_and_generic_addresses() -> None:
     ld.shared.u32 %r8, [%rd3]; add.u32 %r1, %r7, %r8;"""
     extra = ".extern .shared .align 16 .b8 dynamic[];"
     np.testing.assert_array_equal(threads(body, 64, 2, shared=256, extra=extra), np.tile(163 - np.arange(64), 2))
+    found = "selp.u32 %r1, 1, 0, %p1; @%p2 add.u32 %r1, %r1, 2;"
+    spaces = "isspacep.shared %p1, %rd5; isspacep.global %p2, %rd1;"
+    window = ".shared .align 4 .b8 s[4]; mov.u64 %rd5, s; cvta.shared.u64 %rd5, %rd5;"
+    assert set(threads(f"{window} {spaces} {found}")) == {3}
     with pytest.raises(PTXError, match=r"out of bounds: shared byte 128 of dynamic shared memory, which has 128 bytes"):
         threads(body, 64, shared=128, extra=extra)
 
@@ -465,6 +478,13 @@ def test_atomics(operation: str, expected: int | None, old: set | None) -> None:
     run(kernel(f"atom.global.{operation}\n{tail}", 2), "k", 1, 32, [target, seen])
     assert expected is None or target[0] == expected
     assert old is None or set(seen.tolist()) == old
+
+
+def test_vector_stores_race_in_any_element() -> None:
+    """All blocks write {0, the block's number} to one place: the first element agrees, the second doesn't."""
+    text = kernel("mov.u32 %r2, %ctaid.x; st.global.v2.u32 [%rd1], {0, %r2};")
+    with pytest.raises(PTXError, match="race"):
+        run(text, "k", 700, 1024, [np.zeros(2, np.uint32)])
 
 
 def test_floating_atomics_flush_in_global_memory_alone() -> None:
@@ -524,6 +544,8 @@ REFUSED = {
     "call.uni printf, ();": "a call of printf",
     "add.s64 %rd1, %r1, %r1;": "reading .b32 %r1 as .s64",
     "trap;": "trap",
+    "cp.async.cg.shared.global [%r1], [%rd1], 4;": "a copy of 4 bytes",
+    "st.global.v2.u32 [%rd1+-8], {0, %r0};": "out of bounds",
     "$A: bra $A;": "endless loop",
     "setp.gt.u32 %p1, %r0, 3; $A: @%p1 bra $A; bra $B; $C: @!%p1 bra $C; $B: bra $C;": "endless loop",
     "mov.u32 %r1, -16; shfl.sync.up.b32 %r2, %r0, 1, 0, %r1;": "not in its member mask",
@@ -572,7 +594,12 @@ def test_wrong_arguments() -> None:
 
 def compiled(source: str, target: str = "sm_90") -> str:
     """CUDA C to PTX by NVRTC."""
-    nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC comes with the extra kernels", exc_type=Exception)
+    try:
+        from cuda.bindings import nvrtc
+
+        nvrtc.nvrtcVersion()
+    except (ImportError, RuntimeError) as error:  # the bindings, or the library behind them
+        pytest.skip(f"NVRTC comes with the extra kernels ({str(error).splitlines()[0]})")
     _, program = nvrtc.nvrtcCreateProgram(source.encode(), b"planted.cu", 0, [], [])
     options = [f"--gpu-architecture={target}".replace("sm_", "compute_").encode(), b"--std=c++17"]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
@@ -686,8 +713,9 @@ def test_launch_for_the_host_side() -> None:
 
 def test_numba_kernels() -> None:
     """numba's calling convention: an array is its address with sizes and strides."""
-    cuda = pytest.importorskip("numba.cuda", reason="numba-cuda comes with the extra kernels", exc_type=Exception)
-    numba = pytest.importorskip("numba")
+    numba = pytest.importorskip("numba", reason="numba and numba-cuda come with the extra kernels")
+    pytest.importorskip("numba_cuda", reason="numba-cuda comes with the extra kernels")
+    from numba import cuda
 
     def scale(x: Any, y: Any, n: Any) -> None:
         part = cuda.shared.array(64, numba.float32)

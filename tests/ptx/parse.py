@@ -34,6 +34,7 @@ class Register(NamedTuple):
 class Immediate(NamedTuple):
     text: str
 
+    @lru_cache(maxsize=4096)  # noqa: B019 - a tuple, and few of them
     def value(self, type: str) -> np.ndarray:
         """One element of the type's dtype; integers wrap, 0f and 0d are bit patterns."""
         dtype = np.dtype(DTYPES[type])
