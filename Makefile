@@ -27,6 +27,7 @@ on-gpu: .venv/gpu
 	REFIMPL_GPU=1 $(BIN)/python -m pytest -q tests/test_kernels.py
 	$(BIN)/refimpl verify --backend cupy
 	$(BIN)/refimpl verify --backend cupy --implementation cuda
+	$(BIN)/refimpl verify --backend cupy --implementation numba_cuda
 
 check: .venv/dev  ## lint, format and types
 	$(BIN)/ruff check
@@ -54,7 +55,7 @@ memory-grads: .venv/base  ## measure the peak memory of `refimpl grads` on V2-Li
 	@touch $@
 
 .venv/gpu: .venv/dev
-	@echo "installing CuPy and Numba's CUDA target into .venv"
+	@echo "installing CuPy into .venv"
 	@$(PIP) -e '.[cuda13]'
 	@touch $@
 

@@ -41,9 +41,11 @@ def kernels_of(stem: str, storage: str) -> dict[str, Callable[..., None]]:
 
 @cache
 def compile_numba(stem: str, kernel: str, target: str, storage: str) -> Module:
-    """One kernel for a target and a storage type; for sm_90a what sm_90 has. BuildError if it does not compile."""
+    """One kernel for a target and a storage type; for sm_90a that for sm_90. BuildError if it does not compile."""
     if target not in TARGETS:
         raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target}")
+    if target.endswith("a"):
+        return compile_numba(stem, kernel, target.rstrip("a"), storage)
     function = kernels_of(stem, storage)[kernel]
     sources = [(SOURCE / f"{name}_numba_cuda.py").read_text() for name in ("common", stem)]
     versions = [version(name) for name in ("numba", "numba-cuda", "nvidia-nvjitlink")]
@@ -53,8 +55,7 @@ def compile_numba(stem: str, kernel: str, target: str, storage: str) -> Module:
 
 def build_numba(function: Callable[..., None], target: str) -> tuple[bytes, bytes, bytes]:
     """(PTX, cubin, ptxas's log) of a kernel whose annotations are the types of its arguments."""
-    numba, architecture, kernel = _numba(), target.rstrip("a"), function.__name__
-    number = int(architecture.removeprefix("sm_"))
+    numba, kernel, number = _numba(), function.__name__, int(target.removeprefix("sm_"))
     signature = numba.types.void(*function.__annotations__.values())
     try:
         ptx, _ = importlib.import_module("numba.cuda").compile(
@@ -64,14 +65,14 @@ def build_numba(function: Callable[..., None], target: str) -> tuple[bytes, byte
         raise BuildError(f"{kernel} does not compile for {target}:\n{error}") from error
     (mangled,) = re.findall(r"\.entry (\w+)\(", ptx)
     plain = ptx.replace("\0", "").replace(mangled, kernel).encode()
-    return plain, *_assemble(kernel, plain, architecture)
+    return plain, *_assemble(kernel, plain, target)
 
 
-def _assemble(kernel: str, ptx: bytes, architecture: str) -> tuple[bytes, bytes]:
+def _assemble(kernel: str, ptx: bytes, target: str) -> tuple[bytes, bytes]:
     """(cubin, log) of PTX, by nvJitLink: it holds ptxas and needs no GPU."""
     from cuda.bindings import nvjitlink
 
-    options = (f"-arch={architecture}", "-verbose")
+    options = (f"-arch={target}", "-verbose")
     handle = nvjitlink.create(len(options), options)
     try:
         nvjitlink.add_data(handle, nvjitlink.InputType.PTX, ptx, len(ptx), f"{kernel}.ptx")
@@ -82,7 +83,7 @@ def _assemble(kernel: str, ptx: bytes, architecture: str) -> tuple[bytes, bytes]
     except nvjitlink.nvJitLinkError as error:
         text = bytearray(nvjitlink.get_error_log_size(handle))
         nvjitlink.get_error_log(handle, text)
-        raise BuildError(f"{kernel} does not assemble for {architecture}: {text.decode(errors='replace')}") from error
+        raise BuildError(f"{kernel} does not assemble for {target}: {text.decode(errors='replace')}") from error
     finally:
         nvjitlink.destroy(handle)
     return bytes(cubin), bytes(log).rstrip(b"\0")
