@@ -11,7 +11,8 @@ import importlib
 import re
 from collections.abc import Callable
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from ..errors import CouldNotRun
@@ -48,8 +49,8 @@ def compile_numba(stem: str, kernel: str, target: str, storage: str) -> Module:
         return compile_numba(stem, kernel, target.rstrip("a"), storage)
     function = kernels_of(stem, storage)[kernel]
     sources = [(SOURCE / f"{name}_numba_cuda.py").read_text() for name in ("common", stem)]
-    versions = [version(name) for name in ("numba", "numba-cuda", "nvidia-nvjitlink")]
-    all_that_enters = versions, sources, kernel, target, storage
+    tools = [version("numba"), version("numba-cuda"), _file("nvvm"), _file("nvJitLink")]
+    all_that_enters = tools, sources, kernel, target, storage
     return kept(kernel, target, storage, all_that_enters, lambda: build_numba(function, target))
 
 
@@ -89,13 +90,21 @@ def _assemble(kernel: str, ptx: bytes, target: str) -> tuple[bytes, bytes]:
     return bytes(cubin), bytes(log).rstrip(b"\0")
 
 
+def _file(library: str) -> tuple[str, int, int]:
+    """What tells one release of a library of CUDA's from another, wherever it was installed from."""
+    found = importlib.import_module("cuda.pathfinder").load_nvidia_dynamic_lib(library).abs_path
+    status = Path(found).stat()
+    return library, status.st_size, status.st_mtime_ns
+
+
 def _numba() -> Any:
     try:
-        importlib.import_module("cuda.bindings.nvjitlink").version()
+        for library in ("nvvm", "nvJitLink"):
+            _file(library)
         importlib.import_module("numba.cuda")
         version("numba-cuda")  # numba's own CUDA target can't compile without a driver
         return importlib.import_module("numba")
-    except (ImportError, RuntimeError, PackageNotFoundError) as error:
+    except (ImportError, RuntimeError) as error:
         raise CouldNotRun(
             f"Numba CUDA needs numba-cuda: pip install 'deepseek-refimpl[kernels]' ({str(error).splitlines()[0]})"
         ) from error
