@@ -68,8 +68,8 @@ BUDGET = {
     "swiglu_backward": (48, 0), "swiglu_forward": (40, 0),
 }  # fmt: skip
 STREAMS = ("rms_norm", "swiglu", "rope", "cross_entropy", "embedding", "moe")  # read what they read once past L1
-EXAMPLES = {"cuda": 40 if FULL else 6, "numba_cuda": 40 if FULL else 3}  # of each op and type
-DIFFERENCES = 20 if FULL else 2  # examples of each op under finite differences
+EXAMPLES = {"cuda": 40 if FULL else 6, "numba_cuda": 12 if FULL else 3}  # of each op and type
+DIFFERENCES = {"cuda": 20 if FULL else 2, "numba_cuda": 5 if FULL else 1}  # of each op
 MANY = ("moe", "log_prob")  # launch many kernels
 OPS = [("cuda", op) for op in CUDA] + [("numba_cuda", op) for op in NUMBA_CUDA]
 TYPES = [("cuda", storage) for storage in STORAGE] + [("numba_cuda", storage) for storage in NUMBA_STORAGE]
@@ -184,7 +184,7 @@ def test_finite_differences(column: str, op: str) -> None:
     """The float64 kernels themselves, by `refimpl.check`: contract (arrays read-only and strided, two calls alike,
     float32 near float64) and differences to 1e-8."""
     more = ops_of(op, column) if column == "cuda" or FULL else {}  # else experts are the reference's
-    for seed in range(1 if (column == "numba_cuda" or op in MANY) and not FULL else DIFFERENCES):
+    for seed in range(1 if op in MANY and not FULL else DIFFERENCES[column]):
         case = CASES[op](RandomDraw(seed))
         if "block" in case.kwargs:
             case.kwargs["block"] = (256, 4096)
