@@ -418,6 +418,41 @@ def test_a_finished_result_stays(tmp_path: Path) -> None:
     assert (tmp_path / "index.json").exists()
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_one_run_at_a_time(force: bool, tmp_path: Path) -> None:
+    """While a run works in a folder, another is refused and changes nothing, even by force; then the folder is free."""
+    out, refused = tmp_path / "out", []
+    other = Stream(MemorySource(parameters(TINY), TINY), Request(TOKENS, only="model.norm.*"))
+
+    def meanwhile(step: str, done: int, total: int) -> None:
+        if done < total:
+            with pytest.raises(CouldNotRun) as error:
+                other.write(out, force=force)
+            refused.append(str(error.value))
+
+    Stream(MemorySource(parameters(TINY), TINY), Request(TOKENS)).write(out, progress=meanwhile)
+    assert set(refused) == {f"{out} is in use by another run"}
+    stream(parameters(TINY), TINY, tmp_path / "alone")
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "alone").iterdir()
+    }
+    other.write(out, force=True)
+
+
+def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+    """Another process's folder can't be used while it lives, and can once it was killed."""
+    code = "import sys, time; from pathlib import Path; from refimpl.streaming.folder import held\n"
+    code += "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "held\n"
+        with pytest.raises(CouldNotRun, match="is in use by another run"):
+            stream(parameters(TINY), TINY, tmp_path)
+        child.kill()
+    stream(parameters(TINY), TINY, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir())[-1] == "out.safetensors"
+
+
 # Files
 
 

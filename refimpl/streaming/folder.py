@@ -6,8 +6,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +19,11 @@ from ..checkpoint.tensor_file import Spec, TensorWriter, read_tensor_file, write
 from ..errors import CouldNotRun
 from .pieces import Sink, summed
 
-__all__ = ["Folder", "Record", "Size"]
+__all__ = ["Folder", "Record", "Size", "held"]
 
 OURS = ("index.json", "unfinished", "in.safetensors", "out.safetensors", "aux.safetensors", "logits.safetensors",
         "act-*.safetensors", "cot-*.safetensors", "grad-*.safetensors")  # fmt: skip
+LOCKS = find_spec("fcntl") is not None
 PIECE = 2**20  # elements whose size is taken at a time
 
 
@@ -144,11 +146,38 @@ class Folder:
         return self.unfinished / f"{path.name}.partial"
 
 
-def prepare(folder: Path, identity: dict[str, str], force: bool) -> None:
-    """Make the folder, or see that what is in it is this very request, unfinished."""
-    unfinished, state = folder / "unfinished", folder / "unfinished" / "request.json"
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Make the folder and keep other runs out of it; CouldNotRun if another one has it.
+
+    The lock is the system's, on the folder itself: nothing is left of it when the process ends, however it does. There
+    is none without flock (on Windows), nor where a file system has none for folders (NFS).
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY) if LOCKS else None
+    except OSError as error:
+        raise CouldNotRun(f"{folder} can't be written: {error.strerror}") from error
+    if descriptor is None:
+        yield
+        return
+    import fcntl
+
+    try:
+        with suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise CouldNotRun(f"{folder} is in use by another run") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def prepare(folder: Path, identity: dict[str, str], force: bool) -> None:
+    """See that the folder is empty, or that what is in it is this very request, unfinished; else empty it by force."""
+    unfinished, state = folder / "unfinished", folder / "unfinished" / "request.json"
+    try:
         found = sorted(path.name for path in folder.iterdir())
         strange = [name for name in found if not any(fnmatchcase(name, pattern) for pattern in OURS)]
         if strange:
