@@ -337,7 +337,11 @@ BAD = [
     (["--out", "o", "--targets", "far.npy"], "tokens.npy", "--targets must lie in 0…255, got 0…999"),
     (["--out", "o", "--dlogits", "float.npy"], "tokens.npy", "--dlogits must have shape (B, T, W)=(2, 10, 256), got"),
     (["--out", "o", "--dlogits", "nan.npy"], "tokens.npy", "--dlogits must be finite, got NaN or infinity"),
-    (["--out", "o", "--dlogits", "nan.npy", "--mtp"], "tokens.npy", "--dlogits is the gradient of another loss"),
+    *(
+        (["--out", "o", "--dlogits", "flat.npy", *other], "tokens.npy",
+         "--dlogits is the gradient of another loss: it goes with none of mtp, balance_alpha, mask, targets")
+        for other in (["--mtp"], ["--balance-alpha", "1"], ["--mask", "ones.npy"], ["--targets", "tokens.npy"])
+    ),
     (["--out", "o", "--routes", "broken.npy"], "tokens.npy", "broken.npy is no safetensors file"),
     (["--out", "o", "--routes", "none.safetensors"], "tokens.npy", "must hold aux/routes.L as int64 or int32"),
     (["--out", "o", "--routes", "twice.safetensors"], "tokens.npy", "--routes of layer 1 must name an expert once"),
@@ -371,6 +375,8 @@ def test_could_not_run(folder: Path, run: Any, arguments: list[str], tokens: str
         Path(name).write_text(content)
     np.save("float.npy", TOKENS.astype(float))
     np.save("zeros.npy", np.zeros_like(TOKENS))
+    np.save("ones.npy", np.ones_like(TOKENS))
+    np.save("flat.npy", np.zeros((2, 10, 256)))
     np.save("far.npy", np.arange(20).reshape(2, 10) // 19 * 999)
     np.save("nan.npy", np.full((2, 10, 256), np.nan))
     np.save("pickle.npy", np.array([{"a": 1}]), allow_pickle=True)

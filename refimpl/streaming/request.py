@@ -60,8 +60,11 @@ class Request:
             raise ValueError("mtp asks for a loss of modules that the model does not have")
         if self.mtp and self.layers not in (None, config.layers):
             raise ValueError("layers leaves out what mtp reads: give one of them")
-        if self.dlogits is not None and (self.mtp or self.balance_alpha):
-            raise ValueError("dlogits is the gradient of another loss: it goes with neither mtp nor balance_alpha")
+        ours = self.mtp or self.balance_alpha or self.mask is not None or self.targets is not None
+        if self.dlogits is not None and ours:
+            raise ValueError(
+                "dlogits is the gradient of another loss: it goes with none of mtp, balance_alpha, mask, targets"
+            )
         layers = config.layers if self.layers is None else self.layers
         return replace(
             config, layers=layers, dense_layers=min(config.dense_layers, layers), balance_weight=self.balance_alpha,
