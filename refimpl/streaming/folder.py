@@ -40,13 +40,20 @@ class Size(NamedTuple):
 
 
 class Record:
-    """What a step left: arrays, the files it made and the sizes of the gradients in them."""
+    """What a step left: arrays, the files it made, their bytes, and the sizes of the gradients in them.
+
+    CouldNotRun if the record is broken, or if a file is not as it was left.
+    """
 
     def __init__(self, path: Path) -> None:
         self.arrays, metadata = read_tensor_file(path)
-        notes = json.loads(metadata["notes"])
+        notes = notes_of(path, metadata.get("notes", ""))
         self.files: dict[str, dict[str, Any]] = notes["files"]
         self.sizes = {name: Size(*size) for name, size in notes["sizes"].items()}
+        for file, count in notes["bytes"].items():
+            left = path.parent.parent / file
+            if not left.is_file() or left.stat().st_size != count:
+                raise CouldNotRun(f"{left} is gone or changed since its step was done: start anew with --force")
 
     def __getitem__(self, name: str) -> np.ndarray:
         return np.array(self.arrays[name])
@@ -78,7 +85,8 @@ class Folder:
         if not path.exists():
             self.files, self.sizes = {}, {}
             arrays = run()
-            notes = {"files": self.files, "sizes": self.sizes}
+            made = {file: (self.path / file).stat().st_size for file in self.files}
+            notes = {"files": self.files, "bytes": made, "sizes": self.sizes}
             write_tensor_file(path, self._temporary(path), arrays, {"notes": json.dumps(notes)})
         self.records[step] = Record(path)
 
@@ -191,7 +199,7 @@ def prepare(folder: Path, identity: dict[str, str], force: bool) -> None:
             shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed as it removed it
             raise CouldNotRun(f"{folder} holds a finished result: give another folder, or replace it with --force")
         elif state.exists():
-            before = json.loads(state.read_text())
+            before = notes_of(state, state.read_bytes())
             other = [key for key in identity | before if identity.get(key) != before.get(key)]
             if other:
                 raise CouldNotRun(
@@ -205,6 +213,17 @@ def prepare(folder: Path, identity: dict[str, str], force: bool) -> None:
         replace_text(state, identity, unfinished)
     except OSError as error:
         raise CouldNotRun(f"{folder} can't be written: {error.strerror}") from error
+
+
+def notes_of(path: Path, text: str | bytes) -> dict[str, Any]:
+    """The JSON object that ``path`` holds; CouldNotRun if it holds another thing."""
+    try:
+        notes = json.loads(text)
+    except (ValueError, RecursionError):
+        notes = None
+    if not isinstance(notes, dict):
+        raise CouldNotRun(f"{path} is broken: start anew with --force")
+    return notes
 
 
 def replace_text(path: Path, content: Any, temporary: Path) -> None:
