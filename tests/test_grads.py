@@ -237,6 +237,29 @@ def test_a_gradient_that_is_not_finite(folder: Path, run: Any, tmp_path: Path) -
     assert json.loads((tmp_path / "r.json").read_text())["ok"] is False
 
 
+def test_large_gradients(run: Any, tmp_path: Path) -> None:
+    """Squares that overflow make no gradient infinite, and the norms are right; float32 can't hold such dlogits."""
+    dlogits = np.random.default_rng(2).normal(size=(2, 10, 256))
+    np.save(tmp_path / "plain.npy", dlogits)
+    np.save(tmp_path / "large.npy", 2.0**1000 * dlogits)
+    reports, printed = {}, {}
+    for name in ("plain", "large"):
+        code, printed[name], error = run(
+            "--out", tmp_path / name, "--dlogits", tmp_path / f"{name}.npy", "--dtype", "float64", "--json",
+            tmp_path / f"{name}.json",
+        )  # fmt: skip
+        assert (code, error) == (0, "")
+        reports[name] = json.loads((tmp_path / f"{name}.json").read_text())["gradients"]
+    assert ", all finite; " in printed["large"]
+    assert "inf" not in printed["large"].replace("all finite", "")
+    for name, size in reports["plain"].items():
+        for part in ("norm", "largest"):
+            np.testing.assert_allclose(reports["large"][name][part] / 2.0**1000, size[part], 1e-12)
+    code, _, error = run("--out", tmp_path / "o", "--dlogits", tmp_path / "large.npy")
+    assert (code, error) == (2, "refimpl: --dlogits has numbers that float32 can't hold\n")
+    assert not (tmp_path / "o").exists()
+
+
 def test_what_hf_does_otherwise(run: Any, tmp_path: Path) -> None:
     """Only conventions that make a difference to this model are named."""
     params = Checkpoint.open("plain", dtype="float64").load()

@@ -123,7 +123,7 @@ def grads(
     seconds = time.perf_counter() - start
     console().print(f"refimpl {__version__}: {checkpoint}, {ids.shape[0]}×{ids.shape[1]} tokens, {dtype}", markup=False)
     _show(result, stream.config, convention)
-    bad = [name for name, size in result.gradients.items() if not math.isfinite(size.squares)]
+    bad = [name for name, size in result.gradients.items() if not math.isfinite(size.largest)]
     verdict = f"{len(bad)} gradients are not finite, {bad[0]} the first" if bad else "all finite"
     total = _sum(list(result.gradients.values()))
     console().print(
@@ -221,7 +221,7 @@ def _place(name: str, config: ModelConfig) -> tuple[str, str]:
 
 def _sum(sizes: list[Size]) -> Size:
     largest = float(np.max([size.largest for size in sizes]))  # NaN, if one is
-    return Size(sum(size.elements for size in sizes), sum(size.squares for size in sizes), largest)
+    return Size(sum(size.elements for size in sizes), math.hypot(*(size.norm for size in sizes)), largest)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,12 +32,8 @@ class Size(NamedTuple):
     """How large one gradient is."""
 
     elements: int
-    squares: float  # Σ g², in float64
-    largest: float  # max |g|
-
-    @property
-    def norm(self) -> float:
-        return float(np.sqrt(self.squares))
+    norm: float  # sqrt(Σ g²), in float64; no square of a finite g overflows
+    largest: float  # max |g|: finite if and only if every g is
 
 
 class Record:
@@ -48,8 +45,10 @@ class Record:
     def __init__(self, path: Path) -> None:
         self.arrays, metadata = read_tensor_file(path)
         notes = notes_of(path, metadata.get("notes", ""))
+        if notes.keys() != {"files", "bytes", "gradients"}:
+            raise CouldNotRun(f"{path} is not as this version writes it: start anew with --force")
         self.files: dict[str, dict[str, Any]] = notes["files"]
-        self.sizes = {name: Size(*size) for name, size in notes["sizes"].items()}
+        self.sizes = {name: Size(*size) for name, size in notes["gradients"].items()}
         for file, count in notes["bytes"].items():
             left = path.parent.parent / file
             if not left.is_file() or left.stat().st_size != count:
@@ -86,7 +85,7 @@ class Folder:
             self.files, self.sizes = {}, {}
             arrays = run()
             made = {file: (self.path / file).stat().st_size for file in self.files}
-            notes = {"files": self.files, "bytes": made, "sizes": self.sizes}
+            notes = {"files": self.files, "bytes": made, "gradients": self.sizes}
             write_tensor_file(path, self._temporary(path), arrays, {"notes": json.dumps(notes)})
         self.records[step] = Record(path)
 
@@ -234,10 +233,14 @@ def replace_text(path: Path, content: Any, temporary: Path) -> None:
 
 def measure(x: np.ndarray, before: Size = Size(0, 0.0, 0.0)) -> Size:  # noqa: B008
     """The size of ``x``, and of what was before."""
-    elements, squares, largest = before
+    elements, norm, largest = before
     flat = x.reshape(-1)
     for start, stop in blocks(flat.size, PIECE):
         piece = flat[start:stop].astype(np.float64)
-        squares += float(piece @ piece)
-        largest = float(np.maximum(largest, np.max(np.abs(piece))))
-    return Size(elements + flat.size, squares, largest)
+        most = float(np.max(np.abs(piece)))
+        largest = float(np.maximum(largest, most))
+        if 0 < most < np.inf:
+            piece /= most
+            most *= math.sqrt(piece @ piece)
+        norm = math.hypot(norm, most)
+    return Size(elements + flat.size, norm, largest)

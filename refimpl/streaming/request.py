@@ -132,6 +132,10 @@ class Plan:
             raise ValueError(f"dlogits must have shape (B, T, W)={wanted}, got {request.dlogits.shape}")
         if request.dlogits is not None and not np.isfinite(request.dlogits).all():
             raise ValueError("dlogits must be finite, got NaN or infinity")
+        with np.errstate(over="ignore"):
+            self.dlogits = None if request.dlogits is None else request.dlogits.astype(source.dtype)
+        if self.dlogits is not None and not np.isfinite(self.dlogits).all():
+            raise ValueError(f"dlogits has numbers that {source.dtype} can't hold")
         if self.with_loss and not self.batch.mask.any():
             raise ValueError("mask and targets must leave at least one target that counts, got none")
         self.modules = range(1, config.mtp_depth + 1)
