@@ -194,7 +194,7 @@ def test_text(folder: Path, run: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     code, _, error = run("--out", tmp_path / "x", "--text", "by hand", tokens=None)
     assert (code, error.count("\n")) == (2, 1)
-    assert "checkpoint has no tokenizer.json" in error
+    assert error == "refimpl: checkpoint has no tokenizer.json: give token ids with --tokens FILE\n"
     try:
         tokenizer.save("checkpoint/tokenizer.json")
         Path("text.txt").write_text("every gradient derived by machine")
@@ -202,7 +202,10 @@ def test_text(folder: Path, run: Any, tmp_path: Path, monkeypatch: pytest.Monkey
         assert run("--out", tmp_path / "b", "--text", "text.txt", tokens=None)[0] == 0
         assert read(tmp_path / "a")["in/tokens"].tolist() == [[5, 3]]
         assert read(tmp_path / "b")["in/tokens"].tolist() == [[1, 2, 3, 4, 0]]
-        assert run("--out", tmp_path / "c", "--text", "", tokens=None)[0] == 2
+        for text, shape in {"": (1, 0), "hand": (1, 1)}.items():
+            code, _, error = run("--out", tmp_path / "c", "--text", text, tokens=None)
+            wrong = f"its tokens must have shape (B, T) with T of at least 2, got {shape}"
+            assert (code, error) == (2, f"refimpl: --text: {wrong}\n")
         Path("text.txt").write_bytes(b"\xff")
         code, _, error = run("--out", tmp_path / "c", "--text", "text.txt", tokens=None)
         assert (code, error) == (2, "refimpl: --text text.txt must be UTF-8: invalid start byte at byte 0\n")
@@ -355,7 +358,14 @@ BAD = [
     (["--out", "o", "--mask", "tokens.npy"], "tokens.npy", "--mask tokens.npy must hold 0 and 1"),
     (["--out", "o", "--mask", "ones.json"], "tokens.npy", "--mask must have shape (B, T)=(2, 10), got (1, 3)"),
     (["--out", "o", "--key-mask", "ones.json"], "tokens.npy", "--key-mask must have shape (B, T)=(2, 10), got (1, 3)"),
-    (["--out", "o", "--mask", "zeros.npy"], "tokens.npy", "--mask and targets must leave at least one target"),
+    (["--out", "o", "--mask", "zeros.npy"], "tokens.npy", "--mask must leave at least one target that counts"),
+    (["--out", "o", "--key-mask", "zeros.npy"], "tokens.npy", "--key-mask must leave at least one target that counts"),
+    (["--out", "o", "--mask", "ones.npy", "--key-mask", "zeros.npy"], "tokens.npy",
+     "--mask and key_mask must leave at least one target that counts"),
+    (["--out", "o"], "unsigned.json", "unsigned.json must hold integers that fit into int64, got 18446744073709551615"),
+    (["--out", "o"], "unsigned.npy", "unsigned.npy must hold integers that fit into int64, got 18446744073709551516"),
+    (["--out", "o", "--targets", "unsigned.npy"], "tokens.npy", "--targets unsigned.npy must hold integers that fit"),
+    (["--out", "o"], "true.json", "--tokens true.json must hold integers [batch, time], got true or false among them"),
     (["--out", "o", "--targets", "ones.json"], "tokens.npy", "--targets must have the tokens' shape (2, 10), got"),
     (["--out", "o", "--targets", "far.npy"], "tokens.npy", "--targets must lie in 0…255, got 0…999"),
     (["--out", "o", "--dlogits", "float.npy"], "tokens.npy", "--dlogits must have shape (B, T, W)=(2, 10, 256), got"),
@@ -393,11 +403,14 @@ def test_could_not_run(folder: Path, run: Any, arguments: list[str], tokens: str
     for name, content in {
         "broken.npy": "x", "broken.json": "[1", "ragged.json": "[[1, 2], [3]]", "object.json": '{"a": 1}',
         "empty.json": "[]", "flat.json": "[1, 2, 3]", "large.json": "[[1, 256]]", "negative.json": "[[3, -1]]",
-        "one.json": "[[1]]", "ones.json": "[[1, 1, 1]]", "tokens.txt": "1 2 3",
+        "one.json": "[[1]]", "true.json": "[[1, 2, true]]",
+        "unsigned.json": f"[[{2**64 - 1}, {2**64 - 1}]]", "ones.json": "[[1, 1, 1]]",
+        "tokens.txt": "1 2 3",
     }.items():  # fmt: skip
         Path(name).write_text(content)
     np.save("float.npy", TOKENS.astype(float))
     np.save("zeros.npy", np.zeros_like(TOKENS))
+    np.save("unsigned.npy", np.where(TOKENS > 100, np.uint64(2**64 - 100), TOKENS.astype(np.uint64)))
     np.save("ones.npy", np.ones_like(TOKENS))
     np.save("flat.npy", np.zeros((2, 10, 256)))
     np.save("far.npy", np.arange(20).reshape(2, 10) // 19 * 999)
@@ -417,6 +430,18 @@ def test_could_not_run(folder: Path, run: Any, arguments: list[str], tokens: str
     assert error.startswith("refimpl: ")
     assert message in error
     assert not Path("o").exists()
+
+
+def test_a_checkpoint_with_a_dangling_link(folder: Path, run: Any, tmp_path: Path) -> None:
+    """What tells the checkpoint from others can't be known: the message is not about --out."""
+    link = folder / "checkpoint" / "old.safetensors"
+    link.symlink_to("gone")
+    try:
+        code, _, error = run("--out", tmp_path / "o")
+    finally:
+        link.unlink()
+    wanted = "--checkpoint: checkpoint/old.safetensors can't be read: No such file or directory"
+    assert (code, error) == (2, f"refimpl: {wanted}\n")
 
 
 def test_no_mtp_in_the_checkpoint(run: Any, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def generate_command(
     source = Checkpoint.open(checkpoint, dtype=dtype, conventions=CONVENTIONS[convention], mtp=speculate != 0)
     tokenizer: Tokenizer | None = None
     if tokens is None:
-        tokenizer = Bytes() if bytes_ else HuggingFace(checkpoint)
+        tokenizer = Bytes() if bytes_ else HuggingFace(checkpoint, "token ids with --tokens FILE, or --bytes")
     elif prompt or prompts or bytes_:
         raise CouldNotRun("--tokens goes without --prompt, --prompts and --bytes")
     texts = (prompt or []) + (read_prompts(prompts) if prompts else [])

@@ -111,11 +111,13 @@ def grads(
         stream = Stream(source, request)
     except (ValueError, TypeError) as error:
         argument, space, wrong = str(error).partition(" ")
+        if argument == "tokens" and text is not None:
+            raise CouldNotRun(f"--text: its tokens {wrong}") from error
         raise CouldNotRun(f"--{argument.replace('_', '-')}{space}{wrong}") from error
-    start = time.perf_counter()
+    fingerprint, start = _fingerprint(checkpoint), time.perf_counter()
     try:
         with _progress() as progress:
-            result = stream.write(out, checkpoint=_fingerprint(checkpoint), force=force, progress=progress)
+            result = stream.write(out, checkpoint=fingerprint, force=force, progress=progress)
     except OSError as error:
         raise CouldNotRun(f"--out {out} can't be written: {error.strerror}") from error
     except MemoryError as error:
@@ -242,5 +244,8 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 def _fingerprint(checkpoint: Path) -> str:
     """Of the checkpoint's files: their names, sizes and times."""
     files = sorted([*checkpoint.glob("*.safetensors"), checkpoint / "config.json"])
-    told = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    try:
+        told = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    except OSError as error:
+        raise CouldNotRun(f"--checkpoint: {error.filename} can't be read: {error.strerror}") from error
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()

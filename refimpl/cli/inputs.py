@@ -18,15 +18,20 @@ __all__ = ["booleans", "integers", "numbers", "read_routes", "text_tokens", "tok
 
 def integers(path: Path, option: str) -> np.ndarray:
     """[batch, time], int64."""
-    x = _array(path, option)
+    content = _read(path, option)
+    x = _array(content, path, option)
     if x.dtype.kind not in "iu" or x.ndim != 2 or x.size == 0:
         raise CouldNotRun(f"{option} {path} must hold integers [batch, time], got {x.dtype} {list(x.shape)}")
+    if isinstance(content, list) and any(type(number) is bool for row in content for number in row):
+        raise CouldNotRun(f"{option} {path} must hold integers [batch, time], got true or false among them")
+    if x.max() > np.iinfo(np.int64).max:
+        raise CouldNotRun(f"{option} {path} must hold integers that fit into int64, got {x.max()}")
     return x.astype(np.int64)
 
 
 def booleans(path: Path, option: str) -> np.ndarray:
     """[batch, time], bool."""
-    x = _array(path, option)
+    x = _array(_read(path, option), path, option)
     if x.dtype.kind not in "biu" or x.ndim != 2 or not np.isin(x, (0, 1)).all():
         raise CouldNotRun(f"{option} {path} must hold 0 and 1 [batch, time], got {x.dtype} {list(x.shape)}")
     return x.astype(np.bool_)
@@ -34,7 +39,7 @@ def booleans(path: Path, option: str) -> np.ndarray:
 
 def numbers(path: Path, option: str) -> np.ndarray:
     """[batch, time, vocabulary], of the file's type."""
-    x = _array(path, option)
+    x = _array(_read(path, option), path, option)
     if x.dtype.kind not in "fiu":
         raise CouldNotRun(f"{option} {path} must hold numbers [batch, time, vocabulary], got {x.dtype}")
     return x
@@ -82,10 +87,9 @@ def read_routes(path: Path) -> dict[int, Route]:
     return found
 
 
-def _array(path: Path, option: str) -> np.ndarray:
-    x = _read(path, option)
+def _array(content: Any, path: Path, option: str) -> np.ndarray:
     try:
-        return np.array(x)
+        return np.array(content)
     except (ValueError, OverflowError) as error:
         raise CouldNotRun(f"{option} {path} is not an array: {error}") from error
 

@@ -137,7 +137,8 @@ class Plan:
         if self.dlogits is not None and not np.isfinite(self.dlogits).all():
             raise ValueError(f"dlogits has numbers that {source.dtype} can't hold")
         if self.with_loss and not self.batch.mask.any():
-            raise ValueError("mask and targets must leave at least one target that counts, got none")
+            given = [name for name in ("mask", "targets", "key_mask") if getattr(request, name) is not None]
+            raise ValueError(f"{' and '.join(given)} must leave at least one target that counts, got none")
         self.modules = range(1, config.mtp_depth + 1)
         self.moe_layers = range(config.dense_layers, config.layers + config.mtp_depth)
         self._check_routes()
