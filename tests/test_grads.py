@@ -164,6 +164,7 @@ def test_routes_of_another_run(folder: Path, run: Any, tmp_path: Path) -> None:
     assert run("--out", tmp_path / "short", "--layers", "2")[0] == 0
     assert run("--out", tmp_path / "first", "--convention", "paper")[0] == 0
     assert run("--out", tmp_path / "again", "--routes", tmp_path / "first")[0] == 0
+    assert run("--out", tmp_path / "two", "--layers", "2", "--routes", tmp_path / "first")[0] == 0
     first = read(tmp_path / "first")
     changed = {n: (x + 1) % 8 for n, x in first.items() if n.startswith("aux/routes.")}
     save_file(changed, tmp_path / "changed.safetensors")
@@ -379,6 +380,17 @@ BAD = [
     (["--out", "o", "--routes", "none.safetensors"], "tokens.npy", "must hold aux/routes.L as int64 or int32"),
     (["--out", "o", "--routes", "twice.safetensors"], "tokens.npy", "--routes of layer 1 must name an expert once"),
     (["--out", "o", "--routes", "short.safetensors"], "tokens.npy", "(routes) must have shape (B, T, K)=(2, 10, 3)"),
+    *(
+        (["--out", "o", "--routes", f"layer-{number}.safetensors"], "tokens.npy", message)
+        for number, message in enumerate((
+            "must hold aux/routes.L with a layer's number L, holds aux/routes.01",
+            r"must hold aux/routes.L with a layer's number L, holds aux/routes.\u0662",
+            "must hold aux/routes.L with a layer's number L, holds aux/routes.999",
+            "must hold aux/routes.L with a layer's number L, holds aux/routes.",
+            "--routes must be of MoE layers of the model, got layer 0, 7",
+            "--routes must be of MoE layers of the model, got layer 3",
+        ))
+    ),
     (["--out", "o", "--layers", "0"], "tokens.npy", "--layers must lie in 1…3, got 0"),
     (["--out", "o", "--layers", "4"], "tokens.npy", "--layers must lie in 1…3, got 4"),
     (["--out", "o", "--layers", "2", "--mtp"], "tokens.npy", "--layers leaves out what mtp reads"),
@@ -425,6 +437,9 @@ def test_could_not_run(folder: Path, run: Any, arguments: list[str], tokens: str
     save_file({"x": routes}, "none.safetensors")
     save_file({"aux/routes.1": 0 * routes, "aux/routes.2": routes}, "twice.safetensors")
     save_file({"aux/routes.1": routes, "aux/routes.2": routes[:, :5].copy()}, "short.safetensors")
+    for number, layers in enumerate((["01"], ["\u0662"], ["9" * 5000], [""], ["7", "0"], ["3"])):
+        strange = {f"aux/routes.{layer}": routes for layer in ["1", "2", *layers]}
+        save_file(strange, f"layer-{number}.safetensors")
     code, _, error = run(*arguments, tokens=tokens)
     assert (code, error.count("\n")) == (2, 1)
     assert error.startswith("refimpl: ")

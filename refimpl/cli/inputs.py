@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..checkpoint.tensor_file import read_tensor_file
+from ..checkpoint.tensor_file import one_line, read_tensor_file
 from ..errors import CouldNotRun
 from ..model import Route
 from ..tokenizer import HuggingFace
@@ -78,10 +79,13 @@ def read_routes(path: Path) -> dict[int, Route]:
     tensors, _ = read_tensor_file(file)
     found = {}
     for name, x in tensors.items():
-        layer = name.removeprefix("aux/routes.")
-        if layer != name and layer.isdecimal():
-            counted = tensors.get(f"aux/counted.{layer}")
-            found[int(layer)] = Route(np.array(x), None if counted is None else np.array(counted))
+        prefix, _, layer = name.rpartition(".")
+        if prefix != "aux/routes":
+            continue
+        if not re.fullmatch("0|[1-9][0-9]{0,8}", layer):
+            raise CouldNotRun(f"--routes {file} must hold aux/routes.L with a layer's number L, holds {one_line(name)}")
+        counted = tensors.get(f"aux/counted.{layer}")
+        found[int(layer)] = Route(np.array(x), None if counted is None else np.array(counted))
     if not found:
         raise CouldNotRun(f"--routes {file} must hold aux/routes.L as int64 or int32, holds none")
     return found

@@ -153,6 +153,10 @@ class Plan:
 
     def _check_routes(self) -> None:
         routes, config, (b, t) = self.request.routes, self.config, self.request.tokens.shape
+        whole = self.source.config  # whose routes serve a request for some of its layers, too
+        strange = sorted(routes.keys() - range(whole.dense_layers, whole.layers + whole.mtp_depth))
+        if strange:
+            raise ValueError(f"routes must be of MoE layers of the model, got layer {', '.join(map(str, strange))}")
         missing = [layer for layer in self.moe_layers if layer not in routes]
         if routes and missing:
             raise ValueError(f"routes must have every MoE layer of the model, lacks {', '.join(map(str, missing))}")
