@@ -177,6 +177,11 @@ def test_routes_of_another_run(folder: Path, run: Any, tmp_path: Path) -> None:
     assert (code, error) == (2, "refimpl: --routes must have every MoE layer of the model, lacks 2\n")
 
 
+def test_one_gradient(run: Any, tmp_path: Path) -> None:
+    _, printed, _ = run("--out", tmp_path / "out", "--only", "lm_head.weight")
+    assert "\n1 gradient, 5,120 numbers, norm " in printed
+
+
 def test_dlogits(folder: Path, run: Any, tmp_path: Path) -> None:
     dlogits = np.random.default_rng(2).normal(size=(2, 10, 256)).astype(np.float32)
     np.save("dlogits.npy", dlogits)

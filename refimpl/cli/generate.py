@@ -15,7 +15,7 @@ from ..config import CONVENTIONS
 from ..errors import CouldNotRun
 from ..generate import Generation, check_request, generate
 from ..tokenizer import Bytes, HuggingFace, TextStream, Tokenizer, read_json
-from .app import Json, app, check_writable, replace_json
+from .app import Json, app, check_writable, counted, replace_json
 from .inputs import token_lists
 
 
@@ -109,10 +109,11 @@ def summary(found: list[Generation], seconds: float) -> str:
     """How much came, how fast, and what the drafts were worth."""
     tokens, forwards = sum(len(g.tokens) for g in found), sum(g.forwards for g in found)
     drafted, accepted = sum(g.drafted for g in found), sum(g.accepted for g in found)
-    line = f"{len(found)} prompts, {tokens} tokens, {seconds:.1f} s, {tokens / seconds:.1f} tokens a second"
+    line = f"{counted(len(found), 'prompt')}, {counted(tokens, 'token')}, {seconds:.1f} s, "
+    line += f"{tokens / seconds:.1f} tokens a second"
     if drafted:
         line += (
-            f"; {accepted} of {drafted} drafts accepted ({100 * accepted / drafted:.1f} %), "
+            f"; {accepted} of {counted(drafted, 'draft')} accepted ({100 * accepted / drafted:.1f} %), "
             f"{(tokens - len(found)) / forwards:.2f} tokens a forward of the main model"
         )
     return line

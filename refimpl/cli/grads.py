@@ -25,7 +25,7 @@ from ..config import CONVENTIONS, Conventions, ModelConfig
 from ..errors import CouldNotRun
 from ..ops import IMPLEMENTATIONS
 from ..streaming import ACTIVATIONS, EMBEDDING, Request, Result, Size, Stream
-from .app import Json, app, check_writable, console, replace_json
+from .app import Json, app, check_writable, console, counted, replace_json
 from .inputs import booleans, integers, numbers, read_routes, text_tokens
 
 File = Path | None
@@ -126,10 +126,12 @@ def grads(
     console().print(f"refimpl {__version__}: {checkpoint}, {ids.shape[0]}×{ids.shape[1]} tokens, {dtype}", markup=False)
     _show(result, stream.config, convention)
     bad = [name for name, size in result.gradients.items() if not math.isfinite(size.largest)]
-    verdict = f"{len(bad)} gradients are not finite, {bad[0]} the first" if bad else "all finite"
+    verdict = "all finite"
+    if bad:
+        verdict = f"{counted(len(bad), 'gradient')} {'is' if len(bad) == 1 else 'are'} not finite, {bad[0]} the first"
     total = _sum(list(result.gradients.values()))
     console().print(
-        f"{len(result.gradients):,} gradients, {total.elements:,} numbers, norm {total.norm:.6g}, {verdict}; "
+        f"{counted(len(result.gradients), 'gradient')}, {total.elements:,} numbers, norm {total.norm:.6g}, {verdict}; "
         f"{seconds:.1f} s; in {out}", markup=False,
     )  # fmt: skip
     if json_file is not None:
