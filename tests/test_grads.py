@@ -392,8 +392,8 @@ BAD = [
             r"must hold aux/routes.L with a layer's number L, holds aux/routes.\u0662",
             "must hold aux/routes.L with a layer's number L, holds aux/routes.999",
             "must hold aux/routes.L with a layer's number L, holds aux/routes.",
-            "--routes must be of MoE layers of the model, got layer 0, 7",
-            "--routes must be of MoE layers of the model, got layer 3",
+            "--routes must be of the model's MoE layers, with mtp also of its modules, got layer 0, 7",
+            "--routes must be of the model's MoE layers, with mtp also of its modules, got layer 3",
         ))
     ),
     (["--out", "o", "--layers", "0"], "tokens.npy", "--layers must lie in 1…3, got 0"),

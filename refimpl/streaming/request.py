@@ -156,7 +156,10 @@ class Plan:
         whole = self.source.config  # whose routes serve a request for some of its layers, too
         strange = sorted(routes.keys() - range(whole.dense_layers, whole.layers + whole.mtp_depth))
         if strange:
-            raise ValueError(f"routes must be of MoE layers of the model, got layer {', '.join(map(str, strange))}")
+            given = ", ".join(map(str, strange))
+            raise ValueError(
+                f"routes must be of the model's MoE layers, with mtp also of its modules, got layer {given}"
+            )
         missing = [layer for layer in self.moe_layers if layer not in routes]
         if routes and missing:
             raise ValueError(f"routes must have every MoE layer of the model, lacks {', '.join(map(str, missing))}")
