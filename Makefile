@@ -55,7 +55,7 @@ memory-grads: .venv/base  ## measure the peak memory of `refimpl grads` on V2-Li
 	@touch $@
 
 .venv/gpu: .venv/dev
-	@echo "installing CuPy and Numba's CUDA target into .venv"
+	@echo "installing CuPy into .venv"
 	@$(PIP) -e '.[cuda13]'
 	@touch $@
 

@@ -25,12 +25,14 @@ class HuggingFace:
 
     Where tokenizer_config.json asks for it (add_bos_token), the first token is bos_token: DeepSeek's tokenizer.json
     does not put it there, transformers does on loading (swift-transformers#161). Special tokens are not decoded.
+
+    ``instead``: what to give, says the CouldNotRun, where there is none.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, instead: str = "token ids with --tokens FILE") -> None:
         path = folder / "tokenizer.json"
         if not path.is_file():
-            raise CouldNotRun(f"{folder} has no tokenizer.json: give token ids with --tokens FILE, or --bytes")
+            raise CouldNotRun(f"{folder} has no tokenizer.json: give {instead}")
         try:
             import tokenizers  # type: ignore[import-not-found, unused-ignore]
         except ImportError as error:

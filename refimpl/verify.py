@@ -27,7 +27,7 @@ MODEL, VARIANT, MODEL_GRPO = "model", "model_variant", "model_grpo"
 MODELS = (MODEL, VARIANT, MODEL_GRPO)
 NAMES = (*CASES, *MODELS)  # in reading order
 MOST_EXAMPLES = 300  # drawn in search of a regime
-KERNELS = ("cuda",)  # implementations that only a GPU runs: `refimpl.kernels.table.COLUMNS`
+KERNELS = ("cuda", "numba_cuda")  # implementations that only a GPU runs: `refimpl.kernels.table.COLUMNS`
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from refimpl.array import library
 from refimpl.check.cases import CASES, Case, Draw, pair_of
 from refimpl.check.rules import Pair
 from refimpl.kernels.compile import Module
-from refimpl.kernels.launch import DeviceLaunch, Launch
-from refimpl.kernels.table import cuda_table
+from refimpl.kernels.launch import DeviceLaunch, Launch, NumbaLaunch
+from refimpl.kernels.table import COLUMNS
 from refimpl.ops import REFERENCE, Op, Yarn, rope_frequencies
 from refimpl.verify import placed
 
@@ -91,26 +91,31 @@ def strided(x: Any) -> Any:
     return room[..., 0]
 
 
-def make_table(launch: Launch) -> dict[str, Op]:
-    """The CUDA column, from and to NumPy arrays wherever it runs."""
-    table = cuda_table(launch)
+def make_table(launch: Launch, column: str = "cuda") -> dict[str, Op]:
+    """A column, from and to NumPy arrays wherever it runs."""
+    table = COLUMNS[column](launch)
     return {name: placed(pair, to_device) for name, pair in table.items()} if ON_DEVICE else table
 
 
-def make_launch(seed: int = 0) -> Launch:
-    return PoisonedLaunch() if ON_DEVICE else InterpreterLaunch(seed)
+def make_launch(seed: int = 0, column: str = "cuda") -> Launch:
+    """What host functions outside a table are given."""
+    launch: Launch = PoisonedLaunch() if ON_DEVICE else InterpreterLaunch(seed)
+    return NumbaLaunch(launch) if column == "numba_cuda" else launch
 
 
 if SANITIZED:  # each array an allocation of its own, so that its bounds are seen
     import cupy
 
     cupy.cuda.set_allocator(None)
-TABLE = make_table(make_launch())
+TABLES = {column: make_table(make_launch(), column) for column in COLUMNS}
+TABLE = TABLES["cuda"]
 
 
-def ops_of(op: str) -> dict[str, Any]:
+def ops_of(op: str, column: str = "cuda") -> dict[str, Any]:
     """The argument ``ops`` for an op made of others."""
-    return {"ops": cuda_table(make_launch())} if "ops" in inspect.signature(pair_of(op).forward).parameters else {}
+    if "ops" not in inspect.signature(pair_of(op).forward).parameters:
+        return {}
+    return {"ops": COLUMNS[column](make_launch())}
 
 
 def rounded(x: Any, storage: str) -> Any:

@@ -101,7 +101,7 @@ def test_the_same_seed_gives_the_same_table() -> None:
         (["verify", "--backend", "tpu"], "--backend must be one of numpy, cupy, got tpu"),
         (
             ["verify", "--implementation", "magic"],
-            "--implementation must be one of reference, flash, absorbed, cuda, got magic",
+            "--implementation must be one of reference, flash, absorbed, cuda, numba_cuda, got magic",
         ),
         (["verify", "--convention", "mine"], "--convention must be one of official, paper, hf, got mine"),
         (["verify", "--dtype", "bfloat16"], "--dtype must be one of float64, float32, got bfloat16"),

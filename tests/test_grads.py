@@ -164,6 +164,7 @@ def test_routes_of_another_run(folder: Path, run: Any, tmp_path: Path) -> None:
     assert run("--out", tmp_path / "short", "--layers", "2")[0] == 0
     assert run("--out", tmp_path / "first", "--convention", "paper")[0] == 0
     assert run("--out", tmp_path / "again", "--routes", tmp_path / "first")[0] == 0
+    assert run("--out", tmp_path / "two", "--layers", "2", "--routes", tmp_path / "first")[0] == 0
     first = read(tmp_path / "first")
     changed = {n: (x + 1) % 8 for n, x in first.items() if n.startswith("aux/routes.")}
     save_file(changed, tmp_path / "changed.safetensors")
@@ -174,6 +175,11 @@ def test_routes_of_another_run(folder: Path, run: Any, tmp_path: Path) -> None:
     assert other["out/loss"] != first["out/loss"]
     code, _, error = run("--out", tmp_path / "x", "--routes", tmp_path / "short")
     assert (code, error) == (2, "refimpl: --routes must have every MoE layer of the model, lacks 2\n")
+
+
+def test_one_gradient(run: Any, tmp_path: Path) -> None:
+    _, printed, _ = run("--out", tmp_path / "out", "--only", "lm_head.weight")
+    assert "\n1 gradient, 5,120 numbers, norm " in printed
 
 
 def test_dlogits(folder: Path, run: Any, tmp_path: Path) -> None:
@@ -194,7 +200,7 @@ def test_text(folder: Path, run: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     code, _, error = run("--out", tmp_path / "x", "--text", "by hand", tokens=None)
     assert (code, error.count("\n")) == (2, 1)
-    assert "checkpoint has no tokenizer.json" in error
+    assert error == "refimpl: checkpoint has no tokenizer.json: give token ids with --tokens FILE\n"
     try:
         tokenizer.save("checkpoint/tokenizer.json")
         Path("text.txt").write_text("every gradient derived by machine")
@@ -202,7 +208,10 @@ def test_text(folder: Path, run: Any, tmp_path: Path, monkeypatch: pytest.Monkey
         assert run("--out", tmp_path / "b", "--text", "text.txt", tokens=None)[0] == 0
         assert read(tmp_path / "a")["in/tokens"].tolist() == [[5, 3]]
         assert read(tmp_path / "b")["in/tokens"].tolist() == [[1, 2, 3, 4, 0]]
-        assert run("--out", tmp_path / "c", "--text", "", tokens=None)[0] == 2
+        for text, shape in {"": (1, 0), "hand": (1, 1)}.items():
+            code, _, error = run("--out", tmp_path / "c", "--text", text, tokens=None)
+            wrong = f"its tokens must have shape (B, T) with T of at least 2, got {shape}"
+            assert (code, error) == (2, f"refimpl: --text: {wrong}\n")
         Path("text.txt").write_bytes(b"\xff")
         code, _, error = run("--out", tmp_path / "c", "--text", "text.txt", tokens=None)
         assert (code, error) == (2, "refimpl: --text text.txt must be UTF-8: invalid start byte at byte 0\n")
@@ -235,6 +244,29 @@ def test_a_gradient_that_is_not_finite(folder: Path, run: Any, tmp_path: Path) -
     assert code == 1
     assert re.search(r"\d+ gradients are not finite, model.embed_tokens.weight the first", printed)
     assert json.loads((tmp_path / "r.json").read_text())["ok"] is False
+
+
+def test_large_gradients(run: Any, tmp_path: Path) -> None:
+    """Squares that overflow make no gradient infinite, and the norms are right; float32 can't hold such dlogits."""
+    dlogits = np.random.default_rng(2).normal(size=(2, 10, 256))
+    np.save(tmp_path / "plain.npy", dlogits)
+    np.save(tmp_path / "large.npy", 2.0**1000 * dlogits)
+    reports, printed = {}, {}
+    for name in ("plain", "large"):
+        code, printed[name], error = run(
+            "--out", tmp_path / name, "--dlogits", tmp_path / f"{name}.npy", "--dtype", "float64", "--json",
+            tmp_path / f"{name}.json",
+        )  # fmt: skip
+        assert (code, error) == (0, "")
+        reports[name] = json.loads((tmp_path / f"{name}.json").read_text())["gradients"]
+    assert ", all finite; " in printed["large"]
+    assert "inf" not in printed["large"].replace("all finite", "")
+    for name, size in reports["plain"].items():
+        for part in ("norm", "largest"):
+            np.testing.assert_allclose(reports["large"][name][part] / 2.0**1000, size[part], 1e-12)
+    code, _, error = run("--out", tmp_path / "o", "--dlogits", tmp_path / "large.npy")
+    assert (code, error) == (2, "refimpl: --dlogits has numbers that float32 can't hold\n")
+    assert not (tmp_path / "o").exists()
 
 
 def test_what_hf_does_otherwise(run: Any, tmp_path: Path) -> None:
@@ -332,16 +364,38 @@ BAD = [
     (["--out", "o", "--mask", "tokens.npy"], "tokens.npy", "--mask tokens.npy must hold 0 and 1"),
     (["--out", "o", "--mask", "ones.json"], "tokens.npy", "--mask must have shape (B, T)=(2, 10), got (1, 3)"),
     (["--out", "o", "--key-mask", "ones.json"], "tokens.npy", "--key-mask must have shape (B, T)=(2, 10), got (1, 3)"),
-    (["--out", "o", "--mask", "zeros.npy"], "tokens.npy", "--mask and targets must leave at least one target"),
+    (["--out", "o", "--mask", "zeros.npy"], "tokens.npy", "--mask must leave at least one target that counts"),
+    (["--out", "o", "--key-mask", "zeros.npy"], "tokens.npy", "--key-mask must leave at least one target that counts"),
+    (["--out", "o", "--mask", "ones.npy", "--key-mask", "zeros.npy"], "tokens.npy",
+     "--mask and key_mask must leave at least one target that counts"),
+    (["--out", "o"], "unsigned.json", "unsigned.json must hold integers that fit into int64, got 18446744073709551615"),
+    (["--out", "o"], "unsigned.npy", "unsigned.npy must hold integers that fit into int64, got 18446744073709551516"),
+    (["--out", "o", "--targets", "unsigned.npy"], "tokens.npy", "--targets unsigned.npy must hold integers that fit"),
+    (["--out", "o"], "true.json", "--tokens true.json must hold integers [batch, time], got true or false among them"),
     (["--out", "o", "--targets", "ones.json"], "tokens.npy", "--targets must have the tokens' shape (2, 10), got"),
     (["--out", "o", "--targets", "far.npy"], "tokens.npy", "--targets must lie in 0…255, got 0…999"),
     (["--out", "o", "--dlogits", "float.npy"], "tokens.npy", "--dlogits must have shape (B, T, W)=(2, 10, 256), got"),
     (["--out", "o", "--dlogits", "nan.npy"], "tokens.npy", "--dlogits must be finite, got NaN or infinity"),
-    (["--out", "o", "--dlogits", "nan.npy", "--mtp"], "tokens.npy", "--dlogits is the gradient of another loss"),
+    *(
+        (["--out", "o", "--dlogits", "flat.npy", *other], "tokens.npy",
+         "--dlogits is the gradient of another loss: it goes with none of mtp, balance_alpha, mask, targets")
+        for other in (["--mtp"], ["--balance-alpha", "1"], ["--mask", "ones.npy"], ["--targets", "tokens.npy"])
+    ),
     (["--out", "o", "--routes", "broken.npy"], "tokens.npy", "broken.npy is no safetensors file"),
     (["--out", "o", "--routes", "none.safetensors"], "tokens.npy", "must hold aux/routes.L as int64 or int32"),
     (["--out", "o", "--routes", "twice.safetensors"], "tokens.npy", "--routes of layer 1 must name an expert once"),
     (["--out", "o", "--routes", "short.safetensors"], "tokens.npy", "(routes) must have shape (B, T, K)=(2, 10, 3)"),
+    *(
+        (["--out", "o", "--routes", f"layer-{number}.safetensors"], "tokens.npy", message)
+        for number, message in enumerate((
+            "must hold aux/routes.L with a layer's number L, holds aux/routes.01",
+            r"must hold aux/routes.L with a layer's number L, holds aux/routes.\u0662",
+            "must hold aux/routes.L with a layer's number L, holds aux/routes.999",
+            "must hold aux/routes.L with a layer's number L, holds aux/routes.",
+            "--routes must be of the model's MoE layers, with mtp also of its modules, got layer 0, 7",
+            "--routes must be of the model's MoE layers, with mtp also of its modules, got layer 3",
+        ))
+    ),
     (["--out", "o", "--layers", "0"], "tokens.npy", "--layers must lie in 1…3, got 0"),
     (["--out", "o", "--layers", "4"], "tokens.npy", "--layers must lie in 1…3, got 4"),
     (["--out", "o", "--layers", "2", "--mtp"], "tokens.npy", "--layers leaves out what mtp reads"),
@@ -366,11 +420,16 @@ def test_could_not_run(folder: Path, run: Any, arguments: list[str], tokens: str
     for name, content in {
         "broken.npy": "x", "broken.json": "[1", "ragged.json": "[[1, 2], [3]]", "object.json": '{"a": 1}',
         "empty.json": "[]", "flat.json": "[1, 2, 3]", "large.json": "[[1, 256]]", "negative.json": "[[3, -1]]",
-        "one.json": "[[1]]", "ones.json": "[[1, 1, 1]]", "tokens.txt": "1 2 3",
+        "one.json": "[[1]]", "true.json": "[[1, 2, true]]",
+        "unsigned.json": f"[[{2**64 - 1}, {2**64 - 1}]]", "ones.json": "[[1, 1, 1]]",
+        "tokens.txt": "1 2 3",
     }.items():  # fmt: skip
         Path(name).write_text(content)
     np.save("float.npy", TOKENS.astype(float))
     np.save("zeros.npy", np.zeros_like(TOKENS))
+    np.save("unsigned.npy", np.where(TOKENS > 100, np.uint64(2**64 - 100), TOKENS.astype(np.uint64)))
+    np.save("ones.npy", np.ones_like(TOKENS))
+    np.save("flat.npy", np.zeros((2, 10, 256)))
     np.save("far.npy", np.arange(20).reshape(2, 10) // 19 * 999)
     np.save("nan.npy", np.full((2, 10, 256), np.nan))
     np.save("pickle.npy", np.array([{"a": 1}]), allow_pickle=True)
@@ -383,11 +442,26 @@ def test_could_not_run(folder: Path, run: Any, arguments: list[str], tokens: str
     save_file({"x": routes}, "none.safetensors")
     save_file({"aux/routes.1": 0 * routes, "aux/routes.2": routes}, "twice.safetensors")
     save_file({"aux/routes.1": routes, "aux/routes.2": routes[:, :5].copy()}, "short.safetensors")
+    for number, layers in enumerate((["01"], ["\u0662"], ["9" * 5000], [""], ["7", "0"], ["3"])):
+        strange = {f"aux/routes.{layer}": routes for layer in ["1", "2", *layers]}
+        save_file(strange, f"layer-{number}.safetensors")
     code, _, error = run(*arguments, tokens=tokens)
     assert (code, error.count("\n")) == (2, 1)
     assert error.startswith("refimpl: ")
     assert message in error
     assert not Path("o").exists()
+
+
+def test_a_checkpoint_with_a_dangling_link(folder: Path, run: Any, tmp_path: Path) -> None:
+    """What tells the checkpoint from others can't be known: the message is not about --out."""
+    link = folder / "checkpoint" / "old.safetensors"
+    link.symlink_to("gone")
+    try:
+        code, _, error = run("--out", tmp_path / "o")
+    finally:
+        link.unlink()
+    wanted = "--checkpoint: checkpoint/old.safetensors can't be read: No such file or directory"
+    assert (code, error) == (2, f"refimpl: {wanted}\n")
 
 
 def test_no_mtp_in_the_checkpoint(run: Any, tmp_path: Path) -> None:

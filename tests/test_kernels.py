@@ -3,13 +3,15 @@ the GPU by ``make gpu``) against the float64 reference and finite differences.""
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,8 @@ from refimpl.kernels.compile import STEMS, STORAGE, TARGETS, BuildError, build, 
 from refimpl.kernels.cross_entropy import cross_entropy_in_place
 from refimpl.kernels.launch import DeviceLaunch
 from refimpl.kernels.moe import combine, permute
-from refimpl.kernels.table import COLUMNS, CUDA, cuda_table
+from refimpl.kernels.numba_cuda import NUMBA_STEMS, NUMBA_STORAGE, build_numba, compile_numba, kernels_of
+from refimpl.kernels.table import COLUMNS, CUDA, NUMBA_CUDA, cuda_table
 from refimpl.model import backward, forward, init_parameters
 from refimpl.ops import REFERENCE, Op
 from refimpl.optimizer import AdamW
@@ -43,6 +46,7 @@ from kernel_support import (
     ON_DEVICE,
     SHAPES,
     TABLE,
+    TABLES,
     V3,
     compare,
     make_launch,
@@ -67,11 +71,18 @@ BUDGET = {
     "swiglu_backward": (48, 0), "swiglu_forward": (40, 0),
 }  # fmt: skip
 STREAMS = ("rms_norm", "swiglu", "rope", "cross_entropy", "embedding", "moe")  # read what they read once past L1
-EXAMPLES = 40 if FULL else 6  # of each op and type
-DIFFERENCES = 20 if FULL else 2  # examples of each op under finite differences
-LOW = [(op, storage) for op in CUDA for storage in ("float32", "bfloat16")]
+EXAMPLES = {"cuda": 40 if FULL else 6, "numba_cuda": 12 if FULL else 3}  # of each op and type
+DIFFERENCES = {"cuda": 20 if FULL else 2, "numba_cuda": 5 if FULL else 1}  # of each op
+MANY = ("moe", "log_prob")  # launch many kernels
+OPS = [("cuda", op) for op in CUDA] + [("numba_cuda", op) for op in NUMBA_CUDA]
+TYPES = [("cuda", storage) for storage in STORAGE] + [("numba_cuda", storage) for storage in NUMBA_STORAGE]
+LOW = [(column, op, storage) for column, storage in TYPES for c, op in OPS if c == column and storage != "float64"]
 # GRPO takes no bfloat16; a mixture of experts rounds between its stages, each of which is tested alone
-LOW = [pair for pair in LOW if pair not in (("grpo", "bfloat16"), ("moe", "bfloat16"))]
+LOW = [case for case in LOW if case[1:] not in (("grpo", "bfloat16"), ("moe", "bfloat16"))]
+WIDE = [(column, op, storage) for column, storage in TYPES for c, op in OPS if c == column and op in V3]
+WIDE = [case for case in WIDE if FULL or case[::2] != ("numba_cuda", "float64")]
+# Of any kernel in Numba CUDA: registers of a thread; shared memory of a block, to which the linker adds 1,024 on sm_90.
+NUMBA_REGISTERS, NUMBA_SHARED = 80, 256 + 1024
 
 
 # ---- compiling
@@ -129,6 +140,37 @@ def test_machine_code() -> None:
                 assert instruction in done.stdout, f"{instruction} is not in rms_norm for {target}, {storage}"
 
 
+@pytest.mark.parametrize("stem", NUMBA_STEMS)
+def test_numba_compiles_within_budget(stem: str) -> None:
+    """float32 for every target (float64 too in test-full; tests execute that of sm_90): plain parameters, machine code
+    without spills, nothing that calls, flushes to zero or computes in a wider type."""
+    for storage in NUMBA_STORAGE if FULL else ("float32",):
+        for kernel, function in kernels_of(stem, storage).items():
+            for target in TARGETS:
+                module = compile_numba(stem, kernel, target, storage)
+                where, usage = f"{kernel} in {storage} for {target}", module.usage
+                assert list(usage) == re.findall(r"\.entry (\w+)\(", module.ptx) == [kernel], where
+                assert f".target {target.rstrip('a')}\n" in module.ptx, where
+                assert len(re.findall(r"\.param .*_param_\d+,?\n", module.ptx)) == len(function.__annotations__), where
+                assert module.cubin.read_bytes()[:4] == b"\x7fELF", where
+                assert usage[kernel].spills == usage[kernel].stack == 0, where
+                assert 0 < usage[kernel].registers <= NUMBA_REGISTERS, f"{where}: {usage}"
+                assert usage[kernel].shared <= NUMBA_SHARED, f"{where}: {usage}"
+                assert not re.search(r"\.local|\batom\.|\bred\.|\bcall|(add|mul|fma|sub)\.(rn\.)?ftz", module.ptx), (
+                    where
+                )
+                assert storage == "float64" or ".f64" not in module.ptx, where
+
+
+def test_numba_has_the_kernels_of_cuda_c() -> None:
+    """Under the same names, with as many parameters."""
+    for stem in NUMBA_STEMS:
+        text = re.sub(r"__launch_bounds__\(\w+\)", "", _sources()[stem])
+        declared = re.findall(r'extern "C" __global__ void\s+(\w+)\(([^)]*)\)', text)
+        found = {name: len(kernel.__annotations__) for name, kernel in kernels_of(stem, "float32").items()}
+        assert found == {name: parameters.count(",") + 1 for name, parameters in declared}
+
+
 def _packages() -> str:
     return f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
 
@@ -140,59 +182,59 @@ def _sources() -> dict[str, str]:
 # ---- executing
 
 
-@pytest.mark.parametrize("op", CUDA)
-def test_finite_differences(op: str) -> None:
+@pytest.mark.parametrize(("column", "op"), OPS)
+def test_finite_differences(column: str, op: str) -> None:
     """The float64 kernels themselves, by `refimpl.check`: contract (arrays read-only and strided, two calls alike,
     float32 near float64) and differences to 1e-8."""
-    for seed in range(DIFFERENCES if FULL or op not in ("moe", "log_prob") else 1):  # these launch many kernels
+    more = ops_of(op, column) if column == "cuda" or FULL else {}  # else experts are the reference's
+    for seed in range(1 if op in MANY and not FULL else DIFFERENCES[column]):
         case = CASES[op](RandomDraw(seed))
         if "block" in case.kwargs:
             case.kwargs["block"] = (256, 4096)
         report = check(
-            *TABLE[op], case.inputs, case.kwargs | ops_of(op), op=op, replay=case.replay, seed=seed,
+            *TABLES[column][op], case.inputs, case.kwargs | more, op=op, replay=case.replay, seed=seed,
             names=[str(i) for i in range(len(case.inputs))], rules=("contract", "differences"),
         )  # fmt: skip
         assert report.ok, f"{case.kwargs}\n{report}"
 
 
-@pytest.mark.parametrize("op", CUDA)
-def test_float64_against_the_reference(op: str) -> None:
-    _against_the_reference(op, "float64")
+@pytest.mark.parametrize(("column", "op"), OPS)
+def test_float64_against_the_reference(column: str, op: str) -> None:
+    _against_the_reference(column, op, "float64")
 
 
-@pytest.mark.parametrize(("op", "storage"), LOW)
-def test_error_is_that_of_the_reference(op: str, storage: str) -> None:
-    _against_the_reference(op, storage)
+@pytest.mark.parametrize(("column", "op", "storage"), LOW)
+def test_error_is_that_of_the_reference(column: str, op: str, storage: str) -> None:
+    _against_the_reference(column, op, storage)
 
 
-def _against_the_reference(op: str, storage: str) -> None:
-    @settings(max_examples=EXAMPLES)
+def _against_the_reference(column: str, op: str, storage: str) -> None:
+    @settings(max_examples=EXAMPLES[column])
     @given(st.data())
     def run(data: st.DataObject) -> None:
         draw = HypothesisDraw(data)
-        compare(op, TABLE[op], SHAPES[op](draw), storage, draw.seed, ops_of(op))
+        compare(op, TABLES[column][op], SHAPES[op](draw), storage, draw.seed, ops_of(op, column))
 
     run()
 
 
-@pytest.mark.parametrize("storage", STORAGE)
-@pytest.mark.parametrize("op", V3)
-def test_widths_of_v3(op: str, storage: str) -> None:
+@pytest.mark.parametrize(("column", "op", "storage"), WIDE)
+def test_widths_of_v3(column: str, op: str, storage: str) -> None:
     """Rows of 7,168, 18,432 and 129,280 elements, 256 experts."""
-    compare(op, TABLE[op], V3[op](RandomDraw(0)), storage, 0)
+    compare(op, TABLES[column][op], V3[op](RandomDraw(0)), storage, 0)
 
 
 @pytest.mark.parametrize("storage", ["float64", "float32"])
-@pytest.mark.parametrize("op", CUDA)
-def test_same_bits(op: str, storage: str) -> None:
+@pytest.mark.parametrize(("column", "op"), OPS)
+def test_same_bits(column: str, op: str, storage: str) -> None:
     """Twice the same call, and in float64 warps that run in other orders too (in float32 the seed draws the errors of
     the interpreter's approximate functions as well): not one bit differs."""
     case = SHAPES[op](RandomDraw(3))
-    kwargs, inputs = rounded(case.kwargs, storage) | ops_of(op), [rounded(x, storage) for x in case.inputs]
-    outputs = Pair(*TABLE[op], kwargs).outputs(inputs)
+    kwargs, inputs = rounded(case.kwargs, storage) | ops_of(op, column), [rounded(x, storage) for x in case.inputs]
+    outputs = Pair(*TABLES[column][op], kwargs).outputs(inputs)
     cotangents = [np.cos(np.arange(y.size) + 1).reshape(y.shape) for y in outputs]
     found = [
-        results(make_table(make_launch(seed))[op], inputs, kwargs, cotangents)
+        results(make_table(make_launch(seed), column)[op], inputs, kwargs, cotangents)
         for seed in ((0, 1, 2) if storage == "float64" else (0, 0))
     ]
     for others in found[1:]:
@@ -201,16 +243,16 @@ def test_same_bits(op: str, storage: str) -> None:
 
 
 @pytest.mark.skipif(not ON_DEVICE, reason="arrays with gaps are part of test_finite_differences")
-@pytest.mark.parametrize(("op", "storage"), [*((op, "float64") for op in CUDA), *LOW])
-def test_strided_arrays(op: str, storage: str) -> None:
+@pytest.mark.parametrize(("column", "op", "storage"), [*((column, op, "float64") for column, op in OPS), *LOW])
+def test_strided_arrays(column: str, op: str, storage: str) -> None:
     """Arrays with gaps on the GPU, inputs, cotangents and all others: the same rule."""
     for seed in range(3):
-        pair = placed(cuda_table(make_launch())[op], strided)
-        compare(op, pair, SHAPES[op](RandomDraw(seed)), storage, seed, ops_of(op))
+        pair = placed(COLUMNS[column](make_launch())[op], strided)
+        compare(op, pair, SHAPES[op](RandomDraw(seed)), storage, seed, ops_of(op, column))
 
 
-@pytest.mark.parametrize("storage", STORAGE)
-def test_router_chooses_exactly_the_same(storage: str) -> None:
+@pytest.mark.parametrize(("column", "storage"), TYPES)
+def test_router_chooses_exactly_the_same(column: str, storage: str) -> None:
     """Scores full of ties: the ids are those of `select_experts` on the same scores, in every grouping."""
     rng = np.random.default_rng(0)
     for experts, groups, keep, top_k, group_score, hidden in (
@@ -220,7 +262,7 @@ def test_router_chooses_exactly_the_same(storage: str) -> None:
         x = np.eye(5)[rng.integers(0, 5, 6)]
         w, bias = rng.integers(-2, 3, (experts, 5)) / 2.0, rng.integers(-3, 2, experts) / 4.0
         for score in ("sigmoid", "softmax"):
-            output, _ = TABLE["router"].forward(
+            output, _ = TABLES[column]["router"].forward(
                 *(rounded(a, storage) for a in (x, w)), bias=bias, top_k=top_k, groups=groups, keep_groups=keep,
                 group_score=group_score, masked_groups=hidden, score=score,
             )  # fmt: skip
@@ -229,10 +271,10 @@ def test_router_chooses_exactly_the_same(storage: str) -> None:
             assert np.array_equal(output.indices, wanted), (experts, groups, score)
 
 
-@pytest.mark.parametrize("storage", STORAGE)
-def test_permute_and_combine(storage: str) -> None:
+@pytest.mark.parametrize(("column", "storage"), TYPES)
+def test_permute_and_combine(column: str, storage: str) -> None:
     """The stages of a mixture of experts alone, in every type: rows move unchanged, sums round once."""
-    rng, launch = np.random.default_rng(1), make_launch()
+    rng, launch = np.random.default_rng(1), make_launch(0, column)
     for tokens, top_k, d in ((1, 1, 1), (5, 2, 33), (4, 3, 40)):
         x, weights = rounded(rng.normal(size=(tokens, d)), storage), rng.uniform(0.2, 1.5, (tokens, top_k))
         weights = weights.astype(kernel_support.WIDE[storage])
@@ -250,12 +292,13 @@ def test_permute_and_combine(storage: str) -> None:
         assert np.all(np.abs(y.astype(np.float64) - exact) <= (unit + sums) * np.abs(exact))
 
 
-@pytest.mark.parametrize("storage", STORAGE)
-def test_cross_entropy_in_place(storage: str) -> None:
+@pytest.mark.parametrize(("column", "storage"), TYPES)
+def test_cross_entropy_in_place(column: str, storage: str) -> None:
     """The same bits as the op's gradient, in the memory of the logits."""
     rng = np.random.default_rng(0)
     logits = to_device(rounded(rng.normal(size=(3, 40)), storage))
-    pair, in_place = cuda_table(make_launch())["cross_entropy"], cross_entropy_in_place(make_launch())
+    pair = COLUMNS[column](make_launch())["cross_entropy"]
+    in_place = cross_entropy_in_place(make_launch(0, column))
     before = to_host(logits).tobytes()
     _, saved = pair.forward(logits, targets=to_device(np.array([0, 39, 7])))
     fresh = pair.backward(0.7, saved)
@@ -264,15 +307,16 @@ def test_cross_entropy_in_place(storage: str) -> None:
     assert to_host(logits).tobytes() == to_host(fresh).tobytes()
 
 
-def test_cross_entropy_extremes() -> None:
+@pytest.mark.parametrize("column", COLUMNS)
+def test_cross_entropy_extremes(column: str) -> None:
     """Logits of ±1e4 and −∞, masked rows of NaN: finite where the reference is."""
     logits = np.array([[1e4, -1e4, 0.0], [-np.inf, 1.0, 2.0], [0.0, 0.0, 0.0]])
     kwargs: dict[str, Any] = {"targets": np.array([0, 2, -100]), "mask": np.array([True, True, False])}
     for dtype in (np.float64, np.float32):
-        loss, saved = TABLE["cross_entropy"].forward(logits.astype(dtype), **kwargs)
+        loss, saved = TABLES[column]["cross_entropy"].forward(logits.astype(dtype), **kwargs)
         wanted, reference = ops.cross_entropy_forward(logits, **kwargs)
         np.testing.assert_allclose(loss, wanted, rtol=1e-6)
-        gradient = TABLE["cross_entropy"].backward(dtype(1), saved)
+        gradient = TABLES[column]["cross_entropy"].backward(dtype(1), saved)
         np.testing.assert_allclose(gradient, ops.cross_entropy_backward(1.0, reference), atol=1e-7)
 
 
@@ -307,15 +351,18 @@ def test_adamw(storage: str) -> None:
     assert np.array_equal(to_host(params["w"]), before)
 
 
-def test_whole_model() -> None:
+@pytest.mark.parametrize("column", COLUMNS)
+def test_whole_model(column: str) -> None:
     """Loss and every gradient of the tiny model with all kernels in their places, as with the reference."""
     if ON_DEVICE:
-        pytest.skip("refimpl verify --backend cupy --implementation cuda")
+        pytest.skip(f"refimpl verify --backend cupy --implementation {column}")
+    if column == "numba_cuda" and not FULL:
+        pytest.skip("its host side is that of cuda, and each of its ops is tested alone")
     config = preset("tiny")
     params = {name: p.astype(np.float64) for name, p in init_parameters(config, std=0.15).items()}
     tokens = np.frombuffer(b"by hand and checked", dtype=np.uint8)[None, :9].astype(np.int64)
     wanted, wanted_saved = forward(params, tokens, config, ops=REFERENCE)
-    found, saved = forward(params, tokens, config, ops=TABLE)
+    found, saved = forward(params, tokens, config, ops=TABLES[column])
     assert abs(float(found.loss) - float(wanted.loss)) <= 1e-13 * float(wanted.loss)
     grads = backward(saved)
     for name, g in backward(wanted_saved).items():
@@ -392,9 +439,58 @@ def test_planted_mistakes_are_caught(name: str, monkeypatch: pytest.MonkeyPatch)
             else:
                 compare(op, TABLE[op], SHAPES[op](RandomDraw(seed)), "float64", seed, ops_of(op))
             if op == "cross_entropy":
-                test_cross_entropy_in_place("float64")
+                test_cross_entropy_in_place("cuda", "float64")
             if op == "router":
-                test_router_chooses_exactly_the_same("float64")
+                test_router_chooses_exactly_the_same("cuda", "float64")
+        except (AssertionError, PTXError):
+            return
+    pytest.fail(f"nothing saw it: {name}")
+
+
+PLANTED_IN_NUMBA = {  # name: (op, file, what stands there, what a mistake would put)
+    "sums read before all are written": (
+        "cross_entropy", "common",
+        "    cuda.syncthreads()  # no thread reads part before all warps have written theirs\n", "",
+    ),
+    "sums written while others are read": (
+        "cross_entropy", "common", "    cuda.syncthreads()  # another warp may still read an earlier call's part\n", "",
+    ),
+    "weight left out of dx": ("rms_norm", "rms_norm", "dn = dy[start + i] * w[i]", "dn = dy[start + i]"),
+    "element past the end": (
+        "swiglu", "swiglu", "size, cuda.gridsize(1)):\n            y", "size + 1, cuda.gridsize(1)):\n            y",
+    ),
+    "backward turns forward": ("rope", "rope", "real(sign) * sin[angle]", "sin[angle]"),
+    "warp not waited for": (
+        "router", "router", "        cuda.syncwarp()  # a lane reads below what the others wrote above\n", "",
+    ),
+    "ties to the higher index": ("router", "router", "j < i", "j > i"),
+    "weight of another slot": ("moe", "moe", "weights[slot] if weighted", "weights[token] if weighted"),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(ON_DEVICE, reason="one place to plant them is enough")
+@pytest.mark.parametrize("name", PLANTED_IN_NUMBA)
+def test_planted_mistakes_in_numba_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    op, file, old, new = PLANTED_IN_NUMBA[name]
+    for stem in ("common", op):
+        source = (SOURCE / f"{stem}_numba_cuda.py").read_text()
+        assert stem != file or source.count(old) == 1, f"{name}: its place is gone"
+        module = ModuleType(f"refimpl.kernels.{stem}_numba_cuda")
+        module.__package__ = "refimpl.kernels"
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        edited = source.replace(old, new) if stem == file else source
+        exec(builtins.compile(edited, stem, "exec", dont_inherit=True), vars(module))
+
+    @cache
+    def wrong(stem: str, kernel: str, target: str, storage: str) -> Any:
+        return SimpleNamespace(ptx=build_numba(kernels_of(stem, storage)[kernel], target)[0].decode())
+
+    monkeypatch.setattr(host, "compile_numba", wrong)
+    for seed in range(40):
+        try:
+            compare(op, TABLES["numba_cuda"][op], SHAPES[op](RandomDraw(seed)), "float64", seed)
+            if op == "router":
+                test_router_chooses_exactly_the_same("numba_cuda", "float64")
         except (AssertionError, PTXError):
             return
     pytest.fail(f"nothing saw it: {name}")
@@ -497,14 +593,37 @@ def test_no_gpu_is_one_clear_line() -> None:
     with pytest.raises(CouldNotRun, match=r"^kernels need (a GPU|CuPy)[^\n]*$"):
         DeviceLaunch()
     for backend, message in (("numpy", "needs a GPU and --backend cupy"), ("cupy", "needs (a GPU|CuPy)")):
-        with pytest.raises(CouldNotRun, match=message):
-            Settings(load_text(None), implementation="cuda", backend=backend).validate()
+        for implementation in KERNELS:
+            with pytest.raises(CouldNotRun, match=message):
+                Settings(load_text(None), implementation=implementation, backend=backend).validate()
 
 
 def test_no_nvrtc_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(CouldNotRun, match=r"^CUDA C needs NVRTC: pip install 'deepseek-refimpl\[kernels\]' [^\n]*$"):
         build("one", "sm_90", "float32", "")
+
+
+def test_errors_of_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    ones = np.ones((1, 2), DTYPES["bfloat16"])
+    with pytest.raises(TypeError, match="kernels in Numba CUDA take float64 and float32 arrays, got bfloat16"):
+        TABLES["numba_cuda"]["swiglu"].forward(ones, ones)
+    with pytest.raises(ValueError, match=r"stem must be one of cross_entropy, moe, .*, got adamw"):
+        kernels_of("adamw", "float32")
+    with pytest.raises(ValueError, match="target must be one of sm_80, sm_90, sm_90a, sm_100, got sm_70"):
+        compile_numba("rope", "rope_rotate", "sm_70", "float32")
+
+    def broken(y: Any) -> None:
+        y.nothing()
+
+    broken.__annotations__ = {"y": kernels_of("swiglu", "float32")["swiglu_forward"].__annotations__["y"]}
+    with pytest.raises(BuildError, match=r"(?s)^broken does not compile for sm_90:.*nothing"):
+        build_numba(broken, "sm_90")
+    monkeypatch.setitem(sys.modules, "numba", None)
+    with pytest.raises(
+        CouldNotRun, match=r"^Numba CUDA needs numba-cuda: pip install 'deepseek-refimpl\[kernels\]' [^\n]*$"
+    ):
+        kernels_of("rope", "float32")
 
 
 class PretendedLaunch(kernel_support.InterpreterLaunch):
@@ -546,5 +665,6 @@ def test_signatures_are_the_ops() -> None:
         pair: Op = make(kernel_support.InterpreterLaunch())
         assert parameters(pair.forward) == parameters(REFERENCE[name].forward), name
         assert parameters(pair.backward) == parameters(REFERENCE[name].backward), name
-    assert set(cuda_table(kernel_support.InterpreterLaunch())) == set(REFERENCE)
+    for make in COLUMNS.values():
+        assert set(make(kernel_support.InterpreterLaunch())) == set(REFERENCE)
     assert set(COLUMNS) == set(KERNELS)

@@ -398,6 +398,60 @@ def test_another_request_is_refused(tmp_path: Path) -> None:
     assert read(tmp_path)["grad/model.norm.weight"].dtype == np.float32
 
 
+def unfinished(out: Path) -> Stream:
+    """A run that stopped when its first backward was done, and the stream that may go on."""
+    whole = Stream(MemorySource(parameters(TINY), TINY), Request(TOKENS, activations="*"))
+
+    def stop(step: str, done: int, total: int) -> None:
+        if step == "backward-00001":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        whole.write(out, progress=stop)
+    return whole
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff", b"[" * 100_000], ids=range(5))
+def test_a_broken_state(content: bytes, tmp_path: Path) -> None:
+    """What a full disk or an editor makes of the record of the request: --force is the way out, and works."""
+    whole = unfinished(tmp_path)
+    (tmp_path / "unfinished" / "request.json").write_bytes(content)
+    with pytest.raises(CouldNotRun, match=r"unfinished/request.json is broken: start anew with --force$"):
+        whole.write(tmp_path)
+    whole.write(tmp_path, force=True)
+    assert (tmp_path / "index.json").exists()
+
+
+@pytest.mark.parametrize("file", ["act-layer-00001", "cot-norm", "grad-layer-00002", "logits"])
+def test_a_file_of_a_finished_step(file: str, tmp_path: Path) -> None:
+    """Gone or cut off, it can't be made again by going on: no index names it."""
+    whole = unfinished(tmp_path)
+    path = tmp_path / f"{file}.safetensors"
+    data = path.read_bytes()
+    for change in (lambda: path.write_bytes(data[:-1]), path.unlink):
+        change()
+        with pytest.raises(CouldNotRun, match=rf"{path.name} is gone or changed since .*: start anew with --force$"):
+            whole.write(tmp_path)
+        assert not (tmp_path / "index.json").exists()
+    path.write_bytes(data)
+    whole.write(tmp_path)
+    assert f"{file}.safetensors" in {entry.name for entry in tmp_path.iterdir()}
+    assert read(tmp_path)
+
+
+def test_a_record_without_notes(tmp_path: Path) -> None:
+    """As another program or an older version leaves it."""
+    whole = unfinished(tmp_path)
+    write_tensor_file(tmp_path / "unfinished" / "head.safetensors", tmp_path / "new", {"x": np.zeros(3)})
+    with pytest.raises(CouldNotRun, match=r"head.safetensors is broken: start anew with --force$"):
+        whole.write(tmp_path)
+    write_tensor_file(
+        tmp_path / "unfinished" / "head.safetensors", tmp_path / "new", {"x": np.zeros(3)}, {"notes": '{"files": {}}'}
+    )
+    with pytest.raises(CouldNotRun, match=r"head.safetensors is not as this version writes it: start anew with"):
+        whole.write(tmp_path)
+
+
 def test_a_finished_result_stays(tmp_path: Path) -> None:
     """Nothing is overwritten without force, nor beside foreign files even with it."""
     params = parameters(TINY)
@@ -416,6 +470,41 @@ def test_a_finished_result_stays(tmp_path: Path) -> None:
             Stream(source, Request(TOKENS)).write(tmp_path, force=force)
     assert (tmp_path / "thesis.tex").read_text() == "all of it"
     assert (tmp_path / "index.json").exists()
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_one_run_at_a_time(force: bool, tmp_path: Path) -> None:
+    """While a run works in a folder, another is refused and changes nothing, even by force; then the folder is free."""
+    out, refused = tmp_path / "out", []
+    other = Stream(MemorySource(parameters(TINY), TINY), Request(TOKENS, only="model.norm.*"))
+
+    def meanwhile(step: str, done: int, total: int) -> None:
+        if done < total:
+            with pytest.raises(CouldNotRun) as error:
+                other.write(out, force=force)
+            refused.append(str(error.value))
+
+    Stream(MemorySource(parameters(TINY), TINY), Request(TOKENS)).write(out, progress=meanwhile)
+    assert set(refused) == {f"{out} is in use by another run"}
+    stream(parameters(TINY), TINY, tmp_path / "alone")
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "alone").iterdir()
+    }
+    other.write(out, force=True)
+
+
+def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+    """Another process's folder can't be used while it lives, and can once it was killed."""
+    code = "import sys, time; from pathlib import Path; from refimpl.streaming.folder import held\n"
+    code += "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "held\n"
+        with pytest.raises(CouldNotRun, match="is in use by another run"):
+            stream(parameters(TINY), TINY, tmp_path)
+        child.kill()
+    stream(parameters(TINY), TINY, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir())[-1] == "out.safetensors"
 
 
 # Files

@@ -28,6 +28,11 @@ def console() -> Console:
     return console
 
 
+def counted(count: int, noun: str) -> str:
+    """As in 1 prompt, 2 prompts, 1,000 prompts."""
+    return f"{count:,} {noun}" + ("s" if count != 1 else "")
+
+
 def check_writable(path: Path) -> None:
     """CouldNotRun, before any work is done, if a file can't be made there."""
     if path.is_dir() or not path.name or not os.access(path.parent, os.W_OK):

@@ -15,7 +15,7 @@ from ..config import CONVENTIONS
 from ..errors import CouldNotRun
 from ..generate import Generation, check_request, generate
 from ..tokenizer import Bytes, HuggingFace, TextStream, Tokenizer, read_json
-from .app import Json, app, check_writable, replace_json
+from .app import Json, app, check_writable, counted, replace_json
 from .inputs import token_lists
 
 
@@ -51,7 +51,7 @@ def generate_command(
     source = Checkpoint.open(checkpoint, dtype=dtype, conventions=CONVENTIONS[convention], mtp=speculate != 0)
     tokenizer: Tokenizer | None = None
     if tokens is None:
-        tokenizer = Bytes() if bytes_ else HuggingFace(checkpoint)
+        tokenizer = Bytes() if bytes_ else HuggingFace(checkpoint, "token ids with --tokens FILE, or --bytes")
     elif prompt or prompts or bytes_:
         raise CouldNotRun("--tokens goes without --prompt, --prompts and --bytes")
     texts = (prompt or []) + (read_prompts(prompts) if prompts else [])
@@ -109,10 +109,11 @@ def summary(found: list[Generation], seconds: float) -> str:
     """How much came, how fast, and what the drafts were worth."""
     tokens, forwards = sum(len(g.tokens) for g in found), sum(g.forwards for g in found)
     drafted, accepted = sum(g.drafted for g in found), sum(g.accepted for g in found)
-    line = f"{len(found)} prompts, {tokens} tokens, {seconds:.1f} s, {tokens / seconds:.1f} tokens a second"
+    line = f"{counted(len(found), 'prompt')}, {counted(tokens, 'token')}, {seconds:.1f} s, "
+    line += f"{tokens / seconds:.1f} tokens a second"
     if drafted:
         line += (
-            f"; {accepted} of {drafted} drafts accepted ({100 * accepted / drafted:.1f} %), "
+            f"; {accepted} of {counted(drafted, 'draft')} accepted ({100 * accepted / drafted:.1f} %), "
             f"{(tokens - len(found)) / forwards:.2f} tokens a forward of the main model"
         )
     return line

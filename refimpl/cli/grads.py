@@ -25,7 +25,7 @@ from ..config import CONVENTIONS, Conventions, ModelConfig
 from ..errors import CouldNotRun
 from ..ops import IMPLEMENTATIONS
 from ..streaming import ACTIVATIONS, EMBEDDING, Request, Result, Size, Stream
-from .app import Json, app, check_writable, console, replace_json
+from .app import Json, app, check_writable, console, counted, replace_json
 from .inputs import booleans, integers, numbers, read_routes, text_tokens
 
 File = Path | None
@@ -111,11 +111,13 @@ def grads(
         stream = Stream(source, request)
     except (ValueError, TypeError) as error:
         argument, space, wrong = str(error).partition(" ")
+        if argument == "tokens" and text is not None:
+            raise CouldNotRun(f"--text: its tokens {wrong}") from error
         raise CouldNotRun(f"--{argument.replace('_', '-')}{space}{wrong}") from error
-    start = time.perf_counter()
+    fingerprint, start = _fingerprint(checkpoint), time.perf_counter()
     try:
         with _progress() as progress:
-            result = stream.write(out, checkpoint=_fingerprint(checkpoint), force=force, progress=progress)
+            result = stream.write(out, checkpoint=fingerprint, force=force, progress=progress)
     except OSError as error:
         raise CouldNotRun(f"--out {out} can't be written: {error.strerror}") from error
     except MemoryError as error:
@@ -123,11 +125,13 @@ def grads(
     seconds = time.perf_counter() - start
     console().print(f"refimpl {__version__}: {checkpoint}, {ids.shape[0]}×{ids.shape[1]} tokens, {dtype}", markup=False)
     _show(result, stream.config, convention)
-    bad = [name for name, size in result.gradients.items() if not math.isfinite(size.squares)]
-    verdict = f"{len(bad)} gradients are not finite, {bad[0]} the first" if bad else "all finite"
+    bad = [name for name, size in result.gradients.items() if not math.isfinite(size.largest)]
+    verdict = "all finite"
+    if bad:
+        verdict = f"{counted(len(bad), 'gradient')} {'is' if len(bad) == 1 else 'are'} not finite, {bad[0]} the first"
     total = _sum(list(result.gradients.values()))
     console().print(
-        f"{len(result.gradients):,} gradients, {total.elements:,} numbers, norm {total.norm:.6g}, {verdict}; "
+        f"{counted(len(result.gradients), 'gradient')}, {total.elements:,} numbers, norm {total.norm:.6g}, {verdict}; "
         f"{seconds:.1f} s; in {out}", markup=False,
     )  # fmt: skip
     if json_file is not None:
@@ -221,7 +225,7 @@ def _place(name: str, config: ModelConfig) -> tuple[str, str]:
 
 def _sum(sizes: list[Size]) -> Size:
     largest = float(np.max([size.largest for size in sizes]))  # NaN, if one is
-    return Size(sum(size.elements for size in sizes), sum(size.squares for size in sizes), largest)
+    return Size(sum(size.elements for size in sizes), math.hypot(*(size.norm for size in sizes)), largest)
 
 
 @contextmanager
@@ -242,5 +246,8 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 def _fingerprint(checkpoint: Path) -> str:
     """Of the checkpoint's files: their names, sizes and times."""
     files = sorted([*checkpoint.glob("*.safetensors"), checkpoint / "config.json"])
-    told = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    try:
+        told = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    except OSError as error:
+        raise CouldNotRun(f"--checkpoint: {error.filename} can't be read: {error.strerror}") from error
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..checkpoint.tensor_file import read_tensor_file
+from ..checkpoint.tensor_file import one_line, read_tensor_file
 from ..errors import CouldNotRun
 from ..model import Route
 from ..tokenizer import HuggingFace
@@ -18,15 +19,20 @@ __all__ = ["booleans", "integers", "numbers", "read_routes", "text_tokens", "tok
 
 def integers(path: Path, option: str) -> np.ndarray:
     """[batch, time], int64."""
-    x = _array(path, option)
+    content = _read(path, option)
+    x = _array(content, path, option)
     if x.dtype.kind not in "iu" or x.ndim != 2 or x.size == 0:
         raise CouldNotRun(f"{option} {path} must hold integers [batch, time], got {x.dtype} {list(x.shape)}")
+    if isinstance(content, list) and any(type(number) is bool for row in content for number in row):
+        raise CouldNotRun(f"{option} {path} must hold integers [batch, time], got true or false among them")
+    if x.max() > np.iinfo(np.int64).max:
+        raise CouldNotRun(f"{option} {path} must hold integers that fit into int64, got {x.max()}")
     return x.astype(np.int64)
 
 
 def booleans(path: Path, option: str) -> np.ndarray:
     """[batch, time], bool."""
-    x = _array(path, option)
+    x = _array(_read(path, option), path, option)
     if x.dtype.kind not in "biu" or x.ndim != 2 or not np.isin(x, (0, 1)).all():
         raise CouldNotRun(f"{option} {path} must hold 0 and 1 [batch, time], got {x.dtype} {list(x.shape)}")
     return x.astype(np.bool_)
@@ -34,7 +40,7 @@ def booleans(path: Path, option: str) -> np.ndarray:
 
 def numbers(path: Path, option: str) -> np.ndarray:
     """[batch, time, vocabulary], of the file's type."""
-    x = _array(path, option)
+    x = _array(_read(path, option), path, option)
     if x.dtype.kind not in "fiu":
         raise CouldNotRun(f"{option} {path} must hold numbers [batch, time, vocabulary], got {x.dtype}")
     return x
@@ -73,19 +79,21 @@ def read_routes(path: Path) -> dict[int, Route]:
     tensors, _ = read_tensor_file(file)
     found = {}
     for name, x in tensors.items():
-        layer = name.removeprefix("aux/routes.")
-        if layer != name and layer.isdecimal():
-            counted = tensors.get(f"aux/counted.{layer}")
-            found[int(layer)] = Route(np.array(x), None if counted is None else np.array(counted))
+        prefix, _, layer = name.rpartition(".")
+        if prefix != "aux/routes":
+            continue
+        if not re.fullmatch("0|[1-9][0-9]{0,8}", layer):
+            raise CouldNotRun(f"--routes {file} must hold aux/routes.L with a layer's number L, holds {one_line(name)}")
+        counted = tensors.get(f"aux/counted.{layer}")
+        found[int(layer)] = Route(np.array(x), None if counted is None else np.array(counted))
     if not found:
         raise CouldNotRun(f"--routes {file} must hold aux/routes.L as int64 or int32, holds none")
     return found
 
 
-def _array(path: Path, option: str) -> np.ndarray:
-    x = _read(path, option)
+def _array(content: Any, path: Path, option: str) -> np.ndarray:
     try:
-        return np.array(x)
+        return np.array(content)
     except (ValueError, OverflowError) as error:
         raise CouldNotRun(f"{option} {path} is not an array: {error}") from error
 

@@ -39,7 +39,7 @@ def verify(
     digits: Digits = None,
     text: TextFile = None,
     seed: Seed = 0,
-    implementation: Annotated[str, typer.Option(help="reference, flash, absorbed or cuda.")] = "reference",
+    implementation: Annotated[str, typer.Option(help="reference, flash, absorbed, cuda or numba_cuda.")] = "reference",
     backend: Annotated[str, typer.Option(help="numpy or cupy.")] = "numpy",
     dtype: Annotated[str, typer.Option(help="The type under test: float64, or float32 (no differences).")] = "float64",
     convention: Annotated[str, typer.Option(help=f"For the model: {', '.join(CONVENTIONS)}.")] = "official",

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -20,7 +21,8 @@ from ..errors import CouldNotRun
 from . import SOURCE
 
 __all__ = [
-    "STEMS", "STORAGE", "TARGETS", "BuildError", "Module", "Usage", "cache_folder", "compile_kernel", "nvrtc_version",
+    "STEMS", "STORAGE", "TARGETS", "BuildError", "Module", "Usage", "cache_folder", "compile_kernel", "kept",
+    "nvrtc_version",
 ]  # fmt: skip
 
 TARGETS = ("sm_80", "sm_90", "sm_90a", "sm_100")
@@ -94,11 +96,18 @@ def build(stem: str, target: str, storage: str, source: str) -> Module:
     """Compile ``source``, which may include common.cuh, or take it from the cache."""
     nvrtc = _nvrtc()
     header, options = (SOURCE / "common.cuh").read_text(), (f"--gpu-architecture={target}", *OPTIONS)
-    version = _ok(nvrtc, nvrtc.nvrtcVersion())
-    all_that_enters = repr((version, options, header, source, stem))
-    folder = cache_folder() / "kernels" / f"{stem}-{hashlib.sha256(all_that_enters.encode()).hexdigest()[:32]}"
+    all_that_enters = _ok(nvrtc, nvrtc.nvrtcVersion()), options, header, source, stem
+    return kept(stem, target, storage, all_that_enters, lambda: _run(nvrtc, stem, source, header, options))
+
+
+def kept(
+    name: str, target: str, storage: str, all_that_enters: object, make: Callable[[], tuple[bytes, bytes, bytes]]
+) -> Module:
+    """The module from the cache, by the hash of ``all_that_enters``; else what ``make`` gives: PTX, cubin and log."""
+    number = hashlib.sha256(repr(all_that_enters).encode()).hexdigest()[:32]
+    folder = cache_folder() / "kernels" / f"{name}-{number}"
     if not folder.is_dir():
-        ptx, cubin, log = _run(nvrtc, stem, source, header, options)
+        ptx, cubin, log = make()
         folder.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(dir=folder.parent))
         (fresh / "kernel.ptx").write_bytes(ptx)
@@ -111,7 +120,7 @@ def build(stem: str, target: str, storage: str, source: str) -> Module:
             if not folder.is_dir():
                 raise
     ptx_text, log_text = (folder / "kernel.ptx").read_text(), (folder / "log").read_text()
-    return Module(stem, target, storage, ptx_text, log_text, folder / "kernel.cubin")
+    return Module(name, target, storage, ptx_text, log_text, folder / "kernel.cubin")
 
 
 def nvrtc_version() -> str:

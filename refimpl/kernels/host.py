@@ -9,7 +9,8 @@ import numpy as np
 
 from ..array import Array, library
 from .compile import compile_kernel
-from .launch import Launch
+from .launch import Launch, NumbaLaunch
+from .numba_cuda import compile_numba
 
 __all__ = ["Kernels", "Numbers", "cover", "numbers", "place", "product", "ready"]
 
@@ -78,7 +79,7 @@ def place(permutation: Array) -> Array:
 
 
 class Kernels:
-    """The kernels of one source file, as one launch runs them."""
+    """The kernels of one source file, in the language of the launch, as it runs them."""
 
     def __init__(self, launch: Launch, stem: str) -> None:
         self.launch, self.stem = launch, stem
@@ -96,7 +97,10 @@ class Kernels:
             raise ValueError(f"{kernel} can't run on more than 2³¹ − 1 blocks, got {blocks}")
         typed = [np.int32(x) if isinstance(x, int) else x for x in arguments]
         block = (threads,) if isinstance(threads, int) else threads
-        module = compile_kernel(self.stem, self.launch.target, storage)
+        if isinstance(self.launch, NumbaLaunch):
+            module = compile_numba(self.stem, kernel, self.launch.target, storage)
+        else:
+            module = compile_kernel(self.stem, self.launch.target, storage)
         self.launch(module, kernel, (blocks,), block, typed, shared=shared)
 
 

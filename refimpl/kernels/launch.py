@@ -9,7 +9,7 @@ from ..array import Array
 from ..errors import CouldNotRun
 from .compile import TARGETS, Module
 
-__all__ = ["DeviceLaunch", "Launch"]
+__all__ = ["DeviceLaunch", "Launch", "NumbaLaunch"]
 
 
 class Launch(Protocol):
@@ -25,6 +25,22 @@ class Launch(Protocol):
 
     def empty(self, shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
         """An array whose content a kernel will write, on the device of ``like``."""
+
+
+class NumbaLaunch:
+    """Another launch, for the kernels in Numba CUDA: the host side compiles those for it."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch, self.target = launch, launch.target
+
+    def __call__(
+        self, module: Module, kernel: str, grid: tuple[int, ...], block: tuple[int, ...], arguments: Sequence[Any], *,
+        shared: int = 0,
+    ) -> None:  # fmt: skip
+        self.launch(module, kernel, grid, block, arguments, shared=shared)
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
+        return self.launch.empty(shape, dtype, like)
 
 
 class DeviceLaunch:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +20,11 @@ from ..checkpoint.tensor_file import Spec, TensorWriter, read_tensor_file, write
 from ..errors import CouldNotRun
 from .pieces import Sink, summed
 
-__all__ = ["Folder", "Record", "Size"]
+__all__ = ["Folder", "Record", "Size", "held"]
 
 OURS = ("index.json", "unfinished", "in.safetensors", "out.safetensors", "aux.safetensors", "logits.safetensors",
         "act-*.safetensors", "cot-*.safetensors", "grad-*.safetensors")  # fmt: skip
+LOCKS = find_spec("fcntl") is not None
 PIECE = 2**20  # elements whose size is taken at a time
 
 
@@ -29,22 +32,27 @@ class Size(NamedTuple):
     """How large one gradient is."""
 
     elements: int
-    squares: float  # Σ g², in float64
-    largest: float  # max |g|
-
-    @property
-    def norm(self) -> float:
-        return float(np.sqrt(self.squares))
+    norm: float  # sqrt(Σ g²), in float64; no square of a finite g overflows
+    largest: float  # max |g|: finite if and only if every g is
 
 
 class Record:
-    """What a step left: arrays, the files it made and the sizes of the gradients in them."""
+    """What a step left: arrays, the files it made, their bytes, and the sizes of the gradients in them.
+
+    CouldNotRun if the record is broken, or if a file is not as it was left.
+    """
 
     def __init__(self, path: Path) -> None:
         self.arrays, metadata = read_tensor_file(path)
-        notes = json.loads(metadata["notes"])
+        notes = notes_of(path, metadata.get("notes", ""))
+        if notes.keys() != {"files", "bytes", "gradients"}:
+            raise CouldNotRun(f"{path} is not as this version writes it: start anew with --force")
         self.files: dict[str, dict[str, Any]] = notes["files"]
-        self.sizes = {name: Size(*size) for name, size in notes["sizes"].items()}
+        self.sizes = {name: Size(*size) for name, size in notes["gradients"].items()}
+        for file, count in notes["bytes"].items():
+            left = path.parent.parent / file
+            if not left.is_file() or left.stat().st_size != count:
+                raise CouldNotRun(f"{left} is gone or changed since its step was done: start anew with --force")
 
     def __getitem__(self, name: str) -> np.ndarray:
         return np.array(self.arrays[name])
@@ -76,7 +84,8 @@ class Folder:
         if not path.exists():
             self.files, self.sizes = {}, {}
             arrays = run()
-            notes = {"files": self.files, "sizes": self.sizes}
+            made = {file: (self.path / file).stat().st_size for file in self.files}
+            notes = {"files": self.files, "bytes": made, "gradients": self.sizes}
             write_tensor_file(path, self._temporary(path), arrays, {"notes": json.dumps(notes)})
         self.records[step] = Record(path)
 
@@ -144,11 +153,38 @@ class Folder:
         return self.unfinished / f"{path.name}.partial"
 
 
-def prepare(folder: Path, identity: dict[str, str], force: bool) -> None:
-    """Make the folder, or see that what is in it is this very request, unfinished."""
-    unfinished, state = folder / "unfinished", folder / "unfinished" / "request.json"
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Make the folder and keep other runs out of it; CouldNotRun if another one has it.
+
+    The lock is the system's, on the folder itself: nothing is left of it when the process ends, however it does. There
+    is none without flock (on Windows), nor where a file system has none for folders (NFS).
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY) if LOCKS else None
+    except OSError as error:
+        raise CouldNotRun(f"{folder} can't be written: {error.strerror}") from error
+    if descriptor is None:
+        yield
+        return
+    import fcntl
+
+    try:
+        with suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise CouldNotRun(f"{folder} is in use by another run") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def prepare(folder: Path, identity: dict[str, str], force: bool) -> None:
+    """See that the folder is empty, or that what is in it is this very request, unfinished; else empty it by force."""
+    unfinished, state = folder / "unfinished", folder / "unfinished" / "request.json"
+    try:
         found = sorted(path.name for path in folder.iterdir())
         strange = [name for name in found if not any(fnmatchcase(name, pattern) for pattern in OURS)]
         if strange:
@@ -162,7 +198,7 @@ def prepare(folder: Path, identity: dict[str, str], force: bool) -> None:
             shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed as it removed it
             raise CouldNotRun(f"{folder} holds a finished result: give another folder, or replace it with --force")
         elif state.exists():
-            before = json.loads(state.read_text())
+            before = notes_of(state, state.read_bytes())
             other = [key for key in identity | before if identity.get(key) != before.get(key)]
             if other:
                 raise CouldNotRun(
@@ -178,6 +214,17 @@ def prepare(folder: Path, identity: dict[str, str], force: bool) -> None:
         raise CouldNotRun(f"{folder} can't be written: {error.strerror}") from error
 
 
+def notes_of(path: Path, text: str | bytes) -> dict[str, Any]:
+    """The JSON object that ``path`` holds; CouldNotRun if it holds another thing."""
+    try:
+        notes = json.loads(text)
+    except (ValueError, RecursionError):
+        notes = None
+    if not isinstance(notes, dict):
+        raise CouldNotRun(f"{path} is broken: start anew with --force")
+    return notes
+
+
 def replace_text(path: Path, content: Any, temporary: Path) -> None:
     partial_file = temporary / f"{path.name}.partial"
     partial_file.write_text(json.dumps(content, indent=1) + "\n")
@@ -186,10 +233,14 @@ def replace_text(path: Path, content: Any, temporary: Path) -> None:
 
 def measure(x: np.ndarray, before: Size = Size(0, 0.0, 0.0)) -> Size:  # noqa: B008
     """The size of ``x``, and of what was before."""
-    elements, squares, largest = before
+    elements, norm, largest = before
     flat = x.reshape(-1)
     for start, stop in blocks(flat.size, PIECE):
         piece = flat[start:stop].astype(np.float64)
-        squares += float(piece @ piece)
-        largest = float(np.maximum(largest, np.max(np.abs(piece))))
-    return Size(elements + flat.size, squares, largest)
+        most = float(np.max(np.abs(piece)))
+        largest = float(np.maximum(largest, most))
+        if 0 < most < np.inf:
+            piece /= most
+            most *= math.sqrt(piece @ piece)
+        norm = math.hypot(norm, most)
+    return Size(elements + flat.size, norm, largest)

@@ -60,8 +60,11 @@ class Request:
             raise ValueError("mtp asks for a loss of modules that the model does not have")
         if self.mtp and self.layers not in (None, config.layers):
             raise ValueError("layers leaves out what mtp reads: give one of them")
-        if self.dlogits is not None and (self.mtp or self.balance_alpha):
-            raise ValueError("dlogits is the gradient of another loss: it goes with neither mtp nor balance_alpha")
+        ours = self.mtp or self.balance_alpha or self.mask is not None or self.targets is not None
+        if self.dlogits is not None and ours:
+            raise ValueError(
+                "dlogits is the gradient of another loss: it goes with none of mtp, balance_alpha, mask, targets"
+            )
         layers = config.layers if self.layers is None else self.layers
         return replace(
             config, layers=layers, dense_layers=min(config.dense_layers, layers), balance_weight=self.balance_alpha,
@@ -129,8 +132,13 @@ class Plan:
             raise ValueError(f"dlogits must have shape (B, T, W)={wanted}, got {request.dlogits.shape}")
         if request.dlogits is not None and not np.isfinite(request.dlogits).all():
             raise ValueError("dlogits must be finite, got NaN or infinity")
+        with np.errstate(over="ignore"):
+            self.dlogits = None if request.dlogits is None else request.dlogits.astype(source.dtype)
+        if self.dlogits is not None and not np.isfinite(self.dlogits).all():
+            raise ValueError(f"dlogits has numbers that {source.dtype} can't hold")
         if self.with_loss and not self.batch.mask.any():
-            raise ValueError("mask and targets must leave at least one target that counts, got none")
+            given = [name for name in ("mask", "targets", "key_mask") if getattr(request, name) is not None]
+            raise ValueError(f"{' and '.join(given)} must leave at least one target that counts, got none")
         self.modules = range(1, config.mtp_depth + 1)
         self.moe_layers = range(config.dense_layers, config.layers + config.mtp_depth)
         self._check_routes()
@@ -145,6 +153,13 @@ class Plan:
 
     def _check_routes(self) -> None:
         routes, config, (b, t) = self.request.routes, self.config, self.request.tokens.shape
+        whole = self.source.config  # whose routes serve a request for some of its layers, too
+        strange = sorted(routes.keys() - range(whole.dense_layers, whole.layers + whole.mtp_depth))
+        if strange:
+            given = ", ".join(map(str, strange))
+            raise ValueError(
+                f"routes must be of the model's MoE layers, with mtp also of its modules, got layer {given}"
+            )
         missing = [layer for layer in self.moe_layers if layer not in routes]
         if routes and missing:
             raise ValueError(f"routes must have every MoE layer of the model, lacks {', '.join(map(str, missing))}")

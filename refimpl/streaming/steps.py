@@ -84,8 +84,8 @@ class Steps:
                     z, _ = ops["linear"].forward(rows[start:stop], w)
                     writer.write("out/logits", z, start * config.vocabulary)
         record: dict[str, np.ndarray] = {}
-        if self.plan.request.dlogits is not None:
-            dhidden, dw = ops["linear"].backward(self.plan.request.dlogits.astype(hidden.dtype), LinearSaved(hidden, w))
+        if self.plan.dlogits is not None:
+            dhidden, dw = ops["linear"].backward(self.plan.dlogits, LinearSaved(hidden, w))
         else:
             log_prob = ops["log_prob"]
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import __version__
-from .folder import Folder, Size
+from .folder import Folder, Size, held
 from .pieces import EMBEDDING
 from .request import Plan
 from .steps import Steps
@@ -52,18 +52,19 @@ class Stream(Plan):
 
         CouldNotRun says why the folder can't be used.
         """
-        out = Folder(
-            folder, self.request.identity(self.source, checkpoint), force, gradients=self.wanted,
-            activations=self.activations, dtype=self.source.dtype,
-        )  # fmt: skip
-        steps = self._order(Steps(self, out), out)
-        for i, step in enumerate(steps):
-            progress(step.name, i, len(steps))
-            out.do(step.name, step.run)
-        progress("done", len(steps), len(steps))
-        result = self._result(out)
         about = {"refimpl": __version__, "dtype": str(self.source.dtype), "implementation": self.request.implementation}
-        out.finish(about | {"config": asdict(self.config)})
+        with held(folder):
+            out = Folder(
+                folder, self.request.identity(self.source, checkpoint), force, gradients=self.wanted,
+                activations=self.activations, dtype=self.source.dtype,
+            )  # fmt: skip
+            steps = self._order(Steps(self, out), out)
+            for i, step in enumerate(steps):
+                progress(step.name, i, len(steps))
+                out.do(step.name, step.run)
+            progress("done", len(steps), len(steps))
+            result = self._result(out)
+            out.finish(about | {"config": asdict(self.config)})
         return result
 
     def _order(self, steps: Steps, out: Folder) -> list[Step]:
