@@ -10,8 +10,10 @@ struct Total {
     real largest, sum;
 };
 
-// e^(x − y), and 1 where both are −∞.
-__device__ __forceinline__ real ratio(real x, real y) { return x == y ? real(1) : exponential(x - y); }
+// e^(x − y), and 1 where both are −∞ (not +∞: a row with such a logit is NaN).
+__device__ __forceinline__ real ratio(real x, real y) {
+    return x == y && x == -infinity() ? real(1) : exponential(x - y);
+}
 
 __device__ __forceinline__ Total merge(Total a, Total b) {
     const real largest = b.largest > a.largest ? b.largest : a.largest;

@@ -1,4 +1,4 @@
-// GRPO and its family from log-probabilities, with every setting of the reference: one launch, a block an output. The
+// GRPO and its family from log-probabilities, with every setting of the reference: a block an output. The
 // loss's derivative comes with the loss, so that the backward is a multiplication. Derivation: derivations/grpo.md.
 #include "common.cuh"
 
@@ -23,7 +23,7 @@ __device__ __forceinline__ Bounded bounded(real x, real most) {
 // what `average` divides by beside the output's own length. Grid: a block an output.
 extern "C" __global__ void grpo_forward(real* part, real* dlog_prob, unsigned char* unclipped, unsigned char* kept,
                                         const real* log_prob, const real* old, const real* reference,
-                                        const unsigned char* mask, const real* advantages, int length, int has_old,
+                                        const unsigned char* mask, const real* advantages, int length,
                                         int replay_unclipped, int replay_kept, int ratio, int average, int kl,
                                         int kl_level, real total, real low, real high, real top, real kl_weight,
                                         real most_u, real most_k, real off_policy) {
@@ -34,7 +34,7 @@ extern "C" __global__ void grpo_forward(real* part, real* dlog_prob, unsigned ch
         const int64 i = first + t;
         if (!mask[i]) continue;
         size += 1;
-        if (has_old) sum_ratio += log_prob[i] - old[i];
+        sum_ratio += log_prob[i] - old[i];
         if (kl_weight != 0) sum_u += reference[i] - log_prob[i];
     }
     size = block_sum(size);
@@ -50,7 +50,7 @@ extern "C" __global__ void grpo_forward(real* part, real* dlog_prob, unsigned ch
         const int64 i = first + t;
         const bool real_token = mask[i] != 0;
         real z = 0;
-        if (has_old && real_token)
+        if (real_token)
             z = ratio == TOKEN ? log_prob[i] - old[i] : ratio == SEQUENCE ? sum_ratio : sum_ratio / count;  // (grpo.2)
         const real rho = exponential(z);
         bool flows;

@@ -1,5 +1,5 @@
 // The gate of the mixture of experts, from its logits (a product that cuBLAS does): scores, selection, weights; a warp a
-// row. Equal scores go to the lower index, as in the reference, so that the chosen experts are exactly the same.
+// row. Equal scores go to the lower index, as in the reference, so that scores that are numbers choose exactly the same.
 // All arrays are in `real`. Derivation: derivations/router.md.
 #include "common.cuh"
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from refimpl import ops
 from refimpl.check import check
-from refimpl.check.cases import CASES, RandomDraw
+from refimpl.check.cases import CASES, RandomDraw, pair_of
 from refimpl.check.rules import Pair
 from refimpl.config import preset
 from refimpl.errors import CouldNotRun
@@ -668,3 +668,41 @@ def test_signatures_are_the_ops() -> None:
     for make in COLUMNS.values():
         assert set(make(kernel_support.InterpreterLaunch())) == set(REFERENCE)
     assert set(COLUMNS) == set(KERNELS)
+
+
+def test_what_is_no_number_stays_visible() -> None:
+    """As in the reference: NaN and −∞ of a policy without an old one; a row with a logit of +∞."""
+    kwargs = {"advantages": np.ones(1), "mask": np.ones((1, 3), bool), "kl_weight": 0.0}
+    for strange in (np.nan, -np.inf):
+        log_prob = np.array([[-1.0, strange, -2.0]])
+        with np.errstate(invalid="ignore"):
+            (wanted, saved), (got, kept) = (
+                pair.forward(log_prob, **kwargs) for pair in (pair_of("grpo"), TABLE["grpo"])
+            )
+            np.testing.assert_array_equal(got.loss, wanted.loss)
+            np.testing.assert_allclose(TABLE["grpo"].backward((1.0,), kept), pair_of("grpo").backward((1.0,), saved))
+    logits, targets = np.array([[0.0, np.inf, 1.0]]), np.array([0])
+    for column in COLUMNS:
+        with np.errstate(invalid="ignore"):
+            _, saved = TABLES[column]["cross_entropy"].forward(logits, targets=targets)
+            assert np.isnan(TABLES[column]["cross_entropy"].backward(1.0, saved)).all()
+
+
+def test_arguments_that_a_kernel_would_misread() -> None:
+    x, one = np.ones((1, 2, 1, 4)), {"positions": np.arange(2), "inv_freq": np.ones(2)}
+    _, saved = TABLE["rope"].forward(x, **one)
+    with pytest.raises(TypeError, match="dy must be of the forward's x, whose arithmetic is float64, got float32"):
+        TABLE["rope"].backward(x.astype(np.float32), saved)
+    kwargs = {"advantages": np.ones(2), "mask": np.ones((2, 3), bool), "kl_weight": 0.0}
+    for pair in (TABLE["grpo"], pair_of("grpo")):
+        for choice in ({"unclipped": np.ones((2, 1), bool)}, {"unclipped": np.ones((2, 3), np.int64)}):
+            with pytest.raises((TypeError, ValueError), match="unclipped must "):
+                pair.forward(-np.ones((2, 3)), **kwargs, **choice)
+        with pytest.raises((TypeError, ValueError), match="kept must "):
+            pair.forward(-np.ones((2, 3)), **kwargs, kept=np.array([0, 1]))
+    bias = np.array([0, 1e-12, 0, 2e-12])  # which float32 scores of 1/2 would lose
+    for column in COLUMNS:
+        found, _ = TABLES[column]["router"].forward(
+            np.zeros((1, 3), np.float32), np.zeros((4, 3), np.float32), top_k=1, bias=bias
+        )
+        assert found.indices.tolist() == [[3]]

@@ -53,6 +53,9 @@ def grpo(launch: Launch) -> Op:
             if other is not None:
                 expect(name, other, "(N, T)", (outputs, t))
             others.append(log_prob if other is None else ready(other, n.real))
+        for name, choice, shape in (("unclipped", unclipped, (outputs, t)), ("kept", kept, (outputs,))):
+            if choice is not None:
+                expect_mask(name, choice, "(N, T)" if name == "unclipped" else "(N,)", shape)
         tokens = float(mask.sum())
         total = {"sequence": outputs, "token": tokens or 1.0, "constant": outputs * float(length or 1)}[average]
         replayed = unclipped is not None, kept is not None
@@ -68,7 +71,7 @@ def grpo(launch: Launch) -> Op:
         )  # fmt: skip
         kernels(
             "grpo_forward", n.storage, outputs, min(THREADS, 32 * -(-t // 32)) or 32, part, dlog_prob, unclipped, kept,
-            log_prob, *others, ready(mask).view(np.uint8), ready(advantages, n.real), t, int(old_log_prob is not None),
+            log_prob, *others, ready(mask).view(np.uint8), ready(advantages, n.real), t,
             *map(int, replayed), RATIO[ratio], AVERAGE[average], KL[kl], RATIO[kl_level], *map(n.scalar, numbers_of_it),
         )  # fmt: skip
         kernels("grpo_loss", n.storage, 1, THREADS, loss, part, np.int64(outputs))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
+
 from ..array import Array
 from ..errors import CouldNotRun
 from .compile import TARGETS, Module
@@ -69,6 +71,8 @@ class DeviceLaunch:
         self, module: Module, kernel: str, grid: tuple[int, ...], block: tuple[int, ...], arguments: Sequence[Any], *,
         shared: int = 0,
     ) -> None:  # fmt: skip
+        if any(isinstance(x, np.ndarray) for x in arguments):  # CuPy would pass its values, not its address
+            raise TypeError(f"{kernel} runs on CuPy arrays, got a NumPy array")
         path = str(module.cubin)
         if path not in self._modules:
             self._modules[path] = self._cupy.RawModule(path=path)

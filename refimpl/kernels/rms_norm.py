@@ -59,7 +59,7 @@ def rms_norm(launch: Launch) -> Op:
 
 def _threads(width: int, n: Numbers) -> int:
     """A whole number of warps that hold a row; ValueError if no block can."""
-    threads = 32 * cover(width, 32 * HELD[n.storage])
+    threads = 32 * max(cover(width, 32 * HELD[n.storage]), 1)
     if threads > MOST_THREADS:
         raise ValueError(f"x must be at most {MOST_THREADS * HELD[n.storage]} wide in {n.storage}, got {width}")
     return threads

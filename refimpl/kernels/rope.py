@@ -21,6 +21,8 @@ def rope(launch: Launch) -> Op:
 
     def rotate(x: Array, saved: RoPESaved, sign: int) -> Array:
         n, (b, t, heads, width) = numbers(x=x), saved.shape
+        if n.real != saved.cos.dtype:  # only dy's can differ
+            raise TypeError(f"dy must be of the forward's x, whose arithmetic is {saved.cos.dtype}, got {x.dtype}")
         y = kernels.empty(x.shape, x.dtype, x)
         half, tokens = width // 2, b * t
         blocks = cover(tokens * heads * cover(half, n.vector), THREADS)

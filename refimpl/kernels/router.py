@@ -42,6 +42,9 @@ def router(launch: Launch) -> Op:
             )
         if bias is not None:
             expect("bias", bias, "(E,)", (experts,))
+            if routes is None and np.dtype(bias.dtype).itemsize > n.real.itemsize:  # rounded, it could choose others
+                scores = router_forward(x, w, top_k=top_k, score=score)[0].scores
+                routes = select_experts(scores + bias, top_k, groups, keep_groups, group_score, masked_groups)
         if routes is None:  # on no rows at all: raises for a setting without a meaning
             select_experts(n.xp.zeros((0, experts)), top_k, groups, keep_groups, group_score, masked_groups)
             indices = kernels.empty((*x.shape[:-1], top_k), n.xp.int64, x)
@@ -53,7 +56,7 @@ def router(launch: Launch) -> Op:
         scores = kernels.empty((*x.shape[:-1], experts), n.real, x)
         weights = kernels.empty((*x.shape[:-1], top_k), n.real, x)
         place = n.xp.zeros((experts,), dtype=n.real) if bias is None else ready(bias, n.real)
-        summed = {"top2": 2, "share": top_k // keep_groups, "max": 1}[group_score]
+        summed = 1 if routes is not None else {"top2": 2, "share": top_k // keep_groups, "max": 1}[group_score]
         kernels(
             "router_forward", n.storage, cover(rows, WARPS), 32 * WARPS, scores, weights, indices, logits, place,
             np.int64(rows), experts, top_k, groups, keep_groups, summed,

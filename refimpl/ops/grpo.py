@@ -83,6 +83,9 @@ def grpo_forward(
     rho = xp.exp(z)
     low, high = 1 - float(clip[0]), 1 + float(clip[1])
     top = float("inf") if dual_clip is None else float(dual_clip)
+    for name, choice, shape in (("unclipped", unclipped, (n, t)), ("kept", kept, (n,))):
+        if choice is not None:
+            expect_mask(name, choice, "(N, T)" if name == "unclipped" else "(N,)", shape)
     if unclipped is None:
         up, r = real(a) > 0, real(rho)
         unclipped = ~xp.where(up, r > high, (r < low) | (r > top)) | (real(a) == 0)  # (grpo.3); NaN stays visible
