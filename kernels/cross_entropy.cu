@@ -10,9 +10,9 @@ struct Total {
     real largest, sum;
 };
 
-// e^(x − y), and 1 where both are −∞ (not +∞: a row with such a logit is NaN).
+// e^(x − y), and 1 where both are −∞; NaN where both are +∞, as in the reference.
 __device__ __forceinline__ real ratio(real x, real y) {
-    return x == y && x == -infinity() ? real(1) : exponential(x - y);
+    return x == y && x != infinity() ? real(1) : exponential(x - y);
 }
 
 __device__ __forceinline__ Total merge(Total a, Total b) {
