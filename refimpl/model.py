@@ -481,14 +481,19 @@ def _head_forward(run: Run, hidden: Array, batch: Batch, normaliser: float | Non
     )
 
 
-def check_parameters(params: Parameters, config: ModelConfig) -> None:
+def misfits(params: Parameters, config: ModelConfig) -> list[str]:
+    """What is missing, misshapen, or no parameter of the config."""
     wanted = parameter_shapes(config)
     wrong = [f"{name} is missing" for name in wanted if name not in params]
     wrong += [
         f"{name} must have shape {shape}, got {tuple(params[name].shape)}"
         for name, shape in wanted.items() if name in params and tuple(params[name].shape) != shape
     ]  # fmt: skip
-    wrong += [f"{name} is not a parameter of this config" for name in params if name not in wanted]
+    return wrong + [f"{name} is not a parameter of this config" for name in params if name not in wanted]
+
+
+def check_parameters(params: Parameters, config: ModelConfig) -> None:
+    wanted, wrong = parameter_shapes(config), misfits(params, config)
     dtype = getattr(params.get("model.embed_tokens.weight"), "dtype", None)
     wrong += [
         f"{name} must be {dtype} like model.embed_tokens.weight, got {params[name].dtype}"

@@ -421,10 +421,10 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
 @on_interpreter
 def test_command_writes_what_it_shows(stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the command line to the file: header, a line a row, results that the table takes."""
-    cli = sys.modules["refimpl.cli.bench"]
+    bench = sys.modules["refimpl.bench.run"]
     chosen = [ROWS["RMSNorm forward"], ROWS["CE forward + backward in place"]]
-    monkeypatch.setattr(cli, "select_rows", lambda names: chosen)
-    monkeypatch.setattr(cli, "baselines", lambda: (None, "torch is not installed"))
+    monkeypatch.setattr(bench, "select_rows", lambda names: chosen)
+    monkeypatch.setattr(bench, "baselines", lambda: (None, "torch is not installed"))
     done = CliRunner().invoke(
         app, ["bench", "--gpu", "--runs", "20", "--results", str(tmp_path / "new"), "--commit", "abc"],
         catch_exceptions=False,
@@ -450,7 +450,7 @@ def test_command_writes_what_it_shows(stub: Stub, tmp_path: Path, monkeypatch: p
 @on_interpreter
 def test_command_on_a_wrong_kernel(stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exit 1, the row named, and nothing written where the table looks; out of memory is one line."""
-    cli = sys.modules["refimpl.cli.bench"]
+    bench = sys.modules["refimpl.bench.run"]
     row = ROWS["AdamW step"]
 
     def inexact(maker: Maker) -> Any:
@@ -459,14 +459,14 @@ def test_command_on_a_wrong_kernel(stub: Stub, tmp_path: Path, monkeypatch: pyte
     def large(maker: Maker) -> Any:
         raise MemoryError("no more")
 
-    monkeypatch.setattr(cli, "baselines", lambda: (None, ""))
-    monkeypatch.setattr(cli, "select_rows", lambda names: [replace(row, make=inexact)])
+    monkeypatch.setattr(bench, "baselines", lambda: (None, ""))
+    monkeypatch.setattr(bench, "select_rows", lambda names: [replace(row, make=inexact)])
     arguments = ["bench", "--gpu", "--runs", "20", "--results", str(tmp_path)]
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert done.exit_code == 1
     assert "DOES NOT HOLD: AdamW step: its error is above the bound" in done.output
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(cli, "select_rows", lambda names: [replace(row, make=large)])
+    monkeypatch.setattr(bench, "select_rows", lambda names: [replace(row, make=large)])
     with pytest.raises(CouldNotRun, match=r"^AdamW step and its float64 reference don't fit on Stub GPU: no more$"):
         CliRunner().invoke(app, arguments, catch_exceptions=False)
 

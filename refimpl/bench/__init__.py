@@ -4,3 +4,5 @@
 shown, `run` puts them together. All but
 the device's own part (`device`) runs, and is tested, without one.
 """
+
+RUNS = 30  # samples of each number; at least 20

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..kernels.launch import DeviceLaunch
-from .measure import RUNS, Call, Recorder, summary
+from . import RUNS
+from .measure import Call, Recorder, summary
 
 __all__ = ["CupyDevice"]
 

@@ -16,10 +16,10 @@ import numpy as np
 from ..array import Array
 from ..kernels.compile import Module
 from ..kernels.launch import Launch
+from . import RUNS
 
-__all__ = ["RUNS", "Device", "Recorder", "Times", "copies", "measure", "repeats", "summary"]
+__all__ = ["Device", "Recorder", "Times", "copies", "measure", "repeats", "summary"]
 
-RUNS = 30  # samples of each number; at least 20
 SAMPLE = 1e-3  # seconds that one sample lasts at least: an event's resolution and the launch of a graph are lost in it
 MOST_CALLS = 2000  # in one graph
 CACHES = 3  # times the cache that pass between two uses of the same input

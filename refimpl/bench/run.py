@@ -17,7 +17,8 @@ from .. import __version__
 from ..errors import CouldNotRun
 from ..kernels import SOURCE
 from ..kernels.compile import nvrtc_version
-from .measure import RUNS, Times, copies, measure
+from . import RUNS
+from .measure import Times, copies, measure
 from .results import Measured, Results, shape_of
 from .rows import ROWS, Maker, Row, Sizes
 

@@ -21,11 +21,10 @@ INTEGERS = {
     "dense_hidden": "intermediate_size", "expert_hidden": "moe_intermediate_size", "experts": "n_routed_experts",
     "shared_experts": "n_shared_experts", "top_k": "num_experts_per_tok",
 }  # fmt: skip
-OPTIONAL_INTEGERS = {
-    "groups": "n_group", "keep_groups": "topk_group", "mtp_depth": "num_nextn_predict_layers",
-    "max_positions": "max_position_embeddings",
-}  # fmt: skip
-FLOATS = {"routed_scale": "routed_scaling_factor", "norm_eps": "rms_norm_eps", "balance_weight": "aux_loss_alpha"}
+GROUPS = {"groups": "n_group", "keep_groups": "topk_group"}  # models differ: no default is right for all
+SCALE = {"routed_scale": "routed_scaling_factor"}  # here, too
+OPTIONAL_INTEGERS = {"mtp_depth": "num_nextn_predict_layers", "max_positions": "max_position_embeddings"}
+OPTIONAL_FLOATS = {"norm_eps": "rms_norm_eps", "balance_weight": "aux_loss_alpha"}
 YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}  # HF's defaults
 SELECTION = {"noaux_tc": ("top2", True), "group_limited_greedy": ("max", False), "greedy": ("max", False)}
 ONLY = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "moe_layer_freq": 1}
@@ -107,14 +106,10 @@ def read_config(path: Path) -> ModelConfig:
     method = raw.get("topk_method", "noaux_tc" if kind == "deepseek_v3" else "greedy")
     expect(isinstance(method, str) and method in SELECTION, "topk_method", "one of " + ", ".join(SELECTION), method)
     fields["group_score"], fields["gate_bias"] = SELECTION[method]
-    grouped = () if method == "greedy" else ("groups", "keep_groups")  # models differ: no default is right for all
-    fields |= {
-        ours: integer(key)
-        for ours, key in OPTIONAL_INTEGERS.items()
-        if ours in grouped or (raw.get(key) is not None and ours not in ("groups", "keep_groups"))
-    }
-    fields["routed_scale"] = number(raw, "routed_scaling_factor", None)
-    fields |= {ours: number(raw, key, None) for ours, key in FLOATS.items() if raw.get(key) is not None}
+    fields |= {ours: integer(key) for ours, key in GROUPS.items() if method != "greedy"}
+    fields |= {ours: integer(key) for ours, key in OPTIONAL_INTEGERS.items() if raw.get(key) is not None}
+    fields |= {ours: number(raw, key, None) for ours, key in SCALE.items()}
+    fields |= {ours: number(raw, key, None) for ours, key in OPTIONAL_FLOATS.items() if raw.get(key) is not None}
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     expect(isinstance(rope, dict), "rope_scaling", "an object or null", rope)
     fields["theta"] = number(rope if "rope_theta" in rope else raw, "rope_theta", 1e4)
@@ -181,8 +176,8 @@ def config_dict(config: ModelConfig, *, dtype: str, scales: str | None = None) -
         )
     method = "noaux_tc" if kind == "deepseek_v3" else "group_limited_greedy" if config.groups > 1 else "greedy"
     content: dict[str, Any] = {"architectures": [ARCHITECTURES[kind]], "model_type": kind}
-    content |= {key: getattr(config, ours) for ours, key in (INTEGERS | OPTIONAL_INTEGERS).items()}
-    content |= {key: float(getattr(config, ours)) for ours, key in FLOATS.items()}
+    content |= {key: getattr(config, ours) for ours, key in (INTEGERS | GROUPS | OPTIONAL_INTEGERS).items()}
+    content |= {key: float(getattr(config, ours)) for ours, key in (SCALE | OPTIONAL_FLOATS).items()}
     content |= ONLY | {
         "num_key_value_heads": config.heads, "topk_method": method, "scoring_func": config.gate,
         "norm_topk_prob": config.normalise_weights, "tie_word_embeddings": config.tied,

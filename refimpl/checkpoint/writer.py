@@ -14,7 +14,7 @@ import numpy as np
 
 from ..config import ModelConfig
 from ..errors import CouldNotRun
-from ..model import is_buffer, parameter_shapes
+from ..model import is_buffer, misfits, parameter_shapes
 from .config_json import BLOCK, config_dict
 from .files import INDEX, SINGLE
 from .fp8 import narrow, quantise, scale_shape
@@ -67,14 +67,7 @@ def save_checkpoint(
     finite number that the type can't hold, a bias or an FP8 weight that is not finite, a config that no config.json
     stands for. λ of MTP and the conventions are not in the file.
     """
-    shapes = parameter_shapes(config)
-    wrong = [f"{name} is missing" for name in shapes if name not in params]
-    wrong += [
-        f"{name} must have shape {shape}, got {tuple(params[name].shape)}"
-        for name, shape in shapes.items() if name in params and tuple(params[name].shape) != shape
-    ]  # fmt: skip
-    wrong += [f"{name} is not a parameter of this config" for name in params if name not in shapes]
-    if wrong:
+    if wrong := misfits(params, config):
         raise ValueError("params do not fit the config: " + "; ".join(wrong[:12]))
 
     def rows(name: str, expert: int | None, first: int, last: int) -> np.ndarray:

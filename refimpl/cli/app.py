@@ -6,11 +6,14 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..errors import CouldNotRun
 
@@ -31,6 +34,22 @@ def console() -> Console:
 def counted(count: int, noun: str) -> str:
     """As in 1 prompt, 2 prompts, 1,000 prompts."""
     return f"{count:,} {noun}" + ("s" if count != 1 else "")
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A function (what is done now, how many are done, how many there are) that moves a bar on a terminal's standard
+    error."""
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    description = TextColumn("{task.description}")
+    shown = sys.stderr.isatty()
+    with Progress(*columns, description, console=Console(stderr=True), transient=True, disable=not shown) as bar:
+        task = bar.add_task("", total=None)
+
+        def move(step: str, done: int, total: int) -> None:
+            bar.update(task, description=step, completed=done, total=total)
+
+        yield move
 
 
 def check_writable(path: Path) -> None:

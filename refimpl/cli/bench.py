@@ -8,9 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..bench.measure import RUNS
-from ..bench.results import file_name, line_of, read_results, render
-from ..bench.run import baselines, header, measure_rows, most_error, select_rows
+from ..bench import RUNS
 from ..errors import CouldNotRun
 from .app import Json, app, check_writable, console, replace_json
 
@@ -40,6 +38,8 @@ def bench(
 
 
 def _table(folder: Path) -> str:
+    from ..bench.results import read_results, render
+
     try:
         return render(read_results(folder))
     except ValueError as error:
@@ -48,6 +48,9 @@ def _table(folder: Path) -> str:
 
 def _measure(names: list[str], folder: Path, runs: int, commit: str | None, json_file: Path | None) -> int:
     """Measure, show each row as it comes, write the file; the exit code."""
+    from ..bench.results import file_name, line_of
+    from ..bench.run import baselines, header, measure_rows, most_error, select_rows
+
     chosen = select_rows(names)
     if runs < 20:
         raise CouldNotRun(f"--runs must be at least 20, got {runs}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
-from ..conventions import TRAPS, markdown, numbers
+from ..conventions import TRAPS, Trap, markdown, numbers
 from ..errors import CouldNotRun
 from .app import Json, app, check_writable, console, replace_json
 
@@ -30,29 +31,33 @@ def conventions(
         check_writable(json_file)
     if as_markdown:
         print(markdown(), end="")
-    out, rows = console(), []
-    for number in chosen:
-        trap = TRAPS[number - 1]
-        measured = {measure: example() for measure, example in trap.measures}
-        rows.append(
-            {"number": number, "title": trap.title, "question": trap.question, "who": trap.who, "ours": trap.field,
-             "default": trap.default, "needs_checkpoint": trap.checkpoint, "measured": measured}
-        )  # fmt: skip
-        if as_markdown:
-            continue
-        out.print(f"[bold]{number:>2}. {trap.title}[/bold]: {trap.question}", soft_wrap=False)
-        table = Table(box=None, show_header=False, pad_edge=False)
-        table.add_column(width=18, no_wrap=True)
-        table.add_column(max_width=out.width - 20)
-        for name, what in trap.who.items():
-            table.add_row(f"    {name}", what.replace("`", ""))
-        if trap.absent:
-            table.add_row("    –", "no such part, or not read: " + ", ".join(trap.absent))
-        table.add_row("    ours", f"{trap.field.replace('`', '')}; default {trap.default}")
-        if trap.checkpoint:
-            table.add_row("", "(shows on checkpoints in FP8 alone; the numbers are of one tile)")
-        for line in numbers(trap):
-            table.add_row("    changes", line)
-        out.print(table, "")
+    else:
+        out = console()
+        for number in chosen:
+            _show(out, number, TRAPS[number - 1])
     if json_file is not None:
-        replace_json(json_file, {"traps": rows})
+        replace_json(json_file, {"traps": [_row(number, TRAPS[number - 1]) for number in chosen]})
+
+
+def _show(out: Console, number: int, trap: Trap) -> None:
+    out.print(f"[bold]{number:>2}. {trap.title}[/bold]: {trap.question}", soft_wrap=False)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(width=18, no_wrap=True)
+    table.add_column(max_width=out.width - 20)
+    for name, what in trap.who.items():
+        table.add_row(f"    {name}", what.replace("`", ""))
+    if trap.absent:
+        table.add_row("    –", "no such part, or not read: " + ", ".join(trap.absent))
+    table.add_row("    ours", f"{trap.field.replace('`', '')}; default {trap.default}")
+    if trap.checkpoint:
+        table.add_row("", "(shows on checkpoints in FP8 alone; the numbers are of one tile)")
+    for line in numbers(trap):
+        table.add_row("    changes", line)
+    out.print(table, "")
+
+
+def _row(number: int, trap: Trap) -> dict[str, Any]:
+    return {
+        "number": number, "title": trap.title, "question": trap.question, "who": trap.who, "ours": trap.field,
+        "default": trap.default, "needs_checkpoint": trap.checkpoint, "measured": trap.measured,
+    }  # fmt: skip

@@ -5,18 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from .. import __version__
@@ -25,7 +20,7 @@ from ..config import CONVENTIONS, Conventions, ModelConfig
 from ..errors import CouldNotRun
 from ..ops import IMPLEMENTATIONS
 from ..streaming import ACTIVATIONS, EMBEDDING, Request, Result, Size, Stream
-from .app import Json, app, check_writable, console, counted, replace_json
+from .app import Json, app, check_writable, console, counted, progress, replace_json
 from .inputs import booleans, integers, numbers, read_routes, text_tokens
 
 File = Path | None
@@ -116,8 +111,8 @@ def grads(
         raise CouldNotRun(f"--{argument.replace('_', '-')}{space}{wrong}") from error
     fingerprint, start = _fingerprint(checkpoint), time.perf_counter()
     try:
-        with _progress() as progress:
-            result = stream.write(out, checkpoint=fingerprint, force=force, progress=progress)
+        with progress("gradients") as move:
+            result = stream.write(out, checkpoint=fingerprint, force=force, progress=move)
     except OSError as error:
         raise CouldNotRun(f"--out {out} can't be written: {error.strerror}") from error
     except MemoryError as error:
@@ -226,21 +221,6 @@ def _place(name: str, config: ModelConfig) -> tuple[str, str]:
 def _sum(sizes: list[Size]) -> Size:
     largest = float(np.max([size.largest for size in sizes]))  # NaN, if one is
     return Size(sum(size.elements for size in sizes), math.hypot(*(size.norm for size in sizes)), largest)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A function that moves a progress bar on a terminal's standard error."""
-    columns = (TextColumn("gradients"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    description = TextColumn("{task.description}")
-    shown = sys.stderr.isatty()
-    with Progress(*columns, description, console=Console(stderr=True), transient=True, disable=not shown) as progress:
-        task = progress.add_task("", total=None)
-
-        def move(step: str, done: int, total: int) -> None:
-            progress.update(task, description=step, completed=done, total=total)
-
-        yield move
 
 
 def _fingerprint(checkpoint: Path) -> str:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import platform
-import sys
 import time
 import traceback
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from .. import __version__
@@ -22,8 +18,8 @@ from ..check import Report, TensorResult
 from ..config import CONVENTIONS
 from ..ops import Op
 from ..text import load_text
-from ..verify import MODELS, NAMES, Settings, Step, backward_from_file, plan, run, select
-from .app import Json, app, check_writable, console, replace_json
+from ..verify import MODELS, NAMES, Settings, backward_from_file, plan, run, select
+from .app import Json, app, check_writable, console, progress, replace_json
 
 Examples = Annotated[int, typer.Option(help="Examples an op, each with its own shapes and inputs.")]
 Seed = Annotated[int, typer.Option(help="Of the first example; the next ones count up.")]
@@ -76,16 +72,18 @@ def _run(names: list[str], settings: Settings, json_file: Path | None, replaced:
     out.print(f"refimpl {__version__}, NumPy {np.__version__}, Python {platform.python_version()}")
     out.print(f"text: {settings.text.name}, {len(settings.text.data):,} bytes, sha256 {settings.text.sha256}")
     report, broken = Report([]), set[str]()
-    for step in _progress(todo):
-        if step.op in broken:
-            continue
-        try:
-            report.merge(run(step, settings, replaced))
-        except Exception as error:
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            place = f"{Path(where.filename).name}:{where.lineno}"
-            report.faults.append(f"{step.op} raised {type(error).__name__} at {place}: {error}")
-            broken.add(step.op)
+    with progress("verifying") as move:
+        for i, step in enumerate(todo):
+            move(step.op, i, len(todo))
+            if step.op in broken:
+                continue
+            try:
+                report.merge(run(step, settings, replaced))
+            except Exception as error:
+                where = traceback.extract_tb(error.__traceback__)[-1]
+                place = f"{Path(where.filename).name}:{where.lineno}"
+                report.faults.append(f"{step.op} raised {type(error).__name__} at {place}: {error}")
+                broken.add(step.op)
     out.print(_table(report))
     for fault in report.faults:
         out.print(f"contract broken: {fault}", markup=False)
@@ -147,19 +145,6 @@ def _short(t: TensorResult) -> str:
 
 def _number(x: float | None) -> str:
     return "–" if x is None else f"{x:.1e}"
-
-
-def _progress(todo: list[Step]) -> Iterator[Step]:
-    """The steps, with a progress bar on a terminal's standard error."""
-    columns = (TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    description = TextColumn("{task.description}")
-    shown = sys.stderr.isatty()
-    with Progress(*columns, description, console=Console(stderr=True), transient=True, disable=not shown) as progress:
-        task = progress.add_task("", total=len(todo))
-        for step in todo:
-            progress.update(task, description=step.op)
-            yield step
-            progress.advance(task)
 
 
 def _write_json(path: Path, report: Report, settings: Settings, seconds: float) -> None:

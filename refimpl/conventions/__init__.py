@@ -22,8 +22,8 @@ def show(value: float) -> str:
 
 def numbers(trap: Trap) -> Iterator[str]:
     """A line a measure: what it is, and the number of each choice."""
-    for measure, example in trap.measures:
-        yield f"{measure}: " + "; ".join(f"{choice} = {show(value)}" for choice, value in example().items())
+    for measure, choices in trap.measured.items():
+        yield f"{measure}: " + "; ".join(f"{choice} = {show(value)}" for choice, value in choices.items())
 
 
 def markdown() -> str:

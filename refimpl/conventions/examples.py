@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from ..array import Array
@@ -146,9 +147,8 @@ def bias_centre() -> Numbers:
 
 
 def bfloat16(x: Array) -> Array:
-    """The nearest bfloat16, ties to even, as float32."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+    """The nearest bfloat16 of float32 numbers, ties to even, as float32."""
+    return x.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
 def gate_precision() -> Numbers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from .examples import Numbers
 
@@ -25,6 +26,11 @@ class Trap:
     tell: str  # how an implementation's choice shows from outside
     measures: tuple[tuple[str, Callable[[], Numbers]], ...]  # what the numbers are, and what computes them
     checkpoint: bool = False  # shows on files of a certain format alone, not in the model's arithmetic
+
+    @cached_property
+    def measured(self) -> dict[str, Numbers]:
+        """The number of each choice, by what it is; computed once."""
+        return {measure: example() for measure, example in self.measures}
 
     @property
     def absent(self) -> list[str]:
