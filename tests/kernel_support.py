@@ -32,10 +32,8 @@ class InterpreterLaunch:
     """Executes kernels from their PTX, on NumPy arrays. What they shall write is NaN (or all ones) before, and reading
     it before that is an error."""
 
-    target = "sm_90"
-
-    def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
+    def __init__(self, seed: int = 0, target: str = "sm_90") -> None:
+        self.seed, self.target = seed, target
         self.reports: list[tuple[str, ptx.Report]] = []
         self.unwritten: list[np.ndarray] = []
 
@@ -97,9 +95,9 @@ def make_table(launch: Launch, column: str = "cuda") -> dict[str, Op]:
     return {name: placed(pair, to_device) for name, pair in table.items()} if ON_DEVICE else table
 
 
-def make_launch(seed: int = 0, column: str = "cuda") -> Launch:
-    """What host functions outside a table are given."""
-    launch: Launch = PoisonedLaunch() if ON_DEVICE else InterpreterLaunch(seed)
+def make_launch(seed: int = 0, column: str = "cuda", target: str = "sm_90") -> Launch:
+    """What host functions outside a table are given. target: of what the interpreter executes."""
+    launch: Launch = PoisonedLaunch() if ON_DEVICE else InterpreterLaunch(seed, target)
     return NumbaLaunch(launch) if column == "numba_cuda" else launch
 
 
@@ -111,11 +109,11 @@ TABLES = {column: make_table(make_launch(), column) for column in COLUMNS}
 TABLE = TABLES["cuda"]
 
 
-def ops_of(op: str, column: str = "cuda") -> dict[str, Any]:
+def ops_of(op: str, column: str = "cuda", target: str = "sm_90") -> dict[str, Any]:
     """The argument ``ops`` for an op made of others."""
     if "ops" not in inspect.signature(pair_of(op).forward).parameters:
         return {}
-    return {"ops": COLUMNS[column](make_launch())}
+    return {"ops": COLUMNS[column](make_launch(target=target))}
 
 
 def rounded(x: Any, storage: str) -> Any:

@@ -81,6 +81,7 @@ LOW = [(column, op, storage) for column, storage in TYPES for c, op in OPS if c 
 LOW = [case for case in LOW if case[1:] not in (("grpo", "bfloat16"), ("moe", "bfloat16"))]
 WIDE = [(column, op, storage) for column, storage in TYPES for c, op in OPS if c == column and op in V3]
 WIDE = [case for case in WIDE if FULL or case[::2] != ("numba_cuda", "float64")]
+EXECUTED = ("sm_90", "sm_100")  # the targets whose code is executed
 # Of any kernel in Numba CUDA: registers of a thread; shared memory of a block, to which the linker adds 1,024 on sm_90.
 NUMBA_REGISTERS, NUMBA_SHARED = 80, 256 + 1024
 
@@ -105,6 +106,23 @@ def test_compiles_within_budget(stem: str, storage: str) -> None:
             assert usage.spills == usage.stack == 0, where
             assert 0 < usage.registers <= registers, where
             assert usage.shared <= shared, where
+
+
+def _body(ptx: str) -> str:
+    """But for what names the target, and names that numba counts up."""
+    return re.sub(r"(?m)^(\.target|//).*$|_ZN08NumbaEnv\w+|_cudapy_smem_\d+", "", ptx)
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+@pytest.mark.parametrize("stem", STEMS)
+def test_what_is_executed_stands_for_all_targets(stem: str, storage: str) -> None:
+    """sm_80's and sm_90a's PTX is sm_90's, which these tests execute; so is sm_100's, whose code is other."""
+    for target in set(TARGETS) - set(EXECUTED):
+        assert _body(compile_kernel(stem, target, storage).ptx) == _body(compile_kernel(stem, "sm_90", storage).ptx)
+    if stem in NUMBA_STEMS and storage in (NUMBA_STORAGE if FULL else ("float32",)):
+        for kernel in kernels_of(stem, storage):
+            codes = [_body(compile_numba(stem, kernel, target, storage).ptx) for target in ("sm_80", "sm_90", "sm_90a")]
+            assert len(set(codes)) == 1, kernel
 
 
 def test_every_kernel_has_a_budget() -> None:
@@ -142,7 +160,7 @@ def test_machine_code() -> None:
 
 @pytest.mark.parametrize("stem", NUMBA_STEMS)
 def test_numba_compiles_within_budget(stem: str) -> None:
-    """float32 for every target (float64 too in test-full; tests execute that of sm_90): plain parameters, machine code
+    """float32 for every target (float64 too in test-full): plain parameters, machine code
     without spills, nothing that calls, flushes to zero or computes in a wider type."""
     for storage in NUMBA_STORAGE if FULL else ("float32",):
         for kernel, function in kernels_of(stem, storage).items():
@@ -222,6 +240,16 @@ def _against_the_reference(column: str, op: str, storage: str) -> None:
 def test_widths_of_v3(column: str, op: str, storage: str) -> None:
     """Rows of 7,168, 18,432 and 129,280 elements, 256 experts."""
     compare(op, TABLES[column][op], V3[op](RandomDraw(0)), storage, 0)
+
+
+@pytest.mark.skipif(ON_DEVICE, reason="on the GPU its own target is executed")
+@pytest.mark.parametrize(("column", "op", "storage"), [*((column, op, "float64") for column, op in OPS), *LOW])
+def test_other_targets(column: str, op: str, storage: str) -> None:
+    """The same rule for the code of sm_100."""
+    for target in EXECUTED[1:]:
+        pair = COLUMNS[column](make_launch(target=target))[op]
+        for seed in range(10 if FULL else 2):
+            compare(op, pair, SHAPES[op](RandomDraw(seed)), storage, seed, ops_of(op, column, target))
 
 
 @pytest.mark.parametrize("storage", ["float64", "float32"])
