@@ -31,9 +31,7 @@ extern "C" __global__ void moe_combine(storage* y, const storage* rows, const in
     const int64 token = thread / parts;
     const int i = thread % parts * VECTOR;
     const bool wide = width % VECTOR == 0;
-    real sum[VECTOR];
-#pragma unroll
-    for (int v = 0; v < VECTOR; v++) sum[v] = 0;
+    real sum[VECTOR] = {};
     for (int k = 0; k < top_k; k += AHEAD) {
         const int64 slot = token * top_k + k;
         const storage* from[AHEAD];
