@@ -10,23 +10,23 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 rms_norm_forward(storage* y, real* r, const storage* x, const storage* w, int width, real eps) {
     const int64 row = blockIdx.x;
     const bool wide = width % VECTOR == 0;
-    real held[HELD][VECTOR], sum = 0;
+    const int first = threadIdx.x * VECTOR, step = blockDim.x * VECTOR;
+    Chunk x_row[HELD], w_row[HELD];
+    load_chunks<true>(x_row, x + row * width, first, step, width, wide);
+    load_chunks<false>(w_row, w, first, step, width, wide);
+    real sum = 0;
 #pragma unroll
-    for (int k = 0; k < HELD; k++) {
-        load_chunk<true>(held[k], x + row * width, (k * blockDim.x + threadIdx.x) * VECTOR, width, wide);
+    for (int k = 0; k < HELD; k++)
 #pragma unroll
-        for (int v = 0; v < VECTOR; v++) sum += held[k][v] * held[k][v];
-    }
+        for (int v = 0; v < VECTOR; v++) sum += x_row[k][v] * x_row[k][v];
     const real rms = 1 / root(block_sum(sum) / width + eps);  // (rms_norm.1)
     if (threadIdx.x == 0) r[row] = rms;
 #pragma unroll
     for (int k = 0; k < HELD; k++) {
-        const int i = (k * blockDim.x + threadIdx.x) * VECTOR;
-        real scale[VECTOR];
-        load_chunk<false>(scale, w, i, width, wide);
+        real chunk[VECTOR];
 #pragma unroll
-        for (int v = 0; v < VECTOR; v++) held[k][v] *= rms * scale[v];  // (rms_norm.2)
-        store_chunk(held[k], y + row * width, i, width, wide);
+        for (int v = 0; v < VECTOR; v++) chunk[v] = x_row[k][v] * (rms * w_row[k][v]);  // (rms_norm.2)
+        store_chunk(chunk, y + row * width, first + k * step, width, wide);
     }
 }
 
@@ -36,51 +36,52 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 rms_norm_backward(storage* dx, real* part, const storage* dy, const storage* x, const storage* w, const real* r,
                   int64 rows, int width) {
     const bool wide = width % VECTOR == 0;
-    real dw[HELD][VECTOR];
-#pragma unroll
-    for (int k = 0; k < HELD; k++)
-#pragma unroll
-        for (int v = 0; v < VECTOR; v++) dw[k][v] = 0;
+    const int first = threadIdx.x * VECTOR, step = blockDim.x * VECTOR;
+    real dw[HELD][VECTOR] = {};
     for (int64 row = blockIdx.x; row < rows; row += gridDim.x) {
         const real rms = r[row];
-        real n[HELD][VECTOR], dn[HELD][VECTOR], sum = 0;
+        Chunk x_row[HELD], dy_row[HELD], w_row[HELD];
+        load_chunks<true>(x_row, x + row * width, first, step, width, wide);
+        load_chunks<true>(dy_row, dy + row * width, first, step, width, wide);
+        load_chunks<false>(w_row, w, first, step, width, wide);
+        real dn[HELD][VECTOR], sum = 0;
 #pragma unroll
-        for (int k = 0; k < HELD; k++) {
-            const int i = (k * blockDim.x + threadIdx.x) * VECTOR;
-            real scale[VECTOR];
-            load_chunk<true>(n[k], x + row * width, i, width, wide);
-            load_chunk<true>(dn[k], dy + row * width, i, width, wide);
-            load_chunk<false>(scale, w, i, width, wide);
+        for (int k = 0; k < HELD; k++)
 #pragma unroll
             for (int v = 0; v < VECTOR; v++) {
-                n[k][v] *= rms;
-                dw[k][v] += dn[k][v] * n[k][v];  // (rms_norm.5)
-                dn[k][v] *= scale[v];            // (rms_norm.3)
-                sum += dn[k][v] * n[k][v];
+                const real n = x_row[k][v] * rms;
+                dw[k][v] += dy_row[k][v] * n;            // (rms_norm.5)
+                dn[k][v] = dy_row[k][v] * w_row[k][v];  // (rms_norm.3)
+                sum += dn[k][v] * n;
             }
-        }
         const real mean = block_sum(sum) / width;
 #pragma unroll
         for (int k = 0; k < HELD; k++) {
+            real chunk[VECTOR];
 #pragma unroll
-            for (int v = 0; v < VECTOR; v++) n[k][v] = rms * (dn[k][v] - n[k][v] * mean);  // (rms_norm.4)
-            store_chunk(n[k], dx + row * width, (k * blockDim.x + threadIdx.x) * VECTOR, width, wide);
+            for (int v = 0; v < VECTOR; v++) chunk[v] = rms * (dn[k][v] - x_row[k][v] * rms * mean);  // (rms_norm.4)
+            store_chunk(chunk, dx + row * width, first + k * step, width, wide);
         }
     }
 #pragma unroll
     for (int k = 0; k < HELD; k++)
 #pragma unroll
         for (int v = 0; v < VECTOR; v++) {
-            const int i = (k * blockDim.x + threadIdx.x) * VECTOR + v;
+            const int i = first + k * step + v;
             if (i < width) part[int64(blockIdx.x) * width + i] = dw[k][v];
         }
 }
 
-// dw[i] = Σ_b part[b, i], in order. Grid: a thread a column.
+// dw[i] = Σ_b part[b, i]: lane l of a column adds the parts l, l + LANES, …, then the lanes are added. Block (32, LANES).
+// Grid: a block for 32 columns.
+constexpr int LANES = 8;
 extern "C" __global__ void rms_norm_weight(real* dw, const real* part, int parts, int width) {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= width) return;
-    real sum = 0;
-    for (int b = 0; b < parts; b++) sum += part[int64(b) * width + i];  // (rms_norm.5)
-    dw[i] = sum;
+    const int i = blockIdx.x * WARP + threadIdx.x;
+    real sum[1] = {0};
+    if (i < width) {
+#pragma unroll 8
+        for (int b = threadIdx.y; b < parts; b += LANES) sum[0] += part[int64(b) * width + i];
+    }
+    sum_lanes<LANES>(sum);
+    if (threadIdx.y == 0 && i < width) dw[i] = sum[0];  // (rms_norm.5)
 }
