@@ -33,7 +33,7 @@ class ndarray(np.ndarray):
         return types.SimpleNamespace(ptr=self.ctypes.data)
 
     def get(self) -> np.ndarray:
-        return self.view(np.ndarray)
+        return np.array(self.view(np.ndarray))
 
     def __array__(self, *_: Any, **__: Any) -> Any:
         raise TypeError("Implicit conversion to a NumPy array is not allowed")
