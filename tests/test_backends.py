@@ -161,7 +161,7 @@ def test_model_needs_nothing_that_cupy_refuses(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("op", verify.NAMES)
 def test_verify_needs_nothing_that_cupy_refuses(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``refimpl verify --backend cupy`` as it runs, whole models and their replayed routes too (without differences)."""
+    """``refimpl verify --backend cupy`` as it runs, models and their replayed routes too (without differences)."""
     monkeypatch.setitem(sys.modules, "cupy", Pretended("cupy"))
     monkeypatch.setattr(verify, "_placement", lambda backend: lambda x: pretended(np.array(x)))
     on_the_host = rules._arrays

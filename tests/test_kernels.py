@@ -85,9 +85,12 @@ WIDE = [case for case in WIDE if FULL or case[::2] != ("numba_cuda", "float64")]
 NUMBA_REGISTERS, NUMBA_SHARED = 80, 256 + 1024
 
 
+without_a_device = pytest.mark.skipif(ON_DEVICE, reason="compiling needs no GPU: make test")
+
 # ---- compiling
 
 
+@without_a_device
 @pytest.mark.parametrize("storage", STORAGE)
 @pytest.mark.parametrize("stem", STEMS)
 def test_compiles_within_budget(stem: str, storage: str) -> None:
@@ -113,6 +116,7 @@ def test_every_kernel_has_a_budget() -> None:
     assert sorted(declared) == sorted(BUDGET)
 
 
+@without_a_device
 @pytest.mark.parametrize("storage", STORAGE)
 @pytest.mark.parametrize("stem", STEMS)
 def test_ptx(stem: str, storage: str) -> None:
@@ -126,6 +130,7 @@ def test_ptx(stem: str, storage: str) -> None:
     assert not re.search(r"(add|mul|fma|sub)\.(rn\.)?ftz", code)
 
 
+@without_a_device
 def test_machine_code() -> None:
     """What ptxas made of it: 128-bit loads that prefetch 256 bytes (on sm_80 it makes that 128), stores, shuffles."""
     disassembler = shutil.which("nvdisasm") or str(Path(sys.prefix) / _packages() / "nvidia/cu13/bin/nvdisasm")
@@ -140,6 +145,7 @@ def test_machine_code() -> None:
                 assert instruction in done.stdout, f"{instruction} is not in rms_norm for {target}, {storage}"
 
 
+@without_a_device
 @pytest.mark.parametrize("stem", NUMBA_STEMS)
 def test_numba_compiles_within_budget(stem: str) -> None:
     """float32 for every target (float64 too in test-full; tests execute that of sm_90): plain parameters, machine code

@@ -92,8 +92,8 @@ def parts(x: Array, dtype: Any) -> Iterator[Array]:
 def matmul(a: Array, b: Array, out: Array, *, add: bool = False) -> None:
     """Write a [n, k] @ b [k, m] into ``out`` [n, m], contiguous; with ``add``, add it to what is there.
 
-    ``a`` and ``b`` have one type, ``out`` that or, for bfloat16, float32. Sums are float32 or wider, and rounded once. On
-    a device they are cuBLAS's, on tensor cores for bfloat16; transposed arrays are taken as they lie in memory.
+    ``a`` and ``b`` have one type, ``out`` that or, for bfloat16, float32. Sums are float32 or wider, and rounded once.
+    On a device they are cuBLAS's, on tensor cores for bfloat16; transposed arrays are taken as they lie in memory.
     """
     xp, (n, k), m = library(a), a.shape, b.shape[1]
     types = a.dtype == b.dtype and str(out.dtype) in (str(a.dtype), WIDE[str(a.dtype)])
