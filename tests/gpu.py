@@ -63,7 +63,9 @@ def stages(
     sys.path.insert(0, str(ROOT))
     from refimpl.verify import CASES, KERNELS, MODELS  # here, since to look for a GPU takes no NumPy
 
-    device, pytest = {"REFIMPL_GPU": "1"}, (python, *PYTEST)
+    # CuPy's plain reductions: those made of CUB take seconds each to compile, and there are dozens
+    quick, pytest = {"CUPY_ACCELERATORS": ""}, (python, *PYTEST)
+    device = quick | {"REFIMPL_GPU": "1"}
     several = ("-n", str(PROCESSES)) if xdist else ()
     verify, names = (python, "-m", "refimpl", "verify", "--backend", "cupy"), {"ops": CASES, "models": MODELS}
     bench = (
@@ -84,7 +86,7 @@ def stages(
     for what, of in names.items():
         for column in ("cupy", *KERNELS):
             command = (*verify, *(("--implementation", column) if column in KERNELS else ()), *of)
-            found.append(Stage(f"{column}-{what}", f"every gradient of the {what} by {column}", command, {}, 300))
+            found.append(Stage(f"{column}-{what}", f"every gradient of the {what} by {column}", command, quick, 300))
     for tool in TOOLS if sanitizer else ():
         check = (sanitizer or "", "--tool", tool, "--target-processes", "all", "--error-exitcode", "9")
         added = device | {"REFIMPL_SANITIZER": "1"}

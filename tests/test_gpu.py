@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -59,7 +60,7 @@ def test_stages() -> None:
     for stage in checked[9:]:
         assert stage.command[:3] == ("compute-sanitizer", "--tool", stage.name)
         assert stage.command[7] == "python"
-        assert stage.environment == {"REFIMPL_GPU": "1", "REFIMPL_SANITIZER": "1"}
+        assert stage.environment == {"CUPY_ACCELERATORS": "", "REFIMPL_GPU": "1", "REFIMPL_SANITIZER": "1"}
     for name in ("test_kernels", "test_bench"):
         assert (ROOT / "tests" / f"{name}.py").is_file()
     for stage in checked[:3]:  # one command on a lent machine may last ten minutes
@@ -118,6 +119,19 @@ def test_a_failure_is_exit_1_and_stops_no_other(
     assert "NOT RUN: tests, " in (tmp_path / "new" / "summary").read_text()
     with pytest.raises(SystemExit):
         main([*arguments, "nothing"])
+
+
+def test_suite_on_a_pretended_device() -> None:
+    """What only runs on a device runs: strided arrays, moves there and back, errors, products."""
+    chosen = (
+        "not numba and (strided and (swiglu or embedding) or finite and rms_norm or products_on_the_device or misread "
+        "or nothing_to_do or extremes or permute or adamw)"
+    )
+    command = (sys.executable, *gpu.PYTEST, "-p", "pretended_device", "tests/test_kernels.py", "-k", chosen)
+    environment = os.environ | {"REFIMPL_GPU": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("PASSED") > 20
 
 
 def test_selection_of_the_sanitizer() -> None:
