@@ -558,6 +558,28 @@ def _device(capability: str) -> Any:
     )
 
 
+def test_a_kernel_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of a file's kernels by its name, and started with what CuPy's RawKernel takes."""
+    cupy, loaded, started = _device("90"), list[str](), list[Any]()
+
+    def raw_module(*, path: str) -> Any:
+        assert type(path) is str
+        return SimpleNamespace(get_function=lambda name: loaded.append(name) or start)
+
+    def start(grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[Any, ...], *, shared_mem: int) -> None:
+        started.append((grid, block, arguments, shared_mem))
+
+    cupy.RawModule = raw_module
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    launch, module = DeviceLaunch(), compile_kernel("swiglu", "sm_90a", "float32")
+    for kernel in ("swiglu_forward", "swiglu_forward", "swiglu_backward"):
+        launch(module, kernel, (2,), (32,), [np.int64(1)], shared=16)
+    assert loaded == ["swiglu_forward", "swiglu_backward"]
+    assert started == [((2,), (32,), (1,), 16)] * 3
+    with pytest.raises(TypeError, match="swiglu_forward runs on CuPy arrays, got a NumPy array"):
+        launch(module, "swiglu_forward", (2,), (32,), [np.ones(1)])
+
+
 def test_a_kernel_that_does_not_compile_is_an_error() -> None:
     with pytest.raises(BuildError, match=r"(?s)broken.cu does not compile with .*sm_90.*identifier \"nothing\""):
         build("broken", "sm_90", "float32", "__global__ void broken() { nothing(); }")
