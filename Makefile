@@ -21,7 +21,7 @@ oracle: .venv/oracle  ## compare with Hugging Face's models (torch from the inde
 	$(BIN)/python -m pytest -q tests/test_oracle.py tests/test_golden_checkpoints.py
 
 # With the Python at hand where that has what is needed (a GPU machine may have no network), else in .venv.
-gpu:  ## the kernels' tests, and every gradient, on the GPU at hand; says so where there is none
+gpu:  ## the kernels' tests, the benchmark and every gradient on the GPU at hand; says so where there is none
 	@$(PYTHON) tests/gpu.py --only-look; case $$? in 0) ;; 3) exit 0 ;; *) exit 1 ;; esac; \
 	if $(PYTHON) -c 'import cupy, cuda.bindings, hypothesis, ml_dtypes, pytest, safetensors, typer' 2>/dev/null; \
 	then $(PYTHON) tests/gpu.py; else $(MAKE) --no-print-directory .venv/gpu && $(BIN)/python tests/gpu.py; fi

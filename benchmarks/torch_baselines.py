@@ -62,6 +62,10 @@ def cross_entropy(logits: Any, targets: Any) -> Any:
     return functional.cross_entropy(logits, targets)
 
 
+def head(h: Any, w: Any, targets: Any) -> Any:
+    return functional.cross_entropy(functional.linear(h, w), targets)
+
+
 def grpo(log_prob: Any, old: Any, reference: Any, advantages: Any) -> Any:
     ratio, a = (log_prob - old).exp(), advantages[:, None]
     objective = torch.minimum(ratio * a, ratio.clamp(1 - CLIP, 1 + CLIP) * a)
@@ -102,13 +106,14 @@ def backward_of(function: Callable[..., Any], differentiable: int) -> Callable[.
     return prepare
 
 
-def both_of(function: Callable[..., Any]) -> Callable[..., Call]:
-    """Forward and backward of a scalar, in the first input."""
+def both_of(function: Callable[..., Any], differentiable: int = 1) -> Callable[..., Call]:
+    """Forward and backward of a scalar, in the first inputs."""
 
     def prepare(transform: Transform, *inputs: Any) -> Call:
-        changed = transform(function)
-        inputs[0].requires_grad_(True)
-        return lambda: torch.autograd.grad(changed(*inputs), inputs[0])
+        changed, given = transform(function), inputs[:differentiable]
+        for x in given:
+            x.requires_grad_(True)
+        return lambda: torch.autograd.grad(changed(*inputs), given)
 
     return prepare
 
@@ -141,6 +146,7 @@ BASELINES: dict[str, Callable[..., Call]] = {
     "MoE permute": forward_of(permute),
     "MoE combine": forward_of(combine),
     "CE forward + backward in place": both_of(cross_entropy),
+    "head + CE": both_of(head, 2),
     "GRPO from log-probabilities": both_of(grpo),
     "AdamW step": adamw_step,
 }

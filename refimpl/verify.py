@@ -180,6 +180,8 @@ def placed(pair: Op, place: Callable[[Any], Any]) -> Op:
         return x
 
     def back(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {key: back(value) for key, value in x.items()}
         if isinstance(x, tuple):
             return type(x)(*map(back, x)) if hasattr(x, "_fields") else tuple(map(back, x))
         return x.get() if hasattr(x, "get") and hasattr(x, "dtype") else x

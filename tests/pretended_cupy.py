@@ -1,15 +1,18 @@
 """NumPy dressed as CuPy 14.2, to find without a GPU what CuPy would refuse.
 
 Its arrays don't mix with NumPy's, its functions that make arrays have no ``device``, it has no longdouble, sorts take
-``kind``, not ``stable``, and what NumPy returns as a scalar is an array without axes.
+``kind``, not ``stable``, and what NumPy returns as a scalar is an array without axes. Its cuBLAS has one function, on
+bare addresses, as NVIDIA's document defines it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import types
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
+import ml_dtypes
 import numpy as np
 
 MISSING = ("longdouble", "clongdouble", "einsum_path", "float128")
@@ -30,7 +33,7 @@ class ndarray(np.ndarray):
         return types.SimpleNamespace(ptr=self.ctypes.data)
 
     def get(self) -> np.ndarray:
-        return self.view(np.ndarray)
+        return np.array(self.view(np.ndarray))
 
     def __array__(self, *_: Any, **__: Any) -> Any:
         raise TypeError("Implicit conversion to a NumPy array is not allowed")
@@ -64,10 +67,65 @@ def there(x: Any) -> Any:
     return type(x)(map(there, x)) if type(x) in (tuple, list) else x
 
 
+class CuBLAS:
+    """As much of ``cupy.cuda.cublas`` as kernels' host side calls; the numbers are those of its enumerations."""
+
+    CUBLAS_OP_N, CUBLAS_OP_T, CUBLAS_GEMM_DEFAULT, CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_64F = 0, 1, -1, 68, 70
+    TYPES: ClassVar = {0: np.dtype(np.float32), 1: np.dtype(np.float64), 14: np.dtype(ml_dtypes.bfloat16)}
+    ALLOWED: ClassVar = {(68, 14, 14), (68, 14, 0), (68, 0, 0), (70, 1, 1)}  # compute type, of A and B, of C
+
+    def __init__(self) -> None:
+        self.mode, self.calls = 0, list[tuple[int, ...]]()
+
+    def getMathMode(self, handle: int) -> int:
+        return self.mode
+
+    def setMathMode(self, handle: int, mode: int) -> None:
+        self.mode = mode
+
+    def gemmEx(
+        self, handle: int, transa: int, transb: int, m: int, n: int, k: int, alpha: int, A: int, Atype: int, lda: int,
+        B: int, Btype: int, ldb: int, beta: int, C: int, Ctype: int, ldc: int, computeType: int, algo: int,
+    ) -> None:  # fmt: skip
+        """C = α op(A) op(B) + β C with op(A) [m, k], op(B) [k, n] and C [m, n], column after column in memory."""
+        assert handle == HANDLE
+        assert self.mode == 16, "sums of a bfloat16 result would be rounded to bfloat16"
+        assert algo == self.CUBLAS_GEMM_DEFAULT
+        assert min(m, n, k) > 0
+        assert Atype == Btype
+        assert (computeType, Atype, Ctype) in self.ALLOWED
+        real = np.dtype(np.float64 if computeType == self.CUBLAS_COMPUTE_64F else np.float32)
+        a = columns(A, self.TYPES[Atype], *((k, m) if transa else (m, k)), lda).astype(real)
+        b = columns(B, self.TYPES[Btype], *((n, k) if transb else (k, n)), ldb).astype(real)
+        c = columns(C, self.TYPES[Ctype], m, n, ldc)
+        scale, keep = (columns(x, real, 1, 1, 1)[0, 0] for x in (alpha, beta))
+        found = scale * ((a.T if transa else a) @ (b.T if transb else b))
+        c[...] = found if keep == 0 else found + keep * c
+        self.calls.append((transa, transb, m, n, k))
+
+
+def columns(address: int, dtype: np.dtype[Any], rows: int, width: int, step: int) -> np.ndarray:
+    """The matrix [rows, width] at an address, one column ``step`` elements after the other."""
+    assert step >= max(rows, 1), f"leading dimension {step} of a matrix of {rows} rows"
+    size = ((width - 1) * step + rows) * dtype.itemsize
+    memory = np.frombuffer((ctypes.c_char * size).from_address(address), np.uint8).view(dtype)
+    return np.lib.stride_tricks.as_strided(memory, (rows, width), (dtype.itemsize, step * dtype.itemsize))
+
+
+HANDLE = 1234
+
+
 class Pretended(types.ModuleType):
     """The module ``cupy``."""
 
     ndarray = ndarray
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.cuda = types.SimpleNamespace(
+            cublas=CuBLAS(), device=types.SimpleNamespace(get_cublas_handle=lambda: HANDLE),
+            runtime=types.SimpleNamespace(CUDA_R_32F=0, CUDA_R_64F=1, CUDA_R_16BF=14),
+        )  # fmt: skip
 
     def __getattr__(self, name: str) -> Any:
         if name in MISSING or name.startswith("__"):

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 import array_api_strict as strict
 import numpy as np
 import pytest
 
-from refimpl import ops
+from refimpl import ops, verify
+from refimpl.check import rules
 from refimpl.check.cases import CASES, Case, RandomDraw, model_case, pair_of
 from refimpl.check.dual import dual_array, values
 from refimpl.check.rules import Pair
 from refimpl.config import preset
 from refimpl.model import backward, forward, parameter_shapes
+from refimpl.text import load_text
 from refimpl.verify import placed
 
 from pretended_cupy import Pretended
@@ -154,6 +157,20 @@ def test_model_needs_nothing_that_cupy_refuses(monkeypatch: pytest.MonkeyPatch) 
     assert abs(float(pretended_y[0]) - float(y[0])) <= 1e-13
     for got, wanted in zip(on_cupy.backward(dy, pretended_saved), pair.backward(dy, saved), strict=True):
         assert np.max(np.abs(got - wanted)) <= 1e-12 * np.max(np.abs(wanted), initial=1e-3)
+
+
+@pytest.mark.parametrize("op", verify.NAMES)
+def test_verify_needs_nothing_that_cupy_refuses(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``refimpl verify --backend cupy`` as it runs, models and their replayed routes too (without differences)."""
+    monkeypatch.setitem(sys.modules, "cupy", Pretended("cupy"))
+    monkeypatch.setattr(verify, "_placement", lambda backend: lambda x: pretended(np.array(x)))
+    on_the_host = rules._arrays
+    monkeypatch.setattr(rules, "_arrays", lambda x: [a for a in on_the_host(x) if type(a) is np.ndarray])
+    if op in verify.MODELS:
+        monkeypatch.setattr(verify, "check", partial(verify.check, rules=("contract", "noise")))
+    settings = verify.Settings(load_text(None), backend="cupy")
+    report = verify.run(verify.Step(op, 0), settings)
+    assert report.ok, str(report)
 
 
 def test_model_on_array_api_strict() -> None:

@@ -87,9 +87,12 @@ EXECUTED = ("sm_90", "sm_100")  # the targets whose code is executed
 NUMBA_REGISTERS, NUMBA_SHARED = 80, 2048 + 1024
 
 
+without_a_device = pytest.mark.skipif(ON_DEVICE, reason="compiling needs no GPU: make test")
+
 # ---- compiling
 
 
+@without_a_device
 @pytest.mark.parametrize("storage", STORAGE)
 @pytest.mark.parametrize("stem", STEMS)
 def test_compiles_within_budget(stem: str, storage: str) -> None:
@@ -132,6 +135,7 @@ def test_every_kernel_has_a_budget() -> None:
     assert sorted(declared) == sorted(BUDGET)
 
 
+@without_a_device
 @pytest.mark.parametrize("storage", STORAGE)
 @pytest.mark.parametrize("stem", STEMS)
 def test_ptx(stem: str, storage: str) -> None:
@@ -145,6 +149,7 @@ def test_ptx(stem: str, storage: str) -> None:
     assert not re.search(r"(add|mul|fma|sub)\.(rn\.)?ftz", code)
 
 
+@without_a_device
 def test_machine_code() -> None:
     """What ptxas made of it: 128-bit loads that prefetch 256 bytes (on sm_80 it makes that 128), stores, shuffles."""
     for storage in STORAGE:
@@ -174,6 +179,7 @@ def test_loads_are_on_their_way_at_once(storage: str) -> None:
             assert found == kernels, f"for {target}"
 
 
+@without_a_device
 @pytest.mark.parametrize("stem", NUMBA_STEMS)
 def test_numba_compiles_within_budget(stem: str) -> None:
     """float32 for every target (float64 too in test-full): plain parameters, machine code
@@ -619,6 +625,28 @@ def _device(capability: str) -> Any:
     )
 
 
+def test_a_kernel_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of a file's kernels by its name, and started with what CuPy's RawKernel takes."""
+    cupy, loaded, started = _device("90"), list[str](), list[Any]()
+
+    def raw_module(*, path: str) -> Any:
+        assert type(path) is str
+        return SimpleNamespace(get_function=lambda name: loaded.append(name) or start)
+
+    def start(grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[Any, ...], *, shared_mem: int) -> None:
+        started.append((grid, block, arguments, shared_mem))
+
+    cupy.RawModule = raw_module
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    launch, module = DeviceLaunch(), compile_kernel("swiglu", "sm_90a", "float32")
+    for kernel in ("swiglu_forward", "swiglu_forward", "swiglu_backward"):
+        launch(module, kernel, (2,), (32,), [np.int64(1)], shared=16)
+    assert loaded == ["swiglu_forward", "swiglu_backward"]
+    assert started == [((2,), (32,), (1,), 16)] * 3
+    with pytest.raises(TypeError, match="swiglu_forward runs on CuPy arrays, got a NumPy array"):
+        launch(module, "swiglu_forward", (2,), (32,), [np.ones(1)])
+
+
 def test_a_kernel_that_does_not_compile_is_an_error() -> None:
     with pytest.raises(BuildError, match=r"(?s)broken.cu does not compile with .*sm_90.*identifier \"nothing\""):
         build("broken", "sm_90", "float32", "__global__ void broken() { nothing(); }")
@@ -712,6 +740,139 @@ def test_host_side_does_nothing_that_cupy_refuses(op: str, monkeypatch: pytest.M
     table = cuda_table(PretendedLaunch())
     extra = {"ops": table} if ops_of(op) else {}
     compare(op, placed(table[op], pretended_cupy.there), SHAPES[op](RandomDraw(1)), "float32", 1, extra)
+
+
+# ---- dense products
+
+PRODUCTS = [
+    (a, b, out)
+    for a, b, out in (
+        ("float64", "float64", "float64"), ("float32", "float32", "float32"), ("bfloat16", "bfloat16", "bfloat16"),
+        ("bfloat16", "bfloat16", "float32"), ("float32", "bfloat16", "float32"),
+    )
+]  # fmt: skip
+LYING = {  # how a matrix may lie in memory
+    "rows": lambda x: x.copy(), "columns": lambda x: x.T.copy().T, "rows with gaps": lambda x: strided_rows(x),
+    "elements with gaps": lambda x: np.repeat(x, 2, axis=1)[:, ::2], "part of columns": lambda x: strided_rows(x.T).T,
+}  # fmt: skip
+
+
+def strided_rows(x: np.ndarray) -> np.ndarray:
+    return np.concatenate((x, x), axis=1)[:, : x.shape[1]]
+
+
+def _check_product(there: Any, a: np.ndarray, b: np.ndarray, dtype: Any, start: np.ndarray | None = None) -> None:
+    """`host.product` or, with a start, `host.matmul` that adds to it, against float64: each of k additions rounds."""
+    wide = [x.astype(np.float64) for x in (a, b)]
+    exact, most = wide[0] @ wide[1], abs(wide[0]) @ abs(wide[1])
+    if start is None:
+        found = host.product(there(a), there(b), dtype)
+    else:
+        exact, most = exact + start, most + abs(start)
+        found = there(start.astype(dtype))
+        host.matmul(there(a), there(b), found, add=True)
+    found = found.get() if hasattr(found, "get") else found
+    assert found.dtype == dtype
+    assert found.shape == exact.shape
+    sums = float(np.finfo(kernel_support.WIDE[np.dtype(dtype).name]).eps)
+    bound = (a.shape[1] + 4) * sums * most + (2**-8 * abs(exact) if dtype == DTYPES["bfloat16"] else 0)
+    assert np.all(abs(found.astype(np.float64) - exact) <= bound)
+
+
+@pytest.mark.skipif(ON_DEVICE, reason="there it is cuBLAS itself")
+@pytest.mark.parametrize(("a", "b", "out"), PRODUCTS)
+def test_products_as_cublas_defines_them(a: str, b: str, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In NumPy, and by a gemmEx on bare addresses: every way that the two may lie in memory, sides of 0, 1 and odd."""
+    cupy, rng = pretended_cupy.Pretended("cupy"), np.random.default_rng(0)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    for n, k, m in (
+        (3, 5, 7),
+        (1, 5, 7),
+        (3, 1, 7),
+        (3, 5, 1),
+        (1, 1, 1),
+        (8, 16, 24),
+        (0, 5, 7),
+        (3, 0, 7),
+        (3, 5, 0),
+    ):
+        left, right = rng.normal(size=(n, k)).astype(DTYPES[a]), rng.normal(size=(k, m)).astype(DTYPES[b])
+        start = rng.normal(size=(n, m)).astype(DTYPES[out])
+        for lay_a in LYING.values():
+            for lay_b in LYING.values():
+                for there in (lambda x: x, pretended_cupy.there):
+                    _check_product(there, lay_a(left), lay_b(right), DTYPES[out])
+                    if a == b and out != "bfloat16":
+                        _check_product(there, lay_a(left), lay_b(right), DTYPES[out], start)
+    calls = cupy.cuda.cublas.calls
+    assert {call[:2] for call in calls} == {(0, 0), (0, 1), (1, 0), (1, 1)}  # transposed by flags
+    assert cupy.cuda.cublas.mode == 0
+    with pytest.raises(
+        ValueError, match=r"out must be contiguous, \(3, 2\), of the type of a float64 \(3, 4\) and b float32"
+    ):
+        host.matmul(np.ones((3, 4)), np.ones((4, 2), np.float32), np.ones((3, 2)))
+
+
+@pytest.mark.skipif(ON_DEVICE, reason="there it is cuBLAS itself")
+def test_transposed_products_copy_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The addresses that cuBLAS gets are the arrays' own."""
+    cupy = pretended_cupy.Pretended("cupy")
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    seen: list[tuple[int, int]] = []
+    real = cupy.cuda.cublas.gemmEx
+    monkeypatch.setattr(cupy.cuda.cublas, "gemmEx", lambda *x: (seen.append((x[7], x[10])), real(*x)))
+    a, b = (pretended_cupy.there(np.ones(shape, DTYPES["bfloat16"])) for shape in ((5, 3), (7, 5)))
+    host.product(a.T, b.T, np.float32)
+    assert seen == [(b.data.ptr, a.data.ptr)]
+
+
+def test_parts_are_the_number() -> None:
+    """Three bfloat16 numbers hold a float32 one to the last bit."""
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=10_000) * 2.0 ** rng.integers(-80, 80, 10_000)).astype(np.float32)
+    found = list(host.parts(x, DTYPES["bfloat16"]))
+    assert [part.dtype for part in found] == [DTYPES["bfloat16"]] * 3
+    assert np.array_equal(sum(part.astype(np.float64) for part in found), x)
+    assert next(host.parts(x, np.dtype(np.float32))) is x
+
+
+@pytest.mark.skipif(not ON_DEVICE, reason="cuBLAS itself: make gpu")
+@pytest.mark.parametrize(("a", "b", "out"), PRODUCTS)
+def test_products_on_the_device(a: str, b: str, out: str) -> None:
+    rng = np.random.default_rng(0)
+    for n, k, m in ((3, 5, 7), (1, 5, 7), (3, 1, 7), (3, 5, 1), (1, 1, 1), (129, 1000, 257), (0, 5, 7), (3, 0, 7)):
+        left, right = rng.normal(size=(n, k)).astype(DTYPES[a]), rng.normal(size=(k, m)).astype(DTYPES[b])
+        for there_a in (to_device, strided, lambda x: to_device(np.ascontiguousarray(x.T)).T):
+            for there_b in (to_device, lambda x: to_device(np.ascontiguousarray(x.T)).T):
+                _check_product(lambda x: there_a(x) if x is left else there_b(x), left, right, DTYPES[out])  # noqa: B023
+        if a == b and out != "bfloat16":
+            _check_product(to_device, left, right, DTYPES[out], rng.normal(size=(n, m)).astype(DTYPES[out]))
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+def test_log_prob_in_blocks(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where products are exact, any block gives the very log-probabilities of the whole; gradients within the rule."""
+    module, rng = sys.modules["refimpl.kernels.log_prob"], np.random.default_rng(1)
+    h, w = (rng.integers(-3, 4, shape) / 4 for shape in ((7, 12), (100, 12)))
+    targets = rng.integers(0, 100, 7)
+    given = to_device(rounded(h, storage)), to_device(rounded(w, storage))
+    found = []
+    for least, block in (
+        (module.BLOCK, (1, 1)),
+        ((1, 1), (1, 100)),
+        ((1, 1), (3, 40)),
+        ((2, 70), (1, 1)),
+        ((1, 1), (7, 9)),
+    ):
+        monkeypatch.setattr(module, "BLOCK", least)
+        case = Case((h, w), {"targets": targets, "block": block, "temperature": 0.7})
+        compare("log_prob", TABLE["log_prob"], case, storage, 0)
+        y, saved = COLUMNS["cuda"](make_launch())["log_prob"].forward(*given, targets=to_device(targets), block=block)
+        assert saved.block == (max(least[0], block[0]), max(least[1], block[1]))
+        found.append(to_host(y).tobytes())
+    assert len(set(found)) == 1
+    assert module._rows((4096, 16384), 129280) == 512
+    assert module._rows((256, 4096), 129280) == 8
 
 
 def test_readme_of_kernels() -> None:

@@ -33,7 +33,6 @@ class CupyDevice:
         properties = cupy.cuda.runtime.getDeviceProperties(number)
         self.name = properties["name"].decode()
         self.cache = int(properties["l2CacheSize"])
-        self.out_of_memory = cupy.cuda.memory.OutOfMemoryError
 
     def versions(self) -> dict[str, str]:
         """Of what decides the speed."""

@@ -69,16 +69,20 @@ def repeats(seconds: float, calls: int) -> int:
     return max(1, min(ceil(SAMPLE / seconds), MOST_CALLS // calls))
 
 
-def measure(device: Device, calls: Sequence[Call], runs: int = RUNS, reset: Call | None = None) -> Times:
+def measure(
+    device: Device, calls: Sequence[Call], runs: int = RUNS, reset: Call | None = None, *, graph: bool = True
+) -> Times:
     """The time of one of ``calls``, which do the same on sets of inputs of their own, one after the other.
 
     ``reset`` is called before each sample, outside its events, and then a sample makes each call once: for work that
-    overwrites its inputs with what would be no fair input of the next call.
+    overwrites its inputs with what would be no fair input of the next call. Without ``graph`` they are made as they
+    are: for work of many milliseconds that can't be captured, as CuPy's products can't.
     """
-    once = device.capture(calls)
+    together = device.capture if graph else _in_turn
+    once = together(calls)
     device.seconds(once)  # the first time is a warm-up
     number = 1 if reset else repeats(device.seconds(once), len(calls))
-    all_of_them = once if number == 1 else device.capture([*calls] * number)
+    all_of_them = once if number == 1 else together([*calls] * number)
     device.seconds(all_of_them)
     samples = []
     for _ in range(runs):
@@ -86,6 +90,14 @@ def measure(device: Device, calls: Sequence[Call], runs: int = RUNS, reset: Call
             reset()
         samples.append(device.seconds(all_of_them) / (number * len(calls)))
     return summary(samples)
+
+
+def _in_turn(calls: Sequence[Call]) -> Call:
+    def all_of_them() -> None:
+        for call in calls:
+            call()
+
+    return all_of_them
 
 
 class Recorder:

@@ -26,6 +26,7 @@ class Measured:
     shape: str
     storage: str
     bytes: int  # the least that must move
+    flops: int  # the least of dense products, 0 without
     ours: Times
     peak: int  # bytes taken beyond the inputs, results included
     error: float  # against the float64 reference: of the largest value
@@ -35,13 +36,14 @@ class Measured:
     compiled_peak: int | None = None
     notes: tuple[str, ...] = ()
 
-    def floor(self, copy: float) -> float:
-        """Seconds that the bytes take at the rate of the card's own copy, in bytes a second."""
-        return self.bytes / copy
+    def floor(self, copy: float, matrix: float) -> float:
+        """Seconds that the bytes take at the rate of the card's own copy, in bytes a second, or, if that is longer,
+        the products at the rate of its own, in flop a second."""
+        return max(self.bytes / copy, self.flops / matrix)
 
-    def share(self, copy: float) -> float:
+    def share(self, copy: float, matrix: float) -> float:
         """How much of that rate is reached, 1 being all."""
-        return self.floor(copy) / self.ours.median
+        return self.floor(copy, matrix) / self.ours.median
 
     @property
     def ratio(self) -> float | None:
@@ -69,7 +71,8 @@ class Results:
         content = {"schema": SCHEMA, **asdict(self)}
         for row, written in zip(self.rows, content["rows"], strict=True):
             written["notes"] = list(row.notes)
-            written |= {"floor": row.floor(self.copy), "share": row.share(self.copy), "ratio": row.ratio}
+            rates = self.copy, self.matrix
+            written |= {"floor": row.floor(*rates), "share": row.share(*rates), "ratio": row.ratio}
         return content
 
     @classmethod
@@ -132,12 +135,13 @@ def render(all_results: Sequence[Results]) -> str:
     lines += [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
     for row in ROWS.values():
         link = f"[{row.name}]({row.stem}.cu)"
-        begin = [link, shape_of(row, sizes), row.storage, f"{row.formula} = {_bytes(row.bytes(sizes))}"]
+        least = f"{_digits(row.flops(sizes) / 1e12)} Tflop" if row.flops else _bytes(row.bytes(sizes))
+        begin = [link, shape_of(row, sizes), row.storage, f"{row.formula} = {least}"]
         found = [(r, m) for r in all_results for m in r.rows if m.name == row.name]
         if not found:
             lines.append(f"| {' | '.join([*begin, 'not measured yet', *['–'] * (len(HEAD) - 5)])} |")
         for results, measured in found:
-            lines.append(f"| {' | '.join([*begin, results.device, *_cells(measured, results.copy)])} |")
+            lines.append(f"| {' | '.join([*begin, results.device, *_cells(measured, results)])} |")
     for results in all_results:
         versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
         lines += [
@@ -150,9 +154,9 @@ def render(all_results: Sequence[Results]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def line_of(m: Measured, copy: float) -> str:
+def line_of(m: Measured, run: Results) -> str:
     """One row on a terminal, what has no baseline left out."""
-    ours, floor, share, eager, compiled, ratio, memory, error = _cells(m, copy)
+    ours, floor, share, eager, compiled, ratio, memory, error = _cells(m, run)
     parts = [f"{ours}, floor {floor} ({ROWS[m.name].formula}), {share} of it"]
     parts += [f"torch {eager}"] if m.eager else []
     parts += [f"torch.compile {compiled}"] if m.compiled else []
@@ -161,11 +165,11 @@ def line_of(m: Measured, copy: float) -> str:
     return f"{m.name} {m.shape} {m.storage}: {'; '.join(parts)}"
 
 
-def _cells(m: Measured, copy: float) -> list[str]:
+def _cells(m: Measured, run: Results) -> list[str]:
     memory = " / ".join("–" if x is None else _bytes(x) for x in (m.peak, m.eager_peak, m.compiled_peak))
     return [
-        _time(m.ours), _seconds(m.floor(copy)), f"{100 * m.share(copy):.0f} %", _time(m.eager), _time(m.compiled),
-        "–" if m.ratio is None else f"{m.ratio:.2f}", memory, f"{m.error:.1e}",
+        _time(m.ours), _seconds(m.floor(run.copy, run.matrix)), f"{100 * m.share(run.copy, run.matrix):.0f} %",
+        _time(m.eager), _time(m.compiled), "–" if m.ratio is None else f"{m.ratio:.2f}", memory, f"{m.error:.1e}",
     ]  # fmt: skip
 
 

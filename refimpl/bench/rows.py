@@ -20,6 +20,7 @@ from ..kernels.cross_entropy import cross_entropy, cross_entropy_in_place
 from ..kernels.grpo import grpo
 from ..kernels.host import place
 from ..kernels.launch import Launch
+from ..kernels.log_prob import log_prob
 from ..kernels.moe import combine, permute
 from ..kernels.rms_norm import rms_norm
 from ..kernels.rope import rope
@@ -89,10 +90,11 @@ class Row:
     name: str
     stem: str  # of the file in kernels/
     shape: str  # of `Sizes`, by their names
-    formula: str  # of the bytes, in the letters above
+    formula: str  # of the bytes or flops, in the letters above
     bytes: Callable[[Sizes], int]
     make: Callable[[Maker], Work]
     storage: str = "bfloat16"
+    flops: Callable[[Sizes], int] | None = None  # of a row with dense products, which is timed as it is called
 
 
 def worst_error(found: tuple[Array, ...], exact: tuple[Array, ...]) -> float:
@@ -233,6 +235,26 @@ def _cross_entropy(maker: Maker) -> Work:
     return Work((logits, targets), run, check, reset)
 
 
+def _head(maker: Maker) -> Work:
+    """The mean loss and both gradients, from hidden states: products included, in blocks."""
+    s, pair, xp = maker.sizes, log_prob(maker.launch), maker.xp
+    h, targets = maker.normal(s.tokens, s.width), maker.integers(s.vocabulary, s.tokens)
+    w = (maker.normal(s.vocabulary, s.width, dtype=np.float32) / np.float32(s.width**0.5)).astype(maker.storage)
+    dy = xp.full((s.tokens,), -1 / s.tokens, dtype=np.float32)
+
+    def run() -> tuple[Array, ...]:
+        log_p, saved = pair.forward(h, w, targets=targets)
+        return -log_p.mean(), *pair.backward(dy, saved)
+
+    def check() -> float:
+        exact, kept = REFERENCE["log_prob"].forward(*_wide(h, w), targets=targets)
+        gradients = REFERENCE["log_prob"].backward(*_wide(dy), kept)
+        del kept  # the head in float64
+        return worst_error(run(), (-exact.mean(), *gradients))
+
+    return Work((h, w, targets), run, check)
+
+
 def _grpo(maker: Maker) -> Work:
     s, pair = maker.sizes, grpo(maker.launch)
     log_prob = -abs(maker.normal(s.outputs, s.length))
@@ -290,6 +312,9 @@ ROWS = {row.name: row for row in (
         lambda s: 2 * s.tokens * s.width * (1 + s.top_k), _combine),
     Row("CE forward + backward in place", "cross_entropy", "tokens × vocabulary", "4TW",
         lambda s: 4 * s.tokens * s.vocabulary, _cross_entropy),
+    Row("head + CE", "cross_entropy", "tokens × width × vocabulary", "6TDW",
+        lambda s: (4 * s.tokens + 6 * s.vocabulary) * s.width, _head,
+        flops=lambda s: 6 * s.tokens * s.width * s.vocabulary),
     Row("GRPO from log-probabilities", "grpo", "outputs × length", "24 B a token",
         lambda s: 24 * s.outputs * s.length, _grpo, "float32"),
     Row("AdamW step", "adamw", "parameters", "28 B a parameter", lambda s: 28 * s.parameters, _adamw, "float32"),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from .measure import Times, copies, measure
 from .results import Measured, Results, shape_of
 from .rows import ROWS, Maker, Row, Sizes
 
-__all__ = ["BASELINES", "baselines", "header", "measure_row", "measure_rows", "most_error", "select_rows"]
+__all__ = ["BASELINES", "Failed", "baselines", "header", "measure_row", "measure_rows", "most_error", "select_rows"]
 
 BASELINES = SOURCE.parent / "benchmarks" / "torch_baselines.py"  # in a checkout alone: the package names no torch
 UNITS = {"bfloat16": 1, "float32": 64}  # of the type, of the largest value: rounding once, and sums
@@ -85,16 +85,25 @@ def commit_of_checkout() -> str:
         return "unknown"
 
 
+class Failed(NamedTuple):
+    """A row that could not be measured."""
+
+    name: str
+    why: str  # one line
+
+
 def measure_rows(
     device: Any, rows: Sequence[Row], torch: ModuleType | None, sizes: Sizes | None = None, runs: int = RUNS
-) -> Iterator[Measured]:
-    """Each row, as soon as it is measured."""
+) -> Iterator[Measured | Failed]:
+    """Each row, as soon as it is measured; one that fails stops no other."""
     for row in rows:
+        found: Measured | Failed
         try:
-            yield measure_row(device, row, torch, sizes or Sizes(), runs)
-        except device.out_of_memory as error:
-            raise CouldNotRun(f"{row.name} and its float64 reference don't fit on {device.name}: {error}") from error
-        device.free()
+            device.free()
+            found = measure_row(device, row, torch, sizes or Sizes(), runs)
+        except Exception as error:
+            found = Failed(row.name, f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}")
+        yield found
 
 
 def measure_row(device: Any, row: Row, torch: ModuleType | None, sizes: Sizes, runs: int) -> Measured:
@@ -115,30 +124,30 @@ def measure_row(device: Any, row: Row, torch: ModuleType | None, sizes: Sizes, r
             for each in resets:
                 each()
 
-        calls = [device.launch.record(work.run) for work in works]
-        ours = measure(device, calls, runs, reset if resets else None)
+        calls = [work.run if row.flops else device.launch.record(work.run) for work in works]
+        ours = measure(device, calls, runs, reset if resets else None, graph=row.flops is None)
         peak = device.peak(works[0].run)
         reset()
     device.free()
     found: dict[str, tuple[Times | None, int | None]] = {"eager": (None, None), "compiled": (None, None)}
     for how in found if torch is not None else ():
         try:
-            found[how] = _baseline(torch, row.name, [work.inputs for work in works], how == "compiled", runs)
+            found[how] = _baseline(torch, row, [work.inputs for work in works], how == "compiled", runs)
         except Exception as raised:  # torch's own failure is no reason to lose our numbers
             notes.append(f"torch {how}: {type(raised).__name__}: {(str(raised) or 'no message').splitlines()[0]}")
     return Measured(
-        row.name, shape_of(row, sizes), row.storage, row.bytes(sizes), ours, peak, error,
-        *found["eager"], *found["compiled"], tuple(notes),
+        row.name, shape_of(row, sizes), row.storage, row.bytes(sizes), row.flops(sizes) if row.flops else 0, ours, peak,
+        error, *found["eager"], *found["compiled"], tuple(notes),
     )  # fmt: skip
 
 
 def _baseline(
-    torch: ModuleType | None, name: str, inputs: Sequence[tuple[Any, ...]], compiled: bool, runs: int
+    torch: ModuleType | None, row: Row, inputs: Sequence[tuple[Any, ...]], compiled: bool, runs: int
 ) -> tuple[Times, int]:
     side: Any = torch
     device = side.TorchDevice()
-    calls: list[Callable[[], object]] = [device.baseline(name, arrays, compiled) for arrays in inputs]
-    found = measure(device, calls, runs), device.peak(calls[0])
+    calls: list[Callable[[], object]] = [device.baseline(row.name, arrays, compiled) for arrays in inputs]
+    found = measure(device, calls, runs, graph=row.flops is None), device.peak(calls[0])
     calls.clear()
     device.free()
     return found

@@ -27,7 +27,8 @@ def bench(
 ) -> None:
     """Measure the kernels on a GPU: time, floor, torch if it is there, memory, error; or show what was measured.
 
-    A run of all rows is kept as <results>/<device>-<date>.json; a run of some rows only with --json.
+    A run of all rows is kept as <results>/<device>-<date>.json; a run of some rows only with --json. The file grows row
+    by row, with the rows that hold. A row that can't be measured stops no other.
     """
     if gpu == table:
         raise CouldNotRun("bench needs one of --gpu (measure) and --table (what was measured)")
@@ -49,7 +50,7 @@ def _table(folder: Path) -> str:
 def _measure(names: list[str], folder: Path, runs: int, commit: str | None, json_file: Path | None) -> int:
     """Measure, show each row as it comes, write the file; the exit code."""
     from ..bench.results import file_name, line_of
-    from ..bench.run import baselines, header, measure_rows, most_error, select_rows
+    from ..bench.run import Failed, baselines, header, measure_rows, most_error, select_rows
 
     chosen = select_rows(names)
     if runs < 20:
@@ -73,16 +74,23 @@ def _measure(names: list[str], folder: Path, runs: int, commit: str | None, json
     out.print(f"its own copy {found.copy / 1e12:.2f} TB/s, bfloat16 product {found.matrix / 1e12:.0f} TFLOP/s")
     if torch is None:
         out.print(f"no baselines: {version}", markup=False)
-    wrong = []
+    path = json_file or (None if names else folder / file_name(found.device, found.date))
+    wrong, failed = [], []
     for measured in measure_rows(device, chosen, torch, runs=runs):
-        found = replace(found, rows=[*found.rows, measured])
-        out.print(line_of(measured, found.copy), markup=False)
+        if isinstance(measured, Failed):
+            failed.append(measured.name)
+            out.print(f"COULD NOT RUN: {measured.name}: {measured.why}", markup=False)
+            continue
+        out.print(line_of(measured, found), markup=False)
         if not measured.error <= most_error(measured.storage):
             wrong.append(measured.name)
-    for name in wrong:
-        out.print(f"DOES NOT HOLD: {name}: its error is above the bound", markup=False)
-    path = json_file or (None if names or wrong else folder / file_name(found.device, found.date))
-    if path is not None:
-        replace_json(path, found.to_json())
+            out.print(f"DOES NOT HOLD: {measured.name}: its error is above the bound", markup=False)
+            continue
+        found = replace(found, rows=[*found.rows, measured])
+        if path is not None:
+            replace_json(path, found.to_json())
+    if path is not None and found.rows:
         out.print(f"written: {path}", markup=False)
+    if failed and not wrong:
+        raise CouldNotRun(f"not measured on {found.device}: {', '.join(failed)}")
     return int(bool(wrong))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from math import prod
 from types import ModuleType
 from typing import Any
 
@@ -12,9 +14,10 @@ from .compile import compile_kernel
 from .launch import Launch, NumbaLaunch
 from .numba_cuda import compile_numba
 
-__all__ = ["Kernels", "Numbers", "cover", "numbers", "place", "product", "ready"]
+__all__ = ["Kernels", "Numbers", "cover", "matmul", "numbers", "parts", "place", "product", "ready"]
 
 WIDE = {"float64": "float64", "float32": "float32", "bfloat16": "float32"}
+FULL_SUMS = 16  # CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION: no partial sum in the type of a bfloat16 result
 
 
 class Numbers:
@@ -62,12 +65,72 @@ def ready(x: Array, dtype: Any = None) -> Array:
 
 
 def product(a: Array, b: Array, dtype: Any) -> Array:
-    """a […, n] @ b [n, m], summed in float32 or wider, in ``dtype``; cuBLAS on a device."""
-    xp, shape = library(a), (*a.shape[:-1], b.shape[1])
-    if a.dtype != dtype:  # CuPy would round the product of bfloat16 arrays to bfloat16
-        a, b = a.astype(dtype), b.astype(dtype)
-    rows = a.reshape(-1, b.shape[0])  # CuPy has no stacks of bfloat16 products
-    return xp.matmul(rows, b).astype(dtype, copy=False).reshape(shape)
+    """a […, n] @ b [n, m] in ``dtype``, summed in float32 or wider; ``a`` may be float32 beside a bfloat16 ``b``."""
+    rows = a if a.ndim == 2 else a.reshape(prod(a.shape[:-1]), b.shape[0])  # CuPy has no stacks of bfloat16 products
+    out = library(a).empty((rows.shape[0], b.shape[1]), dtype=dtype)
+    for i, part in enumerate(parts(rows, b.dtype)):
+        matmul(part, b, out, add=i > 0)
+    return out.reshape(*a.shape[:-1], b.shape[1])
+
+
+def parts(x: Array, dtype: Any) -> Iterator[Array]:
+    """Arrays in ``dtype`` whose sum is ``x``: ``x`` itself, or of float32 in bfloat16 three, the largest first.
+
+    Each holds 8 of its 24 bits, so that products on tensor cores, which take bfloat16, are those of float32. Exact down
+    to 2⁻¹¹⁰; an infinite element becomes NaN.
+    """
+    if x.dtype == dtype:
+        yield x
+        return
+    for rest in (True, True, False):
+        part = x.astype(dtype)
+        yield part
+        if rest:
+            x = x - part
+
+
+def matmul(a: Array, b: Array, out: Array, *, add: bool = False) -> None:
+    """Write a [n, k] @ b [k, m] into ``out`` [n, m], contiguous; with ``add``, add it to what is there.
+
+    ``a`` and ``b`` have one type, ``out`` that or, for bfloat16, float32. Sums are float32 or wider, and rounded once.
+    On a device they are cuBLAS's, on tensor cores for bfloat16; transposed arrays are taken as they lie in memory.
+    """
+    xp, (n, k), m = library(a), a.shape, b.shape[1]
+    types = a.dtype == b.dtype and str(out.dtype) in (str(a.dtype), WIDE[str(a.dtype)])
+    if not types or b.shape[0] != k or out.shape != (n, m) or not out.flags.c_contiguous:
+        raise ValueError(
+            f"out must be contiguous, {(n, m)}, of the type of a {a.dtype} {a.shape} and b {b.dtype} {b.shape}, or "
+            f"wider, got {out.dtype} {out.shape}"
+        )
+    real = np.dtype(WIDE[str(out.dtype)])
+    if xp.__name__ != "cupy":
+        found = xp.matmul(a.astype(real, copy=False), b.astype(real, copy=False))
+        out[...] = out + found if add else found
+    elif 0 in (n, k, m):
+        out[...] = out if add else 0
+    else:
+        # cuBLAS counts columns first: what it takes for a matrix is the transpose of ours, so outᵀ = bᵀ aᵀ
+        blas, handle, runtime = xp.cuda.cublas, xp.cuda.device.get_cublas_handle(), xp.cuda.runtime
+        type_of = {"float64": runtime.CUDA_R_64F, "float32": runtime.CUDA_R_32F, "bfloat16": runtime.CUDA_R_16BF}
+        (a, turn_a, step_a), (b, turn_b, step_b) = _in_memory(a), _in_memory(b)
+        scale, keep = np.ones((), real), np.asarray(add, real)
+        mode = blas.getMathMode(handle)
+        blas.setMathMode(handle, mode | FULL_SUMS)
+        try:
+            blas.gemmEx(
+                handle, turn_b, turn_a, m, n, k, scale.ctypes.data, b.data.ptr, type_of[str(b.dtype)], step_b,
+                a.data.ptr, type_of[str(a.dtype)], step_a, keep.ctypes.data, out.data.ptr, type_of[str(out.dtype)], m,
+                blas.CUBLAS_COMPUTE_64F if real == np.float64 else blas.CUBLAS_COMPUTE_32F, blas.CUBLAS_GEMM_DEFAULT,
+            )  # fmt: skip
+        finally:
+            blas.setMathMode(handle, mode)
+
+
+def _in_memory(x: Array) -> tuple[Array, int, int]:
+    """(array, whether its rows lie across memory: cuBLAS's transposition of it, elements from line to line)."""
+    if not x.flags.c_contiguous and x.flags.f_contiguous:
+        return x, 1, x.shape[0]
+    return library(x).ascontiguousarray(x), 0, x.shape[1]
 
 
 def place(permutation: Array) -> Array:

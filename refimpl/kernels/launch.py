@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -65,7 +66,7 @@ class DeviceLaunch:
         if not fitting:
             raise CouldNotRun(f"kernels are compiled for {', '.join(TARGETS)}, this GPU is sm_{capability}")
         self.target = fitting[-1]
-        self._modules: dict[str, Any] = {}
+        self._kernels: dict[tuple[Path, str], Any] = {}
 
     def __call__(
         self, module: Module, kernel: str, grid: tuple[int, ...], block: tuple[int, ...], arguments: Sequence[Any], *,
@@ -73,10 +74,10 @@ class DeviceLaunch:
     ) -> None:  # fmt: skip
         if any(isinstance(x, np.ndarray) for x in arguments):  # CuPy would pass its values, not its address
             raise TypeError(f"{kernel} runs on CuPy arrays, got a NumPy array")
-        path = str(module.cubin)
-        if path not in self._modules:
-            self._modules[path] = self._cupy.RawModule(path=path)
-        self._modules[path].get_function(kernel)(grid, block, tuple(arguments), shared_mem=shared)
+        key = module.cubin, kernel
+        if key not in self._kernels:
+            self._kernels[key] = self._cupy.RawModule(path=str(module.cubin)).get_function(kernel)
+        self._kernels[key](grid, block, tuple(arguments), shared_mem=shared)
 
     def empty(self, shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
         return self._cupy.empty(shape, dtype=dtype)

@@ -1,7 +1,9 @@
 """Log-probabilities of chosen tokens on kernels/cross_entropy.cu; as `refimpl.ops.log_prob`, and for bfloat16.
 
-Whole rows of logits are made at a time, as many as fit in ``block``'s number of entries (at least one): their product
-is cuBLAS's, the log-sum-exp and the gradient, which is written over the logits, are the kernels'.
+The products are cuBLAS's, the log-sum-exp and the gradient, which is written over the logits, are the kernels'. A GPU
+wants large products, so logits are made in blocks of at least `BLOCK`, whatever ``block`` is: as many whole rows in the
+forward, so that no sum of a row depends on the block, and blocks of tokens × vocabulary in the backward, where dw is
+then written once for each block of tokens. The gradient of bfloat16's logits stays float32 (`parts`).
 """
 
 from __future__ import annotations
@@ -12,10 +14,13 @@ from ..array import Array, blocks, expect
 from ..ops.cross_entropy import token_weights
 from ..ops.table import Op
 from .cross_entropy import softmax_gradient, softmax_statistics
-from .host import numbers, product, ready
+from .host import matmul, numbers, parts, product, ready
 from .launch import Launch
 
 __all__ = ["LogProbSaved", "log_prob"]
+
+BLOCK = 4096, 16384  # tokens, vocabulary: 256 MiB of float32 logits
+TILE = 128  # rows that a product is best a multiple of
 
 
 class LogProbSaved(NamedTuple):
@@ -26,7 +31,7 @@ class LogProbSaved(NamedTuple):
     targets: Array  # [M]
     mask: Array  # [M]
     temperature: float
-    block: tuple[int, int]
+    block: tuple[int, int]  # tokens, vocabulary
 
 
 def log_prob(launch: Launch) -> Op:
@@ -34,7 +39,8 @@ def log_prob(launch: Launch) -> Op:
 
     def logits(rows: Array, w: Array, saved: LogProbSaved) -> Array:
         z = product(rows, w.T, numbers(h=rows).real)
-        z /= saved.temperature
+        if saved.temperature != 1:
+            z /= saved.temperature
         return z
 
     def log_prob_forward(
@@ -51,8 +57,9 @@ def log_prob(launch: Launch) -> Op:
         targets, mask = ready(targets.reshape(-1)), mask.reshape(-1)
         rows = h.reshape(-1, h.shape[-1])
         largest, total, chosen = (n.xp.zeros((targets.size,), dtype=n.real) for _ in range(3))
+        block = max(block[0], BLOCK[0]), max(block[1], BLOCK[1])
         saved = LogProbSaved(h, w, largest, total, targets, mask, float(temperature), block)
-        for start, stop in blocks(targets.size, _rows(block, w)):
+        for start, stop in blocks(targets.size, _rows(block, w.shape[0])):
             z = logits(rows[start:stop], w, saved)
             part = slice(start, stop)
             largest[part], total[part], chosen[part] = softmax_statistics(launch, z, ready(targets[part]))
@@ -65,16 +72,22 @@ def log_prob(launch: Launch) -> Op:
         rows = h.reshape(-1, h.shape[-1])
         weight = -dy.reshape(-1).astype(n.real, copy=False) * mask / n.scalar(temperature)
         dh, dw = n.xp.zeros(rows.shape, dtype=h.dtype), n.xp.zeros(w.shape, dtype=n.real)
-        for start, stop in blocks(targets.size, _rows(block, w)):
-            z, part = logits(rows[start:stop], w, saved), slice(start, stop)
-            of_rows = [ready(x[part]) for x in (largest, total, targets, weight)]
-            dz = softmax_gradient(launch, z, z, *of_rows, dloss=1.0)  # type: ignore[misc]
-            dh[part] = product(dz, w.astype(n.real, copy=False), n.real)
-            dw += product(dz.T, rows[part].astype(n.real, copy=False), n.real)
+        for start, stop in blocks(targets.size, block[0]):
+            x, sums = rows[start:stop], n.xp.empty((stop - start, rows.shape[1]), dtype=n.real)
+            peak, sum_of, own, scale = (ready(each[start:stop]) for each in (largest, total, targets, weight))
+            for w0, w1 in blocks(w.shape[0], block[1]):
+                z = logits(x, w[w0:w1], saved)
+                dz = softmax_gradient(launch, z, z, peak, sum_of, own - w0, scale, dloss=1.0)
+                for i, part in enumerate(parts(dz, w.dtype)):
+                    matmul(part, w[w0:w1], sums, add=w0 + i > 0)
+                    matmul(part.T, x, dw[w0:w1], add=start + i > 0)
+            dh[start:stop] = sums.astype(h.dtype, copy=False)
         return dh.reshape(h.shape), dw
 
     return Op(log_prob_forward, log_prob_backward)
 
 
-def _rows(block: tuple[int, int], w: Array) -> int:
-    return max(1, block[0] * block[1] // int(w.shape[0]))
+def _rows(block: tuple[int, int], vocabulary: int) -> int:
+    """How many whole rows of logits have a block's number of entries, at least one."""
+    rows = max(block[0] * block[1] // vocabulary, 1)
+    return rows - rows % TILE if rows > TILE else rows

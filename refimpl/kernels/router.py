@@ -80,8 +80,8 @@ def router(launch: Launch) -> Op:
             s if dscores is None else ready(dscores, n.real), s, indices, np.int64(rows), experts, top_k,
             int(score == "softmax"), int(normalise), n.scalar(scale), n.scalar(epsilon), int(dscores is not None),
         )  # fmt: skip
-        dx = product(dlogits, w.astype(n.real, copy=False), n.real).astype(x.dtype, copy=False).reshape(x.shape)
-        dw = product(dlogits.T, x.reshape(-1, x.shape[-1]).astype(n.real, copy=False), n.real)
+        dx = product(dlogits, w, n.real).astype(x.dtype, copy=False).reshape(x.shape)
+        dw = product(dlogits.T, x.reshape(-1, x.shape[-1]), n.real)
         return dx, dw
 
     return Op(router_forward, router_backward)
