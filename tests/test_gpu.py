@@ -63,7 +63,7 @@ def test_stages() -> None:
         assert stage.environment == {"CUPY_ACCELERATORS": "", "REFIMPL_GPU": "1", "REFIMPL_SANITIZER": "1"}
     for name in ("test_kernels", "test_bench"):
         assert (ROOT / "tests" / f"{name}.py").is_file()
-    for stage in checked[:3]:  # one command on a lent machine may last ten minutes
+    for stage in checked[:3]:  # so that a log comes every ten minutes
         assert stage.limit < 600
 
 
