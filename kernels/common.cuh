@@ -25,34 +25,63 @@ constexpr unsigned ALL_LANES = 0xffffffffu;
 
 #define INFINITY_ (__longlong_as_double(0x7ff0000000000000ll))
 
+// 16 bytes as they lie in memory. Nothing waits for a load until an element is used, so load all chunks before that.
+struct Chunk {
+    unsigned word[4];
+
+    __device__ __forceinline__ storage get(int v) const {
+#if defined(STORAGE_FLOAT64)
+        return __hiloint2double(word[2 * v + 1], word[2 * v]);
+#elif defined(STORAGE_FLOAT32)
+        return __uint_as_float(word[v]);
+#else
+        return storage{static_cast<unsigned short>(word[v / 2] >> 16 * (v % 2))};
+#endif
+    }
+
+    // Element v, which is 0 before.
+    __device__ __forceinline__ void set(int v, storage x) {
+#if defined(STORAGE_FLOAT64)
+        word[2 * v] = __double2loint(x);
+        word[2 * v + 1] = __double2hiint(x);
+#elif defined(STORAGE_FLOAT32)
+        word[v] = __float_as_uint(x);
+#else
+        word[v / 2] |= static_cast<unsigned>(x.bits) << 16 * (v % 2);
+#endif
+    }
+
+    __device__ __forceinline__ real operator[](int v) const;  // element v, for arithmetic
+};
+
 // ---- one wrapper for each PTX instruction that CUDA C has no word for
 
 // ld.global.nc.L1::no_allocate.L2::256B.v4.u32: 16 bytes that are read once. They pass L1 by, which stays free for data
 // that is read again, and L2 fetches 256 bytes at a time, so that fewer requests reach memory. Legal only on data that
 // nothing writes while the kernel runs (.nc), at addresses that are multiples of 16.
-__device__ __forceinline__ uint4 ld_global_nc_stream(const void* address) {
-    uint4 bits;
+__device__ __forceinline__ Chunk ld_global_nc_stream(const void* address) {
+    Chunk to;
     asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+                 : "=r"(to.word[0]), "=r"(to.word[1]), "=r"(to.word[2]), "=r"(to.word[3])
                  : "l"(__cvta_generic_to_global(address)));
-    return bits;
+    return to;
 }
 
 // ld.global.v4.u32 and st.global.v4.u32: 16 bytes in one access, at multiples of 16. Written out, because the compiler
-// otherwise splits a chunk that goes through a union into as many accesses as it has elements.
-__device__ __forceinline__ uint4 ld_global_v4(const void* address) {
-    uint4 bits;
+// otherwise splits a chunk into as many accesses as it has elements.
+__device__ __forceinline__ Chunk ld_global_v4(const void* address) {
+    Chunk to;
     asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+                 : "=r"(to.word[0]), "=r"(to.word[1]), "=r"(to.word[2]), "=r"(to.word[3])
                  : "l"(__cvta_generic_to_global(address))
                  : "memory");
-    return bits;
+    return to;
 }
 
-__device__ __forceinline__ void st_global_v4(void* address, uint4 bits) {
+__device__ __forceinline__ void st_global_v4(void* address, Chunk from) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
                  :
-                 : "l"(__cvta_generic_to_global(address)), "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
+                 : "l"(__cvta_generic_to_global(address)), "r"(from.word[0]), "r"(from.word[1]), "r"(from.word[2]), "r"(from.word[3])
                  : "memory");
 }
 
@@ -73,38 +102,47 @@ __device__ __forceinline__ real widen(storage x) { return x; }
 __device__ __forceinline__ storage narrow(real x) { return x; }
 #endif
 
-union Chunk {
-    uint4 bits;
-    storage element[VECTOR];
-    __device__ Chunk() {}
-};
+__device__ __forceinline__ real Chunk::operator[](int v) const { return widen(get(v)); }
 
-// Elements i … i + VECTOR − 1 of a row of `length`, 0 past its end. `wide` says that the row starts at a multiple of 16
-// bytes and is a whole number of chunks long: then it is one access of 16 bytes, else one for each element.
+// Chunk k: elements i + k step … i + k step + VECTOR − 1 of a row of `length`, 0 past its end. `wide` says that the row
+// starts at a multiple of 16 bytes and, as i and step, is a whole number of chunks long: then each chunk is one access
+// of 16 bytes, and all are on their way before anything is waited for; else there is one access for each element.
 // STREAM: no kernel in flight writes the row and it is read once.
-template <bool STREAM>
-__device__ __forceinline__ void load_chunk(real (&chunk)[VECTOR], const storage* row, int64 i, int64 length, bool wide) {
-    if (wide && i < length) {
-        Chunk from;
-        from.bits = STREAM ? ld_global_nc_stream(row + i) : ld_global_v4(row + i);
+template <bool STREAM, int COUNT>
+__device__ __forceinline__ void load_chunks(Chunk (&chunk)[COUNT], const storage* row, int i, int step, int length, bool wide) {
 #pragma unroll
-        for (int v = 0; v < VECTOR; v++) chunk[v] = widen(from.element[v]);
+    for (int k = 0; k < COUNT; k++) chunk[k] = {};
+    if (wide) {
+#pragma unroll
+        for (int k = 0; k < COUNT; k++, i += step)
+            if (i < length) chunk[k] = STREAM ? ld_global_nc_stream(row + i) : ld_global_v4(row + i);
     } else {
 #pragma unroll
-        for (int v = 0; v < VECTOR; v++) chunk[v] = i + v < length ? widen(row[i + v]) : real(0);
+        for (int k = 0; k < COUNT; k++, i += step)
+#pragma unroll
+            for (int v = 0; v < VECTOR; v++)
+                if (i + v < length) chunk[k].set(v, row[i + v]);
     }
 }
 
-__device__ __forceinline__ void store_chunk(const real (&chunk)[VECTOR], storage* row, int64 i, int64 length, bool wide) {
+// The one chunk at i.
+template <bool STREAM>
+__device__ __forceinline__ Chunk load_chunk(const storage* row, int i, int length, bool wide) {
+    Chunk chunk[1];
+    load_chunks<STREAM>(chunk, row, i, 0, length, wide);
+    return chunk[0];
+}
+
+__device__ __forceinline__ void store_chunk(const real (&x)[VECTOR], storage* row, int i, int length, bool wide) {
     if (wide && i < length) {
-        Chunk to;
+        Chunk chunk = {};
 #pragma unroll
-        for (int v = 0; v < VECTOR; v++) to.element[v] = narrow(chunk[v]);
-        st_global_v4(row + i, to.bits);
+        for (int v = 0; v < VECTOR; v++) chunk.set(v, narrow(x[v]));
+        st_global_v4(row + i, chunk);
     } else {
 #pragma unroll
         for (int v = 0; v < VECTOR; v++)
-            if (i + v < length) row[i + v] = narrow(chunk[v]);
+            if (i + v < length) row[i + v] = narrow(x[v]);
     }
 }
 

@@ -29,9 +29,8 @@ cross_entropy_forward(real* largest_of_row, real* sum_of_row, real* chosen, cons
     const storage* z = logits + row * vocabulary;
     const bool wide = vocabulary % VECTOR == 0;
     Total total = {-infinity(), 0};
-    for (int64 i = threadIdx.x * VECTOR; i < vocabulary; i += blockDim.x * VECTOR) {
-        real chunk[VECTOR];
-        load_chunk<true>(chunk, z, i, vocabulary, wide);
+    for (int i = threadIdx.x * VECTOR; i < vocabulary; i += blockDim.x * VECTOR) {
+        const Chunk chunk = load_chunk<true>(z, i, vocabulary, wide);
         real largest = total.largest;
 #pragma unroll
         for (int v = 0; v < VECTOR; v++) largest = i + v < vocabulary && chunk[v] > largest ? chunk[v] : largest;
@@ -71,16 +70,16 @@ cross_entropy_backward(storage* dlogits, const storage* logits, const real* larg
     const int parts = (vocabulary - 1) / (blockDim.x * VECTOR) + 1;
     const int64 row = blockIdx.x / parts;
     const bool wide = vocabulary % VECTOR == 0;
-    const int64 i = (int64(blockIdx.x % parts) * blockDim.x + threadIdx.x) * VECTOR;
+    const int i = (blockIdx.x % parts * blockDim.x + threadIdx.x) * VECTOR;
     if (i >= vocabulary) return;
-    real chunk[VECTOR];
-    load_chunk<false>(chunk, logits + row * vocabulary, i, vocabulary, wide);
+    const Chunk chunk = load_chunk<false>(logits + row * vocabulary, i, vocabulary, wide);
     const real scale = dloss[0] * weight[row], largest = largest_of_row[row], sum = sum_of_row[row];
     const int64 target = targets[row];
+    real dz[VECTOR];
 #pragma unroll
     for (int v = 0; v < VECTOR; v++) {
         const real p = exponential(chunk[v] - largest) / sum;
-        chunk[v] = scale == 0 ? real(0) : scale * (i + v == target ? p - 1 : p);  // (cross_entropy.3)
+        dz[v] = scale == 0 ? real(0) : scale * (i + v == target ? p - 1 : p);  // (cross_entropy.3)
     }
-    store_chunk(chunk, dlogits + row * vocabulary, i, vocabulary, wide);
+    store_chunk(dz, dlogits + row * vocabulary, i, vocabulary, wide);
 }

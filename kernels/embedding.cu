@@ -10,9 +10,11 @@ extern "C" __global__ void embedding_gather(storage* y, const storage* w, const 
     const int64 row = thread / parts;
     const int i = thread % parts * VECTOR;
     const bool wide = width % VECTOR == 0;
-    real chunk[VECTOR];
-    load_chunk<false>(chunk, w + ids[row] * width, i, width, wide);
-    store_chunk(chunk, y + row * width, i, width, wide);  // (embedding.1)
+    const Chunk chunk = load_chunk<false>(w + ids[row] * width, i, width, wide);
+    real copy[VECTOR];
+#pragma unroll
+    for (int v = 0; v < VECTOR; v++) copy[v] = chunk[v];
+    store_chunk(copy, y + row * width, i, width, wide);  // (embedding.1)
 }
 
 // dw[id] = Σ over m with ids[m] = id of dy[m], in `real`. The host sorts: order[start[id]] … order[start[id + 1] − 1]
@@ -31,8 +33,7 @@ extern "C" __global__ void embedding_backward(real* dw, const storage* dy, const
 #pragma unroll
     for (int v = 0; v < VECTOR; v++) sum[v] = 0;
     for (int64 k = start[id] + threadIdx.y; k < end; k += LANES) {
-        real chunk[VECTOR];
-        load_chunk<true>(chunk, dy + order[k] * width, i, width, wide);
+        const Chunk chunk = load_chunk<true>(dy + order[k] * width, i, width, wide);
 #pragma unroll
         for (int v = 0; v < VECTOR; v++) sum[v] += chunk[v];
     }

@@ -13,11 +13,11 @@ extern "C" __global__ void moe_permute(storage* rows, const storage* x, const in
     const int i = thread % parts * VECTOR;
     const bool wide = width % VECTOR == 0;
     const real factor = scaled ? scale[slot] : real(1);
-    real chunk[VECTOR];
-    load_chunk<false>(chunk, x + slot / top_k * width, i, width, wide);  // read K times: let the caches keep it
+    const Chunk chunk = load_chunk<false>(x + slot / top_k * width, i, width, wide);  // read K times: let the caches keep it
+    real scaled_x[VECTOR];
 #pragma unroll
-    for (int v = 0; v < VECTOR; v++) chunk[v] *= factor;  // (moe.8) with a factor
-    store_chunk(chunk, rows + row * width, i, width, wide);  // (moe.2) (moe.9)
+    for (int v = 0; v < VECTOR; v++) scaled_x[v] = chunk[v] * factor;  // (moe.8) with a factor
+    store_chunk(scaled_x, rows + row * width, i, width, wide);  // (moe.2) (moe.9)
 }
 
 // y[m] = Σ_k weights[m, k] rows[place[m K + k]], weights 1 unless weighted. Grid: a thread a chunk of each token.
@@ -35,8 +35,7 @@ extern "C" __global__ void moe_combine(storage* y, const storage* rows, const in
     for (int k = 0; k < top_k; k++) {
         const int64 slot = token * top_k + k;
         const real weight = weighted ? weights[slot] : real(1);
-        real chunk[VECTOR];
-        load_chunk<true>(chunk, rows + place[slot] * width, i, width, wide);
+        const Chunk chunk = load_chunk<true>(rows + place[slot] * width, i, width, wide);
 #pragma unroll
         for (int v = 0; v < VECTOR; v++) sum[v] += weight * chunk[v];  // (moe.5) (moe.11)
     }
@@ -52,9 +51,8 @@ extern "C" __global__ void moe_weight_gradient(real* dweights, const storage* dy
     const bool wide = width % VECTOR == 0;
     real sum = 0;
     for (int i = lane * VECTOR; i < width; i += WARP * VECTOR) {
-        real a[VECTOR], b[VECTOR];
-        load_chunk<false>(a, dy + slot / top_k * width, i, width, wide);
-        load_chunk<true>(b, rows + place[slot] * width, i, width, wide);
+        const Chunk a = load_chunk<false>(dy + slot / top_k * width, i, width, wide);
+        const Chunk b = load_chunk<true>(rows + place[slot] * width, i, width, wide);
 #pragma unroll
         for (int v = 0; v < VECTOR; v++) sum += a[v] * b[v];
     }

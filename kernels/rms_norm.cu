@@ -10,23 +10,23 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 rms_norm_forward(storage* y, real* r, const storage* x, const storage* w, int width, real eps) {
     const int64 row = blockIdx.x;
     const bool wide = width % VECTOR == 0;
-    real held[HELD][VECTOR], sum = 0;
+    const int first = threadIdx.x * VECTOR, step = blockDim.x * VECTOR;
+    Chunk held[HELD], scale[HELD];
+    load_chunks<true>(held, x + row * width, first, step, width, wide);
+    load_chunks<false>(scale, w, first, step, width, wide);
+    real sum = 0;
 #pragma unroll
-    for (int k = 0; k < HELD; k++) {
-        load_chunk<true>(held[k], x + row * width, (k * blockDim.x + threadIdx.x) * VECTOR, width, wide);
+    for (int k = 0; k < HELD; k++)
 #pragma unroll
         for (int v = 0; v < VECTOR; v++) sum += held[k][v] * held[k][v];
-    }
     const real rms = 1 / root(block_sum(sum) / width + eps);  // (rms_norm.1)
     if (threadIdx.x == 0) r[row] = rms;
 #pragma unroll
     for (int k = 0; k < HELD; k++) {
-        const int i = (k * blockDim.x + threadIdx.x) * VECTOR;
-        real scale[VECTOR];
-        load_chunk<false>(scale, w, i, width, wide);
+        real scaled[VECTOR];
 #pragma unroll
-        for (int v = 0; v < VECTOR; v++) held[k][v] *= rms * scale[v];  // (rms_norm.2)
-        store_chunk(held[k], y + row * width, i, width, wide);
+        for (int v = 0; v < VECTOR; v++) scaled[v] = held[k][v] * (rms * scale[k][v]);  // (rms_norm.2)
+        store_chunk(scaled, y + row * width, first + k * step, width, wide);
     }
 }
 
@@ -36,6 +36,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 rms_norm_backward(storage* dx, real* part, const storage* dy, const storage* x, const storage* w, const real* r,
                   int64 rows, int width) {
     const bool wide = width % VECTOR == 0;
+    const int first = threadIdx.x * VECTOR, step = blockDim.x * VECTOR;
     real dw[HELD][VECTOR];
 #pragma unroll
     for (int k = 0; k < HELD; k++)
@@ -43,35 +44,34 @@ rms_norm_backward(storage* dx, real* part, const storage* dy, const storage* x, 
         for (int v = 0; v < VECTOR; v++) dw[k][v] = 0;
     for (int64 row = blockIdx.x; row < rows; row += gridDim.x) {
         const real rms = r[row];
-        real n[HELD][VECTOR], dn[HELD][VECTOR], sum = 0;
+        Chunk own[HELD], d[HELD], scale[HELD];
+        load_chunks<true>(own, x + row * width, first, step, width, wide);
+        load_chunks<true>(d, dy + row * width, first, step, width, wide);
+        load_chunks<false>(scale, w, first, step, width, wide);
+        real dn[HELD][VECTOR], sum = 0;
 #pragma unroll
-        for (int k = 0; k < HELD; k++) {
-            const int i = (k * blockDim.x + threadIdx.x) * VECTOR;
-            real scale[VECTOR];
-            load_chunk<true>(n[k], x + row * width, i, width, wide);
-            load_chunk<true>(dn[k], dy + row * width, i, width, wide);
-            load_chunk<false>(scale, w, i, width, wide);
+        for (int k = 0; k < HELD; k++)
 #pragma unroll
             for (int v = 0; v < VECTOR; v++) {
-                n[k][v] *= rms;
-                dw[k][v] += dn[k][v] * n[k][v];  // (rms_norm.5)
-                dn[k][v] *= scale[v];            // (rms_norm.3)
-                sum += dn[k][v] * n[k][v];
+                const real n = own[k][v] * rms;
+                dw[k][v] += d[k][v] * n;             // (rms_norm.5)
+                dn[k][v] = d[k][v] * scale[k][v];  // (rms_norm.3)
+                sum += dn[k][v] * n;
             }
-        }
         const real mean = block_sum(sum) / width;
 #pragma unroll
         for (int k = 0; k < HELD; k++) {
+            real dx_k[VECTOR];
 #pragma unroll
-            for (int v = 0; v < VECTOR; v++) n[k][v] = rms * (dn[k][v] - n[k][v] * mean);  // (rms_norm.4)
-            store_chunk(n[k], dx + row * width, (k * blockDim.x + threadIdx.x) * VECTOR, width, wide);
+            for (int v = 0; v < VECTOR; v++) dx_k[v] = rms * (dn[k][v] - own[k][v] * rms * mean);  // (rms_norm.4)
+            store_chunk(dx_k, dx + row * width, first + k * step, width, wide);
         }
     }
 #pragma unroll
     for (int k = 0; k < HELD; k++)
 #pragma unroll
         for (int v = 0; v < VECTOR; v++) {
-            const int i = (k * blockDim.x + threadIdx.x) * VECTOR + v;
+            const int i = first + k * step + v;
             if (i < width) part[int64(blockIdx.x) * width + i] = dw[k][v];
         }
 }

@@ -13,9 +13,11 @@ extern "C" __global__ void rope_rotate(storage* y, const storage* x, const real*
     if (head >= tokens * heads) return;
     const int pair = thread % parts * VECTOR;
     const bool wide = half % VECTOR == 0;
-    const storage* from = x + head * 2 * half;
-    storage* to = y + head * 2 * half;
-    real first[VECTOR], second[VECTOR], c[VECTOR], s[VECTOR];
+    const int64 at = head * 2 * half + (interleaved ? 2 * pair : pair);  // of the first chunk, and of the second:
+    const int64 then = at + (interleaved ? VECTOR : half);
+    const int left = interleaved ? 2 * (half - pair) : half - pair, left_then = interleaved ? left - VECTOR : left;
+    const Chunk x0 = load_chunk<true>(x + at, 0, left, wide), x1 = load_chunk<true>(x + then, 0, left_then, wide);
+    real c[VECTOR], s[VECTOR], y0[VECTOR], y1[VECTOR];
 #pragma unroll
     for (int v = 0; v < VECTOR; v++) {
         const bool inside = pair + v < half;
@@ -24,28 +26,20 @@ extern "C" __global__ void rope_rotate(storage* y, const storage* x, const real*
         s[v] = inside ? sign * sin[angle] : real(0);
     }
     if (interleaved) {
-        load_chunk<true>(first, from, 2 * pair, 2 * half, wide);
-        load_chunk<true>(second, from, 2 * pair + VECTOR, 2 * half, wide);
 #pragma unroll
         for (int v = 0; v < VECTOR; v++) {  // pair v: elements 2v and 2v + 1 of the two chunks
-            real(&chunk)[VECTOR] = 2 * v < VECTOR ? first : second;
             const int k = 2 * v % VECTOR;
-            const real a = chunk[k], b = chunk[k + 1];
-            chunk[k] = a * c[v] - b * s[v];  // (rope.5)
-            chunk[k + 1] = a * s[v] + b * c[v];
+            const real a = (2 * v < VECTOR ? x0 : x1)[k], b = (2 * v < VECTOR ? x0 : x1)[k + 1];
+            (2 * v < VECTOR ? y0 : y1)[k] = a * c[v] - b * s[v];  // (rope.5)
+            (2 * v < VECTOR ? y0 : y1)[k + 1] = a * s[v] + b * c[v];
         }
-        store_chunk(first, to, 2 * pair, 2 * half, wide);
-        store_chunk(second, to, 2 * pair + VECTOR, 2 * half, wide);
     } else {
-        load_chunk<true>(first, from, pair, half, wide);
-        load_chunk<true>(second, from + half, pair, half, wide);
 #pragma unroll
         for (int v = 0; v < VECTOR; v++) {
-            const real a = first[v], b = second[v];
-            first[v] = a * c[v] - b * s[v];  // (rope.5)
-            second[v] = a * s[v] + b * c[v];
+            y0[v] = x0[v] * c[v] - x1[v] * s[v];  // (rope.5)
+            y1[v] = x0[v] * s[v] + x1[v] * c[v];
         }
-        store_chunk(first, to, pair, half, wide);
-        store_chunk(second, to + half, pair, half, wide);
     }
+    store_chunk(y0, y + at, 0, left, wide);
+    store_chunk(y1, y + then, 0, left_then, wide);
 }

@@ -66,7 +66,7 @@ BUDGET = {
     "adamw_update": (40, 0), "cross_entropy_backward": (40, 0), "cross_entropy_forward": (40, 256),
     "cross_entropy_loss": (32, 256), "embedding_backward": (40, 4096), "embedding_gather": (32, 0),
     "grpo_forward": (64, 256), "grpo_loss": (32, 256), "moe_combine": (40, 0), "moe_permute": (40, 0),
-    "moe_weight_gradient": (48, 0), "rms_norm_backward": (128, 256), "rms_norm_forward": (80, 256),
+    "moe_weight_gradient": (48, 0), "rms_norm_backward": (128, 256), "rms_norm_forward": (88, 256),
     "rms_norm_weight": (40, 0), "rope_rotate": (64, 0), "router_backward": (40, 0), "router_forward": (64, 0),
     "swiglu_backward": (48, 0), "swiglu_forward": (40, 0),
 }  # fmt: skip

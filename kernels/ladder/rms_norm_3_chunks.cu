@@ -7,20 +7,21 @@ extern "C" __global__ void rms_norm_forward(storage* y, real* r, const storage* 
                                             int width, real eps) {
     const int64 row = blockIdx.x;
     const bool wide = width % VECTOR == 0;
-    real chunk[VECTOR], scale[VECTOR], sum = 0;
+    real sum = 0;
     for (int i = threadIdx.x * VECTOR; i < width; i += blockDim.x * VECTOR) {
-        load_chunk<false>(chunk, x + row * width, i, width, wide);  // read again below: let the caches keep it
+        const Chunk chunk = load_chunk<false>(x + row * width, i, width, wide);  // read again: let the caches keep it
 #pragma unroll
         for (int v = 0; v < VECTOR; v++) sum += chunk[v] * chunk[v];
     }
     const real rms = 1 / root(block_sum(sum) / width + eps);  // (rms_norm.1)
     if (threadIdx.x == 0) r[row] = rms;
     for (int i = threadIdx.x * VECTOR; i < width; i += blockDim.x * VECTOR) {
-        load_chunk<false>(chunk, x + row * width, i, width, wide);
-        load_chunk<false>(scale, w, i, width, wide);
+        const Chunk chunk = load_chunk<false>(x + row * width, i, width, wide);
+        const Chunk scale = load_chunk<false>(w, i, width, wide);
+        real scaled[VECTOR];
 #pragma unroll
-        for (int v = 0; v < VECTOR; v++) chunk[v] *= rms * scale[v];  // (rms_norm.2)
-        store_chunk(chunk, y + row * width, i, width, wide);
+        for (int v = 0; v < VECTOR; v++) scaled[v] = chunk[v] * (rms * scale[v]);  // (rms_norm.2)
+        store_chunk(scaled, y + row * width, i, width, wide);
     }
 }
 
@@ -30,21 +31,21 @@ extern "C" __global__ void rms_norm_backward(storage* dx, const storage* dy, con
     const int64 row = blockIdx.x;
     const bool wide = width % VECTOR == 0;
     const real rms = r[row];
-    real n[VECTOR], dn[VECTOR], scale[VECTOR], mean = 0;
+    real mean = 0;
     for (int pass = 0; pass < 2; pass++) {
         real sum = 0;
         for (int i = threadIdx.x * VECTOR; i < width; i += blockDim.x * VECTOR) {
-            load_chunk<false>(n, x + row * width, i, width, wide);
-            load_chunk<false>(dn, dy + row * width, i, width, wide);
-            load_chunk<false>(scale, w, i, width, wide);
+            const Chunk own = load_chunk<false>(x + row * width, i, width, wide);
+            const Chunk d = load_chunk<false>(dy + row * width, i, width, wide);
+            const Chunk scale = load_chunk<false>(w, i, width, wide);
+            real dx_chunk[VECTOR];
 #pragma unroll
             for (int v = 0; v < VECTOR; v++) {
-                n[v] *= rms;
-                dn[v] *= scale[v];  // (rms_norm.3)
-                sum += dn[v] * n[v];
-                n[v] = rms * (dn[v] - n[v] * mean);  // (rms_norm.4)
+                const real n = own[v] * rms, dn = d[v] * scale[v];  // (rms_norm.3)
+                sum += dn * n;
+                dx_chunk[v] = rms * (dn - n * mean);  // (rms_norm.4)
             }
-            if (pass == 1) store_chunk(n, dx + row * width, i, width, wide);
+            if (pass == 1) store_chunk(dx_chunk, dx + row * width, i, width, wide);
         }
         if (pass == 0) mean = block_sum(sum) / width;
     }
@@ -56,14 +57,14 @@ extern "C" __global__ void rms_norm_weight(real* dw, const storage* dy, const st
     const int i = (blockIdx.x * blockDim.x + threadIdx.x) * VECTOR;
     if (i >= width) return;
     const bool wide = width % VECTOR == 0;
-    real sum[VECTOR], n[VECTOR], d[VECTOR];
+    real sum[VECTOR];
 #pragma unroll
     for (int v = 0; v < VECTOR; v++) sum[v] = 0;
     for (int64 row = 0; row < rows; row++) {
-        load_chunk<true>(n, x + row * width, i, width, wide);
-        load_chunk<true>(d, dy + row * width, i, width, wide);
+        const Chunk own = load_chunk<true>(x + row * width, i, width, wide);
+        const Chunk d = load_chunk<true>(dy + row * width, i, width, wide);
 #pragma unroll
-        for (int v = 0; v < VECTOR; v++) sum[v] += d[v] * n[v] * r[row];  // (rms_norm.5)
+        for (int v = 0; v < VECTOR; v++) sum[v] += d[v] * own[v] * r[row];  // (rms_norm.5)
     }
 #pragma unroll
     for (int v = 0; v < VECTOR; v++)
