@@ -179,6 +179,8 @@ class Parser:
             kernel.most_threads = int(self.take())
             while self.accept(","):
                 kernel.most_threads *= int(self.take())
+        if self.accept(".minnctapersm"):  # what ptxas should leave room for
+            self.take()
         self.take("{")
         self.scopes.append({})
         while self.scopes:
