@@ -258,17 +258,56 @@ def test_router_chooses_exactly_the_same(column: str, storage: str) -> None:
     for experts, groups, keep, top_k, group_score, hidden in (
         (8, 1, 1, 3, "max", "-inf"), (64, 8, 4, 8, "top2", "-inf"), (64, 8, 4, 8, "share", "zero"),
         (33, 3, 2, 6, "top2", "zero"), (6, 6, 5, 5, "top2", "-inf"), (1, 1, 1, 1, "max", "-inf"),
+        (60, 20, 7, 8, "top2", "-inf"), (100, 5, 2, 9, "share", "-inf"), (40, 2, 2, 32, "top2", "-inf"),
     ):  # fmt: skip
         x = np.eye(5)[rng.integers(0, 5, 6)]
         w, bias = rng.integers(-2, 3, (experts, 5)) / 2.0, rng.integers(-3, 2, experts) / 4.0
+        bias = bias.astype(kernel_support.WIDE[storage])  # a wider one is added by the host, which then chooses
         for score in ("sigmoid", "softmax"):
             output, _ = TABLES[column]["router"].forward(
                 *(rounded(a, storage) for a in (x, w)), bias=bias, top_k=top_k, groups=groups, keep_groups=keep,
                 group_score=group_score, masked_groups=hidden, score=score,
             )  # fmt: skip
-            biased = output.scores + bias.astype(output.scores.dtype)
+            biased = output.scores + bias
             wanted = ops.select_experts(biased, top_k, groups, keep, group_score, hidden)
             assert np.array_equal(output.indices, wanted), (experts, groups, score)
+
+
+@pytest.mark.parametrize(("column", "storage"), TYPES)
+def test_router_with_scores_that_are_no_numbers(column: str, storage: str) -> None:
+    """NaN in scores, bias, whole groups and all of them: the very ids of `select_experts`, where NaN comes after every
+    number, the −∞ of a hidden group too; the scores are NaN where the reference's are."""
+    rng, inf, nan = np.random.default_rng(0), np.inf, np.nan
+    for experts, groups, keep, top_k, group_score, hidden in (
+        (8, 1, 1, 5, "max", "-inf"), (12, 3, 1, 4, "max", "zero"), (12, 3, 2, 6, "top2", "-inf"),
+        (40, 8, 4, 9, "top2", "-inf"),
+    ):  # fmt: skip
+        settings = {"top_k": top_k, "groups": groups, "keep_groups": keep, "group_score": group_score}
+        first, some = np.arange(experts) < experts // groups, rng.random(experts) < 0.4
+        x, w = np.eye(4)[[0, 1, 2]], rng.integers(-2, 3, (experts, 4)) / 2.0
+        x[0], bias = nan, rng.integers(-3, 2, experts) / 4.0
+        infinite = np.where(rng.random(experts) < 0.5, inf, -inf)
+        cases: tuple[tuple[str, Any, Any], ...] = (
+            ("sigmoid", some, bias), ("sigmoid", first, np.where(some, nan, bias)),
+            ("sigmoid", some, np.where(first, infinite, bias)), ("sigmoid", ~first, infinite),
+            ("softmax", some, bias), ("softmax", first & ~first, np.where(some, nan, bias)),
+            ("softmax", first & ~first, np.where(~first | some, nan, infinite)),
+        )  # fmt: skip
+        for score, strange, of_experts in cases:
+            bias_ = of_experts.astype(kernel_support.WIDE[storage])  # a wider one would choose on the host
+            given = [rounded(a, storage) for a in (x, np.where(strange[:, None], nan, w))]
+            with np.errstate(invalid="ignore"):
+                found, _ = TABLES[column]["router"].forward(
+                    *given, bias=bias_, score=score, masked_groups=hidden, **settings
+                )
+                biased = found.scores + bias_
+                wanted = ops.select_experts(biased, top_k, groups, keep, group_score, hidden)
+                exact, _ = ops.router_forward(
+                    *(a.astype(np.float64) for a in given), top_k=top_k, score=score, routes=wanted
+                )
+            assert np.array_equal(found.indices, wanted), (settings, hidden, score, biased)
+            assert np.array_equal(np.isnan(found.scores), np.isnan(exact.scores))
+            assert np.array_equal(np.isnan(found.weights), np.isnan(exact.weights))
 
 
 @pytest.mark.parametrize(("column", "storage"), TYPES)
@@ -415,8 +454,8 @@ PLANTED = {  # name: (op and file, what stands there, what a mistake would put)
     "second lane dropped": ("embedding", "lane = 1; lane < LANES", "lane = 2; lane < LANES"),
     "ties to the higher index": (
         "router",
-        "a.value == b.value && a.index < b.index",
-        "a.value == b.value && a.index > b.index",
+        "keys[j * WARP] > best.key",
+        "keys[j * WARP] >= best.key",
     ),
     "scale forgotten in the backward": (
         "router",
@@ -437,8 +476,8 @@ PLANTED = {  # name: (op and file, what stands there, what a mistake would put)
     "end of the last id's rows from beyond": ("embedding", "id + 1 < ids ? start[id + 1] : rows", "start[id + 1]"),
     "warp not waited for": (
         "router",
-        "scores[row * experts + e] = s;\n    }\n    __syncwarp();",
-        "scores[row * experts + e] = s;\n    }",
+        "    __syncwarp();  // a lane reads scores below that others wrote\n",
+        "",
     ),
     "threads past the end": ("moe", "if (thread >= slots * parts) return;", ""),
     "last thread past the end": ("adamw", "if (i >= size) return;", "if (i > size) return;"),
@@ -538,6 +577,9 @@ def test_errors() -> None:
         TABLE["rms_norm"].forward(np.ones((1, 7169)), np.ones(7169), eps=0.1)
     with pytest.raises(ValueError, match=r"top_k must lie in 1…4"):
         TABLE["router"].forward(np.ones((1, 2)), np.ones((4, 2)), top_k=5)
+    for experts, groups, top_k in ((66, 33, 1), (1020, 17, 1), (1025, 1, 1), (40, 1, 33)):
+        with pytest.raises(ValueError, match=r"top_k and groups must be at most 32, experts 1024 \(.*got \d+, \d+ and"):
+            TABLE["router"].forward(np.ones((1, 2)), np.ones((experts, 2)), top_k=top_k, groups=groups)
     ones = np.ones((1, 2), DTYPES["bfloat16"])
     with pytest.raises(TypeError, match="log_prob must be float64 or float32, got bfloat16"):
         TABLE["grpo"].forward(ones, advantages=np.ones(1), mask=np.ones((1, 2), bool), kl_weight=0.0)
