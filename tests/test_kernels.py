@@ -758,6 +758,40 @@ def test_what_is_no_number_stays_visible() -> None:
             assert np.isnan(TABLES[column]["cross_entropy"].backward(1.0, saved)).all()
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_grpo_of_what_is_no_number(dtype: type) -> None:
+    """NaN and infinities of advantages and log-probabilities, at tokens and at padding, in outputs without tokens too:
+    NaN, infinities and numbers are where they are in the reference, at all levels of ratio and KL."""
+    rng, (inf, nan) = np.random.default_rng(0), (np.inf, np.nan)
+    strange = [(a, b) for a in (nan, inf, -inf, 0.0, 1.0, -1.0) for b in (0.0, nan, inf, -inf, 40.0)]
+    n, t = len(strange), 5
+    for case, options in enumerate((
+        {}, {"ratio": "sequence", "kl_level": "sequence", "average": "token"}, {"ratio": "sequence_mean", "kl": "k1"},
+        {"kl": "unbiased", "dual_clip": 3.0, "off_policy": 0.1, "kl_bounds": (20.0, 10.0), "average": "token"},
+        {"kl_weight": 0.0, "average": "constant", "length": 9}, {"kl": "k2", "kl_level": "sequence"},
+    )):  # fmt: skip
+        given = {
+            name: -1 + 0.3 * rng.normal(size=(n, t)) for name in ("log_prob", "old_log_prob", "reference_log_prob")
+        }
+        mask = rng.random((n, t)) < 0.6
+        mask[:, 0], mask[::7], mask[1::3, 2] = True, False, case % 2 == 0  # at 2 stands what is strange
+        for i, x in enumerate(given.values()):
+            x[i::3, 2] += [b for _, b in strange][i::3]
+        advantages = np.array([a for a, _ in strange])
+        for rows in (slice(None), ~mask[:, 2] & np.isfinite(advantages), [0], [14], [16]):
+            here = {name: x[rows].astype(dtype) for name, x in (given | {"advantages": advantages}).items()} | options
+            here["mask"] = mask[rows]
+            with np.errstate(all="ignore"):
+                wanted, saved = pair_of("grpo").forward(**here)
+                found, kept = TABLE["grpo"].forward(**here)
+                gradient, exact = TABLE["grpo"].backward((0.7,), kept), pair_of("grpo").backward((0.7,), saved)
+            rtol, atol = (1e-12, 1e-14) if dtype is np.float64 else (1e-4, 1e-6)
+            np.testing.assert_allclose(found.loss, wanted.loss, rtol, atol, err_msg=str((options, rows)))
+            np.testing.assert_allclose(gradient, exact, rtol, atol, err_msg=str((options, rows)))
+            assert np.array_equal(found.kept, wanted.kept)
+            assert np.array_equal(found.unclipped[mask[rows]], wanted.unclipped[mask[rows]])
+
+
 def test_arguments_that_a_kernel_would_misread() -> None:
     x, one = np.ones((1, 2, 1, 4)), {"positions": np.arange(2), "inv_freq": np.ones(2)}
     _, saved = TABLE["rope"].forward(x, **one)
