@@ -81,7 +81,8 @@ __device__ __forceinline__ Chunk ld_global_v4(const void* address) {
 __device__ __forceinline__ void st_global_v4(void* address, Chunk from) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
                  :
-                 : "l"(__cvta_generic_to_global(address)), "r"(from.word[0]), "r"(from.word[1]), "r"(from.word[2]), "r"(from.word[3])
+                 : "l"(__cvta_generic_to_global(address)), "r"(from.word[0]), "r"(from.word[1]), "r"(from.word[2]),
+                   "r"(from.word[3])
                  : "memory");
 }
 
@@ -109,7 +110,8 @@ __device__ __forceinline__ real Chunk::operator[](int v) const { return widen(ge
 // of 16 bytes, and all are on their way before anything is waited for; else there is one access for each element.
 // STREAM: no kernel in flight writes the row and it is read once.
 template <bool STREAM, int COUNT>
-__device__ __forceinline__ void load_chunks(Chunk (&chunk)[COUNT], const storage* row, int i, int step, int length, bool wide) {
+__device__ __forceinline__ void load_chunks(Chunk (&chunk)[COUNT], const storage* row, int i, int step, int length,
+                                            bool wide) {
 #pragma unroll
     for (int k = 0; k < COUNT; k++) chunk[k] = {};
     if (wide) {
@@ -133,17 +135,21 @@ __device__ __forceinline__ Chunk load_chunk(const storage* row, int i, int lengt
     return chunk[0];
 }
 
-__device__ __forceinline__ void store_chunk(const real (&x)[VECTOR], storage* row, int i, int length, bool wide) {
+__device__ __forceinline__ void store_chunk(Chunk chunk, storage* row, int i, int length, bool wide) {
     if (wide && i < length) {
-        Chunk chunk = {};
-#pragma unroll
-        for (int v = 0; v < VECTOR; v++) chunk.set(v, narrow(x[v]));
         st_global_v4(row + i, chunk);
     } else {
 #pragma unroll
         for (int v = 0; v < VECTOR; v++)
-            if (i + v < length) row[i + v] = narrow(x[v]);
+            if (i + v < length) row[i + v] = chunk.get(v);
     }
+}
+
+__device__ __forceinline__ void store_chunk(const real (&x)[VECTOR], storage* row, int i, int length, bool wide) {
+    Chunk chunk = {};
+#pragma unroll
+    for (int v = 0; v < VECTOR; v++) chunk.set(v, narrow(x[v]));
+    store_chunk(chunk, row, i, length, wide);
 }
 
 // ---- functions of one number
@@ -191,4 +197,19 @@ __device__ __forceinline__ real block_sum(real x) {
     real total = 0;
     for (unsigned warp = 0; warp < blockDim.x / WARP; warp++) total += part[warp];
     return total;
+}
+
+// Adds x over the lanes (c, 0), (c, 1), … of a block (32, LANES), in this order; lane (c, 0) gets the sum. All threads
+// must call it, once.
+template <int LANES, int COUNT>
+__device__ __forceinline__ void sum_lanes(real (&x)[COUNT]) {
+    __shared__ real part[LANES][COUNT][WARP];
+#pragma unroll
+    for (int v = 0; v < COUNT; v++) part[threadIdx.y][v][threadIdx.x] = x[v];
+    __syncthreads();
+    if (threadIdx.y > 0) return;
+#pragma unroll
+    for (int lane = 1; lane < LANES; lane++)
+#pragma unroll
+        for (int v = 0; v < COUNT; v++) x[v] += part[lane][v][threadIdx.x];
 }

@@ -3,6 +3,8 @@
 // Derivation: derivations/moe.md.
 #include "common.cuh"
 
+constexpr int AHEAD = 4;  // rows that a thread of moe_combine loads before it adds them
+
 // rows[r] = x[order[r] / K], or `scale[order[r]]` times that if scaled. Grid: a thread a chunk of each row.
 extern "C" __global__ void moe_permute(storage* rows, const storage* x, const int64* order, const real* scale,
                                        int64 slots, int top_k, int width, int scaled) {
@@ -29,15 +31,23 @@ extern "C" __global__ void moe_combine(storage* y, const storage* rows, const in
     const int64 token = thread / parts;
     const int i = thread % parts * VECTOR;
     const bool wide = width % VECTOR == 0;
-    real sum[VECTOR];
-#pragma unroll
-    for (int v = 0; v < VECTOR; v++) sum[v] = 0;
-    for (int k = 0; k < top_k; k++) {
+    real sum[VECTOR] = {};
+    for (int k = 0; k < top_k; k += AHEAD) {
         const int64 slot = token * top_k + k;
-        const real weight = weighted ? weights[slot] : real(1);
-        const Chunk chunk = load_chunk<true>(rows + place[slot] * width, i, width, wide);
+        const storage* from[AHEAD];
+        Chunk row[AHEAD];
 #pragma unroll
-        for (int v = 0; v < VECTOR; v++) sum[v] += weight * chunk[v];  // (moe.5) (moe.11)
+        for (int ahead = 0; ahead < AHEAD; ahead++) from[ahead] = rows + place[slot + min(ahead, top_k - 1 - k)] * width;
+#pragma unroll
+        for (int ahead = 0; ahead < AHEAD; ahead++)
+            row[ahead] = load_chunk<true>(from[ahead], i, k + ahead < top_k ? width : 0, wide);
+#pragma unroll
+        for (int ahead = 0; ahead < AHEAD; ahead++) {
+            if (k + ahead >= top_k) break;
+            const real weight = weighted ? weights[slot + ahead] : real(1);
+#pragma unroll
+            for (int v = 0; v < VECTOR; v++) sum[v] += weight * row[ahead][v];  // (moe.5) (moe.11)
+        }
     }
     store_chunk(sum, y + token * width, i, width, wide);
 }
@@ -49,10 +59,11 @@ extern "C" __global__ void moe_weight_gradient(real* dweights, const storage* dy
     const int64 slot = int64(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP;
     if (slot >= slots) return;
     const bool wide = width % VECTOR == 0;
+    const storage* of_token = dy + slot / top_k * width;
+    const storage* of_slot = rows + place[slot] * width;
     real sum = 0;
     for (int i = lane * VECTOR; i < width; i += WARP * VECTOR) {
-        const Chunk a = load_chunk<false>(dy + slot / top_k * width, i, width, wide);
-        const Chunk b = load_chunk<true>(rows + place[slot] * width, i, width, wide);
+        const Chunk a = load_chunk<false>(of_token, i, width, wide), b = load_chunk<true>(of_slot, i, width, wide);
 #pragma unroll
         for (int v = 0; v < VECTOR; v++) sum += a[v] * b[v];
     }

@@ -11,22 +11,22 @@ rms_norm_forward(storage* y, real* r, const storage* x, const storage* w, int wi
     const int64 row = blockIdx.x;
     const bool wide = width % VECTOR == 0;
     const int first = threadIdx.x * VECTOR, step = blockDim.x * VECTOR;
-    Chunk held[HELD], scale[HELD];
-    load_chunks<true>(held, x + row * width, first, step, width, wide);
-    load_chunks<false>(scale, w, first, step, width, wide);
+    Chunk x_row[HELD], w_row[HELD];
+    load_chunks<true>(x_row, x + row * width, first, step, width, wide);
+    load_chunks<false>(w_row, w, first, step, width, wide);
     real sum = 0;
 #pragma unroll
     for (int k = 0; k < HELD; k++)
 #pragma unroll
-        for (int v = 0; v < VECTOR; v++) sum += held[k][v] * held[k][v];
+        for (int v = 0; v < VECTOR; v++) sum += x_row[k][v] * x_row[k][v];
     const real rms = 1 / root(block_sum(sum) / width + eps);  // (rms_norm.1)
     if (threadIdx.x == 0) r[row] = rms;
 #pragma unroll
     for (int k = 0; k < HELD; k++) {
-        real scaled[VECTOR];
+        real chunk[VECTOR];
 #pragma unroll
-        for (int v = 0; v < VECTOR; v++) scaled[v] = held[k][v] * (rms * scale[k][v]);  // (rms_norm.2)
-        store_chunk(scaled, y + row * width, first + k * step, width, wide);
+        for (int v = 0; v < VECTOR; v++) chunk[v] = x_row[k][v] * (rms * w_row[k][v]);  // (rms_norm.2)
+        store_chunk(chunk, y + row * width, first + k * step, width, wide);
     }
 }
 
@@ -37,34 +37,30 @@ rms_norm_backward(storage* dx, real* part, const storage* dy, const storage* x, 
                   int64 rows, int width) {
     const bool wide = width % VECTOR == 0;
     const int first = threadIdx.x * VECTOR, step = blockDim.x * VECTOR;
-    real dw[HELD][VECTOR];
-#pragma unroll
-    for (int k = 0; k < HELD; k++)
-#pragma unroll
-        for (int v = 0; v < VECTOR; v++) dw[k][v] = 0;
+    real dw[HELD][VECTOR] = {};
     for (int64 row = blockIdx.x; row < rows; row += gridDim.x) {
         const real rms = r[row];
-        Chunk own[HELD], d[HELD], scale[HELD];
-        load_chunks<true>(own, x + row * width, first, step, width, wide);
-        load_chunks<true>(d, dy + row * width, first, step, width, wide);
-        load_chunks<false>(scale, w, first, step, width, wide);
+        Chunk x_row[HELD], dy_row[HELD], w_row[HELD];
+        load_chunks<true>(x_row, x + row * width, first, step, width, wide);
+        load_chunks<true>(dy_row, dy + row * width, first, step, width, wide);
+        load_chunks<false>(w_row, w, first, step, width, wide);
         real dn[HELD][VECTOR], sum = 0;
 #pragma unroll
         for (int k = 0; k < HELD; k++)
 #pragma unroll
             for (int v = 0; v < VECTOR; v++) {
-                const real n = own[k][v] * rms;
-                dw[k][v] += d[k][v] * n;             // (rms_norm.5)
-                dn[k][v] = d[k][v] * scale[k][v];  // (rms_norm.3)
+                const real n = x_row[k][v] * rms;
+                dw[k][v] += dy_row[k][v] * n;            // (rms_norm.5)
+                dn[k][v] = dy_row[k][v] * w_row[k][v];  // (rms_norm.3)
                 sum += dn[k][v] * n;
             }
         const real mean = block_sum(sum) / width;
 #pragma unroll
         for (int k = 0; k < HELD; k++) {
-            real dx_k[VECTOR];
+            real chunk[VECTOR];
 #pragma unroll
-            for (int v = 0; v < VECTOR; v++) dx_k[v] = rms * (dn[k][v] - own[k][v] * rms * mean);  // (rms_norm.4)
-            store_chunk(dx_k, dx + row * width, first + k * step, width, wide);
+            for (int v = 0; v < VECTOR; v++) chunk[v] = rms * (dn[k][v] - x_row[k][v] * rms * mean);  // (rms_norm.4)
+            store_chunk(chunk, dx + row * width, first + k * step, width, wide);
         }
     }
 #pragma unroll
@@ -76,11 +72,16 @@ rms_norm_backward(storage* dx, real* part, const storage* dy, const storage* x, 
         }
 }
 
-// dw[i] = Σ_b part[b, i], in order. Grid: a thread a column.
+// dw[i] = Σ_b part[b, i]: lane l of a column adds the parts l, l + LANES, …, then the lanes are added. Block (32, LANES).
+// Grid: a block for 32 columns.
+constexpr int LANES = 8;
 extern "C" __global__ void rms_norm_weight(real* dw, const real* part, int parts, int width) {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= width) return;
-    real sum = 0;
-    for (int b = 0; b < parts; b++) sum += part[int64(b) * width + i];  // (rms_norm.5)
-    dw[i] = sum;
+    const int i = blockIdx.x * WARP + threadIdx.x;
+    real sum[1] = {0};
+    if (i < width) {
+#pragma unroll 8
+        for (int b = threadIdx.y; b < parts; b += LANES) sum[0] += part[int64(b) * width + i];
+    }
+    sum_lanes<LANES>(sum);
+    if (threadIdx.y == 0 && i < width) dw[i] = sum[0];  // (rms_norm.5)
 }

@@ -12,6 +12,8 @@ from numba.types import CPointer
 
 from .common_numba_cuda import WARP, block_sum
 
+LANES = 8  # threads that share a column of dw
+
 
 def kernels(real):
     """For numbers of type ``real``; the annotations are the types of a kernel's arguments."""
@@ -58,12 +60,20 @@ def kernels(real):
                 dx[start + i] = rms * (dn - x[start + i] * rms * mean)  # (rms_norm.4)
 
     def rms_norm_weight(dw: reals, part_dw: reals, parts: int32, width: int32):
-        """dw[i] = Σ_b part_dw[b, i], in order. Grid: a thread a column."""
-        i = cuda.grid(1)
-        if i < width:  # the last block may have threads beyond the end
-            total = real(0)
-            for b in range(parts):
-                total += part_dw[b * width + i]  # (rms_norm.5)
-            dw[i] = total
+        """dw[i] = Σ_b part_dw[b, i]. Block (32, LANES): the lanes of a column share its parts, each adds every
+        LANES-th, and lane 0 adds the lanes in order. Grid: a block for 32 columns."""
+        part = cuda.shared.array((LANES, WARP), real)
+        column, lane = cuda.threadIdx.x, cuda.threadIdx.y
+        i = cuda.blockIdx.x * WARP + column
+        total = real(0)
+        if i < width:  # the last block may have threads beyond the end, but all must come to the barrier
+            for b in range(lane, parts, LANES):
+                total += part_dw[b * width + i]
+        part[lane, column] = total
+        cuda.syncthreads()  # lane 0 reads what the others wrote
+        if lane == 0 and i < width:
+            for other in range(1, LANES):
+                total += part[other, column]
+            dw[i] = total  # (rms_norm.5)
 
     return rms_norm_forward, rms_norm_backward, rms_norm_weight

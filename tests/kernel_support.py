@@ -32,10 +32,8 @@ class InterpreterLaunch:
     """Executes kernels from their PTX, on NumPy arrays. What they shall write is NaN (or all ones) before, and reading
     it before that is an error."""
 
-    target = "sm_90"
-
-    def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
+    def __init__(self, seed: int = 0, target: str = "sm_90") -> None:
+        self.seed, self.target = seed, target
         self.reports: list[tuple[str, ptx.Report]] = []
         self.unwritten: list[np.ndarray] = []
 
@@ -97,9 +95,9 @@ def make_table(launch: Launch, column: str = "cuda") -> dict[str, Op]:
     return {name: placed(pair, to_device) for name, pair in table.items()} if ON_DEVICE else table
 
 
-def make_launch(seed: int = 0, column: str = "cuda") -> Launch:
-    """What host functions outside a table are given."""
-    launch: Launch = PoisonedLaunch() if ON_DEVICE else InterpreterLaunch(seed)
+def make_launch(seed: int = 0, column: str = "cuda", target: str = "sm_90") -> Launch:
+    """What host functions outside a table are given. target: of what the interpreter executes."""
+    launch: Launch = PoisonedLaunch() if ON_DEVICE else InterpreterLaunch(seed, target)
     return NumbaLaunch(launch) if column == "numba_cuda" else launch
 
 
@@ -111,11 +109,11 @@ TABLES = {column: make_table(make_launch(), column) for column in COLUMNS}
 TABLE = TABLES["cuda"]
 
 
-def ops_of(op: str, column: str = "cuda") -> dict[str, Any]:
+def ops_of(op: str, column: str = "cuda", target: str = "sm_90") -> dict[str, Any]:
     """The argument ``ops`` for an op made of others."""
     if "ops" not in inspect.signature(pair_of(op).forward).parameters:
         return {}
-    return {"ops": COLUMNS[column](make_launch())}
+    return {"ops": COLUMNS[column](make_launch(target=target))}
 
 
 def rounded(x: Any, storage: str) -> Any:
@@ -147,12 +145,14 @@ def results(pair: Op, inputs: Sequence[Any], kwargs: Mapping[str, Any], cotangen
     return floating + [np.asarray(g) for g in gradients if g is not None]
 
 
-def compare(op: str, pair: Op, case: Case, storage: str, seed: int, extra: Mapping[str, Any] | None = None) -> None:
+def compare(
+    op: str, pair: Op, case: Case, storage: str, seed: int, extra: Mapping[str, Any] | None = None, mean: float = 0,
+) -> None:  # fmt: skip
     """The rule: a kernel's error is at most twice that of the float32 reference on the same inputs (rounded to the
     storage type), and one unit: of the element in the type that it is stored in, and of the largest in the type that
     arithmetic is done in. One small example may round luckily, so the reference's error is the largest of LUCK runs, in
     all but one of which float32 inputs and cotangents are moved by up to half a unit. For float64 kernels, whose
-    reference is no better, its error is taken as 64 units."""
+    reference is no better, its error is taken as 64 units. Cotangents are drawn around ``mean``."""
     reference, wide = REFERENCE[op] if op in REFERENCE else pair_of(op), WIDE[storage]
     inputs, constants = [rounded(x, storage) for x in case.inputs], rounded(case.kwargs, np.dtype(wide).name)
     exact_inputs, exact_constants = [widened(x, np.float64) for x in inputs], widened(constants, np.float64)
@@ -164,7 +164,7 @@ def compare(op: str, pair: Op, case: Case, storage: str, seed: int, extra: Mappi
         constants, exact_constants = constants | chosen, exact_constants | chosen
     shapes = [y.shape for y in Pair(*reference, exact_constants).outputs(exact_inputs)]
     rng = np.random.default_rng([seed, 7])
-    cotangents = [np.asarray(rng.normal(size=shape)).astype(DTYPES[storage]) for shape in shapes]
+    cotangents = [np.asarray(rng.normal(mean, size=shape)).astype(DTYPES[storage]) for shape in shapes]
     exact = results(reference, exact_inputs, exact_constants, [c.astype(np.float64) for c in cotangents])
     plain = []
     for run in range(LUCK if storage != "float64" else 1):
@@ -252,7 +252,7 @@ def _router(draw: Draw) -> Case:
 
 def _moe(draw: Draw) -> Case:
     d, f, experts, tokens = draw.choice([1, 8, 33, 100]), draw.integer(3, 6), draw.integer(4, 7), draw.integer(4, 7)
-    shared, k = draw.choice([None, 5]), draw.integer(1, 3)
+    shared, k = draw.choice([None, 5]), draw.choice([1, 2, experts - 1])  # up to 6: more than a thread loads ahead
     indices = np.argsort(draw.rng.random((tokens, experts - 1)), axis=-1)[:, :k] + 1  # expert 0 gets no token
     x, weights = draw.rng.normal(size=(tokens, d)), draw.rng.uniform(0.2, 1.5, (tokens, k))
 

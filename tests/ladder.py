@@ -45,8 +45,8 @@ RMS_NORM = (
     ),
     Step("ladder/rms_norm_3_chunks", "16 bytes an access", "an eighth of the accesses and of their addresses"),
     Step(
-        "rms_norm", "the row in registers; dw by partial sums of the same pass; loads past L1",
-        "x read once, not twice, by the forward; x and dy once, not three times, by the backward",
+        "rms_norm", "the row in registers, its loads all asked for at once; dw by partial sums; loads past L1",
+        "x read once, not twice, by the forward; x and dy once, not three times, by the backward; one wait a row",
     ),
 )  # fmt: skip
 CROSS_ENTROPY = (

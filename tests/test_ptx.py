@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from ptx import PTXError, run
-from ptx.arithmetic import fma32, fma64
+from ptx.arithmetic import fma, fma_down
+from ptx.memory import Arena, Order
 from ptx.parse import DTYPES
 from ptx.planted import BUGS, CASES, WRONG, Case
 
@@ -176,7 +177,7 @@ def test_fused_multiply_add_rounds_once(dtype: type, mode: str) -> None:
     c[200:300] = 1
     a[200:300], b[200:300] = 2.0 ** (-digits - 1), 1 + rng.choice([0, 2.0**-digits, -(2.0**-digits)], 100)
     a[300:], b[300:], c[300:] = a[300:] * small, b[300:], c[300:] * small
-    got = fma32(a, b, c, mode == "rm") if dtype is np.float32 else fma64(a, b, c)
+    got = (fma_down if mode == "rm" else fma)(a, b, c)
     for x, y, z, g in zip(*(v.tolist() for v in (a, b, c)), got, strict=True):
         exact = Fraction(x) * Fraction(y) + Fraction(z)
         assert g == exact_round(exact, dtype, mode), (x, y, z)
@@ -186,7 +187,7 @@ def test_fma_beyond_the_range() -> None:
     """Products that overflow or vanish, infinities, NaN and signed zeros."""
     big, a = 1e300, np.array([1e200, 1e200, INF, 0.0, -0.0, 5e-324, NAN])
     with np.errstate(all="ignore"):
-        got = fma64(
+        got = fma(
             a, np.array([1e200, 1e108, 2, INF, 1, 0.5, 1]), np.array([-big, -np.finfo(float).max, -1, 1, -0.0, 0, 1])
         )
     with np.errstate(all="ignore"):
@@ -344,6 +345,52 @@ def test_vector_stores_race_in_any_element() -> None:
         run(text, "k", 700, 1024, [np.zeros(2, np.uint32)])
 
 
+def test_races_are_those_of_the_definition() -> None:
+    """Random reads, writes and barriers at one place, by several lanes at once: the four reads and the write that are
+    remembered find a race exactly where one with all earlier accesses finds it."""
+
+    class Race(Exception):
+        pass
+
+    def fail(wrong: np.ndarray, message: Any) -> None:
+        raise Race
+
+    rng, warps, found = np.random.default_rng(11), 2, 0
+    for _ in range(1500):
+        order, span = Order(2, warps), rng.choice([64, 128])  # of one block or of two
+        arena = Arena("global", 0, 4, order, True, fail)
+        position = arena.add("x", 4)
+        arena.allocate(1)
+        arena.valid.fill(True)
+        past: list[tuple[int, int, bool]] = []  # thread, time, whether it wrote
+        for _ in range(16):
+            order.now += 1
+            kind = rng.choice(["read"] * 6 + ["write", "warp", "warp", "warp", "block"])
+            if kind == "warp":
+                order.warp_time[rng.integers(0, 2 * warps)] = order.now
+            elif kind == "block":
+                order.block_time[rng.integers(0, 2)] = order.now
+            else:
+                threads = rng.choice(span, 1 if kind == "write" else rng.integers(1, 4), replace=False)
+                threads = np.unique(threads // 30 * 30 + threads % 2)  # few lanes, so that they meet again
+                race = any(
+                    other != thread and (wrote or kind == "write")
+                    and not (other // 64 == thread // 64 and time < order.block_time[thread // 64])
+                    and not (other // 32 == thread // 32 and time < order.warp_time[thread // 32])
+                    for other, time, wrote in past for thread in threads
+                )  # fmt: skip
+                verify = arena.check_read if kind == "read" else arena.check_write
+                arguments = [np.full(len(threads), position), 4, threads, *([False] if kind == "read" else [])]
+                if race:
+                    found += 1
+                    with pytest.raises(Race):
+                        verify(*arguments)
+                    break
+                verify(*arguments)
+                past += [(int(thread), order.now, kind == "write") for thread in threads]
+    assert 300 < found < 1400
+
+
 COPY = """
     .shared .align 16 .b8 buffer[512];
     mov.u32 %r3, buffer; shl.b32 %r4, %r0, 4; add.s32 %r3, %r3, %r4; mul.wide.u32 %rd3, %r0, 16;
@@ -410,9 +457,10 @@ def test_what_is_refused(body: str) -> None:
 
 
 UNREADABLE = {
-    ".local .align 4 .b8 stack[16];": ", expected, got '4'",
-    ".reg .b128 %q;": "a register of type .b128",
-    "{ .reg .b32 %r1; }": "or of a name that is taken",
+    ".local .align 4 .b8 stack[16];": "line 17: can't read '.local .align 4 .b8 stack",
+    ".shared .align 4 .v4 s[4];": "can't read the variable '.align 4 .v4 s",
+    ".reg .b128 %q;": r"\.reg \.b128 %q: such a type",
+    "{ .reg .b32 %r1; }": "or a name that is taken",
 }
 
 
@@ -497,7 +545,7 @@ def result(case: Case, ptx: str, fresh: bool = True, **options: Any) -> np.ndarr
 @pytest.mark.parametrize("name", CASES)
 def test_right_kernels_are_clean(name: str) -> None:
     case = CASES[name]
-    for target in ("sm_80", "sm_90"):
+    for target in ("sm_80", "sm_90", "sm_100"):
         ptx = compiled(case.source, target)
         for seed in range(3):
             np.testing.assert_allclose(result(case, ptx, seed=seed), case.wanted(case.x), rtol=2e-5, atol=2e-5)

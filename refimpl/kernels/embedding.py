@@ -33,13 +33,16 @@ def embedding(launch: Launch) -> Op:
     def embedding_backward(dy: Array, saved: EmbeddingSaved) -> Array:
         n, (vocabulary, d) = numbers(dy=dy), saved.shape
         expect("dy", dy, "(…, D)", (*saved.ids.shape, d))
-        rows = saved.ids.reshape(-1)
-        order = argsort(rows)
-        start = n.xp.searchsorted(rows[order], n.xp.arange(vocabulary), side="left")
-        dw = kernels.empty((vocabulary, d), n.real, dy)
+        dy, order = ready(dy), ready(argsort(saved.ids.reshape(-1)), np.int64)
+        ids = ready(saved.ids.reshape(-1)[order], np.int64)
+        start = ready(n.xp.flatnonzero(n.xp.diff(ids, prepend=-1)), np.int64)  # where another id begins
+        run = 1 << (ids.size.bit_length() // 2)  # about √rows
+        runs, columns = ids.size // run, cover(d, 32 * n.vector)
+        dw, part = n.xp.zeros((vocabulary, d), dtype=n.real), kernels.empty((runs, d), n.real, dy)
+        kernels("embedding_runs", n.storage, runs * columns, (32, LANES), part, dy, order, ids, run, d)
         kernels(
-            "embedding_backward", n.storage, vocabulary * cover(d, 32 * n.vector), (32, LANES), dw, ready(dy),
-            ready(order, np.int64), ready(start, np.int64), np.int64(rows.size), np.int64(vocabulary), d,
+            "embedding_backward", n.storage, start.size * columns, (32, LANES), dw, part, dy, order, ids, start,
+            np.int64(ids.size), np.int64(start.size), run, d,
         )  # fmt: skip
         return dw
 

@@ -16,6 +16,7 @@ __all__ = ["RMSNormSaved", "rms_norm"]
 
 HELD = {"float64": 14, "float32": 24, "bfloat16": 24}  # elements of a row that a thread holds, as in the kernel
 MOST_THREADS = 512
+LANES = 8  # threads that share a column of dw, as in the kernel
 PARTS = 256  # partial sums of dw, at most; a constant, so that every GPU adds in the same order
 
 
@@ -51,7 +52,7 @@ def rms_norm(launch: Launch) -> Op:
         kernels(
             "rms_norm_backward", n.storage, parts, _threads(d, n), dx, part, ready(dy), x, w, r, np.int64(rows), d
         )  # fmt: skip
-        kernels("rms_norm_weight", n.storage, cover(d, 64), 64, dw, part, parts, d)
+        kernels("rms_norm_weight", n.storage, cover(d, 32), (32, LANES), dw, part, parts, d)
         return dx, dw
 
     return Op(rms_norm_forward, rms_norm_backward)

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 
 from .machine import Machine, Report
-from .memory import Arena, Order
-from .parse import DTYPES, Kernel, PTXError, parse
+from .memory import Arena
+from .parse import Kernel, PTXError, parse
 
 __all__ = ["PTXError", "Report", "run"]
-GLOBAL_START = 1 << 44
 
 
 def run(
@@ -42,37 +41,27 @@ def run(
     bytes may not be read before they are written. races: look for them. limit: of steps, to end endless loops.
     sectors: count them. Raises PTXError for what the kernel does wrong, ValueError for wrong arguments.
     """
-    module = parse(ptx)
-    if kernel not in module.kernels:
-        raise ValueError(f"kernel must be one of {[*module.kernels]}, got {kernel!r}")
-    entry = module.kernels[kernel]
+    kernels = parse(ptx)
+    if kernel not in kernels:
+        raise ValueError(f"kernel must be one of {[*kernels]}, got {kernel!r}")
+    entry = kernels[kernel]
     sizes = [(*(int(n) for n in np.atleast_1d(size)), 1, 1)[:3] for size in (grid, block)]
-    threads = int(np.prod(sizes[1]))
-    if min(*sizes[0], *sizes[1]) < 1 or threads > entry.most_threads:
+    if min(*sizes[0], *sizes[1]) < 1 or np.prod(sizes[1]) > entry.most_threads:
         wanted = f"block must have 1 to {entry.most_threads} threads and grid at least 1 block"
         raise ValueError(f"{wanted}, got {sizes[1]} and {sizes[0]}")
-    order = Order(int(np.prod(sizes[0])), -(-threads // 32))
-    with np.errstate(all="ignore"):
-        memory = Arena("global", GLOBAL_START, granularity(entry), order, races)
-        arrays = allocate(memory, arguments)
-        for array, address in arrays:
-            valid = not any(array is other for other in uninitialised)
-            memory.put(address, array.reshape(-1).view(np.uint8), valid)
-        machine = Machine(entry, *sizes, memory, order, seed=seed, limit=limit, races=races, sectors=sectors)
-        machine.lay_out([*module.shared, *entry.shared], shared, values_of(entry, arguments, arrays))
-        try:
+    machine = Machine(entry, *sizes, seed=seed, limit=limit, races=races, sectors=sectors)
+    memory = machine.memory
+    arrays = allocate(memory, arguments)
+    for array, address in arrays:
+        memory.put(address, array.reshape(-1).view(np.uint8), not any(array is other for other in uninitialised))
+    machine.lay_out(shared, values_of(entry, arguments, arrays))
+    try:
+        with np.errstate(all="ignore"):
             return machine.run()
-        finally:
-            for array, address in arrays:
-                start = address - GLOBAL_START
-                if array.flags.writeable:
-                    array.reshape(-1).view(np.uint8)[:] = memory.bytes[start : start + array.nbytes]
-
-
-def granularity(kernel: Kernel) -> int:
-    """The smallest element that any memory instruction moves: the unit in which bytes are tracked."""
-    types = [i.opcode.split(".")[-1] for i in kernel.instructions if i.opcode.startswith(("ld", "st"))]
-    return min([4, *(np.dtype(DTYPES.get(type, np.uint8)).itemsize for type in types)])
+    finally:
+        for array, address in arrays:
+            if array.flags.writeable:
+                array.reshape(-1).view(np.uint8)[:] = memory.bytes[address - memory.base :][: array.nbytes]
 
 
 def allocate(memory: Arena, arguments: Sequence[Any]) -> list[tuple[np.ndarray, int]]:
@@ -91,15 +80,14 @@ def allocate(memory: Arena, arguments: Sequence[Any]) -> list[tuple[np.ndarray, 
     return arrays
 
 
-def values_of(kernel: Kernel, arguments: Sequence[Any], arrays: list[tuple[np.ndarray, int]]) -> list[np.ndarray]:
+def values_of(kernel: Kernel, arguments: Sequence[Any], arrays: list[tuple[np.ndarray, int]]) -> dict[str, bytes]:
     """The parameters' bytes: addresses of arrays, scalars as they are."""
     if len(arguments) != len(kernel.parameters):
         raise ValueError(f"arguments must be {len(kernel.parameters)} for {kernel.name}, got {len(arguments)}")
-    values = []
+    values = {}
     for number, (parameter, given) in enumerate(zip(kernel.parameters, arguments, strict=True)):
         value = next((np.uint64(address) for array, address in arrays if array is given), given)
-        data = np.frombuffer(np.asarray(value).tobytes(), np.uint8)
-        if len(data) != parameter.size:
-            raise ValueError(f"argument {number} must have {parameter.size} bytes, got {value!r} with {len(data)}")
-        values.append(data)
+        values[parameter.name] = np.asarray(value).tobytes()
+        if len(values[parameter.name]) != parameter.size:
+            raise ValueError(f"argument {number} must have {parameter.size} bytes, got {value!r}")
     return values

@@ -1,18 +1,38 @@
-"""Floating-point arithmetic of PTX on arrays: one rounding where PTX has one, approximations with their error.
-
-A fused multiply-add in f32 is the exact product in float64 plus the addend, rounded to odd where the double rounding
-could show, then to float32. In f64 it is the error-free transforms of Boldo and Melquiond ("Emulation of FMA and
-correctly rounded sums", 2008), with rational numbers where those could overflow or underflow.
-"""
+"""Floating-point arithmetic of PTX on arrays: one rounding where PTX has one, approximations with their error."""
 
 from __future__ import annotations
 
-from fractions import Fraction
+from typing import Any
 
+import ml_dtypes
+import numba
 import numpy as np
+from numba.extending import intrinsic
 
 Array = np.ndarray
 TINY = 2.0**-126
+
+
+@intrinsic
+def _fused(typing: Any, a: Any, b: Any, c: Any) -> Any:
+    """The processor's fused multiply-add, or the C library's."""
+    return a(a, b, c), lambda context, builder, signature, arguments: builder.fma(*arguments)
+
+
+@numba.vectorize(["f4(f4, f4, f4)", "f8(f8, f8, f8)"])
+def fma(a: Any, b: Any, c: Any) -> Any:
+    """a · b + c, rounded once, to nearest."""
+    return _fused(a, b, c)
+
+
+def fma_down(a: Array, b: Array, c: Array) -> Array:
+    """a · b + c of float32 arrays, rounded once, downwards (.rm)."""
+    nearest = fma(a, b, c)
+    product, addend, result = a.astype(np.float64) * b, c.astype(np.float64), nearest.astype(np.float64)
+    # product is exact; so is the larger of the two minus what is near it, and the sign of the sum
+    larger = np.abs(product) > np.abs(addend)
+    high, low = np.where(larger, product, addend), np.where(larger, addend, product)
+    return np.where((high - result) + low < 0, np.nextafter(nearest, np.float32(-np.inf)), nearest)
 
 
 def flush(x: Array) -> Array:
@@ -25,71 +45,19 @@ def saturate(x: Array) -> Array:
     return np.where(x > 0, np.minimum(x, x.dtype.type(1)), x.dtype.type(0))
 
 
-def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
-    """a + b rounded, and what the rounding lost (Knuth)."""
-    s = a + b
-    v = s - a
-    return s, (a - (s - v)) + (b - v)
-
-
-def two_product(a: Array, b: Array) -> tuple[Array, Array]:
-    """a · b rounded, and what the rounding lost (Dekker, Veltkamp's split of 27 bits)."""
-    p = a * b
-    high = [(x * 134217729.0) - (x * 134217729.0 - x) for x in (a, b)]
-    low = [a - high[0], b - high[1]]
-    return p, low[0] * low[1] - (((p - high[0] * high[1]) - low[0] * high[1]) - high[0] * low[1])
-
-
-def to_odd(s: Array, lost: Array) -> Array:
-    """The float64 rounding-to-odd of s + lost, where s is that sum rounded to nearest."""
-    bits = np.ascontiguousarray(s).view(np.int64)
-    move = (lost != 0) & np.isfinite(s) & (bits & 1 == 0)
-    return np.where(move, np.where((lost > 0) == (s > 0), bits + 1, bits - 1), bits).view(np.float64)
-
-
-def fma32(a: Array, b: Array, c: Array, down: bool = False) -> Array:
-    """a · b + c of float32 arrays, rounded once: to nearest, or down (.rm)."""
-    product, addend = a.astype(np.float64) * b, c.astype(np.float64)
-    s = np.atleast_1d(product + addend)
-    tie = s.view(np.int64) & 0x1FFFFFFF == 0x10000000
-    if not down and not (tie | (np.abs(s) < TINY) & (s != 0)).any():
-        return s.astype(np.float32)
-    s = to_odd(*two_sum(product, addend))
-    nearest = s.astype(np.float32)
-    return np.where(down & (nearest > s), np.nextafter(nearest, np.float32(-np.inf)), nearest)
-
-
-def fma64(a: Array, b: Array, c: Array) -> Array:
-    """a · b + c of float64 arrays, rounded once."""
-    a, b, c = np.broadcast_arrays(a, b, c)
-    result = a * b + c
-    hard = np.isfinite(a) & np.isfinite(b) & np.isfinite(c) & (a != 0) & (b != 0)
-    size = np.abs(a * b)
-    easy = (size > 1e-200) & (size < 1e250) & (np.abs(c) < 1e250) & ((np.abs(c) > 1e-200) | (c == 0))
-    easy &= (np.abs(a) < 1e200) & (np.abs(b) < 1e200) & hard
-    high, low = two_product(a, b)
-    t, lost = two_sum(c, low)
-    v, rest = two_sum(high, t)
-    result = np.where(easy, v + to_odd(*two_sum(lost, rest)), result)
-    for i in np.flatnonzero(hard & ~easy):
-        exact = Fraction(a.flat[i]) * Fraction(b.flat[i]) + Fraction(c.flat[i])
-        try:
-            result.flat[i] = float(exact) if exact else result.flat[i]
-        except OverflowError:
-            result.flat[i] = np.inf if exact > 0 else -np.inf
-    return result
-
-
 def to_bf16(x: Array) -> Array:
     """float32 to the bits of bf16, to nearest even."""
-    bits = np.ascontiguousarray(x).view(np.uint32).astype(np.uint64)
-    bits = bits + 0x7FFF + ((bits >> np.uint64(16)) & np.uint64(1))
-    return np.where(np.isnan(x), 0x7FFF, bits >> np.uint64(16)).astype(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FFF), x.astype(ml_dtypes.bfloat16).view(np.uint16))
 
 
 def maximum(a: Array, b: Array) -> Array:
-    """−0 < +0; a NaN yields to a number."""
-    return np.where((a == 0) & (b == 0), a + b, np.fmax(a, b))
+    """Of floats, −0 < +0 and a NaN yields to a number."""
+    return np.where((a == 0) & (b == 0), a + b, np.fmax(a, b)) if a.dtype.kind == "f" else np.maximum(a, b)
+
+
+def minimum(a: Array, b: Array) -> Array:
+    """As `maximum`."""
+    return -maximum(-a, -b) if a.dtype.kind == "f" else np.minimum(a, b)
 
 
 def noise(x: Array, seed: int) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 Array = np.ndarray
 Step = Callable[["Lanes"], object]
-Function = Callable[..., Array]
 
 
 def quotient(a: Array, b: Array) -> Array:
@@ -47,96 +47,73 @@ def insert(a: Array, b: Array, position: Array, length: Array) -> Array:
     return (b & ~mask) | (shift_left(a, position & 0xFF) & mask)
 
 
-SIGNED, UNSIGNED, FLOATS = ("s32", "s64"), ("u32", "u64"), ("f32", "f64")
-INTEGERS, BITS = (*SIGNED, *UNSIGNED), ("b16", "b32", "b64", "pred")
-COMPARED = (*INTEGERS, *FLOATS, "s16", "b32", "b64")
-# the opcode but for its type: (types that it may have, function); operands and result are of that type
-SAME_TYPE: dict[str, tuple[tuple[str, ...], Function]] = {
-    "add": ((*INTEGERS, *FLOATS), np.add), "add.rn": (("f64",), np.add), "sub": ((*SIGNED, *FLOATS), np.subtract),
-    "mul": (FLOATS, np.multiply), "mul.lo": (SIGNED, np.multiply), "mad.lo": (SIGNED, lambda a, b, c: a * b + c),
-    "fma.rn": (FLOATS, lambda a, b, c: (fp.fma32 if a.dtype == np.float32 else fp.fma64)(a, b, c)),
-    "fma.rm": (("f32",), lambda a, b, c: fp.fma32(a, b, c, down=True)),
-    "div.rn": (FLOATS, np.divide), "div": (INTEGERS, quotient), "rem": (INTEGERS, remainder),
-    "rcp.rn": (FLOATS, lambda a: a.dtype.type(1) / a), "sqrt.rn": (FLOATS, np.sqrt),
-    "min": (SIGNED, np.minimum), "max": (INTEGERS, np.maximum),
-    "abs": (FLOATS, np.abs), "neg": ((*SIGNED, *FLOATS), np.negative),
-    "and": (BITS, np.bitwise_and), "or": (BITS, np.bitwise_or), "xor": (BITS, np.bitwise_xor), "not": (BITS, np.invert),
-}  # fmt: skip
-# the whole opcode: (types of the operands, of the result, function)
-OTHERS: dict[str, tuple[list[str], str, Function]] = {
-    "max.f32": (["f32"] * 2, "f32", fp.maximum), "max.f64": (["f64"] * 2, "f64", fp.maximum),
-    "bfi.b64": (["b64", "b64", "u32", "u32"], "b64", insert),
-    "cvta.to.global.u64": (["u64"], "u64", lambda a: a),  # generic addresses of global memory are themselves
-    "cvt.rn.bf16.f32": (["f32"], "b16", fp.to_bf16),
-    "cvt.rn.f32.s32": (["s32"], "f32", lambda a: a.astype(np.float32)),
-    "cvt.rn.f64.s32": (["s32"], "f64", lambda a: a.astype(np.float64)),
-    "cvt.rni.f32.f32": (["f32"], "f32", np.rint),
-    "cvt.sat.f32.f32": (["f32"], "f32", fp.saturate),
-}  # fmt: skip
-for type in ("b32", "b64"):
-    OTHERS[f"shl.{type}"] = [type, "u32"], type, shift_left
-for type in INTEGERS:
-    OTHERS[f"shr.{type}"] = [type, "u32"], type, shift_right
-for type in (*INTEGERS, *FLOATS, "b32", "b64", "u16"):
-    OTHERS[f"selp.{type}"] = [type, type, "pred"], type, lambda a, b, p: np.where(p, a, b)
-for type in (*INTEGERS, *FLOATS, *BITS):
-    OTHERS[f"mov.{type}"] = [type], type, lambda a: a
-for type in ("s32", "u32"):
-    wide = f"{type[0]}64"
-    OTHERS[f"mul.wide.{type}"] = [type] * 2, wide, lambda a, b, to=DTYPES[wide]: a.astype(to) * b.astype(to)
-for conversion in ("s64.s32", "u64.u32", "u32.u64", "u16.u32", "u32.u16"):
-    target, source = conversion.split(".")
-    OTHERS[f"cvt.{conversion}"] = [source], target, lambda a, to=DTYPES[target]: a.astype(to)
+def multiply_wide(a: Array, b: Array) -> Array:
+    wide = f"{a.dtype.kind}{2 * a.dtype.itemsize}"
+    return a.astype(wide) * b.astype(wide)
 
-COMPARE: dict[str, Function] = {
-    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+
+# An opcode, whole or but for its last type t: (types of the operands and of the result, function). w: twice t's width.
+FORMS: dict[str, tuple[str, Callable[..., Array]]] = {
+    "add": ("t t → t", np.add), "add.rn": ("t t → t", np.add), "sub": ("t t → t", np.subtract),
+    "mul": ("t t → t", np.multiply), "mul.lo": ("t t → t", np.multiply), "mul.wide": ("t t → w", multiply_wide),
+    "mad.lo": ("t t t → t", lambda a, b, c: a * b + c),
+    "fma.rn": ("t t t → t", fp.fma), "fma.rm.f32": ("t t t → t", fp.fma_down),
+    "div.rn": ("t t → t", np.divide), "div": ("t t → t", quotient), "rem": ("t t → t", remainder),
+    "rcp.rn": ("t → t", lambda a: a.dtype.type(1) / a), "sqrt.rn": ("t → t", np.sqrt),
+    "min": ("t t → t", fp.minimum), "max": ("t t → t", fp.maximum),
+    "abs": ("t → t", np.abs), "neg": ("t → t", np.negative), "not": ("t → t", np.invert),
+    "and": ("t t → t", np.bitwise_and), "or": ("t t → t", np.bitwise_or), "xor": ("t t → t", np.bitwise_xor),
+    "shl": ("t u32 → t", shift_left), "shr": ("t u32 → t", shift_right), "bfi": ("t t u32 u32 → t", insert),
+    "mov": ("t → t", lambda a: a), "selp": ("t t pred → t", lambda a, b, p: np.where(p, a, b)),
+    "cvta.to.global": ("t → t", lambda a: a),  # generic addresses of global memory are themselves
+    "cvt.rni.f32.f32": ("t → t", np.rint), "cvt.sat.f32.f32": ("t → t", fp.saturate),
+    "cvt.rn.bf16.f32": ("t → b16", fp.to_bf16),
+    "setp.eq": ("t t → pred", np.equal), "setp.ne": ("t t → pred", lambda a, b: (a < b) | (a > b)),
+    "setp.lt": ("t t → pred", np.less), "setp.le": ("t t → pred", np.less_equal),
+    "setp.gt": ("t t → pred", np.greater), "setp.ge": ("t t → pred", np.greater_equal),
+    "setp.neu": ("t t → pred", np.not_equal), "setp.nan": ("t t → pred", lambda a, b: (a != a) | (b != b)),
+    "setp.ltu": ("t t → pred", lambda a, b: ~(a >= b)), "setp.leu": ("t t → pred", lambda a, b: ~(a > b)),
+    "setp.gtu": ("t t → pred", lambda a, b: ~(a <= b)), "setp.geu": ("t t → pred", lambda a, b: ~(a < b)),
+    "setp.num": ("t t → pred", lambda a, b: (a == a) & (b == b)),
 }  # fmt: skip
-ORDER: dict[str, Function] = {
-    "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)), "nan": lambda a, b: np.isnan(a) | np.isnan(b),
-    "ne": lambda a, b: (a < b) | (a > b),
-    "neu": np.not_equal, "ltu": lambda a, b: ~(a >= b), "leu": lambda a, b: ~(a > b),
-    "gtu": lambda a, b: ~(a <= b), "geu": lambda a, b: ~(a < b),
+for to in ("u16", "u32", "s32", "u64", "s64", "f32", "f64"):
+    FORMS[f"cvt.rn.{to}" if to[0] == "f" else f"cvt.{to}"] = f"t → {to}", lambda a, to=DTYPES[to]: a.astype(to)
+APPROXIMATE: dict[str, Callable[[Array, int], Array]] = {
+    "ex2.approx.f32": fp.exponential, "rcp.approx.ftz.f64": fp.reciprocal,
+    "ex2.approx.ftz.f32": lambda a, seed: fp.flush(fp.exponential(fp.flush(a), seed)),
 }  # fmt: skip
-for type in COMPARED:
-    for name, function in {**COMPARE, **(ORDER if type in FLOATS else {})}.items():
-        OTHERS[f"setp.{name}.{type}"] = [type] * 2, "pred", function
 
 
 def bind(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
     """destination = function(sources)."""
-    if opcode.startswith("mov.b") and any(isinstance(operand, Vector) for operand in operands):
-        return move_vector(m, opcode.removeprefix("mov."), *operands)
     form, _, type = opcode.rpartition(".")
-    if opcode in OTHERS:
-        types, result, function = OTHERS[opcode]
-    elif form in SAME_TYPE and type in SAME_TYPE[form][0]:
-        function = SAME_TYPE[form][1]
-        types, result = [type] * (len(operands) - 1), type
-    elif opcode == "ex2.approx.f32":
-        types, result, function = ["f32"], "f32", lambda a: fp.exponential(a, m.seed)
-    elif opcode == "ex2.approx.ftz.f32":
-        types, result, function = ["f32"], "f32", lambda a: fp.flush(fp.exponential(fp.flush(a), m.seed))
-    elif opcode == "rcp.approx.ftz.f64":
-        types, result, function = ["f64"], "f64", lambda a: fp.reciprocal(a, m.seed)
+    if form == "mov" and any(isinstance(operand, Vector) for operand in operands):
+        return move_halves(m, type, *operands)
+    if opcode in APPROXIMATE:
+        types, function = "t → t", partial(APPROXIMATE[opcode], seed=m.seed)
+    elif type in DTYPES and (opcode in FORMS or form in FORMS):
+        types, function = FORMS.get(opcode) or FORMS[form]
     else:
         raise m.unsupported(f"the instruction {opcode}")
+    named = {"t": type, "w": f"{type[0]}{2 * int(type[1:])}" if type != "pred" else ""}
+    *sources, _, result = [named.get(name, name) for name in types.split()]
     write = m.writer(operands[0], result)
-    read = [m.reader(operand, type) for operand, type in zip(operands[1:], types, strict=True)]
+    read = [m.reader(operand, source) for operand, source in zip(operands[1:], sources, strict=True)]
     return lambda lanes: write(lanes, function(*[r(lanes) for r in read]))
 
 
-def move_vector(m: Machine, type: str, target: Operand, source: Operand) -> Step:
-    """Pack or unpack two halves, the lowest bits first."""
-    bits = 4 * DTYPES[type]().itemsize
-    half, shift = f"u{bits}", DTYPES[type](bits)
-    if isinstance(target, Vector):
-        read, (write_low, write_high) = m.reader(source, type), [m.writer(part, half) for part in target]
+def move_halves(m: Machine, type: str, target: Operand, source: Operand) -> Step:
+    """Pack two registers into one of twice their size, or unpack one; the lowest bits first."""
+    half = f"b{int(type[1:]) // 2}"
+    whole, parts = (target, source) if isinstance(source, Vector) else (source, target)
+    low, high = m.view(whole, type).view(DTYPES[half]).reshape(-1, 2).T
+    if parts is source:
+        pairs = [(place.__setitem__, m.reader(part, half)) for place, part in zip((low, high), parts, strict=True)]
+    else:
+        pairs = [(m.writer(part, half), place.__getitem__) for place, part in zip((low, high), parts, strict=True)]
 
-        def unpack(lanes: Lanes) -> None:
-            value = read(lanes).copy()
-            write_low(lanes, value.astype(DTYPES[half]))
-            write_high(lanes, (value >> shift).astype(DTYPES[half]))
+    def step(lanes: Lanes) -> None:
+        for write, read in pairs:
+            write(lanes, read(lanes))
 
-        return unpack
-    write, (low, high) = m.writer(target, type), [m.reader(part, half) for part in source]
-    return lambda lanes: write(lanes, low(lanes).astype(DTYPES[type]) | high(lanes).astype(DTYPES[type]) << shift)
+    return step

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -17,7 +16,7 @@ from . import compute
 from . import machine as run
 from .compute import Step
 from .memory import Arena
-from .parse import DTYPES, Address, Instruction, Operand, Pair, Register, Vector
+from .parse import DTYPES, Address, Instruction, Operand, Register, Vector
 
 if TYPE_CHECKING:
     from .machine import Lanes, Machine
@@ -52,7 +51,7 @@ def branch(m: Machine, opcode: str, operands: tuple[Operand, ...], guard: tuple[
     target = m.kernel.labels[operands[0].name]
     if guard is None:
         return lambda lanes: target
-    predicate, wanted = m.register(guard[0]), guard[1]
+    predicate, wanted = m.view(guard[0], "pred"), guard[1]
 
     def step(lanes: Lanes) -> object:
         taken = predicate[lanes] == wanted
@@ -77,16 +76,18 @@ def leave(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
 # Memory
 
 
-def address_of(m: Machine, operand: Address) -> Callable[[Lanes], Array]:
-    """A reader of an address operand, for each lane."""
+def reach(m: Machine, operand: Address, arena: Arena, size: int, write: bool) -> Callable[[Lanes], Array]:
+    """From lanes to the positions of their accesses of `size` bytes at an address operand, checked and counted."""
     type = "u32" if isinstance(operand.base, Register) and operand.base.type == "b32" else "u64"
     read, offset = m.reader(operand.base, type), np.uint64(operand.offset & (2**64 - 1))
-    return lambda lanes: np.broadcast_to(read(lanes).astype(np.uint64) + offset, m.index[lanes].shape)
 
+    def positions(lanes: Lanes) -> Array:
+        address = np.broadcast_to(read(lanes).astype(np.uint64) + offset, m.index[lanes].shape)
+        position = arena.locate(address, m.copy[lanes] if arena is m.shared else 0, size, write)
+        m.count(arena, lanes, position, size, write)
+        return position
 
-def locate(m: Machine, arena: Arena, lanes: Lanes, address: Array, size: int, write: bool) -> Array:
-    copy = m.copy[lanes] if arena is m.shared else 0
-    return arena.locate(address, copy, size, write, partial(m.fail, lanes))
+    return positions
 
 
 def access(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
@@ -99,10 +100,14 @@ def access(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
     registers = data if isinstance(data, Vector) else (data,)
     if len(registers) != int(match[2] or 1):
         raise m.unsupported(f"a vector of {len(registers)} registers")
-    arena, read_address = m.arenas[space], address_of(m, pointer)
+    if space == "param":
+        wider = held(data, match[3])
+        value = np.frombuffer(m.parameters[pointer.base.name], DTYPES[match[3]], 1, pointer.offset)
+        write, value = m.writer(data, wider), value.astype(DTYPES[wider])
+        return lambda lanes: write(lanes, value)
     if name == "st":
-        return store(m, arena, read_address, registers, match[3])
-    return load(m, arena, read_address, registers, match[3], "nc" in modifiers)
+        return store(m, m.arenas[space], pointer, registers, match[3])
+    return load(m, m.arenas[space], pointer, registers, match[3], "nc" in modifiers)
 
 
 def held(register: Operand, type: str) -> str:
@@ -112,43 +117,39 @@ def held(register: Operand, type: str) -> str:
     return type[0] + str(max(int(type[1:]), int(register.type[1:])))
 
 
-def load(m: Machine, arena: Arena, read_address: Callable, registers: tuple, type: str, constant: bool) -> Step:
+def load(m: Machine, arena: Arena, pointer: Address, registers: tuple, type: str, constant: bool) -> Step:
     item = np.dtype(DTYPES[type]).itemsize
     size, view = item * len(registers), arena.views[item].view(DTYPES[type])
+    positions = reach(m, pointer, arena, size, False)
     wider = [DTYPES[held(register, type)] for register in registers]
     writers = [m.writer(register, held(register, type)) for register in registers]
 
     def step(lanes: Lanes) -> None:
-        position = locate(m, arena, lanes, read_address(lanes), size, False)
-        if arena.order:
-            arena.check_read(position, size, m.thread[lanes], partial(m.fail, lanes), constant)
-            m.report.read[arena.name] += size * len(position)
-            m.touch(arena, lanes, position)
+        position = positions(lanes)
+        arena.check_read(position, size, m.thread[lanes], constant)
         for i, (write, dtype) in enumerate(zip(writers, wider, strict=True)):
             write(lanes, view[position // item + i].astype(dtype))
 
     return step
 
 
-def store(m: Machine, arena: Arena, read_address: Callable, registers: tuple, type: str) -> Step:
+def store(m: Machine, arena: Arena, pointer: Address, registers: tuple, type: str) -> Step:
     item = np.dtype(DTYPES[type]).itemsize
     size, view = item * len(registers), arena.views[item]
+    positions = reach(m, pointer, arena, size, True)
     readers = [m.reader(register, held(register, type)) for register in registers]
 
     def step(lanes: Lanes) -> None:
-        fail = partial(m.fail, lanes)
-        position = locate(m, arena, lanes, read_address(lanes), size, True)
+        position = positions(lanes)
         first = position // item
         values = [read(lanes).astype(DTYPES[type]).view(view.dtype) for read in readers]
         same = np.all([view[first + i] == value for i, value in enumerate(values)], axis=0)
-        arena.check_write(position, size, m.thread[lanes], fail, same)
+        arena.check_write(position, size, m.thread[lanes], same)
         for i, value in enumerate(values):
             view[first + i] = value
             if (lost := view[first + i] != value).any():
-                fail(lost, lambda j: "race: another thread writes another value here by the same instruction")
+                m.fail(lost, "race: another thread writes another value here by the same instruction")
         arena.valid[arena.spread(position, size)] = True
-        m.report.written[arena.name] += size * len(position)
-        m.touch(arena, lanes, position)
 
     return step
 
@@ -160,20 +161,18 @@ def atomic(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
         raise m.unsupported(f"the instruction {opcode}")
     arena, type = m.arenas[match[1]], match[2]
     flush = fp.flush if (arena, type) == (m.memory, "f32") else lambda x: x
-    read_address, read, write = address_of(m, operands[1]), m.reader(operands[2], type), m.writer(operands[0], type)
+    positions, read = reach(m, operands[1], arena, 4, True), m.reader(operands[2], type)
+    write = m.writer(operands[0], type)
 
     def step(lanes: Lanes) -> None:
-        fail, view = partial(m.fail, lanes), arena.views[4].view(DTYPES[type])
-        position = locate(m, arena, lanes, read_address(lanes), 4, True)
-        arena.check_valid(position, 4, fail)
-        arena.check_write(position, 4, m.thread[lanes], fail, atomic=True)
+        position, view = positions(lanes), arena.views[4].view(DTYPES[type])
+        arena.check_valid(position, 4)
+        arena.check_write(position, 4, m.thread[lanes], atomic=True)
         added, old = np.broadcast_to(read(lanes), position.shape), np.empty(position.shape, DTYPES[type])
         for i in m.rng.permutation(len(position)):
             old[i] = view[position[i] // 4]
             view[position[i] // 4] = flush(old[i] + added[i])
         write(lanes, old)
-        m.report.read[arena.name] += 4 * len(position)
-        m.report.written[arena.name] += 4 * len(position)
 
     return step
 
@@ -196,21 +195,16 @@ def copy_asynchronously(m: Machine, opcode: str, operands: tuple[Operand, ...]) 
         return lambda lanes: land(m, lanes, keep)
     if opcode != "cp.async.cg.shared.global" or len(operands) != 3 or operands[2].value("u32") != 16:
         raise m.unsupported(f"this form of {opcode}")
-    read_target, read_source = address_of(m, operands[0]), address_of(m, operands[1])
+    targets, sources = reach(m, operands[0], m.shared, 16, True), reach(m, operands[1], m.memory, 16, False)
 
     def step(lanes: Lanes) -> None:
-        fail, thread = partial(m.fail, lanes), m.thread[lanes]
-        target = locate(m, m.shared, lanes, read_target(lanes), 16, True)
-        source = locate(m, m.memory, lanes, read_source(lanes), 16, False)
-        m.memory.check_read(source, 16, thread, fail, False)
-        m.shared.check_write(target, 16, thread, fail)
+        target, source, thread = targets(lanes), sources(lanes), m.thread[lanes]
+        m.memory.check_read(source, 16, thread, False)
+        m.shared.check_write(target, 16, thread)
         m.shared.valid[m.shared.spread(target, 16)] = False
         m.shared.bytes[target[:, None] + np.arange(16)] = 0xFF
         data = m.memory.bytes[source[:, None] + np.arange(16)]
         m.pending.append(Copy(m.index[lanes], m.copy_group[lanes].copy(), target, data))
-        m.report.read["global"] += data.size
-        m.report.written["shared"] += data.size
-        m.touch(m.memory, lanes, source)
 
     return step
 
@@ -227,8 +221,7 @@ def land(m: Machine, lanes: Lanes, keep: int) -> None:
             m.shared.bytes[position[:, None] + np.arange(16)] = copy.data[done]
             granules = m.shared.spread(position, 16)
             m.shared.valid[granules] = True
-            m.shared.writer[granules] = m.thread[copy.lanes[done]][:, None]
-            m.shared.written[granules] = m.order.now
+            m.shared.note(m.shared.writes, granules, m.thread[copy.lanes[done]][:, None])
         if not done.all():
             left.append(Copy(*[part[~done] for part in copy]))
     m.pending = left
@@ -265,10 +258,11 @@ def together(m: Machine, mask: Operand, body: Callable[[Lanes], None]) -> Step:
     def step(lanes: Lanes) -> object:
         masks = np.broadcast_to(read(lanes), m.index[lanes].shape)
         if (wrong := masks != 0xFFFFFFFF).any():
-            m.fail(lanes, wrong, lambda i: f"the member mask {masks[i]:#x}, of less than a warp, is not supported")
+            m.fail(wrong, lambda i: f"the member mask {masks[i]:#x}, of less than a warp, is not supported")
         ready = m.arrive(lanes)
         if ready is None:
             return run.STOP
+        m.running = ready
         body(ready)
         if ready is lanes:
             return None
@@ -281,9 +275,9 @@ def together(m: Machine, mask: Operand, body: Callable[[Lanes], None]) -> Step:
 def shuffle(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
     """shfl.sync.up, .bfly and .idx: see PTX ISA for the operands."""
     kind = opcode.removeprefix("shfl.sync.").removesuffix(".b32")
-    if kind not in ("up", "bfly", "idx") or not isinstance(operands[0], Pair):
+    if kind not in ("up", "bfly", "idx"):
         raise m.unsupported(f"the instruction {opcode}")
-    write, write_inside = m.writer(operands[0].first, "u32"), m.writer(operands[0].second, "pred")
+    write, write_inside = (m.writer(part, type) for part, type in zip(operands[0], ("u32", "pred"), strict=True))
     value, amount, bounds = (m.reader(operand, "u32") for operand in operands[1:4])
 
     def body(lanes: Lanes) -> None:
@@ -295,7 +289,7 @@ def shuffle(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
         other = np.where(inside, other, lane)
         source = m.index[lanes] - lane + other
         if (wrong := m.state[source] == run.EXITED).any():
-            m.fail(lanes, wrong, lambda i: f"takes the value of lane {other[i]}, which is not there (it has exited)")
+            m.fail(wrong, lambda i: f"takes the value of lane {other[i]}, which is not there (it has exited)")
         everyone = np.broadcast_to(value(slice(None)), (m.lanes,))
         write(lanes, everyone[source])
         write_inside(lanes, inside)

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from . import instructions
-from .memory import Arena, Order
-from .parse import DTYPES, Immediate, Instruction, Kernel, Operand, PTXError, Register, Symbol, Variable
+from .memory import Arena, Message, Order
+from .parse import DTYPES, Immediate, Instruction, Kernel, Operand, PTXError, Register, Symbol
 
 Array = np.ndarray
 Lanes = slice | Array
@@ -24,6 +24,7 @@ RUN, EXITED, AT_WARP, AT_BARRIER = range(4)
 STOP = object()  # what a step returns when it has set its lanes' own next instructions
 MOST_LANES = 16384
 FAR = 1 << 30
+GLOBAL_START = 1 << 44
 
 
 @dataclass
@@ -39,73 +40,63 @@ class Report:
 
 
 class Machine:
-    """One kernel with memory laid out; `run` executes its blocks in chunks."""
+    """One kernel; after its arrays and variables are laid out, `run` executes its blocks in chunks."""
 
     def __init__(
-        self, kernel: Kernel, grid: tuple[int, ...], block: tuple[int, ...], memory: Arena, order: Order,
+        self, kernel: Kernel, grid: tuple[int, ...], block: tuple[int, ...],
         *, seed: int, limit: int, races: bool, sectors: bool,
     ) -> None:  # fmt: skip
-        self.kernel, self.grid, self.block, self.memory, self.order = kernel, grid, block, memory, order
+        self.kernel, self.grid, self.block = kernel, grid, block
         self.seed, self.limit, self.counts_sectors = seed, limit, sectors
         self.rng = np.random.default_rng(seed)
-        self.threads, self.warps = int(np.prod(block)), order.warps
-        self.blocks = max(1, min(int(np.prod(grid)), MOST_LANES // (32 * self.warps)))  # at once
-        self.report = Report()
-        self.program = [*kernel.instructions, Instruction("ret", (), None, 0, "ret; (end)")]
-        self.shared = Arena("shared", 0, memory.granule, order, races)
-        self.parameters = Arena("param", 4096, memory.granule)
-        self.arenas = {arena.name: arena for arena in (memory, self.shared, self.parameters)}
-        self.symbols: dict[str, int] = {}
-
-    def lay_out(self, variables: list[Variable], dynamic: int, values: list[Array]) -> None:
-        """Places of shared variables, and of parameters with their bytes."""
-        for variable in variables:
-            if variable.size:
-                self.symbols[variable.name] = self.shared.add(*variable[::2], variable.align)
-        start = self.shared.add(
-            "dynamic shared memory", dynamic, max([v.align for v in variables if not v.size] or [16])
-        )
-        self.symbols |= {v.name: start for v in variables if not v.size}
-        self.shared.allocate(self.blocks)
-        for parameter in self.kernel.parameters:
-            self.symbols[parameter.name] = self.parameters.add(
-                parameter.name, parameter.size, parameter.align, read_only=True
-            )
-        self.parameters.allocate(1)
-        for parameter, data in zip(self.kernel.parameters, values, strict=True):
-            self.parameters.put(self.symbols[parameter.name], data)
-        self.dynamic = dynamic
-
-    def run(self) -> Report:
+        self.threads, self.total = int(np.prod(block)), int(np.prod(grid))
+        self.warps = -(-self.threads // 32)
+        self.blocks = max(1, min(self.total, MOST_LANES // (32 * self.warps)))  # at once
         self.lanes = self.blocks * self.warps * 32
         self.index = np.arange(self.lanes)
-        self.lane = self.index & 31
-        self.warp = self.index >> 5  # by place in the arrays
+        self.lane, self.warp = self.index & 31, self.index >> 5  # warp: by place in the arrays
+        self.report = Report()
+        self.program = [*kernel.instructions, Instruction("ret", (), None, 0, "ret; (end)")]
+        types = [i.opcode.split(".")[-1] for i in self.program if i.opcode.startswith(("ld.", "st."))]
+        granule = min([4, *(np.dtype(DTYPES.get(type, np.uint8)).itemsize for type in types)])  # the smallest access
+        self.order = Order(self.total, self.warps)
+        self.memory = Arena("global", GLOBAL_START, granule, self.order, races, self.fail)
+        self.shared = Arena("shared", 0, granule, self.order, races, self.fail)
+        self.arenas = {"global": self.memory, "shared": self.shared}
+        self.symbols: dict[str, int] = {}
         self.registers: dict[Register, Array] = {}
         self.special = {
-            f"%{name}.{axis}": np.zeros(self.lanes, np.uint32)
-            for name in ("tid", "ntid", "ctaid", "nctaid")
-            for axis in "xyz"
+            f"%{name}.{axis}": np.full(self.lanes, size, np.uint32)
+            for name, sizes in (("tid", block), ("ntid", block), ("ctaid", grid), ("nctaid", grid))
+            for axis, size in zip("xyz", sizes, strict=True)
         }
-        for axis, size, count in zip("xyz", self.block, self.grid, strict=True):
-            self.special[f"%ntid.{axis}"][:] = size
-            self.special[f"%nctaid.{axis}"][:] = count
-        self.special["%dynamic_smem_size"] = np.full(self.lanes, self.dynamic, np.uint32)
-        self.pc = np.zeros(self.lanes, np.int64)
+        self.pc, self.copy_group = np.zeros((2, self.lanes), np.int64)
         self.state = np.zeros(self.lanes, np.int8)
-        self.copy_group = np.zeros(self.lanes, np.int64)
+
+    def lay_out(self, dynamic: int, parameters: dict[str, bytes]) -> None:
+        """Places of shared variables; dynamic: bytes of those without a size."""
+        for name, align, size in self.kernel.shared:
+            if size:
+                self.symbols[name] = self.shared.add(name, size, align)
+        unsized = [variable for variable in self.kernel.shared if not variable.size]  # all are the same bytes
+        start = self.shared.add("dynamic shared memory", dynamic, max((v.align for v in unsized), default=16))
+        self.symbols |= {variable.name: start for variable in unsized}
+        self.shared.allocate(self.blocks)
+        self.special["%dynamic_smem_size"] = np.full(self.lanes, dynamic, np.uint32)
+        self.parameters = parameters
+
+    def run(self) -> Report:
         self.steps: list[instructions.Step] = []
         for place, instruction in enumerate(self.program):
             self.at = place
             self.steps.append(instructions.bind(self, instruction))
         self.counts = np.zeros(len(self.program), np.int64)
-        numbers = self.rng.permutation(int(np.prod(self.grid)))
+        numbers = self.rng.permutation(self.total)
         for start in range(0, len(numbers), self.blocks):
             self.run_blocks(numbers[start : start + self.blocks])
         self.report.instructions = int(self.counts.sum())
-        for instruction, count in zip(self.program, self.counts, strict=True):
-            self.report.histogram[instruction.opcode] += int(count)
-        self.report.histogram = +self.report.histogram
+        for place in np.flatnonzero(self.counts):
+            self.report.histogram[self.program[place].opcode] += int(self.counts[place])
         return self.report
 
     def run_blocks(self, numbers: Array) -> None:
@@ -120,11 +111,10 @@ class Machine:
         self.block_number = np.resize(numbers, blocks)[self.copy]
         self.thread = self.block_number * (warps * 32) + thread
         for name, linear, shape in (("tid", thread, self.block), ("ctaid", self.block_number, self.grid)):
-            self.special[f"%{name}.x"][:] = linear % shape[0]
-            self.special[f"%{name}.y"][:] = linear // shape[0] % shape[1]
-            self.special[f"%{name}.z"][:] = linear // (shape[0] * shape[1])
+            for axis, place in zip("zyx", np.unravel_index(linear % np.prod(shape), shape[::-1]), strict=True):
+                self.special[f"%{name}.{axis}"][:] = place
         for register in self.registers.values():  # registers start as rubbish
-            register.fill(0xAB if register.dtype != bool else True)
+            register.view(np.uint8).fill(0xAB if register.dtype != bool else True)
         self.shared.reset()
         self.pending: list[instructions.Copy] = []
         self.copy_group.fill(0)
@@ -162,9 +152,9 @@ class Machine:
 
     def run_group(self, lanes: Lanes, pc: int, until: int) -> None:
         """Run lanes that are together until they part, wait, or reach lanes that wait for them."""
-        count = len(self.index[lanes])
+        self.running, count = lanes, len(self.index[lanes])
         self.first = self.at = pc
-        self.check_limit(lanes)
+        self.check_limit()
         while pc < until:
             self.at = pc
             self.counts[pc] += count
@@ -176,12 +166,12 @@ class Machine:
                 pc += 1
             else:
                 pc = following
-                self.check_limit(lanes)
+                self.check_limit()
         self.pc[lanes] = pc
 
-    def check_limit(self, lanes: Lanes) -> None:
+    def check_limit(self) -> None:
         if self.order.now > self.limit:
-            self.fail(lanes, None, lambda i: f"still running after {self.limit} steps: an endless loop?")
+            self.fail(None, f"still running after {self.limit} steps: an endless loop?")
 
     def wake(self, low: int, high: int) -> bool:
         """Nothing runs: see whether lanes that wait within their warp now can go on, because others have exited."""
@@ -194,9 +184,8 @@ class Machine:
             self.run_group(lanes, int(place), int(place) + 1)
             if (self.state[lanes] != AT_WARP).any():
                 return True
-        self.at = int(self.pc[waiting[0]])
-        message = "lanes missing: others of the warp are elsewhere, and this instruction waits for them for ever"
-        self.fail(waiting, None, lambda i: message)
+        self.running, self.at = waiting, int(self.pc[waiting[0]])
+        self.fail(None, "lanes missing: others of the warp are elsewhere, and this instruction waits for them for ever")
         return False
 
     def arrive(self, lanes: Lanes) -> Lanes | None:
@@ -232,28 +221,16 @@ class Machine:
             mates = self.index[(self.state == AT_WARP) & np.isin(self.warp, self.warp[lanes])]
             stuck = [i for i in mates if self.program[self.pc[i]].opcode == "bar.sync"]
             if stuck:
-                self.at = int(self.pc[stuck[0]])
-                message = "barrier in divergent code: the rest of the warp went on"
-                self.fail(np.array(stuck), None, lambda i: message)
+                self.running, self.at = np.array(stuck), int(self.pc[stuck[0]])
+                self.fail(None, "barrier in divergent code: the rest of the warp went on")
         self.state[lanes] = EXITED
 
-    def touch(self, arena: Arena, lanes: Lanes, position: Array) -> None:
-        """Count the sectors of one access (of at most 16 bytes, so each lane's lies in one)."""
+    def count(self, arena: Arena, lanes: Lanes, position: Array, size: int, write: bool) -> None:
+        """Bytes of an access, and its sectors of global memory (each lane's 16 bytes at most lie in one)."""
+        (self.report.written if write else self.report.read)[arena.name] += size * len(position)
         if self.counts_sectors and arena is self.memory:
             warp = self.thread[lanes] >> 5
             self.report.sectors += len(np.unique(warp * (arena.stride // 32) + position // 32))
-
-    def register(self, operand: Register) -> Array:
-        """The array of a register over all lanes: bits, or bool for predicates."""
-        if operand.type == "special":
-            if operand.name not in self.special:
-                raise self.unsupported(f"special register {operand.name}")
-            return self.special[operand.name]
-        if operand not in self.registers:
-            dtype = np.dtype(DTYPES[operand.type])
-            bits = dtype if dtype.kind == "b" else np.dtype(f"u{dtype.itemsize}")
-            self.registers[operand] = np.zeros(self.lanes, bits)
-        return self.registers[operand]
 
     def reader(self, operand: Operand, type: str) -> Callable[[Lanes], Array]:
         """A function from lanes to the operand's values in the type's dtype."""
@@ -273,9 +250,16 @@ class Machine:
         return self.view(operand, type).__setitem__
 
     def view(self, operand: Operand, type: str) -> Array:
+        """A register over all lanes."""
         if not isinstance(operand, Register):
             raise self.unsupported(f"the operand {operand}")
-        array, dtype = self.register(operand), np.dtype(DTYPES[type])
+        if operand.type == "special":
+            if operand.name not in self.special:
+                raise self.unsupported(f"special register {operand.name}")
+            array = self.special[operand.name]
+        else:
+            array = self.registers.setdefault(operand, np.zeros(self.lanes, DTYPES[operand.type]))
+        dtype = np.dtype(DTYPES[type])
         if (array.dtype.kind == "b") != (dtype.kind == "b") or dtype.itemsize != array.dtype.itemsize:
             raise self.unsupported(f".{operand.type} {operand.name} as .{type}")
         return array.view(dtype)
@@ -284,13 +268,13 @@ class Machine:
         instruction = self.program[self.at]
         return PTXError(f"{self.kernel.name}, line {instruction.line}: `{instruction.text}`: {what} is not supported")
 
-    def fail(self, lanes: Lanes, wrong: Array | None, message: Callable[[int], str]) -> None:
-        """Raise for the first lane of `lanes` where `wrong`."""
+    def fail(self, wrong: Array | None, message: Message) -> None:
+        """Raise for the first of the running lanes where `wrong`."""
         first = 0 if wrong is None else int(np.flatnonzero(wrong)[0])
-        lane = int(self.index[lanes][first])
+        lane = int(self.index[self.running][first])
         instruction = self.program[self.at]
         block, thread = (tuple(int(self.special[f"%{n}.{x}"][lane]) for x in "xyz") for n in ("ctaid", "tid"))
         raise PTXError(
-            f"{self.kernel.name}, line {instruction.line}: `{instruction.text}`: "
-            f"block {block}, thread {thread}: {message(first)}"
+            f"{self.kernel.name}, line {instruction.line}: `{instruction.text}`: block {block}, thread {thread}: "
+            f"{message if isinstance(message, str) else message(first)}"
         )

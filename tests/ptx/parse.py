@@ -6,7 +6,6 @@ The grammar is that of NVIDIA's "PTX ISA" (9.0), as far as our kernels use it; w
 from __future__ import annotations
 
 import re
-import struct
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
@@ -30,13 +29,11 @@ class Register(NamedTuple):
 class Immediate(NamedTuple):
     text: str
 
-    @lru_cache(maxsize=4096)  # noqa: B019 - a tuple, and few of them
     def value(self, type: str) -> np.ndarray:
         """One element of the type's dtype; integers wrap, 0f and 0d are bit patterns."""
         dtype = np.dtype(DTYPES[type])
         if self.text[:2] in ("0f", "0d"):
-            number = struct.unpack(f">{self.text[1]}", bytes.fromhex(self.text[2:]))[0]
-            return np.array([number], f"f{dtype.itemsize}").view(dtype)
+            return np.array([int(self.text[2:], 16)], f"u{len(self.text) // 2 - 1}").view(dtype)
         if dtype.kind in "fb":
             return np.array([int(self.text, 0)], dtype)
         return np.array([int(self.text, 0) & (256**dtype.itemsize - 1)], f"u{dtype.itemsize}").view(dtype)
@@ -51,18 +48,11 @@ class Address(NamedTuple):
     offset: int
 
 
-class Pair(NamedTuple):
-    """a|b, what a shuffle writes."""
-
-    first: Register
-    second: Register
-
-
 class Vector(tuple):
-    """{…}"""
+    """{a, b}, and a|b, what a shuffle writes."""
 
 
-Operand = Register | Immediate | Symbol | Address | Pair | Vector
+Operand = Register | Immediate | Symbol | Address | Vector
 
 
 @dataclass(frozen=True)
@@ -83,180 +73,120 @@ class Variable(NamedTuple):
 @dataclass
 class Kernel:
     name: str
-    parameters: list[Variable] = field(default_factory=list)
-    shared: list[Variable] = field(default_factory=list)
+    parameters: list[Variable]
+    most_threads: int
+    shared: list[Variable]
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
-    most_threads: int = 1024
 
 
-@dataclass
-class Module:
-    shared: list[Variable] = field(default_factory=list)
-    kernels: dict[str, Kernel] = field(default_factory=dict)
-
-
-TOKEN = re.compile(r'"[^"]*"|[%$\w.]+(?:::\w+(?:\.\w+)*)*|\S')
+IGNORED = re.compile(r"//[^\n]*|/\*.*?\*/|\.(?:version|target|address_size|pragma)\b[^\n]*", re.DOTALL)
+LINKAGE = r"\s*(?:\.(?:visible|extern|common)\s+)?"
+CONSTANT = re.compile(LINKAGE + r"\.global\s[^;]*;")  # the compiler has put it in its places; what uses it raises
+ENTRY = re.compile(LINKAGE + r"\.entry\s+([$\w]+)\s*\(([^)]*)\)\s*(?:\.maxntid([\s\d,]+))?[^{;]*\{")
+WORD = re.compile(r"\s*\S+")
+SHARED = re.compile(LINKAGE + r"\.shared\s([^;]*);")
+STATEMENT = re.compile(r"\s*(?:([{}])|([$\w]+)\s*:(?!:)|([^;]+);)")
+VARIABLE = re.compile(
+    r"\s*(?:\.param\s+)?(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr[\s.\w]*\s)?([$\w]+)(?:\[(\d*)\])?\s*"
+)
+REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+([%$\w]+)(<\d+>)?")
+INSTRUCTION = re.compile(r"(?:@(!?)(%?[$\w]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
+OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^\s,][^,]*")
 
 
 class Parser:
     def __init__(self, text: str) -> None:
-        text = re.sub(r"//[^\n]*|/\*.*?\*/", lambda m: "\n" * m[0].count("\n"), text.replace("\0", ""), flags=re.DOTALL)
-        self.lines = text.splitlines()
-        self.tokens = [(m[0], i) for i, line in enumerate(self.lines, 1) for m in TOKEN.finditer(line)]
-        self.tokens.append(("", len(self.lines)))
-        self.at = 0
-        self.module = Module()
+        self.text = IGNORED.sub(lambda m: "\n" * m[0].count("\n"), text.replace("\0", ""))
+        self.at, self.line = 0, 1
         self.scopes: list[dict[str, str]] = []  # types of registers; of a family by its name and "<"
 
-    def peek(self) -> str:
-        return self.tokens[self.at][0]
-
-    def error(self, what: str) -> PTXError:
-        line = self.tokens[self.at][1]
-        return PTXError(f"line {line}: {what}: {self.lines[line - 1].strip()}")
-
-    def take(self, expected: str = "") -> str:
-        token = self.peek()
-        if not token or (expected and token != expected):
-            raise self.error(f"{expected or 'more'} expected, got {token!r}")
-        self.at += 1
-        return token
-
-    def accept(self, token: str) -> bool:
-        found = self.peek() == token
-        self.at += found
+    def accept(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
+        """The next piece of the text if it is of this form; `line` is where its first word stands."""
+        found = pattern.match(self.text, self.at)
+        if found:
+            self.line = self.text.count("\n", 0, found.end() - len(found[0].lstrip())) + 1
+            self.at = found.end()
         return found
 
-    def skip(self, end: str) -> None:
-        while self.take() != end:
-            pass
+    def parse(self) -> dict[str, Kernel]:
+        shared: list[Variable] = []  # of all kernels that follow
+        kernels = {}
+        while self.text[self.at :].strip():
+            if found := self.accept(SHARED):
+                shared.append(self.variable(found[1]))
+            elif found := self.accept(ENTRY):
+                parameters = [self.variable(text) for text in found[2].split(",") if text.strip()]
+                most_threads = int(np.prod([int(n) for n in (found[3] or "1024").split(",")]))
+                kernel = kernels[found[1]] = Kernel(found[1], parameters, most_threads, [*shared])
+                self.scopes.append({})
+                while self.scopes:
+                    self.statement(kernel)
+            elif not self.accept(CONSTANT):
+                word = self.accept(WORD)
+                raise PTXError(f"line {self.line}: can't read {word[0].strip()!r} at the top of a module")
+        return kernels
 
-    def parse(self) -> Module:
-        while self.peek():
-            token = self.take()
-            if token in (".version", ".target", ".address_size"):
-                line = self.tokens[self.at][1]
-                while self.tokens[self.at][1] == line and self.peek():
-                    self.at += 1
-            elif token == ".entry":
-                self.kernel()
-            elif token == ".shared":
-                self.module.shared.append(self.variable())
-                self.take(";")
-            elif token == ".global":
-                self.skip(";")  # constants that the compiler has put in their places; what uses one raises
-            elif token not in (".visible", ".extern", ".common"):
-                raise self.error(f"can't read {token!r} at the top of a module")
-        return self.module
-
-    def variable(self) -> Variable:
-        """`.align n .type name[size]` or `.type .ptr .align n name`, whose alignment is of what it points to."""
-        align, pointer, width = 0, False, 0
-        while self.peek().startswith("."):
-            token = self.take()[1:]
-            if token == "align":
-                align = max(align, 0 if pointer else int(self.peek()))
-                self.take()
-            elif token == "ptr":
-                pointer = True
-            else:
-                width = np.dtype(DTYPES[token]).itemsize
-        name, count = self.take(), 1
-        if self.accept("["):
-            count = 0 if self.peek() == "]" else int(self.take())
-            self.take("]")
-        return Variable(name, align or width, count * width)
-
-    def kernel(self) -> None:
-        kernel = Kernel(self.take())
-        self.take("(")
-        while not self.accept(")"):
-            self.take(".param")
-            kernel.parameters.append(self.variable())
-            self.accept(",")
-        if self.accept(".maxntid"):
-            kernel.most_threads = int(self.take())
-            while self.accept(","):
-                kernel.most_threads *= int(self.take())
-        if self.accept(".minnctapersm"):  # what ptxas should leave room for
-            self.take()
-        self.take("{")
-        self.scopes.append({})
-        while self.scopes:
-            self.statement(kernel)
-        self.module.kernels[kernel.name] = kernel
+    def variable(self, text: str) -> Variable:
+        """`.align n .type name[size]`, or `.type .ptr .align n name`, whose alignment is of what it points to."""
+        found = VARIABLE.fullmatch(text)
+        if not found or found[2] not in DTYPES:
+            raise PTXError(f"line {self.line}: can't read the variable {text.strip()!r}")
+        width = np.dtype(DTYPES[found[2]]).itemsize
+        return Variable(found[3], int(found[1] or width), width * (1 if found[4] is None else int(found[4] or 0)))
 
     def statement(self, kernel: Kernel) -> None:
-        if self.accept("{"):
+        found = self.accept(STATEMENT)
+        if not found:
+            raise PTXError(f"line {self.line}: the body of {kernel.name} has no end")
+        brace, label, text = found.groups()
+        if brace == "{":
             self.scopes.append({})
-        elif self.accept("}"):
+        elif brace:
             self.scopes.pop()
-        elif self.accept(".reg"):
-            self.registers()
-        elif self.accept(".pragma"):
-            self.skip(";")
-        elif self.accept(".shared"):
-            kernel.shared.append(self.variable())
-            self.take(";")
-        elif self.tokens[self.at + 1][0] == ":":
-            kernel.labels[self.take()] = len(kernel.instructions)
-            self.take(":")
+        elif label:
+            kernel.labels[label] = len(kernel.instructions)
+        elif text.startswith(".reg"):
+            self.registers(text)
+        elif text.startswith(".shared"):
+            kernel.shared.append(self.variable(text.removeprefix(".shared")))
+        elif found := INSTRUCTION.fullmatch(text):
+            guard = (self.operand(found[2]), not found[1]) if found[2] else None
+            operands = tuple(self.operand(operand) for operand in OPERAND.findall(found[4]))
+            text = f"{' '.join(text.split())};"
+            kernel.instructions.append(Instruction(found[3], operands, guard, self.line, text))
         else:
-            self.instruction(kernel)
+            raise PTXError(f"line {self.line}: can't read {text!r}")
 
-    def registers(self) -> None:
-        type, name = self.take()[1:], self.take()
-        if self.accept("<"):
-            self.take()
-            self.take(">")
-            name += "<"
-        if type not in DTYPES or self.type_of(name):
-            raise self.error(f"a register of type .{type}, or of a name that is taken, isn't supported")
-        self.scopes[-1][name] = type
-        self.take(";")
+    def registers(self, text: str) -> None:
+        found = REGISTERS.fullmatch(text)
+        name = found[2] + ("<" if found[3] else "") if found else ""
+        if not found or found[1] not in DTYPES or self.type_of(name):
+            raise PTXError(f"line {self.line}: {text}: such a type, or a name that is taken, isn't supported")
+        self.scopes[-1][name] = found[1]
 
     def type_of(self, name: str) -> str:
         """The type of a register in scope, or nothing."""
         names = (name, re.sub(r"\d+$", "<", name))
         return next((scope[n] for scope in self.scopes for n in names if n in scope), "")
 
-    def instruction(self, kernel: Kernel) -> None:
-        guard, line = None, self.tokens[self.at][1]
-        if self.accept("@"):
-            wanted = not self.accept("!")
-            guard = (self.operand(), wanted)
-        opcode, operands = self.take(), []
-        while not self.accept(";"):
-            operands.append(self.operand())
-            if self.peek() != ";":
-                self.take(",")
-        text = " ".join(" ".join(self.lines[line - 1 : self.tokens[self.at - 1][1]]).split())
-        kernel.instructions.append(Instruction(opcode, tuple(operands), guard, line, text))
-
-    def operand(self) -> Operand:
-        if self.accept("{"):
-            parts = [self.operand()]
-            while self.accept(","):
-                parts.append(self.operand())
-            self.take("}")
-            return Vector(parts)
-        if self.accept("["):
-            base, offset = self.operand(), 0
-            if self.accept("+"):
-                offset = int(("-" if self.accept("-") else "") + self.take())
-            self.take("]")
-            return Address(base, offset)
-        token = self.take()
-        if token == "-" or token[0].isdigit():
-            return Immediate(token + self.take() if token == "-" else token)
-        if token[0] != "%":
-            return Symbol(token)
-        register = Register(token, self.type_of(token) or "special")
-        return Pair(register, self.operand()) if self.accept("|") else register
+    def operand(self, text: str) -> Operand:
+        text = text.strip()
+        if text[0] == "{":
+            return Vector(self.operand(part) for part in text[1:-1].split(","))
+        if text[0] == "[":
+            base, _, offset = text[1:-1].partition("+")
+            return Address(self.operand(base), int(offset or 0))
+        if "|" in text:
+            return Vector(self.operand(part) for part in text.split("|"))
+        if type := self.type_of(text):
+            return Register(text, type)
+        if text[0] == "%":
+            return Register(text, "special")
+        return Immediate(text) if text[0] in "-0123456789" else Symbol(text)
 
 
 @lru_cache(maxsize=64)
-def parse(text: str) -> Module:
-    """All shared variables and kernels of a PTX text."""
+def parse(text: str) -> dict[str, Kernel]:
+    """The kernels of a PTX text by their names."""
     return Parser(text).parse()
