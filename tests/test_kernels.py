@@ -28,7 +28,7 @@ from refimpl.kernels.adamw import adamw
 from refimpl.kernels.compile import STEMS, STORAGE, TARGETS, BuildError, build, compile_kernel
 from refimpl.kernels.cross_entropy import cross_entropy_in_place
 from refimpl.kernels.launch import DeviceLaunch
-from refimpl.kernels.moe import combine, permute
+from refimpl.kernels.moe import combine, permute, weight_gradient
 from refimpl.kernels.numba_cuda import NUMBA_STEMS, NUMBA_STORAGE, build_numba, compile_numba, kernels_of
 from refimpl.kernels.table import COLUMNS, CUDA, NUMBA_CUDA, cuda_table
 from refimpl.model import backward, forward, init_parameters
@@ -165,6 +165,7 @@ def test_loads_are_on_their_way_at_once(storage: str) -> None:
         "swiglu": {"swiglu_forward": 2, "swiglu_backward": 3},
         "rope": {"rope_rotate": 2},
         "moe": {"moe_combine": 4, "moe_weight_gradient": 2},
+        "cross_entropy": {"cross_entropy_forward": 4, "cross_entropy_backward": 4},
         "embedding": {"embedding_runs": 4, "embedding_backward": 4},
     }
     for stem, kernels in wanted.items():
@@ -382,6 +383,30 @@ def test_permute_and_combine(column: str, storage: str) -> None:
 
 
 @pytest.mark.parametrize(("column", "storage"), TYPES)
+def test_gradient_of_the_experts_weights(column: str, storage: str) -> None:
+    """In every type, bfloat16 too, by the rule of `compare`; with more choices than a block has warps."""
+    rng, launch, wide = np.random.default_rng(2), make_launch(0, column), kernel_support.WIDE[storage]
+    for tokens, top_k, d in ((1, 1, 1), (3, 2, 33), (2, 9, 40), (2, 3, 600)):
+        dy, rows = (rounded(rng.normal(size=(n, d)), storage) for n in (tokens, tokens * top_k))
+        where = rng.permutation(tokens * top_k)
+
+        def exact_sum(a: Any, b: Any, where: Any = where, top_k: int = top_k) -> Any:
+            return np.sum(np.repeat(a, top_k, axis=0) * b[where], axis=-1).reshape(-1, top_k)
+
+        exact, plain = exact_sum(dy.astype(np.float64), rows.astype(np.float64)), 0.0
+        for run in range(kernel_support.LUCK):
+            moves = [bool(run) * kernel_support.HALF_UNIT * rng.uniform(-1, 1, x.shape) for x in (dy, rows)]
+            low = [(x.astype(np.float64) * (1 + m)).astype(np.float32) for x, m in zip((dy, rows), moves, strict=True)]
+            plain = max(plain, float(np.max(np.abs(exact_sum(*low) - exact))))
+        if storage == "float64":
+            plain = 64 * float(np.finfo(np.float64).eps) * float(np.max(np.abs(exact)))
+        found = to_host(weight_gradient(launch, *(to_device(x) for x in (dy, rows, where)), top_k))
+        assert found.dtype == wide
+        unit = float(np.finfo(wide).eps) * (np.abs(exact) + np.max(np.abs(exact)))
+        assert np.all(np.abs(found - exact) <= 2 * plain + unit), (tokens, top_k, d)
+
+
+@pytest.mark.parametrize(("column", "storage"), TYPES)
 def test_cross_entropy_in_place(column: str, storage: str) -> None:
     """The same bits as the op's gradient, in the memory of the logits."""
     rng = np.random.default_rng(0)
@@ -545,7 +570,7 @@ PLANTED = {  # name: (op and file, what stands there, what a mistake would put)
         "    __syncwarp();  // a lane reads scores below that others wrote\n",
         "",
     ),
-    "threads past the end": ("moe", "if (thread >= slots * parts) return;", ""),
+    "threads past the end": ("router", "    if (row >= rows) return;  // whole warps", "    // whole warps"),
     "last thread past the end": ("adamw", "if (i >= size) return;", "if (i > size) return;"),
     "tail read as a whole chunk": (
         "swiglu",
@@ -652,6 +677,11 @@ def test_errors() -> None:
         TABLE["grpo"].forward(ones, advantages=np.ones(1), mask=np.ones((1, 2), bool), kl_weight=0.0)
     with pytest.raises(ValueError, match="target must be one of sm_80, sm_90, sm_90a, sm_100, got sm_70"):
         compile_kernel("rope", "sm_70", "float32")
+    for grid in (2**31, (1, 2**16)):
+        with pytest.raises(
+            ValueError, match="moe_permute can't run on more than 2³¹ − 1 blocks, of 2¹⁶ − 1 in y, got "
+        ):
+            host.Kernels(make_launch(), "moe")("moe_permute", "float32", grid, 32)
 
 
 def test_nothing_to_do() -> None:

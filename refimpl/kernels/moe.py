@@ -16,7 +16,7 @@ from ..ops.table import LEAVES, Op, Ops
 from .host import Kernels, cover, numbers, place, ready
 from .launch import Launch
 
-__all__ = ["MoESaved", "combine", "moe", "permute"]
+__all__ = ["MoESaved", "combine", "moe", "permute", "weight_gradient"]
 
 THREADS = 128
 FFN = Op(ffn_forward, ffn_backward)
@@ -40,8 +40,8 @@ def permute(launch: Launch, x: Array, order: Array, top_k: int, scale: Array | N
     rows = kernels.empty((slots, d), x.dtype, x)
     factor = n.xp.zeros((1,), dtype=n.real) if scale is None else scale
     kernels(
-        "moe_permute", n.storage, cover(slots * cover(d, n.vector), THREADS), THREADS, rows, x, order, factor,
-        np.int64(slots), top_k, d, int(scale is not None),
+        "moe_permute", n.storage, (slots, cover(d, THREADS * n.vector)), THREADS, rows, x, order, factor, top_k, d,
+        int(scale is not None),
     )  # fmt: skip
     return rows
 
@@ -53,15 +53,25 @@ def combine(launch: Launch, rows: Array, where: Array, top_k: int, weights: Arra
     y = kernels.empty((tokens, d), rows.dtype, rows)
     factor = n.xp.zeros((1,), dtype=n.real) if weights is None else weights
     kernels(
-        "moe_combine", n.storage, cover(tokens * cover(d, n.vector), THREADS), THREADS, y, rows, where, factor,
-        np.int64(tokens), top_k, d, int(weights is not None),
+        "moe_combine", n.storage, (tokens, cover(d, THREADS * n.vector)), THREADS, y, rows, where, factor, top_k, d,
+        int(weights is not None),
     )  # fmt: skip
     return y
 
 
+def weight_gradient(launch: Launch, dy: Array, rows: Array, where: Array, top_k: int) -> Array:
+    """dweights [M, K], float32 for bfloat16: dy[m] · rows[where[m K + k]] of ``dy`` [M, D] and ``rows`` [M·K, D]."""
+    kernels, n = Kernels(launch, "moe"), numbers(dy=dy, rows=rows)
+    dweights, warps = kernels.empty((dy.shape[0], top_k), n.real, dy), min(top_k, 8)
+    kernels(
+        "moe_weight_gradient", n.storage, (dy.shape[0], cover(top_k, warps)), 32 * warps, dweights, dy, rows, where,
+        top_k, dy.shape[1],
+    )  # fmt: skip
+    return dweights
+
+
 def moe(launch: Launch) -> Op:
     """The op on ``launch``."""
-    kernels = Kernels(launch, "moe")
 
     def moe_forward(
         x: Array, weights: Array, w_gate: Array, w_up: Array, w_down: Array, w_shared_gate: Array | None,
@@ -109,11 +119,7 @@ def moe(launch: Launch) -> Op:
         n, top_k, d = numbers(rows=outputs, dy=dy), weights.shape[1], x_shape[-1]
         expect("dy", dy, "(…, D)", x_shape)
         rows = ready(dy).reshape(-1, d)
-        dweights = kernels.empty(weights.shape, n.real, rows)
-        kernels(
-            "moe_weight_gradient", n.storage, cover(order.size * 32, THREADS), THREADS, dweights, rows, outputs, where,
-            np.int64(order.size), top_k, d,
-        )  # fmt: skip
+        dweights = weight_gradient(launch, rows, outputs, where, top_k)
         dout = permute(launch, rows, order, top_k, weights)
         dw = [n.xp.zeros(shape, dtype=n.real) for shape in w_shapes]
         blocks = []
