@@ -901,6 +901,19 @@ def test_arguments_that_a_kernel_would_misread() -> None:
                 pair.forward(-np.ones((2, 3)), **kwargs, **choice)
         with pytest.raises((TypeError, ValueError), match="kept must "):
             pair.forward(-np.ones((2, 3)), **kwargs, kept=np.array([0, 1]))
+    x, up, down = np.ones((2, 3)), np.ones((4, 5, 3)), np.ones((4, 3, 5))
+    shared = {"w_shared_gate": np.ones((7, 3)), "w_shared_up": np.ones((7, 3)), "w_shared_down": np.ones((3, 7))}
+    for change, message in (
+        ({"w_shared_up": np.ones((7, 2))}, r"w_shared_up must have shape \(F, D\)=\(7, 3\), got \(7, 2\)"),
+        ({"w_shared_gate": np.ones((7, 2))}, r"w_shared_gate must have shape \(F, D\)=\('any', 3\), got \(7, 2\)"),
+        ({"w_shared_down": np.ones((7, 3))}, r"w_shared_down must have shape \(D, F\)=\(3, 7\), got \(7, 3\)"),
+        ({"w_shared_down": None}, "w_shared_gate, w_shared_up and w_shared_down must all be given"),
+        ({"indices": np.zeros((2, 1), int)}, r"weights must have shape \(…, K\)=\(2, 1\), got \(2, 2\)"),
+    ):
+        given = {"indices": np.array([[0, 1], [0, 1]])} | shared | change
+        for column in COLUMNS:
+            with pytest.raises(ValueError, match=message):
+                TABLES[column]["moe"].forward(x, np.ones((2, 2)), up, up, down, **given)
     bias = np.array([0, 1e-12, 0, 2e-12])  # which float32 scores of 1/2 would lose
     for column in COLUMNS:
         found, _ = TABLES[column]["router"].forward(

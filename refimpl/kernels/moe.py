@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..array import Array, argsort, expect, expect_ids, last
+from ..array import Array, argsort, expect
 from ..ops.ffn import ffn_backward, ffn_forward
+from ..ops.moe import check_shapes
 from ..ops.router import expert_load
 from ..ops.table import LEAVES, Op, Ops
 from .host import Kernels, cover, numbers, place, ready
@@ -81,19 +82,9 @@ def moe(launch: Launch) -> Op:
             x=x, w_gate=w_gate, w_up=w_up, w_down=w_down, w_shared_gate=w_shared_gate, w_shared_up=w_shared_up,
             w_shared_down=w_shared_down,
         )  # fmt: skip
-        expect("w_gate", w_gate, "(E, F, D)", (None, None, last(x, "x")))
-        (experts, f, d), top_k = w_gate.shape, last(indices, "indices")
-        expect("indices", indices, "(…, K)", (*x.shape[:-1], top_k))
-        expect("weights", weights, "(…, K)", (*x.shape[:-1], top_k))
-        expect("w_up", w_up, "(E, F, D)", (experts, f, d))
-        expect("w_down", w_down, "(E, D, F)", (experts, d, f))
-        if len({w is None for w in (w_shared_gate, w_shared_up, w_shared_down)}) > 1:
-            raise ValueError("w_shared_gate, w_shared_up and w_shared_down must all be given, or all be None")
-        load, slots = expert_load(indices, experts), ready(expect_ids("indices", indices, experts)).reshape(-1)
-        if slots.size == 0:
-            raise ValueError(
-                f"x and indices must have at least one row and one choice, got {x.shape} and {indices.shape}"
-            )
+        check_shapes(x, weights, indices, w_gate, w_up, w_down, w_shared_gate, w_shared_up, w_shared_down)
+        (experts, _, d), top_k = w_gate.shape, indices.shape[-1]
+        load, slots = expert_load(indices, experts), ready(indices, np.int64).reshape(-1)
         rows, weights = ready(x).reshape(-1, d), ready(weights, n.real).reshape(-1, top_k)
         order = ready(argsort(slots), np.int64)
         where = place(order)
