@@ -7,9 +7,9 @@ constexpr int BLOCK = 512;    // threads of the forward
 constexpr int THREADS = 128;  // of the backward
 constexpr int BATCH = 4;      // chunks of a thread that are on their way at once
 
-// e^x. In float32 as 2^(x log₂e), five instructions for the eight of expf: (|x| + 4) 2^−24 of itself wrong at the most,
-// which for x <= 0 is less than expf's own 2^−22 of the largest, e^0. The logits' difference comes first, since rounding
-// z log₂e would cost 2^−24 z.
+// e^x. In float32 as 2^(x log₂e), five instructions for the eight of expf: wrong by (1.3 |x| + 4) 2^−24 of itself at the
+// most, so for x <= 0 nowhere by more than expf is at 0, 2^−22. The logits' difference comes first: z log₂e less
+// largest log₂e would be wrong by |z| 2^−24.
 __device__ __forceinline__ float power(float x) { return exp2f(x * 1.44269504f); }
 __device__ __forceinline__ double power(double x) { return exp(x); }
 __device__ __forceinline__ float larger(float x, float y) { return fmaxf(x, y); }  // a NaN yields; the sum shows it
@@ -20,7 +20,8 @@ struct Total {
     real largest, sum;
 };
 
-// What to subtract from logits of which this is the largest: 0 for −∞, so that e^−∞ is 0. +∞ gives NaN, as in the reference.
+// What to subtract from logits of which this is the largest: 0 for −∞, so that e^−∞ is 0. +∞ gives NaN, as in the
+// reference.
 __device__ __forceinline__ real base(real largest) { return largest == -infinity() ? real(0) : largest; }
 
 __device__ __forceinline__ Total merge(Total a, Total b) {
@@ -32,7 +33,8 @@ __device__ __forceinline__ Total merge(Total a, Total b) {
 // probability. (Both numbers are kept, not log Σ e^z: rounding that would cost p a unit for each unit of lse.)
 // Grid: a block a row.
 extern "C" __global__ void __launch_bounds__(BLOCK, 1)
-cross_entropy_forward(real* largest_of_row, real* sum_of_row, real* chosen, const storage* logits, const int64* targets, int vocabulary) {
+cross_entropy_forward(real* largest_of_row, real* sum_of_row, real* chosen, const storage* logits, const int64* targets,
+                      int vocabulary) {
     const int64 row = blockIdx.x;
     const storage* z = logits + row * vocabulary;
     const bool wide = vocabulary % VECTOR == 0;
@@ -76,8 +78,8 @@ extern "C" __global__ void cross_entropy_loss(real* loss, const real* chosen, co
     if (threadIdx.x == 0) loss[0] = -sum;  // (cross_entropy.2)
 }
 
-// dlogits = dloss weight (p − 1[w = target]) with p = e^(z − largest) / sum. dlogits may be logits itself: each thread reads its
-// chunks before it writes them; so no load here is .nc. Grid: for each row, a thread for each BATCH chunks.
+// dlogits = dloss weight (p − 1[w = target]) with p = e^(z − largest) / sum. dlogits may be logits itself: each thread
+// reads its chunks before it writes them; so no load here is .nc. Grid: for each row, a thread for each BATCH chunks.
 extern "C" __global__ void __launch_bounds__(THREADS)
 cross_entropy_backward(storage* dlogits, const storage* logits, const real* largest_of_row, const real* sum_of_row,
                        const int64* targets, const real* weight, const real* dloss, int vocabulary) {
