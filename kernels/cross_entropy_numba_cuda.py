@@ -15,7 +15,7 @@ from .common_numba_cuda import WARP, block_max, block_sum
 def kernels(real):
     """For numbers of type ``real``; the annotations are the types of a kernel's arguments."""
     reals, ids = CPointer(real), CPointer(int64)
-    each = 128 // real.bitwidth  # logits of a thread in the backward: 16 bytes, as the host counts blocks
+    each = 4 * 128 // real.bitwidth  # logits of a thread in the backward: 64 bytes, as the host counts blocks
 
     def cross_entropy_forward(
         largest_of_row: reals, sum_of_row: reals, chosen: reals, logits: reals, targets: ids, vocabulary: int32
@@ -64,6 +64,6 @@ def kernels(real):
             p = math.exp(logits[start + w] - largest_of_row[row]) / sum_of_row[row]
             if w == targets[row]:
                 p -= real(1)
-            dlogits[start + w] = scale * p if scale != real(0) else real(0)  # (cross_entropy.3)
+            dlogits[start + w] = scale * p  # (cross_entropy.3)
 
     return cross_entropy_forward, cross_entropy_loss, cross_entropy_backward

@@ -34,14 +34,14 @@ extern "C" __global__ void grpo_forward(real* part, real* dlog_prob, unsigned ch
         const int64 i = first + t;
         if (!mask[i]) continue;
         size += 1;
-        sum_ratio += log_prob[i] - old[i];
-        if (kl_weight != 0) sum_u += reference[i] - log_prob[i];
+        if (ratio != TOKEN || off_policy < infinity()) sum_ratio += log_prob[i] - old[i];
+        if (kl_weight != 0 && kl_level != TOKEN) sum_u += reference[i] - log_prob[i];
     }
     size = block_sum(size);
     sum_ratio = block_sum(sum_ratio);
     sum_u = block_sum(sum_u);
     const real count = size > 0 ? size : real(1);
-    const real weight = 1 / (average == OF_SEQUENCES ? total * count : total);  // (grpo.1)
+    const real weight_of_token = 1 / (average == OF_SEQUENCES ? total * count : total);
     const bool stays = replay_kept ? kept[blockIdx.x] != 0 : a >= 0 || !(-sum_ratio / count > off_policy);
     if (!replay_kept && threadIdx.x == 0) kept[blockIdx.x] = stays;
 
@@ -49,6 +49,7 @@ extern "C" __global__ void grpo_forward(real* part, real* dlog_prob, unsigned ch
     for (int t = threadIdx.x; t < length; t += blockDim.x) {
         const int64 i = first + t;
         const bool real_token = mask[i] != 0;
+        const real weight = real_token ? weight_of_token : real(0);  // (grpo.1); 0 · NaN stays NaN below
         real z = 0;
         if (real_token)
             z = ratio == TOKEN ? log_prob[i] - old[i] : ratio == SEQUENCE ? sum_ratio : sum_ratio / count;  // (grpo.2)
@@ -65,35 +66,35 @@ extern "C" __global__ void grpo_forward(real* part, real* dlog_prob, unsigned ch
         const real bound = a > 0 ? high : rho > 1 && top < infinity() ? top : low;
         const real keep = stays ? real(1) : real(0);
         real objective = keep * a * (flows ? rho : bound);                                          // (grpo.4)
-        real dz = flows ? -weight * keep * a * rho : real(0), du = 0;                               // (grpo.5)
+        real dz = -weight * keep * a * (flows ? rho : real(0)), du = 0;                             // (grpo.5)
         if (kl_weight != 0) {
             const real u_free = !real_token ? real(0) : kl_level == TOKEN ? reference[i] - log_prob[i] : sum_u;
             const Bounded u = bounded(u_free, most_u);
             const real grown = exponential_minus_1(u.value);  // e^u − 1 keeps the digits that k3 cancels near u = 0
             const real free = kl == K1 ? -u.value : kl == K2 ? u.value * u.value / 2 : grown - u.value;  // (grpo.6)
             const Bounded k = bounded(free, most_k);
-            const real slope = !(u.inside && k.inside) ? real(0) : kl == K1 ? real(-1) : kl == K2 ? u.value : grown;
+            const real line = 0 * u.value - 1;  // −1, and NaN where u is none
+            const real slope = !(u.inside && k.inside) ? real(0) : kl == K1 ? line : kl == K2 ? u.value : grown;
             const real by = kl == UNBIASED ? weight * kl_weight * rho : weight * kl_weight;
             objective -= kl == UNBIASED ? kl_weight * rho * k.value : kl_weight * k.value;
             if (kl == UNBIASED) dz += by * k.value;  // (grpo.8)
             du = by * slope;                         // (grpo.7)
         }
-        if (!real_token) continue;
         sum += weight * objective;
         sum_dz += dz;
         sum_du += du;
-        dlog_prob[i] = (ratio == TOKEN ? dz : real(0)) - (kl_level == TOKEN ? du : real(0));  // (grpo.11)
+        const real own = (ratio == TOKEN ? dz : real(0)) - (kl_level == TOKEN ? du : real(0));  // (grpo.11)
+        dlog_prob[i] = real_token ? own : real(0);
     }
     sum = block_sum(sum);
+    if (threadIdx.x == 0) part[blockIdx.x] = sum;
+    if (ratio == TOKEN && kl_level == TOKEN) return;  // else every token gets its part of what whole outputs add
     sum_dz = block_sum(sum_dz);
     sum_du = block_sum(sum_du);
-    if (threadIdx.x == 0) part[blockIdx.x] = sum;
     const real dz_all = ratio == TOKEN ? real(0) : ratio == SEQUENCE ? sum_dz : sum_dz / count;  // (grpo.10)
     const real du_all = kl_level == TOKEN ? real(0) : sum_du;
-    for (int t = threadIdx.x; t < length; t += blockDim.x) {
-        const int64 i = first + t;
-        dlog_prob[i] = mask[i] ? dlog_prob[i] + dz_all - du_all : real(0);
-    }
+    for (int t = threadIdx.x; t < length; t += blockDim.x)
+        if (mask[first + t]) dlog_prob[first + t] += dz_all - du_all;
 }
 
 // loss = −Σ part, in order. Grid: one block.

@@ -5,14 +5,12 @@
 
 constexpr int AHEAD = 4;  // rows that a thread of moe_combine loads before it adds them
 
-// rows[r] = x[order[r] / K], or `scale[order[r]]` times that if scaled. Grid: a thread a chunk of each row.
-extern "C" __global__ void moe_permute(storage* rows, const storage* x, const int64* order, const real* scale,
-                                       int64 slots, int top_k, int width, int scaled) {
-    const int parts = (width + VECTOR - 1) / VECTOR;
-    const int64 thread = int64(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (thread >= slots * parts) return;
-    const int64 row = thread / parts, slot = order[row];
-    const int i = thread % parts * VECTOR;
+// rows[r] = x[order[r] / K], or `scale[order[r]]` times that if scaled. Grid: x a row, y a part of it, a thread a chunk; so
+// blocks that run together read one part of rows, which L2 can hold until other experts read it again.
+extern "C" __global__ void moe_permute(storage* rows, const storage* x, const int64* order, const real* scale, int top_k,
+                                       int width, int scaled) {
+    const int64 row = blockIdx.x, slot = order[row];
+    const int i = (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
     const bool wide = width % VECTOR == 0;
     const real factor = scaled ? scale[slot] : real(1);
     const Chunk chunk = load_chunk<false>(x + slot / top_k * width, i, width, wide);  // read K times: let the caches keep it
@@ -22,14 +20,11 @@ extern "C" __global__ void moe_permute(storage* rows, const storage* x, const in
     store_chunk(scaled_x, rows + row * width, i, width, wide);  // (moe.2) (moe.9)
 }
 
-// y[m] = Σ_k weights[m, k] rows[place[m K + k]], weights 1 unless weighted. Grid: a thread a chunk of each token.
-extern "C" __global__ void moe_combine(storage* y, const storage* rows, const int64* place, const real* weights,
-                                       int64 tokens, int top_k, int width, int weighted) {
-    const int parts = (width + VECTOR - 1) / VECTOR;
-    const int64 thread = int64(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (thread >= tokens * parts) return;
-    const int64 token = thread / parts;
-    const int i = thread % parts * VECTOR;
+// y[m] = Σ_k weights[m, k] rows[place[m K + k]], weights 1 unless weighted. Grid: x a token, y a part of its row.
+extern "C" __global__ void moe_combine(storage* y, const storage* rows, const int64* place, const real* weights, int top_k,
+                                       int width, int weighted) {
+    const int64 token = blockIdx.x;
+    const int i = (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
     const bool wide = width % VECTOR == 0;
     real sum[VECTOR] = {};
     for (int k = 0; k < top_k; k += AHEAD) {
@@ -52,14 +47,14 @@ extern "C" __global__ void moe_combine(storage* y, const storage* rows, const in
     store_chunk(sum, y + token * width, i, width, wide);
 }
 
-// dweights[slot] = Σ_d dy[m, d] rows[place[slot], d]. Grid: a warp a slot.
+// dweights[slot] = Σ_d dy[m, d] rows[place[slot], d]. Grid: x a token, y a part of its choices, a warp a choice.
 extern "C" __global__ void moe_weight_gradient(real* dweights, const storage* dy, const storage* rows,
-                                               const int64* place, int64 slots, int top_k, int width) {
-    const int lane = threadIdx.x % WARP;
-    const int64 slot = int64(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP;
-    if (slot >= slots) return;
+                                               const int64* place, int top_k, int width) {
+    const int lane = threadIdx.x % WARP, k = (blockIdx.y * blockDim.x + threadIdx.x) / WARP;
+    if (k >= top_k) return;
     const bool wide = width % VECTOR == 0;
-    const storage* of_token = dy + slot / top_k * width;
+    const int64 token = blockIdx.x, slot = token * top_k + k;
+    const storage* of_token = dy + token * width;
     const storage* of_slot = rows + place[slot] * width;
     real sum = 0;
     for (int i = lane * VECTOR; i < width; i += WARP * VECTOR) {

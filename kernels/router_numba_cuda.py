@@ -15,10 +15,13 @@ from .common_numba_cuda import WARP, make_sigmoid, warp_max, warp_sum
 
 @cuda.jit(device=True, inline="always")
 def rank(values, start, stop, i):
-    """How many of values[start … stop − 1] come before values[i]: the larger, and equal ones of lower index."""
+    """How many of values[start … stop − 1] come before values[i]: the larger, and equal ones of lower index. NaN comes
+    after every number, −∞ too, as in the reference's sort."""
     count = 0
     for j in range(start, stop):
-        if values[j] > values[i] or (values[j] == values[i] and j < i):
+        larger = values[j] > values[i] or (math.isnan(values[i]) and not math.isnan(values[j]))
+        equal = values[j] == values[i] or (math.isnan(values[i]) and math.isnan(values[j]))
+        if larger or (equal and j < i):
             count += 1
     return count
 
@@ -63,8 +66,7 @@ def kernels(real):
                 s = sigmoid(logits[z + e])  # (router.2)
             scores[z + e] = s
             memory[own + e] = s
-            b = s + bias[e]  # (router.4)
-            memory[biased + e] = real(-math.inf) if math.isnan(b) else b
+            memory[biased + e] = s + bias[e]  # (router.4)
         cuda.syncwarp()  # a lane reads below what the others wrote above
 
         if not replay and keep_groups < groups:

@@ -179,19 +179,10 @@ class Batch(NamedTuple):
 
 
 def forward(
-    params: Parameters,
-    tokens: Array,
-    config: ModelConfig,
-    *,
-    targets: Array | None = None,
-    mask: Array | None = None,
-    key_mask: Array | None = None,
-    segments: Array | None = None,
-    positions: Array | None = None,
-    routes: Mapping[int, Route] | None = None,
-    ops: Ops = REFERENCE,
-    with_loss: bool = True,
-) -> tuple[ModelOutput, ModelSaved]:
+    params: Parameters, tokens: Array, config: ModelConfig, *, targets: Array | None = None, mask: Array | None = None,
+    key_mask: Array | None = None, segments: Array | None = None, positions: Array | None = None,
+    routes: Mapping[int, Route] | None = None, ops: Ops = REFERENCE, with_loss: bool = True,
+) -> tuple[ModelOutput, ModelSaved]:  # fmt: skip
     """Run the model over ``tokens`` [B, T] and, unless ``with_loss`` is false, to the training loss.
 
     Args:

@@ -217,7 +217,7 @@ def _rope(draw: Draw) -> Case:
 
 
 def _cross_entropy(draw: Draw) -> Case:
-    case, w = CASES["cross_entropy"](draw), draw.choice([*WIDTHS[1:], 1030])
+    case, w = CASES["cross_entropy"](draw), draw.choice([*WIDTHS[1:], 1030, 4106])
     (x,) = case.inputs
     assert x is not None
     targets = np.where(case.kwargs["targets"] < 0, -100, draw.rng.integers(0, w, x.shape[:-1]))

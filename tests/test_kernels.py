@@ -28,7 +28,7 @@ from refimpl.kernels.adamw import adamw
 from refimpl.kernels.compile import STEMS, STORAGE, TARGETS, BuildError, build, compile_kernel
 from refimpl.kernels.cross_entropy import cross_entropy_in_place
 from refimpl.kernels.launch import DeviceLaunch
-from refimpl.kernels.moe import combine, permute
+from refimpl.kernels.moe import combine, permute, weight_gradient
 from refimpl.kernels.numba_cuda import NUMBA_STEMS, NUMBA_STORAGE, build_numba, compile_numba, kernels_of
 from refimpl.kernels.table import COLUMNS, CUDA, NUMBA_CUDA, cuda_table
 from refimpl.model import backward, forward, init_parameters
@@ -62,7 +62,7 @@ from support import FULL, HypothesisDraw
 
 # Most registers of a thread (in any type, for any target) and static shared memory of a block in bytes.
 BUDGET = {
-    "adamw_update": (40, 0), "cross_entropy_backward": (40, 0), "cross_entropy_forward": (40, 256),
+    "adamw_update": (40, 0), "cross_entropy_backward": (40, 0), "cross_entropy_forward": (96, 256),
     "cross_entropy_loss": (32, 256), "embedding_backward": (64, 4096), "embedding_gather": (32, 0),
     "embedding_runs": (56, 4096),
     "grpo_forward": (64, 256), "grpo_loss": (32, 256), "moe_combine": (48, 0), "moe_permute": (40, 0),
@@ -130,7 +130,7 @@ def test_what_is_executed_stands_for_all_targets(stem: str, storage: str) -> Non
 
 
 def test_every_kernel_has_a_budget() -> None:
-    text = re.sub(r"__launch_bounds__\(\w+\)", "", "".join(_sources().values()))
+    text = re.sub(r"__launch_bounds__\([\w, ]+\)", "", "".join(_sources().values()))
     declared = re.findall(r'extern "C" __global__ void\s+(\w+)\(', text)
     assert sorted(declared) == sorted(BUDGET)
 
@@ -170,6 +170,7 @@ def test_loads_are_on_their_way_at_once(storage: str) -> None:
         "swiglu": {"swiglu_forward": 2, "swiglu_backward": 3},
         "rope": {"rope_rotate": 2},
         "moe": {"moe_combine": 4, "moe_weight_gradient": 2},
+        "cross_entropy": {"cross_entropy_forward": 4, "cross_entropy_backward": 4},
         "embedding": {"embedding_runs": 4, "embedding_backward": 4},
     }
     for stem, kernels in wanted.items():
@@ -205,7 +206,7 @@ def test_numba_compiles_within_budget(stem: str) -> None:
 def test_numba_has_the_kernels_of_cuda_c() -> None:
     """Under the same names, with as many parameters."""
     for stem in NUMBA_STEMS:
-        text = re.sub(r"__launch_bounds__\(\w+\)", "", _sources()[stem])
+        text = re.sub(r"__launch_bounds__\([\w, ]+\)", "", _sources()[stem])
         declared = re.findall(r'extern "C" __global__ void\s+(\w+)\(([^)]*)\)', text)
         found = {name: len(kernel.__annotations__) for name, kernel in kernels_of(stem, "float32").items()}
         assert found == {name: parameters.count(",") + 1 for name, parameters in declared}
@@ -314,17 +315,56 @@ def test_router_chooses_exactly_the_same(column: str, storage: str) -> None:
     for experts, groups, keep, top_k, group_score, hidden in (
         (8, 1, 1, 3, "max", "-inf"), (64, 8, 4, 8, "top2", "-inf"), (64, 8, 4, 8, "share", "zero"),
         (33, 3, 2, 6, "top2", "zero"), (6, 6, 5, 5, "top2", "-inf"), (1, 1, 1, 1, "max", "-inf"),
+        (60, 20, 7, 8, "top2", "-inf"), (100, 5, 2, 9, "share", "-inf"), (40, 2, 2, 32, "top2", "-inf"),
     ):  # fmt: skip
         x = np.eye(5)[rng.integers(0, 5, 6)]
         w, bias = rng.integers(-2, 3, (experts, 5)) / 2.0, rng.integers(-3, 2, experts) / 4.0
+        bias = bias.astype(kernel_support.WIDE[storage])  # a wider one is added by the host, which then chooses
         for score in ("sigmoid", "softmax"):
             output, _ = TABLES[column]["router"].forward(
                 *(rounded(a, storage) for a in (x, w)), bias=bias, top_k=top_k, groups=groups, keep_groups=keep,
                 group_score=group_score, masked_groups=hidden, score=score,
             )  # fmt: skip
-            biased = output.scores + bias.astype(output.scores.dtype)
+            biased = output.scores + bias
             wanted = ops.select_experts(biased, top_k, groups, keep, group_score, hidden)
             assert np.array_equal(output.indices, wanted), (experts, groups, score)
+
+
+@pytest.mark.parametrize(("column", "storage"), TYPES)
+def test_router_with_scores_that_are_no_numbers(column: str, storage: str) -> None:
+    """NaN in scores, bias, whole groups and all of them: the very ids of `select_experts`, where NaN comes after every
+    number, the −∞ of a hidden group too; the scores are NaN where the reference's are."""
+    rng, inf, nan = np.random.default_rng(0), np.inf, np.nan
+    for experts, groups, keep, top_k, group_score, hidden in (
+        (8, 1, 1, 5, "max", "-inf"), (12, 3, 1, 4, "max", "zero"), (12, 3, 2, 6, "top2", "-inf"),
+        (40, 8, 4, 9, "top2", "-inf"),
+    ):  # fmt: skip
+        settings = {"top_k": top_k, "groups": groups, "keep_groups": keep, "group_score": group_score}
+        first, some = np.arange(experts) < experts // groups, rng.random(experts) < 0.4
+        x, w = np.eye(4)[[0, 1, 2]], rng.integers(-2, 3, (experts, 4)) / 2.0
+        x[0], bias = nan, rng.integers(-3, 2, experts) / 4.0
+        infinite = np.where(rng.random(experts) < 0.5, inf, -inf)
+        cases: tuple[tuple[str, Any, Any], ...] = (
+            ("sigmoid", some, bias), ("sigmoid", first, np.where(some, nan, bias)),
+            ("sigmoid", some, np.where(first, infinite, bias)), ("sigmoid", ~first, infinite),
+            ("softmax", some, bias), ("softmax", first & ~first, np.where(some, nan, bias)),
+            ("softmax", first & ~first, np.where(~first | some, nan, infinite)),
+        )  # fmt: skip
+        for score, strange, of_experts in cases:
+            bias_ = of_experts.astype(kernel_support.WIDE[storage])  # a wider one would choose on the host
+            given = [rounded(a, storage) for a in (x, np.where(strange[:, None], nan, w))]
+            with np.errstate(invalid="ignore"):
+                found, _ = TABLES[column]["router"].forward(
+                    *given, bias=bias_, score=score, masked_groups=hidden, **settings
+                )
+                biased = found.scores + bias_
+                wanted = ops.select_experts(biased, top_k, groups, keep, group_score, hidden)
+                exact, _ = ops.router_forward(
+                    *(a.astype(np.float64) for a in given), top_k=top_k, score=score, routes=wanted
+                )
+            assert np.array_equal(found.indices, wanted), (settings, hidden, score, biased)
+            assert np.array_equal(np.isnan(found.scores), np.isnan(exact.scores))
+            assert np.array_equal(np.isnan(found.weights), np.isnan(exact.weights))
 
 
 @pytest.mark.parametrize(("column", "storage"), TYPES)
@@ -349,6 +389,30 @@ def test_permute_and_combine(column: str, storage: str) -> None:
 
 
 @pytest.mark.parametrize(("column", "storage"), TYPES)
+def test_gradient_of_the_experts_weights(column: str, storage: str) -> None:
+    """In every type, bfloat16 too, by the rule of `compare`; with more choices than a block has warps."""
+    rng, launch, wide = np.random.default_rng(2), make_launch(0, column), kernel_support.WIDE[storage]
+    for tokens, top_k, d in ((1, 1, 1), (3, 2, 33), (2, 9, 40), (2, 3, 600)):
+        dy, rows = (rounded(rng.normal(size=(n, d)), storage) for n in (tokens, tokens * top_k))
+        where = rng.permutation(tokens * top_k)
+
+        def exact_sum(a: Any, b: Any, where: Any = where, top_k: int = top_k) -> Any:
+            return np.sum(np.repeat(a, top_k, axis=0) * b[where], axis=-1).reshape(-1, top_k)
+
+        exact, plain = exact_sum(dy.astype(np.float64), rows.astype(np.float64)), 0.0
+        for run in range(kernel_support.LUCK):
+            moves = [bool(run) * kernel_support.HALF_UNIT * rng.uniform(-1, 1, x.shape) for x in (dy, rows)]
+            low = [(x.astype(np.float64) * (1 + m)).astype(np.float32) for x, m in zip((dy, rows), moves, strict=True)]
+            plain = max(plain, float(np.max(np.abs(exact_sum(*low) - exact))))
+        if storage == "float64":
+            plain = 64 * float(np.finfo(np.float64).eps) * float(np.max(np.abs(exact)))
+        found = to_host(weight_gradient(launch, *(to_device(x) for x in (dy, rows, where)), top_k))
+        assert found.dtype == wide
+        unit = float(np.finfo(wide).eps) * (np.abs(exact) + np.max(np.abs(exact)))
+        assert np.all(np.abs(found - exact) <= 2 * plain + unit), (tokens, top_k, d)
+
+
+@pytest.mark.parametrize(("column", "storage"), TYPES)
 def test_cross_entropy_in_place(column: str, storage: str) -> None:
     """The same bits as the op's gradient, in the memory of the logits."""
     rng = np.random.default_rng(0)
@@ -363,17 +427,45 @@ def test_cross_entropy_in_place(column: str, storage: str) -> None:
     assert to_host(logits).tobytes() == to_host(fresh).tobytes()
 
 
+@pytest.mark.parametrize(("column", "storage"), TYPES)
+def test_cross_entropy_extremes(column: str, storage: str) -> None:
+    """Logits of ±1e4 and −∞, rows with NaN, +∞ or −∞ alone, each of them masked too: finite and NaN where the
+    reference is, which multiplies a masked row by 0, and 0 · NaN is NaN."""
+    rng, inf, nan = np.random.default_rng(0), np.inf, np.nan
+    for width in (5, 40, 4100):
+        logits = rng.normal(size=(16, width))
+        logits[0, :3], logits[1, 1:], logits[2, -1], logits[3] = (1e4, -1e4, 0), -inf, -inf, -1e4
+        for row, strange in enumerate(((nan, 1), (inf, 0), (inf, inf), (-inf, nan), (nan, inf), (1e4, nan)), 4):
+            logits[[row, row + 6], -2:] = strange
+        logits[15] = -inf
+        logits = rounded(logits, storage)
+        wide, targets = logits.astype(np.float64), np.where(np.arange(16) % 2, 0, width - 1)
+        for mask in (np.arange(16) < 4, np.arange(16) < 10, np.arange(16) % 3 == 0):
+            kwargs: dict[str, Any] = {"targets": np.where(mask, targets, -100), "mask": mask}
+            with np.errstate(invalid="ignore"):
+                wanted, reference = ops.cross_entropy_forward(wide, **kwargs)
+                wanted_gradient = ops.cross_entropy_backward(0.7, reference)
+                loss, saved = TABLES[column]["cross_entropy"].forward(logits, **kwargs)
+                gradient = TABLES[column]["cross_entropy"].backward(0.7, saved)
+            np.testing.assert_allclose(loss, wanted, rtol=1e-6)
+            np.testing.assert_allclose(gradient.astype(np.float64), wanted_gradient, atol=1e-7, rtol=2.0**-8)
+
+
 @pytest.mark.parametrize("column", COLUMNS)
-def test_cross_entropy_extremes(column: str) -> None:
-    """Logits of ±1e4 and −∞, masked rows of NaN: finite where the reference is."""
-    logits = np.array([[1e4, -1e4, 0.0], [-np.inf, 1.0, 2.0], [0.0, 0.0, 0.0]])
-    kwargs: dict[str, Any] = {"targets": np.array([0, 2, -100]), "mask": np.array([True, True, False])}
-    for dtype in (np.float64, np.float32):
-        loss, saved = TABLES[column]["cross_entropy"].forward(logits.astype(dtype), **kwargs)
-        wanted, reference = ops.cross_entropy_forward(logits, **kwargs)
-        np.testing.assert_allclose(loss, wanted, rtol=1e-6)
-        gradient = TABLES[column]["cross_entropy"].backward(dtype(1), saved)
-        np.testing.assert_allclose(gradient, ops.cross_entropy_backward(1.0, reference), atol=1e-7)
+def test_log_prob_of_masked_rows(column: str) -> None:
+    """A masked row without numbers has log-probability 0, and gradients that are NaN where the reference's are."""
+    rng = np.random.default_rng(0)
+    h, w, dy = rng.normal(size=(4, 3)), rng.normal(size=(6, 3)), rng.normal(size=4)
+    h[1] = np.nan
+    kwargs = {"targets": np.array([1, -100, 5, 2]), "mask": np.array([True, False, True, True])}
+    (wanted, saved), (found, kept) = (
+        pair.forward(h, w, **kwargs) for pair in (pair_of("log_prob"), TABLES[column]["log_prob"])
+    )
+    np.testing.assert_allclose(found, wanted)
+    for got, gradient in zip(
+        TABLES[column]["log_prob"].backward(dy, kept), pair_of("log_prob").backward(dy, saved), strict=True
+    ):
+        np.testing.assert_allclose(got, gradient)
 
 
 @pytest.mark.parametrize("storage", STORAGE)
@@ -438,13 +530,13 @@ PLANTED = {  # name: (op and file, what stands there, what a mistake would put)
     "silu without its second term": ("swiglu", "(s + g[v] * s * (1 - s))", "s"),
     "backward turns forward": ("rope", "sign * sin[angle]", "sin[angle]"),
     "first half turned twice": ("rope", "y1[v] = x0[v] * s[v]", "y1[v] = y0[v] * s[v]"),
-    "maximum not carried": ("cross_entropy", "total.sum * ratio(total.largest, largest)", "total.sum"),
+    "maximum not carried": ("cross_entropy", "total.sum * power(total.largest - from)", "total.sum"),
     "target off by one": ("cross_entropy", "i + v == target", "i + v == target + 1"),
     "second lane dropped": ("embedding", "lane = 1; lane < LANES", "lane = 2; lane < LANES"),
     "ties to the higher index": (
         "router",
-        "a.value == b.value && a.index < b.index",
-        "a.value == b.value && a.index > b.index",
+        "keys[j * WARP] > best.key",
+        "keys[j * WARP] >= best.key",
     ),
     "scale forgotten in the backward": (
         "router",
@@ -460,7 +552,7 @@ PLANTED = {  # name: (op and file, what stands there, what a mistake would put)
     "clip by the wrong sign": ("grpo", "a > 0 ? rho > high", "a < 0 ? rho > high"),
     "KL of whole outputs forgotten": ("grpo", "dz_all - du_all", "dz_all"),
     "barrier before the merge missing": ("cross_entropy", "= total;\n    __syncthreads();", "= total;"),
-    "logits that are overwritten read as constant": ("cross_entropy", "load_chunk<false>", "load_chunk<true>"),
+    "logits that are overwritten read as constant": ("cross_entropy", "load_chunks<false>", "load_chunks<true>"),
     "barrier between lanes missing": (
         "embedding",
         "    __syncthreads();\n    if (threadIdx.y > 0)",
@@ -481,10 +573,10 @@ PLANTED = {  # name: (op and file, what stands there, what a mistake would put)
     ),
     "warp not waited for": (
         "router",
-        "scores[row * experts + e] = s;\n    }\n    __syncwarp();",
-        "scores[row * experts + e] = s;\n    }",
+        "    __syncwarp();  // a lane reads scores below that others wrote\n",
+        "",
     ),
-    "threads past the end": ("moe", "if (thread >= slots * parts) return;", ""),
+    "threads past the end": ("router", "    if (row >= rows) return;  // whole warps", "    // whole warps"),
     "last thread past the end": ("adamw", "if (i >= size) return;", "if (i > size) return;"),
     "tail read as a whole chunk": (
         "swiglu",
@@ -583,11 +675,19 @@ def test_errors() -> None:
         TABLE["rms_norm"].forward(np.ones((1, 7169)), np.ones(7169), eps=0.1)
     with pytest.raises(ValueError, match=r"top_k must lie in 1…4"):
         TABLE["router"].forward(np.ones((1, 2)), np.ones((4, 2)), top_k=5)
+    for experts, groups, top_k in ((66, 33, 1), (1020, 17, 1), (1025, 1, 1), (40, 1, 33)):
+        with pytest.raises(ValueError, match=r"top_k and groups must be at most 32, experts 1024 \(.*got \d+, \d+ and"):
+            TABLE["router"].forward(np.ones((1, 2)), np.ones((experts, 2)), top_k=top_k, groups=groups)
     ones = np.ones((1, 2), DTYPES["bfloat16"])
     with pytest.raises(TypeError, match="log_prob must be float64 or float32, got bfloat16"):
         TABLE["grpo"].forward(ones, advantages=np.ones(1), mask=np.ones((1, 2), bool), kl_weight=0.0)
     with pytest.raises(ValueError, match="target must be one of sm_80, sm_90, sm_90a, sm_100, got sm_70"):
         compile_kernel("rope", "sm_70", "float32")
+    for grid in (2**31, (1, 2**16)):
+        with pytest.raises(
+            ValueError, match="moe_permute can't run on more than 2³¹ − 1 blocks, of 2¹⁶ − 1 in y, got "
+        ):
+            host.Kernels(make_launch(), "moe")("moe_permute", "float32", grid, 32)
 
 
 def test_nothing_to_do() -> None:
@@ -916,6 +1016,40 @@ def test_what_is_no_number_stays_visible() -> None:
             assert np.isnan(TABLES[column]["cross_entropy"].backward(1.0, saved)).all()
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_grpo_of_what_is_no_number(dtype: type) -> None:
+    """NaN and infinities of advantages and log-probabilities, at tokens and at padding, in outputs without tokens too:
+    NaN, infinities and numbers are where they are in the reference, at all levels of ratio and KL."""
+    rng, (inf, nan) = np.random.default_rng(0), (np.inf, np.nan)
+    strange = [(a, b) for a in (nan, inf, -inf, 0.0, 1.0, -1.0) for b in (0.0, nan, inf, -inf, 40.0)]
+    n, t = len(strange), 5
+    for case, options in enumerate((
+        {}, {"ratio": "sequence", "kl_level": "sequence", "average": "token"}, {"ratio": "sequence_mean", "kl": "k1"},
+        {"kl": "unbiased", "dual_clip": 3.0, "off_policy": 0.1, "kl_bounds": (20.0, 10.0), "average": "token"},
+        {"kl_weight": 0.0, "average": "constant", "length": 9}, {"kl": "k2", "kl_level": "sequence"},
+    )):  # fmt: skip
+        given = {
+            name: -1 + 0.3 * rng.normal(size=(n, t)) for name in ("log_prob", "old_log_prob", "reference_log_prob")
+        }
+        mask = rng.random((n, t)) < 0.6
+        mask[:, 0], mask[::7], mask[1::3, 2] = True, False, case % 2 == 0  # at 2 stands what is strange
+        for i, x in enumerate(given.values()):
+            x[i::3, 2] += [b for _, b in strange][i::3]
+        advantages = np.array([a for a, _ in strange])
+        for rows in (slice(None), ~mask[:, 2] & np.isfinite(advantages), [0], [14], [16]):
+            here = {name: x[rows].astype(dtype) for name, x in (given | {"advantages": advantages}).items()} | options
+            here["mask"] = mask[rows]
+            with np.errstate(all="ignore"):
+                wanted, saved = pair_of("grpo").forward(**here)
+                found, kept = TABLE["grpo"].forward(**here)
+                gradient, exact = TABLE["grpo"].backward((0.7,), kept), pair_of("grpo").backward((0.7,), saved)
+            rtol, atol = (1e-12, 1e-14) if dtype is np.float64 else (1e-4, 1e-6)
+            np.testing.assert_allclose(found.loss, wanted.loss, rtol, atol, err_msg=str((options, rows)))
+            np.testing.assert_allclose(gradient, exact, rtol, atol, err_msg=str((options, rows)))
+            assert np.array_equal(found.kept, wanted.kept)
+            assert np.array_equal(found.unclipped[mask[rows]], wanted.unclipped[mask[rows]])
+
+
 def test_arguments_that_a_kernel_would_misread() -> None:
     x, one = np.ones((1, 2, 1, 4)), {"positions": np.arange(2), "inv_freq": np.ones(2)}
     _, saved = TABLE["rope"].forward(x, **one)
@@ -928,6 +1062,19 @@ def test_arguments_that_a_kernel_would_misread() -> None:
                 pair.forward(-np.ones((2, 3)), **kwargs, **choice)
         with pytest.raises((TypeError, ValueError), match="kept must "):
             pair.forward(-np.ones((2, 3)), **kwargs, kept=np.array([0, 1]))
+    x, up, down = np.ones((2, 3)), np.ones((4, 5, 3)), np.ones((4, 3, 5))
+    shared = {"w_shared_gate": np.ones((7, 3)), "w_shared_up": np.ones((7, 3)), "w_shared_down": np.ones((3, 7))}
+    for change, message in (
+        ({"w_shared_up": np.ones((7, 2))}, r"w_shared_up must have shape \(F, D\)=\(7, 3\), got \(7, 2\)"),
+        ({"w_shared_gate": np.ones((7, 2))}, r"w_shared_gate must have shape \(F, D\)=\('any', 3\), got \(7, 2\)"),
+        ({"w_shared_down": np.ones((7, 3))}, r"w_shared_down must have shape \(D, F\)=\(3, 7\), got \(7, 3\)"),
+        ({"w_shared_down": None}, "w_shared_gate, w_shared_up and w_shared_down must all be given"),
+        ({"indices": np.zeros((2, 1), int)}, r"weights must have shape \(…, K\)=\(2, 1\), got \(2, 2\)"),
+    ):
+        given = {"indices": np.array([[0, 1], [0, 1]])} | shared | change
+        for column in COLUMNS:
+            with pytest.raises(ValueError, match=message):
+                TABLES[column]["moe"].forward(x, np.ones((2, 2)), up, up, down, **given)
     bias = np.array([0, 1e-12, 0, 2e-12])  # which float32 scores of 1/2 would lose
     for column in COLUMNS:
         found, _ = TABLES[column]["router"].forward(

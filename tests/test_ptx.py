@@ -280,6 +280,12 @@ def test_shuffles(form: str) -> None:
     np.testing.assert_array_equal(threads(f"shfl.sync.{form}, -1;"), SHUFFLES[form](np.arange(32)))
 
 
+def test_reductions_of_a_warp() -> None:
+    np.testing.assert_array_equal(threads("redux.sync.max.u32 %r1, %r0, -1;", 64), [31] * 32 + [63] * 32)
+    body = "sub.s32 %r3, %r0, 40;\nredux.sync.min.s32 %r1, %r3, -1;\nadd.s32 %r1, %r1, 40;"
+    np.testing.assert_array_equal(threads(body, 64), [0] * 32 + [32] * 32)
+
+
 def test_lanes_wait_for_their_mates() -> None:
     """A shuffle after divergent code waits until all have come."""
     late = (
@@ -424,6 +430,7 @@ REFUSED = {
     "cp.async.cg.shared.global [%r1], [%rd1], 4;": "this form of cp.async",
     "shfl.sync.down.b32 %r1|%p1, %r0, 1, 31, -1;": "the instruction shfl.sync.down",
     "shfl.sync.idx.b32 %r1|%p1, %r0, 9, 31, 0xFF;": "member mask 0xff",
+    "redux.sync.add.u32 %r1, %r0, -1;": "the instruction redux.sync.add.u32",
     "bar.sync 1;": "this form of bar.sync",
     "bar.sync 0, 64;": "this form of bar.sync",
     "$A: bra $A;": "endless loop",

@@ -69,6 +69,14 @@ def test_all_equal_chooses_the_first() -> None:
     np.testing.assert_array_equal(select_experts(equal, 4, groups=4, keep_groups=2), [[0, 1, 2, 3]])
 
 
+def test_nan_comes_after_every_number() -> None:
+    """After −∞ too, so that of a row of NaN a hidden expert is chosen first: what the kernels must do as well."""
+    nan, inf = np.nan, np.inf
+    assert select_experts(np.array([nan, -inf, 1.0, nan]), 4).tolist() == [2, 1, 0, 3]
+    assert select_experts(np.array([nan, nan, 0.0, 1.0]), 1, 2, 1).tolist() == [3]
+    assert select_experts(np.full(4, nan), 2, 2, 1).tolist() == [2, 3]
+
+
 def test_hidden_groups_at_zero_beat_negative_scores() -> None:
     """The convention that Hugging Face had: the kept group is 0, and the experts of group 1 are chosen."""
     negative = np.array([[-0.1, -0.2, -0.5, -0.6]])

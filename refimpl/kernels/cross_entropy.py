@@ -18,7 +18,7 @@ from .launch import Launch
 __all__ = ["CrossEntropySaved", "cross_entropy", "cross_entropy_in_place", "softmax_gradient", "softmax_statistics"]
 
 ROW_THREADS = 512  # of the forward: a block a row
-THREADS = 128  # of the backward: a thread a chunk
+THREADS, BATCH = 128, 4  # of the backward: threads of a block, and chunks of a thread
 
 
 class CrossEntropySaved(NamedTuple):
@@ -83,7 +83,7 @@ def softmax_gradient(
     kernels, n = Kernels(launch, "cross_entropy"), numbers(logits=logits)
     rows, vocabulary = prod(logits.shape[:-1]), logits.shape[-1]
     dloss = n.xp.asarray(dloss, dtype=n.real).reshape(1)
-    blocks = rows * cover(vocabulary, THREADS * n.vector)
+    blocks = rows * cover(vocabulary, THREADS * BATCH * n.vector)
     kernels(
         "cross_entropy_backward", n.storage, blocks, THREADS, out, logits, largest, total, targets, weight, dloss,
         vocabulary,

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..array import Array, expect, expect_mask
-from ..ops.grpo import GRPOOutput, check_settings
+from ..array import Array, expect
+from ..ops.grpo import GRPOOutput, check_settings, check_shapes
 from ..ops.table import Op
 from .host import Kernels, numbers, ready
 from .launch import Launch
@@ -41,11 +41,9 @@ def grpo(launch: Launch) -> Op:
         n = numbers(log_prob=log_prob)
         if n.storage == "bfloat16":
             raise TypeError("log_prob must be float64 or float32, got bfloat16")
-        expect("log_prob", log_prob, "(N, T)", (None, None))
-        outputs, t = log_prob.shape
-        expect_mask("mask", mask, "(N, T)", (outputs, t))
-        expect("advantages", advantages, "(N,)", (outputs,))
+        check_shapes(log_prob, advantages, mask, unclipped, kept)
         check_settings(clip, dual_clip, ratio, average, length, kl_weight, kl, kl_level, kl_bounds, reference_log_prob)
+        outputs, t = log_prob.shape
         log_prob = ready(log_prob)
         given = {"old_log_prob": old_log_prob, "reference_log_prob": reference_log_prob if kl_weight else None}
         others = []
@@ -53,9 +51,6 @@ def grpo(launch: Launch) -> Op:
             if other is not None:
                 expect(name, other, "(N, T)", (outputs, t))
             others.append(log_prob if other is None else ready(other, n.real))
-        for name, choice, shape in (("unclipped", unclipped, (outputs, t)), ("kept", kept, (outputs,))):
-            if choice is not None:
-                expect_mask(name, choice, "(N, T)" if name == "unclipped" else "(N,)", shape)
         tokens = float(mask.sum())
         total = {"sequence": outputs, "token": tokens or 1.0, "constant": outputs * float(length or 1)}[average]
         replayed = unclipped is not None, kept is not None

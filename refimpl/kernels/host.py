@@ -151,20 +151,22 @@ class Kernels:
         return self.launch.empty(shape, dtype, like)
 
     def __call__(
-        self, kernel: str, storage: str, blocks: int, threads: int | tuple[int, int], *arguments: Any, shared: int = 0
-    ) -> None:
+        self, kernel: str, storage: str, blocks: int | tuple[int, int], threads: int | tuple[int, int], *arguments: Any,
+        shared: int = 0,
+    ) -> None:  # fmt: skip
         """Run ``kernel`` on so many blocks; nothing at all on 0 of them. Python ints are int32 parameters."""
-        if blocks == 0:
+        grid = (blocks,) if isinstance(blocks, int) else blocks
+        if 0 in grid:
             return
-        if blocks >= 2**31:
-            raise ValueError(f"{kernel} can't run on more than 2³¹ − 1 blocks, got {blocks}")
+        if grid[0] >= 2**31 or grid[-1] >= 2 ** (31 if len(grid) == 1 else 16):
+            raise ValueError(f"{kernel} can't run on more than 2³¹ − 1 blocks, of 2¹⁶ − 1 in y, got {grid}")
         typed = [np.int32(x) if isinstance(x, int) else x for x in arguments]
         block = (threads,) if isinstance(threads, int) else threads
         if isinstance(self.launch, NumbaLaunch):
             module = compile_numba(self.stem, kernel, self.launch.target, storage)
         else:
             module = compile_kernel(self.stem, self.launch.target, storage)
-        self.launch(module, kernel, (blocks,), block, typed, shared=shared)
+        self.launch(module, kernel, grid, block, typed, shared=shared)
 
 
 def cover(count: int, each: int) -> int:

@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..array import Array, argsort, expect, expect_ids, last
+from ..array import Array, argsort, expect
 from ..ops.ffn import ffn_backward, ffn_forward
+from ..ops.moe import check_shapes
 from ..ops.router import expert_load
 from ..ops.table import LEAVES, Op, Ops
 from .host import Kernels, cover, numbers, place, ready
 from .launch import Launch
 
-__all__ = ["MoESaved", "combine", "moe", "permute"]
+__all__ = ["MoESaved", "combine", "moe", "permute", "weight_gradient"]
 
 THREADS = 128
 FFN = Op(ffn_forward, ffn_backward)
@@ -40,8 +41,8 @@ def permute(launch: Launch, x: Array, order: Array, top_k: int, scale: Array | N
     rows = kernels.empty((slots, d), x.dtype, x)
     factor = n.xp.zeros((1,), dtype=n.real) if scale is None else scale
     kernels(
-        "moe_permute", n.storage, cover(slots * cover(d, n.vector), THREADS), THREADS, rows, x, order, factor,
-        np.int64(slots), top_k, d, int(scale is not None),
+        "moe_permute", n.storage, (slots, cover(d, THREADS * n.vector)), THREADS, rows, x, order, factor, top_k, d,
+        int(scale is not None),
     )  # fmt: skip
     return rows
 
@@ -53,15 +54,25 @@ def combine(launch: Launch, rows: Array, where: Array, top_k: int, weights: Arra
     y = kernels.empty((tokens, d), rows.dtype, rows)
     factor = n.xp.zeros((1,), dtype=n.real) if weights is None else weights
     kernels(
-        "moe_combine", n.storage, cover(tokens * cover(d, n.vector), THREADS), THREADS, y, rows, where, factor,
-        np.int64(tokens), top_k, d, int(weights is not None),
+        "moe_combine", n.storage, (tokens, cover(d, THREADS * n.vector)), THREADS, y, rows, where, factor, top_k, d,
+        int(weights is not None),
     )  # fmt: skip
     return y
 
 
+def weight_gradient(launch: Launch, dy: Array, rows: Array, where: Array, top_k: int) -> Array:
+    """dweights [M, K], float32 for bfloat16: dy[m] · rows[where[m K + k]] of ``dy`` [M, D] and ``rows`` [M·K, D]."""
+    kernels, n = Kernels(launch, "moe"), numbers(dy=dy, rows=rows)
+    dweights, warps = kernels.empty((dy.shape[0], top_k), n.real, dy), min(top_k, 8)
+    kernels(
+        "moe_weight_gradient", n.storage, (dy.shape[0], cover(top_k, warps)), 32 * warps, dweights, dy, rows, where,
+        top_k, dy.shape[1],
+    )  # fmt: skip
+    return dweights
+
+
 def moe(launch: Launch) -> Op:
     """The op on ``launch``."""
-    kernels = Kernels(launch, "moe")
 
     def moe_forward(
         x: Array, weights: Array, w_gate: Array, w_up: Array, w_down: Array, w_shared_gate: Array | None,
@@ -71,19 +82,9 @@ def moe(launch: Launch) -> Op:
             x=x, w_gate=w_gate, w_up=w_up, w_down=w_down, w_shared_gate=w_shared_gate, w_shared_up=w_shared_up,
             w_shared_down=w_shared_down,
         )  # fmt: skip
-        expect("w_gate", w_gate, "(E, F, D)", (None, None, last(x, "x")))
-        (experts, f, d), top_k = w_gate.shape, last(indices, "indices")
-        expect("indices", indices, "(…, K)", (*x.shape[:-1], top_k))
-        expect("weights", weights, "(…, K)", (*x.shape[:-1], top_k))
-        expect("w_up", w_up, "(E, F, D)", (experts, f, d))
-        expect("w_down", w_down, "(E, D, F)", (experts, d, f))
-        if len({w is None for w in (w_shared_gate, w_shared_up, w_shared_down)}) > 1:
-            raise ValueError("w_shared_gate, w_shared_up and w_shared_down must all be given, or all be None")
-        load, slots = expert_load(indices, experts), ready(expect_ids("indices", indices, experts)).reshape(-1)
-        if slots.size == 0:
-            raise ValueError(
-                f"x and indices must have at least one row and one choice, got {x.shape} and {indices.shape}"
-            )
+        check_shapes(x, weights, indices, w_gate, w_up, w_down, w_shared_gate, w_shared_up, w_shared_down)
+        (experts, _, d), top_k = w_gate.shape, indices.shape[-1]
+        load, slots = expert_load(indices, experts), ready(indices, np.int64).reshape(-1)
         rows, weights = ready(x).reshape(-1, d), ready(weights, n.real).reshape(-1, top_k)
         order = ready(argsort(slots), np.int64)
         where = place(order)
@@ -109,11 +110,7 @@ def moe(launch: Launch) -> Op:
         n, top_k, d = numbers(rows=outputs, dy=dy), weights.shape[1], x_shape[-1]
         expect("dy", dy, "(…, D)", x_shape)
         rows = ready(dy).reshape(-1, d)
-        dweights = kernels.empty(weights.shape, n.real, rows)
-        kernels(
-            "moe_weight_gradient", n.storage, cover(order.size * 32, THREADS), THREADS, dweights, rows, outputs, where,
-            np.int64(order.size), top_k, d,
-        )  # fmt: skip
+        dweights = weight_gradient(launch, rows, outputs, where, top_k)
         dout = permute(launch, rows, order, top_k, weights)
         dw = [n.xp.zeros(shape, dtype=n.real) for shape in w_shapes]
         blocks = []

@@ -19,12 +19,12 @@ from .launch import Launch
 
 __all__ = ["router"]
 
-WARPS = 2  # rows of a block
-MOST_EXPERTS, MOST_CHOICES = 1024, 32
+WARPS, WARP = 2, 32  # rows of a block, lanes of a row
+MOST_SLOTS = 1024  # for scores, of all lanes
 
 
 def router(launch: Launch) -> Op:
-    """The op on ``launch``, for at most 1024 experts and 32 choices."""
+    """The op on ``launch``, for at most 1024 experts, 32 groups and 32 choices."""
     kernels = Kernels(launch, "router")
 
     def router_forward(
@@ -36,10 +36,6 @@ def router(launch: Launch) -> Op:
         expect("w", w, "(E, D)", (None, last(x, "x")))
         if score not in ("sigmoid", "softmax"):
             raise ValueError(f"score must be 'sigmoid' or 'softmax', got {score!r}")
-        if experts > MOST_EXPERTS or top_k > MOST_CHOICES:
-            raise ValueError(
-                f"w must have at most {MOST_EXPERTS} rows, top_k be at most {MOST_CHOICES}, got {experts} and {top_k}"
-            )
         if bias is not None:
             expect("bias", bias, "(E,)", (experts,))
             if routes is None and np.dtype(bias.dtype).itemsize > n.real.itemsize:  # rounded, it could choose others
@@ -48,21 +44,30 @@ def router(launch: Launch) -> Op:
         if routes is None:  # on no rows at all: raises for a setting without a meaning
             select_experts(n.xp.zeros((0, experts)), top_k, groups, keep_groups, group_score, masked_groups)
             indices = kernels.empty((*x.shape[:-1], top_k), n.xp.int64, x)
+            best = {"top2": 2, "share": top_k // keep_groups, "max": 1}[group_score]
         else:
             expect("routes", routes, "(…, K)", (*x.shape[:-1], top_k))
-            indices = ready(expect_ids("routes", routes, experts))
+            indices, groups, keep_groups, best = ready(expect_ids("routes", routes, experts)), 1, 1, 1
+        if keep_groups == groups:
+            groups = keep_groups = 1
+        size, lanes = experts // groups, WARP >> (groups - 1).bit_length()  # of a group
+        slots = WARP * cover(size, lanes) if lanes else experts
+        if lanes == 0 or slots > MOST_SLOTS or top_k > WARP:
+            raise ValueError(
+                f"top_k and groups must be at most {WARP}, experts {MOST_SLOTS} (less if groups is no power of two), "
+                f"got {top_k}, {groups} and {experts}"
+            )
         rows, x, w = prod(x.shape[:-1]), ready(x), ready(w)
         logits = ready(product(x.reshape(-1, x.shape[-1]), w.T, n.real))
         scores = kernels.empty((*x.shape[:-1], experts), n.real, x)
         weights = kernels.empty((*x.shape[:-1], top_k), n.real, x)
         place = n.xp.zeros((experts,), dtype=n.real) if bias is None else ready(bias, n.real)
-        summed = 1 if routes is not None else {"top2": 2, "share": top_k // keep_groups, "max": 1}[group_score]
         kernels(
-            "router_forward", n.storage, cover(rows, WARPS), 32 * WARPS, scores, weights, indices, logits, place,
-            np.int64(rows), experts, top_k, groups, keep_groups, summed,
+            "router_forward", n.storage, cover(rows, WARPS), WARP * WARPS, scores, weights, indices, logits, place,
+            np.int64(rows), experts, top_k, groups, keep_groups, min(best, size),
             n.scalar(-np.inf if masked_groups == "-inf" else 0), int(score == "softmax"), int(bool(normalise)),
             n.scalar(scale), n.scalar(epsilon), int(routes is not None),
-            shared=WARPS * (2 * experts + groups) * n.real.itemsize,
+            shared=WARPS * (2 * slots + groups) * n.real.itemsize,
         )  # fmt: skip
         saved = RouterSaved(x, w, scores, indices, score, bool(normalise), float(scale), float(epsilon))
         return RouterOutput(weights, scores, indices), saved
@@ -76,7 +81,7 @@ def router(launch: Launch) -> Op:
         rows, (top_k, experts) = prod(x.shape[:-1]), (indices.shape[-1], s.shape[-1])
         dlogits: Any = kernels.empty((rows, experts), n.real, x)
         kernels(
-            "router_backward", n.storage, cover(rows, WARPS), 32 * WARPS, dlogits, ready(dweights, n.real),
+            "router_backward", n.storage, cover(rows, WARPS), WARP * WARPS, dlogits, ready(dweights, n.real),
             s if dscores is None else ready(dscores, n.real), s, indices, np.int64(rows), experts, top_k,
             int(score == "softmax"), int(normalise), n.scalar(scale), n.scalar(epsilon), int(dscores is not None),
         )  # fmt: skip

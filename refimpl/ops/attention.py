@@ -25,15 +25,9 @@ class AttentionSaved(NamedTuple):
 
 
 def attention_forward(
-    q: Array,
-    k: Array,
-    v: Array,
-    *,
-    scale: float,
-    causal: bool = True,
-    key_mask: Array | None = None,
+    q: Array, k: Array, v: Array, *, scale: float, causal: bool = True, key_mask: Array | None = None,
     segments: Array | None = None,
-) -> tuple[Array, AttentionSaved]:
+) -> tuple[Array, AttentionSaved]:  # fmt: skip
     """o [B, T, H, V] for ``q`` [B, T, H, X], ``k`` [B, S, H or 1, X], ``v`` [B, S, H or 1, V].
 
     Args:

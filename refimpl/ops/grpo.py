@@ -67,11 +67,9 @@ def grpo_forward(
     Returns (loss, unclipped, kept). An output without tokens adds 0; A = 0 gives the ratio term no gradient.
     """
     xp = namespace(log_prob=log_prob)
-    expect("log_prob", log_prob, "(N, T)", (None, None))
-    n, t = log_prob.shape
-    expect_mask("mask", mask, "(N, T)", (n, t))
-    expect("advantages", advantages, "(N,)", (n,))
+    check_shapes(log_prob, advantages, mask, unclipped, kept)
     check_settings(clip, dual_clip, ratio, average, length, kl_weight, kl, kl_level, kl_bounds, reference_log_prob)
+    n, t = log_prob.shape
     size = xp.sum(xp.astype(mask, xp.float64), axis=1, keepdims=True)
     count = xp.where(size > 0, size, 1.0)
     total = {"sequence": n * count, "token": float(xp.sum(size)) or 1.0, "constant": n * float(length or 1)}[average]
@@ -83,9 +81,6 @@ def grpo_forward(
     rho = xp.exp(z)
     low, high = 1 - float(clip[0]), 1 + float(clip[1])
     top = float("inf") if dual_clip is None else float(dual_clip)
-    for name, choice, shape in (("unclipped", unclipped, (n, t)), ("kept", kept, (n,))):
-        if choice is not None:
-            expect_mask(name, choice, "(N, T)" if name == "unclipped" else "(N,)", shape)
     if unclipped is None:
         up, r = real(a) > 0, real(rho)
         unclipped = ~xp.where(up, r > high, (r < low) | (r > top)) | (real(a) == 0)  # (grpo.3); NaN stays visible
@@ -195,6 +190,17 @@ def _bounded(xp: Any, x: Array, most: float) -> tuple[Array, Array]:
     """x stopped at ±most, and where it is not; NaN stays visible."""
     above, below = real(x) > most, real(x) < -most  # (grpo.13)
     return fill(~above, fill(~below, x, -most), most), ~(above | below)
+
+
+def check_shapes(log_prob: Array, advantages: Array, mask: Array, unclipped: Array | None, kept: Array | None) -> None:
+    """ValueError unless all fit ``log_prob`` [N, T]; TypeError unless masks and choices are bool."""
+    expect("log_prob", log_prob, "(N, T)", (None, None))
+    expect("advantages", advantages, "(N,)", log_prob.shape[:1])
+    expect_mask("mask", mask, "(N, T)", log_prob.shape)
+    if unclipped is not None:
+        expect_mask("unclipped", unclipped, "(N, T)", log_prob.shape)
+    if kept is not None:
+        expect_mask("kept", kept, "(N,)", log_prob.shape[:1])
 
 
 def check_settings(

@@ -44,22 +44,9 @@ def moe_forward(
         w_shared_*: one network as wide as all shared experts together, or None for none; added unscaled.
     """
     xp = namespace(x=x, weights=weights, w_gate=w_gate)
-    expect("w_gate", w_gate, "(E, F, D)", (None, None, last(x, "x")))
-    (experts, f, d), top_k = w_gate.shape, last(indices, "indices")
-    expect("indices", indices, "(…, K)", (*x.shape[:-1], top_k))
-    expect("weights", weights, "(…, K)", (*x.shape[:-1], top_k))
-    expect("w_up", w_up, "(E, F, D)", (experts, f, d))
-    expect("w_down", w_down, "(E, D, F)", (experts, d, f))
-    if len({w is None for w in (w_shared_gate, w_shared_up, w_shared_down)}) > 1:
-        raise ValueError("w_shared_gate, w_shared_up and w_shared_down must all be given, or all be None")
-    if w_shared_gate is not None:
-        expect("w_shared_gate", w_shared_gate, "(F, D)", (None, d))
-        expect("w_shared_up", w_shared_up, "(F, D)", tuple(w_shared_gate.shape))
-        expect("w_shared_down", w_shared_down, "(D, F)", (d, w_shared_gate.shape[0]))
-    load = expert_load(indices, experts)
-    rows = xp.reshape(x, (-1, d))
-    if rows.shape[0] * top_k == 0:
-        raise ValueError(f"x and indices must have at least one row and one choice, got {x.shape} and {indices.shape}")
+    check_shapes(x, weights, indices, w_gate, w_up, w_down, w_shared_gate, w_shared_up, w_shared_down)
+    (experts, _, d), top_k = w_gate.shape, indices.shape[-1]
+    load, rows = expert_load(indices, experts), xp.reshape(x, (-1, d))
     order = argsort(xp.reshape(indices, (-1,)))  # (moe.1)
     dispatched = take_rows(rows, order // top_k)  # (moe.2)
     ffn, blocks, kept, start = ops.get("ffn", FFN), [], [], 0
@@ -104,3 +91,23 @@ def moe_backward(dy: Array, saved: MoESaved) -> tuple[Array | None, ...]:
         dx_shared, *dshared = ffn.backward(rows, shared)
         dx = dx + dx_shared  # (moe.12)
     return xp.reshape(dx, x_shape), xp.reshape(dweights, (*x_shape[:-1], top_k)), *dw, *dshared
+
+
+def check_shapes(
+    x: Array, weights: Array, indices: Array, w_gate: Array, w_up: Array, w_down: Array, *shared: Array | None
+) -> None:
+    """ValueError unless what `moe_forward` is given fits together."""
+    expect("w_gate", w_gate, "(E, F, D)", (None, None, last(x, "x")))
+    (experts, f, d), slots = w_gate.shape, (*x.shape[:-1], last(indices, "indices"))
+    expect("indices", indices, "(…, K)", slots)
+    expect("weights", weights, "(…, K)", slots)
+    expect("w_up", w_up, "(E, F, D)", (experts, f, d))
+    expect("w_down", w_down, "(E, D, F)", (experts, d, f))
+    if len({w is None for w in shared}) > 1:
+        raise ValueError("w_shared_gate, w_shared_up and w_shared_down must all be given, or all be None")
+    if shared[0] is not None:
+        expect("w_shared_gate", shared[0], "(F, D)", (None, d))
+        expect("w_shared_up", shared[1], "(F, D)", tuple(shared[0].shape))
+        expect("w_shared_down", shared[2], "(D, F)", (d, shared[0].shape[0]))
+    if indices.size == 0:
+        raise ValueError(f"x and indices must have at least one row and one choice, got {x.shape} and {indices.shape}")

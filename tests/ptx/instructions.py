@@ -297,7 +297,22 @@ def shuffle(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
     return together(m, operands[4], body)
 
 
+def reduce(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
+    """redux.sync: the largest, or the smallest, integer of a warp, in all its lanes."""
+    kinds = {"redux.sync.max.u32": ("u32", np.maximum), "redux.sync.min.s32": ("s32", np.minimum)}
+    if opcode not in kinds:
+        raise m.unsupported(f"the instruction {opcode}")
+    type, combine = kinds[opcode]
+    write, read = m.writer(operands[0], type), m.reader(operands[1], type)
+
+    def body(lanes: Lanes) -> None:
+        values, first = np.broadcast_to(read(slice(None)), (m.lanes,)), m.index[lanes] - m.lane[lanes]
+        write(lanes, combine.reduce(values[first[:, None] + np.arange(32)], axis=1))
+
+    return together(m, operands[2], body)
+
+
 FAMILIES: dict[str, Callable[[Machine, str, tuple[Operand, ...]], Step]] = {
     "bra": branch, "ret": leave, "ld": access, "st": access, "atom": atomic, "cp": copy_asynchronously,
-    "bar": barrier, "shfl": shuffle,
+    "bar": barrier, "shfl": shuffle, "redux": reduce,
 }  # fmt: skip
