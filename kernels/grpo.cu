@@ -1,5 +1,6 @@
 // GRPO and its family from log-probabilities, with every setting of the reference: a block an output. The
-// loss's derivative comes with the loss, so that the backward is a multiplication. Derivation: derivations/grpo.md.
+// loss's derivative comes with the loss, in `real`, so that the backward is a multiplication.
+// Derivation: derivations/grpo.md.
 #include "common.cuh"
 
 // ratio, average and KL settings, as refimpl/kernels/grpo.py numbers them.
@@ -22,7 +23,7 @@ __device__ __forceinline__ Bounded bounded(real x, real most) {
 // kept [N] are written, or read if replayed. has_old, has_reference: whether old and reference are given. `total` is
 // what `average` divides by beside the output's own length. Grid: a block an output.
 extern "C" __global__ void grpo_forward(real* part, real* dlog_prob, unsigned char* unclipped, unsigned char* kept,
-                                        const real* log_prob, const real* old, const real* reference,
+                                        const storage* log_prob, const real* old, const real* reference,
                                         const unsigned char* mask, const real* advantages, int length,
                                         int replay_unclipped, int replay_kept, int ratio, int average, int kl,
                                         int kl_level, real total, real low, real high, real top, real kl_weight,
@@ -34,8 +35,8 @@ extern "C" __global__ void grpo_forward(real* part, real* dlog_prob, unsigned ch
         const int64 i = first + t;
         if (!mask[i]) continue;
         size += 1;
-        if (ratio != TOKEN || off_policy < infinity()) sum_ratio += log_prob[i] - old[i];
-        if (kl_weight != 0 && kl_level != TOKEN) sum_u += reference[i] - log_prob[i];
+        if (ratio != TOKEN || off_policy < infinity()) sum_ratio += widen(log_prob[i]) - old[i];
+        if (kl_weight != 0 && kl_level != TOKEN) sum_u += reference[i] - widen(log_prob[i]);
     }
     size = block_sum(size);
     sum_ratio = block_sum(sum_ratio);
@@ -50,9 +51,10 @@ extern "C" __global__ void grpo_forward(real* part, real* dlog_prob, unsigned ch
         const int64 i = first + t;
         const bool real_token = mask[i] != 0;
         const real weight = real_token ? weight_of_token : real(0);  // (grpo.1); 0 · NaN stays NaN below
+        const real own_log_prob = real_token ? widen(log_prob[i]) : real(0);
         real z = 0;
         if (real_token)
-            z = ratio == TOKEN ? log_prob[i] - old[i] : ratio == SEQUENCE ? sum_ratio : sum_ratio / count;  // (grpo.2)
+            z = ratio == TOKEN ? own_log_prob - old[i] : ratio == SEQUENCE ? sum_ratio : sum_ratio / count;  // (grpo.2)
         const real rho = exponential(z);
         bool flows;
         if (replay_unclipped) {
@@ -68,7 +70,7 @@ extern "C" __global__ void grpo_forward(real* part, real* dlog_prob, unsigned ch
         real objective = keep * a * (flows ? rho : bound);                                          // (grpo.4)
         real dz = -weight * keep * a * (flows ? rho : real(0)), du = 0;                             // (grpo.5)
         if (kl_weight != 0) {
-            const real u_free = !real_token ? real(0) : kl_level == TOKEN ? reference[i] - log_prob[i] : sum_u;
+            const real u_free = !real_token ? real(0) : kl_level == TOKEN ? reference[i] - own_log_prob : sum_u;
             const Bounded u = bounded(u_free, most_u);
             const real grown = exponential_minus_1(u.value);  // e^u − 1 keeps the digits that k3 cancels near u = 0
             const real free = kl == K1 ? -u.value : kl == K2 ? u.value * u.value / 2 : grown - u.value;  // (grpo.6)

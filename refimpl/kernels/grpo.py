@@ -1,11 +1,12 @@
-"""GRPO and its family on kernels/grpo.cu; as `refimpl.ops.grpo`, with every one of its settings.
+"""GRPO and its family on kernels/grpo.cu; as `refimpl.ops.grpo` with every one of its settings, and for bfloat16.
 
-Log-probabilities are float32 or float64 (a bfloat16 one has two digits: no ratio can be told from 1).
+A bfloat16 ``log_prob`` has two digits, so ratios are coarse; the rest, old and reference log-probabilities too, is
+float32 then, and the gradient is rounded once.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,7 +25,8 @@ THREADS = 256
 
 
 class GRPOSaved(NamedTuple):
-    dlog_prob: Array  # [N, T]: the loss's own gradient
+    dlog_prob: Array  # [N, T]: the loss's own gradient, in float32 for bfloat16
+    dtype: Any  # of log_prob
 
 
 def grpo(launch: Launch) -> Op:
@@ -39,8 +41,6 @@ def grpo(launch: Launch) -> Op:
         off_policy: float | None = None, unclipped: Array | None = None, kept: Array | None = None,
     ) -> tuple[GRPOOutput, GRPOSaved]:  # fmt: skip
         n = numbers(log_prob=log_prob)
-        if n.storage == "bfloat16":
-            raise TypeError("log_prob must be float64 or float32, got bfloat16")
         check_shapes(log_prob, advantages, mask, unclipped, kept)
         check_settings(clip, dual_clip, ratio, average, length, kl_weight, kl, kl_level, kl_bounds, reference_log_prob)
         outputs, t = log_prob.shape
@@ -50,7 +50,7 @@ def grpo(launch: Launch) -> Op:
         for name, other in given.items():
             if other is not None:
                 expect(name, other, "(N, T)", (outputs, t))
-            others.append(log_prob if other is None else ready(other, n.real))
+            others.append(ready(log_prob if other is None else other, n.real))
         tokens = float(mask.sum())
         total = {"sequence": outputs, "token": tokens or 1.0, "constant": outputs * float(length or 1)}[average]
         replayed = unclipped is not None, kept is not None
@@ -71,11 +71,12 @@ def grpo(launch: Launch) -> Op:
         )  # fmt: skip
         kernels("grpo_loss", n.storage, 1, THREADS, loss, part, np.int64(outputs))
         output = GRPOOutput(loss.reshape(()), unclipped.view(bool), kept.view(bool))
-        return output, GRPOSaved(dlog_prob)
+        return output, GRPOSaved(dlog_prob, n.dtype)
 
     def grpo_backward(dy: tuple[Array], saved: GRPOSaved) -> Array:
-        (dlog_prob,) = saved
-        return numbers(log_prob=dlog_prob).xp.asarray(dy[0], dtype=dlog_prob.dtype) * dlog_prob
+        dlog_prob, dtype = saved
+        dloss = numbers(log_prob=dlog_prob).xp.asarray(dy[0], dtype=dlog_prob.dtype)
+        return (dloss * dlog_prob).astype(dtype, copy=False)
 
     return Op(grpo_forward, grpo_backward)
 
