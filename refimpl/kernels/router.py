@@ -21,6 +21,7 @@ __all__ = ["router"]
 
 WARPS, WARP = 2, 32  # rows of a block, lanes of a row
 MOST_SLOTS = 1024  # for scores, of all lanes
+PAIRS = 8  # so many numbers NumPy adds in pairs, the kernel one by one
 
 
 def router(launch: Launch) -> Op:
@@ -38,16 +39,17 @@ def router(launch: Launch) -> Op:
             raise ValueError(f"score must be 'sigmoid' or 'softmax', got {score!r}")
         if bias is not None:
             expect("bias", bias, "(E,)", (experts,))
-            if routes is None and np.dtype(bias.dtype).itemsize > n.real.itemsize:  # rounded, it could choose others
-                scores = router_forward(x, w, top_k=top_k, score=score)[0].scores
-                routes = select_experts(scores + bias, top_k, groups, keep_groups, group_score, masked_groups)
+        best = {"top2": 2, "share": top_k // max(keep_groups, 1), "max": 1}.get(group_score, 0)
+        wider = bias is not None and np.dtype(bias.dtype).itemsize > n.real.itemsize
+        if routes is None and (wider or best >= PAIRS):  # a bias rounded, scores added otherwise could choose others
+            biased = router_forward(x, w, top_k=top_k, score=score)[0].scores + (0 if bias is None else bias)
+            routes = select_experts(biased, top_k, groups, keep_groups, group_score, masked_groups)
         if routes is None:  # on no rows at all: raises for a setting without a meaning
             select_experts(n.xp.zeros((0, experts)), top_k, groups, keep_groups, group_score, masked_groups)
             indices = kernels.empty((*x.shape[:-1], top_k), n.xp.int64, x)
-            best = {"top2": 2, "share": top_k // keep_groups, "max": 1}[group_score]
         else:
             expect("routes", routes, "(…, K)", (*x.shape[:-1], top_k))
-            indices, groups, keep_groups, best = ready(expect_ids("routes", routes, experts)), 1, 1, 1
+            indices, groups, keep_groups = ready(expect_ids("routes", routes, experts)), 1, 1
         if keep_groups == groups:
             groups = keep_groups = 1
         size, lanes = experts // groups, WARP >> (groups - 1).bit_length()  # of a group
