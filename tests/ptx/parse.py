@@ -80,9 +80,7 @@ class Kernel:
     labels: dict[str, int] = field(default_factory=dict)
 
 
-IGNORED = re.compile(
-    r"//[^\n]*|/\*.*?\*/|^[ \t]*\.(?:version|target|address_size|pragma)\b[^\n]*", re.DOTALL | re.MULTILINE
-)
+IGNORED = re.compile(r"(?ms)//[^\n]*|/\*.*?\*/|^[ \t]*\.(?:version|target|address_size|pragma)\b[^\n]*")
 LINKAGE = r"\s*(?:\.(?:visible|extern|common)\s+)?"
 CONSTANT = re.compile(LINKAGE + r"\.global\s[^;]*;")  # the compiler has put it in its places; what uses it raises
 ENTRY = re.compile(LINKAGE + r"\.entry\s+([$\w]+)\s*\(([^)]*)\)\s*(?:\.maxntid([\s\d,]+))?[^{;]*\{")
