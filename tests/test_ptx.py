@@ -502,6 +502,10 @@ def test_wrong_arguments() -> None:
         run(text, "q", 1, 32, [x])
     with pytest.raises(ValueError, match="block must have"):
         run(text, "k", 1, 2048, [x])
+    with pytest.raises(ValueError, match="grid 1 to"):
+        run(text, "k", (1, 1 << 16), 32, [x])
+    with pytest.raises(ValueError, match=r"shared memory must be at most 49152 bytes .* got 49153"):
+        run(kernel(".shared .align 4 .b8 s[1024];"), "k", 1, 32, [x], shared=(47 << 10) + 1)
 
 
 # Kernels compiled from CUDA C; the planted mistakes are in ptx/planted.py
