@@ -378,6 +378,17 @@ def test_router_adds_as_the_reference_does(column: str) -> None:
     assert np.array_equal(output.indices, ops.select_experts(output.scores, 12, 2, 1, "share"))
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.int32, np.int64, np.float16])
+@pytest.mark.parametrize("column", COLUMNS)
+def test_router_with_a_bias_of_another_type(column: str, dtype: type) -> None:
+    """Scores of float32 that a bias of 3 makes equal in float32, and not in float64, which integers of 32 bits make."""
+    logits = 1 + 1e-7 * np.arange(16).reshape(1, 16)
+    x, w = np.ones((1, 1), np.float32), np.ascontiguousarray(logits.T.astype(np.float32))
+    bias = np.full(16, 3, dtype)
+    output, _ = TABLES[column]["router"].forward(x, w, top_k=4, bias=bias)
+    assert np.array_equal(output.indices, ops.select_experts(output.scores + bias, 4))
+
+
 @pytest.mark.parametrize(("column", "storage"), TYPES)
 def test_permute_and_combine(column: str, storage: str) -> None:
     """The stages of a mixture of experts alone, in every type: rows move unchanged, sums round once."""
