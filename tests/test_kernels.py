@@ -473,6 +473,26 @@ def test_cross_entropy_extremes(column: str, storage: str) -> None:
             np.testing.assert_allclose(gradient.astype(np.float64), wanted_gradient, atol=1e-7, rtol=2.0**-8)
 
 
+@pytest.mark.parametrize(("column", "storage"), TYPES)
+def test_cross_entropy_where_rows_end(column: str, storage: str) -> None:
+    """Rows that fill all blocks of the backward, and rows that end in the last of the chunks that a thread has on their
+    way, in every type; logits of −20, beside which a 0 read past the end would be the largest. Then more rows than the
+    block that adds up the loss has threads."""
+    rng, pair = np.random.default_rng(0), TABLES[column]["cross_entropy"]
+    for rows, width in ((2, 4096), (2, 15999), (300, 3)):
+        targets = rng.integers(0, width, rows)
+        compare("cross_entropy", pair, Case((rng.normal(-20, size=(rows, width)),), {"targets": targets}), storage, 0)
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+def test_grpo_of_many_outputs(storage: str) -> None:
+    """More outputs than the block that adds up the loss has threads."""
+    rng, shape = np.random.default_rng(0), (300, 2)
+    kwargs = {"advantages": rng.normal(size=300), "mask": rng.random(shape) < 0.8}
+    kwargs |= {name: -rng.random(shape) for name in ("old_log_prob", "reference_log_prob")}
+    compare("grpo", TABLE["grpo"], Case((-rng.random(shape),), kwargs), storage, 0)
+
+
 @pytest.mark.parametrize("column", COLUMNS)
 def test_log_prob_of_masked_rows(column: str) -> None:
     """A masked row without numbers has log-probability 0, and gradients that are NaN where the reference's are."""
