@@ -727,6 +727,9 @@ def test_errors() -> None:
             ValueError, match="moe_permute can't run on more than 2³¹ − 1 blocks, of 2¹⁶ − 1 in y, got "
         ):
             host.Kernels(make_launch(), "moe")("moe_permute", "float32", grid, 32)
+    for size in (2**30, 2**31):  # below 2³¹ the last step past a row's end would be a negative number
+        with pytest.raises(ValueError, match="cross_entropy_forward counts in int32, so sizes must be below 2³⁰, got"):
+            host.Kernels(make_launch(), "cross_entropy")("cross_entropy_forward", "float32", 1, 512, size)
 
 
 def test_nothing_to_do() -> None:
