@@ -316,6 +316,7 @@ def test_router_chooses_exactly_the_same(column: str, storage: str) -> None:
         (8, 1, 1, 3, "max", "-inf"), (64, 8, 4, 8, "top2", "-inf"), (64, 8, 4, 8, "share", "zero"),
         (33, 3, 2, 6, "top2", "zero"), (6, 6, 5, 5, "top2", "-inf"), (1, 1, 1, 1, "max", "-inf"),
         (60, 20, 7, 8, "top2", "-inf"), (100, 5, 2, 9, "share", "-inf"), (40, 2, 2, 32, "top2", "-inf"),
+        (48, 4, 1, 6, "share", "-inf"),
     ):  # fmt: skip
         x = np.eye(5)[rng.integers(0, 5, 6)]
         w, bias = rng.integers(-2, 3, (experts, 5)) / 2.0, rng.integers(-3, 2, experts) / 4.0
