@@ -77,7 +77,7 @@ def parts(x: Array, dtype: Any) -> Iterator[Array]:
     """Arrays in ``dtype`` whose sum is ``x``: ``x`` itself, or of float32 in bfloat16 three, the largest first.
 
     Each holds 8 of its 24 bits, so that products on tensor cores, which take bfloat16, are those of float32. Exact down
-    to 2⁻¹¹⁰; an infinite element becomes NaN.
+    to 2⁻¹⁰³, where CuPy takes what is left for 0; an infinite element, or one beyond 3.395 · 10³⁸, becomes NaN.
     """
     if x.dtype == dtype:
         yield x
