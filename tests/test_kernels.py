@@ -316,6 +316,7 @@ def test_router_chooses_exactly_the_same(column: str, storage: str) -> None:
         (8, 1, 1, 3, "max", "-inf"), (64, 8, 4, 8, "top2", "-inf"), (64, 8, 4, 8, "share", "zero"),
         (33, 3, 2, 6, "top2", "zero"), (6, 6, 5, 5, "top2", "-inf"), (1, 1, 1, 1, "max", "-inf"),
         (60, 20, 7, 8, "top2", "-inf"), (100, 5, 2, 9, "share", "-inf"), (40, 2, 2, 32, "top2", "-inf"),
+        (48, 4, 1, 6, "share", "-inf"),
     ):  # fmt: skip
         x = np.eye(5)[rng.integers(0, 5, 6)]
         w, bias = rng.integers(-2, 3, (experts, 5)) / 2.0, rng.integers(-3, 2, experts) / 4.0
@@ -376,6 +377,17 @@ def test_router_adds_as_the_reference_does(column: str) -> None:
     kwargs: dict[str, Any] = {"top_k": 12, "groups": 2, "keep_groups": 1, "group_score": "share"}
     output, _ = TABLES[column]["router"].forward(np.eye(40, dtype=np.float32), np.ascontiguousarray(logits.T), **kwargs)
     assert np.array_equal(output.indices, ops.select_experts(output.scores, 12, 2, 1, "share"))
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int32, np.int64, np.float16])
+@pytest.mark.parametrize("column", COLUMNS)
+def test_router_with_a_bias_of_another_type(column: str, dtype: type) -> None:
+    """Scores of float32 that a bias of 3 makes equal in float32, and not in float64, which integers of 32 bits make."""
+    logits = 1 + 1e-7 * np.arange(16).reshape(1, 16)
+    x, w = np.ones((1, 1), np.float32), np.ascontiguousarray(logits.T.astype(np.float32))
+    bias = np.full(16, 3, dtype)
+    output, _ = TABLES[column]["router"].forward(x, w, top_k=4, bias=bias)
+    assert np.array_equal(output.indices, ops.select_experts(output.scores + bias, 4))
 
 
 @pytest.mark.parametrize(("column", "storage"), TYPES)
@@ -460,6 +472,26 @@ def test_cross_entropy_extremes(column: str, storage: str) -> None:
                 gradient = TABLES[column]["cross_entropy"].backward(0.7, saved)
             np.testing.assert_allclose(loss, wanted, rtol=1e-6)
             np.testing.assert_allclose(gradient.astype(np.float64), wanted_gradient, atol=1e-7, rtol=2.0**-8)
+
+
+@pytest.mark.parametrize(("column", "storage"), TYPES)
+def test_cross_entropy_where_rows_end(column: str, storage: str) -> None:
+    """Rows that fill all blocks of the backward, and rows that end in the last of the chunks that a thread has on their
+    way, in every type; logits of −20, beside which a 0 read past the end would be the largest. Then more rows than the
+    block that adds up the loss has threads."""
+    rng, pair = np.random.default_rng(0), TABLES[column]["cross_entropy"]
+    for rows, width in ((2, 4096), (2, 15999), (300, 3)):
+        targets = rng.integers(0, width, rows)
+        compare("cross_entropy", pair, Case((rng.normal(-20, size=(rows, width)),), {"targets": targets}), storage, 0)
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+def test_grpo_of_many_outputs(storage: str) -> None:
+    """More outputs than the block that adds up the loss has threads."""
+    rng, shape = np.random.default_rng(0), (300, 2)
+    kwargs = {"advantages": rng.normal(size=300), "mask": rng.random(shape) < 0.8}
+    kwargs |= {name: -rng.random(shape) for name in ("old_log_prob", "reference_log_prob")}
+    compare("grpo", TABLE["grpo"], Case((-rng.random(shape),), kwargs), storage, 0)
 
 
 @pytest.mark.parametrize("column", COLUMNS)
@@ -696,6 +728,9 @@ def test_errors() -> None:
             ValueError, match="moe_permute can't run on more than 2³¹ − 1 blocks, of 2¹⁶ − 1 in y, got "
         ):
             host.Kernels(make_launch(), "moe")("moe_permute", "float32", grid, 32)
+    for size in (2**30, 2**31):  # below 2³¹ the last step past a row's end would be a negative number
+        with pytest.raises(ValueError, match="cross_entropy_forward counts in int32, so sizes must be below 2³⁰, got"):
+            host.Kernels(make_launch(), "cross_entropy")("cross_entropy_forward", "float32", 1, 512, size)
 
 
 def test_nothing_to_do() -> None:

@@ -284,6 +284,10 @@ def test_reductions_of_a_warp() -> None:
     np.testing.assert_array_equal(threads("redux.sync.max.u32 %r1, %r0, -1;", 64), [31] * 32 + [63] * 32)
     body = "sub.s32 %r3, %r0, 40;\nredux.sync.min.s32 %r1, %r3, -1;\nadd.s32 %r1, %r1, 40;"
     np.testing.assert_array_equal(threads(body, 64), [0] * 32 + [32] * 32)
+    leave = "setp.{} %p1, %r0, 19;\n@%p1 bra $A;\nredux.sync.{} %r1, %r0, -1;\nbra $B;\n$A: ret;\n$B:"
+    assert threads(leave.format("gt.u32", "max.u32")).tolist() == [19] * 20 + [0] * 12  # lanes that exited don't count
+    assert threads(leave.format("lt.u32", "min.s32")).tolist() == [0] * 19 + [19] * 13
+    assert threads("redux.sync.max.u32 %r1, %r0, -1;", 20).tolist() == [19] * 20
 
 
 def test_lanes_wait_for_their_mates() -> None:
@@ -498,6 +502,10 @@ def test_wrong_arguments() -> None:
         run(text, "q", 1, 32, [x])
     with pytest.raises(ValueError, match="block must have"):
         run(text, "k", 1, 2048, [x])
+    with pytest.raises(ValueError, match="grid 1 to"):
+        run(text, "k", (1, 1 << 16), 32, [x])
+    with pytest.raises(ValueError, match=r"shared memory must be at most 49152 bytes .* got 49153"):
+        run(kernel(".shared .align 4 .b8 s[1024];"), "k", 1, 32, [x], shared=(47 << 10) + 1)
 
 
 # Kernels compiled from CUDA C; the planted mistakes are in ptx/planted.py

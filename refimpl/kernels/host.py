@@ -77,7 +77,7 @@ def parts(x: Array, dtype: Any) -> Iterator[Array]:
     """Arrays in ``dtype`` whose sum is ``x``: ``x`` itself, or of float32 in bfloat16 three, the largest first.
 
     Each holds 8 of its 24 bits, so that products on tensor cores, which take bfloat16, are those of float32. Exact down
-    to 2⁻¹¹⁰; an infinite element becomes NaN.
+    to 2⁻¹⁰³, where CuPy takes what is left for 0; an infinite element, or one beyond 3.395 · 10³⁸, becomes NaN.
     """
     if x.dtype == dtype:
         yield x
@@ -154,12 +154,14 @@ class Kernels:
         self, kernel: str, storage: str, blocks: int | tuple[int, int], threads: int | tuple[int, int], *arguments: Any,
         shared: int = 0,
     ) -> None:  # fmt: skip
-        """Run ``kernel`` on so many blocks; nothing at all on 0 of them. Python ints are int32 parameters."""
+        """Run ``kernel`` on so many blocks; nothing on 0 of them. Python ints, below 2³⁰, are int32 parameters."""
         grid = (blocks,) if isinstance(blocks, int) else blocks
         if 0 in grid:
             return
         if grid[0] >= 2**31 or grid[-1] >= 2 ** (31 if len(grid) == 1 else 16):
             raise ValueError(f"{kernel} can't run on more than 2³¹ − 1 blocks, of 2¹⁶ − 1 in y, got {grid}")
+        if large := [x for x in arguments if isinstance(x, int) and x >= 2**30]:  # a step past a row's end must fit too
+            raise ValueError(f"{kernel} counts in int32, so sizes must be below 2³⁰, got {large[0]}")
         typed = [np.int32(x) if isinstance(x, int) else x for x in arguments]
         block = (threads,) if isinstance(threads, int) else threads
         if isinstance(self.launch, NumbaLaunch):

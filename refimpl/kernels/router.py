@@ -40,7 +40,7 @@ def router(launch: Launch) -> Op:
         if bias is not None:
             expect("bias", bias, "(E,)", (experts,))
         best = {"top2": 2, "share": top_k // max(keep_groups, 1), "max": 1}.get(group_score, 0)
-        wider = bias is not None and np.dtype(bias.dtype).itemsize > n.real.itemsize
+        wider = bias is not None and np.result_type(bias.dtype, n.real) != n.real
         if routes is None and (wider or best >= PAIRS):  # a bias rounded, scores added otherwise could choose others
             biased = router_forward(x, w, top_k=top_k, score=score)[0].scores + (0 if bias is None else bias)
             routes = select_experts(biased, top_k, groups, keep_groups, group_score, masked_groups)

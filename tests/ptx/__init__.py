@@ -18,6 +18,8 @@ from .parse import Kernel, PTXError, parse
 
 __all__ = ["PTXError", "Report", "run"]
 
+MOST_SHARED = 48 << 10  # bytes of a block, of a kernel that has not been allowed more by cudaFuncSetAttribute
+
 
 def run(
     ptx: str,
@@ -46,9 +48,13 @@ def run(
         raise ValueError(f"kernel must be one of {[*kernels]}, got {kernel!r}")
     entry = kernels[kernel]
     sizes = [(*(int(n) for n in np.atleast_1d(size)), 1, 1)[:3] for size in (grid, block)]
-    if min(*sizes[0], *sizes[1]) < 1 or np.prod(sizes[1]) > entry.most_threads:
-        wanted = f"block must have 1 to {entry.most_threads} threads and grid at least 1 block"
+    fits = max(sizes[0][1:]) < 2**16 and sizes[0][0] < 2**31 and np.prod(sizes[1]) <= entry.most_threads
+    if min(*sizes[0], *sizes[1]) < 1 or not fits:
+        wanted = f"block must have 1 to {entry.most_threads} threads and grid 1 to 2³¹ − 1, 2¹⁶ − 1, 2¹⁶ − 1 blocks"
         raise ValueError(f"{wanted}, got {sizes[1]} and {sizes[0]}")
+    needed = shared + sum(variable.size for variable in entry.shared)
+    if needed > MOST_SHARED:
+        raise ValueError(f"shared memory must be at most {MOST_SHARED} bytes of a block, got {needed}")
     machine = Machine(entry, *sizes, seed=seed, limit=limit, races=races, sectors=sectors)
     memory = machine.memory
     arrays = allocate(memory, arguments)

@@ -298,15 +298,16 @@ def shuffle(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
 
 
 def reduce(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
-    """redux.sync: the largest, or the smallest, integer of a warp, in all its lanes."""
-    kinds = {"redux.sync.max.u32": ("u32", np.maximum), "redux.sync.min.s32": ("s32", np.minimum)}
+    """redux.sync: the largest, or the smallest, integer of a warp's lanes that have not exited, in all of these."""
+    kinds = {"redux.sync.max.u32": ("u32", np.maximum, 0), "redux.sync.min.s32": ("s32", np.minimum, 2**31 - 1)}
     if opcode not in kinds:
         raise m.unsupported(f"the instruction {opcode}")
-    type, combine = kinds[opcode]
+    type, combine, least = kinds[opcode]
     write, read = m.writer(operands[0], type), m.reader(operands[1], type)
 
     def body(lanes: Lanes) -> None:
-        values, first = np.broadcast_to(read(slice(None)), (m.lanes,)), m.index[lanes] - m.lane[lanes]
+        values = np.where(m.state == run.EXITED, DTYPES[type](least), read(slice(None)))
+        first = m.index[lanes] - m.lane[lanes]
         write(lanes, combine.reduce(values[first[:, None] + np.arange(32)], axis=1))
 
     return together(m, operands[2], body)
