@@ -7,7 +7,7 @@ import builtins
 import inspect
 import re
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -310,7 +310,8 @@ def test_strided_arrays(column: str, op: str, storage: str) -> None:
 
 @pytest.mark.parametrize(("column", "storage"), TYPES)
 def test_router_chooses_exactly_the_same(column: str, storage: str) -> None:
-    """Scores full of ties: the ids are those of `select_experts` on the same scores, in every grouping."""
+    """Scores full of ties: the ids are those of `select_experts` on the same scores, in every grouping; replayed, they
+    give the same bits."""
     rng = np.random.default_rng(0)
     for experts, groups, keep, top_k, group_score, hidden in (
         (8, 1, 1, 3, "max", "-inf"), (64, 8, 4, 8, "top2", "-inf"), (64, 8, 4, 8, "share", "zero"),
@@ -322,13 +323,16 @@ def test_router_chooses_exactly_the_same(column: str, storage: str) -> None:
         w, bias = rng.integers(-2, 3, (experts, 5)) / 2.0, rng.integers(-3, 2, experts) / 4.0
         bias = bias.astype(kernel_support.WIDE[storage])  # a wider one is added by the host, which then chooses
         for score in ("sigmoid", "softmax"):
-            output, _ = TABLES[column]["router"].forward(
-                *(rounded(a, storage) for a in (x, w)), bias=bias, top_k=top_k, groups=groups, keep_groups=keep,
-                group_score=group_score, masked_groups=hidden, score=score,
+            forward = partial(
+                TABLES[column]["router"].forward, *(rounded(a, storage) for a in (x, w)), bias=bias, top_k=top_k,
+                groups=groups, keep_groups=keep, group_score=group_score, masked_groups=hidden, score=score,
             )  # fmt: skip
+            output, _ = forward()
             biased = output.scores + bias
             wanted = ops.select_experts(biased, top_k, groups, keep, group_score, hidden)
             assert np.array_equal(output.indices, wanted), (experts, groups, score)
+            replayed, _ = forward(routes=output.indices)
+            assert [a.tobytes() for a in replayed] == [a.tobytes() for a in output], (experts, groups, score)
 
 
 @pytest.mark.parametrize(("column", "storage"), TYPES)

@@ -49,9 +49,9 @@ def router(launch: Launch) -> Op:
             indices = kernels.empty((*x.shape[:-1], top_k), n.xp.int64, x)
         else:
             expect("routes", routes, "(…, K)", (*x.shape[:-1], top_k))
-            indices, groups, keep_groups = ready(expect_ids("routes", routes, experts)), 1, 1
-        if keep_groups == groups:
-            groups = keep_groups = 1
+            indices = ready(expect_ids("routes", routes, experts))
+        if not 1 <= keep_groups < groups or experts % groups:  # nothing is hidden (or, with routes, it doesn't matter)
+            groups = keep_groups = 1  # else a lane's experts are as without routes, and softmax's sum the same bits
         size, lanes = experts // groups, WARP >> (groups - 1).bit_length()  # of a group
         slots = WARP * cover(size, lanes) if lanes else experts
         if lanes == 0 or slots > MOST_SLOTS or top_k > WARP:
