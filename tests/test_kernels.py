@@ -70,7 +70,7 @@ BUDGET = {
     "rms_norm_weight": (40, 2048), "rope_rotate": (64, 0), "router_backward": (40, 0), "router_forward": (64, 0),
     "swiglu_backward": (48, 0), "swiglu_forward": (40, 0),
 }  # fmt: skip
-STREAMS = ("rms_norm", "swiglu", "rope", "cross_entropy", "embedding", "moe")  # read what they read once past L1
+HELD = {"float64": 7, "float32": 6, "bfloat16": 3}  # chunks of 16 bytes of an RMSNorm's row that a thread holds
 ROUND_NOTHING = ("router", "grpo", "embedding")  # to bfloat16: results are float32, or are copied
 EXAMPLES = {"cuda": 40 if FULL else 6, "numba_cuda": 12 if FULL else 3}  # of each op and type
 DIFFERENCES = {"cuda": 20 if FULL else 2, "numba_cuda": 5 if FULL else 1}  # of each op
@@ -139,11 +139,19 @@ def test_every_kernel_has_a_budget() -> None:
 @pytest.mark.parametrize("storage", STORAGE)
 @pytest.mark.parametrize("stem", STEMS)
 def test_ptx(stem: str, storage: str) -> None:
-    """16-byte accesses where rows allow them, streaming where data is read once, and nothing that flushes to zero."""
-    code = compile_kernel(stem, "sm_90", storage).ptx
-    if stem in STREAMS:
-        assert "ld.global.nc.L1::no_allocate.L2::256B.v4.u32" in code
-        assert "st.global.v4.u32" in code
+    """16-byte accesses where rows allow them, past L1 where data is read once, and nothing that flushes to zero."""
+    code, held, products = compile_kernel(stem, "sm_90", storage).ptx, HELD[storage], 1 if storage == "bfloat16" else 3
+    accesses = {  # loads past L1, loads through it (what is read again soon, or is written in place), stores
+        "rms_norm_forward": (held, held, held), "rms_norm_backward": (2 * held, held, held),
+        "swiglu_forward": (2, 0, 1), "swiglu_backward": (3, 0, 2), "rope_rotate": (2, 0, 2),
+        "cross_entropy_forward": (4, 0, 0), "cross_entropy_backward": (0, 4, 4), "embedding_gather": (0, 1, 1),
+        "embedding_runs": (4, 0, 0), "embedding_backward": (8, 0, 0), "moe_permute": (0, 1, 1),
+        "moe_combine": (4, 0, 1), "moe_weight_gradient": (products, products, 0),
+    }  # fmt: skip
+    kinds = ("ld.global.nc.L1::no_allocate.L2::256B.v4.u32", "ld.global.v4.u32", "st.global.v4.u32")
+    for part in code.split(".entry ")[1:]:
+        kernel = re.split(r"\W", part)[0]
+        assert tuple(map(part.count, kinds)) == accesses.get(kernel, (0, 0, 0)), kernel
     assert ("cvt.rn.bf16.f32" in code) == (storage == "bfloat16" and stem not in ROUND_NOTHING)
     assert not re.search(r"\.local|\batom\.|\bred\.", code)
     assert not re.search(r"(add|mul|fma|sub)\.(rn\.)?ftz", code)
@@ -164,7 +172,7 @@ def test_machine_code() -> None:
 def test_loads_are_on_their_way_at_once(storage: str) -> None:
     """Nothing waits for a chunk before all chunks of the thread's row, or of the rows that it loads ahead, are asked
     for."""
-    held = {"float64": 7, "float32": 6, "bfloat16": 3}[storage]
+    held = HELD[storage]
     wanted = {
         "rms_norm": {"rms_norm_forward": 2 * held, "rms_norm_backward": 3 * held},  # x and w; x, dy and w
         "swiglu": {"swiglu_forward": 2, "swiglu_backward": 3},
@@ -830,6 +838,54 @@ def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(list(folder.iterdir())) == 4
 
 
+@pytest.mark.parametrize("name", compile.FILES)
+def test_a_spoiled_cache_is_made_again(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file cut short, changed in one bit, empty or gone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    contents = b"ptx", b"cubin", b"log"
+
+    def build_it() -> tuple[bytes, ...]:
+        module = compile.kept("one", "sm_90", "float32", "all", lambda: contents)
+        return module.ptx.encode(), module.cubin.read_bytes(), module.log.encode()
+
+    build_it()
+    (folder,) = (tmp_path / "refimpl" / "kernels").iterdir()
+    file = folder / name
+    whole = file.read_bytes()
+    for spoiled in (whole[:-1], bytes([whole[0] ^ 1]) + whole[1:], b"", None):
+        file.unlink()
+        if spoiled is not None:
+            file.write_bytes(spoiled)
+        assert build_it() == contents
+        assert file.read_bytes() == whole
+        assert list(folder.parent.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("where", ["refimpl", "refimpl/kernels"])
+def test_a_cache_that_cannot_be_written(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / where).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / where).write_text("a file")
+    with pytest.raises(CouldNotRun, match=r"^compiled kernels are kept in .*refimpl.kernels, which .* XDG_CACHE_HOME"):
+        compile.kept("one", "sm_90", "float32", "all", lambda: (b"ptx", b"cubin", b"log"))
+    assert (tmp_path / where).read_text() == "a file"
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    write = Path.write_bytes
+
+    def full(self: Path, data: bytes) -> int:
+        if self.name == "log":
+            raise OSError(28, "No space left on device")
+        return write(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(CouldNotRun, match=r"cannot be written \(No space left on device\)"):
+        compile.kept("one", "sm_90", "float32", "all", lambda: (b"ptx", b"cubin", b"log"))
+    assert list((tmp_path / "refimpl" / "kernels").iterdir()) == []
+
+
 @pytest.mark.skipif(ON_DEVICE, reason="there is a GPU")
 def test_no_gpu_is_one_clear_line() -> None:
     with pytest.raises(CouldNotRun, match=r"^kernels need (a GPU|CuPy)[^\n]*$"):
@@ -1095,6 +1151,46 @@ def test_grpo_of_what_is_no_number(dtype: type) -> None:
             np.testing.assert_allclose(gradient, exact, rtol, atol, err_msg=str((options, rows)))
             assert np.array_equal(found.kept, wanted.kept)
             assert np.array_equal(found.unclipped[mask[rows]], wanted.unclipped[mask[rows]])
+
+
+def test_grpo_on_both_sides_of_every_bound() -> None:
+    """Every advantage with ratios in and out of the clip and KL in and out of its bounds, by choices made and by
+    replayed ones that contradict them: values and choices are the reference's."""
+    a, z, u = (x.ravel() for x in np.meshgrid([-1, -0.5, 0, 0.5, 1], [-2, -0.1, 0.1, 2], [-25, -3, 0.1, 3, 25]))
+    rng, n = np.random.default_rng(0), len(a)
+    log_prob = np.stack([z, np.full(n, 0.1)], axis=1) - 30
+    given = {
+        "log_prob": log_prob, "old_log_prob": np.full((n, 2), -30.0), "advantages": a,
+        "reference_log_prob": log_prob + np.stack([u, np.zeros(n)], axis=1),
+    }  # fmt: skip
+    given = given | {"mask": np.ones((n, 2), bool)}
+    kl = [(kl, bounds) for kl in ("k1", "k2", "k3", "unbiased") for bounds in ((20.0, 10.0), (2.0, 1000.0))]
+    choices: list[dict[str, Any]] = [{}, {"unclipped": rng.random((n, 2)) < 0.5}, {"kept": rng.random(n) < 0.5}]
+    for setting in ({}, {"ratio": "sequence", "kl_level": "sequence"}, {"off_policy": 0.5}, {"dual_clip": 3.0}):
+        for estimator, bounds in kl:
+            for choice in choices:
+                here = given | {"kl": estimator, "kl_bounds": bounds} | setting | choice
+                wanted, saved = pair_of("grpo").forward(**here)
+                found, kept = TABLE["grpo"].forward(**here)
+                gradient, exact = TABLE["grpo"].backward((1.0,), kept), pair_of("grpo").backward((1.0,), saved)
+                at = str((setting, estimator, bounds, list(choice)))
+                np.testing.assert_allclose(found.loss, wanted.loss, 1e-13, 1e-15, err_msg=at)
+                np.testing.assert_allclose(gradient, exact, 1e-13, 1e-15, err_msg=at)
+                assert np.array_equal(found.kept, wanted.kept), at
+                assert np.array_equal(found.unclipped, wanted.unclipped), at
+
+
+def test_grpo_multiplies_no_infinity_with_zero() -> None:
+    """An output that is dropped, whose ratio overflows, and one without advantage, whose clip has no upper end."""
+    one = {"old_log_prob": np.full((1, 1), -900.0), "mask": np.ones((1, 1), bool), "kl_weight": 0.0}
+    for options in (
+        {"advantages": np.array([-1.0]), "kept": np.array([False])},
+        {"advantages": np.array([0.0]), "clip": (0.2, np.inf)},
+    ):
+        for pair in (TABLE["grpo"], pair_of("grpo")):
+            with np.errstate(over="ignore"):
+                output, saved = pair.forward(np.full((1, 1), -1.0), **one, **options)
+                assert (output.loss, pair.backward((1.0,), saved)) == (0, 0)
 
 
 def test_arguments_that_a_kernel_would_misread() -> None:

@@ -7,6 +7,7 @@ A kernel is compiled for one target (``sm_90``, …) and one storage type; both,
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import re
 import shutil
@@ -22,12 +23,13 @@ from . import SOURCE
 
 __all__ = [
     "STEMS", "STORAGE", "TARGETS", "BuildError", "Module", "Usage", "cache_folder", "compile_kernel", "kept",
-    "nvrtc_version",
+    "library_file", "nvrtc_version",
 ]  # fmt: skip
 
 TARGETS = ("sm_80", "sm_90", "sm_90a", "sm_100")
 STORAGE = ("float64", "float32", "bfloat16")
 STEMS = tuple(sorted(path.stem for path in SOURCE.glob("*.cu")))
+FILES = ("kernel.ptx", "kernel.cubin", "log", "sha256")
 OPTIONS = ("--std=c++17", "--ptxas-options=-v", "--fmad=true", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
 
 
@@ -96,31 +98,67 @@ def build(stem: str, target: str, storage: str, source: str) -> Module:
     """Compile ``source``, which may include common.cuh, or take it from the cache."""
     nvrtc = _nvrtc()
     header, options = (SOURCE / "common.cuh").read_text(), (f"--gpu-architecture={target}", *OPTIONS)
-    all_that_enters = _ok(nvrtc, nvrtc.nvrtcVersion()), options, header, source, stem
+    all_that_enters = library_file("nvrtc"), options, header, source, stem
     return kept(stem, target, storage, all_that_enters, lambda: _run(nvrtc, stem, source, header, options))
 
 
 def kept(
     name: str, target: str, storage: str, all_that_enters: object, make: Callable[[], tuple[bytes, bytes, bytes]]
 ) -> Module:
-    """The module from the cache, by the hash of ``all_that_enters``; else what ``make`` gives: PTX, cubin and log."""
+    """The module from the cache, by the hash of ``all_that_enters``; else what ``make`` gives: PTX, cubin and log.
+
+    What is no longer as it was written is made again. CouldNotRun if the cache cannot be written.
+    """
     number = hashlib.sha256(repr(all_that_enters).encode()).hexdigest()[:32]
     folder = cache_folder() / "kernels" / f"{name}-{number}"
-    if not folder.is_dir():
-        ptx, cubin, log = make()
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(dir=folder.parent))
-        (fresh / "kernel.ptx").write_bytes(ptx)
-        (fresh / "kernel.cubin").write_bytes(cubin)
-        (fresh / "log").write_bytes(log)
+    content = _read(folder)
+    if content is None:
+        content = make()
         try:
-            fresh.rename(folder)  # whole or not at all: two processes may build the same
-        except OSError:
-            shutil.rmtree(fresh)
-            if not folder.is_dir():
-                raise
-    ptx_text, log_text = (folder / "kernel.ptx").read_text(), (folder / "log").read_text()
-    return Module(name, target, storage, ptx_text, log_text, folder / "kernel.cubin")
+            _write(folder, content)
+        except OSError as error:
+            raise CouldNotRun(
+                f"compiled kernels are kept in {folder.parent}, which cannot be written ({error.strerror}): "
+                "set XDG_CACHE_HOME to a folder that can"
+            ) from error
+    return Module(name, target, storage, content[0].decode(), content[2].decode(), folder / FILES[1])
+
+
+def _read(folder: Path) -> tuple[bytes, bytes, bytes] | None:
+    """What `_write` wrote; None if it is not there or not whole."""
+    try:
+        ptx, cubin, log, digest = ((folder / name).read_bytes() for name in FILES)
+    except OSError:
+        return None
+    return (ptx, cubin, log) if digest == _digest(ptx, cubin, log) else None
+
+
+def _write(folder: Path, content: tuple[bytes, bytes, bytes]) -> None:
+    """Whole or not at all, though two processes may do it at once."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        for name, part in zip(FILES, (*content, _digest(*content)), strict=True):
+            (fresh / name).write_bytes(part)
+        if folder.exists() and _read(folder) is None:
+            shutil.rmtree(folder)
+        fresh.rename(folder)
+    except OSError:
+        if _read(folder) is None:  # else the other process was first
+            raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _digest(*parts: bytes) -> bytes:
+    return "".join(f"{hashlib.sha256(part).hexdigest()}\n" for part in parts).encode()
+
+
+def library_file(name: str) -> tuple[str, int, int]:
+    """What tells one release of a library of CUDA's from another, wherever it was installed from: size and time."""
+    found = importlib.import_module("cuda.pathfinder").load_nvidia_dynamic_lib(name).abs_path
+    status = Path(found).stat()
+    return name, status.st_size, status.st_mtime_ns
 
 
 def nvrtc_version() -> str:

@@ -12,12 +12,11 @@ import re
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from ..errors import CouldNotRun
 from . import SOURCE
-from .compile import TARGETS, BuildError, Module, kept
+from .compile import TARGETS, BuildError, Module, kept, library_file
 
 __all__ = ["NUMBA_STEMS", "NUMBA_STORAGE", "compile_numba", "kernels_of"]
 
@@ -49,7 +48,7 @@ def compile_numba(stem: str, kernel: str, target: str, storage: str) -> Module:
         return compile_numba(stem, kernel, target.rstrip("a"), storage)
     function = kernels_of(stem, storage)[kernel]
     sources = [(SOURCE / f"{name}_numba_cuda.py").read_text() for name in ("common", stem)]
-    tools = [version("numba"), version("numba-cuda"), _file("nvvm"), _file("nvJitLink")]
+    tools = [version("numba"), version("numba-cuda"), library_file("nvvm"), library_file("nvJitLink")]
     all_that_enters = tools, sources, kernel, target, storage
     return kept(kernel, target, storage, all_that_enters, lambda: build_numba(function, target))
 
@@ -90,17 +89,10 @@ def _assemble(kernel: str, ptx: bytes, target: str) -> tuple[bytes, bytes]:
     return bytes(cubin), bytes(log).rstrip(b"\0")
 
 
-def _file(library: str) -> tuple[str, int, int]:
-    """What tells one release of a library of CUDA's from another, wherever it was installed from."""
-    found = importlib.import_module("cuda.pathfinder").load_nvidia_dynamic_lib(library).abs_path
-    status = Path(found).stat()
-    return library, status.st_size, status.st_mtime_ns
-
-
 def _numba() -> Any:
     try:
         for library in ("nvvm", "nvJitLink"):
-            _file(library)
+            library_file(library)
         importlib.import_module("numba.cuda")
         version("numba-cuda")  # numba's own CUDA target can't compile without a driver
         return importlib.import_module("numba")
