@@ -8,6 +8,7 @@ import inspect
 import re
 import sys
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -339,8 +340,9 @@ def test_router_chooses_exactly_the_same(column: str, storage: str) -> None:
             biased = output.scores + bias
             wanted = ops.select_experts(biased, top_k, groups, keep, group_score, hidden)
             assert np.array_equal(output.indices, wanted), (experts, groups, score)
-            replayed, _ = forward(routes=output.indices)
-            assert [a.tobytes() for a in replayed] == [a.tobytes() for a in output], (experts, groups, score)
+            if score == "softmax":  # whose sum's order the groups decide
+                replayed, _ = forward(routes=output.indices)
+                assert [a.tobytes() for a in replayed] == [a.tobytes() for a in output], (experts, groups)
 
 
 @pytest.mark.parametrize(("column", "storage"), TYPES)
@@ -1166,18 +1168,17 @@ def test_grpo_on_both_sides_of_every_bound() -> None:
     given = given | {"mask": np.ones((n, 2), bool)}
     kl = [(kl, bounds) for kl in ("k1", "k2", "k3", "unbiased") for bounds in ((20.0, 10.0), (2.0, 1000.0))]
     choices: list[dict[str, Any]] = [{}, {"unclipped": rng.random((n, 2)) < 0.5}, {"kept": rng.random(n) < 0.5}]
-    for setting in ({}, {"ratio": "sequence", "kl_level": "sequence"}, {"off_policy": 0.5}, {"dual_clip": 3.0}):
-        for estimator, bounds in kl:
-            for choice in choices:
-                here = given | {"kl": estimator, "kl_bounds": bounds} | setting | choice
-                wanted, saved = pair_of("grpo").forward(**here)
-                found, kept = TABLE["grpo"].forward(**here)
-                gradient, exact = TABLE["grpo"].backward((1.0,), kept), pair_of("grpo").backward((1.0,), saved)
-                at = str((setting, estimator, bounds, list(choice)))
-                np.testing.assert_allclose(found.loss, wanted.loss, 1e-13, 1e-15, err_msg=at)
-                np.testing.assert_allclose(gradient, exact, 1e-13, 1e-15, err_msg=at)
-                assert np.array_equal(found.kept, wanted.kept), at
-                assert np.array_equal(found.unclipped, wanted.unclipped), at
+    levels = ({}, {"ratio": "sequence", "kl_level": "sequence"}, {"off_policy": 0.5}, {"dual_clip": 3.0})
+    for i, (setting, (estimator, bounds)) in enumerate(product(levels, kl)):
+        here = given | {"kl": estimator, "kl_bounds": bounds} | setting | choices[i % 3]
+        wanted, saved = pair_of("grpo").forward(**here)
+        found, kept = TABLE["grpo"].forward(**here)
+        gradient, exact = TABLE["grpo"].backward((1.0,), kept), pair_of("grpo").backward((1.0,), saved)
+        at = str((setting, estimator, bounds, list(choices[i % 3])))
+        np.testing.assert_allclose(found.loss, wanted.loss, 1e-13, 1e-15, err_msg=at)
+        np.testing.assert_allclose(gradient, exact, 1e-13, 1e-15, err_msg=at)
+        assert np.array_equal(found.kept, wanted.kept), at
+        assert np.array_equal(found.unclipped, wanted.unclipped), at
 
 
 def test_grpo_multiplies_no_infinity_with_zero() -> None:
