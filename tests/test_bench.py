@@ -4,6 +4,7 @@ under our interpreter. Nothing here measures a device."""
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import types
@@ -25,6 +26,7 @@ from refimpl.bench.rows import ROWS, Maker, Sizes, worst_error
 from refimpl.bench.run import BASELINES, baselines, measure_row, most_error, number_type, select_rows
 from refimpl.cli import app
 from refimpl.errors import CouldNotRun
+from refimpl.kernels import SOURCE
 
 from kernel_support import ON_DEVICE, InterpreterLaunch, make_launch
 
@@ -558,11 +560,21 @@ def test_files(tmp_path: Path) -> None:
 
 def test_table() -> None:
     nothing = render([])
-    lines = [line for line in nothing.splitlines() if line.startswith("| [")]
+    files, rows = nothing.split("\n\n")
+    lines = [line for line in rows.splitlines() if line.startswith("| [")]
     assert len(lines) == len(ROWS)
     assert all("| not measured yet | – | – |" in line for line in lines)
     assert "| 4096 × 7168 | bfloat16 | 4TD = 117 MB |" in lines[0]
-    assert {line.count("|") for line in nothing.splitlines() if line.startswith("|")} == {14}
+    assert {line.count("|") for line in rows.splitlines()} == {14}
+    assert {line.count("|") for line in files.splitlines()} == {5}
+    kernels = [*SOURCE.glob("*.cu"), *(path for path in SOURCE.glob("*_numba_cuda.py") if "common" not in path.name)]
+    assert sorted(re.findall(r"\]\((.*?)\)", files)) == sorted(path.name for path in kernels)
+    assert (
+        "| [rms_norm.cu](rms_norm.cu) | sm_80, sm_90, sm_90a, sm_100 | float64, float32, bfloat16 | not yet |" in files
+    )
+    assert (
+        "| [moe_numba_cuda.py](moe_numba_cuda.py) | sm_80, sm_90, sm_90a, sm_100 | float64, float32 | no row |" in files
+    )
     some = render([results(), results("Other", compiled=None, eager=None, eager_peak=None)])
     assert (
         "| Fake GPU (2) | 50.0 µs (49.0 µs … 52.0 µs) | 39.1 µs | 78 % | 200 µs (190 µs … 210 µs) | "
@@ -570,6 +582,8 @@ def test_table() -> None:
     ) in some
     assert "| Other | 50.0 µs (49.0 µs … 52.0 µs) | 39.1 µs | 78 % | – | – | – | 58.7 MB / – / – | 2.5e-03 |" in some
     assert some.count("not measured yet") == len(ROWS) - 1
+    on_both = "RMSNorm forward in bfloat16 on Fake GPU (2), RMSNorm forward in bfloat16 on Other"
+    assert f"| float64, float32, bfloat16 | {on_both} |" in some
     assert "Fake GPU (2): its own copy 3.00 TB/s, its bfloat16 product 800 TFLOP/s, driver 580.1, CuPy 14.2" in some
     assert "RMSNorm forward: a note." in some
 

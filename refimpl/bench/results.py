@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..kernels.compile import TARGETS
+from ..kernels.compile import STEMS, STORAGE, TARGETS
+from ..kernels.numba_cuda import NUMBA_STEMS, NUMBA_STORAGE
 from .measure import Times
 from .rows import ROWS, Row, Sizes
 
@@ -131,8 +132,7 @@ HEAD = (
 def render(all_results: Sequence[Results]) -> str:
     """The Markdown of kernels/README.md: a line for each row and device, and what was not measured."""
     sizes = Sizes()
-    lines = [f"Targets of every kernel: {', '.join(TARGETS)}.", ""]
-    lines += [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
+    lines = [*_coverage(all_results), "", f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
     for row in ROWS.values():
         link = f"[{row.name}]({row.stem}.cu)"
         least = f"{_digits(row.flops(sizes) / 1e12)} Tflop" if row.flops else _bytes(row.bytes(sizes))
@@ -152,6 +152,24 @@ def render(all_results: Sequence[Results]) -> str:
         ]
         lines += [f"{m.name}: {note}." for m in results.rows for note in m.notes]
     return "\n".join(lines) + "\n"
+
+
+def _coverage(all_results: Sequence[Results]) -> list[str]:
+    """For each file: what it is compiled for, and which of its rows were measured on which device."""
+    lines = ["| file | targets | types | measured |", "|---|---|---|---|"]
+    files: list[tuple[str, tuple[str, ...]]] = [(f"{stem}.cu", STORAGE) for stem in STEMS]
+    files += [(f"{stem}_numba_cuda.py", NUMBA_STORAGE) for stem in NUMBA_STEMS]
+    for file, types in files:
+        rows = [row for row in ROWS.values() if f"{row.stem}.cu" == file]
+        found = [
+            f"{row.name} in {measured.storage} on {results.device}"
+            for row in rows for results in all_results for measured in results.rows if measured.name == row.name
+        ]  # fmt: skip
+        lines.append(
+            f"| [{file}]({file}) | {', '.join(TARGETS)} | {', '.join(types)} | "
+            f"{', '.join(found) or ('not yet' if rows else 'no row')} |"
+        )
+    return lines
 
 
 def line_of(m: Measured, run: Results) -> str:

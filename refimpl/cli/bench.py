@@ -19,7 +19,7 @@ RESULTS = Path("benchmarks/results")
 def bench(
     rows: Annotated[list[str] | None, typer.Argument(help="Rows, by the names in the table; default: all.")] = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="Measure the kernels on the GPU at hand.")] = False,
-    table: Annotated[bool, typer.Option("--table", help="Print kernels/README.md's table from all results.")] = False,
+    table: Annotated[bool, typer.Option("--table", help="Print kernels/README.md's tables from all results.")] = False,
     results: Annotated[Path, typer.Option(help="Folder of the results of each device and day.")] = RESULTS,
     runs: Annotated[int, typer.Option(help="Samples of each time, at least 20.")] = RUNS,
     commit: Annotated[str | None, typer.Option(help="Of this checkout, where git can't say.")] = None,
