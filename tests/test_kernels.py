@@ -78,6 +78,7 @@ DIFFERENCES = {"cuda": 20 if FULL else 2, "numba_cuda": 5 if FULL else 1}  # of 
 MANY = ("moe", "log_prob")  # launch many kernels
 OPS = [("cuda", op) for op in CUDA] + [("numba_cuda", op) for op in NUMBA_CUDA]
 TYPES = [("cuda", storage) for storage in STORAGE] + [("numba_cuda", storage) for storage in NUMBA_STORAGE]
+ROUTED = [case for case in TYPES if FULL or case != ("numba_cuda", "float64")]  # many launches of many instructions
 LOW = [(column, op, storage) for column, storage in TYPES for c, op in OPS if c == column and storage != "float64"]
 # a mixture of experts rounds between its stages, each of which is tested alone
 LOW = [case for case in LOW if case[1:] != ("moe", "bfloat16")]
@@ -183,7 +184,7 @@ def test_loads_are_on_their_way_at_once(storage: str) -> None:
         "embedding": {"embedding_runs": 4, "embedding_backward": 4},
     }
     for stem, kernels in wanted.items():
-        for target in TARGETS:
+        for target in TARGETS if FULL else ("sm_80", "sm_100"):
             code = machine_code(compile_kernel(stem, target, storage))
             found = {kernel: loads_in_flight(code[kernel]) for kernel in kernels}
             assert found == kernels, f"for {target}"
@@ -317,7 +318,7 @@ def test_strided_arrays(column: str, op: str, storage: str) -> None:
         compare(op, pair, SHAPES[op](RandomDraw(seed)), storage, seed, ops_of(op, column))
 
 
-@pytest.mark.parametrize(("column", "storage"), TYPES)
+@pytest.mark.parametrize(("column", "storage"), ROUTED)
 def test_router_chooses_exactly_the_same(column: str, storage: str) -> None:
     """Scores full of ties: the ids are those of `select_experts` on the same scores, in every grouping; replayed, they
     give the same bits."""
@@ -345,7 +346,7 @@ def test_router_chooses_exactly_the_same(column: str, storage: str) -> None:
                 assert [a.tobytes() for a in replayed] == [a.tobytes() for a in output], (experts, groups)
 
 
-@pytest.mark.parametrize(("column", "storage"), TYPES)
+@pytest.mark.parametrize(("column", "storage"), ROUTED)
 def test_router_with_scores_that_are_no_numbers(column: str, storage: str) -> None:
     """NaN in scores, bias, whole groups and all of them: the very ids of `select_experts`, where NaN comes after every
     number, the −∞ of a hidden group too; the scores are NaN where the reference's are."""
