@@ -1,8 +1,8 @@
 """NumPy dressed as CuPy 14.2, to find without a GPU what CuPy would refuse.
 
 Its arrays don't mix with NumPy's, its functions that make arrays have no ``device``, it has no longdouble, sorts take
-``kind``, not ``stable``, and what NumPy returns as a scalar is an array without axes. Its cuBLAS has one function, on
-bare addresses, as NVIDIA's document defines it.
+``kind``, not ``stable``, what NumPy returns as a scalar is an array without axes, and sums have another order than
+NumPy's. Its cuBLAS has one function, on bare addresses, as NVIDIA's document defines it.
 """
 
 from __future__ import annotations
@@ -65,6 +65,18 @@ def there(x: Any) -> Any:
     if isinstance(x, (np.ndarray, np.generic)):
         return np.asarray(x).view(ndarray)
     return type(x)(map(there, x)) if type(x) in (tuple, list) else x
+
+
+def halves(x: np.ndarray, axis: int | None = None, keepdims: bool = False) -> Any:
+    """`numpy.sum` in the order of CuPy's reductions: the second half onto the first, until one number is left."""
+    if x.dtype.kind not in "fc" or 0 in x.shape or x.ndim == 0:
+        return np.sum(x, axis=axis, keepdims=keepdims)
+    rows = np.moveaxis(x, axis, 0) if axis is not None else x.reshape(-1)
+    lanes = np.zeros((1 << (len(rows) - 1).bit_length(), *rows.shape[1:]), x.dtype)
+    lanes[: len(rows)] = rows
+    while len(lanes) > 1:
+        lanes = lanes[: len(lanes) // 2] + lanes[len(lanes) // 2 :]
+    return lanes.reshape(np.sum(x, axis=axis, keepdims=keepdims).shape)
 
 
 class CuBLAS:
@@ -130,7 +142,7 @@ class Pretended(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name in MISSING or name.startswith("__"):
             raise AttributeError(f"module 'cupy' has no attribute {name!r}")
-        found = getattr(np, name)
+        found = halves if name == "sum" else getattr(np, name)
         if isinstance(found, type) or not callable(found):
             return found
 

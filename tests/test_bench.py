@@ -501,6 +501,25 @@ def test_results_are_written_as_they_come(stub: Stub, tmp_path: Path, monkeypatc
     assert [row.name for row in read_results(tmp_path)[0].rows] == ["RMSNorm forward"]
 
 
+@on_interpreter
+def test_a_broken_capture_says_why(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error of the call, not the one that CUDA then answers with when the capture is ended; and it is ended."""
+    from refimpl.bench.device import CupyDevice
+
+    def end() -> None:
+        stub.said.append("end")
+        raise RuntimeError("cudaErrorStreamCaptureInvalidated")
+
+    def wrong() -> None:
+        raise KeyError("x")
+
+    device = CupyDevice()
+    monkeypatch.setattr(device.stream, "end_capture", end)
+    with pytest.raises(KeyError):
+        device.capture([wrong])
+    assert stub.said == ["begin", "end"]
+
+
 # ---- results and the table
 
 

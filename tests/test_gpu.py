@@ -125,7 +125,7 @@ def test_suite_on_a_pretended_device() -> None:
     """What only runs on a device runs: strided arrays, moves there and back, errors, products."""
     chosen = (
         "not numba and (strided and (swiglu or embedding) or finite and rms_norm or products_on_the_device or misread "
-        "or nothing_to_do or extremes or permute or adamw)"
+        "or nothing_to_do or extremes or permute or adamw or adds_as)"
     )
     command = (sys.executable, *gpu.PYTEST, "-p", "pretended_device", "tests/test_kernels.py", "-k", chosen)
     environment = os.environ | {"REFIMPL_GPU": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}

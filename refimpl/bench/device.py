@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from ..kernels.launch import DeviceLaunch
@@ -84,8 +85,11 @@ class CupyDevice:
             try:
                 for call in calls:
                     call()
-            finally:
-                graph = self.stream.end_capture()
+            except BaseException:
+                with suppress(Exception):  # what broke the capture is to be seen, not that it is broken
+                    self.stream.end_capture()
+                raise
+            graph = self.stream.end_capture()
         return lambda: graph.launch(self.stream)
 
     def seconds(self, call: Call) -> float:
