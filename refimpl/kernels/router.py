@@ -45,7 +45,7 @@ def router(launch: Launch) -> Op:
             biased = router_forward(x, w, top_k=top_k, score=score)[0].scores + (0 if bias is None else bias)
             routes = select_experts(biased, top_k, groups, keep_groups, group_score, masked_groups)
         if routes is None:  # on no rows at all: raises for a setting without a meaning
-            select_experts(n.xp.zeros((0, experts)), top_k, groups, keep_groups, group_score, masked_groups)
+            select_experts(np.zeros((0, experts)), top_k, groups, keep_groups, group_score, masked_groups)
             indices = kernels.empty((*x.shape[:-1], top_k), n.xp.int64, x)
         else:
             expect("routes", routes, "(…, K)", (*x.shape[:-1], top_k))
