@@ -502,6 +502,16 @@ def test_cross_entropy_where_rows_end(column: str, storage: str) -> None:
         compare("cross_entropy", pair, Case((rng.normal(-20, size=(rows, width)),), {"targets": targets}), storage, 0)
 
 
+@pytest.mark.parametrize(("column", "storage"), TYPES)
+def test_rope_where_heads_end(column: str, storage: str) -> None:
+    """Heads that end in the first half of a thread's pairs, and in the second."""
+    rng, pair = np.random.default_rng(0), TABLES[column]["rope"]
+    for half in (3, 5, 7, 9, 13):
+        for layout in ("interleaved", "halves"):
+            kwargs = {"positions": np.arange(2), "inv_freq": np.logspace(0, -3, half), "layout": layout}
+            compare("rope", pair, Case((rng.normal(size=(1, 2, 2, 2 * half)),), kwargs), storage, 0)
+
+
 @pytest.mark.parametrize("storage", STORAGE)
 def test_grpo_of_many_outputs(storage: str) -> None:
     """More outputs than the block that adds up the loss has threads."""
@@ -530,9 +540,10 @@ def test_log_prob_of_masked_rows(column: str) -> None:
 
 @pytest.mark.parametrize("storage", STORAGE)
 def test_adamw(storage: str) -> None:
-    """Three steps as `refimpl.optimizer.AdamW` does them; bfloat16 parameters differ by a unit, moments don't."""
+    """Three steps as `refimpl.optimizer.AdamW` does them, on one block and on several; bfloat16 parameters differ by a
+    unit, moments don't."""
     rng, wide = np.random.default_rng(0), kernel_support.WIDE[storage]
-    drawn = {"w": rounded(rng.normal(size=(5, 13)), storage), "norm": rounded(rng.normal(size=3), storage)}
+    drawn = {"w": rounded(rng.normal(size=(41, 13)), storage), "norm": rounded(rng.normal(size=3), storage)}
     params = {name: to_device(p) for name, p in drawn.items()}
     reference = {name: p.astype(np.float64) for name, p in drawn.items()}
     options: dict[str, Any] = {"decays": lambda name: name == "w", "weight_decay": 0.2}
@@ -551,7 +562,7 @@ def test_adamw(storage: str) -> None:
         )
     before, grads = to_host(params["w"]).copy(), {name: to_device(g) for name, g in grads.items()}
     with pytest.raises(ValueError, match=r"w must be a parameter for a gradient of int64"):
-        ours.update(params, {"w": to_device(np.ones((5, 13), dtype=np.int64))}, 0.01)
+        ours.update(params, {"w": to_device(np.ones((41, 13), dtype=np.int64))}, 0.01)
     with pytest.raises(ValueError, match="norm and its gradient must be contiguous"):
         ours.update(params, {"w": grads["w"], "norm": to_device(np.ones((3, 2), dtype=wide))[:, 0]}, 0.01)
     with pytest.raises(ValueError, match="learning_rate must be a finite number"):
