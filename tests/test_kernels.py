@@ -1182,7 +1182,8 @@ def test_grpo_on_both_sides_of_every_bound() -> None:
     given = given | {"mask": np.ones((n, 2), bool)}
     kl = [(kl, bounds) for kl in ("k1", "k2", "k3", "unbiased") for bounds in ((20.0, 10.0), (2.0, 1000.0))]
     choices: list[dict[str, Any]] = [{}, {"unclipped": rng.random((n, 2)) < 0.5}, {"kept": rng.random(n) < 0.5}]
-    levels = ({}, {"ratio": "sequence", "kl_level": "sequence"}, {"off_policy": 0.5}, {"dual_clip": 3.0})
+    of_outputs = {"ratio": "sequence", "kl_level": "sequence", "kl_weight": 1.0}
+    levels = ({}, of_outputs, {"off_policy": 0.5}, {"dual_clip": 3.0})
     for i, (setting, (estimator, bounds)) in enumerate(product(levels, kl)):
         here = given | {"kl": estimator, "kl_bounds": bounds} | setting | choices[i % 3]
         wanted, saved = pair_of("grpo").forward(**here)
