@@ -1159,14 +1159,18 @@ def test_grpo_of_what_is_no_number(dtype: type) -> None:
             here = {name: x[rows].astype(dtype) for name, x in (given | {"advantages": advantages}).items()} | options
             here["mask"] = mask[rows]
             with np.errstate(all="ignore"):
-                wanted, saved = pair_of("grpo").forward(**here)
-                found, kept = TABLE["grpo"].forward(**here)
-                gradient, exact = TABLE["grpo"].backward((0.7,), kept), pair_of("grpo").backward((0.7,), saved)
-            rtol, atol = (1e-12, 1e-14) if dtype is np.float64 else (1e-4, 1e-6)
-            np.testing.assert_allclose(found.loss, wanted.loss, rtol, atol, err_msg=str((options, rows)))
-            np.testing.assert_allclose(gradient, exact, rtol, atol, err_msg=str((options, rows)))
-            assert np.array_equal(found.kept, wanted.kept)
-            assert np.array_equal(found.unclipped[mask[rows]], wanted.unclipped[mask[rows]])
+                _compare_grpo(here, *((1e-12, 1e-14) if dtype is np.float64 else (1e-4, 1e-6)), str((options, rows)))
+
+
+def _compare_grpo(given: dict[str, Any], rtol: float, atol: float, at: str) -> None:
+    """The reference's loss, gradient and choices, those of padding left out."""
+    wanted, saved = pair_of("grpo").forward(**given)
+    found, kept = TABLE["grpo"].forward(**given)
+    gradient, exact = TABLE["grpo"].backward((0.7,), kept), pair_of("grpo").backward((0.7,), saved)
+    np.testing.assert_allclose(found.loss, wanted.loss, rtol, atol, err_msg=at)
+    np.testing.assert_allclose(gradient, exact, rtol, atol, err_msg=at)
+    assert np.array_equal(found.kept, wanted.kept), at
+    assert np.array_equal(found.unclipped[given["mask"]], wanted.unclipped[given["mask"]]), at
 
 
 def test_grpo_on_both_sides_of_every_bound() -> None:
@@ -1177,23 +1181,15 @@ def test_grpo_on_both_sides_of_every_bound() -> None:
     log_prob = np.stack([z, np.full(n, 0.1)], axis=1) - 30
     given = {
         "log_prob": log_prob, "old_log_prob": np.full((n, 2), -30.0), "advantages": a,
-        "reference_log_prob": log_prob + np.stack([u, np.zeros(n)], axis=1),
+        "reference_log_prob": log_prob + np.stack([u, np.zeros(n)], axis=1), "mask": np.ones((n, 2), bool),
     }  # fmt: skip
-    given = given | {"mask": np.ones((n, 2), bool)}
     kl = [(kl, bounds) for kl in ("k1", "k2", "k3", "unbiased") for bounds in ((20.0, 10.0), (2.0, 1000.0))]
     choices: list[dict[str, Any]] = [{}, {"unclipped": rng.random((n, 2)) < 0.5}, {"kept": rng.random(n) < 0.5}]
     of_outputs = {"ratio": "sequence", "kl_level": "sequence", "kl_weight": 1.0}
     levels = ({}, of_outputs, {"off_policy": 0.5}, {"dual_clip": 3.0})
     for i, (setting, (estimator, bounds)) in enumerate(product(levels, kl)):
         here = given | {"kl": estimator, "kl_bounds": bounds} | setting | choices[i % 3]
-        wanted, saved = pair_of("grpo").forward(**here)
-        found, kept = TABLE["grpo"].forward(**here)
-        gradient, exact = TABLE["grpo"].backward((1.0,), kept), pair_of("grpo").backward((1.0,), saved)
-        at = str((setting, estimator, bounds, list(choices[i % 3])))
-        np.testing.assert_allclose(found.loss, wanted.loss, 1e-13, 1e-15, err_msg=at)
-        np.testing.assert_allclose(gradient, exact, 1e-13, 1e-15, err_msg=at)
-        assert np.array_equal(found.kept, wanted.kept), at
-        assert np.array_equal(found.unclipped, wanted.unclipped), at
+        _compare_grpo(here, 1e-13, 1e-15, str((setting, estimator, bounds, list(choices[i % 3]))))
 
 
 def test_grpo_multiplies_no_infinity_with_zero() -> None:

@@ -132,16 +132,16 @@ HEAD = (
 def render(all_results: Sequence[Results]) -> str:
     """The Markdown of kernels/README.md: a line for each row and device, and what was not measured."""
     sizes = Sizes()
-    lines = [*_coverage(all_results), "", f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
+    lines = [*_coverage(all_results), "", _line(HEAD), "|" + "---|" * len(HEAD)]
     for row in ROWS.values():
         link = f"[{row.name}]({row.stem}.cu)"
         least = f"{_digits(row.flops(sizes) / 1e12)} Tflop" if row.flops else _bytes(row.bytes(sizes))
         begin = [link, shape_of(row, sizes), row.storage, f"{row.formula} = {least}"]
-        found = [(r, m) for r in all_results for m in r.rows if m.name == row.name]
+        found = _found(row, all_results)
         if not found:
-            lines.append(f"| {' | '.join([*begin, 'not measured yet', *['–'] * (len(HEAD) - 5)])} |")
+            lines.append(_line([*begin, "not measured yet", *["–"] * (len(HEAD) - 5)]))
         for results, measured in found:
-            lines.append(f"| {' | '.join([*begin, results.device, *_cells(measured, results)])} |")
+            lines.append(_line([*begin, results.device, *_cells(measured, results)]))
     for results in all_results:
         versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
         lines += [
@@ -156,20 +156,23 @@ def render(all_results: Sequence[Results]) -> str:
 
 def _coverage(all_results: Sequence[Results]) -> list[str]:
     """For each file: what it is compiled for, and which of its rows were measured on which device."""
-    lines = ["| file | targets | types | measured |", "|---|---|---|---|"]
+    lines = [_line(("file", "targets", "types", "measured")), "|---|---|---|---|"]
     files: list[tuple[str, tuple[str, ...]]] = [(f"{stem}.cu", STORAGE) for stem in STEMS]
     files += [(f"{stem}_numba_cuda.py", NUMBA_STORAGE) for stem in NUMBA_STEMS]
     for file, types in files:
         rows = [row for row in ROWS.values() if f"{row.stem}.cu" == file]
-        found = [
-            f"{row.name} in {measured.storage} on {results.device}"
-            for row in rows for results in all_results for measured in results.rows if measured.name == row.name
-        ]  # fmt: skip
-        lines.append(
-            f"| [{file}]({file}) | {', '.join(TARGETS)} | {', '.join(types)} | "
-            f"{', '.join(found) or ('not yet' if rows else 'no row')} |"
-        )
+        measured = [f"{m.name} in {m.storage} on {r.device}" for row in rows for r, m in _found(row, all_results)]
+        measured = measured or ["not yet" if rows else "no row"]
+        lines.append(_line([f"[{file}]({file})", ", ".join(TARGETS), ", ".join(types), ", ".join(measured)]))
     return lines
+
+
+def _found(row: Row, all_results: Sequence[Results]) -> list[tuple[Results, Measured]]:
+    return [(results, m) for results in all_results for m in results.rows if m.name == row.name]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def line_of(m: Measured, run: Results) -> str:
