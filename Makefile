@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: verify test test-full oracle gpu ladder check bugs memory memory-grads clean
+.PHONY: digests verify test test-full oracle gpu ladder check bugs memory memory-grads clean
 
 verify: .venv/base  ## prove every gradient on real text
 	$(BIN)/refimpl verify
@@ -33,6 +33,10 @@ check: .venv/dev  ## lint, format and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+AGAINST ?= HEAD^
+digests: .venv/base  ## the bits of loss and gradients on five configurations, beside those of another commit (AGAINST=)
+	$(BIN)/python tests/digests.py --against $(AGAINST)
 
 bugs: .venv/dev  ## plant every bug of the catalogue and show which check catches it
 	$(BIN)/python tests/kill_table.py
