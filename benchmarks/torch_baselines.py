@@ -1,7 +1,9 @@
-"""Torch's side of `refimpl bench --gpu`: the same work on the same inputs, eager and compiled. Not part of the package.
+"""Torch's side of `refimpl bench --gpu`: the same work on the same inputs, eager and compiled. Not
+part of the package.
 
-Loaded by its path from refimpl/bench/run.py where torch is installed. Each baseline is what someone who is after speed
-writes with torch's own functions: its fused RMSNorm, cross-entropy and AdamW where it has one.
+Loaded by its path from refimpl/bench/run.py where torch is installed. Each baseline is what someone
+who is after speed writes with torch's own functions: its fused RMSNorm, cross-entropy and AdamW
+where it has one.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ def gate(logits: Any, bias: Any) -> Any:
     grouped = (scores + bias).unflatten(-1, (GROUPS, -1))
     best = grouped.topk(2, dim=-1).values.sum(-1).topk(KEEP_GROUPS, dim=-1, sorted=False).indices
     keep = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter_(-1, best, True)
-    chosen = grouped.masked_fill(~keep[..., None], float("-inf")).flatten(-2).topk(TOP_K, dim=-1).indices
+    chosen = (
+        grouped.masked_fill(~keep[..., None], float("-inf")).flatten(-2).topk(TOP_K, dim=-1).indices
+    )
     weights = scores.gather(-1, chosen)
     return SCALE * weights / weights.sum(-1, keepdim=True), chosen
 
@@ -128,7 +132,9 @@ def adamw_step(transform: Transform, p: Any, g: Any) -> Call:
         return forward_of(adamw)(transform, p, g, m, v)
     p = p.requires_grad_(True)
     p.grad = g
-    return torch.optim.AdamW([p], lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True, capturable=True).step
+    return torch.optim.AdamW(
+        [p], lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True, capturable=True
+    ).step
 
 
 def eager(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -150,14 +156,18 @@ BASELINES: dict[str, Callable[..., Call]] = {
     "GRPO from log-probabilities": both_of(grpo),
     "AdamW step": adamw_step,
 }
-"""By the rows' names: from a transform (`eager`, torch.compile) and the inputs, the call that is timed."""
+"""By the rows' names: from a transform (`eager`, torch.compile) and the inputs, the call that is
+timed."""
 
 
 class TorchDevice:
-    """`refimpl.bench.measure.Device` by torch: a stream, its graphs, its events, its allocator's own peak."""
+    """`refimpl.bench.measure.Device` by torch: a stream, its graphs, its events, its allocator's
+    own peak."""
 
     def __init__(self) -> None:
-        torch._functorch.config.donated_buffer = False  # a compiled backward is called more than once here
+        torch._functorch.config.donated_buffer = (
+            False  # a compiled backward is called more than once here
+        )
         torch.compiler.reset()
         torch.cuda.empty_cache()
         self.stream = torch.cuda.Stream()
@@ -204,7 +214,8 @@ class TorchDevice:
 
 
 def tensor(x: Any) -> Any:
-    """A tensor on the memory of a CuPy array; bfloat16 by way of int16, which DLPack has in every version."""
+    """A tensor on the memory of a CuPy array; bfloat16 by way of int16, which DLPack has in every
+    version."""
     if str(x.dtype) == "bfloat16":
         return torch.from_dlpack(x.view("int16")).view(torch.bfloat16)
     return torch.from_dlpack(x)

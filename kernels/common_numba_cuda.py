@@ -1,7 +1,8 @@
 """What the kernels in Numba CUDA share: reductions in a fixed order, and the logistic function.
 
-A block's threads run in warps of 32, which go on together. Numba knows a Python number as 64 bits wide, and would do in
-float64 whatever meets one: so constants are written ``real(1)``, and the kernels are made for one type ``real``.
+A block's threads run in warps of 32, which go on together. Numba knows a Python number as 64 bits
+wide, and would do in float64 whatever meets one: so constants are written ``real(1)``, and the
+kernels are made for one type ``real``.
 """
 
 import math
@@ -14,8 +15,9 @@ ALL_LANES = 0xFFFFFFFF  # one bit a thread of a warp: all take part
 
 @cuda.jit(device=True, inline="always")
 def warp_sum(x):
-    """The sum over a warp, the same bits in all its threads. They read each other's registers, without memory: after a
-    step with ``other`` = 16, each thread has the sum of 2, then of 4, … and of all 32."""
+    """The sum over a warp, the same bits in all its threads. They read each other's registers,
+    without memory: after a step with ``other`` = 16, each thread has the sum of 2, then of 4, … and
+    of all 32."""
     other = WARP // 2
     while other > 0:
         x += cuda.shfl_xor_sync(ALL_LANES, x, other)
@@ -35,9 +37,11 @@ def warp_max(x):
 
 @cuda.jit(device=True, inline="always")
 def block_sum(part, x):
-    """The sum over a block of whole warps, the same bits in all its threads; all of them must call it.
+    """The sum over a block of whole warps, the same bits in all its threads; all of them must call
+    it.
 
-    Warps can't read each other's registers, so their sums meet in ``part``: shared memory for 32 numbers.
+    Warps can't read each other's registers, so their sums meet in ``part``: shared memory for 32
+    numbers.
     """
     x = warp_sum(x)
     cuda.syncthreads()  # another warp may still read an earlier call's part

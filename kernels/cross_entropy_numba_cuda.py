@@ -1,7 +1,8 @@
 """Cross-entropy in Numba CUDA: what cross_entropy.cu does, on the same arguments, for reading.
 
-The forward reads the logits twice, for their maximum and for the sum; cross_entropy.cu does both in one pass. The
-backward recomputes the probabilities, so that none are kept. Derivation: derivations/cross_entropy.md.
+The forward reads the logits twice, for their maximum and for the sum; cross_entropy.cu does both in
+one pass. The backward recomputes the probabilities, so that none are kept. Derivation:
+derivations/cross_entropy.md.
 """
 
 import math
@@ -15,12 +16,20 @@ from .common_numba_cuda import WARP, block_max, block_sum
 def kernels(real):
     """For numbers of type ``real``; the annotations are the types of a kernel's arguments."""
     reals, ids = CPointer(real), CPointer(int64)
-    each = 4 * 128 // real.bitwidth  # logits of a thread in the backward: 64 bytes, as the host counts blocks
+    each = (
+        4 * 128 // real.bitwidth
+    )  # logits of a thread in the backward: 64 bytes, as the host counts blocks
 
     def cross_entropy_forward(
-        largest_of_row: reals, sum_of_row: reals, chosen: reals, logits: reals, targets: ids, vocabulary: int32
+        largest_of_row: reals,
+        sum_of_row: reals,
+        chosen: reals,
+        logits: reals,
+        targets: ids,
+        vocabulary: int32,
     ):
-        """Of each row: its maximum, Σ e^(z − maximum), and the log of the target's probability. Grid: a block a row."""
+        """Of each row: its maximum, Σ e^(z − maximum), and the log of the target's probability.
+        Grid: a block a row."""
         part = cuda.shared.array(WARP, real)
         row, thread, threads = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
         start = row * vocabulary
@@ -35,7 +44,9 @@ def kernels(real):
         if thread == 0:
             largest_of_row[row] = largest
             sum_of_row[row] = total
-            chosen[row] = logits[start + targets[row]] - largest - math.log(total)  # (cross_entropy.1)
+            chosen[row] = (
+                logits[start + targets[row]] - largest - math.log(total)
+            )  # (cross_entropy.1)
 
     def cross_entropy_loss(loss: reals, chosen: reals, weight: reals, rows: int64):
         """loss = −Σ_row weight chosen, rows of weight 0 left out. Grid: one block."""
@@ -49,10 +60,17 @@ def kernels(real):
             loss[0] = -total  # (cross_entropy.2)
 
     def cross_entropy_backward(
-        dlogits: reals, logits: reals, largest_of_row: reals, sum_of_row: reals, targets: ids, weight: reals,
-        dloss: reals, vocabulary: int32,
-    ):  # fmt: skip
-        """dlogits = dloss weight (p − 1[w = target]), p = e^(z − maximum) / sum; dlogits may be logits itself.
+        dlogits: reals,
+        logits: reals,
+        largest_of_row: reals,
+        sum_of_row: reals,
+        targets: ids,
+        weight: reals,
+        dloss: reals,
+        vocabulary: int32,
+    ):
+        """dlogits = dloss weight (p − 1[w = target]), p = e^(z − maximum) / sum; dlogits may be
+        logits itself.
 
         Grid: for each row, as many blocks as cover it with ``each`` logits a thread.
         """

@@ -1,8 +1,8 @@
 """RMSNorm in Numba CUDA: what rms_norm.cu does, on the same arguments, for reading.
 
-A block takes a row. Its threads stride over the row together, so that neighbours read neighbouring elements: a warp's
-32 reads are then a few accesses to memory. Arrays are flat: element (row, i) is ``row * width + i``. Derivation:
-derivations/rms_norm.md.
+A block takes a row. Its threads stride over the row together, so that neighbours read neighbouring
+elements: a warp's 32 reads are then a few accesses to memory. Arrays are flat: element (row, i) is
+``row * width + i``. Derivation: derivations/rms_norm.md.
 """
 
 import math
@@ -34,13 +34,21 @@ def kernels(real):
             y[start + i] = x[start + i] * rms * w[i]  # (rms_norm.2)
 
     def rms_norm_backward(
-        dx: reals, part_dw: reals, dy: reals, x: reals, w: reals, r: reals, rows: int64, width: int32
-    ):  # fmt: skip
-        """dx, and part_dw[block, width]: the sum of dy ∘ n over the block's rows. Grid: any number of blocks.
+        dx: reals,
+        part_dw: reals,
+        dy: reals,
+        x: reals,
+        w: reals,
+        r: reals,
+        rows: int64,
+        width: int32,
+    ):
+        """dx, and part_dw[block, width]: the sum of dy ∘ n over the block's rows. Grid: any number
+        of blocks.
 
-        dw is a sum over rows, which blocks share: each adds up its own rows, every gridDim-th, in its own row of
-        part_dw, and `rms_norm_weight` adds the blocks. With atomics the order, and so the last bits, would change from
-        run to run.
+        dw is a sum over rows, which blocks share: each adds up its own rows, every gridDim-th, in
+        its own row of part_dw, and `rms_norm_weight` adds the blocks. With atomics the order, and
+        so the last bits, would change from run to run.
         """
         part = cuda.shared.array(WARP, real)
         thread, threads = cuda.threadIdx.x, cuda.blockDim.x
@@ -52,7 +60,9 @@ def kernels(real):
             products = real(0)
             for i in range(thread, width, threads):
                 n = x[start + i] * rms
-                part_dw[own + i] += dy[start + i] * n  # (rms_norm.5) no barrier: this thread alone has column i
+                part_dw[own + i] += (
+                    dy[start + i] * n
+                )  # (rms_norm.5) no barrier: this thread alone has column i
                 products += dy[start + i] * w[i] * n
             mean = block_sum(part, products) / real(width)
             for i in range(thread, width, threads):
@@ -60,13 +70,15 @@ def kernels(real):
                 dx[start + i] = rms * (dn - x[start + i] * rms * mean)  # (rms_norm.4)
 
     def rms_norm_weight(dw: reals, part_dw: reals, parts: int32, width: int32):
-        """dw[i] = Σ_b part_dw[b, i]. Block (32, LANES): the lanes of a column share its parts, each adds every
-        LANES-th, and lane 0 adds the lanes in order. Grid: a block for 32 columns."""
+        """dw[i] = Σ_b part_dw[b, i]. Block (32, LANES): the lanes of a column share its parts, each
+        adds every LANES-th, and lane 0 adds the lanes in order. Grid: a block for 32 columns."""
         part = cuda.shared.array((LANES, WARP), real)
         column, lane = cuda.threadIdx.x, cuda.threadIdx.y
         i = cuda.blockIdx.x * WARP + column
         total = real(0)
-        if i < width:  # the last block may have threads beyond the end, but all must come to the barrier
+        if (
+            i < width
+        ):  # the last block may have threads beyond the end, but all must come to the barrier
             for b in range(lane, parts, LANES):
                 total += part_dw[b * width + i]
         part[lane, column] = total

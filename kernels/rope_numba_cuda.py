@@ -1,6 +1,7 @@
 """Rotary position embedding in Numba CUDA: what rope.cu does, on the same arguments, for reading.
 
-A thread turns a pair, then one every gridsize-th. Angles are the host's. Derivation: derivations/rope.md.
+A thread turns a pair, then one every gridsize-th. Angles are the host's. Derivation:
+derivations/rope.md.
 """
 
 from numba import cuda, int32, int64
@@ -12,13 +13,23 @@ def kernels(real):
     reals = CPointer(real)
 
     def rope_rotate(
-        y: reals, x: reals, cos: reals, sin: reals, tokens: int64, angles: int64, heads: int32, half: int32,
-        interleaved: int32, sign: int32,
-    ):  # fmt: skip
-        """y = the rotation of x [tokens, heads, 2 half] by ± its angles, whose cos and sin are [angles, half].
+        y: reals,
+        x: reals,
+        cos: reals,
+        sin: reals,
+        tokens: int64,
+        angles: int64,
+        heads: int32,
+        half: int32,
+        interleaved: int32,
+        sign: int32,
+    ):
+        """y = the rotation of x [tokens, heads, 2 half] by ± its angles, whose cos and sin are
+        [angles, half].
 
-        Token t takes row t % angles: the rows of a batch share theirs, or each token has its own. sign: 1 forward,
-        −1 backward, which is the turn back. interleaved: pair i lies at (2i, 2i + 1), else at (i, i + half).
+        Token t takes row t % angles: the rows of a batch share theirs, or each token has its own.
+        sign: 1 forward, −1 backward, which is the turn back. interleaved: pair i lies at (2i, 2i +
+        1), else at (i, i + half).
         """
         for pair in range(cuda.grid(1), tokens * heads * half, cuda.gridsize(1)):
             head, i = pair // half, pair % half  # head: of all tokens

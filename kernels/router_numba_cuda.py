@@ -1,8 +1,9 @@
-"""The gate of the mixture of experts in Numba CUDA: what router.cu does, on the same arguments, for reading.
+"""The gate of the mixture of experts in Numba CUDA: what router.cu does, on the same arguments, for
+reading.
 
-A warp takes a row; its 32 threads, the lanes, take the experts lane, lane + 32, … The logits are the host's. Who is
-chosen is found by counting: an expert's rank is the number of experts that come before it. Derivation:
-derivations/router.md.
+A warp takes a row; its 32 threads, the lanes, take the experts lane, lane + 32, … The logits are
+the host's. Who is chosen is found by counting: an expert's rank is the number of experts that come
+before it. Derivation: derivations/router.md.
 """
 
 import math
@@ -15,8 +16,8 @@ from .common_numba_cuda import WARP, make_sigmoid, warp_max, warp_sum
 
 @cuda.jit(device=True, inline="always")
 def rank(values, start, stop, i):
-    """How many of values[start … stop − 1] come before values[i]: the larger, and equal ones of lower index. NaN comes
-    after every number, −∞ too, as in the reference's sort."""
+    """How many of values[start … stop − 1] come before values[i]: the larger, and equal ones of
+    lower index. NaN comes after every number, −∞ too, as in the reference's sort."""
     count = 0
     for j in range(start, stop):
         larger = values[j] > values[i] or (math.isnan(values[i]) and not math.isnan(values[j]))
@@ -31,15 +32,30 @@ def kernels(real):
     reals, ids, sigmoid = CPointer(real), CPointer(int64), make_sigmoid(real)
 
     def router_forward(
-        scores: reals, weights: reals, indices: ids, logits: reals, bias: reals, rows: int64, experts: int32,
-        top_k: int32, groups: int32, keep_groups: int32, summed: int32, hidden: real, softmax: int32, normalise: int32,
-        scale: real, epsilon: real, replay: int32,
-    ):  # fmt: skip
-        """scores [rows, experts] from logits, and weights and indices [rows, top_k], top_k at most 32.
+        scores: reals,
+        weights: reals,
+        indices: ids,
+        logits: reals,
+        bias: reals,
+        rows: int64,
+        experts: int32,
+        top_k: int32,
+        groups: int32,
+        keep_groups: int32,
+        summed: int32,
+        hidden: real,
+        softmax: int32,
+        normalise: int32,
+        scale: real,
+        epsilon: real,
+        replay: int32,
+    ):
+        """scores [rows, experts] from logits, and weights and indices [rows, top_k], top_k at most
+        32.
 
-        indices are chosen here, or given if ``replay``. softmax: else sigmoid. summed: how many of a group's best make
-        its score. hidden: what the score of an expert of a group that is not kept becomes, −∞ or 0. Shared memory: 2
-        experts + groups, for each warp.
+        indices are chosen here, or given if ``replay``. softmax: else sigmoid. summed: how many of
+        a group's best make its score. hidden: what the score of an expert of a group that is not
+        kept becomes, −∞ or 0. Shared memory: 2 experts + groups, for each warp.
         """
         lane = cuda.threadIdx.x % WARP
         row = cuda.grid(1) // WARP
@@ -74,7 +90,9 @@ def kernels(real):
             for g in range(lane, groups, WARP):
                 first, last = biased + g * size, biased + (g + 1) * size
                 best = real(0)
-                for k in range(summed):  # the best first: the order of a sum matters to its last bit
+                for k in range(
+                    summed
+                ):  # the best first: the order of a sum matters to its last bit
                     for i in range(first, last):
                         if rank(memory, first, last, i) == k:
                             best += memory[i]
@@ -99,10 +117,22 @@ def kernels(real):
             weights[row * top_k + lane] = scale * chosen / divisor  # (router.6)
 
     def router_backward(
-        dlogits: reals, dweights: reals, dscores: reals, scores: reals, indices: ids, rows: int64, experts: int32,
-        top_k: int32, softmax: int32, normalise: int32, scale: real, epsilon: real, with_scores: int32,
-    ):  # fmt: skip
-        """dlogits [rows, experts] from dweights [rows, top_k] and, if ``with_scores``, dscores [rows, experts]."""
+        dlogits: reals,
+        dweights: reals,
+        dscores: reals,
+        scores: reals,
+        indices: ids,
+        rows: int64,
+        experts: int32,
+        top_k: int32,
+        softmax: int32,
+        normalise: int32,
+        scale: real,
+        epsilon: real,
+        with_scores: int32,
+    ):
+        """dlogits [rows, experts] from dweights [rows, top_k] and, if ``with_scores``, dscores
+        [rows, experts]."""
         lane = cuda.threadIdx.x % WARP
         row = cuda.grid(1) // WARP
         if row >= rows:

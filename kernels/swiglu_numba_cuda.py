@@ -1,8 +1,8 @@
 """SwiGLU's gate in Numba CUDA: what swiglu.cu does, on the same arguments, for reading.
 
-Begin here: every element is computed alone, so threads need not know of each other. A thread takes the element
-``cuda.grid(1)``, its number in the grid, then one every ``cuda.gridsize(1)``, however many threads were started.
-Derivation: derivations/swiglu.md.
+Begin here: every element is computed alone, so threads need not know of each other. A thread takes
+the element ``cuda.grid(1)``, its number in the grid, then one every ``cuda.gridsize(1)``, however
+many threads were started. Derivation: derivations/swiglu.md.
 """
 
 from numba import cuda, int64

@@ -1,11 +1,13 @@
 """The only differences between array libraries and number types, kept in one place.
 
-Every op runs unchanged on NumPy float32, float64 and longdouble, on complex numbers (the checker's complex
-step), on object arrays (its exact dual numbers), on array-api-strict, and on CuPy. Three rules make that work,
-and each has its function here:
+Every op runs unchanged on NumPy float32, float64 and longdouble, on complex numbers (the checker's
+complex step), on object arrays (its exact dual numbers), on array-api-strict, and on CuPy. Three
+rules make that work, and each has its function here:
 
-* a branch, a maximum or a top-k looks at ``real(x)``, so that the infinitesimal part never decides anything;
-* a contraction is a ``matmul``, alone or by way of `einsum`, which every library and number type has;
+* a branch, a maximum or a top-k looks at ``real(x)``, so that the infinitesimal part never decides
+  anything;
+* a contraction is a ``matmul``, alone or by way of `einsum`, which every library and number type
+  has;
 * a constant that enters an array takes that array's own number type (`fill`, `zeros`, `cast`).
 """
 
@@ -20,16 +22,33 @@ from typing import Any
 Array = Any  # an array of any of the libraries above
 
 __all__ = [
-    "Array", "argsort", "blocks", "cast", "einsum", "expect", "expect_ids", "expect_mask", "fill", "last", "library",
-    "namespace", "number", "real", "scatter_add", "sigmoid", "take_rows", "zeros",
-]  # fmt: skip
+    "Array",
+    "argsort",
+    "blocks",
+    "cast",
+    "einsum",
+    "expect",
+    "expect_ids",
+    "expect_mask",
+    "fill",
+    "last",
+    "library",
+    "namespace",
+    "number",
+    "real",
+    "scatter_add",
+    "sigmoid",
+    "take_rows",
+    "zeros",
+]
 
 
 def namespace(**arrays: Array) -> ModuleType:
     """The array namespace of all the named differentiable arrays (None entries are skipped).
 
-    TypeError if one is not an array, they come from two libraries, or a dtype is neither an object type nor
-    floating with at least 32 bits: sums in a 16-bit type are wrong numbers, so cast up first.
+    TypeError if one is not an array, they come from two libraries, or a dtype is neither an object
+    type nor floating with at least 32 bits: sums in a 16-bit type are wrong numbers, so cast up
+    first.
     """
     found: ModuleType | None = None
     for name, x in arrays.items():
@@ -37,10 +56,18 @@ def namespace(**arrays: Array) -> ModuleType:
             continue
         xp = library(x, name)
         if found not in (None, xp):
-            raise TypeError(f"{name} must come from {found.__name__} like the other arrays, got {xp.__name__}")
+            raise TypeError(
+                f"{name} must come from {found.__name__} like the other arrays, got {xp.__name__}"
+            )
         found = xp
-        if not (is_object(x) or (xp.isdtype(x.dtype, ("real floating", "complex floating")) and itemsize(x) >= 4)):
-            raise TypeError(f"{name} must be float32 or wider (cast 16-bit and integer arrays up), got {x.dtype}")
+        if not (
+            is_object(x)
+            or (xp.isdtype(x.dtype, ("real floating", "complex floating")) and itemsize(x) >= 4)
+        ):
+            raise TypeError(
+                f"{name} must be float32 or wider (cast 16-bit and integer arrays up), got "
+                f"{x.dtype}"
+            )
     if found is None:
         raise TypeError("at least one array is needed, got none")
     return found
@@ -51,12 +78,16 @@ def library(x: Array, name: str = "x") -> ModuleType:
     if type(x).__module__.partition(".")[0] == "cupy":
         return CUPY
     if not hasattr(x, "__array_namespace__"):
-        raise TypeError(f"{name} must be an array of NumPy, CuPy or an array-API library, got {type(x).__name__}")
+        raise TypeError(
+            f"{name} must be an array of NumPy, CuPy or an array-API library, got "
+            f"{type(x).__name__}"
+        )
     return x.__array_namespace__()  # type: ignore[no-any-return]
 
 
 class _CuPy(ModuleType):
-    """CuPy with the standard's argument ``device``, which its functions that make arrays (14.2) lack."""
+    """CuPy with the standard's argument ``device``, which its functions that make arrays (14.2)
+    lack."""
 
     def __getattr__(self, name: str) -> Any:
         import cupy
@@ -79,19 +110,25 @@ def is_object(x: Array) -> bool:
 
 
 def itemsize(x: Array) -> int:
-    """Bytes of one element; a namespace without ``itemsize`` (array-api-strict) holds 4 bytes or more anyway."""
+    """Bytes of one element; a namespace without ``itemsize`` (array-api-strict) holds 4 bytes or
+    more anyway."""
     return getattr(x.dtype, "itemsize", 4)
 
 
-def shape_error(name: str, letters: str, wanted: tuple[Any, ...], got: tuple[int, ...]) -> ValueError:
+def shape_error(
+    name: str, letters: str, wanted: tuple[Any, ...], got: tuple[int, ...]
+) -> ValueError:
     """The error every op raises on a wrong shape: ``w must have shape (D,)=(64,), got (32,)``."""
     return ValueError(f"{name} must have shape {letters}={wanted}, got {tuple(got)}")
 
 
 def expect(name: str, x: Array, letters: str, wanted: tuple[Any, ...]) -> None:
-    """Raise `shape_error` unless ``x`` has the shape ``wanted``; None in ``wanted`` stands for any length."""
+    """Raise `shape_error` unless ``x`` has the shape ``wanted``; None in ``wanted`` stands for any
+    length."""
     library(x, name)
-    if len(x.shape) != len(wanted) or any(w is not None and w != n for w, n in zip(wanted, x.shape, strict=True)):
+    if len(x.shape) != len(wanted) or any(
+        w is not None and w != n for w, n in zip(wanted, x.shape, strict=True)
+    ):
         raise shape_error(name, letters, tuple("any" if w is None else w for w in wanted), x.shape)
 
 
@@ -105,13 +142,16 @@ def last(x: Array, name: str) -> int:
 def expect_ids(name: str, ids: Array, limit: int) -> Array:
     """``ids`` as int64, since arithmetic on narrow ones would wrap.
 
-    TypeError unless they are integers; ValueError unless all lie in 0 … limit − 1 (−1 would count from the end).
+    TypeError unless they are integers; ValueError unless all lie in 0 … limit − 1 (−1 would count
+    from the end).
     """
     xp = library(ids, name)
     if not xp.isdtype(ids.dtype, "integral"):
         raise TypeError(f"{name} must be integers, got {ids.dtype}")
     if ids.size and (int(xp.min(ids)) < 0 or int(xp.max(ids)) >= limit):
-        raise ValueError(f"{name} must lie in 0…{limit - 1}, got {int(xp.min(ids))}…{int(xp.max(ids))}")
+        raise ValueError(
+            f"{name} must lie in 0…{limit - 1}, got {int(xp.min(ids))}…{int(xp.max(ids))}"
+        )
     return xp.astype(ids, xp.int64, copy=False)
 
 
@@ -123,7 +163,8 @@ def expect_mask(name: str, mask: Array, letters: str, wanted: tuple[Any, ...]) -
 
 
 def real(x: Array) -> Array:
-    """The part of ``x`` that branches and sorts look at: real part, or a dual number's value as float64."""
+    """The part of ``x`` that branches and sorts look at: real part, or a dual number's value as
+    float64."""
     if is_object(x):
         import numpy as np
 
@@ -146,9 +187,12 @@ def number(x: Any, like: Array) -> Array:
 
 
 def fill(condition: Array, x: Array, otherwise: float) -> Array:
-    """``x`` where the condition holds, elsewhere the constant ``otherwise`` in the number type of ``x``."""
+    """``x`` where the condition holds, elsewhere the constant ``otherwise`` in the number type of
+    ``x``."""
     xp = namespace(x=x)
-    constant = 0 * x.reshape(-1)[0] + otherwise if is_object(x) else xp.asarray(otherwise, dtype=x.dtype)
+    constant = (
+        0 * x.reshape(-1)[0] + otherwise if is_object(x) else xp.asarray(otherwise, dtype=x.dtype)
+    )
     return xp.where(condition, x, constant)
 
 
@@ -163,9 +207,10 @@ def zeros(shape: tuple[int, ...], like: Array) -> Array:
 def einsum(letters: str, a: Array, b: Array) -> Array:
     """Contract two arrays, written as in ``numpy.einsum``: ``einsum("bthx,bshx->bhts", q, k)``.
 
-    It is one batched matrix product: letters in both inputs and the output are the batch, letters in both inputs
-    alone are summed, the others are rows (of ``a``) and columns (of ``b``). So it runs on BLAS in NumPy and CuPy,
-    on array-API namespaces (which have no einsum), and on longdouble, complex and object arrays.
+    It is one batched matrix product: letters in both inputs and the output are the batch, letters
+    in both inputs alone are summed, the others are rows (of ``a``) and columns (of ``b``). So it
+    runs on BLAS in NumPy and CuPy, on array-API namespaces (which have no einsum), and on
+    longdouble, complex and object arrays.
     """
     inputs, out = letters.split("->")
     in_a, in_b = inputs.split(",")
@@ -177,12 +222,17 @@ def einsum(letters: str, a: Array, b: Array) -> Array:
     columns = [c for c in in_b if c not in in_a]
     sizes = dict(zip(in_a + in_b, a.shape + b.shape, strict=True))
     if any(sizes[c] != n for c, n in zip(in_a, a.shape, strict=True)) or {*rows, *columns} - {*out}:
-        raise ValueError(f"einsum {letters!r} cannot contract shapes {tuple(a.shape)} and {tuple(b.shape)}")
+        raise ValueError(
+            f"einsum {letters!r} cannot contract shapes {tuple(a.shape)} and {tuple(b.shape)}"
+        )
     xp = namespace(a=a, b=b)
 
     def arrange(x: Array, current: str, *parts: list[str]) -> Array:
         x = xp.permute_dims(x, tuple(current.index(c) for part in parts for c in part))
-        return xp.reshape(x, tuple(sizes[c] for c in parts[0]) + tuple(prod(sizes[c] for c in p) for p in parts[1:]))
+        return xp.reshape(
+            x,
+            tuple(sizes[c] for c in parts[0]) + tuple(prod(sizes[c] for c in p) for p in parts[1:]),
+        )
 
     y = xp.matmul(arrange(a, in_a, batch, rows, summed), arrange(b, in_b, batch, summed, columns))
     current = "".join(batch + rows + columns)
@@ -199,13 +249,15 @@ def sigmoid(x: Array) -> Array:
 
 
 def blocks(length: int, size: int, end: int | None = None) -> Iterator[tuple[int, int]]:
-    """Ranges (start, stop) of at most ``size`` that cover 0 … length, or 0 … end if that comes first."""
+    """Ranges (start, stop) of at most ``size`` that cover 0 … length, or 0 … end if that comes
+    first."""
     stop = length if end is None else min(end, length)
     return ((start, min(start + size, stop)) for start in range(0, stop, size))
 
 
 def argsort(x: Array) -> Array:
-    """Indices that sort the last axis upwards; equal elements keep their order (the lower index first)."""
+    """Indices that sort the last axis upwards; equal elements keep their order (the lower index
+    first)."""
     xp = library(x)
     if xp.__name__ in ("numpy", "cupy"):
         return xp.argsort(x, axis=-1, kind="stable")
@@ -218,10 +270,12 @@ def take_rows(x: Array, rows: Array) -> Array:
 
 
 def scatter_add(rows: Array, values: Array, length: int) -> Array:
-    """The adjoint of `take_rows`: ``length`` rows, with ``values[i]`` [M, D] added to row ``rows[i]`` [M].
+    """The adjoint of `take_rows`: ``length`` rows, with ``values[i]`` [M, D] added to row
+    ``rows[i]`` [M].
 
-    Equal rows are sorted together and added in pairs, pairs of pairs and so on: the same order, and so the same bits,
-    in every library and every run, where atomic additions would differ from run to run.
+    Equal rows are sorted together and added in pairs, pairs of pairs and so on: the same order, and
+    so the same bits, in every library and every run, where atomic additions would differ from run
+    to run.
     """
     xp, n = namespace(values=values), rows.shape[0]
     if n == 0:
@@ -230,11 +284,19 @@ def scatter_add(rows: Array, values: Array, length: int) -> Array:
     order = argsort(rows)
     rows, values = xp.take(rows, order), take_rows(values, order)
     every = xp.arange(length, device=values.device)
-    start, stop = xp.searchsorted(rows, every, side="left"), xp.searchsorted(rows, every, side="right")
-    place, run = xp.arange(n, device=values.device) - xp.take(start, rows), xp.take(stop - start, rows)
+    start, stop = (
+        xp.searchsorted(rows, every, side="left"),
+        xp.searchsorted(rows, every, side="right"),
+    )
+    place, run = (
+        xp.arange(n, device=values.device) - xp.take(start, rows),
+        xp.take(stop - start, rows),
+    )
     span = 1
     while span < int(xp.max(stop - start)):
-        later = xp.concat((values[span:, :], values[:span, :]), axis=0)  # what wraps around has no partner
+        later = xp.concat(
+            (values[span:, :], values[:span, :]), axis=0
+        )  # what wraps around has no partner
         values = xp.where((place + span < run)[:, None], values + later, values)
         span *= 2
     found = take_rows(values, xp.where(stop > start, start, 0))

@@ -1,6 +1,8 @@
-"""The model's configuration and conventions: frozen records, and presets (`tiny`, `v3`, `v2`, `v2-lite`, …).
+"""The model's configuration and conventions: frozen records, and presets (`tiny`, `v3`, `v2`,
+`v2-lite`, …).
 
-Each field names our letter, DeepSeek's name (Hugging Face's config.json) and the paper's symbol where they differ.
+Each field names our letter, DeepSeek's name (Hugging Face's config.json) and the paper's symbol
+where they differ.
 """
 
 from __future__ import annotations
@@ -15,53 +17,70 @@ __all__ = ["CONVENTIONS", "PRESETS", "Conventions", "ModelConfig", "Yarn", "pres
 
 @dataclass(frozen=True)
 class Conventions:
-    """Where papers and implementations disagree: one field a choice. The default is `official`: DeepSeek's inference
-    code and released weights, and the paper where those are silent. derivations/conventions.md says who does what."""
+    """Where papers and implementations disagree: one field a choice. The default is `official`:
+    DeepSeek's inference code and released weights, and the paper where those are silent.
+    derivations/conventions.md says who does what."""
 
     mtp_order: Literal["embedding_hidden", "hidden_embedding"] = "embedding_hidden"
-    """In front of MTP's projection: embedding_hidden (released weights, Megatron, vLLM) or hidden_embedding (paper)."""
+    """In front of MTP's projection: embedding_hidden (released weights, Megatron, vLLM) or
+    hidden_embedding (paper)."""
     mtp_hidden: Literal["normed", "raw", "raw_first"] = "normed"
-    """An MTP module reads the previous depth's state normed (after the final norm, or the previous module's own norm;
-    Megatron, vLLM) or raw (before it). raw_first: module 1 reads raw, later ones normed (torchtitan)."""
+    """An MTP module reads the previous depth's state normed (after the final norm, or the previous
+    module's own norm; Megatron, vLLM) or raw (before it). raw_first: module 1 reads raw, later ones
+    normed (torchtitan)."""
     mtp_normaliser: Literal["positions", "valid", "main"] = "positions"
-    """MTP's loss is a sum divided by: all B·T positions (paper: 1/T over T−k terms; padding left out), valid (its own
-    targets; Megatron), or main (the main loss's targets; torchtitan's first version)."""
+    """MTP's loss is a sum divided by: all B·T positions (paper: 1/T over T−k terms; padding left
+    out), valid (its own targets; Megatron), or main (the main loss's targets; torchtitan's first
+    version)."""
     mtp_zero_first_embedding: bool = False
     """Zero the embedding that MTP reads at RoPE position 0 of a sequence, as vLLM does."""
     masked_groups: Literal["-inf", "zero"] = "-inf"
     """Scores of groups left out: -inf, or zero (Hugging Face before transformers#45441)."""
     balance_counts: Literal["unbiased", "routed"] = "unbiased"
-    """f_i counts the K best unbiased and ungrouped scores (paper, Megatron) or the routed experts (HF's V2 code)."""
+    """f_i counts the K best unbiased and ungrouped scores (paper, Megatron) or the routed experts
+    (HF's V2 code)."""
     bias_centre: bool = False
     """Subtract the mean from the bias update, as torchtitan does."""
     gate_epsilon: float = 0.0
-    """Added to the sum of the chosen scores: 0 (DeepSeek's inference code) or 1e-20 (HF, Megatron, torchtitan)."""
+    """Added to the sum of the chosen scores: 0 (DeepSeek's inference code) or 1e-20 (HF, Megatron,
+    torchtitan)."""
     latent_eps: Literal["config", "class_default"] = "config"
-    """eps of the two latent norms: the config's, or class_default (1e-6; Hugging Face). They differ on Moonlight."""
+    """eps of the two latent norms: the config's, or class_default (1e-6; Hugging Face). They differ
+    on Moonlight."""
     yarn_when: Literal["beyond_original", "always"] = "beyond_original"
-    """YaRN applies only if max_positions exceeds the original context (DeepSeek), or always (Hugging Face)."""
+    """YaRN applies only if max_positions exceeds the original context (DeepSeek), or always
+    (Hugging Face)."""
     yarn_factor: Literal["ratio", "if_both"] = "ratio"
-    """What multiplies cos and sin: m(mscale) / m(mscale_all_dim), always, or (HF) if both are given, else m(1)."""
+    """What multiplies cos and sin: m(mscale) / m(mscale_all_dim), always, or (HF) if both are
+    given, else m(1)."""
     softmax_normalise: Literal["scaled", "unscaled", "ignored"] = "scaled"
-    """What norm_topk_prob does to a softmax gate: as to a sigmoid one; without routed_scale (V2's file); none (HF)."""
+    """What norm_topk_prob does to a softmax gate: as to a sigmoid one; without routed_scale (V2's
+    file); none (HF)."""
     rope_layout: Literal["interleaved", "halves"] = "interleaved"
-    """How a head's rotated pairs lie in the weights: interleaved (released checkpoints) or halves."""
+    """How a head's rotated pairs lie in the weights: interleaved (released checkpoints) or
+    halves."""
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
             choices = get_args(hint)
             if choices and getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
 
 
 CONVENTIONS: dict[str, Conventions] = {
     "official": Conventions(),
     "paper": Conventions(mtp_order="hidden_embedding"),
-    "hf": Conventions(  # transformers 5.23; its MTP drafts tokens, without a loss that runs; no balance loss
-        gate_epsilon=1e-20, latent_eps="class_default", yarn_when="always", yarn_factor="if_both",
+    # transformers 5.23; its MTP drafts tokens, without a loss that runs; no balance loss
+    "hf": Conventions(
+        gate_epsilon=1e-20,
+        latent_eps="class_default",
+        yarn_when="always",
+        yarn_factor="if_both",
         softmax_normalise="ignored",
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -86,7 +105,9 @@ class ModelConfig:
     groups: int = 1  # G, n_group
     keep_groups: int = 1  # topk_group, M
     gate: str = "sigmoid"  # scoring_func
-    group_score: str = "top2"  # noaux_tc: a group's two best; V2 (group_limited_greedy): max; paper: share
+    group_score: str = (
+        "top2"  # noaux_tc: a group's two best; V2 (group_limited_greedy): max; paper: share
+    )
     tied: bool = False  # tie_word_embeddings: the head is the embedding table (V3: False)
     gate_bias: bool = True  # e_score_correction_bias exists
     normalise_weights: bool = True  # norm_topk_prob
@@ -106,23 +127,41 @@ class ModelConfig:
             least = 0 if f.name in ("dense_layers", "shared_experts", "mtp_depth") else 1
             if f.type == "int" and not (isinstance(value, int) and value >= least):
                 raise ValueError(f"{f.name} must be an integer of at least {least}, got {value!r}")
-        for name, choices in {"gate": ("sigmoid", "softmax"), "group_score": ("top2", "share", "max")}.items():
+        for name, choices in {
+            "gate": ("sigmoid", "softmax"),
+            "group_score": ("top2", "share", "max"),
+        }.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name, least_float in {"norm_eps": 0.0, "theta": 1.0, "routed_scale": 0.0, "mtp_weight": 0.0}.items():
-            if not (isinstance(value := getattr(self, name), (int, float)) and value >= least_float):
-                raise ValueError(f"{name} must be a number of at least {least_float}, got {value!r}")
+                raise ValueError(
+                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
+        for name, least_float in {
+            "norm_eps": 0.0,
+            "theta": 1.0,
+            "routed_scale": 0.0,
+            "mtp_weight": 0.0,
+        }.items():
+            if not (
+                isinstance(value := getattr(self, name), (int, float)) and value >= least_float
+            ):
+                raise ValueError(
+                    f"{name} must be a number of at least {least_float}, got {value!r}"
+                )
         if self.rope % 2:
             raise ValueError(f"rope must be even, got {self.rope}")
         if self.dense_layers > self.layers:
-            raise ValueError(f"dense_layers must be at most layers={self.layers}, got {self.dense_layers}")
+            raise ValueError(
+                f"dense_layers must be at most layers={self.layers}, got {self.dense_layers}"
+            )
         if self.experts % self.groups or not 1 <= self.keep_groups <= self.groups:
             raise ValueError(
                 f"groups must divide experts={self.experts} and keep_groups lie in 1…groups, "
                 f"got {self.groups} and {self.keep_groups}"
             )
         if self.top_k > self.experts // self.groups * self.keep_groups:
-            raise ValueError(f"top_k must be at most the experts of the kept groups, got {self.top_k}")
+            raise ValueError(
+                f"top_k must be at most the experts of the kept groups, got {self.top_k}"
+            )
 
     @property
     def head(self) -> str:
@@ -160,35 +199,41 @@ class ModelConfig:
 
 
 PRESETS: dict[str, ModelConfig] = {
-    # All of V3's parts, at small sizes that tell them apart; every constant is off its neutral value.
+    # All of V3's parts, at small sizes that tell them apart; every constant is off its neutral
+    # value.
     "tiny": ModelConfig(
-        vocabulary=256, width=20, layers=3, dense_layers=1, heads=3, q_latent=10, kv_latent=7, nope=5, rope=4, value=6,
-        dense_hidden=22, expert_hidden=9, experts=8, shared_experts=2, top_k=3, groups=4, keep_groups=2,
-        routed_scale=2.5, mtp_depth=2, norm_eps=1e-3, theta=100.0, max_positions=64,
-        yarn=Yarn(factor=4.0, original=16, beta_fast=4.0, beta_slow=1.0, mscale=0.9, mscale_all_dim=0.7),
+        vocabulary=256, width=20, layers=3, dense_layers=1, heads=3, q_latent=10, kv_latent=7,
+        nope=5, rope=4, value=6, dense_hidden=22, expert_hidden=9, experts=8, shared_experts=2,
+        top_k=3, groups=4, keep_groups=2, routed_scale=2.5, mtp_depth=2, norm_eps=1e-3,
+        theta=100.0, max_positions=64,
+        yarn=Yarn(4.0, original=16, beta_fast=4.0, beta_slow=1.0, mscale=0.9, mscale_all_dim=0.7),
         mtp_weight=0.3, balance_weight=0.01,
     ),
     "v3": ModelConfig(
-        vocabulary=129280, width=7168, layers=61, dense_layers=3, heads=128, q_latent=1536, kv_latent=512, nope=128,
-        rope=64, value=128, dense_hidden=18432, expert_hidden=2048, experts=256, shared_experts=1, top_k=8, groups=8,
-        keep_groups=4, routed_scale=2.5, mtp_depth=1, max_positions=163840, yarn=Yarn(),
+        vocabulary=129280, width=7168, layers=61, dense_layers=3, heads=128, q_latent=1536,
+        kv_latent=512, nope=128, rope=64, value=128, dense_hidden=18432, expert_hidden=2048,
+        experts=256, shared_experts=1, top_k=8, groups=8, keep_groups=4, routed_scale=2.5,
+        mtp_depth=1, max_positions=163840, yarn=Yarn(),
     ),
     "v2": ModelConfig(
-        vocabulary=102400, width=5120, layers=60, dense_layers=1, heads=128, q_latent=1536, kv_latent=512, nope=128,
-        rope=64, value=128, dense_hidden=12288, expert_hidden=1536, experts=160, shared_experts=2, top_k=6, groups=8,
-        keep_groups=3, gate="softmax", group_score="max", gate_bias=False, normalise_weights=False, routed_scale=16.0,
+        vocabulary=102400, width=5120, layers=60, dense_layers=1, heads=128, q_latent=1536,
+        kv_latent=512, nope=128, rope=64, value=128, dense_hidden=12288, expert_hidden=1536,
+        experts=160, shared_experts=2, top_k=6, groups=8, keep_groups=3, gate="softmax",
+        group_score="max", gate_bias=False, normalise_weights=False, routed_scale=16.0,
         max_positions=163840, yarn=Yarn(mscale=0.707, mscale_all_dim=0.707), balance_weight=3e-3,
     ),
     "v2-lite": ModelConfig(
-        vocabulary=102400, width=2048, layers=27, dense_layers=1, heads=16, q_latent=None, kv_latent=512, nope=128,
-        rope=64, value=128, dense_hidden=10944, expert_hidden=1408, experts=64, shared_experts=2, top_k=6,
-        gate="softmax", group_score="max", gate_bias=False, normalise_weights=False, max_positions=163840,
+        vocabulary=102400, width=2048, layers=27, dense_layers=1, heads=16, q_latent=None,
+        kv_latent=512, nope=128, rope=64, value=128, dense_hidden=10944, expert_hidden=1408,
+        experts=64, shared_experts=2, top_k=6, gate="softmax", group_score="max", gate_bias=False,
+        normalise_weights=False, max_positions=163840,
         yarn=Yarn(mscale=0.707, mscale_all_dim=0.707), balance_weight=1e-3,
     ),
     "moonlight-16b": ModelConfig(
-        vocabulary=163840, width=2048, layers=27, dense_layers=1, heads=16, q_latent=None, kv_latent=512, nope=128,
-        rope=64, value=128, dense_hidden=11264, expert_hidden=1408, experts=64, shared_experts=2, top_k=6,
-        routed_scale=2.446, norm_eps=1e-5, theta=5e4, max_positions=8192, balance_weight=1e-3,
+        vocabulary=163840, width=2048, layers=27, dense_layers=1, heads=16, q_latent=None,
+        kv_latent=512, nope=128, rope=64, value=128, dense_hidden=11264, expert_hidden=1408,
+        experts=64, shared_experts=2, top_k=6, routed_scale=2.446, norm_eps=1e-5, theta=5e4,
+        max_positions=8192, balance_weight=1e-3,
     ),
 }  # fmt: skip
 

@@ -1,10 +1,12 @@
-"""Parameters, KV cache, FLOPs and training cost of a model, each figure with the arithmetic that makes it.
+"""Parameters, KV cache, FLOPs and training cost of a model, each figure with the arithmetic that
+makes it.
 
-Sizes come from `parameter_shapes`; the only constants are published inputs (GPU-hours, tokens, DeepSeek-67B's shape).
-A FLOP is a multiplication or an addition, so a product of [m, n] and [n, k] has 2mnk; norms, softmax, RoPE and other
-elementwise work are left out. Sources: DeepSeek-V3 (2412.19437) table 1, sections 2.2 and 4.2; DeepSeek-V2 (2405.04434)
-section 3.2.3; Insights into DeepSeek-V3 (2505.09343) table 2; README_WEIGHTS.md of deepseek-ai/DeepSeek-V3.
-Letters: derivations/README.md.
+Sizes come from `parameter_shapes`; the only constants are published inputs (GPU-hours, tokens,
+DeepSeek-67B's shape). A FLOP is a multiplication or an addition, so a product of [m, n] and [n, k]
+has 2mnk; norms, softmax, RoPE and other elementwise work are left out. Sources: DeepSeek-V3
+(2412.19437) table 1, sections 2.2 and 4.2; DeepSeek-V2 (2405.04434) section 3.2.3; Insights into
+DeepSeek-V3 (2505.09343) table 2; README_WEIGHTS.md of deepseek-ai/DeepSeek-V3. Letters:
+derivations/README.md.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ Number = int | float
 
 
 class Figure:
-    """A number that remembers how it was computed: ``(Figure(2) * 61 + 1) * 7168`` reads (2 × 61 + 1) × 7,168."""
+    """A number that remembers how it was computed: ``(Figure(2) * 61 + 1) * 7168`` reads (2 × 61 +
+    1) × 7,168."""
 
     def __init__(self, value: Number, text: str = "", binding: int = 3) -> None:
         self.value, self.binding = value, binding  # 1 a sum, 2 a product, 3 a number
@@ -32,7 +35,11 @@ class Figure:
     def _join(self, sign: str, other: Figure, value: Number, left: int, right: int) -> Figure:
         """``left`` and ``right``: how tightly each operand must bind to go without parentheses."""
         pair = ((self, left), (other, right))
-        return Figure(value, f" {sign} ".join(x.text if x.binding >= n else f"({x.text})" for x, n in pair), left)
+        return Figure(
+            value,
+            f" {sign} ".join(x.text if x.binding >= n else f"({x.text})" for x, n in pair),
+            left,
+        )
 
     def __add__(self, other: Number | Figure) -> Figure:
         return self._join("+", b := _figure(other), self.value + b.value, 1, 1)
@@ -48,7 +55,9 @@ class Figure:
 
     def __truediv__(self, other: Number | Figure) -> Figure:
         b = _figure(other)
-        whole = isinstance(self.value, int) and isinstance(b.value, int) and self.value % b.value == 0
+        whole = (
+            isinstance(self.value, int) and isinstance(b.value, int) and self.value % b.value == 0
+        )
         return self._join("/", b, self.value // b.value if whole else self.value / b.value, 2, 3)
 
 
@@ -112,24 +121,38 @@ class Published(NamedTuple):
 
 PUBLISHED = {
     "v3": Published(
-        'The report prints "37B", README_WEIGHTS "36.7B (including 0.9B for Embedding and 0.9B for the output Head)". '
-        "With the head alone it is 36.63B, which rounds to 37B; with the embedding too it is 37.55B, which rounds to "
-        "38B. So 37B counts the head and not the embedding, a lookup of one row; 36.7B is neither. The MTP module's "
-        '"2.4B" leaves out eh_proj, as its "11.5B" does.',
-        tokens=14.8, context=4096, hours=180_000,
+        'The report prints "37B", README_WEIGHTS "36.7B (including 0.9B for Embedding and '
+        '0.9B for the output Head)". With the head alone it is 36.63B, which rounds to 37B; '
+        "with the embedding too it is 37.55B, which rounds to 38B. So 37B counts the head and "
+        'not the embedding, a lookup of one row; 36.7B is neither. The MTP module\'s "2.4B" '
+        'leaves out eh_proj, as its "11.5B" does.',
+        tokens=14.8,
+        context=4096,
+        hours=180_000,
     ),
     "v2": Published(
-        'The report\'s "21B" fits either sum: 20.85B with the head, 21.38B with head and embedding.',
-        tokens=8.1, context=4096, hours=172_800,
+        'The report\'s "21B" fits either sum: 20.85B with the head, 21.38B with head and '
+        "embedding.",
+        tokens=8.1,
+        context=4096,
+        hours=172_800,
     ),
-    "v2-lite": Published('The report\'s "2.4B" is 2.45B, with the head and without the embedding.', 5.7, 4096),
+    "v2-lite": Published(
+        'The report\'s "2.4B" is 2.45B, with the head and without the embedding.', 5.7, 4096
+    ),
     "moonlight-16b": Published(
-        'The report\'s "15.29B, 2.24B active" leave out embedding and head; the name\'s 16B-A3B does not.', 5.7, 8192
+        "The report's \"15.29B, 2.24B active\" leave out embedding and head; the name's 16B-A3B "
+        "does not.",
+        5.7,
+        8192,
     ),
-}  # fmt: skip
+}
 V3_STAGES = {"context extension": 119_000, "post-training": 5_000}  # H800 hours, table 1
 DOLLARS, CLUSTER = 2, 2048  # an H800 hour's price, as the report assumes; its number of H800s
-PEAK = {"BF16": 989.4, "FP8": 1978.9}  # dense TFLOP/s of an H100 SXM, NVIDIA's figures; an H800's are the same
+PEAK = {
+    "BF16": 989.4,
+    "FP8": 1978.9,
+}  # dense TFLOP/s of an H100 SXM, NVIDIA's figures; an H800's are the same
 DENSE_67B = {"layers": 95, "kv_heads": 8, "head": 128}  # DeepSeek-67B, grouped-query attention
 DENSE_67B_HOURS = 300_600  # H800 hours for a trillion tokens, V2 report
 
@@ -148,11 +171,18 @@ class Parts(NamedTuple):
 
 
 def count(config: ModelConfig, *, length: int = 4096) -> list[Section]:
-    """Every table for ``config``; FLOPs are of sequences of ``length`` tokens. CouldNotRun if it is too short."""
+    """Every table for ``config``; FLOPs are of sequences of ``length`` tokens. CouldNotRun if it is
+    too short."""
     if not config.mtp_depth < length <= 10**9:
-        raise CouldNotRun(f"--length must lie in {config.mtp_depth + 1:,}…{10**9:,}, got {length:,}")
+        raise CouldNotRun(
+            f"--length must lie in {config.mtp_depth + 1:,}…{10**9:,}, got {length:,}"
+        )
     shapes = parameter_shapes(config)
-    same = (key for key in PUBLISHED if parameter_shapes(PRESETS[key]) == shapes and PRESETS[key].top_k == config.top_k)
+    same = (
+        key
+        for key in PUBLISHED
+        if parameter_shapes(PRESETS[key]) == shapes and PRESETS[key].top_k == config.top_k
+    )
     known = next(same, "")
     parts, sections = _parameters(config, known)
     sections += [_active(config, parts, known), _cache(config)]
@@ -164,8 +194,15 @@ def count(config: ModelConfig, *, length: int = 4096) -> list[Section]:
 def _parameters(c: ModelConfig, known: str) -> tuple[Parts, list[Section]]:
     """From the tensors of one layer to the main model, the MTP modules, and the file."""
     shapes, d, deep = parameter_shapes(c), c.width, c.mtp_depth
-    one, ffn = Section("Parameters of one attention (MLA)"), Section("Parameters of one feed-forward layer")
-    tensors = {name: shape for name, shape in shapes.items() if name.startswith("model.layers.0.self_attn.")}
+    one, ffn = (
+        Section("Parameters of one attention (MLA)"),
+        Section("Parameters of one feed-forward layer"),
+    )
+    tensors = {
+        name: shape
+        for name, shape in shapes.items()
+        if name.startswith("model.layers.0.self_attn.")
+    }
     for name, (rows, *columns) in tensors.items():
         product = Figure(rows) * columns[0] if columns else Figure(rows)
         one.add(name.removeprefix("model.layers.0.self_attn.").removesuffix(".weight"), product)
@@ -178,7 +215,12 @@ def _parameters(c: ModelConfig, known: str) -> tuple[Parts, list[Section]]:
         experts, hidden, _ = shapes[f"model.layers.{c.dense_layers}.mlp.experts.up_proj.weight"]
         expert = int(ffn.add("one expert: gate, up, down", Figure(3) * hidden * d))
         gate = int(ffn.add("gate (router)", Figure(experts) * d))
-        moe = int(ffn.add("MoE layer: routed + shared, gate", (Figure(experts) + c.shared_experts) * expert + gate))
+        moe = int(
+            ffn.add(
+                "MoE layer: routed + shared, gate",
+                (Figure(experts) + c.shared_experts) * expert + gate,
+            )
+        )
 
     main, moe_layers = Section("Parameters of the main model"), c.layers - c.dense_layers
     embedding = int(main.add("embedding", Figure(c.vocabulary) * d))
@@ -187,7 +229,10 @@ def _parameters(c: ModelConfig, known: str) -> tuple[Parts, list[Section]]:
     main.add("MoE layers", Figure(moe_layers) * moe)
     main.add("norms: two a layer, one final", (Figure(2) * c.layers + 1) * d)
     tables = 1 if c.tied else 2
-    main.add("output head (tied: the embedding)" if c.tied else "output head", Figure(tables - 1) * embedding)
+    main.add(
+        "output head (tied: the embedding)" if c.tied else "output head",
+        Figure(tables - 1) * embedding,
+    )
     total = main.add_sum("main model", 6)
     main.add("… without embedding and head", Figure(total) - Figure(tables) * embedding)
     biases = any(map(is_buffer, shapes))
@@ -197,23 +242,34 @@ def _parameters(c: ModelConfig, known: str) -> tuple[Parts, list[Section]]:
     if deep:
         mtp = Section("Parameters of multi-token prediction (MTP)")
         for name, figure in {
-            "norms: two in, two inside, one out": Figure(5) * d, "eh_proj": Figure(d) * (Figure(2) * d),
-            "attention": Figure(mla), "MoE layer": Figure(moe),
-        }.items():  # fmt: skip
+            "norms: two in, two inside, one out": Figure(5) * d,
+            "eh_proj": Figure(d) * (Figure(2) * d),
+            "attention": Figure(mla),
+            "MoE layer": Figure(moe),
+        }.items():
             mtp.add(name, figure)
         unique = mtp.add("unique to MTP", Figure(deep) * mtp.add_sum("one module", 4))
         mtp.add("… without eh_proj", Figure(unique) - Figure(deep) * eh_proj)
-        copies = mtp.add("… with copies of embedding and head", Figure(unique) + Figure(deep) * tables * embedding)
+        copies = mtp.add(
+            "… with copies of embedding and head",
+            Figure(unique) + Figure(deep) * tables * embedding,
+        )
         file = Figure(total) + copies
-        mtp.add("whole file: main, MTP, biases", file + (Figure(moe_layers) + deep) * c.experts if biases else file)
+        mtp.add(
+            "whole file: main, MTP, biases",
+            file + (Figure(moe_layers) + deep) * c.experts if biases else file,
+        )
         if known == "v3":
             mtp.notes.append(
-                'README_WEIGHTS\' "11.5B unique parameters" leave out eh_proj. The README\'s "14B" is 685 − 671; the '
-                "file has 13.46B, with the embedding and the head that main model and module share in memory. (684.49B "
-                "is no 685B: that must count the scales of FP8 weights too, one a tile of 128 × 128, about 0.04B.)"
+                "README_WEIGHTS' \"11.5B unique parameters\" leave out eh_proj. The README's "
+                '"14B" is 685 − 671; the file has 13.46B, with the embedding and the head '
+                "that main model and module share in memory. (684.49B is no 685B: that must "
+                "count the scales of FP8 weights too, one a tile of 128 × 128, about 0.04B.)"
             )
         sections.append(mtp)
-    return Parts(mla, _matrices(tensors), dense, expert, gate, moe_layers, embedding, eh_proj), sections
+    return Parts(
+        mla, _matrices(tensors), dense, expert, gate, moe_layers, embedding, eh_proj
+    ), sections
 
 
 def _matrices(tensors: dict[str, tuple[int, ...]]) -> int:
@@ -223,16 +279,26 @@ def _matrices(tensors: dict[str, tuple[int, ...]]) -> int:
 
 def _active(c: ModelConfig, p: Parts, known: str) -> Section:
     """Parameters that one token meets."""
-    active, experts = Section("Active parameters: what one token meets"), Figure(c.top_k) + c.shared_experts
+    active, experts = (
+        Section("Active parameters: what one token meets"),
+        Figure(c.top_k) + c.shared_experts,
+    )
     active.add("attention", Figure(c.layers) * p.mla)
     active.add("dense FFNs", Figure(c.dense_layers) * p.dense)
-    active.add("MoE layers: top-k + shared, gate", Figure(p.moe_layers) * (experts * p.expert + p.gate))
+    active.add(
+        "MoE layers: top-k + shared, gate", Figure(p.moe_layers) * (experts * p.expert + p.gate)
+    )
     active.add("norms", (Figure(2) * c.layers + 1) * c.width)
     head = active.add("… + head", Figure(active.add_sum("layers", 4)) + p.embedding)
     if not c.tied:
         active.add("… + head + embedding", Figure(head) + p.embedding)
     if c.mtp_depth:
-        module = Figure(p.mla) + (experts * p.expert + p.gate) + Figure(5) * c.width + Figure(2) * p.embedding
+        module = (
+            Figure(p.mla)
+            + (experts * p.expert + p.gate)
+            + Figure(5) * c.width
+            + Figure(2) * p.embedding
+        )
         active.add("an MTP module with both, no eh_proj", module)
     active.notes += [PUBLISHED[known].active] if known else []
     return active
@@ -241,8 +307,14 @@ def _active(c: ModelConfig, p: Parts, known: str) -> Section:
 def _cache(c: ModelConfig) -> Section:
     """The latent and the rotated key, against keys and values of every head."""
     cache = Section("KV cache of a token, 2 bytes a number (bfloat16)", "B")
-    latent = cache.add("MLA, a layer: latent + rotated key", Figure(c.kv_latent) + c.rope, "numbers")
-    heads = cache.add("MHA, a layer: keys N, values V wide", Figure(c.heads) * (Figure(c.nope) + c.value), "numbers")
+    latent = cache.add(
+        "MLA, a layer: latent + rotated key", Figure(c.kv_latent) + c.rope, "numbers"
+    )
+    heads = cache.add(
+        "MHA, a layer: keys N, values V wide",
+        Figure(c.heads) * (Figure(c.nope) + c.value),
+        "numbers",
+    )
     cache.add("MLA", Figure(latent) * c.layers * 2)
     cache.add("MHA of the same model", Figure(heads) * c.layers * 2)
     cache.add("saved against MHA", Figure(100) * (Figure(1) - Figure(latent) / heads), "%")
@@ -250,16 +322,25 @@ def _cache(c: ModelConfig) -> Section:
 
 
 def _against_67b(known: str) -> Section:
-    """The "93.3 %" of the V2 report, and what is left of it when both caches have the same precision."""
-    section, (layers, heads, head) = Section('KV cache: the "93.3 %" of the V2 report', "B"), DENSE_67B.values()
-    dense = section.add("DeepSeek-67B: GQA, 16 bits a number", Figure(2) * heads * head * layers * 2)
+    """The "93.3 %" of the V2 report, and what is left of it when both caches have the same
+    precision."""
+    section, (layers, heads, head) = (
+        Section('KV cache: the "93.3 %" of the V2 report', "B"),
+        DENSE_67B.values(),
+    )
+    dense = section.add(
+        "DeepSeek-67B: GQA, 16 bits a number", Figure(2) * heads * head * layers * 2
+    )
     for key, bits in [("v2", 6), ("v2", 16), ("v3", 16)][: 2 + (known == "v3")]:
         c = PRESETS[key]
-        cache = section.add(f"{key.upper()}: MLA, {bits} bits", (Figure(c.kv_latent) + c.rope) * c.layers * bits / 8)
+        cache = section.add(
+            f"{key.upper()}: MLA, {bits} bits", (Figure(c.kv_latent) + c.rope) * c.layers * bits / 8
+        )
         section.add("saved", Figure(100) * (Figure(1) - Figure(cache) / dense), "%")
     section.notes.append(
-        "V2's cache is deployed at 6 bits a number and compared with 67B's at 16: 93.34 % are MLA and quantisation "
-        "together. MLA alone, at equal precision, saves the smaller shares; 67B has 8 key-value heads, not 128."
+        "V2's cache is deployed at 6 bits a number and compared with 67B's at 16: 93.34 % are "
+        "MLA and quantisation together. MLA alone, at equal precision, saves the smaller "
+        "shares; 67B has 8 key-value heads, not 128."
     )
     return section
 
@@ -279,7 +360,7 @@ def _flops(c: ModelConfig, p: Parts, length: int, known: str) -> list[Section]:
         "experts: top-k + shared": Figure(2) * p.moe_layers * active,
         "gates": Figure(2) * p.moe_layers * p.gate,
         "output head": Figure(2) * p.embedding,
-    }.items():  # fmt: skip
+    }.items():
         backward.add(name, Figure(2) * forward.add(name, figure))
     once, twice = Figure(wide) + c.value, Figure(3) * wide + Figure(2) * c.value
     naive = forward.add("attention, naive: q·k, p·v", attention(c.layers, once, length))
@@ -293,8 +374,9 @@ def _flops(c: ModelConfig, p: Parts, length: int, known: str) -> list[Section]:
             backward.add(name, (Figure(4) * module + attention(1, twice, seen)) * seen / length)
         both = [section.add_sum("with MTP", 1 + c.mtp_depth) for section in (forward, backward)]
         forward.notes.append(
-            f"A token meets {module:,} weights in an MTP module's matrices: eh_proj, attention, experts, gate, and the "
-            "head once more. Module k runs at length − k positions."
+            f"A token meets {module:,} weights in an MTP module's matrices: eh_proj, "
+            "attention, experts, gate, and the head once more. Module k runs at length − k "
+            "positions."
         )
     backward.add("forward + backward", Figure(both[0]) + both[1])
     backward.add("apart: both, main, no recomputation", Figure(3) * main)
@@ -302,14 +384,16 @@ def _flops(c: ModelConfig, p: Parts, length: int, known: str) -> list[Section]:
     forward.add("apart: attention, absorbed", absorbed)
     forward.add("apart: absorbed over naive", Figure(absorbed.value) / naive, "×")
     forward.notes.append(
-        "Causal, counted exactly: query t sees t keys, (length + 1) / 2 on average. The sums hold the naive form. "
-        "Absorbed has the same matrices, but works as wide as the latent: it is for decoding, where naive would expand "
-        "the cached latents anew."
+        "Causal, counted exactly: query t sees t keys, (length + 1) / 2 on average. The sums "
+        "hold the naive form. Absorbed has the same matrices, but works as wide as the "
+        "latent: it is for decoding, where naive would expand the cached latents anew."
     )
     backward.notes.append(
-        "The backward of a matrix product is two of its size, for input and weight. Attention's is q·k once more "
-        "(flash attention keeps no probabilities) and dv, dp, dq, dk: five products for two, 2.5× at equal widths and "
-        f"{twice.value / once.value:.3g}× here, where queries and keys are N + R wide and values V. With them kept, 2×."
+        "The backward of a matrix product is two of its size, for input and weight. "
+        "Attention's is q·k once more (flash attention keeps no probabilities) and dv, dp, "
+        "dq, dk: five products for two, 2.5× at equal widths and "
+        f"{twice.value / once.value:.3g}× here, where queries and keys are N + R wide and "
+        "values V. With them kept, 2×."
     )
     if known == "v3" and length == 4096:
         backward.notes.append('The last line is the "250 GFLOPS/token" of 2505.09343, without MTP.')
@@ -321,28 +405,40 @@ def _training(c: ModelConfig, p: Parts, known: str) -> Section:
     report, section = PUBLISHED[known], Section("Training", "h")
     if report.hours:
         section.add("H800 hours, 10¹² tokens, published", report.hours)
-        section.add(f"days for them on {CLUSTER:,} H800s", Figure(report.hours) / CLUSTER / 24, "days")
-        hours = section.add(f"pre-training, {report.tokens} × 10¹² tokens", Figure(report.hours) * report.tokens)
+        section.add(
+            f"days for them on {CLUSTER:,} H800s", Figure(report.hours) / CLUSTER / 24, "days"
+        )
+        hours = section.add(
+            f"pre-training, {report.tokens} × 10¹² tokens", Figure(report.hours) * report.tokens
+        )
     if known == "v3":
-        stages = {"pre-training": hours} | {name: section.add(f"{name}, published", n) for name, n in V3_STAGES.items()}
+        stages = {"pre-training": hours} | {
+            name: section.add(f"{name}, published", n) for name, n in V3_STAGES.items()
+        }
         whole = section.add_sum("in all", 3)
         for name, n in [*stages.items(), ("in all", whole)]:
             section.add(f"{name}, at ${DOLLARS} an hour", Figure(n) * DOLLARS, "$")
     if known == "v2":
         saved = Figure(100) * (Figure(1) - Figure(report.hours) / DENSE_67B_HOURS)
         section.add("hours saved against DeepSeek-67B", saved, "%")
-    tokens, step = round(report.tokens * 10**12), _flops(c, p, report.context, known)[1].lines[-1].value
+    tokens, step = (
+        round(report.tokens * 10**12),
+        _flops(c, p, report.context, known)[1].lines[-1].value,
+    )
     section.add(f"no recomputation, at length {report.context:,}", step, "FLOP")
     section.add("pre-training", Figure(step) * tokens, "FLOP")
     if not report.hours:
         section.notes.append(f"The report gives {report.tokens} × 10¹² tokens, and no GPU-hours.")
         return section
-    speed = section.add("implied: tokens a GPU and second", Figure(tokens) / (Figure(hours) * 3600), "")
+    speed = section.add(
+        "implied: tokens a GPU and second", Figure(tokens) / (Figure(hours) * 3600), ""
+    )
     rate = section.add("implied: rate of a GPU", Figure(step) * speed / 10**12, "TFLOP/s")
     for name in ("BF16", "FP8")[: 1 + (known == "v3")]:
         section.add(f"implied: of its dense {name} peak", Figure(100) * rate / PEAK[name], "%")
     section.notes.append(
-        "What is implied is computed from the lines above, not published: the hours are rounded and hold all that "
-        "pre-training did, the FLOPs only the main model's matrix products, counted once."
+        "What is implied is computed from the lines above, not published: the hours are "
+        "rounded and hold all that pre-training did, the FLOPs only the main model's matrix "
+        "products, counted once."
     )
     return section

@@ -1,13 +1,16 @@
-"""Generation: prefill, latent caches with absorbed decoding, sampling, and speculation with the MTP modules.
+"""Generation: prefill, latent caches with absorbed decoding, sampling, and speculation with the MTP
+modules.
 
-The cache of a layer holds C + R numbers a token, [B, S, C + R]; the prompt is read in the naive form of MLA, later
-tokens in the absorbed one. Prompts of different lengths are padded on the left, and a mask and positions of their own
-keep each row what it would be alone. Drafts of the MTP chain are read by the main model in one forward, and each token
-is chosen from the main model's logits as without drafts: a draft saves a forward and changes no token (several tokens
-read at once add up in another order, so logits that are equal but for rounding may change places).
-Sources: DeepSeek-V2 (2405.04434) section 2.1; DeepSeek-V3 (2412.19437) sections 2.2 and 5.4.3; Leviathan et al.
+The cache of a layer holds C + R numbers a token, [B, S, C + R]; the prompt is read in the naive
+form of MLA, later tokens in the absorbed one. Prompts of different lengths are padded on the left,
+and a mask and positions of their own keep each row what it would be alone. Drafts of the MTP chain
+are read by the main model in one forward, and each token is chosen from the main model's logits as
+without drafts: a draft saves a forward and changes no token (several tokens read at once add up in
+another order, so logits that are equal but for rounding may change places). Sources: DeepSeek-V2
+(2405.04434) section 2.1; DeepSeek-V3 (2412.19437) sections 2.2 and 5.4.3; Leviathan et al.
 (2211.17192), whose rule for a draft that is certain (q = 1) is ours: accept it with probability p.
-Letters: B batch, T new tokens, S these and the cached ones, D model, W vocabulary, C latent, R rotated key.
+Letters: B batch, T new tokens, S these and the cached ones, D model, W vocabulary, C latent, R
+rotated key.
 """
 
 from __future__ import annotations
@@ -49,27 +52,43 @@ class Decoder:
     """
 
     def __init__(
-        self, params: Mapping[str, Array], config: ModelConfig, padding: Array, *, prefill: Ops = REFERENCE,
+        self,
+        params: Mapping[str, Array],
+        config: ModelConfig,
+        padding: Array,
+        *,
+        prefill: Ops = REFERENCE,
         decode: Ops = ABSORBED,
-    ) -> None:  # fmt: skip
-        self.params, self.config, self.padding, self.prefill, self.decode = params, config, padding, prefill, decode
+    ) -> None:
+        self.params, self.config, self.padding, self.prefill, self.decode = (
+            params,
+            config,
+            padding,
+            prefill,
+            decode,
+        )
         self.length = 0  # S
         self.caches: dict[int, Array] = {}  # by layer [B, S, C + R]
 
     def read(self, tokens: Array) -> tuple[Array, Array]:
-        """The states [B, T, D] of ``tokens`` [B, T], which follow what was read: after the final norm, and before."""
+        """The states [B, T, D] of ``tokens`` [B, T], which follow what was read: after the final
+        norm, and before."""
         run, batch = self.run(self.caches, tokens, self.length)
         x, _ = run.ops["embedding"].forward(self.params["model.embed_tokens.weight"], ids=tokens)
         for layer in range(self.config.layers):
             x, _ = block_forward(run, layer, x, batch)
         self.length += tokens.shape[1]
-        hidden, _ = run.ops["rms_norm"].forward(x, self.params["model.norm.weight"], eps=self.config.norm_eps)
+        hidden, _ = run.ops["rms_norm"].forward(
+            x, self.params["model.norm.weight"], eps=self.config.norm_eps
+        )
         return hidden, x
 
     def run(self, caches: dict[int, Array], tokens: Array, past: int) -> tuple[Run, Batch]:
         """What a block needs to read ``tokens`` [B, T] behind ``past`` cached positions."""
         xp, end = library(tokens), past + tokens.shape[1]
-        place = xp.arange(end, device=tokens.device)[None, :] - self.padding[:, None]  # negative: padding
+        place = (
+            xp.arange(end, device=tokens.device)[None, :] - self.padding[:, None]
+        )  # negative: padding
         batch = Batch(tokens, None, None, xp.where(place < 0, 0, place)[:, past:], place >= 0, None)
         ops = self.decode if past else self.prefill
         return Run(self.params, self.config, ops, {}, False, {}, {}, {}, caches), batch
@@ -90,23 +109,30 @@ class Decoder:
 
 
 class Chain:
-    """The MTP modules drafting behind a decoder of one row without padding, each with a latent cache of its own.
+    """The MTP modules drafting behind a decoder of one row without padding, each with a latent
+    cache of its own.
 
-    Module k reads at position i the state of the depth before and token i + k. With tokens 0 … n known and the main
-    model's states of positions 0 … n − 1, module k at position n − 1 predicts token n + k, from the drafts before it.
-    A position whose token i + k was a draft is forgotten, and read again when that token is known.
+    Module k reads at position i the state of the depth before and token i + k. With tokens 0 … n
+    known and the main model's states of positions 0 … n − 1, module k at position n − 1 predicts
+    token n + k, from the drafts before it. A position whose token i + k was a draft is forgotten,
+    and read again when that token is known.
     """
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         self.caches: dict[int, Array] = {}  # by layer [1, n − k + 1, C + R]
-        self.held: dict[int, Array] = {}  # by depth [1, 1, D]: a state it has yet to read, which will not come again
+        self.held: dict[
+            int, Array
+        ] = {}  # by depth [1, 1, D]: a state it has yet to read, which will not come again
 
-    def draft(self, state: Array, tokens: Sequence[int], count: int) -> tuple[list[int], list[Array]]:
-        """``count`` tokens after ``tokens`` (0 … n), and the logits [W] that each is the largest of.
+    def draft(
+        self, state: Array, tokens: Sequence[int], count: int
+    ) -> tuple[list[int], list[Array]]:
+        """``count`` tokens after ``tokens`` (0 … n), and the logits [W] that each is the largest
+        of.
 
-        ``state`` [1, T, D] are the main model's states (normed or raw, by the convention) of the last T positions up to
-        n − 1: those that came since the last call.
+        ``state`` [1, T, D] are the main model's states (normed or raw, by the convention) of the
+        last T positions up to n − 1: those that came since the last call.
         """
         xp, config = namespace(state=state), self.decoder.config
         known, end, found, held = list(tokens), len(tokens) - 1, [], {}
@@ -131,14 +157,17 @@ class Chain:
 class Sampler:
     """How tokens are chosen from logits: the largest at temperature 0, else drawn from the nucleus.
 
-    p = softmax(logits / temperature) in float64, sorted downwards, equal ones by the lower id first. The nucleus is the
-    shortest beginning whose sum is at least top_p (a sum of exactly top_p suffices; top_p = 1 keeps all). One uniform
-    number a token picks from it, so a seed gives the same tokens whatever is in the batch and is drafted.
+    p = softmax(logits / temperature) in float64, sorted downwards, equal ones by the lower id
+    first. The nucleus is the shortest beginning whose sum is at least top_p (a sum of exactly top_p
+    suffices; top_p = 1 keeps all). One uniform number a token picks from it, so a seed gives the
+    same tokens whatever is in the batch and is drafted.
     """
 
     def __init__(self, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> None:
         if not (isfinite(temperature) and temperature >= 0):
-            raise ValueError(f"temperature must be a finite number of at least 0, got {temperature}")
+            raise ValueError(
+                f"temperature must be a finite number of at least 0, got {temperature}"
+            )
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
         if seed < 0:
@@ -157,7 +186,8 @@ class Sampler:
         return int(ids[min(place, len(ids) - 1)])  # the product may round up to the whole
 
     def nucleus(self, logits: Array) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens that may be drawn, most probable first, and their probabilities before the cut."""
+        """The tokens that may be drawn, most probable first, and their probabilities before the
+        cut."""
         z = to_numpy(logits).astype(np.float64)
         with np.errstate(over="ignore", under="ignore"):
             p = np.exp((z - z.max()) / self.temperature)
@@ -171,44 +201,79 @@ class Sampler:
 
 
 def generate(
-    params: Mapping[str, Array], config: ModelConfig, prompts: Sequence[Sequence[int]], *, max_tokens: int = 100,
-    temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, stop: Sequence[int] = (), speculate: int = 0,
-    prefill: Ops = REFERENCE, decode: Ops = ABSORBED, on_token: OnToken | None = None,
-) -> list[Generation]:  # fmt: skip
-    """Continue each prompt until a stop token, ``max_tokens``, or ``config.max_positions`` with the prompt.
+    params: Mapping[str, Array],
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int = 100,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[int] = (),
+    speculate: int = 0,
+    prefill: Ops = REFERENCE,
+    decode: Ops = ABSORBED,
+    on_token: OnToken | None = None,
+) -> list[Generation]:
+    """Continue each prompt until a stop token, ``max_tokens``, or ``config.max_positions`` with the
+    prompt.
 
     Args:
         prompts: token ids, of any lengths; one batch.
-        temperature, top_p: as in `Sampler`. seed: of the first prompt; the next ones count up, so that row b alone with
-            ``seed + b`` gives what it gives in the batch.
-        speculate: so many MTP modules draft tokens. The prompts are then read one at a time, since each accepts its own
-            number of drafts.
+        temperature, top_p: as in `Sampler`. seed: of the first prompt; the next ones count up, so
+            that row b alone with ``seed + b`` gives what it gives in the batch.
+        speculate: so many MTP modules draft tokens. The prompts are then read one at a time, since
+            each accepts its own number of drafts.
         prefill, decode: tables of ops, for the prompt and for what follows.
-        on_token: called as each token comes with its row, the token, and, if it was the last, ``Generation.finish``.
+        on_token: called as each token comes with its row, the token, and, if it was the last,
+            ``Generation.finish``.
 
     ValueError names what is wrong with an argument.
     """
     check_request(
-        config, prompts, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop,
+        config,
+        prompts,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop=stop,
         speculate=speculate,
-    )  # fmt: skip
+    )
     check_parameters(params, config)
     rows = [
-        _Row(row, [int(t) for t in prompt], config.max_positions, max_tokens, frozenset(stop),
-             Sampler(temperature, top_p, seed + row), on_token)
+        _Row(
+            row,
+            [int(t) for t in prompt],
+            config.max_positions,
+            max_tokens,
+            frozenset(stop),
+            Sampler(temperature, top_p, seed + row),
+            on_token,
+        )
         for row, prompt in enumerate(prompts)
-    ]  # fmt: skip
+    ]
     if not speculate:
         _together(params, config, rows, prefill, decode)
     for row in rows if speculate else ():
         _speculating(params, config, row, speculate, prefill, decode)
-    return [Generation(row.tokens[row.prompt :], row.finish, row.forwards, row.drafted, row.accepted) for row in rows]
+    return [
+        Generation(row.tokens[row.prompt :], row.finish, row.forwards, row.drafted, row.accepted)
+        for row in rows
+    ]
 
 
 def check_request(
-    config: ModelConfig, prompts: Sequence[Sequence[int]], *, max_tokens: int, temperature: float, top_p: float,
-    seed: int, stop: Sequence[int], speculate: int,
-) -> None:  # fmt: skip
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    stop: Sequence[int],
+    speculate: int,
+) -> None:
     """ValueError unless `generate` can do what it is asked to."""
     Sampler(temperature, top_p, seed)
     if max_tokens < 1:
@@ -216,13 +281,21 @@ def check_request(
     if speculate > 0 and not config.mtp_depth:
         raise ValueError(f"speculate={speculate} needs an MTP module, and the model has none")
     if not 0 <= speculate <= config.mtp_depth:
-        raise ValueError(f"speculate must lie in 0…{config.mtp_depth}, the number of MTP modules, got {speculate}")
+        raise ValueError(
+            f"speculate must lie in 0…{config.mtp_depth}, the number of MTP modules, got "
+            f"{speculate}"
+        )
     if not prompts:
         raise ValueError("prompts must hold at least one prompt, got none")
-    for name, tokens in [("stop", stop), *((f"prompt {row}", prompt) for row, prompt in enumerate(prompts))]:
+    for name, tokens in [
+        ("stop", stop),
+        *((f"prompt {row}", prompt) for row, prompt in enumerate(prompts)),
+    ]:
         for token in tokens:
             if not (isinstance(token, (int, np.integer)) and 0 <= token < config.vocabulary):
-                raise ValueError(f"{name} must hold tokens in 0…{config.vocabulary - 1}, got {token}")
+                raise ValueError(
+                    f"{name} must hold tokens in 0…{config.vocabulary - 1}, got {token}"
+                )
     for row, prompt in enumerate(prompts):
         if not 0 < len(prompt) < config.max_positions:
             raise ValueError(
@@ -235,12 +308,26 @@ class _Row:
     """One prompt and what has come after it."""
 
     def __init__(
-        self, index: int, tokens: list[int], context: int, most: int, stop: frozenset[int], sampler: Sampler,
+        self,
+        index: int,
+        tokens: list[int],
+        context: int,
+        most: int,
+        stop: frozenset[int],
+        sampler: Sampler,
         on_token: OnToken | None,
-    ) -> None:  # fmt: skip
-        self.index, self.tokens, self.stop, self.sampler, self.on_token = index, tokens, stop, sampler, on_token
+    ) -> None:
+        self.index, self.tokens, self.stop, self.sampler, self.on_token = (
+            index,
+            tokens,
+            stop,
+            sampler,
+            on_token,
+        )
         self.prompt = len(tokens)
-        self.end = min(context, self.prompt + most)  # the most tokens there may be, the prompt's included
+        self.end = min(
+            context, self.prompt + most
+        )  # the most tokens there may be, the prompt's included
         self.full = "length" if self.end == self.prompt + most else "context"
         self.finish, self.forwards, self.drafted, self.accepted = "", 0, 0, 0
 
@@ -248,19 +335,25 @@ class _Row:
         """Choose the next token, and see whether it is the last."""
         token = self.sampler.choose(logits)
         self.tokens.append(token)
-        self.finish = "stop" if token in self.stop else self.full if len(self.tokens) == self.end else ""
+        self.finish = (
+            "stop" if token in self.stop else self.full if len(self.tokens) == self.end else ""
+        )
         if self.on_token is not None:
             self.on_token(self.index, token, self.finish)
         return token
 
 
-def _together(params: Mapping[str, Array], config: ModelConfig, rows: list[_Row], prefill: Ops, decode: Ops) -> None:
+def _together(
+    params: Mapping[str, Array], config: ModelConfig, rows: list[_Row], prefill: Ops, decode: Ops
+) -> None:
     """All rows in one batch, a token each a step; a row that has finished leaves it."""
     embed = params["model.embed_tokens.weight"]
     xp, longest = namespace(params=embed), max(row.prompt for row in rows)
     padding = [longest - row.prompt for row in rows]
     tokens = [[0] * pad + row.tokens for pad, row in zip(padding, rows, strict=True)]
-    decoder = Decoder(params, config, xp.asarray(padding, device=embed.device), prefill=prefill, decode=decode)
+    decoder = Decoder(
+        params, config, xp.asarray(padding, device=embed.device), prefill=prefill, decode=decode
+    )
     while True:
         hidden, _ = decoder.read(xp.asarray(tokens, device=embed.device))
         z = decoder.logits(hidden[:, -1:, :])
@@ -278,17 +371,27 @@ def _together(params: Mapping[str, Array], config: ModelConfig, rows: list[_Row]
 
 
 def _speculating(
-    params: Mapping[str, Array], config: ModelConfig, row: _Row, count: int, prefill: Ops, decode: Ops
+    params: Mapping[str, Array],
+    config: ModelConfig,
+    row: _Row,
+    count: int,
+    prefill: Ops,
+    decode: Ops,
 ) -> None:
-    """One row: the chain drafts, one forward of the main model reads that, and what it would have chosen stays."""
+    """One row: the chain drafts, one forward of the main model reads that, and what it would have
+    chosen stays."""
     embed = params["model.embed_tokens.weight"]
     xp = namespace(params=embed)
-    decoder = Decoder(params, config, xp.asarray([0], device=embed.device), prefill=prefill, decode=decode)
+    decoder = Decoder(
+        params, config, xp.asarray([0], device=embed.device), prefill=prefill, decode=decode
+    )
     chain, normed = Chain(decoder), config.conventions.mtp_hidden == "normed"
     hidden, raw = decoder.read(xp.asarray([row.tokens], device=embed.device))
     row.take(decoder.logits(hidden[:, -1:, :])[0, 0, :])
     while not row.finish:
-        drafts, _ = chain.draft(hidden if normed else raw, row.tokens, min(count, row.end - len(row.tokens) - 1))
+        drafts, _ = chain.draft(
+            hidden if normed else raw, row.tokens, min(count, row.end - len(row.tokens) - 1)
+        )
         hidden, raw = decoder.read(xp.asarray([[row.tokens[-1], *drafts]], device=embed.device))
         row.forwards += 1
         row.drafted += len(drafts)

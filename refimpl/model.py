@@ -1,10 +1,12 @@
-"""The whole DeepSeek-V3 model: parameters, forward to the loss, backward to a gradient for every parameter.
+"""The whole DeepSeek-V3 model: parameters, forward to the loss, backward to a gradient for every
+parameter.
 
-Embedding, dense blocks, mixture-of-experts blocks, final norm, head, and the chain of MTP modules; the loss is
-main + λ/depth · Σ MTP + Σ balance. This is the one place where gradients of a shared tensor or stream are summed.
-Parameters are a flat dict under the Hugging Face names, weights [out, in], the experts of a layer stacked [E, …]; MTP
-module k is ``model.layers.{layers + k − 1}``, and shares embedding and head with the main model.
-Sources: DeepSeek-V3 (2412.19437) sections 2.1 and 2.2. Derivation: derivations/README.md, "The model".
+Embedding, dense blocks, mixture-of-experts blocks, final norm, head, and the chain of MTP modules;
+the loss is main + λ/depth · Σ MTP + Σ balance. This is the one place where gradients of a shared
+tensor or stream are summed. Parameters are a flat dict under the Hugging Face names, weights [out,
+in], the experts of a layer stacked [E, …]; MTP module k is ``model.layers.{layers + k − 1}``, and
+shares embedding and head with the main model. Sources: DeepSeek-V3 (2412.19437) sections 2.1 and
+2.2. Derivation: derivations/README.md, "The model".
 """
 
 from __future__ import annotations
@@ -17,14 +19,24 @@ from .config import ModelConfig
 from .ops import REFERENCE, Ops, mtp_pairs, rope_frequencies, select_experts, yarn_softmax_factor
 from .ops.router import expert_load
 
-__all__ = ["ModelOutput", "Route", "backward", "forward", "init_parameters", "is_buffer", "logits", "parameter_shapes"]
+__all__ = [
+    "ModelOutput",
+    "Route",
+    "backward",
+    "forward",
+    "init_parameters",
+    "is_buffer",
+    "logits",
+    "parameter_shapes",
+]
 
 Parameters = Mapping[str, Array]
 BIAS = "mlp.gate.e_score_correction_bias"
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor's name and shape, in the order of the forward. The gate's bias is a buffer: it gets no gradient."""
+    """Every tensor's name and shape, in the order of the forward. The gate's bias is a buffer: it
+    gets no gradient."""
     c, d = config, config.width
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c.vocabulary, d)}
     for layer in range(c.layers + c.mtp_depth):
@@ -74,18 +86,21 @@ def is_buffer(name: str) -> bool:
 def init_parameters(
     config: ModelConfig, *, seed: int = 0, std: float = 0.006, dtype: Any = "float32"
 ) -> dict[str, Array]:
-    """Random NumPy parameters: normal with ``std`` (0.006, V3 section 4.2), norms 1, gate biases 0."""
+    """Random NumPy parameters: normal with ``std`` (0.006, V3 section 4.2), norms 1, gate biases
+    0."""
     import numpy as np
 
     rng = np.random.default_rng(seed)
     return {
         name: (
-            np.ones(shape) if "norm.weight" in name
-            else np.zeros(shape) if is_buffer(name)
+            np.ones(shape)
+            if "norm.weight" in name
+            else np.zeros(shape)
+            if is_buffer(name)
             else rng.normal(0, std, shape)
         ).astype(dtype)
         for name, shape in parameter_shapes(config).items()
-    }  # fmt: skip
+    }
 
 
 class Route(NamedTuple):
@@ -102,7 +117,9 @@ class ModelOutput(NamedTuple):
     mtp: list[Array]  # scalar of each module, before λ
     balance: dict[int, Array]  # scalar of each MoE layer, with its α
     routes: dict[int, Route]  # by layer, MTP modules included
-    loads: dict[int, Array]  # [E] of each MoE layer: tokens that chose each expert, padding left out
+    loads: dict[
+        int, Array
+    ]  # [E] of each MoE layer: tokens that chose each expert, padding left out
 
 
 class BlockSaved(NamedTuple):
@@ -135,7 +152,8 @@ class ModelSaved(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What every block of one forward shares; the three dicts collect, by MoE layer, what `ModelOutput` reports."""
+    """What every block of one forward shares; the three dicts collect, by MoE layer, what
+    `ModelOutput` reports."""
 
     params: Parameters
     config: ModelConfig
@@ -145,14 +163,17 @@ class Run(NamedTuple):
     balance: dict[int, Array]
     chosen: dict[int, Route]
     loads: dict[int, Array]
-    caches: dict[int, Array] | None = None  # by layer [B, S − T, C + R]; each block replaces its own by [B, S, C + R]
+    caches: dict[int, Array] | None = (
+        None  # by layer [B, S − T, C + R]; each block replaces its own by [B, S, C + R]
+    )
 
     def names(self, layer: int, *names: str) -> list[Array | None]:
         return [self.params.get(f"model.layers.{layer}.{name}.weight") for name in names]
 
 
 class Batch(NamedTuple):
-    """What a depth reads and predicts, each [B, its positions]: the main model is depth 0, MTP module k depth k.
+    """What a depth reads and predicts, each [B, its positions]: the main model is depth 0, MTP
+    module k depth k.
 
     With caches, ``takes_part`` is [B, S]: the cached positions, then these.
     """
@@ -161,39 +182,56 @@ class Batch(NamedTuple):
     targets: Array
     mask: Array  # which targets count
     positions: Array  # for RoPE
-    takes_part: Array | None  # False for padding (and, in MTP, where a position joins a token of another document)
+    takes_part: (
+        Array | None
+    )  # False for padding (and, in MTP, where a position joins a token of another document)
     segments: Array | None
 
     def at(self, depth: int) -> Batch:
         """The batch as MTP module ``depth`` meets it."""
-        pairs = mtp_pairs(self.tokens, self.targets, self.mask, depth, self.segments, self.takes_part)
+        pairs = mtp_pairs(
+            self.tokens, self.targets, self.mask, depth, self.segments, self.takes_part
+        )
         cut = self.tokens.shape[1] - depth
         segments = None if self.segments is None else self.segments[:, :cut]
         return Batch(*pairs[:3], self.positions[:, :cut], pairs[3], segments)
 
     def mtp_normaliser(self, convention: str) -> float | None:
-        """What the sum of an MTP loss is divided by (of the main batch); None: by the module's own targets."""
+        """What the sum of an MTP loss is divided by (of the main batch); None: by the module's own
+        targets."""
         if convention == "positions":
             return float(self.tokens.size) if self.takes_part is None else _count(self.takes_part)
         return _count(self.mask) if convention == "main" else None
 
 
 def forward(
-    params: Parameters, tokens: Array, config: ModelConfig, *, targets: Array | None = None, mask: Array | None = None,
-    key_mask: Array | None = None, segments: Array | None = None, positions: Array | None = None,
-    routes: Mapping[int, Route] | None = None, ops: Ops = REFERENCE, with_loss: bool = True,
-) -> tuple[ModelOutput, ModelSaved]:  # fmt: skip
-    """Run the model over ``tokens`` [B, T] and, unless ``with_loss`` is false, to the training loss.
+    params: Parameters,
+    tokens: Array,
+    config: ModelConfig,
+    *,
+    targets: Array | None = None,
+    mask: Array | None = None,
+    key_mask: Array | None = None,
+    segments: Array | None = None,
+    positions: Array | None = None,
+    routes: Mapping[int, Route] | None = None,
+    ops: Ops = REFERENCE,
+    with_loss: bool = True,
+) -> tuple[ModelOutput, ModelSaved]:
+    """Run the model over ``tokens`` [B, T] and, unless ``with_loss`` is false, to the training
+    loss.
 
     Args:
         params: every tensor of `parameter_shapes`.
-        targets: [B, T], the token that follows each position. By default the tokens shifted by one, and the last
-            position has none; the paper's L_k over T terms needs the token after the last: give it here.
-        mask: [B, T] bool, which positions' targets count; by default all but padding. Without ``targets``, only those
-            whose next token exists, is no padding and lies in the same document.
+        targets: [B, T], the token that follows each position. By default the tokens shifted by one,
+            and the last position has none; the paper's L_k over T terms needs the token after the
+            last: give it here.
+        mask: [B, T] bool, which positions' targets count; by default all but padding. Without
+            ``targets``, only those whose next token exists, is no padding and lies in the same
+            document.
         key_mask: [B, T] bool, False for padding, which nobody sees and no loss or load counts.
-        segments: [B, T] integers, the document of each position; attention stays within one, and an MTP module leaves
-            out the positions whose later token lies in another.
+        segments: [B, T] integers, the document of each position; attention stays within one, and an
+            MTP module leaves out the positions whose later token lies in another.
         positions: [B, T] or [T] for RoPE, default 0 … T − 1.
         routes: by layer, choices to replay instead of selecting experts.
         ops: the table of implementations.
@@ -201,14 +239,20 @@ def forward(
     Returns (ModelOutput, saved). ValueError names every tensor that is missing or misshapen.
     """
     check_parameters(params, config)
-    batch = make_batch(params, tokens, config, targets, mask, key_mask, segments, positions, with_loss)
+    batch = make_batch(
+        params, tokens, config, targets, mask, key_mask, segments, positions, with_loss
+    )
     run = Run(params, config, ops, routes or {}, with_loss, {}, {}, {})
-    x, embedding_saved = ops["embedding"].forward(params["model.embed_tokens.weight"], ids=batch.tokens)
+    x, embedding_saved = ops["embedding"].forward(
+        params["model.embed_tokens.weight"], ids=batch.tokens
+    )
     blocks = []
     for layer in range(config.layers):
         x, saved = block_forward(run, layer, x, batch)
         blocks.append(saved)
-    hidden, norm_saved = ops["rms_norm"].forward(x, params["model.norm.weight"], eps=config.norm_eps)
+    hidden, norm_saved = ops["rms_norm"].forward(
+        x, params["model.norm.weight"], eps=config.norm_eps
+    )
     if not with_loss:
         output = ModelOutput(hidden, None, None, [], {}, run.chosen, run.loads)
         return output, ModelSaved(run, embedding_saved, blocks, norm_saved, hidden, None, [])
@@ -219,7 +263,9 @@ def forward(
     modules: list[MTPModuleSaved] = []
     for depth in range(1, config.mtp_depth + 1):
         later = batch.at(depth)
-        state, normed, module = mtp_module_forward(run, depth, state[:, : later.tokens.shape[1], :], later)
+        state, normed, module = mtp_module_forward(
+            run, depth, state[:, : later.tokens.shape[1], :], later
+        )
         mtp_loss, module_head_saved = _head_forward(run, normed, later, normaliser)
         modules.append(module._replace(head=module_head_saved))
         mtp_losses.append(mtp_loss)
@@ -236,14 +282,20 @@ def logits(params: Parameters, hidden: Array, ops: Ops = REFERENCE) -> Array:
 
 
 def backward(
-    saved: ModelSaved, *, dloss: Array | None = None, dlogits: Array | None = None, dhidden: Array | None = None
+    saved: ModelSaved,
+    *,
+    dloss: Array | None = None,
+    dlogits: Array | None = None,
+    dhidden: Array | None = None,
 ) -> dict[str, Array]:
-    """A gradient for every parameter, from the loss or from any gradient that another loss hands over.
+    """A gradient for every parameter, from the loss or from any gradient that another loss hands
+    over.
 
     Args:
         dloss: scalar, of ``ModelOutput.loss``; 1 if all three are None.
-        dlogits: [B, T, W], of `logits`. dhidden: [B, T, D], of ``ModelOutput.hidden`` (`log_prob_backward` gives it,
-            with the head's own gradient, which the caller then adds).
+        dlogits: [B, T, W], of `logits`. dhidden: [B, T, D], of ``ModelOutput.hidden``
+            (`log_prob_backward` gives it, with the head's own gradient, which the caller then
+            adds).
 
     Given together, they add up. The gate's bias, a buffer, is left out.
     """
@@ -303,24 +355,42 @@ class Gradients:
         """In the order of the parameters; a parameter that took no part gets zeros."""
         return {
             name: self.sums[name] if name in self.sums else zeros(p.shape, p)
-            for name, p in self.params.items() if not is_buffer(name)
-        }  # fmt: skip
+            for name, p in self.params.items()
+            if not is_buffer(name)
+        }
 
 
 def block_forward(run: Run, layer: int, x: Array, batch: Batch) -> tuple[Array, BlockSaved]:
-    """x + MLA(norm(x)), then x + FFN or MoE(norm(x)); adds the layer's balance loss, route and load to ``run``."""
+    """x + MLA(norm(x)), then x + FFN or MoE(norm(x)); adds the layer's balance loss, route and load
+    to ``run``."""
     config, ops = run.config, run.ops
     yarn, conventions = config.active_yarn, config.conventions
-    norm, q, q_a, q_a_norm, q_b, kv_a, kv_a_norm, kv_b, o, ffn_norm, gate = run.names(layer, *NORM_AND_MLA, *FFN_NORM)
+    norm, q, q_a, q_a_norm, q_b, kv_a, kv_a_norm, kv_b, o, ffn_norm, gate = run.names(
+        layer, *NORM_AND_MLA, *FFN_NORM
+    )
     past = None if run.caches is None else run.caches.get(layer)
     h, attention_norm = ops["rms_norm"].forward(x, norm, eps=config.norm_eps)
     (y, cache), mla = ops["mla"].forward(
-        h, past, q_a, q_a_norm, q if q_b is None else q_b, kv_a, kv_a_norm, kv_b, o,
-        heads=config.heads, scale=(config.nope + config.rope) ** -0.5 * yarn_softmax_factor(yarn),
-        eps=config.latent_eps, positions=batch.positions, layout=conventions.rope_layout,
+        h,
+        past,
+        q_a,
+        q_a_norm,
+        q if q_b is None else q_b,
+        kv_a,
+        kv_a_norm,
+        kv_b,
+        o,
+        heads=config.heads,
+        scale=(config.nope + config.rope) ** -0.5 * yarn_softmax_factor(yarn),
+        eps=config.latent_eps,
+        positions=batch.positions,
+        layout=conventions.rope_layout,
         inv_freq=namespace(x=x).asarray(rope_frequencies(config.rope, config.theta, yarn)),
-        factor=config.rope_factor, key_mask=batch.takes_part, segments=batch.segments, ops=ops,
-    )  # fmt: skip
+        factor=config.rope_factor,
+        key_mask=batch.takes_part,
+        segments=batch.segments,
+        ops=ops,
+    )
     if run.caches is not None:
         run.caches[layer] = cache
     x = x + y
@@ -330,11 +400,20 @@ def block_forward(run: Run, layer: int, x: Array, batch: Batch) -> tuple[Array, 
         return x + y, BlockSaved(attention_norm, mla, ffn_norm_saved, ffn, None, None, None)
     replay, (normalise, scale) = run.routes.get(layer), config.weight_rule
     routed, router = ops["router"].forward(
-        h, gate, top_k=config.top_k, bias=run.params.get(f"model.layers.{layer}.{BIAS}"), groups=config.groups,
-        keep_groups=config.keep_groups, group_score=config.group_score, score=config.gate,
-        normalise=normalise, scale=scale, epsilon=conventions.gate_epsilon,
-        masked_groups=conventions.masked_groups, routes=replay and replay.indices,
-    )  # fmt: skip
+        h,
+        gate,
+        top_k=config.top_k,
+        bias=run.params.get(f"model.layers.{layer}.{BIAS}"),
+        groups=config.groups,
+        keep_groups=config.keep_groups,
+        group_score=config.group_score,
+        score=config.gate,
+        normalise=normalise,
+        scale=scale,
+        epsilon=conventions.gate_epsilon,
+        masked_groups=conventions.masked_groups,
+        routes=replay and replay.indices,
+    )
     counted = routed.indices if conventions.balance_counts == "routed" else None
     if replay is not None:
         counted = replay.counted
@@ -346,7 +425,11 @@ def block_forward(run: Run, layer: int, x: Array, batch: Batch) -> tuple[Array, 
     balance_saved = None
     if run.with_loss:
         run.balance[layer], balance_saved = ops["balance_loss"].forward(
-            routed.scores, alpha=config.balance_weight, top_k=config.top_k, counted=counted, mask=batch.takes_part
+            routed.scores,
+            alpha=config.balance_weight,
+            top_k=config.top_k,
+            counted=counted,
+            mask=batch.takes_part,
         )
     y, moe = ops["moe"].forward(
         h, routed.weights, *run.names(layer, *EXPERTS, *SHARED), indices=routed.indices, ops=ops
@@ -354,8 +437,11 @@ def block_forward(run: Run, layer: int, x: Array, batch: Batch) -> tuple[Array, 
     return x + y, BlockSaved(attention_norm, mla, ffn_norm_saved, None, router, balance_saved, moe)
 
 
-def block_backward(run: Run, layer: int, dx: Array, dloss: Array | None, saved: BlockSaved, grads: Gradients) -> Array:
-    """The gradient of the block's input from that of its output; adds those of its parameters to ``grads``."""
+def block_backward(
+    run: Run, layer: int, dx: Array, dloss: Array | None, saved: BlockSaved, grads: Gradients
+) -> Array:
+    """The gradient of the block's input from that of its output; adds those of its parameters to
+    ``grads``."""
     ops, add = run.ops, grads.add_layer
     if saved.ffn is not None:
         dh, *dw = ops["ffn"].backward(dx, saved.ffn)
@@ -374,15 +460,25 @@ def block_backward(run: Run, layer: int, dx: Array, dloss: Array | None, saved: 
     if run.config.q_latent is None:
         add(layer, {"self_attn.q_proj": dq_b})
     else:
-        add(layer, {"self_attn.q_a_proj": dq_a, "self_attn.q_a_layernorm": dq_a_norm, "self_attn.q_b_proj": dq_b})
+        add(
+            layer,
+            {
+                "self_attn.q_a_proj": dq_a,
+                "self_attn.q_a_layernorm": dq_a_norm,
+                "self_attn.q_b_proj": dq_b,
+            },
+        )
     add(layer, dict(zip(NORM_AND_MLA[5:], dw, strict=True)))
     dx_attention, dw_norm = ops["rms_norm"].backward(dh, saved.attention_norm)
     add(layer, {"input_layernorm": dw_norm})
     return dx + dx_attention
 
 
-def mtp_module_forward(run: Run, depth: int, state: Array, batch: Batch) -> tuple[Array, Array, MTPModuleSaved]:
-    """Module ``depth``: what it hands to the next, its normed output (the head's input), and saved."""
+def mtp_module_forward(
+    run: Run, depth: int, state: Array, batch: Batch
+) -> tuple[Array, Array, MTPModuleSaved]:
+    """Module ``depth``: what it hands to the next, its normed output (the head's input), and
+    saved."""
     config, ops, layer = run.config, run.ops, run.config.layers + depth - 1
     xp, embed = namespace(state=state), run.params["model.embed_tokens.weight"]
     hnorm, enorm, proj, norm = run.names(layer, *MTP)
@@ -392,7 +488,14 @@ def mtp_module_forward(run: Run, depth: int, state: Array, batch: Batch) -> tupl
         keep = xp.astype(batch.positions[..., None] != 0, real(state).dtype)
         embedding = embedding * keep
     x, mtp = ops["mtp"].forward(
-        state, embedding, hnorm, enorm, proj, eps=config.norm_eps, order=config.conventions.mtp_order, ops=ops
+        state,
+        embedding,
+        hnorm,
+        enorm,
+        proj,
+        eps=config.norm_eps,
+        order=config.conventions.mtp_order,
+        ops=ops,
     )
     x, block = block_forward(run, layer, x, batch)
     normed, norm_saved = ops["rms_norm"].forward(x, norm, eps=config.norm_eps)
@@ -401,9 +504,15 @@ def mtp_module_forward(run: Run, depth: int, state: Array, batch: Batch) -> tupl
 
 
 def mtp_module_backward(
-    run: Run, depth: int, dloss: Array, dstate: Array | None, saved: MTPModuleSaved, grads: Gradients
+    run: Run,
+    depth: int,
+    dloss: Array,
+    dstate: Array | None,
+    saved: MTPModuleSaved,
+    grads: Gradients,
 ) -> Array:
-    """The gradient of what module ``depth`` read of the previous depth, from that of what it handed to the next."""
+    """The gradient of what module ``depth`` read of the previous depth, from that of what it handed
+    to the next."""
     config, ops, layer = run.config, run.ops, run.config.layers + depth - 1
     dmtp = dloss * (config.mtp_weight / config.mtp_depth)  # (mtp.6)
     dnormed, dw_head = ops["head_cross_entropy"].backward(dmtp, saved.head)
@@ -420,20 +529,32 @@ def mtp_module_backward(
     if saved.keep is not None:
         dembedding = dembedding * saved.keep
     grads.add("model.embed_tokens.weight", ops["embedding"].backward(dembedding, saved.embedding))
-    last = zeros((dread.shape[0], 1, dread.shape[2]), dread)  # the position that this depth did not read
+    last = zeros(
+        (dread.shape[0], 1, dread.shape[2]), dread
+    )  # the position that this depth did not read
     return namespace(dread=dread).concat((dread, last), axis=1)
 
 
 def make_batch(
-    params: Parameters, tokens: Array, config: ModelConfig, targets: Array | None, mask: Array | None,
-    key_mask: Array | None, segments: Array | None, positions: Array | None, with_loss: bool,
-) -> Batch:  # fmt: skip
+    params: Parameters,
+    tokens: Array,
+    config: ModelConfig,
+    targets: Array | None,
+    mask: Array | None,
+    key_mask: Array | None,
+    segments: Array | None,
+    positions: Array | None,
+    with_loss: bool,
+) -> Batch:
     """The main model's batch, with the defaults that `forward` promises."""
     embed = params["model.embed_tokens.weight"]
     xp, device = namespace(params=embed), embed.device
     expect("tokens", tokens, "(B, T)", (None, None))
     if tokens.shape[1] <= (config.mtp_depth if with_loss else 0):
-        raise ValueError(f"tokens must have shape (B, T) with T > mtp_depth={config.mtp_depth}, got {tokens.shape}")
+        raise ValueError(
+            f"tokens must have shape (B, T) with T > mtp_depth={config.mtp_depth}, got "
+            f"{tokens.shape}"
+        )
     tokens, (b, t) = expect_ids("tokens", tokens, config.vocabulary), tokens.shape
     for name, given in (("targets", targets), ("segments", segments)):
         if given is not None:
@@ -441,7 +562,11 @@ def make_batch(
     for name, given in (("mask", mask), ("key_mask", key_mask)):
         if given is not None:
             expect_mask(name, given, "(B, T)", (b, t))
-    counts = xp.ones((b, t), dtype=xp.bool, device=device) if key_mask is None else xp.asarray(key_mask, copy=True)
+    counts = (
+        xp.ones((b, t), dtype=xp.bool, device=device)
+        if key_mask is None
+        else xp.asarray(key_mask, copy=True)
+    )
     if targets is None:
         counts[:, -1] = False
         if key_mask is not None:
@@ -464,7 +589,9 @@ def _count(mask: Array) -> float | None:
     return float(library(mask).count_nonzero(mask)) or None
 
 
-def _head_forward(run: Run, hidden: Array, batch: Batch, normaliser: float | None) -> tuple[Array, Any]:
+def _head_forward(
+    run: Run, hidden: Array, batch: Batch, normaliser: float | None
+) -> tuple[Array, Any]:
     """The cross-entropy of one depth."""
     head = run.params[run.config.head]
     return run.ops["head_cross_entropy"].forward(  # type: ignore[no-any-return]
@@ -478,9 +605,12 @@ def misfits(params: Parameters, config: ModelConfig) -> list[str]:
     wrong = [f"{name} is missing" for name in wanted if name not in params]
     wrong += [
         f"{name} must have shape {shape}, got {tuple(params[name].shape)}"
-        for name, shape in wanted.items() if name in params and tuple(params[name].shape) != shape
-    ]  # fmt: skip
-    return wrong + [f"{name} is not a parameter of this config" for name in params if name not in wanted]
+        for name, shape in wanted.items()
+        if name in params and tuple(params[name].shape) != shape
+    ]
+    return wrong + [
+        f"{name} is not a parameter of this config" for name in params if name not in wanted
+    ]
 
 
 def check_parameters(params: Parameters, config: ModelConfig) -> None:
@@ -488,18 +618,30 @@ def check_parameters(params: Parameters, config: ModelConfig) -> None:
     dtype = getattr(params.get("model.embed_tokens.weight"), "dtype", None)
     wrong += [
         f"{name} must be {dtype} like model.embed_tokens.weight, got {params[name].dtype}"
-        for name in wanted if name in params and not is_buffer(name) and params[name].dtype != dtype
-    ]  # fmt: skip
+        for name in wanted
+        if name in params and not is_buffer(name) and params[name].dtype != dtype
+    ]
     if wrong:
         raise ValueError("params do not fit the config: " + "; ".join(wrong))
 
 
 NORM_AND_MLA = (
-    "input_layernorm", "self_attn.q_proj", "self_attn.q_a_proj", "self_attn.q_a_layernorm", "self_attn.q_b_proj",
-    "self_attn.kv_a_proj_with_mqa", "self_attn.kv_a_layernorm", "self_attn.kv_b_proj", "self_attn.o_proj",
-)  # fmt: skip
+    "input_layernorm",
+    "self_attn.q_proj",
+    "self_attn.q_a_proj",
+    "self_attn.q_a_layernorm",
+    "self_attn.q_b_proj",
+    "self_attn.kv_a_proj_with_mqa",
+    "self_attn.kv_a_layernorm",
+    "self_attn.kv_b_proj",
+    "self_attn.o_proj",
+)
 FFN_NORM = ("post_attention_layernorm", "mlp.gate")
 DENSE = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 EXPERTS = ("mlp.experts.gate_proj", "mlp.experts.up_proj", "mlp.experts.down_proj")
-SHARED = ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj", "mlp.shared_experts.down_proj")
+SHARED = (
+    "mlp.shared_experts.gate_proj",
+    "mlp.shared_experts.up_proj",
+    "mlp.shared_experts.down_proj",
+)
 MTP = ("hnorm", "enorm", "eh_proj", "shared_head.norm")

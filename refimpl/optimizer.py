@@ -1,7 +1,8 @@
 """AdamW, clipping by the global norm, and DeepSeek-V3's schedules; everything in place.
 
-Sources: Loshchilov and Hutter, Decoupled Weight Decay Regularization (1711.05101) algorithm 2; DeepSeek-V3 (2412.19437)
-section 4.2. V3 does not publish AdamW's eps, which tensors decay, or the shape of its batch ramp: those are arguments.
+Sources: Loshchilov and Hutter, Decoupled Weight Decay Regularization (1711.05101) algorithm 2;
+DeepSeek-V3 (2412.19437) section 4.2. V3 does not publish AdamW's eps, which tensors decay, or the
+shape of its batch ramp: those are arguments.
 """
 
 from __future__ import annotations
@@ -21,22 +22,27 @@ Tensors = Mapping[str, Array]
 class AdamW:
     """Adam with decoupled weight decay and bias correction.
 
-    ``update`` changes parameters in place, and allocates nothing after the first step: the moments, and two scratch
-    arrays of the largest tensor's size, are kept.
+    ``update`` changes parameters in place, and allocates nothing after the first step: the moments,
+    and two scratch arrays of the largest tensor's size, are kept.
 
     Args:
-        beta1, beta2, epsilon, weight_decay: 0.9, 0.95, 1e-8 and 0.1 (V3's, but for its unpublished epsilon).
-        decays: by a tensor's name, whether it decays; by default all do.
+        beta1, beta2, epsilon, weight_decay: 0.9, 0.95, 1e-8 and 0.1 (V3's, but for its unpublished
+        epsilon). decays: by a tensor's name, whether it decays; by default all do.
     """
 
     def __init__(
-        self, *, beta1: float = 0.9, beta2: float = 0.95, epsilon: float = 1e-8, weight_decay: float = 0.1,
+        self,
+        *,
+        beta1: float = 0.9,
+        beta2: float = 0.95,
+        epsilon: float = 1e-8,
+        weight_decay: float = 0.1,
         decays: Callable[[str], bool] = lambda name: True,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if not (0 <= beta1 < 1 and 0 <= beta2 < 1 and epsilon > 0 and weight_decay >= 0):
             raise ValueError(
-                "beta1 and beta2 must lie in [0, 1), epsilon be positive and weight_decay at least 0, "
-                f"got {beta1}, {beta2}, {epsilon} and {weight_decay}"
+                "beta1 and beta2 must lie in [0, 1), epsilon be positive and weight_decay at "
+                f"least 0, got {beta1}, {beta2}, {epsilon} and {weight_decay}"
             )
         self.beta1, self.beta2, self.epsilon, self.weight_decay, self.decays = (
             beta1,
@@ -50,19 +56,26 @@ class AdamW:
         self.second: dict[str, Array] = {}  # v, mean of its square
         self._scratch: dict[Any, tuple[Array, Array]] = {}
 
-    def update(self, params: MutableMapping[str, Array], grads: Tensors, learning_rate: float) -> None:
+    def update(
+        self, params: MutableMapping[str, Array], grads: Tensors, learning_rate: float
+    ) -> None:
         """One step on every tensor of ``grads``, in place.
 
-        ValueError if a gradient has no parameter, another shape or dtype, or the learning rate is no number ≥ 0; then
-        nothing was changed.
+        ValueError if a gradient has no parameter, another shape or dtype, or the learning rate is
+        no number ≥ 0; then nothing was changed.
         """
         if not (isfinite(learning_rate) and learning_rate >= 0):
-            raise ValueError(f"learning_rate must be a finite number of at least 0, got {learning_rate}")
+            raise ValueError(
+                f"learning_rate must be a finite number of at least 0, got {learning_rate}"
+            )
         for name, g in grads.items():
             p = params.get(name)
             if p is None or p.shape != g.shape or p.dtype != g.dtype:
                 got = "no such parameter" if p is None else f"{p.dtype} {p.shape}"
-                raise ValueError(f"{name} must be a parameter of {g.dtype} {g.shape} like its gradient, got {got}")
+                raise ValueError(
+                    f"{name} must be a parameter of {g.dtype} {g.shape} like its gradient, got "
+                    f"{got}"
+                )
         self.step += 1
         correct1, correct2 = 1 - self.beta1**self.step, 1 - self.beta2**self.step
         for name, g in grads.items():
@@ -90,7 +103,8 @@ class AdamW:
             xp.subtract(p, b, out=p)
 
     def _buffers(self, like: Array, grads: Tensors) -> tuple[Array, Array]:
-        """Two scratch arrays shaped like ``like``, views of buffers as large as the largest gradient of its dtype."""
+        """Two scratch arrays shaped like ``like``, views of buffers as large as the largest
+        gradient of its dtype."""
         xp, key = library(like), like.dtype
         if key not in self._scratch or self._scratch[key][0].size < like.size:
             size = max(g.size for g in grads.values() if g.dtype == key)
@@ -100,10 +114,12 @@ class AdamW:
 
 
 def clip_global_norm(grads: Tensors, max_norm: float, *, epsilon: float = 0.0) -> float:
-    """Scale all gradients in place so that their common norm is at most ``max_norm``; returns the norm before.
+    """Scale all gradients in place so that their common norm is at most ``max_norm``; returns the
+    norm before.
 
-    The factor is min(1, max_norm / (norm + epsilon)); torch and Megatron take epsilon = 1e-6. Squares are summed in
-    float64. A norm that is not finite changes nothing: the caller sees it in the result and skips the step.
+    The factor is min(1, max_norm / (norm + epsilon)); torch and Megatron take epsilon = 1e-6.
+    Squares are summed in float64. A norm that is not finite changes nothing: the caller sees it in
+    the result and skips the step.
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm must be positive, got {max_norm}")
@@ -120,7 +136,8 @@ def clip_global_norm(grads: Tensors, max_norm: float, *, epsilon: float = 0.0) -
 
 @dataclass(frozen=True)
 class Schedule:
-    """How learning rate, batch size and two weights move with the tokens seen; the defaults are V3's (section 4.2)."""
+    """How learning rate, batch size and two weights move with the tokens seen; the defaults are
+    V3's (section 4.2)."""
 
     peak: float = 2.2e-4
     warmup_steps: int = 2000  # linear from 0
@@ -131,14 +148,17 @@ class Schedule:
     last: float = 7.3e-6  # for the remaining 167B
     first_batch: int = 3072  # sequences
     full_batch: int = 15360
-    ramp_tokens: float = 469e9  # from the first to the full batch; linear in tokens is our reading of "gradually"
+    ramp_tokens: float = (
+        469e9  # from the first to the full batch; linear in tokens is our reading of "gradually"
+    )
     bias_until: float = 14.3e12  # tokens until which the gate's bias moves by bias_speed
     bias_speed: float = 1e-3
     mtp_until: float = 10e12
     mtp_weights: tuple[float, float] = (0.3, 0.1)  # λ before and after
 
     def learning_rate(self, step: int, tokens: float) -> float:
-        """At the step (counted from 0: the first has lr peak / warmup_steps) with so many tokens seen before it."""
+        """At the step (counted from 0: the first has lr peak / warmup_steps) with so many tokens
+        seen before it."""
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
         if tokens < self.constant_until:
@@ -146,7 +166,11 @@ class Schedule:
         done = (tokens - self.constant_until) / self.decay_tokens
         if done < 1:
             return self.low + (self.peak - self.low) * (1 + cos(pi * done)) / 2
-        return self.low if tokens < self.constant_until + self.decay_tokens + self.low_tokens else self.last
+        return (
+            self.low
+            if tokens < self.constant_until + self.decay_tokens + self.low_tokens
+            else self.last
+        )
 
     def batch(self, tokens: float) -> int:
         """Sequences of the batch that starts after so many tokens."""

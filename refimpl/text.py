@@ -22,7 +22,8 @@ class Text(NamedTuple):
 
 
 def load_text(path: Path | None = None) -> Text:
-    """The bytes of ``path``, by default all of `pydoc_data.topics`, sorted (it differs by Python version).
+    """The bytes of ``path``, by default all of `pydoc_data.topics`, sorted (it differs by Python
+    version).
 
     CouldNotRun if the file can't be read or is too short or too dull to cut windows from.
     """
@@ -34,7 +35,8 @@ def load_text(path: Path | None = None) -> Text:
                 f"this Python has no pydoc_data.topics: give a text with --text FILE ({error})"
             ) from error
         name = (
-            f"pydoc_data.topics of CPython {sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
+            "pydoc_data.topics of CPython "
+            f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
         )
         return Text(name, "\n\n".join(topics[key] for key in sorted(topics)).encode())
     try:
@@ -44,5 +46,7 @@ def load_text(path: Path | None = None) -> Text:
     if len(data) < 64:
         raise CouldNotRun(f"--text {path} must hold at least 64 bytes, got {len(data)}")
     if len(set(data)) < 16:
-        raise CouldNotRun(f"--text {path} must hold at least 16 different bytes, got {len(set(data))}")
+        raise CouldNotRun(
+            f"--text {path} must hold at least 16 different bytes, got {len(set(data))}"
+        )
     return Text(str(path), data)

@@ -1,4 +1,5 @@
-"""Text to tokens and back: a checkpoint's tokenizer.json (extra ``text``), or bytes; and text that streams unbroken."""
+"""Text to tokens and back: a checkpoint's tokenizer.json (extra ``text``), or bytes; and text that
+streams unbroken."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ from .errors import CouldNotRun
 
 __all__ = ["Bytes", "HuggingFace", "TextStream", "Tokenizer"]
 
-BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoding puts where bytes make no character, or none yet
+BROKEN = (
+    "\N{REPLACEMENT CHARACTER}"  # what decoding puts where bytes make no character, or none yet
+)
 
 
 class Tokenizer(Protocol):
@@ -23,8 +26,9 @@ class Tokenizer(Protocol):
 class HuggingFace:
     """The tokenizer.json in a checkpoint's folder.
 
-    Where tokenizer_config.json asks for it (add_bos_token), the first token is bos_token: DeepSeek's tokenizer.json
-    does not put it there, transformers does on loading (swift-transformers#161). Special tokens are not decoded.
+    Where tokenizer_config.json asks for it (add_bos_token), the first token is bos_token:
+    DeepSeek's tokenizer.json does not put it there, transformers does on loading
+    (swift-transformers#161). Special tokens are not decoded.
 
     ``instead``: what to give, says the CouldNotRun, where there is none.
     """
@@ -37,8 +41,8 @@ class HuggingFace:
             import tokenizers  # type: ignore[import-not-found, unused-ignore]
         except ImportError as error:
             raise CouldNotRun(
-                "text needs the package tokenizers (pip install 'deepseek-refimpl[text]'); or give token ids "
-                "with --tokens FILE"
+                "text needs the package tokenizers (pip install 'deepseek-refimpl[text]'); or "
+                "give token ids with --tokens FILE"
             ) from error
         try:
             self.tokenizer: Any = tokenizers.Tokenizer.from_file(str(path))
@@ -64,7 +68,9 @@ class HuggingFace:
         name = name.get("content") if isinstance(name, dict) else name
         token = self.tokenizer.token_to_id(name) if isinstance(name, str) else None
         if token is None:
-            raise CouldNotRun(f"{path}: add_bos_token needs a bos_token of tokenizer.json, got {name!r}")
+            raise CouldNotRun(
+                f"{path}: add_bos_token needs a bos_token of tokenizer.json, got {name!r}"
+            )
         return [token]
 
 
@@ -79,16 +85,21 @@ class Bytes:
 
 
 class TextStream:
-    """Text piece by piece as tokens come; a character that is spread over several tokens comes whole, with its last."""
+    """Text piece by piece as tokens come; a character that is spread over several tokens comes
+    whole, with its last."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.tokens = tokenizer, list[int]()
-        self.start = self.read = 0  # tokens before ``read`` were shown; from ``start`` on they give context
+        self.start = self.read = (
+            0  # tokens before ``read`` were shown; from ``start`` on they give context
+        )
 
     def add(self, token: int) -> str:
         """What can be shown now that ``token`` came."""
         self.tokens.append(token)
-        return "" if self.tokenizer.decode(self.tokens[self.start :]).endswith(BROKEN) else self.rest()
+        return (
+            "" if self.tokenizer.decode(self.tokens[self.start :]).endswith(BROKEN) else self.rest()
+        )
 
     def rest(self) -> str:
         """What was not shown, whole characters or not."""

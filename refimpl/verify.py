@@ -13,21 +13,42 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .check import MODEL_FD_TOLERANCE, MODEL_VALIDITY, Report, check
-from .check.cases import CASES, REGIMES, Case, RandomDraw, model_case, model_grpo_case, model_variant, pair_of
+from .check.cases import (
+    CASES,
+    REGIMES,
+    Case,
+    RandomDraw,
+    model_case,
+    model_grpo_case,
+    model_variant,
+    pair_of,
+)
 from .config import CONVENTIONS, preset
 from .errors import CouldNotRun
 from .ops import IMPLEMENTATIONS, REFERENCE, Op, Ops
 from .text import Text
 
 __all__ = [
-    "KERNELS", "MODELS", "NAMES", "Settings", "Step", "backward_from_file", "placed", "plan", "run", "select",
-]  # fmt: skip
+    "KERNELS",
+    "MODELS",
+    "NAMES",
+    "Settings",
+    "Step",
+    "backward_from_file",
+    "placed",
+    "plan",
+    "run",
+    "select",
+]
 
 MODEL, VARIANT, MODEL_GRPO = "model", "model_variant", "model_grpo"
 MODELS = (MODEL, VARIANT, MODEL_GRPO)
 NAMES = (*CASES, *MODELS)  # in reading order
 MOST_EXAMPLES = 300  # drawn in search of a regime
-KERNELS = ("cuda", "numba_cuda")  # implementations that only a GPU runs: `refimpl.kernels.table.COLUMNS`
+KERNELS = (
+    "cuda",
+    "numba_cuda",
+)  # implementations that only a GPU runs: `refimpl.kernels.table.COLUMNS`
 
 
 @dataclass(frozen=True)
@@ -53,16 +74,21 @@ class Settings:
         if self.seed < 0:
             raise CouldNotRun(f"--seed must be at least 0, got {self.seed}")
         choices = {
-            "implementation": (*IMPLEMENTATIONS, *KERNELS), "backend": ("numpy", "cupy"),
-            "dtype": ("float64", "float32"), "convention": CONVENTIONS,
-        }  # fmt: skip
+            "implementation": (*IMPLEMENTATIONS, *KERNELS),
+            "backend": ("numpy", "cupy"),
+            "dtype": ("float64", "float32"),
+            "convention": CONVENTIONS,
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise CouldNotRun(f"--{name} must be one of {', '.join(allowed)}, got {getattr(self, name)}")
+                raise CouldNotRun(
+                    f"--{name} must be one of {', '.join(allowed)}, got {getattr(self, name)}"
+                )
         _placement(self.backend)
         if self.implementation in KERNELS and self.backend != "cupy":
             raise CouldNotRun(
-                f"--implementation {self.implementation} needs a GPU and --backend cupy, got {self.backend}"
+                f"--implementation {self.implementation} needs a GPU and --backend cupy, got "
+                f"{self.backend}"
             )
         _table(self.implementation)
 
@@ -83,26 +109,34 @@ def select(names: Sequence[str]) -> list[str]:
 
 
 def plan(names: Sequence[str], settings: Settings) -> list[Step]:
-    """The examples to check: for each op as many as asked for, and then those that hit the regimes still missing.
+    """The examples to check: for each op as many as asked for, and then those that hit the regimes
+    still missing.
 
     CouldNotRun if the text does not give an op all its regimes (a file of one repeated byte, say).
     """
     steps = []
     for name in names:
         if name in MODELS:
-            count = settings.model_examples * (2 if name == VARIANT else 1)  # the variant has two ways of its own
+            count = settings.model_examples * (
+                2 if name == VARIANT else 1
+            )  # the variant has two ways of its own
             steps += [Step(name, settings.seed + example) for example in range(count)]
             continue
         missing = set(REGIMES[name])
         for example in range(MOST_EXAMPLES):
-            hit = CASES[name](RandomDraw(settings.seed + example, settings.text.data)).regimes & missing
+            hit = (
+                CASES[name](RandomDraw(settings.seed + example, settings.text.data)).regimes
+                & missing
+            )
             if example < settings.examples or hit:
                 steps.append(Step(name, settings.seed + example))
                 missing -= hit
             if example >= settings.examples and not missing:
                 break
         if missing:
-            raise CouldNotRun(f"{settings.text.name} never gives {name} the case of {', '.join(sorted(missing))}")
+            raise CouldNotRun(
+                f"{settings.text.name} never gives {name} the case of {', '.join(sorted(missing))}"
+            )
     return steps
 
 
@@ -117,7 +151,9 @@ def run(step: Step, settings: Settings, replaced: Mapping[str, Op] | None = None
     return check(*tested, case.inputs, case.kwargs, replay=case.replay, seed=step.seed, **common)
 
 
-def _example(step: Step, settings: Settings, table: Ops, replaced: Mapping[str, Op]) -> tuple[Case, Op, dict[str, Any]]:
+def _example(
+    step: Step, settings: Settings, table: Ops, replaced: Mapping[str, Op]
+) -> tuple[Case, Op, dict[str, Any]]:
     """One example's inputs, the pair under test, and what else `check` is told."""
     name, draw = step.op, RandomDraw(step.seed, settings.text.data)
     common: dict[str, Any] = {"op": name, "dtype": settings.dtype}
@@ -129,12 +165,21 @@ def _example(step: Step, settings: Settings, table: Ops, replaced: Mapping[str, 
         if name == MODEL_GRPO:
             case, tensors, tested = model_grpo_case(draw, config=config, table=table)
         else:
-            case, tensors, tested = model_case(draw, config=config, table=table, masked=name == VARIANT)
-        common |= {"names": tensors, "difference_tolerance": MODEL_FD_TOLERANCE, "validity": MODEL_VALIDITY}
+            case, tensors, tested = model_case(
+                draw, config=config, table=table, masked=name == VARIANT
+            )
+        common |= {
+            "names": tensors,
+            "difference_tolerance": MODEL_FD_TOLERANCE,
+            "validity": MODEL_VALIDITY,
+        }
         return case, tested, common
     case, tested = CASES[name](draw), replaced.get(name) or pair_of(name, table)
     parameters = inspect.signature(pair_of(name).forward).parameters
-    common |= {"names": [p.name for p in parameters.values() if p.kind != p.KEYWORD_ONLY], "digits": settings.digits}
+    common |= {
+        "names": [p.name for p in parameters.values() if p.kind != p.KEYWORD_ONLY],
+        "digits": settings.digits,
+    }
     if "ops" in parameters:
         tested = Op(partial(tested.forward, ops=table), tested.backward)
     return case, tested, common
@@ -158,7 +203,9 @@ def _placement(backend: str) -> Callable[[Any], Any] | None:
     try:
         import cupy
     except ImportError as error:
-        raise CouldNotRun(f"--backend cupy needs CuPy: pip install 'deepseek-refimpl[cuda13]' ({error})") from error
+        raise CouldNotRun(
+            f"--backend cupy needs CuPy: pip install 'deepseek-refimpl[cuda13]' ({error})"
+        ) from error
     try:
         if cupy.cuda.runtime.getDeviceCount() < 1:
             raise CouldNotRun("--backend cupy needs a GPU, found none")
@@ -168,7 +215,8 @@ def _placement(backend: str) -> Callable[[Any], Any] | None:
 
 
 def placed(pair: Op, place: Callable[[Any], Any]) -> Op:
-    """The pair run on another device, to which ``place`` moves an array, from and to NumPy arrays."""
+    """The pair run on another device, to which ``place`` moves an array, from and to NumPy
+    arrays."""
 
     def there(x: Any) -> Any:
         if isinstance(x, (np.ndarray, np.generic)):

@@ -1,7 +1,9 @@
-"""Our model on a Hugging Face checkpoint, and the comparison with another implementation's values; torch not needed.
+"""Our model on a Hugging Face checkpoint, and the comparison with another implementation's values;
+torch not needed.
 
-An array agrees if its largest error is at most a bound times the largest value of the other: 1e-12 for logits and loss,
-1e-11 for a gradient, where 1e-15 of the model's largest gradient will do, too (a gradient may be rounding alone).
+An array agrees if its largest error is at most a bound times the largest value of the other: 1e-12
+for logits and loss, 1e-11 for a gradient, where 1e-15 of the model's largest gradient will do, too
+(a gradient may be rounding alone).
 """
 
 from __future__ import annotations
@@ -33,12 +35,15 @@ class Values(NamedTuple):
 
 
 def read_checkpoint(folder: Path) -> tuple[ModelConfig, Arrays]:
-    """The configuration under the convention ``hf`` without MTP and balance loss, and the parameters in float64."""
+    """The configuration under the convention ``hf`` without MTP and balance loss, and the
+    parameters in float64."""
     checkpoint = Checkpoint.open(folder, dtype="float64", conventions=CONVENTIONS["hf"], mtp=False)
     return replace(checkpoint.config, balance_weight=0.0), checkpoint.load()
 
 
-def our_values(params: Mapping[str, np.ndarray], tokens: np.ndarray, config: ModelConfig, **inputs: Any) -> Values:
+def our_values(
+    params: Mapping[str, np.ndarray], tokens: np.ndarray, config: ModelConfig, **inputs: Any
+) -> Values:
     """Logits, loss and gradients of `refimpl.model`."""
     output, saved = forward(params, tokens, config, **inputs)
     return Values(logits(params, output.hidden), float(output.loss), backward(saved))
@@ -53,12 +58,15 @@ def relative_error(ours: Any, theirs: Any) -> float:
 
 
 def errors(ours: Values, theirs: Values, at: np.ndarray | None = None) -> tuple[float, float, str]:
-    """The worst relative error of logits (where ``at`` [B, T] is true) and loss; that of the gradients, and its name.
+    """The worst relative error of logits (where ``at`` [B, T] is true) and loss; that of the
+    gradients, and its name.
 
     A gradient that differs by at most 1e-15 of the model's largest counts as equal.
     """
     at = np.ones(ours.logits.shape[:2], bool) if at is None else at
-    forward_error = max(relative_error(ours.logits[at], theirs.logits[at]), relative_error(ours.loss, theirs.loss))
+    forward_error = max(
+        relative_error(ours.logits[at], theirs.logits[at]), relative_error(ours.loss, theirs.loss)
+    )
     assert ours.grads.keys() == theirs.grads.keys()
     floor = OF_LARGEST * max(float(np.max(np.abs(g), initial=0.0)) for g in theirs.grads.values())
     worst, where = 0.0, ""
@@ -81,6 +89,14 @@ def assert_agree(ours: Values, theirs: Values, at: np.ndarray | None = None) -> 
 def golden_values(folder: Path) -> tuple[Arrays, Values]:
     """Our model's inputs (tokens, key_mask), and what transformers computed from them."""
     stored = load_file(folder / "outputs.safetensors")
-    inputs = {name.removeprefix("aux/"): array for name, array in stored.items() if name.startswith("aux/")}
-    grads = {name.removeprefix("grad/"): array for name, array in stored.items() if name.startswith("grad/")}
+    inputs = {
+        name.removeprefix("aux/"): array
+        for name, array in stored.items()
+        if name.startswith("aux/")
+    }
+    grads = {
+        name.removeprefix("grad/"): array
+        for name, array in stored.items()
+        if name.startswith("grad/")
+    }
     return inputs, Values(stored["out/logits"], float(stored["out/loss"]), grads)

@@ -1,8 +1,9 @@
-"""`make digests`: the bits of loss, hidden states and every gradient, for whoever rearranges the core.
+"""`make digests`: the bits of loss, hidden states and every gradient, for whoever rearranges the
+core.
 
-Five configurations run on fixed tokens and parameters, forward and backward, and each tensor's bytes are hashed. BLAS
-decides bits, so no digest is committed: ``--against REV`` runs the same on the package of that commit, on this machine,
-and names every tensor that differs (exit code 1).
+Five configurations run on fixed tokens and parameters, forward and backward, and each tensor's
+bytes are hashed. BLAS decides bits, so no digest is committed: ``--against REV`` runs the same on
+the package of that commit, on this machine, and names every tensor that differs (exit code 1).
 """
 
 from __future__ import annotations
@@ -73,13 +74,19 @@ def digests_of(revision: str) -> dict[str, dict[str, str]]:
             files.extractall(folder, filter="data")
         environment = os.environ | {"PYTHONPATH": folder}
         done = subprocess.run(
-            [sys.executable, __file__, "--json"], check=True, capture_output=True, env=environment, text=True
+            [sys.executable, __file__, "--json"],
+            check=True,
+            capture_output=True,
+            env=environment,
+            text=True,
         )
     return json.loads(done.stdout)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--against", metavar="REV", help="a commit to compare with")
     parser.add_argument("--json", action="store_true", help="print all of them as JSON")
     options = parser.parse_args()
@@ -91,13 +98,23 @@ def main() -> int:
     differing = 0
     for title, tensors in ours.items():
         whole = hashlib.sha256("".join(tensors.values()).encode()).hexdigest()[:16]
-        other = [name for name in tensors.keys() | theirs[title].keys() if tensors.get(name) != theirs[title].get(name)]
+        other = [
+            name
+            for name in tensors.keys() | theirs[title].keys()
+            if tensors.get(name) != theirs[title].get(name)
+        ]
         verdict = ""
         if options.against:
-            verdict = f"DIFFER: {', '.join(sorted(other))}" if other else f"the same bits as {options.against}"
+            verdict = (
+                f"DIFFER: {', '.join(sorted(other))}"
+                if other
+                else f"the same bits as {options.against}"
+            )
         differing += len(other)
-        print(f"{title:<16} loss {tensors['loss']}  hidden {tensors['hidden']}  "
-              f"{len(tensors) - 2} gradients, all {whole}  {verdict}")  # fmt: skip
+        print(
+            f"{title:<16} loss {tensors['loss']}  hidden {tensors['hidden']}  "
+            f"{len(tensors) - 2} gradients, all {whole}  {verdict}"
+        )
     return int(differing > 0)
 
 

@@ -1,7 +1,9 @@
-"""How the ops and the model are run on the golden cases of tests/golden/, and compared with their values.
+"""How the ops and the model are run on the golden cases of tests/golden/, and compared with their
+values.
 
-The values were made by torch's autograd from formulas of their own (make_golden.py); torch is not needed here. An
-output or a gradient agrees if its largest error is at most 1e-13 of the golden tensor's largest value.
+The values were made by torch's autograd from formulas of their own (make_golden.py); torch is not
+needed here. An output or a gradient agrees if its largest error is at most 1e-13 of the golden
+tensor's largest value.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from refimpl.ops import (
     rope_frequencies,
     yarn_mscale,
     yarn_softmax_factor,
-)  # fmt: skip
+)
 from refimpl.optimizer import AdamW, clip_global_norm
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -63,7 +65,7 @@ def load(file: str) -> dict[str, Case]:
             name: Case(settings, {}, {}, {}, {})
             for name, settings in json.loads(f.metadata()["golden"])["cases"].items()
         }
-        for key in f.keys():  # noqa: SIM118 (no mapping)
+        for key in f.keys():  # noqa: SIM118
             case, prefix, name = key.split("/", 2)
             array = f.get_tensor(key)
             if array.dtype.kind == "f":
@@ -78,7 +80,8 @@ def load(file: str) -> dict[str, Case]:
 
 
 def error(ours: Any, golden: np.ndarray) -> float:
-    """The largest difference over the largest golden value; above 1 if a shape, type or integer differs."""
+    """The largest difference over the largest golden value; above 1 if a shape, type or integer
+    differs."""
     ours = np.asarray(ours)
     if ours.shape != golden.shape or (golden.dtype.kind == "f" and ours.dtype != golden.dtype):
         return float("inf")
@@ -93,14 +96,17 @@ def error(ours: Any, golden: np.ndarray) -> float:
 def compare(file: str, name: str, results: Tensors) -> dict[str, float]:
     """The error of every golden tensor; AssertionError names those that are missing."""
     golden = load(file)[name].golden
-    assert set(results) == set(golden), f"{file}, {name}: tensors {set(results) ^ set(golden)} on one side alone"
+    assert set(results) == set(golden), (
+        f"{file}, {name}: tensors {set(results) ^ set(golden)} on one side alone"
+    )
     return {key: error(results[key], golden[key]) for key in golden}
 
 
 def check(file: str, name: str, results: Tensors) -> None:
     """AssertionError for each tensor of a case that is not within the tolerance."""
     wrong = [
-        f"{file}, {name}, {key}: error {value:.2e} of the largest value, at most {TOLERANCE:.0e} allowed"
+        f"{file}, {name}, {key}: error {value:.2e} of the largest value, at most "
+        f"{TOLERANCE:.0e} allowed"
         for key, value in compare(file, name, results).items()
         if not value <= TOLERANCE
     ]
@@ -110,14 +116,19 @@ def check(file: str, name: str, results: Tensors) -> None:
 def gradients(names: str, values: Any) -> Tensors:
     """Gradients by name, without those of inputs that were None."""
     values = values if isinstance(values, tuple) else (values,)
-    return {f"grad/{name}": value for name, value in zip(names.split(), values, strict=True) if value is not None}
+    return {
+        f"grad/{name}": value
+        for name, value in zip(names.split(), values, strict=True)
+        if value is not None
+    }
 
 
 Run = Callable[[Case], Tensors]
 
 
 def plain(names: str, output: str = "y") -> Callable[..., Run]:
-    """How to run an op with one output, whose inputs, settings and auxiliaries are named as in its signature."""
+    """How to run an op with one output, whose inputs, settings and auxiliaries are named as in its
+    signature."""
 
     def way(op: Op, **more: Any) -> Run:
         def run(case: Case) -> Tensors:
@@ -162,11 +173,16 @@ def router(op: Op) -> Run:
         s = case.settings
         if "gamma" in s:
             load = expert_load(case.aux["indices"], s["experts"], case.aux.get("mask"))
-            return {"out/load": load, "out/bias": bias_update(case.aux["bias"], load, s["gamma"], centre=s["centre"])}
+            return {
+                "out/load": load,
+                "out/bias": bias_update(case.aux["bias"], load, s["gamma"], centre=s["centre"]),
+            }
         output, saved = op.forward(*case.order("x", "w"), **s, **case.aux)
         dweights = case.cot.get("weights", np.zeros_like(output.weights))
         grads = op.backward((dweights, case.cot.get("scores")), saved)
-        return {f"out/{key}": value for key, value in output._asdict().items()} | gradients("x w", grads)
+        return {f"out/{key}": value for key, value in output._asdict().items()} | gradients(
+            "x w", grads
+        )
 
     return run
 
@@ -175,13 +191,19 @@ def grpo(op: Op) -> Run:
     """The choice of branch is compared where it matters: at tokens whose advantage is not 0."""
 
     def run(case: Case) -> Tensors:
-        settings = {key: value for key, value in case.settings.items() if key not in ("source", "preset")}
+        settings = {
+            key: value for key, value in case.settings.items() if key not in ("source", "preset")
+        }
         if "rewards" in case.aux:
             return {"out/advantages": group_advantages(**case.aux, **settings)}
         settings = GRPO_PRESETS[case.settings.get("preset", "deepseekmath")] | settings
         output, saved = op.forward(case.inputs["log_prob"], **settings, **case.aux)
         matters = case.aux["mask"] & (case.aux["advantages"] != 0)[:, None]
-        results = {"out/loss": output.loss, "out/unclipped": output.unclipped & matters, "out/kept": output.kept}
+        results = {
+            "out/loss": output.loss,
+            "out/unclipped": output.unclipped & matters,
+            "out/kept": output.kept,
+        }
         return results | gradients("log_prob", op.backward((case.cot["loss"],), saved))
 
     return run
@@ -191,7 +213,10 @@ def mtp(op: Op) -> Run:
     def run(case: Case) -> Tensors:
         if "depth" in case.settings:
             *pairs, _ = mtp_pairs(**case.aux, **case.settings)
-            return {f"out/{key}": value for key, value in zip(("tokens", "targets", "mask"), pairs, strict=True)}
+            return {
+                f"out/{key}": value
+                for key, value in zip(("tokens", "targets", "mask"), pairs, strict=True)
+            }
         return plain("hidden embedding w_hnorm w_enorm w_proj", "h")(op)(case)
 
     return run
@@ -201,14 +226,20 @@ def configuration(case: Case) -> ModelConfig:
     """The config that a model case's settings describe."""
     fields = dict(case.settings["config"])
     yarn, conventions = fields.pop("yarn"), fields.pop("conventions")
-    return ModelConfig(**fields, yarn=Yarn(*yarn) if yarn else None, conventions=Conventions(**conventions))
+    return ModelConfig(
+        **fields, yarn=Yarn(*yarn) if yarn else None, conventions=Conventions(**conventions)
+    )
 
 
 def model(ops: Ops = REFERENCE, module: Any = refimpl.model) -> Run:
     def run(case: Case) -> Tensors:
-        params = case.inputs | {key: value for key, value in case.aux.items() if key.startswith("model.")}
+        params = case.inputs | {
+            key: value for key, value in case.aux.items() if key.startswith("model.")
+        }
         given = {key: value for key, value in case.aux.items() if not key.startswith("model.")}
-        output, saved = module.forward(params, given.pop("tokens"), configuration(case), ops=ops, **given)
+        output, saved = module.forward(
+            params, given.pop("tokens"), configuration(case), ops=ops, **given
+        )
         results = {
             "out/loss": output.loss,
             "out/main": output.main,
@@ -268,17 +299,23 @@ def optimizer(case: Case) -> Tensors:
 
 
 FLASH, ABSORBED = IMPLEMENTATIONS["flash"], IMPLEMENTATIONS["absorbed"]
-RUNS: dict[str, tuple[str, Run]] = {op: (file, way(pair(op))) for op, (file, way) in WAYS.items()} | {
-    "flash_attention, block 2": ("attention", plain("q k v", "o")(pair("flash_attention"), block=2)),
+RUNS: dict[str, tuple[str, Run]] = {
+    op: (file, way(pair(op))) for op, (file, way) in WAYS.items()
+} | {
+    "flash_attention, block 2": (
+        "attention",
+        plain("q k v", "o")(pair("flash_attention"), block=2),
+    ),
     "mla, flash": ("mla", mla(pair("mla"), ops=FLASH)),
     "mla_absorbed, flash": ("mla", mla(pair("mla_absorbed"), ops=FLASH)),
     "log_prob, block 2 x 3": ("log_prob", plain("h w")(pair("log_prob"), block=(2, 3))),
     "head_cross_entropy, block 3 x 2": (
-        "head_cross_entropy", plain("h w", "loss")(pair("head_cross_entropy"), block=(3, 2)),
+        "head_cross_entropy",
+        plain("h w", "loss")(pair("head_cross_entropy"), block=(3, 2)),
     ),
     "optimizer": ("optimizer", optimizer),
     "model": ("model", model()),
     "model, flash": ("model", model(FLASH)),
     "model, absorbed": ("model", model(ABSORBED)),
     "model, absorbed and flash": ("model", model({**FLASH, "mla": ABSORBED["mla"]})),
-}  # fmt: skip
+}

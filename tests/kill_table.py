@@ -1,4 +1,5 @@
-"""Which check catches which planted bug: ``make bugs`` prints the table, and test_planted.py asserts it."""
+"""Which check catches which planted bug: ``make bugs`` prints the table, and test_planted.py
+asserts it."""
 
 from __future__ import annotations
 
@@ -29,8 +30,11 @@ class Row:
 
 
 def small_model() -> ModelConfig:
-    """The tiny model with one dense and one MoE layer less, for speed; two MTP modules, so that their chain counts."""
-    return replace(preset("tiny"), layers=1, dense_layers=0, vocabulary=31, width=9, q_latent=5, heads=2)
+    """The tiny model with one dense and one MoE layer less, for speed; two MTP modules, so that
+    their chain counts."""
+    return replace(
+        preset("tiny"), layers=1, dense_layers=0, vocabulary=31, width=9, q_latent=5, heads=2
+    )
 
 
 def kill(bug: Planted) -> Row:
@@ -53,9 +57,14 @@ def examine_model(module: Any) -> Report:
     """The checker's report on a small model whose forward and backward are those of ``module``."""
     case, names, pair = model_case(RandomDraw(0), config=small_model(), length=7, model=module)
     return check(
-        *pair, case.inputs, replay=case.replay, op="model", names=names, difference_tolerance=MODEL_FD_TOLERANCE,
+        *pair,
+        case.inputs,
+        replay=case.replay,
+        op="model",
+        names=names,
+        difference_tolerance=MODEL_FD_TOLERANCE,
         validity=MODEL_VALIDITY,
-    )  # fmt: skip
+    )
 
 
 def symptoms(reports: list[Report], tolerance: float, validity: float) -> frozenset[str]:
@@ -64,9 +73,15 @@ def symptoms(reports: list[Report], tolerance: float, validity: float) -> frozen
     for report in reports:
         found |= {"contract"} if report.faults else set()
         for t in report.tensors:
-            found |= {"differences"} if t.difference is not None and not t.difference <= tolerance else set()
+            found |= (
+                {"differences"}
+                if t.difference is not None and not t.difference <= tolerance
+                else set()
+            )
             found |= {"noise"} if t.noise is not None and not t.noise <= 1 else set()
-            found |= {"sharpness"} if t.sharpness is not None and not t.sharpness <= validity else set()
+            found |= (
+                {"sharpness"} if t.sharpness is not None and not t.sharpness <= validity else set()
+            )
     return frozenset(found)
 
 

@@ -1,6 +1,8 @@
-"""RMSNorm and cross-entropy from the naive kernel to the present one: what each step costs, by our interpreter's count.
+"""RMSNorm and cross-entropy from the naive kernel to the present one: what each step costs, by our
+interpreter's count.
 
-``python tests/ladder.py`` prints the tables of kernels/README.md. There are no times: those need a GPU.
+``python tests/ladder.py`` prints the tables of kernels/README.md. There are no times: those need a
+GPU.
 """
 
 from __future__ import annotations
@@ -40,36 +42,57 @@ class Step(NamedTuple):
 RMS_NORM = (
     Step("ladder/rms_norm_1_naive", "a thread a row; dw by a thread a column", "–"),
     Step(
-        "ladder/rms_norm_2_block_a_row", "a block a row",
-        "a warp's access covers whole sectors, not one in each of 32 rows; a block's threads share a row",
+        "ladder/rms_norm_2_block_a_row",
+        "a block a row",
+        "a warp's access covers whole sectors, not one in each of 32 rows; a block's threads "
+        "share a row",
     ),
-    Step("ladder/rms_norm_3_chunks", "16 bytes an access", "an eighth of the accesses and of their addresses"),
     Step(
-        "rms_norm", "the row in registers, its loads all asked for at once; dw by partial sums; loads past L1",
-        "x read once, not twice, by the forward; x and dy once, not three times, by the backward; one wait a row",
+        "ladder/rms_norm_3_chunks",
+        "16 bytes an access",
+        "an eighth of the accesses and of their addresses",
     ),
-)  # fmt: skip
+    Step(
+        "rms_norm",
+        "the row in registers, its loads all asked for at once; dw by partial sums; loads past L1",
+        "x read once, not twice, by the forward; x and dy once, not three times, by the "
+        "backward; one wait a row",
+    ),
+)
 CROSS_ENTROPY = (
-    Step("ladder/cross_entropy_1_naive", "maximum, sum, probabilities: three passes; these are kept", "–"),
     Step(
-        "ladder/cross_entropy_2_recompute", "the backward computes the probabilities again",
+        "ladder/cross_entropy_1_naive",
+        "maximum, sum, probabilities: three passes; these are kept",
+        "–",
+    ),
+    Step(
+        "ladder/cross_entropy_2_recompute",
+        "the backward computes the probabilities again",
         "an array of the logits' size, in float32, is neither held, written nor read",
     ),
     Step(
-        "ladder/cross_entropy_3_online", "maximum and sum in one pass",
+        "ladder/cross_entropy_3_online",
+        "maximum and sum in one pass",
         "the forward reads the logits once; costs a third exponential for each",
     ),
     Step(
         "cross_entropy",
-        "16 bytes an access, four of a thread on their way at once; one rescaling for 32 logits; one division a thread",
-        "an eighth of the accesses to logits, a 32nd of the third exponentials and of the divisions",
+        "16 bytes an access, four of a thread on their way at once; one rescaling for 32 "
+        "logits; one division a thread",
+        "an eighth of the accesses to logits, a 32nd of the third exponentials and of the "
+        "divisions",
     ),
-)  # fmt: skip
+)
 
 
 def _module(step: str, launch: Launch, storage: str) -> Module:
     source = (SOURCE / f"{step}.cu").read_text()
-    return build(step.split("/")[-1], launch.target, storage, f"#define STORAGE_{storage.upper()} 1\n#line 1\n{source}")
+    return build(
+        step.split("/")[-1],
+        launch.target,
+        storage,
+        f"#define STORAGE_{storage.upper()} 1\n#line 1\n{source}",
+    )
 
 
 def _run(launch: Launch, module: Module, kernel: str, blocks: int, *arguments: Any) -> None:
@@ -88,7 +111,19 @@ def rms_norm_step(launch: Launch, step: str) -> Op:
         module = _module(step, launch, n.storage)
         y, r = launch.empty(x.shape, x.dtype, x), launch.empty((rows,), n.real, x)
         blocks = cover(rows, THREADS) if step.endswith("naive") else rows
-        _run(launch, module, "rms_norm_forward", blocks, y, r, x, w, np.int64(rows), width, n.scalar(eps))
+        _run(
+            launch,
+            module,
+            "rms_norm_forward",
+            blocks,
+            y,
+            r,
+            x,
+            w,
+            np.int64(rows),
+            width,
+            n.scalar(eps),
+        )
         return y, (x, w, r)
 
     def backward(dy: Array, saved: Any) -> tuple[Array, Array]:
@@ -113,24 +148,48 @@ def cross_entropy_step(launch: Launch, step: str) -> Op:
         logits: Array, *, targets: Array, mask: Array | None = None, normaliser: float | None = None
     ) -> tuple[Array, Any]:
         n, vocabulary, logits = numbers(logits=logits), logits.shape[-1], ready(logits)
-        targets, weight = token_weights(n.xp.zeros((1,), dtype=n.real), targets, mask, normaliser, vocabulary)
+        targets, weight = token_weights(
+            n.xp.zeros((1,), dtype=n.real), targets, mask, normaliser, vocabulary
+        )
         targets, weight = ready(targets.reshape(-1)), ready(weight.reshape(-1))
         shapes = [logits.shape] if step.endswith("naive") else [targets.shape] * 2
         *kept, chosen = (launch.empty(shape, n.real, logits) for shape in (*shapes, targets.shape))
         module = _module(step, launch, n.storage)
-        _run(launch, module, "cross_entropy_forward", targets.size, *kept, chosen, logits, targets, vocabulary)
+        _run(
+            launch,
+            module,
+            "cross_entropy_forward",
+            targets.size,
+            *kept,
+            chosen,
+            logits,
+            targets,
+            vocabulary,
+        )
         loss = -n.xp.sum(n.xp.where(weight != 0, weight * chosen, n.scalar(0)))
         return loss, (logits, kept, targets, weight)
 
     def backward(dloss: Any, saved: Any) -> Array:
         logits, kept, targets, weight = saved
         n, read = numbers(logits=logits), [] if step.endswith("naive") else [logits]
-        out, module = launch.empty(logits.shape, logits.dtype, logits), _module(step, launch, n.storage)
+        out, module = (
+            launch.empty(logits.shape, logits.dtype, logits),
+            _module(step, launch, n.storage),
+        )
         dloss = n.xp.asarray(dloss, dtype=n.real).reshape(1)
         _run(
-            launch, module, "cross_entropy_backward", targets.size, out, *read, *kept, targets, weight, dloss,
+            launch,
+            module,
+            "cross_entropy_backward",
+            targets.size,
+            out,
+            *read,
+            *kept,
+            targets,
+            weight,
+            dloss,
             logits.shape[-1],
-        )  # fmt: skip
+        )
         return out
 
     return Op(forward, backward)
@@ -148,10 +207,21 @@ class CountingLaunch:
         self.reports: list[tuple[str, ptx.Report]] = []
 
     def __call__(
-        self, module: Module, kernel: str, grid: Sequence[int], block: Sequence[int], arguments: Sequence[Any], *,
+        self,
+        module: Module,
+        kernel: str,
+        grid: Sequence[int],
+        block: Sequence[int],
+        arguments: Sequence[Any],
+        *,
         shared: int = 0,
-    ) -> None:  # fmt: skip
-        self.reports.append((kernel, ptx.run(module.ptx, kernel, grid, block, arguments, shared=shared, sectors=True)))
+    ) -> None:
+        self.reports.append(
+            (
+                kernel,
+                ptx.run(module.ptx, kernel, grid, block, arguments, shared=shared, sectors=True),
+            )
+        )
 
     def empty(self, shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
         return np.empty(shape, dtype)
@@ -175,11 +245,19 @@ class Cost:
         access = re.compile(r"(ld|st)\.(volatile\.)?global")
         return cls(
             total(lambda r: r.instructions),
-            total(lambda r: sum(count for opcode, count in r.histogram.items() if access.match(opcode))),
+            total(
+                lambda r: sum(
+                    count for opcode, count in r.histogram.items() if access.match(opcode)
+                )
+            ),
             total(lambda r: r.read["global"] + r.written["global"]),
-            total(lambda r: sum(count for opcode, count in r.histogram.items() if opcode.startswith("ex2"))),
+            total(
+                lambda r: sum(
+                    count for opcode, count in r.histogram.items() if opcode.startswith("ex2")
+                )
+            ),
             total(lambda r: 32 * r.sectors),
-        )  # fmt: skip
+        )
 
 
 ROWS, WIDTH, VOCABULARY = 32, 1024, 16384
@@ -207,9 +285,17 @@ def cross_entropy_cost(step: str) -> Cost:
 
 
 HEAD = (
-    "step", "what changed", "what it should buy", "instructions", "accesses", "bytes asked for", "bytes of sectors",
-    "exponentials", "most registers", "time",
-)  # fmt: skip
+    "step",
+    "what changed",
+    "what it should buy",
+    "instructions",
+    "accesses",
+    "bytes asked for",
+    "bytes of sectors",
+    "exponentials",
+    "most registers",
+    "time",
+)
 
 
 def table(steps: Sequence[Step], cost: Callable[[str], Cost]) -> str:
@@ -219,7 +305,9 @@ def table(steps: Sequence[Step], cost: Callable[[str], Cost]) -> str:
         c, name = cost(step.name), step.name.split("/")[-1]
         module = _module(step.name, CountingLaunch(), "bfloat16")
         registers = max(usage.registers for usage in module.usage.values())
-        counts = [f"{x:.2f}" for x in (c.instructions, c.accesses, c.asked, c.sectors, c.exponentials)]
+        counts = [
+            f"{x:.2f}" for x in (c.instructions, c.accesses, c.asked, c.sectors, c.exponentials)
+        ]
         cells = [
             f"{number} [{name}.cu]({step.name}.cu)",
             step.change,
@@ -239,9 +327,15 @@ def report_of(step: str) -> str:
     rms_norm_step(launch, step).forward(x, np.ones(WIDTH, ml_dtypes.bfloat16), eps=1e-6)
     ((kernel, report),) = launch.reports
     usage = compile_kernel("rms_norm", TARGET, "bfloat16").usage[kernel]
-    lines = [f"{kernel}: {report.instructions} instructions, {report.barriers} barriers, {usage.registers} registers"]
+    lines = [
+        f"{kernel}: {report.instructions} instructions, {report.barriers} barriers, "
+        f"{usage.registers} registers"
+    ]
     for what, counter in (("read", report.read), ("written", report.written)):
-        lines.append(f"bytes {what}: " + ", ".join(f"{space} {count}" for space, count in sorted(counter.items())))
+        lines.append(
+            f"bytes {what}: "
+            + ", ".join(f"{space} {count}" for space, count in sorted(counter.items()))
+        )
     lines.append(f"sectors of global memory: {report.sectors}")
     lines += [f"{count:>9} {opcode}" for opcode, count in report.histogram.most_common(8)]
     return "\n".join(lines) + "\n"
@@ -249,14 +343,18 @@ def report_of(step: str) -> str:
 
 def render() -> str:
     """What kernels/README.md holds."""
-    return "\n".join((
-        f"RMSNorm, forward and backward, {ROWS} rows of {WIDTH} in bfloat16; counts an element:\n",
-        table(RMS_NORM, rms_norm_cost),
-        f"Cross-entropy, forward and backward, 2 rows of {VOCABULARY} logits in bfloat16; counts a logit:\n",
-        table(CROSS_ENTROPY, cross_entropy_cost),
-        "The report of one launch, `rms_norm_forward` on the same rows:\n",
-        f"```\n{report_of('rms_norm')}```\n",
-    ))  # fmt: skip
+    return "\n".join(
+        (
+            f"RMSNorm, forward and backward, {ROWS} rows of {WIDTH} in bfloat16; counts an "
+            "element:\n",
+            table(RMS_NORM, rms_norm_cost),
+            f"Cross-entropy, forward and backward, 2 rows of {VOCABULARY} logits in bfloat16; "
+            "counts a logit:\n",
+            table(CROSS_ENTROPY, cross_entropy_cost),
+            "The report of one launch, `rms_norm_forward` on the same rows:\n",
+            f"```\n{report_of('rms_norm')}```\n",
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """NumPy dressed as CuPy 14.2, to find without a GPU what CuPy would refuse.
 
-Its arrays don't mix with NumPy's, its functions that make arrays have no ``device``, it has no longdouble, sorts take
-``kind``, not ``stable``, what NumPy returns as a scalar is an array without axes, and sums have another order than
-NumPy's. Its cuBLAS has one function, on bare addresses, as NVIDIA's document defines it.
+Its arrays don't mix with NumPy's, its functions that make arrays have no ``device``, it has no
+longdouble, sorts take ``kind``, not ``stable``, what NumPy returns as a scalar is an array without
+axes, and sums have another order than NumPy's. Its cuBLAS has one function, on bare addresses, as
+NVIDIA's document defines it.
 """
 
 from __future__ import annotations
@@ -38,12 +39,16 @@ class ndarray(np.ndarray):
     def __array__(self, *_: Any, **__: Any) -> Any:
         raise TypeError("Implicit conversion to a NumPy array is not allowed")
 
-    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, out: Any = None, **kwargs: Any) -> Any:
+    def __array_ufunc__(
+        self, ufunc: Any, method: str, *inputs: Any, out: Any = None, **kwargs: Any
+    ) -> Any:
         if any(type(x) is np.ndarray for x in inputs):
             raise TypeError("Unsupported type <class 'numpy.ndarray'>")
         if out is not None:
             kwargs["out"] = tuple(here(x) for x in out)
-        result = there(getattr(ufunc, method)(*map(here, inputs), **{k: here(v) for k, v in kwargs.items()}))
+        result = there(
+            getattr(ufunc, method)(*map(here, inputs), **{k: here(v) for k, v in kwargs.items()})
+        )
         return result if out is None else out[0]
 
     def __array_function__(self, function: Any, *_: Any) -> Any:
@@ -68,7 +73,8 @@ def there(x: Any) -> Any:
 
 
 def halves(x: np.ndarray, axis: int | None = None, keepdims: bool = False) -> Any:
-    """`numpy.sum` in the order of CuPy's reductions: the second half onto the first, until one number is left."""
+    """`numpy.sum` in the order of CuPy's reductions: the second half onto the first, until one
+    number is left."""
     if x.dtype.kind not in "fc" or 0 in x.shape or x.ndim == 0:
         return np.sum(x, axis=axis, keepdims=keepdims)
     rows = np.moveaxis(x, axis, 0) if axis is not None else x.reshape(-1)
@@ -80,11 +86,27 @@ def halves(x: np.ndarray, axis: int | None = None, keepdims: bool = False) -> An
 
 
 class CuBLAS:
-    """As much of ``cupy.cuda.cublas`` as kernels' host side calls; the numbers are those of its enumerations."""
+    """As much of ``cupy.cuda.cublas`` as kernels' host side calls; the numbers are those of its
+    enumerations."""
 
-    CUBLAS_OP_N, CUBLAS_OP_T, CUBLAS_GEMM_DEFAULT, CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_64F = 0, 1, -1, 68, 70
-    TYPES: ClassVar = {0: np.dtype(np.float32), 1: np.dtype(np.float64), 14: np.dtype(ml_dtypes.bfloat16)}
-    ALLOWED: ClassVar = {(68, 14, 14), (68, 14, 0), (68, 0, 0), (70, 1, 1)}  # compute type, of A and B, of C
+    CUBLAS_OP_N, CUBLAS_OP_T, CUBLAS_GEMM_DEFAULT, CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_64F = (
+        0,
+        1,
+        -1,
+        68,
+        70,
+    )
+    TYPES: ClassVar = {
+        0: np.dtype(np.float32),
+        1: np.dtype(np.float64),
+        14: np.dtype(ml_dtypes.bfloat16),
+    }
+    ALLOWED: ClassVar = {
+        (68, 14, 14),
+        (68, 14, 0),
+        (68, 0, 0),
+        (70, 1, 1),
+    }  # compute type, of A and B, of C
 
     def __init__(self) -> None:
         self.mode, self.calls = 0, list[tuple[int, ...]]()
@@ -96,10 +118,29 @@ class CuBLAS:
         self.mode = mode
 
     def gemmEx(
-        self, handle: int, transa: int, transb: int, m: int, n: int, k: int, alpha: int, A: int, Atype: int, lda: int,
-        B: int, Btype: int, ldb: int, beta: int, C: int, Ctype: int, ldc: int, computeType: int, algo: int,
-    ) -> None:  # fmt: skip
-        """C = α op(A) op(B) + β C with op(A) [m, k], op(B) [k, n] and C [m, n], column after column in memory."""
+        self,
+        handle: int,
+        transa: int,
+        transb: int,
+        m: int,
+        n: int,
+        k: int,
+        alpha: int,
+        A: int,
+        Atype: int,
+        lda: int,
+        B: int,
+        Btype: int,
+        ldb: int,
+        beta: int,
+        C: int,
+        Ctype: int,
+        ldc: int,
+        computeType: int,
+        algo: int,
+    ) -> None:
+        """C = α op(A) op(B) + β C with op(A) [m, k], op(B) [k, n] and C [m, n], column after column
+        in memory."""
         assert handle == HANDLE
         assert self.mode == 16, "sums of a bfloat16 result would be rounded to bfloat16"
         assert algo == self.CUBLAS_GEMM_DEFAULT
@@ -121,7 +162,9 @@ def columns(address: int, dtype: np.dtype[Any], rows: int, width: int, step: int
     assert step >= max(rows, 1), f"leading dimension {step} of a matrix of {rows} rows"
     size = ((width - 1) * step + rows) * dtype.itemsize
     memory = np.frombuffer((ctypes.c_char * size).from_address(address), np.uint8).view(dtype)
-    return np.lib.stride_tricks.as_strided(memory, (rows, width), (dtype.itemsize, step * dtype.itemsize))
+    return np.lib.stride_tricks.as_strided(
+        memory, (rows, width), (dtype.itemsize, step * dtype.itemsize)
+    )
 
 
 HANDLE = 1234
@@ -135,9 +178,10 @@ class Pretended(types.ModuleType):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.cuda = types.SimpleNamespace(
-            cublas=CuBLAS(), device=types.SimpleNamespace(get_cublas_handle=lambda: HANDLE),
+            cublas=CuBLAS(),
+            device=types.SimpleNamespace(get_cublas_handle=lambda: HANDLE),
             runtime=types.SimpleNamespace(CUDA_R_32F=0, CUDA_R_64F=1, CUDA_R_16BF=14),
-        )  # fmt: skip
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name in MISSING or name.startswith("__"):

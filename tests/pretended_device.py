@@ -1,5 +1,6 @@
-"""The suite as on a GPU, without one: a pytest plugin for ``REFIMPL_GPU=1``, with NumPy dressed as CuPy and the kernels
-under our interpreter. It finds what would fail on a device in the tests and the host side, not in the kernels."""
+"""The suite as on a GPU, without one: a pytest plugin for ``REFIMPL_GPU=1``, with NumPy dressed as
+CuPy and the kernels under our interpreter. It finds what would fail on a device in the tests and
+the host side, not in the kernels."""
 
 from __future__ import annotations
 
@@ -28,10 +29,18 @@ class PretendedDevice:
         self.target = getattr(self, "target", "sm_90")
 
     def __call__(
-        self, module: Any, kernel: str, grid: Sequence[int], block: Sequence[int], arguments: Sequence[Any], *,
+        self,
+        module: Any,
+        kernel: str,
+        grid: Sequence[int],
+        block: Sequence[int],
+        arguments: Sequence[Any],
+        *,
         shared: int = 0,
-    ) -> None:  # fmt: skip
-        assert not any(type(x) is np.ndarray for x in arguments), f"{kernel} was given a NumPy array"
+    ) -> None:
+        assert not any(type(x) is np.ndarray for x in arguments), (
+            f"{kernel} was given a NumPy array"
+        )
         given = {id(x): here(x) for x in arguments}  # one object for an array that comes twice
         ptx.run(module.ptx, kernel, grid, block, [given[id(x)] for x in arguments], shared=shared)
 
@@ -40,4 +49,6 @@ class PretendedDevice:
 
 
 launch.DeviceLaunch = PretendedDevice  # type: ignore[misc,assignment]
-rules._arrays = lambda x: [a for a in arrays_of(x) if type(a) is np.ndarray]  # CuPy's arrays are no NumPy arrays
+rules._arrays = lambda x: [
+    a for a in arrays_of(x) if type(a) is np.ndarray
+]  # CuPy's arrays are no NumPy arrays

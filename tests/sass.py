@@ -1,8 +1,9 @@
 """Machine code as nvdisasm shows it, and how many loads it has on their way at once.
 
-An instruction is 128 bits. Since sm_70 the upper half says in bits 46 to 48 which of six counters a load raises until
-its data is there (7: none), and in bits 52 to 57 which counters must be 0 before the instruction starts. NVIDIA has not
-documented these bits; others have read them (Jia et al., arXiv 1804.06826, on control information).
+An instruction is 128 bits. Since sm_70 the upper half says in bits 46 to 48 which of six counters a
+load raises until its data is there (7: none), and in bits 52 to 57 which counters must be 0 before
+the instruction starts. NVIDIA has not documented these bits; others have read them (Jia et al.,
+arXiv 1804.06826, on control information).
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from refimpl.kernels.compile import Module
 def machine_code(module: Module) -> dict[str, str]:
     """Text and bits by the kernel's name; skips the test if there is no nvdisasm."""
     packages = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
-    disassembler = shutil.which("nvdisasm") or str(Path(sys.prefix) / packages / "nvidia/cu13/bin/nvdisasm")
+    disassembler = shutil.which("nvdisasm") or str(
+        Path(sys.prefix) / packages / "nvidia/cu13/bin/nvdisasm"
+    )
     if not Path(disassembler).is_file():
         pytest.skip("there is no nvdisasm: pip install nvidia-cuda-nvdisasm")
     command = [disassembler, "-c", "-hex", str(module.cubin)]
@@ -31,7 +34,8 @@ def machine_code(module: Module) -> dict[str, str]:
 
 
 def loads_in_flight(code: str) -> int:
-    """The most 16-byte loads of global memory on any path from the start, before the first wait for one of them."""
+    """The most 16-byte loads of global memory on any path from the start, before the first wait for
+    one of them."""
     instructions: list[tuple[str, int]] = []
     labels: dict[str, int] = {}
     for line in code.splitlines():

@@ -1,4 +1,5 @@
-"""What the op tests share: hypothesis's draws for `refimpl.check.cases`, and the property test of every op."""
+"""What the op tests share: hypothesis's draws for `refimpl.check.cases`, and the property test of
+every op."""
 
 from __future__ import annotations
 
@@ -15,14 +16,23 @@ from refimpl.check.cases import CASES, REGIMES, pair_of
 
 FULL = os.environ.get("REFIMPL_TEST_FULL") == "1"
 EXAMPLES = 500 if FULL else 100  # of each op's property test
-NOT_OPS = {"README", "checkpoints", "conventions", "porting"}  # pages of derivations/ that derive no op
+NOT_OPS = {
+    "README",
+    "checkpoints",
+    "conventions",
+    "porting",
+}  # pages of derivations/ that derive no op
 DIGITS = 50  # of the exact arithmetic; 40 must agree
 
 settings.register_profile(
-    "refimpl", derandomize=True, database=None, deadline=None, max_examples=EXAMPLES,
+    "refimpl",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=EXAMPLES,
     phases=[phase for phase in Phase if FULL or phase is not Phase.shrink],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)  # fmt: skip
+)
 settings.load_profile("refimpl")
 
 
@@ -45,7 +55,8 @@ class HypothesisDraw:
 
 
 def property_test(op: str) -> Report:
-    """Check the op on EXAMPLES drawn cases, every fourth to 50 digits; no failure and no regime missed.
+    """Check the op on EXAMPLES drawn cases, every fourth to 50 digits; no failure and no regime
+    missed.
 
     Returns the report of the worst that was seen.
     """
@@ -61,7 +72,14 @@ def property_test(op: str) -> Report:
         case = CASES[op](draw)
         exact = DIGITS if draw.seed % 4 == 0 else None
         report = check(
-            forward, backward, case.inputs, case.kwargs, op=op, replay=case.replay, seed=draw.seed, digits=exact
+            forward,
+            backward,
+            case.inputs,
+            case.kwargs,
+            op=op,
+            replay=case.replay,
+            seed=draw.seed,
+            digits=exact,
         )
         assert report.ok, f"{case.kwargs}\n{report}"
         hit.update(case.regimes)

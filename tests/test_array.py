@@ -1,4 +1,5 @@
-"""`refimpl.array`: what differs between libraries and number types, against NumPy's own functions."""
+"""`refimpl.array`: what differs between libraries and number types, against NumPy's own
+functions."""
 
 from __future__ import annotations
 
@@ -65,7 +66,10 @@ def test_namespace_of_an_array_api_library() -> None:
         ),
         ({"x": np.ones(1), "y": np.ones(1, int)}, "y must be float32 or wider .* got int64"),
         ({"x": np.ones(1, bool)}, "x must be float32 or wider .* got bool"),
-        ({"x": array_api_strict.ones(1, dtype=array_api_strict.int32)}, "x must be float32 or wider .* got .*int32"),
+        (
+            {"x": array_api_strict.ones(1, dtype=array_api_strict.int32)},
+            "x must be float32 or wider .* got .*int32",
+        ),
         (
             {"x": np.ones(1), "y": array_api_strict.ones(1)},
             "y must come from .*numpy.* like the other .*array_api_strict",
@@ -86,10 +90,23 @@ def test_namespace_errors(arrays: dict[str, Any], message: str) -> None:
 # einsum
 
 SPECS = [
-    "bthx,bshx->bhts", "bhts,bshv->bthv", "bhts,bthv->bshv", "bthx,bsx->bhts", "bhts,bsv->bhtv", "bthn,hnc->bthc",
-    "bthc,hvc->bthv", "bthv,bthc->hvc", "ij,jk->ik", "ij,kj->ki", "ij,ij->", "ij,ij->ji", "i,j->ij",
-    "i,i->i", ",->", ",ij->ji",
-]  # fmt: skip
+    "bthx,bshx->bhts",
+    "bhts,bshv->bthv",
+    "bhts,bthv->bshv",
+    "bthx,bsx->bhts",
+    "bhts,bsv->bhtv",
+    "bthn,hnc->bthc",
+    "bthc,hvc->bthv",
+    "bthv,bthc->hvc",
+    "ij,jk->ik",
+    "ij,kj->ki",
+    "ij,ij->",
+    "ij,ij->ji",
+    "i,j->ij",
+    "i,i->i",
+    ",->",
+    ",ij->ji",
+]
 
 
 def sized(letters: str, sizes: dict[str, int], seed: int) -> np.ndarray:
@@ -115,11 +132,17 @@ def test_einsum_in_every_number_type(letters: str, dtype: Any) -> None:
 @given(st.data())
 def test_einsum_of_any_contraction(data: st.DataObject) -> None:
     """Up to two letters in each role, in any order, of lengths from 0."""
-    counts = [data.draw(st.integers(0, 2), label=role) for role in ("batch", "summed", "rows", "columns")]
+    counts = [
+        data.draw(st.integers(0, 2), label=role) for role in ("batch", "summed", "rows", "columns")
+    ]
     names = iter("abcdefgh")
     batch, summed, rows, columns = ([next(names) for _ in range(n)] for n in counts)
-    shuffled = ["".join(data.draw(st.permutations(part))) for part in (batch + summed + rows, batch + summed + columns)]
-    letters = f"{shuffled[0]},{shuffled[1]}->{''.join(data.draw(st.permutations(batch + rows + columns)))}"
+    shuffled = [
+        "".join(data.draw(st.permutations(part)))
+        for part in (batch + summed + rows, batch + summed + columns)
+    ]
+    out = "".join(data.draw(st.permutations(batch + rows + columns)))
+    letters = f"{shuffled[0]},{shuffled[1]}->{out}"
     sizes = {c: data.draw(st.integers(0, 3)) for c in "abcdefgh"}
     x, y = sized(shuffled[0], sizes, 0), sized(shuffled[1], sizes, 1)
     np.testing.assert_array_equal(einsum(letters, x, y), np.einsum(letters, x, y))
@@ -130,9 +153,19 @@ def test_einsum_of_any_contraction(data: st.DataObject) -> None:
     [
         ("ij,jk->ik", (2,), (2, 3), r"einsum 'ij,jk->ik' got shapes \(2,\) and \(2, 3\)"),
         ("ij,jk->ik", (2, 3), (3, 4, 5), r"einsum 'ij,jk->ik' got shapes \(2, 3\) and \(3, 4, 5\)"),
-        ("ij,jk->ik", (2, 3), (4, 5), r"einsum 'ij,jk->ik' cannot contract shapes \(2, 3\) and \(4, 5\)"),
+        (
+            "ij,jk->ik",
+            (2, 3),
+            (4, 5),
+            r"einsum 'ij,jk->ik' cannot contract shapes \(2, 3\) and \(4, 5\)",
+        ),
         ("ij,jk->ik", (2, 1), (3, 4), "cannot contract"),  # numpy.einsum would broadcast
-        ("ij,jk->i", (2, 3), (3, 4), "cannot contract"),  # a letter of one input alone is not summed
+        (
+            "ij,jk->i",
+            (2, 3),
+            (3, 4),
+            "cannot contract",
+        ),  # a letter of one input alone is not summed
         ("ij,jk->k", (2, 3), (3, 4), "cannot contract"),
         ("ii,ij->ij", (2, 3), (3, 4), "cannot contract"),
         ("ij,jk,kl->il", (2, 3), (3, 4), "too many values"),
@@ -164,7 +197,8 @@ def test_sigmoid_of_both_signs() -> None:
 
 @pytest.mark.parametrize("step", [1e-20, 1e-200])
 def test_sigmoid_carries_the_complex_step(step: float) -> None:
-    """The infinitesimal part is the derivative s(1 − s), and decides no branch, whatever its sign."""
+    """The infinitesimal part is the derivative s(1 − s), and decides no branch, whatever its
+    sign."""
     x = np.array([-1000.0, -30, -1, -0.0, 0, 1, 30, 1000])
     for h in (step, -step):
         s = sigmoid(x + 1j * h)
@@ -175,7 +209,9 @@ def test_sigmoid_of_duals() -> None:
     x = np.array([-2.0, 0.0, 3.0])
     s = sigmoid(dual_array(x, np.ones(3)))
     np.testing.assert_allclose([float(v) for v in values(s)], sigmoid(x), rtol=4 * EPS)
-    np.testing.assert_allclose([float(t) for t in tangents(s)], sigmoid(x) * sigmoid(-x), rtol=8 * EPS)
+    np.testing.assert_allclose(
+        [float(t) for t in tangents(s)], sigmoid(x) * sigmoid(-x), rtol=8 * EPS
+    )
 
 
 # argsort, take_rows, scatter_add
@@ -195,17 +231,24 @@ def test_scatter_add_equals_add_at(n: int, length: int, seed: int) -> None:
     wanted = np.zeros((length, 3))
     np.add.at(wanted, rows, added)
     np.testing.assert_array_equal(scatter_add(rows, added, length), wanted)
-    assert np.sum(take_rows(whole(length, 3), rows) * added) == np.sum(whole(length, 3) * wanted)  # the adjoint
+    assert np.sum(take_rows(whole(length, 3), rows) * added) == np.sum(
+        whole(length, 3) * wanted
+    )  # the adjoint
 
 
 @pytest.mark.parametrize("dtype", WIDE)
 def test_scatter_add_of_nothing(dtype: Any) -> None:
-    y = scatter_add(np.zeros(0, int), np.ones((1, 2)).astype(dtype)[:0] if dtype is not object else np.ones((0, 2)), 3)
+    y = scatter_add(
+        np.zeros(0, int),
+        np.ones((1, 2)).astype(dtype)[:0] if dtype is not object else np.ones((0, 2)),
+        3,
+    )
     np.testing.assert_array_equal(y, np.zeros((3, 2)))
 
 
 def test_scatter_add_adds_in_pairs() -> None:
-    """2^15 times 0.1 in float32: in pairs it is exact but for scaling by 2; one after the other it is off by 1e-4."""
+    """2^15 times 0.1 in float32: in pairs it is exact but for scaling by 2; one after the other it
+    is off by 1e-4."""
     y = scatter_add(np.zeros(2**15, int), np.full((2**15, 1), 0.1, np.float32), 1)
     assert y.dtype == np.float32
     assert y[0, 0] == np.float32(0.1) * 2**15
@@ -235,7 +278,9 @@ def test_scatter_add_of_duals() -> None:
     rows, added, direction = np.array([2, 0, 2, 2]), whole(4, 2), whole(4, 2, seed=1)
     y = scatter_add(rows, dual_array(added, direction), 4)
     for part, x in ((values, added), (tangents, direction)):
-        np.testing.assert_array_equal(np.reshape([float(v) for v in part(y)], (4, 2)), scatter_add(rows, x, 4))
+        np.testing.assert_array_equal(
+            np.reshape([float(v) for v in part(y)], (4, 2)), scatter_add(rows, x, 4)
+        )
 
 
 # fill, zeros, cast, real
@@ -322,7 +367,9 @@ def test_blocks(arguments: tuple[int, ...], ranges: list[tuple[int, int]]) -> No
 @pytest.mark.parametrize("xp", [np, array_api_strict])
 def test_expect_ids(xp: Any) -> None:
     """−1 would count from the end, a float or a bool would index by accident."""
-    assert expect_ids("ids", xp.asarray([0, 4], dtype=xp.uint8), 5).dtype == xp.int64  # narrow ones would wrap
+    assert (
+        expect_ids("ids", xp.asarray([0, 4], dtype=xp.uint8), 5).dtype == xp.int64
+    )  # narrow ones would wrap
     expect_ids("ids", xp.zeros((2, 0), dtype=xp.int64), 5)
     for wrong, span in (([-1, 4], "-1…4"), ([0, 5], "0…5")):
         with pytest.raises(ValueError, match=rf"^ids must lie in 0…4, got {span}$"):

@@ -19,16 +19,21 @@ Gradients = tuple[np.ndarray, np.ndarray, np.ndarray]
 def inputs(k_heads: int = H, v_heads: int = H) -> tuple[np.ndarray, ...]:
     """q, k, v and a cotangent."""
     rng = np.random.default_rng(0)
-    return tuple(rng.normal(size=(B, T, h, x)) for h, x in ((H, X), (k_heads, X), (v_heads, V), (H, V)))
+    return tuple(
+        rng.normal(size=(B, T, h, x)) for h, x in ((H, X), (k_heads, X), (v_heads, V), (H, V))
+    )
 
 
-def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, do: np.ndarray, **kwargs: Any) -> tuple[np.ndarray, Gradients]:
+def attend(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, do: np.ndarray, **kwargs: Any
+) -> tuple[np.ndarray, Gradients]:
     o, saved = attention_forward(q, k, v, **({"scale": 0.4} | kwargs))
     return o, attention_backward(do, saved)
 
 
 def assert_close(got: np.ndarray, wanted: np.ndarray) -> None:
-    """Sums of at most T, X or V < 10 terms, a few behind one another: 50 eps of the largest entry."""
+    """Sums of at most T, X or V < 10 terms, a few behind one another: 50 eps of the largest
+    entry."""
     np.testing.assert_allclose(got, wanted, rtol=0, atol=50 * EPS * max(np.abs(wanted).max(), 1))
 
 
@@ -72,7 +77,8 @@ def test_one_vector_added_to_all_keys_changes_nothing() -> None:
 
 
 def test_single_visible_key() -> None:
-    """The first query of a causal sequence copies the first value, whatever it asks: its gradient is exactly 0."""
+    """The first query of a causal sequence copies the first value, whatever it asks: its gradient
+    is exactly 0."""
     q, k, v, do = inputs()
     o, (dq, _, _) = attend(q, k, v, do)
     np.testing.assert_array_equal(o[:, 0], v[:, 0])
@@ -82,7 +88,8 @@ def test_single_visible_key() -> None:
 
 @pytest.mark.parametrize("visible", [0, 2])
 def test_query_that_sees_nothing(visible: int) -> None:
-    """Left padding: the first queries give exactly 0 and get exactly 0; so does everything if all is padding."""
+    """Left padding: the first queries give exactly 0 and get exactly 0; so does everything if all
+    is padding."""
     q, k, v, do = inputs()
     key_mask = np.zeros((B, T), bool)
     key_mask[:, T - visible :] = True
@@ -94,7 +101,8 @@ def test_query_that_sees_nothing(visible: int) -> None:
 
 @pytest.mark.parametrize("steps", [[6], [4, 2], [1, 1, 1, 1, 1, 1]])
 def test_decoding_equals_the_whole(steps: list[int]) -> None:
-    """T < S: the last rows of the whole; the keys' gradients of all pieces add up to the whole's."""
+    """T < S: the last rows of the whole; the keys' gradients of all pieces add up to the
+    whole's."""
     q, k, v, do = inputs(k_heads=1)
     o, (dq, dk, dv) = attend(q, k, v, do)
     sums, start = [np.zeros_like(dk), np.zeros_like(dv)], 0
@@ -152,7 +160,9 @@ def test_scale_is_a_factor_of_the_query() -> None:
     q, k, v, do = inputs()
     o, (dq, dk, dv) = attend(q, k, v, do, scale=0.25)
     scaled, grads = attend(0.25 * q, k, v, do, scale=1.0)
-    for got, wanted in zip((scaled, 0.25 * grads[0], grads[1], grads[2]), (o, dq, dk, dv), strict=True):
+    for got, wanted in zip(
+        (scaled, 0.25 * grads[0], grads[1], grads[2]), (o, dq, dk, dv), strict=True
+    ):
         np.testing.assert_array_equal(got, wanted)
 
 
@@ -169,7 +179,8 @@ def test_order_of_keys_does_not_matter_without_a_mask() -> None:
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_huge_scores(dtype: type) -> None:
-    """Scores of ±1e4: every query takes the best key's value, and the gradients are finite (warnings are errors)."""
+    """Scores of ±1e4: every query takes the best key's value, and the gradients are finite
+    (warnings are errors)."""
     q, k, v, do = (x.astype(dtype) for x in inputs())
     q[:] = 1
     k[:] = 1e4 * np.array([1, -1, 0, 2, 0, -2], dtype=dtype)[:, None, None]
@@ -180,25 +191,68 @@ def test_huge_scores(dtype: type) -> None:
 
 
 GOOD: dict[str, Any] = {
-    "q": np.ones((2, 3, 4, 5)), "k": np.ones((2, 6, 4, 5)), "v": np.ones((2, 6, 4, 7)), "scale": 1.0,
-}  # fmt: skip
+    "q": np.ones((2, 3, 4, 5)),
+    "k": np.ones((2, 6, 4, 5)),
+    "v": np.ones((2, 6, 4, 7)),
+    "scale": 1.0,
+}
 ERRORS = [
     ({"q": np.ones((2, 3, 5))}, ValueError, r"q must have shape \(B, T, H, X\), got \(2, 3, 5\)"),
-    ({"k": np.ones((2, 6, 5))}, ValueError, r"k must have shape \(B, S, H or 1, X\)=\(2, 'any', 4, 5\), got"),
-    ({"k": np.ones((2, 6, 2, 5))}, ValueError, r"k must have shape .*=\(2, 'any', 4, 5\), got \(2, 6, 2, 5\)"),
-    ({"k": np.ones((2, 6, 1, 4))}, ValueError, r"k must have shape .*=\(2, 'any', 1, 5\), got \(2, 6, 1, 4\)"),
-    ({"k": np.ones((1, 6, 4, 5))}, ValueError, r"k must have shape .*=\(2, 'any', 4, 5\), got \(1, 6, 4, 5\)"),
-    ({"v": np.ones((2, 5, 4, 7))}, ValueError, r"v must have shape .*=\(2, 6, 4, 'any'\), got \(2, 5, 4, 7\)"),
-    ({"v": np.ones((2, 6, 3, 7))}, ValueError, r"v must have shape .*=\(2, 6, 4, 'any'\), got \(2, 6, 3, 7\)"),
+    (
+        {"k": np.ones((2, 6, 5))},
+        ValueError,
+        r"k must have shape \(B, S, H or 1, X\)=\(2, 'any', 4, 5\), got",
+    ),
+    (
+        {"k": np.ones((2, 6, 2, 5))},
+        ValueError,
+        r"k must have shape .*=\(2, 'any', 4, 5\), got \(2, 6, 2, 5\)",
+    ),
+    (
+        {"k": np.ones((2, 6, 1, 4))},
+        ValueError,
+        r"k must have shape .*=\(2, 'any', 1, 5\), got \(2, 6, 1, 4\)",
+    ),
+    (
+        {"k": np.ones((1, 6, 4, 5))},
+        ValueError,
+        r"k must have shape .*=\(2, 'any', 4, 5\), got \(1, 6, 4, 5\)",
+    ),
+    (
+        {"v": np.ones((2, 5, 4, 7))},
+        ValueError,
+        r"v must have shape .*=\(2, 6, 4, 'any'\), got \(2, 5, 4, 7\)",
+    ),
+    (
+        {"v": np.ones((2, 6, 3, 7))},
+        ValueError,
+        r"v must have shape .*=\(2, 6, 4, 'any'\), got \(2, 6, 3, 7\)",
+    ),
     (
         {"q": np.ones((2, 7, 4, 5))},
         ValueError,
         "q must have at least one position and at most as many as k, S=6, got T=7",
     ),
-    ({"key_mask": np.ones((2, 3), bool)}, ValueError, r"key_mask must have shape \(B, S\)=\(2, 6\), got \(2, 3\)"),
-    ({"key_mask": np.ones((1, 6), bool)}, ValueError, r"key_mask must have shape \(B, S\)=\(2, 6\), got \(1, 6\)"),
-    ({"key_mask": np.full((2, 6), 2)}, TypeError, "key_mask must be bool, got int64"),  # 2 & True is 0
-    ({"segments": np.ones((2, 3), int)}, ValueError, r"segments must have shape \(B, S\)=\(2, 6\), got \(2, 3\)"),
+    (
+        {"key_mask": np.ones((2, 3), bool)},
+        ValueError,
+        r"key_mask must have shape \(B, S\)=\(2, 6\), got \(2, 3\)",
+    ),
+    (
+        {"key_mask": np.ones((1, 6), bool)},
+        ValueError,
+        r"key_mask must have shape \(B, S\)=\(2, 6\), got \(1, 6\)",
+    ),
+    (
+        {"key_mask": np.full((2, 6), 2)},
+        TypeError,
+        "key_mask must be bool, got int64",
+    ),  # 2 & True is 0
+    (
+        {"segments": np.ones((2, 3), int)},
+        ValueError,
+        r"segments must have shape \(B, S\)=\(2, 6\), got \(2, 3\)",
+    ),
     ({"q": np.ones((2, 3, 4, 5), int)}, TypeError, "q must be float32 or wider"),
     ({"v": np.ones((2, 6, 4, 7), np.float16)}, TypeError, "v must be float32 or wider"),
 ]

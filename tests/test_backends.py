@@ -1,4 +1,5 @@
-"""The ops on other arrays: every number type of NumPy, and array-api-strict, which has nothing that is not standard."""
+"""The ops on other arrays: every number type of NumPy, and array-api-strict, which has nothing that
+is not standard."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ def cotangents(op: str, case: Case, kwargs: dict[str, Any]) -> list[np.ndarray]:
 @pytest.mark.parametrize("dtype", TYPES, ids=lambda t: t.__name__)
 @pytest.mark.parametrize("op", CASES)
 def test_number_types(op: str, dtype: Any) -> None:
-    """Outputs and gradients keep the type, and agree with float64 to the type's precision (or float64's)."""
+    """Outputs and gradients keep the type, and agree with float64 to the type's precision (or
+    float64's)."""
     case, kwargs = frozen(op)
     pair, w = Pair(*pair_of(op), kwargs), cotangents(op, case, kwargs)
 
@@ -53,14 +55,20 @@ def test_number_types(op: str, dtype: Any) -> None:
 
     def back(x: Any) -> np.ndarray:
         x = np.asarray(x)
-        return np.array([float(v) for v in values(x)]).reshape(x.shape) if dtype is object else np.real(x)
+        return (
+            np.array([float(v) for v in values(x)]).reshape(x.shape)
+            if dtype is object
+            else np.real(x)
+        )
 
     inputs = [None if x is None else to(x) for x in case.inputs]
     outputs = pair.outputs(inputs)
     gradients = pair.gradients(inputs, [to(c) for c in w])
     expected_outputs, expected_gradients = pair.outputs(case.inputs), pair.gradients(case.inputs, w)
     eps = np.finfo(np.float32 if dtype in (np.float32, np.complex64) else np.float64).eps
-    for got, expected in zip([*outputs, *gradients], [*expected_outputs, *expected_gradients], strict=True):
+    for got, expected in zip(
+        [*outputs, *gradients], [*expected_outputs, *expected_gradients], strict=True
+    ):
         if expected is None:
             assert got is None
             continue
@@ -75,7 +83,11 @@ def there(x: Any) -> Any:
         return strict.asarray(x)
     if isinstance(x, dict):
         return {key: there(value) for key, value in x.items()}
-    return tuple(map(there, x)) if type(x) is tuple and any(isinstance(m, np.ndarray) for m in x) else x
+    return (
+        tuple(map(there, x))
+        if type(x) is tuple and any(isinstance(m, np.ndarray) for m in x)
+        else x
+    )
 
 
 def back(x: Any) -> Any:
@@ -87,7 +99,9 @@ def test_array_api_strict(op: str) -> None:
     """All ops, forward and backward, run on the bare standard: nothing in them is NumPy's alone."""
     case, kwargs = frozen(op)
     pair, w = pair_of(op), cotangents(op, case, kwargs)
-    y, saved = pair.forward(*(None if x is None else there(x) for x in case.inputs), **there(kwargs))
+    y, saved = pair.forward(
+        *(None if x is None else there(x) for x in case.inputs), **there(kwargs)
+    )
     gradients = pair.backward(tuple(map(there, w)) if isinstance(y, tuple) else there(w[0]), saved)
     gradients = gradients if isinstance(gradients, tuple) else (gradients,)
     expected = Pair(*pair, kwargs).gradients(case.inputs, w)
@@ -99,9 +113,12 @@ def test_array_api_strict(op: str) -> None:
             assert np.max(np.abs(back(got) - wanted)) <= 1e-14 * np.max(np.abs(wanted))
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.int64], ids=lambda t: t.__name__)
+@pytest.mark.parametrize(
+    "dtype", [np.uint8, np.int16, np.uint16, np.int32, np.int64], ids=lambda t: t.__name__
+)
 def test_narrow_integers_do_not_wrap(dtype: Any) -> None:
-    """Byte tokens in a vocabulary of 300: block offsets, row numbers and sentinels are computed in int64."""
+    """Byte tokens in a vocabulary of 300: block offsets, row numbers and sentinels are computed in
+    int64."""
     ids, rng = np.array([[1, 200, 255]], dtype=dtype), np.random.default_rng(0)
     h, w = rng.normal(size=(1, 3, 4)), rng.normal(size=(300, 4))
     y, saved = ops.embedding_forward(w, ids=ids)
@@ -113,18 +130,34 @@ def test_narrow_integers_do_not_wrap(dtype: Any) -> None:
     dh, _ = ops.log_prob_backward(np.ones_like(narrow), lp_saved)
     loss, ce_saved = ops.cross_entropy_forward(h @ w.T, targets=ids)
     assert abs(3 * loss + narrow.sum()) <= 1e-12
-    np.testing.assert_allclose(dh, -3 * ops.cross_entropy_backward(1.0, ce_saved) @ w, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        dh, -3 * ops.cross_entropy_backward(1.0, ce_saved) @ w, rtol=0, atol=1e-12
+    )
     assert ops.expert_load(ids, 300, np.array([True])).sum() == 3
     assert ops.expert_load(ids, 256, np.array([False])).sum() == 0
 
 
 @pytest.mark.parametrize(
-    "op", ["rms_norm", "attention", "flash_attention", "router", "log_prob", "balance_loss", "mtp", "grpo"]
+    "op",
+    [
+        "rms_norm",
+        "attention",
+        "flash_attention",
+        "router",
+        "log_prob",
+        "balance_loss",
+        "mtp",
+        "grpo",
+    ],
 )
 def test_numpy_scalars_do_not_widen(op: str) -> None:
-    """np.float64 settings (1 / np.sqrt(d), say) leave float32 arrays in float32, forward and backward."""
+    """np.float64 settings (1 / np.sqrt(d), say) leave float32 arrays in float32, forward and
+    backward."""
     case, kwargs = frozen(op)
-    kwargs = {key: np.float64(value) if isinstance(value, float) else value for key, value in kwargs.items()}
+    kwargs = {
+        key: np.float64(value) if isinstance(value, float) else value
+        for key, value in kwargs.items()
+    }
     inputs = [None if x is None else x.astype(np.float32) for x in case.inputs]
     pair = Pair(*pair_of(op), kwargs)
     w = [np.float64(1.0) if y.ndim == 0 else y for y in pair.outputs(inputs)]
@@ -137,12 +170,15 @@ def test_numpy_scalars_do_not_widen(op: str) -> None:
 
 @pytest.mark.parametrize("op", CASES)
 def test_nothing_that_cupy_refuses(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All ops on NumPy dressed as CuPy, whose functions take fewer arguments than the standard's."""
+    """All ops on NumPy dressed as CuPy, whose functions take fewer arguments than the
+    standard's."""
     monkeypatch.setitem(sys.modules, "cupy", Pretended("cupy"))
     case, kwargs = frozen(op)
     pair, w = placed(pair_of(op), pretended), cotangents(op, case, kwargs)
     for got, wanted in zip(
-        Pair(*pair, kwargs).gradients(case.inputs, w), Pair(*pair_of(op), kwargs).gradients(case.inputs, w), strict=True
+        Pair(*pair, kwargs).gradients(case.inputs, w),
+        Pair(*pair_of(op), kwargs).gradients(case.inputs, w),
+        strict=True,
     ):
         if wanted is not None:
             assert np.max(np.abs(got - wanted)) <= 1e-14 * np.max(np.abs(wanted))
@@ -155,17 +191,22 @@ def test_model_needs_nothing_that_cupy_refuses(monkeypatch: pytest.MonkeyPatch) 
     dy = tuple(np.ones_like(m) for m in y[:3])
     pretended_y, pretended_saved = (on_cupy := placed(pair, pretended)).forward(*case.inputs)
     assert abs(float(pretended_y[0]) - float(y[0])) <= 1e-13
-    for got, wanted in zip(on_cupy.backward(dy, pretended_saved), pair.backward(dy, saved), strict=True):
+    for got, wanted in zip(
+        on_cupy.backward(dy, pretended_saved), pair.backward(dy, saved), strict=True
+    ):
         assert np.max(np.abs(got - wanted)) <= 1e-12 * np.max(np.abs(wanted), initial=1e-3)
 
 
 @pytest.mark.parametrize("op", verify.NAMES)
 def test_verify_needs_nothing_that_cupy_refuses(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``refimpl verify --backend cupy`` as it runs, models and their replayed routes too (without differences)."""
+    """``refimpl verify --backend cupy`` as it runs, models and their replayed routes too (without
+    differences)."""
     monkeypatch.setitem(sys.modules, "cupy", Pretended("cupy"))
     monkeypatch.setattr(verify, "_placement", lambda backend: lambda x: pretended(np.array(x)))
     on_the_host = rules._arrays
-    monkeypatch.setattr(rules, "_arrays", lambda x: [a for a in on_the_host(x) if type(a) is np.ndarray])
+    monkeypatch.setattr(
+        rules, "_arrays", lambda x: [a for a in on_the_host(x) if type(a) is np.ndarray]
+    )
     if op in verify.MODELS:
         monkeypatch.setattr(verify, "check", partial(verify.check, rules=("contract", "noise")))
     settings = verify.Settings(load_text(None), backend="cupy")
@@ -176,7 +217,10 @@ def test_verify_needs_nothing_that_cupy_refuses(op: str, monkeypatch: pytest.Mon
 def test_model_on_array_api_strict() -> None:
     """The whole model too, padded and packed: loss and every gradient as on NumPy."""
     config, rng = preset("tiny"), np.random.default_rng(0)
-    params = {n: 0.15 * rng.normal(size=s) + n.endswith("norm.weight") for n, s in parameter_shapes(config).items()}
+    params = {
+        n: 0.15 * rng.normal(size=s) + n.endswith("norm.weight")
+        for n, s in parameter_shapes(config).items()
+    }
     tokens, key_mask = rng.integers(0, 256, (2, 9)), np.ones((2, 9), dtype=bool)
     key_mask[0, :2] = False
     options = {"key_mask": key_mask, "segments": np.array([[0] * 9, [0] * 4 + [1] * 5])}

@@ -24,12 +24,15 @@ def test_protocol() -> None:
 
 
 def test_value_by_hand() -> None:
-    """Two tokens, three experts, K = 2: counts 2 1 1, so f = 3/(2·2) · counts; P = (5/12, 7/24, 7/24)."""
+    """Two tokens, three experts, K = 2: counts 2 1 1, so f = 3/(2·2) · counts; P = (5/12, 7/24,
+    7/24)."""
     s = np.array([[[0.5, 0.25, 0.25], [0.2, 0.2, 0.2]]])
     counted = np.array([[[0, 1], [0, 2]]])
     loss, _ = balance_loss_forward(s, alpha=0.8, top_k=2, counted=counted)
     p = (s[0, 0] + 1 / 3) / 2
-    np.testing.assert_allclose(loss, 0.8 * (0.75 * 2 * p[0] + 0.75 * p[1] + 0.75 * p[2]), rtol=4 * EPS)
+    np.testing.assert_allclose(
+        loss, 0.8 * (0.75 * 2 * p[0] + 0.75 * p[1] + 0.75 * p[2]), rtol=4 * EPS
+    )
 
 
 def test_uniform_scores_give_alpha() -> None:
@@ -66,10 +69,13 @@ def test_gradient_is_orthogonal_to_the_scores() -> None:
 
 
 def test_counts_the_best_unless_told_otherwise() -> None:
-    """The K best of the given scores, ties to the lower index; and f is per sequence, not over the batch."""
+    """The K best of the given scores, ties to the lower index; and f is per sequence, not over the
+    batch."""
     s = np.random.default_rng(0).integers(1, 4, (B, T, E)) / 4
     best = np.argsort(-s, axis=-1, kind="stable")[..., :K]
-    last = E - 1 - np.argsort(-s[..., ::-1], axis=-1, kind="stable")[..., :K]  # ties to the higher index
+    last = (
+        E - 1 - np.argsort(-s[..., ::-1], axis=-1, kind="stable")[..., :K]
+    )  # ties to the higher index
     given, _ = balance_loss_forward(s, alpha=0.7, top_k=K, counted=best)
     chosen, _ = balance_loss_forward(s, alpha=0.7, top_k=K)
     other, _ = balance_loss_forward(s, alpha=0.7, top_k=K, counted=last)
@@ -111,7 +117,11 @@ def test_sequence_of_padding_alone() -> None:
 @pytest.mark.parametrize(
     ("s", "error", "message"),
     [
-        (np.ones((T, E)), ValueError, r"scores must have shape \(B, T, E\)=\('any', 'any', 'any'\), got \(6, 4\)"),
+        (
+            np.ones((T, E)),
+            ValueError,
+            r"scores must have shape \(B, T, E\)=\('any', 'any', 'any'\), got \(6, 4\)",
+        ),
         (np.ones((B, T, E), int), TypeError, "scores must be float32 or wider"),
     ],
 )
@@ -122,7 +132,11 @@ def test_errors(s: np.ndarray, error: type[Exception], message: str) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"mask": np.ones((B, T))}, {"mask": np.ones((B, T + 1), bool)}, {"counted": np.zeros((B, T + 1, K), int)}],
+    [
+        {"mask": np.ones((B, T))},
+        {"mask": np.ones((B, T + 1), bool)},
+        {"counted": np.zeros((B, T + 1, K), int)},
+    ],
 )
 def test_arrays_that_do_not_fit(change: dict[str, Any]) -> None:
     with pytest.raises((ValueError, TypeError)):

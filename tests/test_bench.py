@@ -1,5 +1,5 @@
-"""`refimpl bench` without a GPU: rows and their bytes, statistics, files, the table; each row's launches, executed
-under our interpreter. Nothing here measures a device."""
+"""`refimpl bench` without a GPU: rows and their bytes, statistics, files, the table; each row's
+launches, executed under our interpreter. Nothing here measures a device."""
 
 from __future__ import annotations
 
@@ -21,9 +21,24 @@ from typer.testing import CliRunner
 
 from refimpl.bench import measure as measuring
 from refimpl.bench.measure import Recorder, Times, copies, measure, repeats, summary
-from refimpl.bench.results import Measured, Results, file_name, line_of, read_results, render, shape_of
+from refimpl.bench.results import (
+    Measured,
+    Results,
+    file_name,
+    line_of,
+    read_results,
+    render,
+    shape_of,
+)
 from refimpl.bench.rows import ROWS, Maker, Sizes, worst_error
-from refimpl.bench.run import BASELINES, baselines, measure_row, most_error, number_type, select_rows
+from refimpl.bench.run import (
+    BASELINES,
+    baselines,
+    measure_row,
+    most_error,
+    number_type,
+    select_rows,
+)
 from refimpl.cli import app
 from refimpl.errors import CouldNotRun
 from refimpl.kernels import SOURCE
@@ -33,8 +48,8 @@ from kernel_support import ON_DEVICE, InterpreterLaunch, make_launch
 ROOT = Path(__file__).parents[1]
 V3 = Sizes()
 SMALL = Sizes(
-    tokens=5, width=40, heads=2, rotated=8, hidden=24, experts=16, groups=4, keep_groups=2, top_k=3, vocabulary=50,
-    outputs=3, length=6, parameters=37,
+    tokens=5, width=40, heads=2, rotated=8, hidden=24, experts=16, groups=4, keep_groups=2,
+    top_k=3, vocabulary=50, outputs=3, length=6, parameters=37,
 )  # fmt: skip
 on_interpreter = pytest.mark.skipif(ON_DEVICE, reason="of the interpreter")
 
@@ -42,10 +57,12 @@ on_interpreter = pytest.mark.skipif(ON_DEVICE, reason="of the interpreter")
 
 T, D, H, F, E, K, W = 4096, 7168, 128, 18432, 256, 8, 129280
 FLOORS = {  # (bytes, by hand, and the µs of the row at 3.0 TB/s and 798 TFLOP/s)
-    "RMSNorm forward": (4 * T * D, 39), "RMSNorm backward": (6 * T * D, 59), "RoPE forward": (4 * T * H * 64, 45),
-    "RoPE backward": (4 * T * H * 64, 45), "SwiGLU forward": (6 * T * F, 151), "SwiGLU backward": (10 * T * F, 252),
+    "RMSNorm forward": (4 * T * D, 39), "RMSNorm backward": (6 * T * D, 59),
+    "RoPE forward": (4 * T * H * 64, 45), "RoPE backward": (4 * T * H * 64, 45),
+    "SwiGLU forward": (6 * T * F, 151), "SwiGLU backward": (10 * T * F, 252),
     "gate top-k": (4 * T * E, 1.4), "MoE permute": (2 * T * D + 2 * T * K * D, 176),
-    "MoE combine": (2 * T * D + 2 * T * K * D, 176), "CE forward + backward in place": (4 * T * W, 706),
+    "MoE combine": (2 * T * D + 2 * T * K * D, 176),
+    "CE forward + backward in place": (4 * T * W, 706),
     "head + CE": (2 * D * (2 * T + 3 * W), 28.5e3),  # h, w and dh in two bytes, dw in four
     "GRPO from log-probabilities": (24 * 2**20, 8.4), "AdamW step": (28 * 2**28, 2505),
 }  # fmt: skip
@@ -56,7 +73,9 @@ def test_bytes_and_floors() -> None:
     for name, (by_hand, microseconds) in FLOORS.items():
         counted = ROWS[name].bytes(V3)
         assert counted == by_hand, name
-        (row,) = results(name=name, bytes=counted, flops=ROWS[name].flops(V3) if ROWS[name].flops else 0).rows
+        (row,) = results(
+            name=name, bytes=counted, flops=ROWS[name].flops(V3) if ROWS[name].flops else 0
+        ).rows
         assert row.floor(3.0e12, 798e12) * 1e6 == pytest.approx(microseconds, rel=0.03), name
     assert ROWS["head + CE"].flops(V3) == 6 * T * D * W
 
@@ -69,7 +88,9 @@ class DryLaunch:
     def __init__(self) -> None:
         self.seen: list[tuple[Any, ...]] = []
 
-    def __call__(self, module: Any, kernel: str, grid: Any, block: Any, arguments: Any, *, shared: int = 0) -> None:
+    def __call__(
+        self, module: Any, kernel: str, grid: Any, block: Any, arguments: Any, *, shared: int = 0
+    ) -> None:
         assert 0 < grid[0] < 2**31
         assert 0 < np.prod(block) <= 1024
         assert shared <= 48 * 1024
@@ -84,33 +105,39 @@ class DryMaker(Maker):
         return np.zeros(shape, self.storage if dtype is None else dtype)
 
 
-# What the kernels' arguments hold, over the row's bytes: an array that is read and one that is written count once each.
+# What the kernels' arguments hold, over the row's bytes: an array that is read and one that is
+# written count once each.
 ARGUMENTS = {
     "RMSNorm backward": 1.083,  # 256 partial sums of dw, written and read again
     "RoPE forward": 1.008, "RoPE backward": 1.008,  # cos and sin in float32
     "gate top-k": 2.098,  # the scores are written too, for the backward, and ids in int64
     "CE forward + backward in place": 1.5,  # the forward reads the logits first: 6TW
-    "GRPO from log-probabilities": 18 / 24,  # the gradient is one array that is written, read and written
+    # the gradient is one array that is written, read and written
+    "GRPO from log-probabilities": 18 / 24,
     "AdamW step": 16 / 28,  # p, m and v are arrays that are read and written
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if not row.flops])
 def test_arguments_of_the_kernels_are_the_bytes(name: str) -> None:
-    """At V3's shapes, without executing: what the launches touch is what the row counts, or it is said why not."""
+    """At V3's shapes, without executing: what the launches touch is what the row counts, or it is
+    said why not."""
     row, launch = ROWS[name], DryLaunch()
     sizes = replace(V3, tokens=64) if row.stem == "cross_entropy" else replace(V3, parameters=2**20)
     work = row.make(DryMaker(launch, np, sizes, number_type(row.storage), 0))
     launch.seen.clear()
     work.run()
     arrays = [x for arguments in launch.seen for x in arguments if isinstance(x, np.ndarray)]
-    assert sum(x.nbytes for x in arrays) / row.bytes(sizes) == pytest.approx(ARGUMENTS.get(name, 1), rel=2e-3)
+    assert sum(x.nbytes for x in arrays) / row.bytes(sizes) == pytest.approx(
+        ARGUMENTS.get(name, 1), rel=2e-3
+    )
 
 
 @on_interpreter
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_are_right_and_repeat(name: str) -> None:
-    """Each row's work: within its bound of the float64 reference, and its recorded launches do the same again."""
+    """Each row's work: within its bound of the float64 reference, and its recorded launches do the
+    same again."""
     row, recorder = ROWS[name], Recorder(InterpreterLaunch())
     work = row.make(Maker(recorder, np, SMALL, number_type(row.storage), 1))
     error = work.check()
@@ -172,8 +199,13 @@ def test_v3_shapes(name: str) -> None:
 
 def test_select_rows() -> None:
     assert select_rows([]) == list(ROWS.values())
-    assert [row.name for row in select_rows(["AdamW step", "RoPE forward"])] == ["RoPE forward", "AdamW step"]
-    with pytest.raises(CouldNotRun, match=r"^unknown row softmax; there are RMSNorm forward, [^\n]*$"):
+    assert [row.name for row in select_rows(["AdamW step", "RoPE forward"])] == [
+        "RoPE forward",
+        "AdamW step",
+    ]
+    with pytest.raises(
+        CouldNotRun, match=r"^unknown row softmax; there are RMSNorm forward, [^\n]*$"
+    ):
         select_rows(["softmax"])
 
 
@@ -246,7 +278,9 @@ def test_measure_repeats_calls_in_one_graph() -> None:
 
 def test_measure_without_a_graph() -> None:
     device, order = FakeDevice(), list[str]()
-    measure(device, [lambda: order.append("one"), lambda: order.append("two")], runs=20, graph=False)
+    measure(
+        device, [lambda: order.append("one"), lambda: order.append("two")], runs=20, graph=False
+    )
     assert device.captured == []
     assert order[:4] == ["one", "two"] * 2
     assert len(order) == 2 * 2 + 21 * 2 * 334  # a call that is as short as this is repeated
@@ -256,7 +290,10 @@ def test_measure_resets_before_each_sample() -> None:
     device, order = FakeDevice(), list[str]()
     measure(device, [lambda: order.append("call")], runs=20, reset=lambda: order.append("reset"))
     assert device.captured == [1]
-    assert order == ["call"] * 2 + ["reset", "call"] * 20 or order == ["call"] * 3 + ["reset", "call"] * 20
+    assert (
+        order == ["call"] * 2 + ["reset", "call"] * 20
+        or order == ["call"] * 3 + ["reset", "call"] * 20
+    )
 
 
 def test_recorder_keeps_nothing_outside_record() -> None:
@@ -286,7 +323,9 @@ class FakeTorch(types.ModuleType):
     VERSION = "0.0"
 
     class TorchDevice(IdleDevice):
-        def baseline(self, name: str, arrays: Sequence[Any], compiled: bool) -> Callable[[], object]:
+        def baseline(
+            self, name: str, arrays: Sequence[Any], compiled: bool
+        ) -> Callable[[], object]:
             if compiled:
                 raise RuntimeError("no compiler\nand more lines")
             return lambda: None
@@ -299,7 +338,12 @@ def test_a_row_from_end_to_end() -> None:
     found = measure_row(device, ROWS["RMSNorm forward"], FakeTorch("torch"), SMALL, 20)
     assert device.captured == [4, 4 * 334]  # 4 · 800 bytes are the first above 3 · 1000
     assert device.freed == 1
-    assert (found.name, found.shape, found.storage, found.bytes) == ("RMSNorm forward", "5 × 40", "bfloat16", 800)
+    assert (found.name, found.shape, found.storage, found.bytes) == (
+        "RMSNorm forward",
+        "5 × 40",
+        "bfloat16",
+        800,
+    )
     assert found.eager is not None
     assert found.compiled is found.compiled_peak is None
     assert found.peak == found.eager_peak == 4096
@@ -311,7 +355,10 @@ def test_a_row_from_end_to_end() -> None:
 
 
 def test_baselines_are_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert baselines(tmp_path / "torch_baselines.py") == (None, "torch_baselines.py is not there: run from a checkout")
+    assert baselines(tmp_path / "torch_baselines.py") == (
+        None,
+        "torch_baselines.py is not there: run from a checkout",
+    )
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert baselines() == (None, "torch is not installed")
 
@@ -342,10 +389,14 @@ def test_baselines_compute_the_same(name: str) -> None:
     if name == "AdamW step":
         return _adamw_baseline(module, torch, work)
     ours = {  # of all that we compute, what the baseline does
-        "RMSNorm forward": lambda y: (y[0],), "RoPE forward": lambda y: (y[0],), "SwiGLU forward": lambda y: (y[0],),
-        "gate top-k": lambda y: (y.weights, y.indices), "CE forward + backward in place": lambda y: (y[1],),
-        "GRPO from log-probabilities": lambda y: (y[1].dlog_prob,), "head + CE": lambda y: y[1:],
-    }.get(name, lambda y: y)(ours)  # fmt: skip
+        "RMSNorm forward": lambda y: (y[0],),
+        "RoPE forward": lambda y: (y[0],),
+        "SwiGLU forward": lambda y: (y[0],),
+        "gate top-k": lambda y: (y.weights, y.indices),
+        "CE forward + backward in place": lambda y: (y[1],),
+        "GRPO from log-probabilities": lambda y: (y[1].dlog_prob,),
+        "head + CE": lambda y: y[1:],
+    }.get(name, lambda y: y)(ours)
     found = found if isinstance(found, tuple) else (found,)
     ours = ours if isinstance(ours, tuple) else (ours,)
     assert len(found) == len(ours)
@@ -355,7 +406,8 @@ def test_baselines_compute_the_same(name: str) -> None:
 
 
 def _adamw_baseline(module: Any, torch: Any, work: Any) -> None:
-    """The formula that is compiled is a third step of the optimizer that is fused, from zero moments."""
+    """The formula that is compiled is a third step of the optimizer that is fused, from zero
+    moments."""
     p, g = (torch.from_numpy(x.astype(np.float64)) for x in work.inputs)
     m, v, q = torch.zeros_like(p), torch.zeros_like(p), p.clone()
     module.adamw(q, g, m, v)
@@ -370,7 +422,8 @@ def _adamw_baseline(module: Any, torch: Any, work: Any) -> None:
 
 
 class Stub(types.ModuleType):
-    """What `CupyDevice` asks of CuPy, done at once by NumPy; every event lies 1 ms after the one before."""
+    """What `CupyDevice` asks of CuPy, done at once by NumPy; every event lies 1 ms after the one
+    before."""
 
     __version__ = "14.2.0"
 
@@ -402,12 +455,18 @@ class Stub(types.ModuleType):
 
         runtime = types.SimpleNamespace(
             getDeviceProperties=lambda _: {"name": b"Stub GPU", "l2CacheSize": 1},
-            runtimeGetVersion=lambda: 13000, driverGetVersion=lambda: 13010,
-        )  # fmt: skip
+            runtimeGetVersion=lambda: 13000,
+            driverGetVersion=lambda: 13010,
+        )
         self.cuda = types.SimpleNamespace(
-            Stream=Stream, Event=Event, MemoryPool=MemoryPool, runtime=runtime, using_allocator=lambda _: nullcontext(),
-            Device=lambda: types.SimpleNamespace(id=0), get_elapsed_time=lambda before, after: 1.0,
-        )  # fmt: skip
+            Stream=Stream,
+            Event=Event,
+            MemoryPool=MemoryPool,
+            runtime=runtime,
+            using_allocator=lambda _: nullcontext(),
+            Device=lambda: types.SimpleNamespace(id=0),
+            get_elapsed_time=lambda before, after: 1.0,
+        )
 
     def get_default_memory_pool(self) -> Any:
         return types.SimpleNamespace(free_all_blocks=lambda: self.said.append("free"))
@@ -431,20 +490,26 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
 
 
 @on_interpreter
-def test_command_writes_what_it_shows(stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_writes_what_it_shows(
+    stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From the command line to the file: header, a line a row, results that the table takes."""
     bench = sys.modules["refimpl.bench.run"]
     chosen = [ROWS["RMSNorm forward"], ROWS["CE forward + backward in place"]]
     monkeypatch.setattr(bench, "select_rows", lambda names: chosen)
     monkeypatch.setattr(bench, "baselines", lambda: (None, "torch is not installed"))
     done = CliRunner().invoke(
-        app, ["bench", "--gpu", "--runs", "20", "--results", str(tmp_path / "new"), "--commit", "abc"],
+        app,
+        ["bench", "--gpu", "--runs", "20", "--results", str(tmp_path / "new"), "--commit", "abc"],
         catch_exceptions=False,
-    )  # fmt: skip
+    )
     assert done.exit_code == 0, done.output
     (found,) = read_results(tmp_path / "new")
     assert (found.device, found.commit, found.cache) == ("Stub GPU", "abc", 1)
-    assert found.versions.items() >= {"CUDA runtime": "13.0", "CUDA of the driver": "13.1", "CuPy": "14.2.0"}.items()
+    assert (
+        found.versions.items()
+        >= {"CUDA runtime": "13.0", "CUDA of the driver": "13.1", "CuPy": "14.2.0"}.items()
+    )
     assert found.copy == pytest.approx(2 * 4096 / (1e-3 / 8))
     assert found.matrix == pytest.approx(2 * 8**3 / (1e-3 / 8))
     lines = done.output.splitlines()
@@ -456,12 +521,17 @@ def test_command_writes_what_it_shows(stub: Stub, tmp_path: Path, monkeypatch: p
     assert found.rows[0].ours == Times(1e-3, 1e-3, 1e-3)
     assert found.rows[0].peak == 512
     assert stub.said.count("begin") == stub.said.count("end") == 2
-    assert stub.said.count("launch") == 45  # 20 samples each; 3 warm-ups, and 2 where one graph is enough
+    assert (
+        stub.said.count("launch") == 45
+    )  # 20 samples each; 3 warm-ups, and 2 where one graph is enough
 
 
 @on_interpreter
-def test_command_on_a_wrong_kernel(stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exit 1, the row named, nothing written where the table looks; one that fails is a line, and stops no other."""
+def test_command_on_a_wrong_kernel(
+    stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit 1, the row named, nothing written where the table looks; one that fails is a line, and
+    stops no other."""
     bench = sys.modules["refimpl.bench.run"]
     row = ROWS["AdamW step"]
 
@@ -478,7 +548,9 @@ def test_command_on_a_wrong_kernel(stub: Stub, tmp_path: Path, monkeypatch: pyte
     assert done.exit_code == 1
     assert "DOES NOT HOLD: AdamW step: its error is above the bound" in done.output
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(bench, "select_rows", lambda names: [replace(row, make=large), ROWS["RMSNorm forward"]])
+    monkeypatch.setattr(
+        bench, "select_rows", lambda names: [replace(row, make=large), ROWS["RMSNorm forward"]]
+    )
     done = CliRunner().invoke(app, arguments)
     assert isinstance(done.exception, CouldNotRun)
     assert str(done.exception) == "not measured on Stub GPU: AdamW step"
@@ -487,7 +559,9 @@ def test_command_on_a_wrong_kernel(stub: Stub, tmp_path: Path, monkeypatch: pyte
 
 
 @on_interpreter
-def test_results_are_written_as_they_come(stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_written_as_they_come(
+    stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A run that is stopped leaves the rows before it."""
     bench = sys.modules["refimpl.bench.run"]
 
@@ -503,7 +577,8 @@ def test_results_are_written_as_they_come(stub: Stub, tmp_path: Path, monkeypatc
 
 @on_interpreter
 def test_a_broken_capture_says_why(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error of the call, not the one that CUDA then answers with when the capture is ended; and it is ended."""
+    """The error of the call, not the one that CUDA then answers with when the capture is ended; and
+    it is ended."""
     from refimpl.bench.device import CupyDevice
 
     def end() -> None:
@@ -525,12 +600,24 @@ def test_a_broken_capture_says_why(stub: Stub, monkeypatch: pytest.MonkeyPatch) 
 
 def results(device: str = "Fake GPU (2)", date: str = "2026-11-30", **changed: Any) -> Results:
     given: dict[str, Any] = {
-        "name": "RMSNorm forward", "shape": "4096 × 7168", "storage": "bfloat16", "bytes": 4 * T * D, "flops": 0,
-        "ours": Times(50e-6, 49e-6, 52e-6), "peak": 58_736_640, "error": 2.5e-3, "eager": Times(2e-4, 1.9e-4, 2.1e-4),
-        "eager_peak": 10**9, "compiled": Times(4e-5, 4e-5, 4.1e-5), "compiled_peak": None, "notes": ("a note",),
-    }  # fmt: skip
+        "name": "RMSNorm forward",
+        "shape": "4096 × 7168",
+        "storage": "bfloat16",
+        "bytes": 4 * T * D,
+        "flops": 0,
+        "ours": Times(50e-6, 49e-6, 52e-6),
+        "peak": 58_736_640,
+        "error": 2.5e-3,
+        "eager": Times(2e-4, 1.9e-4, 2.1e-4),
+        "eager_peak": 10**9,
+        "compiled": Times(4e-5, 4e-5, 4.1e-5),
+        "compiled_peak": None,
+        "notes": ("a note",),
+    }
     rows = [Measured(**given | changed)]
-    return Results(device, "580.1", date, "0123abc", {"CuPy": "14.2"}, 50 * 2**20, 3.0e12, 8e14, rows)
+    return Results(
+        device, "580.1", date, "0123abc", {"CuPy": "14.2"}, 50 * 2**20, 3.0e12, 8e14, rows
+    )
 
 
 def test_derived_numbers() -> None:
@@ -550,10 +637,14 @@ def test_json_round_trip(tmp_path: Path) -> None:
     assert Results.from_json(content) == found
     assert content["rows"][0]["share"] == pytest.approx(0.783, rel=1e-3)
     for change in (
-        lambda c: c["rows"][0].update(share=0.99), lambda c: c.update(schema=0), lambda c: c.pop("commit"),
-        lambda c: c["rows"][0]["ours"].pop("low"), lambda c: c.update(more=1), lambda c: c.update(copy=0.0),
+        lambda c: c["rows"][0].update(share=0.99),
+        lambda c: c.update(schema=0),
+        lambda c: c.pop("commit"),
+        lambda c: c["rows"][0]["ours"].pop("low"),
+        lambda c: c.update(more=1),
+        lambda c: c.update(copy=0.0),
         lambda c: c["rows"][0].pop("notes"),
-    ):  # fmt: skip
+    ):
         wrong = json.loads(json.dumps(found.to_json()))
         change(wrong)
         with pytest.raises(ValueError, match="results must"):
@@ -564,7 +655,9 @@ def test_json_round_trip(tmp_path: Path) -> None:
 
 def test_files(tmp_path: Path) -> None:
     """The latest of each device; a name or a content that is not ours is named."""
-    assert file_name("NVIDIA H100 80GB HBM3", "2026-11-30") == "nvidia-h100-80gb-hbm3-2026-11-30.json"
+    assert (
+        file_name("NVIDIA H100 80GB HBM3", "2026-11-30") == "nvidia-h100-80gb-hbm3-2026-11-30.json"
+    )
     assert read_results(tmp_path) == []
     for found in (results(), results(date="2026-12-01", peak=1), results("Other")):
         (tmp_path / file_name(found.device, found.date)).write_text(json.dumps(found.to_json()))
@@ -586,32 +679,44 @@ def test_table() -> None:
     assert "| 4096 × 7168 | bfloat16 | 4TD = 117 MB |" in lines[0]
     assert {line.count("|") for line in rows.splitlines()} == {14}
     assert {line.count("|") for line in files.splitlines()} == {5}
-    kernels = [*SOURCE.glob("*.cu"), *(path for path in SOURCE.glob("*_numba_cuda.py") if "common" not in path.name)]
+    kernels = [
+        *SOURCE.glob("*.cu"),
+        *(path for path in SOURCE.glob("*_numba_cuda.py") if "common" not in path.name),
+    ]
     assert sorted(re.findall(r"\]\((.*?)\)", files)) == sorted(path.name for path in kernels)
     assert (
-        "| [rms_norm.cu](rms_norm.cu) | sm_80, sm_90, sm_90a, sm_100 | float64, float32, bfloat16 | not yet |" in files
+        "| [rms_norm.cu](rms_norm.cu) | sm_80, sm_90, sm_90a, sm_100 | float64, float32, "
+        "bfloat16 | not yet |" in files
     )
     assert (
-        "| [moe_numba_cuda.py](moe_numba_cuda.py) | sm_80, sm_90, sm_90a, sm_100 | float64, float32 | no row |" in files
+        "| [moe_numba_cuda.py](moe_numba_cuda.py) | sm_80, sm_90, sm_90a, sm_100 | float64, "
+        "float32 | no row |" in files
     )
     some = render([results(), results("Other", compiled=None, eager=None, eager_peak=None)])
     assert (
-        "| Fake GPU (2) | 50.0 µs (49.0 µs … 52.0 µs) | 39.1 µs | 78 % | 200 µs (190 µs … 210 µs) | "
-        "40.0 µs (40.0 µs … 41.0 µs) | 1.25 | 58.7 MB / 1.00 GB / – | 2.5e-03 |"
+        "| Fake GPU (2) | 50.0 µs (49.0 µs … 52.0 µs) | 39.1 µs | 78 % | 200 µs (190 µs … 210 "
+        "µs) | 40.0 µs (40.0 µs … 41.0 µs) | 1.25 | 58.7 MB / 1.00 GB / – | 2.5e-03 |"
     ) in some
-    assert "| Other | 50.0 µs (49.0 µs … 52.0 µs) | 39.1 µs | 78 % | – | – | – | 58.7 MB / – / – | 2.5e-03 |" in some
+    assert (
+        "| Other | 50.0 µs (49.0 µs … 52.0 µs) | 39.1 µs | 78 % | – | – | – | 58.7 MB / – / – "
+        "| 2.5e-03 |" in some
+    )
     assert some.count("not measured yet") == len(ROWS) - 1
     on_both = "RMSNorm forward in bfloat16 on Fake GPU (2), RMSNorm forward in bfloat16 on Other"
     assert f"| float64, float32, bfloat16 | {on_both} |" in some
-    assert "Fake GPU (2): its own copy 3.00 TB/s, its bfloat16 product 800 TFLOP/s, driver 580.1, CuPy 14.2" in some
+    assert (
+        "Fake GPU (2): its own copy 3.00 TB/s, its bfloat16 product 800 TFLOP/s, driver "
+        "580.1, CuPy 14.2" in some
+    )
     assert "RMSNorm forward: a note." in some
 
 
 def test_line() -> None:
     found = results(compiled=None)
     assert line_of(found.rows[0], found) == (
-        "RMSNorm forward 4096 × 7168 bfloat16: 50.0 µs (49.0 µs … 52.0 µs), floor 39.1 µs (4TD), 78 % of it; torch "
-        "200 µs (190 µs … 210 µs); 0.25 x the best; memory 58.7 MB / 1.00 GB / –; error 2.5e-03; a note"
+        "RMSNorm forward 4096 × 7168 bfloat16: 50.0 µs (49.0 µs … 52.0 µs), floor 39.1 µs "
+        "(4TD), 78 % of it; torch 200 µs (190 µs … 210 µs); 0.25 x the best; memory 58.7 MB / "
+        "1.00 GB / –; error 2.5e-03; a note"
     )
 
 
@@ -627,7 +732,10 @@ def test_shapes_in_words() -> None:
 
 def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "refimpl", "bench", *arguments], capture_output=True, text=True, cwd=cwd
+        [sys.executable, "-m", "refimpl", "bench", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
     )
 
 
@@ -649,10 +757,12 @@ def test_no_gpu_is_one_line() -> None:
 
 def test_wrong_arguments() -> None:
     for arguments, message in (
-        ((), "bench needs one of --gpu"), (("--gpu", "--table"), "bench needs one of"),
-        (("--gpu", "--runs", "5"), "--runs must be at least 20, got 5"), (("--gpu", "softmax"), "unknown row softmax"),
+        ((), "bench needs one of --gpu"),
+        (("--gpu", "--table"), "bench needs one of"),
+        (("--gpu", "--runs", "5"), "--runs must be at least 20, got 5"),
+        (("--gpu", "softmax"), "unknown row softmax"),
         (("--gpu", "--json", "/nowhere/x.json"), "can't be written"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(CouldNotRun, match=message):
             CliRunner().invoke(app, ["bench", *arguments], catch_exceptions=False)
 

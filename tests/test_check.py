@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refimpl.check import Report, TensorResult, check, finite_difference, full_jacobian, has_longdouble
+from refimpl.check import (
+    Report,
+    TensorResult,
+    check,
+    finite_difference,
+    full_jacobian,
+    has_longdouble,
+)
 from refimpl.check.cases import CASES, RandomDraw, pair_of
 from refimpl.check.dual import Dual, digits_context, dual_array, tangents, values
 from refimpl.check.rules import Pair, contract, exact_digits
@@ -50,7 +57,10 @@ def test_float32() -> None:
     """In float32 there are no differences, and the noise is that of float32."""
     report = check(forward, backward, (X, W), dtype=np.float32)
     assert report.ok
-    assert all(t.difference is None and t.sharpness is not None and t.sharpness > 1e-9 for t in report.tensors)
+    assert all(
+        t.difference is None and t.sharpness is not None and t.sharpness > 1e-9
+        for t in report.tensors
+    )
 
 
 def test_functions_of_float64_alone() -> None:
@@ -63,7 +73,9 @@ def test_functions_of_float64_alone() -> None:
 
     with pytest.raises(TypeError, match="float64 only"):
         check(only64, backward, (X, W))
-    report = check(only64, backward, (X, W), rules=("contract", "differences"), contract_dtypes=(np.float64,))
+    report = check(
+        only64, backward, (X, W), rules=("contract", "differences"), contract_dtypes=(np.float64,)
+    )
     assert report.ok
     assert all(t.noise is None for t in report.tensors)
 
@@ -98,12 +110,32 @@ def _is_random(dy: Any, saved: Any) -> Any:
 BROKEN: list[tuple[str, Pass, str]] = [
     ("too few", lambda dy, s: (backward(dy, s)[0],), "must return 2 gradients"),
     ("too many", lambda dy, s: (*backward(dy, s), None), "must return 2 gradients"),
-    ("shape", lambda dy, s: (backward(dy, s)[0], backward(dy, s)[1].T), r"must be float64 \(5, 4\)"),
-    ("dtype", lambda dy, s: tuple(g.astype(np.float32) for g in backward(dy, s)), "must be float64"),
-    ("float64 from float32", lambda dy, s: tuple(g.astype(np.float64) for g in backward(dy, s)), "must be float32"),
-    ("none", lambda dy, s: (backward(dy, s)[0], None), "gradient 1 must be None exactly if the input is, got None"),
+    (
+        "shape",
+        lambda dy, s: (backward(dy, s)[0], backward(dy, s)[1].T),
+        r"must be float64 \(5, 4\)",
+    ),
+    (
+        "dtype",
+        lambda dy, s: tuple(g.astype(np.float32) for g in backward(dy, s)),
+        "must be float64",
+    ),
+    (
+        "float64 from float32",
+        lambda dy, s: tuple(g.astype(np.float64) for g in backward(dy, s)),
+        "must be float32",
+    ),
+    (
+        "none",
+        lambda dy, s: (backward(dy, s)[0], None),
+        "gradient 1 must be None exactly if the input is, got None",
+    ),
     ("returns its input", lambda dy, s: (backward(dy, s)[0], s[1]), "shares memory with"),
-    ("one array twice", lambda dy, s: (lambda g: (g, g[0]))(backward(dy, s)[0]), "shares memory with another gradient"),
+    (
+        "one array twice",
+        lambda dy, s: (lambda g: (g, g[0]))(backward(dy, s)[0]),
+        "shares memory with another gradient",
+    ),
     ("random", _is_random, "differs between two calls"),
     ("saved", _mutates_saved, "saved was changed"),
     ("one buffer", _reuses_a_buffer, "is the same memory in two calls"),
@@ -128,7 +160,8 @@ def test_contract(wrong: Pass, message: str) -> None:
 
 
 def test_contract_of_the_forward() -> None:
-    """A forward that writes into its input, returns its input, changes an argument, or returns the wrong type."""
+    """A forward that writes into its input, returns its input, changes an argument, or returns the
+    wrong type."""
 
     def in_place(x: Any, w: Any) -> tuple[Any, Any]:
         np.exp(x, out=x)
@@ -140,7 +173,9 @@ def test_contract_of_the_forward() -> None:
     def returns_input(x: Any, w: Any) -> tuple[Any, Any]:
         return x, (x, w)
 
-    faults = contract(Pair(returns_input, lambda dy, s: (1 * dy, 0 * s[1])), (X, W), [np.ones(X.shape)])
+    faults = contract(
+        Pair(returns_input, lambda dy, s: (1 * dy, 0 * s[1])), (X, W), [np.ones(X.shape)]
+    )
     assert "output 0 shares memory with an input" in faults
 
     def clears(x: Any, w: Any, *, ids: Any) -> tuple[Any, Any]:
@@ -155,7 +190,10 @@ def test_contract_of_the_forward() -> None:
         y, saved = forward(x, w)
         return y.astype(np.float64), saved
 
-    assert any("output 0 must be float32" in f for f in contract(Pair(widens, backward), (X, W), [np.ones((2, 3, 5))]))
+    assert any(
+        "output 0 must be float32" in f
+        for f in contract(Pair(widens, backward), (X, W), [np.ones((2, 3, 5))])
+    )
 
 
 def test_contiguity() -> None:
@@ -187,7 +225,8 @@ def test_wrong_numbers_fail_and_are_named(wrong: Pass, tensor: str) -> None:
 
 
 def test_wrong_in_float64_alone_is_inconclusive() -> None:
-    """An error that longdouble does not have buys its own tolerance; the bound on the sharpness refuses it."""
+    """An error that longdouble does not have buys its own tolerance; the bound on the sharpness
+    refuses it."""
 
     def noisy(dy: Any, saved: Any) -> Any:
         dx, dw = backward(dy, saved)
@@ -201,7 +240,8 @@ def test_wrong_in_float64_alone_is_inconclusive() -> None:
 
 
 def test_exactly_zero_gradient_needs_zero_differences() -> None:
-    """An input that does nothing has a zero gradient; a zero gradient of an input that does something fails."""
+    """An input that does nothing has a zero gradient; a zero gradient of an input that does
+    something fails."""
 
     def ignores(x: Any, w: Any) -> tuple[Any, Any]:
         return forward(x, w)[0], (x, w)
@@ -244,10 +284,25 @@ def test_none_inputs_and_several_outputs() -> None:
 @pytest.mark.parametrize(
     ("inputs", "options", "error", "message"),
     [
-        ((X.astype(np.float32), W), {}, TypeError, r"inputs\[0\] must be a float64 NumPy array or None, got float32"),
+        (
+            (X.astype(np.float32), W),
+            {},
+            TypeError,
+            r"inputs\[0\] must be a float64 NumPy array or None, got float32",
+        ),
         (([1.0], W), {}, TypeError, r"inputs\[0\] must be a float64 NumPy array"),
-        ((X, W), {"dtype": np.float16}, ValueError, "dtype must be float64 or float32, got float16"),
-        ((X, W), {"rules": ("differences", "hope")}, ValueError, "rules must be of contract, differences, noise"),
+        (
+            (X, W),
+            {"dtype": np.float16},
+            ValueError,
+            "dtype must be float64 or float32, got float16",
+        ),
+        (
+            (X, W),
+            {"rules": ("differences", "hope")},
+            ValueError,
+            "rules must be of contract, differences, noise",
+        ),
     ],
 )
 def test_bad_arguments(inputs: Any, options: Any, error: type[Exception], message: str) -> None:
@@ -258,30 +313,42 @@ def test_bad_arguments(inputs: Any, options: Any, error: type[Exception], messag
 def test_what_a_forward_must_return() -> None:
     with pytest.raises(TypeError, match=r"forward must return \(y, saved\), got ndarray"):
         check(lambda x: x * 2, lambda dy, s: dy, (X,))
-    with pytest.raises(TypeError, match="y must be a floating-point array, or a tuple with at least one, got list"):
+    with pytest.raises(
+        TypeError, match="y must be a floating-point array, or a tuple with at least one, got list"
+    ):
         check(lambda x: ([x * 2], None), lambda dy, s: dy, (X,))
 
 
 def test_a_forward_that_is_not_analytic_gets_a_hint() -> None:
-    """abs is right by differences and has no complex derivative: not PASS, but the report says why."""
+    """abs is right by differences and has no complex derivative: not PASS, but the report says
+    why."""
     report = check(
-        lambda x: (np.abs(x), np.sign(np.real(x))), lambda dy, s: dy * s, (X,), contract_dtypes=(np.float64,)
+        lambda x: (np.abs(x), np.sign(np.real(x))),
+        lambda dy, s: dy * s,
+        (X,),
+        contract_dtypes=(np.float64,),
     )
     assert not report.ok
     assert "differences agree: is the forward analytic" in report.tensors[0].reasons[0]
     signs = check(
-        lambda x: (np.abs(x), np.sign(np.real(x))), lambda dy, s: dy * s, (X,), rules=("contract", "differences")
+        lambda x: (np.abs(x), np.sign(np.real(x))),
+        lambda dy, s: dy * s,
+        (X,),
+        rules=("contract", "differences"),
     )
     assert signs.ok
 
 
 def test_inputs_must_be_a_tuple() -> None:
-    with pytest.raises(TypeError, match=r"inputs must be a tuple of arrays, got an array: write \(x,\)"):
+    with pytest.raises(
+        TypeError, match=r"inputs must be a tuple of arrays, got an array: write \(x,\)"
+    ):
         check(forward, backward, X)  # type: ignore[arg-type]
 
 
 def test_cotangents_are_no_inputs() -> None:
-    """Inputs that a caller draws from the same seed are not drawn again as cotangents or directions."""
+    """Inputs that a caller draws from the same seed are not drawn again as cotangents or
+    directions."""
     x = np.random.default_rng(0).normal(size=(3, 4))
     report = check(lambda x: (2 * x, x), lambda dy, x: 2 * x, (x,), seed=0)
     assert not report.ok
@@ -302,12 +369,14 @@ def test_choices_made_and_replayed_must_agree() -> None:
         return dx
 
     report = check(best, best_backward, (X,), replay=lambda y: {"order": y[1]})
-    assert report.faults == ["pair: gradients differ between choices made and the same choices replayed"]
+    assert report.faults == [
+        "pair: gradients differ between choices made and the same choices replayed"
+    ]
 
 
 def test_unlucky_cotangents_are_drawn_again() -> None:
-    """A single number that a sum over rows nearly cancels needs another cotangent; an error in float64 alone does not
-    get away with one."""
+    """A single number that a sum over rows nearly cancels needs another cotangent; an error in
+    float64 alone does not get away with one."""
     x, w = np.random.default_rng(1).normal(size=(2, 3, 1)), np.array([0.7])
 
     def scale(x: Any, w: Any) -> tuple[Any, Any]:
@@ -318,15 +387,27 @@ def test_unlucky_cotangents_are_drawn_again() -> None:
         wrong = 1e-9 if dy.dtype == np.float64 and dy.sum() < 0 else 0
         return dy * w, np.sum(dy * x, axis=(0, 1)) * (1 + wrong)
 
-    verdicts = [check(scale, sometimes, (x, w), seed=seed, rules=("noise",)).ok for seed in range(20)]
+    verdicts = [
+        check(scale, sometimes, (x, w), seed=seed, rules=("noise",)).ok for seed in range(20)
+    ]
     assert 4 <= verdicts.count(False) <= 16  # wrong whenever the first cotangent shows it
 
 
 def test_merge_keeps_the_worst() -> None:
     report = Report([TensorResult("op", "x", (1,), 1e-12, 1e-3, 1e-15, 50.0)])
-    report.merge(Report([TensorResult("op", "x", (2,), 1e-10, 1e-4, 1e-14, 45.0), TensorResult("op", "w", (2,))]))
+    report.merge(
+        Report(
+            [TensorResult("op", "x", (2,), 1e-10, 1e-4, 1e-14, 45.0), TensorResult("op", "w", (2,))]
+        )
+    )
     x = report.tensors[0]
-    assert (x.difference, x.noise, x.sharpness, x.digits, x.verdict) == (1e-10, 1e-3, 1e-14, 45.0, "PASS")
+    assert (x.difference, x.noise, x.sharpness, x.digits, x.verdict) == (
+        1e-10,
+        1e-3,
+        1e-14,
+        45.0,
+        "PASS",
+    )
     assert report.ok
     assert len(report.tensors) == 2
     bad = TensorResult("op", "x", (1,), math.nan)
@@ -356,16 +437,22 @@ def test_finite_difference(function: Callable[[float], Any], slope: float) -> No
 
 @pytest.mark.parametrize("op", CASES)
 def test_full_jacobian(op: str) -> None:
-    """At tiny sizes every entry of every Jacobian, by differences against the backward: an error is located."""
+    """At tiny sizes every entry of every Jacobian, by differences against the backward: an error is
+    located."""
     case = CASES[op](RandomDraw(3))
     pair = Pair(*pair_of(op), case.kwargs)
     if case.replay is not None:
-        pair = Pair(*pair_of(op), case.kwargs | dict(case.replay(pair.forward(*case.inputs, **case.kwargs)[0])))
+        pair = Pair(
+            *pair_of(op),
+            case.kwargs | dict(case.replay(pair.forward(*case.inputs, **case.kwargs)[0])),
+        )
     for i, x in enumerate(case.inputs):
         if x is not None:
             by_differences, by_backward = full_jacobian(pair, case.inputs, i)
             assert by_differences.shape == by_backward.shape
-            assert np.max(np.abs(by_differences - by_backward)) <= 1e-8 * np.max(np.abs(by_backward))
+            assert np.max(np.abs(by_differences - by_backward)) <= 1e-8 * np.max(
+                np.abs(by_backward)
+            )
 
 
 def test_full_jacobian_locates_an_error() -> None:
@@ -418,7 +505,9 @@ def test_exact_digits_see_a_tiny_error() -> None:
         return (dx * (1 + tiny) if dx.dtype == object else dx), dw
 
     directions = [RNG.normal(size=X.shape), RNG.normal(size=W.shape)]
-    dx, dw = exact_digits(Pair(forward, wrong), (X, W), directions, [RNG.normal(size=(2, 3, 5))], 50)
+    dx, dw = exact_digits(
+        Pair(forward, wrong), (X, W), directions, [RNG.normal(size=(2, 3, 5))], 50
+    )
     assert dx is not None
     assert dw is not None
     assert 28 <= dx <= 33
@@ -428,7 +517,8 @@ def test_exact_digits_see_a_tiny_error() -> None:
 
 
 def test_longdouble_is_wide_here() -> None:
-    """The noise rule runs where longdouble is wider than float64; elsewhere the digits must be asked for."""
+    """The noise rule runs where longdouble is wider than float64; elsewhere the digits must be
+    asked for."""
     assert has_longdouble() == (np.finfo(np.longdouble).eps < np.finfo(np.float64).eps)
 
 

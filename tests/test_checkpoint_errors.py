@@ -75,7 +75,9 @@ def removed(*names: str) -> Callable[[Path], None]:
     return apply
 
 
-def tensors(change: Callable[[dict[str, np.ndarray]], Any], file: str = ONE) -> Callable[[Path], None]:
+def tensors(
+    change: Callable[[dict[str, np.ndarray]], Any], file: str = ONE
+) -> Callable[[Path], None]:
     """Change the tensors of a file, which stays a sound safetensors file."""
 
     def apply(folder: Path) -> None:
@@ -126,7 +128,9 @@ def cut(file: str, size: int) -> Callable[[Path], None]:
 
 
 def put(name: str, value: Any) -> Callable[[Path], None]:
-    return tensors(lambda found: found.update({name: value(found.get(name)) if callable(value) else value}))
+    return tensors(
+        lambda found: found.update({name: value(found.get(name)) if callable(value) else value})
+    )
 
 
 def longer(folder: Path) -> None:
@@ -204,25 +208,82 @@ BAD: list[tuple[str, Callable[[Path], None], str]] = [
     ("one", written("config.json", "[1]"), "config.json: the file must be a JSON object, got [1]"),
     ("one", written("config.json", '{"a": 1, "a": 2}'), 'config.json: "a" is given twice'),
     ("one", written("config.json", LFS), "config.json is not JSON"),
-    ("one", config(model_type="llama"), 'model_type must be deepseek_v2 or deepseek_v3, got "llama"'),
-    ("one", config(model_type="deepseek_v32"), 'model_type must be deepseek_v2 or deepseek_v3, got "deepseek_v32"'),
-    ("one", config(architectures=["LlamaForCausalLM"]), 'architectures must be ["DeepseekV3ForCausalLM"]'),
-    ("one", config(architectures=["DeepseekV2ForCausalLM"]), 'architectures must be ["DeepseekV3ForCausalLM"]'),
-    ("one", config(rms_norm_eps=float("nan")), "rms_norm_eps must be a finite number, got NaN"),
-    ("one", config(initializer_range=float("inf")), "initializer_range must be a finite number, got Infinity"),
-    ("one", config(rope_scaling={"type": "yarn", "factor": [float("-inf")]}), "rope_scaling.factor[0] must be"),
-    ("one", config(rope_scaling={"rope_type": "linear", "factor": 2}), "rope_scaling's type must be yarn, got"),
-    ("one", config(rope_scaling={"type": "dynamic"}), "rope_scaling's type must be yarn, got \"dynamic\""),
-    ("one", config(rope_scaling=None, rope_parameters={"rope_type": "llama3"}), 'yarn, got "llama3"'),
-    ("one", config(rope_scaling={"type": "yarn", "rope_type": "default"}), "type must be its rope_type, default"),
-    ("one", config(rope_scaling={"type": "yarn"}), "factor must be a number of at least 0, got nothing"),
-    ("one", config(rope_scaling={"type": "yarn", "factor": 4, "truncate": False}), "truncate must be true, got false"),
-    ("one", config(rope_scaling={"type": "yarn", "factor": 4, "attention_factor": 2.0}), "attention_factor must be"),
     (
-        "one", config(rope_scaling={"type": "yarn", "factor": 4, "original_max_position_embeddings": 0}),
+        "one",
+        config(model_type="llama"),
+        'model_type must be deepseek_v2 or deepseek_v3, got "llama"',
+    ),
+    (
+        "one",
+        config(model_type="deepseek_v32"),
+        'model_type must be deepseek_v2 or deepseek_v3, got "deepseek_v32"',
+    ),
+    (
+        "one",
+        config(architectures=["LlamaForCausalLM"]),
+        'architectures must be ["DeepseekV3ForCausalLM"]',
+    ),
+    (
+        "one",
+        config(architectures=["DeepseekV2ForCausalLM"]),
+        'architectures must be ["DeepseekV3ForCausalLM"]',
+    ),
+    ("one", config(rms_norm_eps=float("nan")), "rms_norm_eps must be a finite number, got NaN"),
+    (
+        "one",
+        config(initializer_range=float("inf")),
+        "initializer_range must be a finite number, got Infinity",
+    ),
+    (
+        "one",
+        config(rope_scaling={"type": "yarn", "factor": [float("-inf")]}),
+        "rope_scaling.factor[0] must be",
+    ),
+    (
+        "one",
+        config(rope_scaling={"rope_type": "linear", "factor": 2}),
+        "rope_scaling's type must be yarn, got",
+    ),
+    (
+        "one",
+        config(rope_scaling={"type": "dynamic"}),
+        'rope_scaling\'s type must be yarn, got "dynamic"',
+    ),
+    (
+        "one",
+        config(rope_scaling=None, rope_parameters={"rope_type": "llama3"}),
+        'yarn, got "llama3"',
+    ),
+    (
+        "one",
+        config(rope_scaling={"type": "yarn", "rope_type": "default"}),
+        "type must be its rope_type, default",
+    ),
+    (
+        "one",
+        config(rope_scaling={"type": "yarn"}),
+        "factor must be a number of at least 0, got nothing",
+    ),
+    (
+        "one",
+        config(rope_scaling={"type": "yarn", "factor": 4, "truncate": False}),
+        "truncate must be true, got false",
+    ),
+    (
+        "one",
+        config(rope_scaling={"type": "yarn", "factor": 4, "attention_factor": 2.0}),
+        "attention_factor must be",
+    ),
+    (
+        "one",
+        config(rope_scaling={"type": "yarn", "factor": 4, "original_max_position_embeddings": 0}),
         "original_max_position_embeddings must be a number of at least 1",
     ),
-    ("one", config(rope_theta=1e4, rope_parameters={"rope_theta": 5e4}, rope_scaling=None), "rope_theta must be that"),
+    (
+        "one",
+        config(rope_theta=1e4, rope_parameters={"rope_theta": 5e4}, rope_scaling=None),
+        "rope_theta must be that",
+    ),
     ("one", config(rope_interleave="yes"), 'rope_interleave must be true or false, got "yes"'),
     ("one", config(hidden_size=...), "hidden_size must be an integer"),
     ("one", config(hidden_size=10**400), "hidden_size must be an integer"),
@@ -230,40 +291,124 @@ BAD: list[tuple[str, Callable[[Path], None], str]] = [
     ("one", config(num_key_value_heads=1), "num_key_value_heads must be 3, got 1"),
     ("one", config(mlp_bias=True), "mlp_bias must be false, got true"),
     ("one", config(quantization_config="fp8"), "quantization_config must be an object or null"),
-    ("one", config(quantization_config={"quant_method": "awq"}), 'quant_method must be fp8, got "awq"'),
-    ("one", config(quantization_config={"quant_method": "fp8", "fmt": "e5m2"}), 'fmt must be e4m3, got "e5m2"'),
-    ("one", config(quantization_config={"weight_block_size": None}), "weight_block_size must be two integers"),
-    ("one", config(quantization_config={"weight_block_size": [0, 128]}), "weight_block_size must be two integers"),
+    (
+        "one",
+        config(quantization_config={"quant_method": "awq"}),
+        'quant_method must be fp8, got "awq"',
+    ),
+    (
+        "one",
+        config(quantization_config={"quant_method": "fp8", "fmt": "e5m2"}),
+        'fmt must be e4m3, got "e5m2"',
+    ),
+    (
+        "one",
+        config(quantization_config={"weight_block_size": None}),
+        "weight_block_size must be two integers",
+    ),
+    (
+        "one",
+        config(quantization_config={"weight_block_size": [0, 128]}),
+        "weight_block_size must be two integers",
+    ),
     # the config and the tensors
-    ("one", config(hidden_size=21), "model.embed_tokens.weight must have shape (256, 21), got (256, 20); "),
+    (
+        "one",
+        config(hidden_size=21),
+        "model.embed_tokens.weight must have shape (256, 21), got (256, 20); ",
+    ),
     ("one", config(num_hidden_layers=4), "model.layers.5.enorm.weight is missing; "),
-    ("one", config(num_nextn_predict_layers=0), "model.layers.3…4.eh_proj.weight (2 tensors) is not a tensor"),
-    ("one", config(n_routed_experts=12), "model.layers.1…4.mlp.experts.8…11.gate_proj.weight (16 tensors) is missing"),
-    ("one", config(q_lora_rank=None), "model.layers.0…4.self_attn.q_proj.weight (5 tensors) is missing"),
+    (
+        "one",
+        config(num_nextn_predict_layers=0),
+        "model.layers.3…4.eh_proj.weight (2 tensors) is not a tensor",
+    ),
+    (
+        "one",
+        config(n_routed_experts=12),
+        "model.layers.1…4.mlp.experts.8…11.gate_proj.weight (16 tensors) is missing",
+    ),
+    (
+        "one",
+        config(q_lora_rank=None),
+        "model.layers.0…4.self_attn.q_proj.weight (5 tensors) is missing",
+    ),
     ("one", config(tie_word_embeddings=True), "lm_head.weight ("),
-    ("one", tensors(hundreds_missing), "model.layers.1…4.mlp.experts.0…7.up_proj.weight (32 tensors) is missing"),
+    (
+        "one",
+        tensors(hundreds_missing),
+        "model.layers.1…4.mlp.experts.0…7.up_proj.weight (32 tensors) is missing",
+    ),
     ("one", tensors(lambda found: found.pop(EXPERT)), f"{EXPERT} is missing"),
     ("one", tensors(several), "model.norm.weight is missing; "),
     ("one", tensors(several), f"{MATRIX} must have shape (20, 18), got (18, 20)"),
-    ("one", tensors(several), "lm_head.weight must be F32, BF16, F16, F64 or (a matrix) F8_E4M3, got I16"),
+    (
+        "one",
+        tensors(several),
+        "lm_head.weight must be F32, BF16, F16, F64 or (a matrix) F8_E4M3, got I16",
+    ),
     ("one", tensors(several), "strange is not a tensor of this config"),
     ("one", put("a\nb\x1b[31m", np.zeros(3)), "a?b?[31m is not a tensor of this config"),
     ("one", put(GATE_BIAS, not_finite), f"{GATE_BIAS} must be finite"),
-    ("one", put("model.norm.weight", np.ones((20, 1))), "model.norm.weight must have shape (20,), got (20, 1)"),
-    ("one", put("model.norm.weight", np.ones(20).astype(ml_dtypes.float8_e4m3fn)), "(a matrix) F8_E4M3, got F8_E4M3"),
-    ("one", put("model.norm.weight", np.full(20, 1e300)), "model.norm.weight has numbers that float32 can't hold"),
-    ("one", put("model.layers.3.embed_tokens.weight", another_row), "model.layers.3.embed_tokens.weight ("),
-    ("one", put("model.layers.3.embed_tokens.weight", another_row), "must equal model.embed_tokens.weight ("),
-    ("one", put("model.layers.4.shared_head.head.weight", another_row), "since MTP shares it: row 77 differs"),
-    ("one", tensors(without_mtp), "names 2 MTP layer(s) (num_nextn_predict_layers), but no file holds"),
+    (
+        "one",
+        put("model.norm.weight", np.ones((20, 1))),
+        "model.norm.weight must have shape (20,), got (20, 1)",
+    ),
+    (
+        "one",
+        put("model.norm.weight", np.ones(20).astype(ml_dtypes.float8_e4m3fn)),
+        "(a matrix) F8_E4M3, got F8_E4M3",
+    ),
+    (
+        "one",
+        put("model.norm.weight", np.full(20, 1e300)),
+        "model.norm.weight has numbers that float32 can't hold",
+    ),
+    (
+        "one",
+        put("model.layers.3.embed_tokens.weight", another_row),
+        "model.layers.3.embed_tokens.weight (",
+    ),
+    (
+        "one",
+        put("model.layers.3.embed_tokens.weight", another_row),
+        "must equal model.embed_tokens.weight (",
+    ),
+    (
+        "one",
+        put("model.layers.4.shared_head.head.weight", another_row),
+        "since MTP shares it: row 77 differs",
+    ),
+    (
+        "one",
+        tensors(without_mtp),
+        "names 2 MTP layer(s) (num_nextn_predict_layers), but no file holds",
+    ),
     ("fp8", tensors(lambda found: found.pop(SCALE)), f"{SCALE} is missing"),
     ("fp8", tensors(lambda found: found.pop(MATRIX)), f"{MATRIX} is missing"),
-    ("fp8", put(SCALE, np.ones((2, 1), np.float32)), f"{SCALE} must have shape (1, 1) (blocks of 128×128), got (2, 1)"),
+    (
+        "fp8",
+        put(SCALE, np.ones((2, 1), np.float32)),
+        f"{SCALE} must have shape (1, 1) (blocks of 128×128), got (2, 1)",
+    ),
     ("fp8", put(SCALE, np.ones((1, 1), np.int32)), f"{SCALE} must be F32 or F8_E8M0, got I32"),
     ("fp8", put(SCALE, np.full((1, 1), np.inf, np.float32)), f"{SCALE} must be finite"),
-    ("fp8", put(SCALE, np.full((1, 1), 255, np.uint8).view(ml_dtypes.float8_e8m0fnu)), f"{SCALE} must be finite"),
-    ("fp8", put(MATRIX, np.ones((20, 18), np.float32)), f"{SCALE} is a scale, but the weight is F32"),
-    ("fp8", config(quantization_config={"weight_block_size": [8, 8]}), "(blocks of 8×8), got (1, 1)"),
+    (
+        "fp8",
+        put(SCALE, np.full((1, 1), 255, np.uint8).view(ml_dtypes.float8_e8m0fnu)),
+        f"{SCALE} must be finite",
+    ),
+    (
+        "fp8",
+        put(MATRIX, np.ones((20, 18), np.float32)),
+        f"{SCALE} is a scale, but the weight is F32",
+    ),
+    (
+        "fp8",
+        config(quantization_config={"weight_block_size": [8, 8]}),
+        "(blocks of 8×8), got (1, 1)",
+    ),
     # the file
     ("one", removed(ONE), f"holds neither {ONE} nor {INDEX}"),
     ("one", pickles_alone, "holds pickles alone (pytorch_model.bin)"),
@@ -289,37 +434,75 @@ BAD: list[tuple[str, Callable[[Path], None], str]] = [
     ("one", entry(EXPERT, shape=[2**40, 2**40]), f"{ONE} is cut off or no safetensors file"),
     ("one", entry(EXPERT, data_offsets=[0, 2**63]), f"{ONE} is cut off or no safetensors file"),
     ("one", entry(EXPERT, data_offsets=[4, 0]), f"{ONE} is cut off or no safetensors file"),
-    ("one", header(lambda content: content[EXPERT].pop("shape")), f"{ONE} is cut off or no safetensors file"),
+    (
+        "one",
+        header(lambda content: content[EXPERT].pop("shape")),
+        f"{ONE} is cut off or no safetensors file",
+    ),
     # the index and its files
     ("three", removed(SHARD), f"{INDEX} names files that are missing: {SHARD}"),
-    ("three", removed(INDEX), f"holds neither {ONE} nor {INDEX} (it has model-00001-of-00003.safetensors, …)"),
+    (
+        "three",
+        removed(INDEX),
+        f"holds neither {ONE} nor {INDEX} (it has model-00001-of-00003.safetensors, …)",
+    ),
     ("three", written(INDEX, "{"), f"{INDEX} is not JSON"),
     ("three", written(INDEX, "{}"), f"{INDEX}: weight_map must be an object"),
     ("three", written(INDEX, '{"weight_map": ["a"]}'), f"{INDEX}: weight_map must be an object"),
     ("three", written(INDEX, '{"weight_map": {"a": 1}}'), f"{INDEX}: weight_map must be an object"),
-    ("three", written(INDEX, '{"weight_map": {"a": "b", "a": "b"}}'), f'{INDEX}: "a" is given twice'),
+    (
+        "three",
+        written(INDEX, '{"weight_map": {"a": "b", "a": "b"}}'),
+        f'{INDEX}: "a" is given twice',
+    ),
     ("three", written(INDEX, '{"weight_map": {}}'), "is missing"),
     ("three", copied(SHARD, ONE), f"holds both {ONE} and {INDEX}"),
     ("three", copied("model-00001-of-00003.safetensors", SHARD), " is both in "),
-    ("three", index(lambda i: i["weight_map"].pop(EXPERT)), f"holds {EXPERT}, which {INDEX} names not at all"),
-    ("three", index(lambda i: i["weight_map"].update({EXPERT: SHARD.replace("2", "3", 1)})), f"holds {EXPERT}, which"),
-    ("three", index(lambda i: i["weight_map"].update(extra=SHARD)), f"{INDEX} names extra in {SHARD}, which does not"),
+    (
+        "three",
+        index(lambda i: i["weight_map"].pop(EXPERT)),
+        f"holds {EXPERT}, which {INDEX} names not at all",
+    ),
+    (
+        "three",
+        index(lambda i: i["weight_map"].update({EXPERT: SHARD.replace("2", "3", 1)})),
+        f"holds {EXPERT}, which",
+    ),
+    (
+        "three",
+        index(lambda i: i["weight_map"].update(extra=SHARD)),
+        f"{INDEX} names extra in {SHARD}, which does not",
+    ),
     ("three", cut(SHARD, -7), f"{SHARD} is cut off"),
     ("three", written(SHARD, LFS), f"{SHARD} is a git-LFS pointer"),
     *(
-        ("three", index(lambda i, file=file: i["weight_map"].update({EXPERT: file})), f"same folder, got {shown}")
+        (
+            "three",
+            index(lambda i, file=file: i["weight_map"].update({EXPERT: file})),
+            f"same folder, got {shown}",
+        )
         for file, shown in [
-            ("../x.safetensors", '"../x.safetensors"'), ("/etc/passwd", '"/etc/passwd"'), ("", '""'),
-            ("/x.safetensors", '"/x.safetensors"'), ("a/b.safetensors", '"a/b.safetensors"'), ("..", '".."'),
-            ("pytorch_model.bin", '"pytorch_model.bin"'), ("a\\b.safetensors", '"a\\\\b.safetensors"'),
-            ("x.safetensors\n", '"x.safetensors\\n"'), ("a\0.safetensors", '"a\\u0000.safetensors"'),
+            ("../x.safetensors", '"../x.safetensors"'),
+            ("/etc/passwd", '"/etc/passwd"'),
+            ("", '""'),
+            ("/x.safetensors", '"/x.safetensors"'),
+            ("a/b.safetensors", '"a/b.safetensors"'),
+            ("..", '".."'),
+            ("pytorch_model.bin", '"pytorch_model.bin"'),
+            ("a\\b.safetensors", '"a\\\\b.safetensors"'),
+            ("x.safetensors\n", '"x.safetensors\\n"'),
+            ("a\0.safetensors", '"a\\u0000.safetensors"'),
         ]
     ),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize(("base", "damage", "message"), BAD, ids=[f"{n}: {m}" for n, (_, _, m) in enumerate(BAD)])
-def test_malformed(base: str, damage: Callable[[Path], None], message: str, sound: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("base", "damage", "message"), BAD, ids=[f"{n}: {m}" for n, (_, _, m) in enumerate(BAD)]
+)
+def test_malformed(
+    base: str, damage: Callable[[Path], None], message: str, sound: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "checkpoint"
     shutil.copytree(sound / base, folder)
     damage(folder)
@@ -337,7 +520,8 @@ def test_there_are_enough() -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "message"), [("missing", "missing does not exist"), ("one/config.json", "config.json is no folder")]
+    ("place", "message"),
+    [("missing", "missing does not exist"), ("one/config.json", "config.json is no folder")],
 )
 def test_no_folder(place: str, message: str, sound: Path) -> None:
     with pytest.raises(CouldNotRun, match=message):
@@ -355,7 +539,8 @@ def test_type_in_memory(sound: Path) -> None:
 
 
 def test_what_is_allowed(sound: Path, tmp_path: Path) -> None:
-    """A bias in another type, buffers of old files, copies left out, links to files elsewhere, other types mixed."""
+    """A bias in another type, buffers of old files, copies left out, links to files elsewhere,
+    other types mixed."""
     folder = tmp_path / "checkpoint"
     shutil.copytree(sound / "one", folder)
     wanted = Checkpoint.open(folder).load()
@@ -371,7 +556,10 @@ def test_what_is_allowed(sound: Path, tmp_path: Path) -> None:
     (folder / ONE).rename(tmp_path / "elsewhere")
     (folder / ONE).symlink_to(tmp_path / "elsewhere")
     read = Checkpoint.open(folder).load()
-    assert all(np.array_equal(read[name], wanted[name]) and read[name].dtype == np.float32 for name in wanted)
+    assert all(
+        np.array_equal(read[name], wanted[name]) and read[name].dtype == np.float32
+        for name in wanted
+    )
 
 
 def test_a_row_that_is_not_there(sound: Path) -> None:
@@ -393,14 +581,17 @@ def scratch(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @settings(max_examples=3000 if FULL else 200)
 @given(data=st.data())
 def test_fuzz(data: st.DataObject, scratch: Path) -> None:
-    """Bytes of any file flipped, cut off, put in twice: it is read, or CouldNotRun says in one line why not."""
+    """Bytes of any file flipped, cut off, put in twice: it is read, or CouldNotRun says in one line
+    why not."""
     folder = scratch / data.draw(st.sampled_from(["one", "three", "fp8"]))
     path = data.draw(st.sampled_from(sorted(folder.iterdir())))
     before = path.read_bytes()
     raw = bytearray(before)
     start = 8 + struct.unpack("<Q", before[:8])[0] if path.suffix == ".safetensors" else len(raw)
     for _ in range(data.draw(st.integers(1, 4))):
-        where = data.draw(st.integers(0, data.draw(st.sampled_from([8, start, len(before)])) - 1)) % max(1, len(raw))
+        where = data.draw(
+            st.integers(0, data.draw(st.sampled_from([8, start, len(before)])) - 1)
+        ) % max(1, len(raw))
         what = data.draw(st.sampled_from(["flip", "digit", "cut", "drop", "repeat"]))
         if what == "flip" and raw:
             raw[where] ^= data.draw(st.integers(1, 255))
@@ -432,4 +623,6 @@ def test_the_command_line_says_it_in_one_line(sound: Path, tmp_path: Path) -> No
     command = [sys.executable, "-m", "refimpl", "count", "a/config.json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == 'refimpl: a/config.json: rope_scaling\'s type must be yarn, got "linear"\n'
+    assert (
+        done.stderr == 'refimpl: a/config.json: rope_scaling\'s type must be yarn, got "linear"\n'
+    )

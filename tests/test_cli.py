@@ -1,4 +1,5 @@
-"""The command line as a user meets it: output, exit codes, and one clear line for what could not run."""
+"""The command line as a user meets it: output, exit codes, and one clear line for what could not
+run."""
 
 from __future__ import annotations
 
@@ -17,12 +18,17 @@ from refimpl.errors import CouldNotRun
 from refimpl.ops import Op
 from refimpl.text import load_text
 
-SAMPLE = "It was a bright cold day in November, and all the gradients were striking thirteen digits. " * 3
+SAMPLE = (
+    "It was a bright cold day in November, and all the gradients were striking thirteen digits. "
+    * 3
+)
 
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """``refimpl ARGUMENTS`` in a process of its own."""
-    return subprocess.run([sys.executable, "-m", "refimpl", *arguments], capture_output=True, text=True, cwd=cwd)
+    return subprocess.run(
+        [sys.executable, "-m", "refimpl", *arguments], capture_output=True, text=True, cwd=cwd
+    )
 
 
 def test_verify_some_ops() -> None:
@@ -41,16 +47,30 @@ def test_verify_with_everything(tmp_path: Path) -> None:
     text, out = tmp_path / "sample.txt", tmp_path / "result.json"
     text.write_text(SAMPLE)
     done = run(
-        "verify", "attention", "--text", str(text), "--digits", "50", "--implementation", "flash", "--seed", "7",
-        "--examples", "1", "--json", str(out),
-    )  # fmt: skip
+        "verify",
+        "attention",
+        "--text",
+        str(text),
+        "--digits",
+        "50",
+        "--implementation",
+        "flash",
+        "--seed",
+        "7",
+        "--examples",
+        "1",
+        "--json",
+        str(out),
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     assert result["ok"] is True
     assert result["settings"]["implementation"] == "flash"
     assert result["text"]["name"] == str(text)
     assert [t["tensor"] for t in result["tensors"]] == ["q", "k", "v"]
-    assert all(t["digits"] >= 40 and t["difference"] <= 1e-8 and t["noise"] <= 1 for t in result["tensors"])
+    assert all(
+        t["digits"] >= 40 and t["difference"] <= 1e-8 and t["noise"] <= 1 for t in result["tensors"]
+    )
     assert list(tmp_path.iterdir()) in ([text, out], [out, text])  # no temporary file is left
 
 
@@ -61,9 +81,11 @@ def test_narrow_terminal_cuts_no_number() -> None:
 
     main, terminal = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "refimpl", "verify", "rope", "model_grpo"], stdout=terminal, stderr=subprocess.DEVNULL,
+        [sys.executable, "-m", "refimpl", "verify", "rope", "model_grpo"],
+        stdout=terminal,
+        stderr=subprocess.DEVNULL,
         env={**os.environ, "COLUMNS": "80", "TERM": "xterm"},
-    )  # fmt: skip
+    )
     os.close(terminal)
     shown = b""
     while True:
@@ -87,7 +109,9 @@ def test_float32() -> None:
 
 
 def test_the_same_seed_gives_the_same_table() -> None:
-    first, second = (run("verify", "router", "--examples", "1").stdout.splitlines()[:-1] for _ in range(2))
+    first, second = (
+        run("verify", "router", "--examples", "1").stdout.splitlines()[:-1] for _ in range(2)
+    )
     assert first == second
 
 
@@ -95,22 +119,35 @@ def test_the_same_seed_gives_the_same_table() -> None:
     ("arguments", "message"),
     [
         (["verify", "rmsnorm"], "unknown op rmsnorm; there are linear, embedding, "),
-        (["verify", "--text", "missing.txt"], "--text missing.txt can't be read: No such file or directory"),
+        (
+            ["verify", "--text", "missing.txt"],
+            "--text missing.txt can't be read: No such file or directory",
+        ),
         (["verify", "--text", "empty.txt"], "--text empty.txt must hold at least 64 bytes, got 0"),
         (["verify", "--text", "."], "--text . can't be read: Is a directory"),
         (["verify", "--backend", "tpu"], "--backend must be one of numpy, cupy, got tpu"),
         (
             ["verify", "--implementation", "magic"],
-            "--implementation must be one of reference, flash, absorbed, cuda, numba_cuda, got magic",
+            "--implementation must be one of reference, flash, absorbed, cuda, numba_cuda, "
+            "got magic",
         ),
-        (["verify", "--convention", "mine"], "--convention must be one of official, paper, hf, got mine"),
-        (["verify", "--dtype", "bfloat16"], "--dtype must be one of float64, float32, got bfloat16"),
+        (
+            ["verify", "--convention", "mine"],
+            "--convention must be one of official, paper, hf, got mine",
+        ),
+        (
+            ["verify", "--dtype", "bfloat16"],
+            "--dtype must be one of float64, float32, got bfloat16",
+        ),
         (["verify", "--examples", "0"], "--examples and --model-examples must be at least 1"),
         (["verify", "--digits", "5"], "--digits must lie in 20…1000, got 5"),
         (["verify", "linear", "--json", "no/such/file"], "--json no/such/file can't be written"),
         (["verify", "linear", "--json", "."], "--json . can't be written"),
         (["verify", "--seed", "-1"], "--seed must be at least 0, got -1"),
-        (["verify", "embedding", "--text", "dull.txt"], "dull.txt must hold at least 16 different bytes, got 1"),
+        (
+            ["verify", "embedding", "--text", "dull.txt"],
+            "dull.txt must hold at least 16 different bytes, got 1",
+        ),
         (["grade", "rms_norm", "missing.py"], "missing.py is not a file"),
         (["grade", "rms_norm", "empty.txt"], "empty.txt must be a Python file (.py)"),
         (["grade", "nothing", "mine.py"], "unknown op nothing; there are linear"),
@@ -137,7 +174,8 @@ def test_could_not_run(arguments: list[str], message: str, tmp_path: Path) -> No
 
 
 def test_no_gpu() -> None:
-    """Without CuPy or a device, asking for it is one clear line; with both, this is the place to see it hold."""
+    """Without CuPy or a device, asking for it is one clear line; with both, this is the place to
+    see it hold."""
     done = run("verify", "linear", "--backend", "cupy", "--examples", "1")
     if done.returncode == 0:
         pytest.skip("a GPU is here: make gpu checks it")
@@ -149,7 +187,8 @@ RIGHT = """
 def rms_norm_backward(dy, saved):
     x, w, r = saved
     n, dn = x * r, dy * w
-    return r * (dn - n * (dn * n).mean(axis=-1, keepdims=True)), (dy * n).reshape(-1, x.shape[-1]).sum(axis=0)
+    dx = r * (dn - n * (dn * n).mean(axis=-1, keepdims=True))
+    return dx, (dy * n).reshape(-1, x.shape[-1]).sum(axis=0)
 """
 
 
@@ -174,7 +213,9 @@ def test_grade(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_broken_op_fails_and_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_op_fails_and_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As if somebody had edited the file: exit code 1, and the tensor in words."""
     from typer.testing import CliRunner
 
@@ -225,8 +266,11 @@ def test_output_that_cannot_be_written() -> None:
 
 def test_terminal_without_greek() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "refimpl", "conventions", "18"], env=os.environ | {"PYTHONIOENCODING": "ascii"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "refimpl", "conventions", "18"],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert "ln(?_ref/?)" in done.stdout or "KL(?_ref??)" in done.stdout

@@ -1,4 +1,5 @@
-"""The presets' numbers, against published counts; conventions and configs that make no sense are refused."""
+"""The presets' numbers, against published counts; conventions and configs that make no sense are
+refused."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ from refimpl.model import is_buffer, parameter_shapes
 def count(name: str, part: str = "") -> int:
     """Parameters of a preset's main model (buffers left out) whose names contain ``part``."""
     config = preset(name)
-    modules = tuple(f"model.layers.{layer}." for layer in range(config.layers, config.layers + config.mtp_depth))
+    modules = tuple(
+        f"model.layers.{layer}." for layer in range(config.layers, config.layers + config.mtp_depth)
+    )
     return sum(
         prod(shape)
         for tensor, shape in parameter_shapes(config).items()
@@ -24,23 +27,33 @@ def count(name: str, part: str = "") -> int:
 
 
 def test_v3_has_the_published_size() -> None:
-    """671,026,404,352 parameters, and 256 biases in each of 58 layers (DeepSeek-V3, 2412.19437, section 4.2: 671B)."""
+    """671,026,404,352 parameters, and 256 biases in each of 58 layers (DeepSeek-V3, 2412.19437,
+    section 4.2: 671B)."""
     assert count("v3") == 671_026_404_352
     assert count("v3", "layers.0.self_attn") == 187_107_328
     assert count("v3", "layers.0.mlp") == 396_361_728
     assert count("v3", "layers.3.mlp") == 11_320_164_352
     assert count("v3", "embed_tokens") == count("v3", "lm_head") == 926_679_040
     shapes = parameter_shapes(preset("v3"))
-    biases = [prod(shape) for name, shape in shapes.items() if is_buffer(name) and ".61." not in name]
+    biases = [
+        prod(shape) for name, shape in shapes.items() if is_buffer(name) and ".61." not in name
+    ]
     assert sum(biases) == 14_848
 
 
 def test_mtp_module_of_v3() -> None:
-    """11.610B parameters of its own, 11.507B without the projection: the "11.5B" of the weights' README."""
+    """11.610B parameters of its own, 11.507B without the projection: the "11.5B" of the weights'
+    README."""
     shapes = parameter_shapes(preset("v3"))
-    module = {name: prod(shape) for name, shape in shapes.items() if ".layers.61." in name and not is_buffer(name)}
+    module = {
+        name: prod(shape)
+        for name, shape in shapes.items()
+        if ".layers.61." in name and not is_buffer(name)
+    }
     assert round(sum(module.values()) / 1e9, 3) == 11.610
-    assert round((sum(module.values()) - module["model.layers.61.eh_proj.weight"]) / 1e9, 3) == 11.507
+    assert (
+        round((sum(module.values()) - module["model.layers.61.eh_proj.weight"]) / 1e9, 3) == 11.507
+    )
 
 
 def test_the_smaller_presets() -> None:
@@ -57,7 +70,10 @@ def test_cache_of_v3() -> None:
 def test_tiny_is_odd_everywhere() -> None:
     """Widths that could be mistaken for one another differ, and no constant is neutral."""
     c = preset("tiny")
-    assert len({c.width, c.q_latent, c.kv_latent, c.nope, c.rope, c.value, c.heads, c.dense_hidden}) == 8
+    assert (
+        len({c.width, c.q_latent, c.kv_latent, c.nope, c.rope, c.value, c.heads, c.dense_hidden})
+        == 8
+    )
     assert c.mtp_depth == 2
     assert 1 < c.keep_groups < c.groups
     assert c.active_yarn is not None
@@ -85,7 +101,9 @@ def test_bad_configs(change: dict[str, Any], message: str) -> None:
         replace(preset("tiny"), **change)
 
 
-@pytest.mark.parametrize("field", [f.name for f in fields(Conventions) if isinstance(f.default, str)])
+@pytest.mark.parametrize(
+    "field", [f.name for f in fields(Conventions) if isinstance(f.default, str)]
+)
 def test_bad_conventions(field: str) -> None:
     with pytest.raises(ValueError, match=f"{field} must be one of .* got 'other'"):
         Conventions(**{field: "other"})
@@ -97,23 +115,29 @@ def test_records_are_frozen() -> None:
 
 
 def test_unknown_preset() -> None:
-    with pytest.raises(ValueError, match="preset must be one of tiny, v3, v2, v2-lite, moonlight-16b, got 'v4'"):
+    with pytest.raises(
+        ValueError, match="preset must be one of tiny, v3, v2, v2-lite, moonlight-16b, got 'v4'"
+    ):
         preset("v4")
 
 
 def test_yarn_when() -> None:
-    """A model trained no further than the original context uses YaRN only under Hugging Face's convention."""
+    """A model trained no further than the original context uses YaRN only under Hugging Face's
+    convention."""
     short = replace(preset("v3"), max_positions=4096)
     assert short.active_yarn is None
     assert replace(short, conventions=CONVENTIONS["hf"]).active_yarn == PRESETS["v3"].yarn
 
 
 def test_yarn_factor() -> None:
-    """Hugging Face takes the ratio of the two mscales only if neither is 0; released models have a ratio of 1."""
+    """Hugging Face takes the ratio of the two mscales only if neither is 0; released models have a
+    ratio of 1."""
     hf, official = CONVENTIONS["hf"], CONVENTIONS["official"]
 
     def factor(mscale: float, mscale_all_dim: float, conventions: Conventions) -> float:
-        yarn = Yarn(factor=e**10, mscale=mscale, mscale_all_dim=mscale_all_dim)  # ln of the factor is 10
+        yarn = Yarn(
+            factor=e**10, mscale=mscale, mscale_all_dim=mscale_all_dim
+        )  # ln of the factor is 10
         return replace(preset("v3"), yarn=yarn, conventions=conventions).rope_factor
 
     assert [factor(1, 1, c) for c in (official, hf)] == [1, 1]
@@ -124,11 +148,19 @@ def test_yarn_factor() -> None:
 
 
 def test_weight_rule() -> None:
-    """What norm_topk_prob does to a softmax gate differs; to a sigmoid gate it does the same everywhere."""
-    for rule, wanted in {"scaled": (True, 16.0), "unscaled": (True, 1.0), "ignored": (False, 16.0)}.items():
+    """What norm_topk_prob does to a softmax gate differs; to a sigmoid gate it does the same
+    everywhere."""
+    for rule, wanted in {
+        "scaled": (True, 16.0),
+        "unscaled": (True, 1.0),
+        "ignored": (False, 16.0),
+    }.items():
         conventions = Conventions(softmax_normalise=rule)
         assert replace(preset("v2"), conventions=conventions).weight_rule == (False, 16.0)
-        assert replace(preset("v2"), conventions=conventions, normalise_weights=True).weight_rule == wanted
+        assert (
+            replace(preset("v2"), conventions=conventions, normalise_weights=True).weight_rule
+            == wanted
+        )
         assert replace(preset("v3"), conventions=conventions).weight_rule == (True, 2.5)
 
 

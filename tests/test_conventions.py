@@ -1,4 +1,5 @@
-"""One test a trap: the two numbers differ, and by what theory says where it says so. And the page is the command's."""
+"""One test a trap: the two numbers differ, and by what theory says where it says so. And the page
+is the command's."""
 
 from __future__ import annotations
 
@@ -22,7 +23,10 @@ ROOT = Path(__file__).parents[1]
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "refimpl", "conventions", *arguments], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "refimpl", "conventions", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -42,7 +46,8 @@ def test_trap_02() -> None:
 
 
 def test_trap_03() -> None:
-    """One sum over 2 × 18 targets of MTP module 1, divided by 2 × 20 positions, 36 targets or 38 main targets."""
+    """One sum over 2 × 18 targets of MTP module 1, divided by 2 × 20 positions, 36 targets or 38
+    main targets."""
     numbers = ex.mtp_normaliser()
     all_differ(numbers)
     sums = [numbers["positions"] * 40, numbers["valid"] * 36, numbers["main"] * 38]
@@ -73,7 +78,9 @@ def test_trap_07() -> None:
 
 def test_trap_08() -> None:
     numbers = ex.mscale()
-    np.testing.assert_allclose(numbers["mscale_all_dim 1"], 192**-0.5 * (0.1 * log(40) + 1) ** 2, rtol=1e-15)
+    np.testing.assert_allclose(
+        numbers["mscale_all_dim 1"], 192**-0.5 * (0.1 * log(40) + 1) ** 2, rtol=1e-15
+    )
     np.testing.assert_allclose(numbers["mscale_all_dim 0"], 192**-0.5, rtol=1e-15)
     all_differ(numbers)
     all_differ(ex.mscale_default(), 5e-4)
@@ -99,7 +106,9 @@ def test_trap_11() -> None:
 
 def test_bfloat16_rounds_to_even() -> None:
     x = np.array([1, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -3.140625, 0], np.float32)
-    np.testing.assert_array_equal(ex.bfloat16(x), np.array([1, 1, 1 + 2**-6, 1 + 2**-7, -3.140625, 0], np.float32))
+    np.testing.assert_array_equal(
+        ex.bfloat16(x), np.array([1, 1, 1 + 2**-6, 1 + 2**-7, -3.140625, 0], np.float32)
+    )
 
 
 def test_trap_12() -> None:
@@ -157,7 +166,9 @@ def test_trap_21() -> None:
     """A latent of mean square m is normed to √(m / (m + eps))."""
     numbers = ex.latent_eps()
     square = np.mean((0.006 * np.random.default_rng(0).normal(size=(1, 512))) ** 2)
-    np.testing.assert_allclose(list(numbers.values()), np.sqrt(square / (square + np.array([1e-5, 1e-6]))), rtol=1e-14)
+    np.testing.assert_allclose(
+        list(numbers.values()), np.sqrt(square / (square + np.array([1e-5, 1e-6]))), rtol=1e-14
+    )
 
 
 def test_trap_22() -> None:
@@ -207,7 +218,10 @@ def test_command(tmp_path: Path) -> None:
             assert measure in done.stdout
     rows = json.loads(file.read_text())["traps"]
     assert [row["number"] for row in rows] == list(range(1, 23))
-    assert rows[17]["measured"]["pull on a token that the reference finds e³ times likelier"]["k3"] > 19
+    assert (
+        rows[17]["measured"]["pull on a token that the reference finds e³ times likelier"]["k3"]
+        > 19
+    )
     assert max(map(len, done.stdout.splitlines())) <= 118
     for name in WHO:
         assert name in done.stdout
@@ -216,7 +230,9 @@ def test_command(tmp_path: Path) -> None:
     assert "17." not in one
 
 
-@pytest.mark.parametrize("arguments", [["0"], ["23"], ["3", "--markdown"], ["--json", "/nowhere/file.json"]])
+@pytest.mark.parametrize(
+    "arguments", [["0"], ["23"], ["3", "--markdown"], ["--json", "/nowhere/file.json"]]
+)
 def test_errors(arguments: list[str]) -> None:
     done = run(*arguments)
     assert done.returncode == 2

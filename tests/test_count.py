@@ -1,4 +1,5 @@
-"""The published figures come out, the arithmetic shown is the arithmetic done, and the FLOPs are those that run."""
+"""The published figures come out, the arithmetic shown is the arithmetic done, and the FLOPs are
+those that run."""
 
 from __future__ import annotations
 
@@ -22,28 +23,71 @@ from refimpl.model import backward, forward, init_parameters, is_buffer, paramet
 from refimpl.ops import IMPLEMENTATIONS
 
 V3_JSON = {
-    "model_type": "deepseek_v3", "vocab_size": 129280, "hidden_size": 7168, "num_hidden_layers": 61,
-    "first_k_dense_replace": 3, "num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536,
-    "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
-    "intermediate_size": 18432, "moe_intermediate_size": 2048, "n_routed_experts": 256, "n_shared_experts": 1,
-    "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "topk_method": "noaux_tc", "scoring_func": "sigmoid",
-    "norm_topk_prob": True, "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1, "rms_norm_eps": 1e-6,
-    "rope_theta": 10000, "max_position_embeddings": 163840, "hidden_act": "silu", "attention_bias": False,
-    "tie_word_embeddings": False, "moe_layer_freq": 1,
+    "model_type": "deepseek_v3",
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "num_hidden_layers": 61,
+    "first_k_dense_replace": 3,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "num_nextn_predict_layers": 1,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000,
+    "max_position_embeddings": 163840,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "moe_layer_freq": 1,
     "rope_scaling": {
-        "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,
-        "mscale": 1.0, "mscale_all_dim": 1.0,
+        "type": "yarn",
+        "factor": 40,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
     },
-}  # fmt: skip
+}
 V2_LITE_JSON = V3_JSON | {
-    "model_type": "deepseek_v2", "vocab_size": 102400, "hidden_size": 2048, "num_hidden_layers": 27,
-    "first_k_dense_replace": 1, "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": None,
-    "intermediate_size": 10944, "moe_intermediate_size": 1408, "n_routed_experts": 64, "n_shared_experts": 2,
+    "model_type": "deepseek_v2",
+    "vocab_size": 102400,
+    "hidden_size": 2048,
+    "num_hidden_layers": 27,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
     "num_experts_per_tok": 6,
-    "n_group": 1, "topk_group": 1, "topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False,
-    "routed_scaling_factor": 1.0, "num_nextn_predict_layers": 0, "aux_loss_alpha": 0.001,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "greedy",
+    "scoring_func": "softmax",
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+    "num_nextn_predict_layers": 0,
+    "aux_loss_alpha": 0.001,
     "rope_scaling": V3_JSON["rope_scaling"] | {"mscale": 0.707, "mscale_all_dim": 0.707},  # type: ignore[operator]
-}  # fmt: skip
+}
 
 
 def section(model: str | ModelConfig, title: str, length: int = 4096) -> Section:
@@ -60,12 +104,24 @@ def figure(model: str | ModelConfig, title: str, line: str, length: int = 4096) 
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "refimpl", "count", *arguments], capture_output=True, text=True, cwd=cwd
+        [sys.executable, "-m", "refimpl", "count", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
     )
 
 
-ATTENTION, FFN, MAIN = "Parameters of one attention", "Parameters of one feed", "Parameters of the main"
-MTP, ACTIVE, CACHE, CLAIM = "Parameters of multi", "Active", "KV cache of a token", 'KV cache: the "93.3 %"'
+ATTENTION, FFN, MAIN = (
+    "Parameters of one attention",
+    "Parameters of one feed",
+    "Parameters of the main",
+)
+MTP, ACTIVE, CACHE, CLAIM = (
+    "Parameters of multi",
+    "Active",
+    "KV cache of a token",
+    'KV cache: the "93.3 %"',
+)
 FORWARD, BACKWARD, TRAINING = "Forward", "Backward", "Training"
 
 
@@ -121,7 +177,12 @@ def test_exact_figures(model: str, title: str, line: str, value: int) -> None:
         ("moonlight-16b", MAIN, "main model", "15.960B"),
         ("moonlight-16b", MAIN, "… without embedding and head", "15.29B"),  # Moonlight's own table
         ("moonlight-16b", ACTIVE, "layers", "2.24B"),
-        ("v3", BACKWARD, "apart: both, main, no recomputation", "250B"),  # GFLOPs a token, 2505.09343 table 2
+        (
+            "v3",
+            BACKWARD,
+            "apart: both, main, no recomputation",
+            "250B",
+        ),  # GFLOPs a token, 2505.09343 table 2
         ("v2", BACKWARD, "apart: both, main, no recomputation", "155B"),
     ],
 )
@@ -132,17 +193,26 @@ def test_rounded_figures(model: str, title: str, line: str, printed: str) -> Non
 
 
 def test_cache_savings() -> None:
-    """98.24 % against MHA; 93.34 % of V2 at 6 bits against 67B at 16, of which 82.2 % (V3: 81.9 %) are MLA's."""
+    """98.24 % against MHA; 93.34 % of V2 at 6 bits against 67B at 16, of which 82.2 % (V3: 81.9 %)
+    are MLA's."""
     assert round(figure("v3", CACHE, "saved against MHA"), 2) == 98.24
     lines = section("v3", CLAIM).lines
-    saved = {lines[i - 1].name: round(line.value, 2) for i, line in enumerate(lines) if line.name == "saved"}
+    saved = {
+        lines[i - 1].name: round(line.value, 2)
+        for i, line in enumerate(lines)
+        if line.name == "saved"
+    }
     assert saved == {"V2: MLA, 6 bits": 93.34, "V2: MLA, 16 bits": 82.24, "V3: MLA, 16 bits": 81.94}
     assert [line.name for line in section("v2", CLAIM).lines if line.name.startswith("V3")] == []
 
 
 def test_training_figures() -> None:
-    assert round(figure("v3", TRAINING, "days for them on 2,048 H800s"), 1) == 3.7  # the V3 report's
-    assert round(figure("v2", TRAINING, "hours saved against DeepSeek-67B"), 1) == 42.5  # the V2 report's
+    assert (
+        round(figure("v3", TRAINING, "days for them on 2,048 H800s"), 1) == 3.7
+    )  # the V3 report's
+    assert (
+        round(figure("v2", TRAINING, "hours saved against DeepSeek-67B"), 1) == 42.5
+    )  # the V2 report's
     rate = figure("v3", TRAINING, "implied: rate of a GPU")
     assert rate == pytest.approx(250.457382912e9 * 14.8e12 / (2_664_000 * 3600) / 1e12)
     assert figure("v3", TRAINING, "implied: of its dense BF16 peak") == pytest.approx(rate / 9.894)
@@ -154,20 +224,34 @@ def test_training_figures() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_totals_are_those_of_the_tensors(name: str) -> None:
     """The lines add up to what `parameter_shapes` holds, whatever the model has or lacks."""
-    cases = [preset(name), replace(preset(name), dense_layers=0), replace(preset(name), mtp_depth=0, shared_experts=0)]
+    cases = [
+        preset(name),
+        replace(preset(name), dense_layers=0),
+        replace(preset(name), mtp_depth=0, shared_experts=0),
+    ]
     for config in [*cases, replace(preset(name), dense_layers=preset(name).layers)]:
         sizes = {key: prod(shape) for key, shape in parameter_shapes(config).items()}
         modules = tuple(f"model.layers.{config.layers + k}." for k in range(config.mtp_depth))
-        unique = sum(n for key, n in sizes.items() if modules and key.startswith(modules) and not is_buffer(key))
+        unique = sum(
+            n
+            for key, n in sizes.items()
+            if modules and key.startswith(modules) and not is_buffer(key)
+        )
         total = sum(n for key, n in sizes.items() if not is_buffer(key)) - unique
         assert figure(config, MAIN, "main model") == total
-        routed = sum(n for key, n in sizes.items() if ".experts." in key and not key.startswith(modules or "none"))
+        routed = sum(
+            n
+            for key, n in sizes.items()
+            if ".experts." in key and not key.startswith(modules or "none")
+        )
         active = figure(config, ACTIVE, "… + head + embedding")
         assert active == total - routed + routed * config.top_k // config.experts
         if modules:
             assert figure(config, MTP, "unique to MTP") == unique
             copies = 2 * config.mtp_depth * sizes["lm_head.weight"]
-            assert figure(config, MTP, "whole file: main, MTP, biases") == sum(sizes.values()) + copies
+            assert (
+                figure(config, MTP, "whole file: main, MTP, biases") == sum(sizes.values()) + copies
+            )
 
 
 def evaluated(arithmetic: str) -> float:
@@ -179,7 +263,8 @@ def evaluated(arithmetic: str) -> float:
 @pytest.mark.parametrize("length", [3, 4096])
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_arithmetic_shown_is_the_arithmetic_done(name: str, length: int) -> None:
-    """Every line's arithmetic, evaluated from its text, gives its value; every sum is that of the lines above."""
+    """Every line's arithmetic, evaluated from its text, gives its value; every sum is that of the
+    lines above."""
     for table in count(preset(name), length=length):
         for i, line in enumerate(table.lines):
             if above := re.fullmatch(r"sum of the (\d+) above", line.arithmetic):
@@ -191,10 +276,15 @@ def test_the_arithmetic_shown_is_the_arithmetic_done(name: str, length: int) -> 
 def test_figures_put_parentheses_where_they_must() -> None:
     two = Figure(2)
     cases = {
-        (two * 3 + 1) * 7168: "(2 × 3 + 1) × 7,168", two - (two + 3): "2 − (2 + 3)", two / (two * 5): "2 / (2 × 5)",
-        two * (two - 1) / 4: "2 × (2 − 1) / 4", (two + 1) / 2: "(2 + 1) / 2", two - two * 3: "2 − 2 × 3",
-        two * (two / 4): "2 × 2 / 4", two * 0.5: "2 × 0.5",
-    }  # fmt: skip
+        (two * 3 + 1) * 7168: "(2 × 3 + 1) × 7,168",
+        two - (two + 3): "2 − (2 + 3)",
+        two / (two * 5): "2 / (2 × 5)",
+        two * (two - 1) / 4: "2 × (2 − 1) / 4",
+        (two + 1) / 2: "(2 + 1) / 2",
+        two - two * 3: "2 − 2 × 3",
+        two * (two / 4): "2 × 2 / 4",
+        two * 0.5: "2 × 0.5",
+    }
     for shown, text in cases.items():
         assert shown.text == text
         assert evaluated(text) == shown.value
@@ -204,19 +294,28 @@ def test_figures_put_parentheses_where_they_must() -> None:
 
 def test_lines_as_text() -> None:
     assert (Line("", "", 671_026_404_352, "").text, Line("", "", 671_026_404_352, "").short) == (
-        "671,026,404,352", "671.026B",
-    )  # fmt: skip
-    assert (Line("", "", 5_576_000, "$").text, Line("", "", 5_576_000, "$").short) == ("$5,576,000", "$5.576M")
-    assert (Line("", "", 98.2421875, "%").text, Line("", "", 98.2421875, "%").short) == ("98.24 %", "")
-    assert (Line("", "", 83_485_794_304, "FLOP").text, Line("", "", 83_485_794_304, "FLOP").short) == (
-        "83,485,794,304 FLOP", "83.486G",
-    )  # fmt: skip
+        "671,026,404,352",
+        "671.026B",
+    )
+    assert (Line("", "", 5_576_000, "$").text, Line("", "", 5_576_000, "$").short) == (
+        "$5,576,000",
+        "$5.576M",
+    )
+    assert (Line("", "", 98.2421875, "%").text, Line("", "", 98.2421875, "%").short) == (
+        "98.24 %",
+        "",
+    )
+    assert (
+        Line("", "", 83_485_794_304, "FLOP").text,
+        Line("", "", 83_485_794_304, "FLOP").short,
+    ) == ("83,485,794,304 FLOP", "83.486G")
     assert Line("", "", 37 * 10**23, "FLOP").text == "3.7000e+24 FLOP"
 
 
 @pytest.fixture
 def multiplied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """FLOPs of every ``numpy.matmul`` from now on: 2 for each entry of the result and summed index."""
+    """FLOPs of every ``numpy.matmul`` from now on: 2 for each entry of the result and summed
+    index."""
     flops: list[int] = []
     matmul = np.matmul
 
@@ -230,15 +329,19 @@ def multiplied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("implementation", ["reference", "flash", "absorbed"])
-@pytest.mark.parametrize("change", [{}, {"mtp_depth": 0}, {"q_latent": None, "shared_experts": 0, "dense_layers": 0}])
+@pytest.mark.parametrize(
+    "change", [{}, {"mtp_depth": 0}, {"q_latent": None, "shared_experts": 0, "dense_layers": 0}]
+)
 @pytest.mark.parametrize("length", [5, 13])
 def test_flops_are_those_that_run(
     length: int, change: dict[str, Any], implementation: str, multiplied: list[int]
 ) -> None:
-    """The tiny model's matrix products, forward and backward, against the count: exactly, per sequence.
+    """The tiny model's matrix products, forward and backward, against the count: exactly, per
+    sequence.
 
-    The code multiplies hidden pairs too (and masks them), so those are added here, by counting them one by one. Its
-    fused head multiplies once more in the backward; attention does so only where it keeps no probabilities.
+    The code multiplies hidden pairs too (and masks them), so those are added here, by counting them
+    one by one. Its fused head multiplies once more in the backward; attention does so only where it
+    keeps no probabilities.
     """
     c = replace(preset("tiny"), **change)
     absorbed, flash = implementation == "absorbed", implementation == "flash"
@@ -261,7 +364,9 @@ def test_flops_are_those_that_run(
 
     multiplied.clear()
     backward(saved)
-    head = 2 * c.width * c.vocabulary * (length + sum(length - k for k in range(1, c.mtp_depth + 1)))
+    head = (
+        2 * c.width * c.vocabulary * (length + sum(length - k for k in range(1, c.mtp_depth + 1)))
+    )
     if flash:
         counted = length * figure(c, BACKWARD, total, length)
         hidden_work = 2 * c.heads * hidden * (2 * once + again)
@@ -304,15 +409,22 @@ def test_config_json(content: dict[str, Any], name: str, tmp_path: Path) -> None
     """The released files give the presets, and so the same tables."""
     config = load_config(str(written(tmp_path / "config.json", content)))
     assert config == preset(name)
-    assert [table.title for table in count(config)] == [table.title for table in count(preset(name))]
+    assert [table.title for table in count(config)] == [
+        table.title for table in count(preset(name))
+    ]
 
 
 def test_config_json_as_transformers_writes_it(tmp_path: Path) -> None:
     """Fields that Hugging Face leaves out or renames; V2's groups; numbers that are null."""
-    content = {key: value for key, value in V3_JSON.items() if key not in ("rope_theta", "rope_scaling")}
+    content = {
+        key: value for key, value in V3_JSON.items() if key not in ("rope_theta", "rope_scaling")
+    }
     for key in ("scoring_func", "topk_method", "norm_topk_prob", "moe_layer_freq"):
         del content[key]
-    content |= {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}, "aux_loss_alpha": None}
+    content |= {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e4},
+        "aux_loss_alpha": None,
+    }
     config = read_config(written(tmp_path / "a.json", content))
     assert config == replace(preset("v3"), theta=5e4, yarn=None)
     yarn = {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 4096}
@@ -320,8 +432,15 @@ def test_config_json_as_transformers_writes_it(tmp_path: Path) -> None:
     assert config.yarn == Yarn(4.0, 4096, 32.0, 1.0, mscale=1.0, mscale_all_dim=0.0)
     groups = {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3}
     config = read_config(written(tmp_path / "c.json", V2_LITE_JSON | groups))
-    assert (config.groups, config.keep_groups, config.group_score, config.gate_bias) == (8, 3, "max", False)
-    config = read_config(written(tmp_path / "d.json", V2_LITE_JSON | {"n_group": None, "topk_group": None}))
+    assert (config.groups, config.keep_groups, config.group_score, config.gate_bias) == (
+        8,
+        3,
+        "max",
+        False,
+    )
+    config = read_config(
+        written(tmp_path / "d.json", V2_LITE_JSON | {"n_group": None, "topk_group": None})
+    )
     assert config == preset("v2-lite")
 
 
@@ -331,42 +450,97 @@ BAD: list[tuple[Any, str]] = [
     ("[" * 100_000, "is not JSON: "),
     ("[]", "the file must be a JSON object, got []"),
     ({}, "model_type must be deepseek_v2 or deepseek_v3, got nothing"),
-    (V3_JSON | {"model_type": "llama"}, 'model_type must be deepseek_v2 or deepseek_v3, got "llama"'),
-    (V3_JSON | {"model_type": ["deepseek_v3"]}, 'model_type must be deepseek_v2 or deepseek_v3, got ["deepseek_v3"]'),
-    ({k: v for k, v in V3_JSON.items() if k != "hidden_size"}, "hidden_size must be an integer in 1…"),
-    ({k: v for k, v in V3_JSON.items() if k != "q_lora_rank"}, "q_lora_rank must be an integer in 1…"),
-    (V3_JSON | {"hidden_size": "7168"}, 'hidden_size must be an integer in 1…1,000,000,000, got "7168"'),
+    (
+        V3_JSON | {"model_type": "llama"},
+        'model_type must be deepseek_v2 or deepseek_v3, got "llama"',
+    ),
+    (
+        V3_JSON | {"model_type": ["deepseek_v3"]},
+        'model_type must be deepseek_v2 or deepseek_v3, got ["deepseek_v3"]',
+    ),
+    (
+        {k: v for k, v in V3_JSON.items() if k != "hidden_size"},
+        "hidden_size must be an integer in 1…",
+    ),
+    (
+        {k: v for k, v in V3_JSON.items() if k != "q_lora_rank"},
+        "q_lora_rank must be an integer in 1…",
+    ),
+    (
+        V3_JSON | {"hidden_size": "7168"},
+        'hidden_size must be an integer in 1…1,000,000,000, got "7168"',
+    ),
     (V3_JSON | {"hidden_size": 0}, "hidden_size must be an integer in 1…1,000,000,000, got 0"),
-    (V3_JSON | {"hidden_size": 7168.0}, "hidden_size must be an integer in 1…1,000,000,000, got 7168.0"),
-    (V3_JSON | {"hidden_size": True}, "hidden_size must be an integer in 1…1,000,000,000, got true"),
-    (V3_JSON | {"num_hidden_layers": 10**6}, "num_hidden_layers must be an integer in 1…10,000, got 1000000"),
-    (V3_JSON | {"n_routed_experts": None}, "n_routed_experts must be an integer in 1…1,000,000,000, got nothing"),
-    (V3_JSON | {"num_nextn_predict_layers": -1}, "num_nextn_predict_layers must be an integer in 0…10,000, got -1"),
+    (
+        V3_JSON | {"hidden_size": 7168.0},
+        "hidden_size must be an integer in 1…1,000,000,000, got 7168.0",
+    ),
+    (
+        V3_JSON | {"hidden_size": True},
+        "hidden_size must be an integer in 1…1,000,000,000, got true",
+    ),
+    (
+        V3_JSON | {"num_hidden_layers": 10**6},
+        "num_hidden_layers must be an integer in 1…10,000, got 1000000",
+    ),
+    (
+        V3_JSON | {"n_routed_experts": None},
+        "n_routed_experts must be an integer in 1…1,000,000,000, got nothing",
+    ),
+    (
+        V3_JSON | {"num_nextn_predict_layers": -1},
+        "num_nextn_predict_layers must be an integer in 0…10,000, got -1",
+    ),
     (V3_JSON | {"first_k_dense_replace": 62}, "dense_layers must be at most layers=61, got 62"),
     (V3_JSON | {"n_group": 7}, "groups must divide experts=256"),
     (V3_JSON | {"rope_theta": "big"}, 'rope_theta must be a number of at least 0, got "big"'),
     (V3_JSON | {"rms_norm_eps": float("nan")}, "rms_norm_eps must be a finite number, got NaN"),
     (V3_JSON | {"rope_scaling": "yarn"}, 'rope_scaling must be an object or null, got "yarn"'),
-    (V3_JSON | {"rope_scaling": {"type": "linear"}}, "rope_scaling's type must be yarn, got \"linear\""),
-    (V3_JSON | {"rope_scaling": {"type": "yarn", "factor": []}}, "factor must be a number of at least 0, got []"),
+    (
+        V3_JSON | {"rope_scaling": {"type": "linear"}},
+        'rope_scaling\'s type must be yarn, got "linear"',
+    ),
+    (
+        V3_JSON | {"rope_scaling": {"type": "yarn", "factor": []}},
+        "factor must be a number of at least 0, got []",
+    ),
     (
         V3_JSON | {"rope_scaling": {"type": "yarn", "factor": 4}},
         "original_max_position_embeddings must be a number of at least 0, got nothing",
     ),
     (
         V3_JSON | {"rope_scaling": dict(V3_JSON["rope_scaling"]) | {"mscale": None}},
-        "rope_scaling's mscale must be given with mscale_all_dim (DeepSeek's code takes 1 for it, transformers 0), ",
+        "rope_scaling's mscale must be given with mscale_all_dim (DeepSeek's code takes 1 for "
+        "it, transformers 0), ",
     ),
-    (V3_JSON | {"topk_method": "best"}, "topk_method must be one of noaux_tc, group_limited_greedy, greedy, got "),
-    (V3_JSON | {"topk_method": {}}, "topk_method must be one of noaux_tc, group_limited_greedy, greedy, got {}"),
-    (V3_JSON | {"scoring_func": "softmax"}, 'scoring_func must be sigmoid in deepseek_v3, got "softmax"'),
-    (V3_JSON | {"scoring_func": ["tanh"]}, 'scoring_func must be sigmoid in deepseek_v3, got ["tanh"]'),
+    (
+        V3_JSON | {"topk_method": "best"},
+        "topk_method must be one of noaux_tc, group_limited_greedy, greedy, got ",
+    ),
+    (
+        V3_JSON | {"topk_method": {}},
+        "topk_method must be one of noaux_tc, group_limited_greedy, greedy, got {}",
+    ),
+    (
+        V3_JSON | {"scoring_func": "softmax"},
+        'scoring_func must be sigmoid in deepseek_v3, got "softmax"',
+    ),
+    (
+        V3_JSON | {"scoring_func": ["tanh"]},
+        'scoring_func must be sigmoid in deepseek_v3, got ["tanh"]',
+    ),
     *(
         ({k: v for k, v in V3_JSON.items() if k != key}, f"{key} must be ")
         for key in ("routed_scaling_factor", "n_group", "topk_group")
     ),
-    (V2_LITE_JSON | {"routed_scaling_factor": None}, "routed_scaling_factor must be a number of at least 0, got nothi"),
-    (V2_LITE_JSON | {"topk_method": "group_limited_greedy", "n_group": None}, "n_group must be an integer in 1…"),
+    (
+        V2_LITE_JSON | {"routed_scaling_factor": None},
+        "routed_scaling_factor must be a number of at least 0, got nothi",
+    ),
+    (
+        V2_LITE_JSON | {"topk_method": "group_limited_greedy", "n_group": None},
+        "n_group must be an integer in 1…",
+    ),
     (V3_JSON | {"norm_topk_prob": "false"}, 'norm_topk_prob must be true or false, got "false"'),
     (V3_JSON | {"rope_theta": 0}, "rope_theta must be a number of at least 1, got 0"),
     (
@@ -376,7 +550,7 @@ BAD: list[tuple[Any, str]] = [
     (V3_JSON | {"attention_bias": True}, "attention_bias must be false, got true"),
     (V3_JSON | {"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false, got 1"),
     (V3_JSON | {"moe_layer_freq": 2}, "moe_layer_freq must be 1, got 2"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("content", "message"), BAD, ids=[message for _, message in BAD])
@@ -424,10 +598,30 @@ def test_printed_text() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     for wanted in (
-        "187,107,328", "44,040,192", "11,320,164,352", "1,835,008", "396,361,728", "926,679,040", "671,026,404,352",
-        "14,848", "36.63B", "37.55B", "36.7B", "11.610B", "11.507B", "13.46B", "684,489,845,504", "70,272 B",
-        "98.24 %", "93.34 %", "82.24 %", "81.94 %", "2.788M", "$5.576M", "3 × 18,432 × 7,168",
-    ):  # fmt: skip
+        "187,107,328",
+        "44,040,192",
+        "11,320,164,352",
+        "1,835,008",
+        "396,361,728",
+        "926,679,040",
+        "671,026,404,352",
+        "14,848",
+        "36.63B",
+        "37.55B",
+        "36.7B",
+        "11.610B",
+        "11.507B",
+        "13.46B",
+        "684,489,845,504",
+        "70,272 B",
+        "98.24 %",
+        "93.34 %",
+        "82.24 %",
+        "81.94 %",
+        "2.788M",
+        "$5.576M",
+        "3 × 18,432 × 7,168",
+    ):
         assert wanted in done.stdout, wanted
     assert max(map(len, done.stdout.splitlines())) <= 118
     assert run("v3").stdout == done.stdout
@@ -445,13 +639,18 @@ def test_printed_text_of_the_others(model: str, wanted: str) -> None:
 
 
 def test_json(tmp_path: Path) -> None:
-    """The file holds the tables; a config.json is counted like its preset; nothing else is left behind."""
+    """The file holds the tables; a config.json is counted like its preset; nothing else is left
+    behind."""
     written(tmp_path / "config.json", V3_JSON)
     done = run("config.json", "--length", "8192", "--json", "out.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "out.json"]
     result = json.loads((tmp_path / "out.json").read_text())
-    assert (result["model"], result["length"], result["config"]["width"]) == ("config.json", 8192, 7168)
+    assert (result["model"], result["length"], result["config"]["width"]) == (
+        "config.json",
+        8192,
+        7168,
+    )
     tables = count(preset("v3"), length=8192)
     assert [table["title"] for table in result["sections"]] == [table.title for table in tables]
     lines = [line._asdict() for table in tables for line in table.lines]
@@ -459,9 +658,14 @@ def test_json(tmp_path: Path) -> None:
 
 
 def test_tied_head_counts_once(tmp_path: Path) -> None:
-    (file := tmp_path / "config.json").write_text(json.dumps(V3_JSON | {"tie_word_embeddings": True}))
+    (file := tmp_path / "config.json").write_text(
+        json.dumps(V3_JSON | {"tie_word_embeddings": True})
+    )
     config = read_config(file)
-    assert figure(config, "Parameters of the main model", "main model") == 671_026_404_352 - 926_679_040
+    assert (
+        figure(config, "Parameters of the main model", "main model")
+        == 671_026_404_352 - 926_679_040
+    )
     shapes = parameter_shapes(config)
     assert "lm_head.weight" not in shapes
     assert set(parameter_shapes(preset("v3"))) - set(shapes) == {"lm_head.weight"}

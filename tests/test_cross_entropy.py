@@ -22,7 +22,9 @@ def inputs() -> tuple[np.ndarray, np.ndarray]:
     return 3 * rng.normal(size=(B, T, W)), rng.integers(0, W, (B, T))
 
 
-def loss_and_gradient(logits: np.ndarray, dloss: float = 1.3, **kwargs: Any) -> tuple[Any, np.ndarray]:
+def loss_and_gradient(
+    logits: np.ndarray, dloss: float = 1.3, **kwargs: Any
+) -> tuple[Any, np.ndarray]:
     loss, saved = cross_entropy_forward(logits, **kwargs)
     return loss, cross_entropy_backward(logits.dtype.type(dloss), saved)
 
@@ -32,7 +34,8 @@ def test_protocol() -> None:
 
 
 def test_value_by_hand() -> None:
-    """Probabilities 1/6, 2/6, 3/6 and 1/3 each: the mean of ln 6 − ln 3 and ln 3; p − onehot over the two tokens."""
+    """Probabilities 1/6, 2/6, 3/6 and 1/3 each: the mean of ln 6 − ln 3 and ln 3; p − onehot over
+    the two tokens."""
     logits = np.array([[[0.0, math.log(2), math.log(3)], [5.0, 5.0, 5.0]]])
     loss, d = loss_and_gradient(logits, dloss=12.0, targets=np.array([[2, 0]]))
     np.testing.assert_allclose(loss, (math.log(2) + math.log(3)) / 2, rtol=8 * EPS)
@@ -51,14 +54,17 @@ def test_constant_added_to_a_row_changes_nothing() -> None:
     logits, targets = inputs()
     logits = np.round(8 * logits) / 8
     loss, d = loss_and_gradient(logits, targets=targets)
-    moved_loss, moved = loss_and_gradient(logits + np.array([64.0, -1024, 4096])[:, None], targets=targets)
+    moved_loss, moved = loss_and_gradient(
+        logits + np.array([64.0, -1024, 4096])[:, None], targets=targets
+    )
     assert moved_loss == loss
     np.testing.assert_array_equal(moved, d)
 
 
 @pytest.mark.parametrize("ignored", [-100, -1, W, 2**40])
 def test_masked_tokens(ignored: int) -> None:
-    """Their targets may be anything; the loss is the mean of the others; their gradient is exactly 0."""
+    """Their targets may be anything; the loss is the mean of the others; their gradient is exactly
+    0."""
     logits, targets = inputs()
     loss, d = loss_and_gradient(logits, targets=np.where(MASK, targets, ignored), mask=MASK)
     kept_loss, kept = loss_and_gradient(logits[MASK][None], targets=targets[MASK][None])
@@ -69,7 +75,9 @@ def test_masked_tokens(ignored: int) -> None:
 
 def test_all_masked() -> None:
     logits, targets = inputs()
-    loss, d = loss_and_gradient(logits, targets=np.full_like(targets, -100), mask=np.zeros((B, T), bool))
+    loss, d = loss_and_gradient(
+        logits, targets=np.full_like(targets, -100), mask=np.zeros((B, T), bool)
+    )
     assert loss == 0
     assert np.all(d == 0)
 
@@ -95,13 +103,17 @@ def test_weights_and_normaliser() -> None:
     for normaliser, divisor in ((None, 3.75), (4.0, 4.0)):
         loss, d = loss_and_gradient(logits, targets=targets, mask=weights, normaliser=normaliser)
         np.testing.assert_allclose(loss, total / divisor, rtol=8 * EPS)
-        wanted = np.reshape([w * row for w, (_, row) in zip(weights.flat, each, strict=True)], (B, T, W)) / divisor
+        wanted = (
+            np.reshape([w * row for w, (_, row) in zip(weights.flat, each, strict=True)], (B, T, W))
+            / divisor
+        )
         np.testing.assert_allclose(d, wanted, rtol=8 * EPS)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_huge_logits(dtype: type) -> None:
-    """A confident hit costs exactly nothing, a confident miss the distance; no overflow (warnings are errors)."""
+    """A confident hit costs exactly nothing, a confident miss the distance; no overflow (warnings
+    are errors)."""
     logits = np.array([[[1e4, -1e4, 0.0], [1e4, -1e4, 0.0]]], dtype=dtype)
     loss, d = loss_and_gradient(logits, dloss=2.0, targets=np.array([[0, 1]]))
     assert loss == 1e4
@@ -111,14 +123,38 @@ def test_huge_logits(dtype: type) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"targets": np.zeros(T, int)}, ValueError, r"targets must have shape \(…\)=\(2, 3\), got \(3,\)"),
-        ({"targets": np.zeros((B, 1), int)}, ValueError, r"targets must have shape \(…\)=\(2, 3\), got \(2, 1\)"),
+        (
+            {"targets": np.zeros(T, int)},
+            ValueError,
+            r"targets must have shape \(…\)=\(2, 3\), got \(3,\)",
+        ),
+        (
+            {"targets": np.zeros((B, 1), int)},
+            ValueError,
+            r"targets must have shape \(…\)=\(2, 3\), got \(2, 1\)",
+        ),
         ({"targets": np.full((B, T), W)}, ValueError, "targets must lie in 0…6, got 7…7"),
         ({"targets": np.full((B, T), -100)}, ValueError, "targets must lie in 0…6, got -100…-100"),
-        ({"targets": np.full((B, T), -1), "mask": MASK}, ValueError, "targets must lie in 0…6, got -1…0"),
-        ({"normaliser": 0.0}, ValueError, "normaliser, or the sum of a mask that is not all 0, must not be 0, got 0"),
-        ({"mask": np.array([[1.0, -1, 0]] * B)}, ValueError, "the sum of a mask that is not all 0, must not be 0"),
-        ({"mask": np.ones((B, 1), bool)}, ValueError, r"mask must have shape \(…\)=\(2, 3\), got \(2, 1\)"),
+        (
+            {"targets": np.full((B, T), -1), "mask": MASK},
+            ValueError,
+            "targets must lie in 0…6, got -1…0",
+        ),
+        (
+            {"normaliser": 0.0},
+            ValueError,
+            "normaliser, or the sum of a mask that is not all 0, must not be 0, got 0",
+        ),
+        (
+            {"mask": np.array([[1.0, -1, 0]] * B)},
+            ValueError,
+            "the sum of a mask that is not all 0, must not be 0",
+        ),
+        (
+            {"mask": np.ones((B, 1), bool)},
+            ValueError,
+            r"mask must have shape \(…\)=\(2, 3\), got \(2, 1\)",
+        ),
         ({"targets": np.zeros((B, T))}, TypeError, "targets must be integers, got float64"),
         ({"logits": np.ones((B, T, W), int)}, TypeError, "logits must be float32 or wider"),
         ({"logits": np.ones((B, T, W), np.float16)}, TypeError, "logits must be float32 or wider"),

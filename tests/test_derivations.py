@@ -1,4 +1,5 @@
-"""The derivations: their sections, examples that run, exercises that can be graded, mathematics that GitHub renders."""
+"""The derivations: their sections, examples that run, exercises that can be graded, mathematics
+that GitHub renders."""
 
 from __future__ import annotations
 
@@ -10,10 +11,20 @@ import pytest
 
 from refimpl.check.cases import CASES
 
-PAGES = sorted(p for p in (Path(__file__).parents[1] / "derivations").glob("*.md") if p.stem in CASES)
+PAGES = sorted(
+    p for p in (Path(__file__).parents[1] / "derivations").glob("*.md") if p.stem in CASES
+)
 SECTIONS = [
-    "Setup", "Forward", "Differential", "Adjoint", "What we save", "Checks", "Source map", "Example", "Exercise",
-]  # fmt: skip
+    "Setup",
+    "Forward",
+    "Differential",
+    "Adjoint",
+    "What we save",
+    "Checks",
+    "Source map",
+    "Example",
+    "Exercise",
+]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
@@ -39,9 +50,14 @@ def test_exercise_has_its_command(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_exercise_names_what_is_saved(page: Path) -> None:
-    """Every field of the op's saved record stands in the exercise, so that it can be solved from the page."""
+    """Every field of the op's saved record stands in the exercise, so that it can be solved from
+    the page."""
     op = import_module(f"refimpl.ops.{page.stem}")
-    (record,) = [getattr(op, name) for name in op.__all__ if name.lower() == page.stem.replace("_", "") + "saved"]
+    (record,) = [
+        getattr(op, name)
+        for name in op.__all__
+        if name.lower() == page.stem.replace("_", "") + "saved"
+    ]
     exercise = page.read_text().split("## Exercise")[1]
     missing = [name for name in record._fields if f"`{name}`" not in exercise]
     assert not missing
@@ -54,14 +70,17 @@ def test_source_map_is_complete(page: Path) -> None:
     numbers = {int(n) for n in re.findall(rf"\\tag\{{{page.stem}\.(\d+)\}}", text)}
     table = text.split("## Source map")[1].split("## Example")[0]
     mapped = {int(n) for n in re.findall(rf"\({page.stem}\.(\d+)\)", table)}
-    for first, last in re.findall(rf"\({page.stem}\.(\d+)\)\s*(?:–|…|-|to|through)\s*\({page.stem}\.(\d+)\)", table):
+    for first, last in re.findall(
+        rf"\({page.stem}\.(\d+)\)\s*(?:–|…|-|to|through)\s*\({page.stem}\.(\d+)\)", table
+    ):
         mapped |= set(range(int(first), int(last) + 1))
     assert numbers == mapped
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_mathematics_survives_markdown(page: Path) -> None:
-    """Inline formulas have no backslash before punctuation, which Markdown would eat; fences and dollars are paired."""
+    """Inline formulas have no backslash before punctuation, which Markdown would eat; fences and
+    dollars are paired."""
     text = page.read_text()
     assert text.count("```") % 2 == 0
     prose = re.sub(r"```.*?```", "", text, flags=re.S)

@@ -1,4 +1,5 @@
-"""README and CONTRIBUTING say what is true: their code runs, their files exist, their figures are today's."""
+"""README and CONTRIBUTING say what is true: their code runs, their files exist, their figures are
+today's."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S), ids=["rms_norm", "model"])
+@pytest.mark.parametrize(
+    "code", re.findall(r"```python\n(.*?)```", README, re.S), ids=["rms_norm", "model"]
+)
 def test_code_runs(code: str) -> None:
     exec(compile(code, "README.md", "exec"), {})
 
@@ -25,7 +28,8 @@ def test_first_line() -> None:
 
 
 def test_file_tree() -> None:
-    """Every name in the annotated tree exists, in the folder it is indented under; every folder of ours is in it."""
+    """Every name in the annotated tree exists, in the folder it is indented under; every folder of
+    ours is in it."""
     tree = README.split("## The files")[1].split("```")[1]
     folders: list[Path] = [ROOT]
     named = set()
@@ -37,7 +41,11 @@ def test_file_tree() -> None:
             named.add(path.resolve())
             folders[depth + 1 :] = [path]
     for path in (ROOT / "refimpl").iterdir():
-        if not path.name.startswith("_") and path.suffix in ("", ".py") and path.name != "errors.py":
+        if (
+            not path.name.startswith("_")
+            and path.suffix in ("", ".py")
+            and path.name != "errors.py"
+        ):
             assert path.resolve() in named, f"{path.name} is missing in README's tree"
 
 

@@ -21,13 +21,19 @@ def test_repeated_ids_add_up_and_unused_rows_are_zero(dtype: type) -> None:
     y, saved = embedding_forward(w, ids=ids)
     dy = np.array([[[1.0, -1], [2, -2], [4, -4]], [[8, -8], [16, -16], [32, -32]]])
     np.testing.assert_array_equal(y, [[[6, 7], [0, 1], [6, 7]], [[6, 7], [8, 9], [0, 1]]])
-    np.testing.assert_array_equal(embedding_backward(dy, saved), [[34, -34], [0, 0], [0, 0], [13, -13], [16, -16]])
+    np.testing.assert_array_equal(
+        embedding_backward(dy, saved), [[34, -34], [0, 0], [0, 0], [13, -13], [16, -16]]
+    )
 
 
 def test_adjoint_identity() -> None:
-    """The lookup is linear in w, so ⟨dw, w⟩ = ⟨dy, y⟩; and every row of dy lands once. Whole numbers: exactly."""
+    """The lookup is linear in w, so ⟨dw, w⟩ = ⟨dy, y⟩; and every row of dy lands once. Whole
+    numbers: exactly."""
     rng = np.random.default_rng(0)
-    w, dy = rng.integers(-9, 10, (7, 3)).astype(float), rng.integers(-9, 10, (2, 40, 3)).astype(float)
+    w, dy = (
+        rng.integers(-9, 10, (7, 3)).astype(float),
+        rng.integers(-9, 10, (2, 40, 3)).astype(float),
+    )
     y, saved = embedding_forward(w, ids=rng.integers(0, 7, (2, 40)))
     dw = embedding_backward(dy, saved)
     assert np.sum(dw * w) == np.sum(dy * y) != 0
@@ -36,8 +42,14 @@ def test_adjoint_identity() -> None:
 
 def test_gradient_is_reproducible_bit_for_bit() -> None:
     rng = np.random.default_rng(0)
-    w, ids, dy = np.zeros((3, 2), np.float32), rng.integers(0, 3, 1000), rng.normal(size=(1000, 2)).astype(np.float32)
-    first, second = (embedding_backward(dy.copy(), embedding_forward(w, ids=ids.copy())[1]) for _ in range(2))
+    w, ids, dy = (
+        np.zeros((3, 2), np.float32),
+        rng.integers(0, 3, 1000),
+        rng.normal(size=(1000, 2)).astype(np.float32),
+    )
+    first, second = (
+        embedding_backward(dy.copy(), embedding_forward(w, ids=ids.copy())[1]) for _ in range(2)
+    )
     assert first.tobytes() == second.tobytes()
 
 
@@ -51,7 +63,12 @@ def test_no_ids() -> None:
     ("w", "ids", "error", "message"),
     [
         (np.ones(3), [0], ValueError, r"w must have shape \(W, D\)=\('any', 'any'\), got \(3,\)"),
-        (np.ones((3, 2)), [[0, -1]], ValueError, r"ids must lie in 0…2, got -1…0"),  # would count from the end
+        (
+            np.ones((3, 2)),
+            [[0, -1]],
+            ValueError,
+            r"ids must lie in 0…2, got -1…0",
+        ),  # would count from the end
         (np.ones((3, 2)), [[3, 1]], ValueError, r"ids must lie in 0…2, got 1…3"),
         (np.ones((3, 2)), [1.0], TypeError, "ids must be integers, got float64"),
         (np.ones((3, 2), dtype=int), [0], TypeError, "w must be float32 or wider"),

@@ -36,7 +36,9 @@ def test_formula() -> None:
     gate, up = x @ w_gate.T, x @ w_up.T
     expected = (gate / (1 + np.exp(-gate)) * up) @ w_down.T
     y, _ = ffn_forward(x, w_gate, w_up, w_down)
-    np.testing.assert_allclose(y, expected, rtol=0, atol=20 * EPS * np.abs(expected).max())  # sums of D, F < 10 terms
+    np.testing.assert_allclose(
+        y, expected, rtol=0, atol=20 * EPS * np.abs(expected).max()
+    )  # sums of D, F < 10 terms
 
 
 def test_is_made_of_its_pieces() -> None:
@@ -48,9 +50,14 @@ def test_is_made_of_its_pieces() -> None:
     by_hand, down_saved = linear_forward(hidden, w_down)
     dhidden, dw_down = linear_backward(dy, down_saved)
     dgate, dup = swiglu_backward(dhidden, hidden_saved)
-    (dx_gate, dw_gate), (dx_up, dw_up) = linear_backward(dgate, gate_saved), linear_backward(dup, up_saved)
+    (dx_gate, dw_gate), (dx_up, dw_up) = (
+        linear_backward(dgate, gate_saved),
+        linear_backward(dup, up_saved),
+    )
     np.testing.assert_array_equal(y, by_hand)
-    for got, wanted in zip(ffn_backward(dy, saved), (dx_gate + dx_up, dw_gate, dw_up, dw_down), strict=True):
+    for got, wanted in zip(
+        ffn_backward(dy, saved), (dx_gate + dx_up, dw_gate, dw_up, dw_down), strict=True
+    ):
         np.testing.assert_array_equal(got, wanted)
 
 
@@ -85,10 +92,18 @@ def test_finds_its_ops_in_the_table() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({1: np.ones((7, 4))}, ValueError, r"w_gate must have shape \(F, D\)=\('any', 5\), got \(7, 4\)"),
+        (
+            {1: np.ones((7, 4))},
+            ValueError,
+            r"w_gate must have shape \(F, D\)=\('any', 5\), got \(7, 4\)",
+        ),
         ({2: np.ones((7, 6))}, ValueError, r"w_up must have shape \(F, D\)=\(7, 5\), got \(7, 6\)"),
         ({2: np.ones((1, 5))}, ValueError, r"w_up must have shape \(F, D\)=\(7, 5\), got \(1, 5\)"),
-        ({3: np.ones((5, 6))}, ValueError, r"w_down must have shape \(D, F\)=\(5, 7\), got \(5, 6\)"),
+        (
+            {3: np.ones((5, 6))},
+            ValueError,
+            r"w_down must have shape \(D, F\)=\(5, 7\), got \(5, 6\)",
+        ),
         ({0: np.ones((2, 3, 5), dtype=int)}, TypeError, "x must be float32 or wider"),
     ],
 )

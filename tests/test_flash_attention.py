@@ -10,7 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refimpl.check.cases import CASES
-from refimpl.ops import attention_backward, attention_forward, flash_attention_backward, flash_attention_forward
+from refimpl.ops import (
+    attention_backward,
+    attention_forward,
+    flash_attention_backward,
+    flash_attention_forward,
+)
 
 from support import HypothesisDraw, property_test
 
@@ -21,10 +26,14 @@ def test_protocol() -> None:
     property_test("flash_attention")
 
 
-def assert_same(arrays: tuple[np.ndarray, ...], block: int, dtype: Any, tolerance: float, **kwargs: Any) -> None:
-    """Output and gradients are those of attention in float64, within ``tolerance`` of their largest entry.
+def assert_same(
+    arrays: tuple[np.ndarray, ...], block: int, dtype: Any, tolerance: float, **kwargs: Any
+) -> None:
+    """Output and gradients are those of attention in float64, within ``tolerance`` of their largest
+    entry.
 
-    In dq and dk the terms p (dp − Σ p dp) cancel where one key takes all: there the terms' size counts.
+    In dq and dk the terms p (dp − Σ p dp) cancel where one key takes all: there the terms' size
+    counts.
     """
     *qkv, do = (x.astype(dtype) for x in arrays)
     truth, truth_saved = attention_forward(*(x.astype(np.float64) for x in qkv), **kwargs)
@@ -37,7 +46,9 @@ def assert_same(arrays: tuple[np.ndarray, ...], block: int, dtype: Any, toleranc
     for name, x, y, size in zip(("o", "dq", "dk", "dv"), found, wanted, sizes, strict=True):
         assert x.dtype == dtype
         error = np.abs(x - y).max()
-        assert error <= tolerance * max(np.abs(y).max(), size), f"{name} is off by {error}, block {block}"
+        assert error <= tolerance * max(np.abs(y).max(), size), (
+            f"{name} is off by {error}, block {block}"
+        )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-14), (np.float32, 5e-6)])
@@ -70,14 +81,16 @@ def test_scores_that_rise_or_fall(block: int, sign: int) -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("block", BLOCKS)
 def test_huge_scores(block: int, dtype: Any) -> None:
-    """Scores of ±1e4: every query takes the best key's value exactly, wherever its block (warnings are errors)."""
+    """Scores of ±1e4: every query takes the best key's value exactly, wherever its block (warnings
+    are errors)."""
     q, k, v, do = (x.astype(dtype) for x in arrays(6, 6))
     q[:] = 1
     k[:] = 1e4 * np.array([1, -1, 0, 2, 0, -2], dtype=dtype)[:, None, None]
     o, saved = flash_attention_forward(q, k, v, scale=0.25, block=block)
     dq, _, dv = flash_attention_backward(do, saved)
     np.testing.assert_array_equal(o, v[:, [0, 0, 0, 3, 3, 3]])
-    # p is exactly 0 or 1, so ds is the rounding of do · v − δ, two sums of 3 terms: 9 eps; times scale · k
+    # p is exactly 0 or 1, so ds is the rounding of do · v − δ, two sums of 3 terms: 9 eps; times
+    # scale · k
     ds = 9 * np.finfo(dtype).eps * np.abs(do).max() * np.abs(v).max()
     np.testing.assert_allclose(dq, 0, atol=ds * 0.25 * 2e4)
     np.testing.assert_array_equal(dv[:, [1, 2, 4, 5]], np.zeros((2, 4, 2, 3)))
@@ -85,12 +98,17 @@ def test_huge_scores(block: int, dtype: Any) -> None:
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_whole_blocks_hidden(block: int) -> None:
-    """Left padding, padding in the middle and documents hide whole blocks: no NaN, exact zeros for blind queries."""
+    """Left padding, padding in the middle and documents hide whole blocks: no NaN, exact zeros for
+    blind queries."""
     q, k, v, do = arrays()
     key_mask = np.array([[0, 0, 0, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0, 1]], bool)
     segments = np.array([[0, 0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 1, 1, 2]])
-    assert_same((q, k, v, do), block, np.float64, 1e-13, scale=0.5, key_mask=key_mask, segments=segments)
-    o, saved = flash_attention_forward(q, k, v, scale=0.5, block=block, key_mask=key_mask, segments=segments)
+    assert_same(
+        (q, k, v, do), block, np.float64, 1e-13, scale=0.5, key_mask=key_mask, segments=segments
+    )
+    o, saved = flash_attention_forward(
+        q, k, v, scale=0.5, block=block, key_mask=key_mask, segments=segments
+    )
     dq, dk, dv = flash_attention_backward(do, saved)
     blind = np.array([[1, 1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1, 0]], bool)
     for x, hidden in ((o, blind), (dq, blind), (dk, ~key_mask), (dv, ~key_mask)):
@@ -103,7 +121,9 @@ def test_log_sum_exp(block: int) -> None:
     q, k, v, _ = arrays(t=5)
     _, saved = flash_attention_forward(q, k, v, scale=0.5, causal=False, block=block)
     scores = 0.5 * np.einsum("bthx,bshx->bhts", q, k)
-    np.testing.assert_allclose(saved.lse[..., 0], np.log(np.exp(scores).sum(axis=-1)), rtol=1e-14, atol=1e-14)
+    np.testing.assert_allclose(
+        saved.lse[..., 0], np.log(np.exp(scores).sum(axis=-1)), rtol=1e-14, atol=1e-14
+    )
 
 
 def test_saves_nothing_quadratic() -> None:
@@ -125,17 +145,37 @@ GOOD: dict[str, Any] = {
     ("change", "error", "message"),
     [
         ({"block": 0}, ValueError, "block must be at least 1, got 0"),
-        ({"q": np.ones((2, 3, 5))}, ValueError, r"q must have shape \(B, T, H, X\), got \(2, 3, 5\)"),
-        ({"k": np.ones((2, 6, 2, 5))}, ValueError, r"k must have shape .*=\(2, 'any', 4, 5\), got \(2, 6, 2, 5\)"),
-        ({"v": np.ones((2, 5, 4, 7))}, ValueError, r"v must have shape .*=\(2, 6, 4, 'any'\), got \(2, 5, 4, 7\)"),
+        (
+            {"q": np.ones((2, 3, 5))},
+            ValueError,
+            r"q must have shape \(B, T, H, X\), got \(2, 3, 5\)",
+        ),
+        (
+            {"k": np.ones((2, 6, 2, 5))},
+            ValueError,
+            r"k must have shape .*=\(2, 'any', 4, 5\), got \(2, 6, 2, 5\)",
+        ),
+        (
+            {"v": np.ones((2, 5, 4, 7))},
+            ValueError,
+            r"v must have shape .*=\(2, 6, 4, 'any'\), got \(2, 5, 4, 7\)",
+        ),
         (
             {"q": np.ones((2, 7, 4, 5))},
             ValueError,
             "q must have at least one position and at most as many as k, S=6, got T=7",
         ),
-        ({"key_mask": np.ones((2, 3), bool)}, ValueError, r"key_mask must have shape \(B, S\)=\(2, 6\), got \(2, 3\)"),
+        (
+            {"key_mask": np.ones((2, 3), bool)},
+            ValueError,
+            r"key_mask must have shape \(B, S\)=\(2, 6\), got \(2, 3\)",
+        ),
         ({"key_mask": np.full((2, 6), 2)}, TypeError, "key_mask must be bool, got int64"),
-        ({"segments": np.ones((2, 3), int)}, ValueError, r"segments must have shape \(B, S\)=\(2, 6\), got \(2, 3\)"),
+        (
+            {"segments": np.ones((2, 3), int)},
+            ValueError,
+            r"segments must have shape \(B, S\)=\(2, 6\), got \(2, 3\)",
+        ),
         ({"k": np.ones((2, 6, 4, 5), np.float16)}, TypeError, "k must be float32 or wider"),
     ],
 )

@@ -1,4 +1,5 @@
-"""Generation: absorbed decoding is the whole forward, a batch is its rows, and speculation changes no token."""
+"""Generation: absorbed decoding is the whole forward, a batch is its rows, and speculation changes
+no token."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ def parameters(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     """Normal with std 0.3, norms and biases off neutral."""
     rng = np.random.default_rng(seed)
     return {
-        name: rng.uniform(0.5, 1.5, shape) if name.endswith("norm.weight") else 0.3 * rng.normal(size=shape)
+        name: rng.uniform(0.5, 1.5, shape)
+        if name.endswith("norm.weight")
+        else 0.3 * rng.normal(size=shape)
         for name, shape in parameter_shapes(config).items()
     }
 
@@ -84,7 +87,9 @@ def test_size_of_the_cache(name: str) -> None:
     for length in (5, 1, 1):
         decoder.read(np.ones((3, length), int))
     assert list(decoder.caches) == list(range(config.layers))
-    assert {cache.shape for cache in decoder.caches.values()} == {(3, 7, config.kv_latent + config.rope)}
+    assert {cache.shape for cache in decoder.caches.values()} == {
+        (3, 7, config.kv_latent + config.rope)
+    }
 
 
 def test_cut_forgets() -> None:
@@ -107,7 +112,9 @@ def test_padding_changes_nothing(name: str) -> None:
     config = CONFIGS[name]
     params, pads = parameters(config), [9 - len(p) for p in PROMPTS]
     later = np.random.default_rng(3).integers(0, 256, (4, 5))
-    tokens = np.concatenate([[[0] * pad + p for pad, p in zip(pads, PROMPTS, strict=True)], later], axis=1)
+    tokens = np.concatenate(
+        [[[0] * pad + p for pad, p in zip(pads, PROMPTS, strict=True)], later], axis=1
+    )
     decoder = Decoder(params, config, np.array(pads))
     got = [decoder.logits(decoder.read(tokens[:, :9])[0])]
     got += [decoder.logits(decoder.read(tokens[:, t : t + 1])[0]) for t in range(9, 12)]
@@ -120,7 +127,8 @@ def test_padding_changes_nothing(name: str) -> None:
 
 
 def test_positions_begin_after_the_padding() -> None:
-    """Attention sees only their differences, the context's end and MTP's first position see them."""
+    """Attention sees only their differences, the context's end and MTP's first position see
+    them."""
     decoder = Decoder({}, TINY, np.array([0, 2]))
     for past, wanted in ((0, [[0, 1, 2, 3], [0, 0, 0, 1]]), (4, [[4, 5, 6, 7], [2, 3, 4, 5]])):
         _, batch = decoder.run({}, np.ones((2, 4), int), past)
@@ -128,9 +136,12 @@ def test_positions_begin_after_the_padding() -> None:
         assert batch.takes_part.tolist() == [[True] * (past + 4), [False] * 2 + [True] * (past + 2)]
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_p": 0.9}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 1.0, "top_p": 0.9}], ids=["greedy", "sampled"]
+)
 def test_a_batch_is_its_rows(trained: Any, options: dict[str, Any]) -> None:
-    """Row b alone with seed + b gives the same tokens; some rows stop early, and the others go on."""
+    """Row b alone with seed + b gives the same tokens; some rows stop early, and the others go
+    on."""
     prompts = [list(text) for text in (b"The ", b"x", b"An object of class", b"for i in")]
     batch = generate(*trained, prompts, **FEW, stop=[32], seed=11, **options)
     assert batch == [
@@ -160,8 +171,12 @@ def test_nucleus() -> None:
     ids, mass = Sampler(1, 0.7).nucleus(uneven)
     assert ids.tolist() == [1, 2]
     np.testing.assert_allclose(mass, [0.6, 0.3], rtol=1e-15)
-    np.testing.assert_allclose(Sampler(0.5).nucleus(uneven)[1], np.array([0.36, 0.09, 0.01]) / 0.46, rtol=1e-14)
-    assert Sampler(1, 1.0).nucleus(np.log([0.1] * 10))[0].tolist() == list(range(10))  # the sums end below 1
+    np.testing.assert_allclose(
+        Sampler(0.5).nucleus(uneven)[1], np.array([0.36, 0.09, 0.01]) / 0.46, rtol=1e-14
+    )
+    assert Sampler(1, 1.0).nucleus(np.log([0.1] * 10))[0].tolist() == list(
+        range(10)
+    )  # the sums end below 1
 
 
 @pytest.mark.parametrize(("top_p", "wanted"), [(1.0, [0.1, 0.6, 0.3]), (0.7, [0, 2 / 3, 1 / 3])])
@@ -175,7 +190,8 @@ def test_law_of_the_sampler(top_p: float, wanted: list[float]) -> None:
 
 def test_seeds_replay(trained: Any) -> None:
     first, again, other = (
-        generate(*trained, [b"The ", b"The "], **FEW, temperature=1.0, seed=seed) for seed in (3, 3, 5)
+        generate(*trained, [b"The ", b"The "], **FEW, temperature=1.0, seed=seed)
+        for seed in (3, 3, 5)
     )
     assert first == again
     assert len({tuple(g.tokens) for g in first + other}) == 4
@@ -183,7 +199,9 @@ def test_seeds_replay(trained: Any) -> None:
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-300])
 def test_cold_is_greedy(trained: Any, temperature: float) -> None:
-    assert generate(*trained, [b"It is"], **FEW, temperature=temperature) == generate(*trained, [b"It is"], **FEW)
+    assert generate(*trained, [b"It is"], **FEW, temperature=temperature) == generate(
+        *trained, [b"It is"], **FEW
+    )
 
 
 def test_equal_logits_take_the_lowest() -> None:
@@ -201,7 +219,8 @@ def test_nan_is_no_token() -> None:
 
 @pytest.mark.parametrize("speculate", [0, 1, 2])
 def test_ends(trained: Any, speculate: int) -> None:
-    """A stop token is the last one; max_tokens and the context end a row; all is told to on_token."""
+    """A stop token is the last one; max_tokens and the context end a row; all is told to
+    on_token."""
     params, config = trained
     prompt = list(b"The statement")
     (free,) = generate(params, config, [prompt], max_tokens=30, speculate=speculate)
@@ -209,11 +228,18 @@ def test_ends(trained: Any, speculate: int) -> None:
     for first in sorted(map(free.tokens.index, set(free.tokens))):
         told: list[tuple[int, int, str]] = []
         (stopped,) = generate(
-            params, config, [prompt], max_tokens=30, stop=[free.tokens[first], 0], speculate=speculate,
+            params,
+            config,
+            [prompt],
+            max_tokens=30,
+            stop=[free.tokens[first], 0],
+            speculate=speculate,
             on_token=lambda *event, told=told: told.append(event),
-        )  # fmt: skip
+        )
         assert (stopped.finish, stopped.tokens) == ("stop", free.tokens[: first + 1])
-        assert told == [(0, token, "stop" if t == first else "") for t, token in enumerate(stopped.tokens)]
+        assert told == [
+            (0, token, "stop" if t == first else "") for t, token in enumerate(stopped.tokens)
+        ]
     (full,) = generate(params, config, [prompt], max_tokens=1000, speculate=speculate)
     assert (full.finish, len(full.tokens)) == ("context", config.max_positions - len(prompt))
     assert full.tokens[:30] == free.tokens
@@ -235,7 +261,8 @@ CHAINS = {
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_drafts_are_those_of_the_whole_chain(name: str) -> None:
-    """Each module's logits with its cache are those of `forward` without one, however many tokens came at once."""
+    """Each module's logits with its cache are those of `forward` without one, however many tokens
+    came at once."""
     config = replace(DEPTH3, conventions=Conventions(**CHAINS[name]))
     params, tokens = parameters(config), np.random.default_rng(4).integers(0, 256, 40).tolist()
     decoder, seen = Decoder(params, config, np.zeros(1, int)), 0
@@ -256,7 +283,8 @@ def test_drafts_are_those_of_the_whole_chain(name: str) -> None:
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_what_generate_drafts(name: str, trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In each round, after as many accepted drafts as there were, the chain gets the right states of the main model."""
+    """In each round, after as many accepted drafts as there were, the chain gets the right states
+    of the main model."""
     params, config = trained[0], replace(trained[1], conventions=Conventions(**CHAINS[name]))
     rounds: list[tuple[list[int], list[int]]] = []
 
@@ -280,19 +308,25 @@ def test_what_generate_drafts(name: str, trained: Any, monkeypatch: pytest.Monke
 def windows(count: int) -> list[bytes]:
     """Pieces of real text, 4 to 24 bytes each."""
     data, rng = load_text().data, np.random.default_rng(7)
-    return [data[start : start + rng.integers(4, 25)] for start in rng.integers(0, len(data) - 50, count)]
+    return [
+        data[start : start + rng.integers(4, 25)]
+        for start in rng.integers(0, len(data) - 50, count)
+    ]
 
 
 @pytest.mark.parametrize("speculate", [1, 2])
 def test_speculation_is_plain_greedy(trained: Any, speculate: int) -> None:
-    """The same tokens (if not, the two best logits differ by rounding), with a useful number of drafts accepted."""
+    """The same tokens (if not, the two best logits differ by rounding), with a useful number of
+    drafts accepted."""
     params, config = trained
     prompts = windows(200 if FULL else 40)
     plain = generate(params, config, prompts, max_tokens=16)
     found = generate(params, config, prompts, max_tokens=16, speculate=speculate)
     for prompt, a, b in zip(prompts, plain, found, strict=True):
         if a.tokens != b.tokens:
-            same = next(t for t, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)) if x != y)
+            same = next(
+                t for t, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)) if x != y
+            )
             z = whole(params, [*prompt, *a.tokens[:same]], config)[-1]
             gap = float(z[a.tokens[same]] - z[b.tokens[same]])
             print(f"{prompt!r}: token {same} differs, the two best logits by {gap:.1e}")
@@ -300,7 +334,9 @@ def test_speculation_is_plain_greedy(trained: Any, speculate: int) -> None:
     drafted, accepted = sum(g.drafted for g in found), sum(g.accepted for g in found)
     assert 0.2 < accepted / drafted < 0.9
     tokens, forwards = sum(len(g.tokens) - 1 for g in found), sum(g.forwards for g in found)
-    assert tokens == forwards + accepted  # each forward gives one token, and one more for each accepted draft
+    assert (
+        tokens == forwards + accepted
+    )  # each forward gives one token, and one more for each accepted draft
     assert drafted <= speculate * forwards
     assert {g.forwards for g in plain} == {15}
 
@@ -329,8 +365,16 @@ def test_untrained_modules_change_nothing() -> None:
 def test_array_api_strict(trained: Any, speculate: int) -> None:
     params, config = trained
     there = {name: strict.asarray(p) for name, p in params.items()}
-    options = {"max_tokens": 8, "speculate": speculate, "temperature": 1.0, "top_p": 0.9, "stop": [32]}
-    assert generate(there, config, PROMPTS, **options) == generate(params, config, PROMPTS, **options)
+    options = {
+        "max_tokens": 8,
+        "speculate": speculate,
+        "temperature": 1.0,
+        "top_p": 0.9,
+        "stop": [32],
+    }
+    assert generate(there, config, PROMPTS, **options) == generate(
+        params, config, PROMPTS, **options
+    )
 
 
 @pytest.mark.parametrize(
@@ -338,7 +382,10 @@ def test_array_api_strict(trained: Any, speculate: int) -> None:
     [
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
         ({"temperature": -0.5}, "temperature must be a finite number of at least 0, got -0.5"),
-        ({"temperature": float("nan")}, "temperature must be a finite number of at least 0, got nan"),
+        (
+            {"temperature": float("nan")},
+            "temperature must be a finite number of at least 0, got nan",
+        ),
         ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),
         ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
         ({"top_p": float("nan")}, r"top_p must lie in \(0, 1\], got nan"),
@@ -346,8 +393,14 @@ def test_array_api_strict(trained: Any, speculate: int) -> None:
         ({"speculate": 3}, "speculate must lie in 0…2, the number of MTP modules, got 3"),
         ({"stop": [256]}, "stop must hold tokens in 0…255, got 256"),
         ({"prompts": []}, "prompts must hold at least one prompt, got none"),
-        ({"prompts": [[1], []]}, "prompt 1 must hold at least 1 token and leave room for one .* of 64, got 0"),
-        ({"prompts": [[1] * 64]}, "prompt 0 must hold at least 1 token and leave room for one .* of 64, got 64"),
+        (
+            {"prompts": [[1], []]},
+            "prompt 1 must hold at least 1 token and leave room for one .* of 64, got 0",
+        ),
+        (
+            {"prompts": [[1] * 64]},
+            "prompt 0 must hold at least 1 token and leave room for one .* of 64, got 64",
+        ),
         ({"prompts": [[-1]]}, "prompt 0 must hold tokens in 0…255, got -1"),
         ({"prompts": [[1.5]]}, "prompt 0 must hold tokens in 0…255, got 1.5"),
         ({"params": {}}, "params do not fit the config: model.embed_tokens.weight is missing"),
@@ -366,23 +419,31 @@ SAMPLE = "naïve 日本語 🎉 \N{REPLACEMENT CHARACTER} end"
 
 
 def test_no_broken_characters() -> None:
-    """A character's bytes come in several tokens: the pieces hold it whole, and no piece a part of it."""
+    """A character's bytes come in several tokens: the pieces hold it whole, and no piece a part of
+    it."""
     stream = TextStream(Bytes())
     pieces = [stream.add(byte) for byte in SAMPLE.encode()]
     assert "".join(pieces) + stream.rest() == SAMPLE
-    assert sum("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces) == 1  # the one that stands there
+    assert (
+        sum("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces) == 1
+    )  # the one that stands there
     assert pieces[:4] == ["n", "a", "", "ï"]
     for byte in "日".encode()[:2]:
         assert stream.add(byte) == ""
-    assert stream.rest() == "\N{REPLACEMENT CHARACTER}"  # the end of the text, in the middle of a character
+    assert (
+        stream.rest() == "\N{REPLACEMENT CHARACTER}"
+    )  # the end of the text, in the middle of a character
     assert stream.add(ord("a")) == "a"
 
 
 def byte_level(folder: Path) -> list[str]:
-    """A tokenizer.json whose tokens are the 256 bytes and a first token <s>; the names of the bytes."""
+    """A tokenizer.json whose tokens are the 256 bytes and a first token <s>; the names of the
+    bytes."""
     tokenizers = pytest.importorskip("tokenizers")
     names = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    made = tokenizers.Tokenizer(tokenizers.models.BPE({name: i for i, name in enumerate(names)}, []))
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE({name: i for i, name in enumerate(names)}, [])
+    )
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
     made.add_special_tokens(["<s>"])
@@ -420,14 +481,26 @@ def refimpl(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return int(left.value.code or 0)
 
 
-def test_one_prompt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Only the text is on standard output; speculation does not change it, and its worth is told."""
+def test_one_prompt(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Only the text is on standard output; speculation does not change it, and its worth is
+    told."""
     shown = []
     for extra in ([], ["--speculate", 2, "--json", tmp_path / "out.json"]):
         assert not refimpl(
-            monkeypatch, "--checkpoint", TRAINED, "--bytes", "--prompt", "The value of ", "--max-tokens", 20,
-            "--dtype", "float64", *extra,
-        )  # fmt: skip
+            monkeypatch,
+            "--checkpoint",
+            TRAINED,
+            "--bytes",
+            "--prompt",
+            "The value of ",
+            "--max-tokens",
+            20,
+            "--dtype",
+            "float64",
+            *extra,
+        )
         shown.append(capsys.readouterr())
     assert shown[0].out == shown[1].out
     assert len(shown[0].out) == 21
@@ -439,15 +512,27 @@ def test_one_prompt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     assert result["text"] + "\n" == shown[0].out
     assert bytes(result["prompt"]) == b"The value of "
     assert summary([Generation([7], "length", 1, 1, 0)], 1.0) == (
-        "1 prompt, 1 token, 1.0 s, 1.0 tokens a second; 0 of 1 draft accepted (0.0 %), 0.00 tokens a forward of the "
-        "main model"
+        "1 prompt, 1 token, 1.0 s, 1.0 tokens a second; 0 of 1 draft accepted (0.0 %), 0.00 "
+        "tokens a forward of the main model"
     )
     assert written["settings"]["speculate"] == 2
 
 
-def test_prompts_of_a_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_prompts_of_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     """Several prompts, each shown when it is finished; --prompts gives what --prompt gives."""
-    common = ["--checkpoint", TRAINED, "--bytes", "--max-tokens", 9, "--temperature", 0.8, "--seed", 4]
+    common = [
+        "--checkpoint",
+        TRAINED,
+        "--bytes",
+        "--max-tokens",
+        9,
+        "--temperature",
+        0.8,
+        "--seed",
+        4,
+    ]
     (tmp_path / "lines.txt").write_text("class\nreturn a\n")
     (tmp_path / "list.json").write_text('["class", "return a"]')
     outputs = []
@@ -463,14 +548,26 @@ def test_prompts_of_a_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert "\n[1] " in outputs[0]
 
 
-def test_tokens_in_and_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_tokens_in_and_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     (tmp_path / "one.json").write_text(json.dumps(list(b"The value")))
     np.save(tmp_path / "one.npy", np.frombuffer(b"The value", np.uint8))
     np.save(tmp_path / "two.npy", np.array([[1, 2], [3, 4]]))
     outputs = []
     for name in ("one.json", "one.npy", "two.npy"):
         assert (
-            refimpl(monkeypatch, "--checkpoint", TRAINED, "--tokens", tmp_path / name, "--max-tokens", 5, "--stop", 0)
+            refimpl(
+                monkeypatch,
+                "--checkpoint",
+                TRAINED,
+                "--tokens",
+                tmp_path / name,
+                "--max-tokens",
+                5,
+                "--stop",
+                0,
+            )
             == 0
         )
         outputs.append(capsys.readouterr().out)
@@ -518,7 +615,18 @@ def test_text_of_a_checkpoint(
     shutil.copytree(TRAINED, folder)
     names = byte_level(folder)
     assert (
-        refimpl(monkeypatch, "--checkpoint", folder, "--prompt", "é", "--max-tokens", 6, "--json", tmp_path / "o") == 0
+        refimpl(
+            monkeypatch,
+            "--checkpoint",
+            folder,
+            "--prompt",
+            "é",
+            "--max-tokens",
+            6,
+            "--json",
+            tmp_path / "o",
+        )
+        == 0
     )
     shown = capsys.readouterr().out
     (result,) = json.loads((tmp_path / "o").read_text())["results"]
@@ -535,45 +643,78 @@ ONE = ["--bytes", "--prompt", "x"]
         ([], "has no tokenizer.json: give token ids with --tokens FILE, or --bytes"),
         (["--bytes"], "give at least one --prompt TEXT, --prompts FILE or --tokens FILE"),
         (["--bytes", "--prompt", "a", "--prompt", ""], "prompt 1 is empty"),
-        (["--bytes", "--prompt", "a\udcff"], "prompt 0 is not UTF-8"),  # how Python hands on a broken byte
+        (
+            ["--bytes", "--prompt", "a\udcff"],
+            "prompt 0 is not UTF-8",
+        ),  # how Python hands on a broken byte
         (["--bytes", "--prompts", "gap.txt"], "prompt 1 is empty"),
-        (["--bytes", "--prompts", "missing.txt"], "--prompts missing.txt can't be read: No such file or directory"),
+        (
+            ["--bytes", "--prompts", "missing.txt"],
+            "--prompts missing.txt can't be read: No such file or directory",
+        ),
         (["--bytes", "--prompts", "latin.txt"], "--prompts latin.txt is not UTF-8: "),
         (["--bytes", "--prompts", "broken.json"], "broken.json is not JSON: "),
-        (["--bytes", "--prompts", "number.json"], "--prompts number.json must hold a list of strings"),
+        (
+            ["--bytes", "--prompts", "number.json"],
+            "--prompts number.json must hold a list of strings",
+        ),
         (["--bytes", "--prompt", "x" * 64], "leave room for one in the context of 64, got 64"),
         (["--tokens", "high.json"], "prompt 0 must hold tokens in 0…255, got 256"),
-        (["--tokens", "number.json"], "--tokens number.json must hold one list of integers, or several"),
-        (["--tokens", "empty.json"], "give at least one --prompt TEXT, --prompts FILE or --tokens FILE"),
+        (
+            ["--tokens", "number.json"],
+            "--tokens number.json must hold one list of integers, or several",
+        ),
+        (
+            ["--tokens", "empty.json"],
+            "give at least one --prompt TEXT, --prompts FILE or --tokens FILE",
+        ),
         (["--tokens", "gap.txt"], "--tokens gap.txt must be a .npy or a .json file"),
-        (["--tokens", "missing.npy"], "--tokens missing.npy can't be read: No such file or directory"),
+        (
+            ["--tokens", "missing.npy"],
+            "--tokens missing.npy can't be read: No such file or directory",
+        ),
         (["--tokens", "broken.npy"], "--tokens broken.npy is not an array: "),
         (["--tokens", "zip.npy"], "--tokens zip.npy must hold one array"),
-        (["--tokens", "float.npy"], "--tokens float.npy must hold one list of integers, or several"),
-        (["--tokens", "high.json", "--prompt", "x"], "--tokens goes without --prompt, --prompts and --bytes"),
-        ([*ONE, "--temperature", "-1"], "temperature must be a finite number of at least 0, got -1.0"),
+        (
+            ["--tokens", "float.npy"],
+            "--tokens float.npy must hold one list of integers, or several",
+        ),
+        (
+            ["--tokens", "high.json", "--prompt", "x"],
+            "--tokens goes without --prompt, --prompts and --bytes",
+        ),
+        (
+            [*ONE, "--temperature", "-1"],
+            "temperature must be a finite number of at least 0, got -1.0",
+        ),
         ([*ONE, "--top-p", "0"], "top_p must lie in (0, 1], got 0.0"),
         ([*ONE, "--top-p", "1.1"], "top_p must lie in (0, 1], got 1.1"),
         ([*ONE, "--max-tokens", "0"], "max_tokens must be at least 1, got 0"),
         ([*ONE, "--seed", "-1"], "seed must be at least 0, got -1"),
         ([*ONE, "--stop", "256"], "stop must hold tokens in 0…255, got 256"),
         ([*ONE, "--speculate", "3"], "speculate must lie in 0…2, the number of MTP modules, got 3"),
-        ([*ONE, "--speculate", "-1"], "speculate must lie in 0…2, the number of MTP modules, got -1"),
+        (
+            [*ONE, "--speculate", "-1"],
+            "speculate must lie in 0…2, the number of MTP modules, got -1",
+        ),
         ([*ONE, "--dtype", "float16"], "--dtype must be one of float32, float64, got float16"),
-        ([*ONE, "--convention", "mine"], "--convention must be one of official, paper, hf, got mine"),
+        (
+            [*ONE, "--convention", "mine"],
+            "--convention must be one of official, paper, hf, got mine",
+        ),
         ([*ONE, "--json", "no/such"], "--json no/such can't be written"),
         ([*ONE, "--checkpoint", "nowhere"], "nowhere"),
-        (
-            [*ONE, "--checkpoint", "plain", "--speculate", "1"],
-            "speculate=1 needs an MTP module",
-        ),
+        ([*ONE, "--checkpoint", "plain", "--speculate", "1"], "speculate=1 needs an MTP module"),
     ],
     ids=lambda a: " ".join(a)[:40] if isinstance(a, list) else "",
 )
 def test_could_not_run(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     """One line on standard error, exit code 2, nothing on standard output."""
     monkeypatch.chdir(tmp_path)
     Path("gap.txt").write_text("a\n\nb\n")
@@ -612,10 +753,15 @@ def test_no_package_for_text(
     (folder / "tokenizer.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     assert refimpl(monkeypatch, "--checkpoint", folder, "--prompt", "x") == 2
-    assert "text needs the package tokenizers (pip install 'deepseek-refimpl[text]')" in capsys.readouterr().err
+    assert (
+        "text needs the package tokenizers (pip install 'deepseek-refimpl[text]')"
+        in capsys.readouterr().err
+    )
 
 
-def test_broken_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_broken_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("tokenizers")
     folder = tmp_path / "model"
     shutil.copytree(TRAINED, folder)

@@ -1,4 +1,5 @@
-"""Every op and the model against golden values, made by torch's autograd from formulas of their own."""
+"""Every op and the model against golden values, made by torch's autograd from formulas of their
+own."""
 
 from __future__ import annotations
 
@@ -10,12 +11,21 @@ import pytest
 
 import refimpl.ops
 from refimpl.model import forward
-from refimpl.ops import GRPO_PRESETS, Yarn, attention_backward, attention_forward, rope_frequencies, yarn_softmax_factor
+from refimpl.ops import (
+    GRPO_PRESETS,
+    Yarn,
+    attention_backward,
+    attention_forward,
+    rope_frequencies,
+    yarn_softmax_factor,
+)
 
 from golden_values import GOLDEN, RUNS, TOLERANCE, Case, check, configuration, error, load
 
 
-@pytest.mark.parametrize(("way", "name"), [(way, name) for way, (file, _) in RUNS.items() for name in load(file)])
+@pytest.mark.parametrize(
+    ("way", "name"), [(way, name) for way, (file, _) in RUNS.items() for name in load(file)]
+)
 def test_agrees_with_golden(way: str, name: str) -> None:
     """Every output and every gradient."""
     file, run = RUNS[way]
@@ -36,15 +46,22 @@ def test_replayed_routes(name: str) -> None:
 
 
 def test_every_op_is_covered() -> None:
-    """A stem of refimpl/ops without golden values fails here, and so does a file that no test reads."""
-    stems = {path.stem for path in Path(refimpl.ops.__file__).parent.glob("*.py")} - {"__init__", "table"}
+    """A stem of refimpl/ops without golden values fails here, and so does a file that no test
+    reads."""
+    stems = {path.stem for path in Path(refimpl.ops.__file__).parent.glob("*.py")} - {
+        "__init__",
+        "table",
+    }
     assert stems <= set(RUNS), f"without golden values: {stems - set(RUNS)}"
-    assert {file for file, _ in RUNS.values()} == {path.stem for path in GOLDEN.glob("*.safetensors")}
+    assert {file for file, _ in RUNS.values()} == {
+        path.stem for path in GOLDEN.glob("*.safetensors")
+    }
 
 
 @pytest.mark.parametrize("file", sorted({file for file, _ in RUNS.values()}))
 def test_every_output_has_a_gradient(file: str) -> None:
-    """A case with cotangents has a gradient, of its shape, for every differentiable input; no cotangent is constant."""
+    """A case with cotangents has a gradient, of its shape, for every differentiable input; no
+    cotangent is constant."""
     for name, case in load(file).items():
         assert bool(case.cot) == bool(case.inputs), f"{file}, {name}"
         for key, array in case.inputs.items():
@@ -54,7 +71,8 @@ def test_every_output_has_a_gradient(file: str) -> None:
 
 
 def test_numbers_of_v3() -> None:
-    """V3's YaRN: full speed up to pair 10, a fortieth from pair 23 on; the two published softmax corrections."""
+    """V3's YaRN: full speed up to pair 10, a fortieth from pair 23 on; the two published softmax
+    corrections."""
     case = load("rope")["v3"]
     assert case.settings["range"] == [10, 23]
     full = 1e4 ** (-np.arange(32) / 32)
@@ -68,24 +86,30 @@ def test_numbers_of_v3() -> None:
 
 @pytest.mark.parametrize("name", load("rope"))
 def test_each_frequency(name: str) -> None:
-    """Each rotation frequency to its own size: the slowest are too small for the largest one's tolerance."""
+    """Each rotation frequency to its own size: the slowest are too small for the largest one's
+    tolerance."""
     case = load("rope")[name]
     ours, golden = RUNS["rope"][1](case)["out/inv_freq"], case.golden["out/inv_freq"]
     assert np.max(np.abs(ours / golden - 1)) <= 1e-14
 
 
 @pytest.mark.parametrize("golden", [np.array([1.0, 4.0]), np.zeros(2)])
-@pytest.mark.parametrize("ours", [[1, np.nan], [1, np.inf], [1, 4 + 1e-12], [0.0, 4.0, 0.0], [[1.0, 4.0]], [1, 3]])
+@pytest.mark.parametrize(
+    "ours", [[1, np.nan], [1, np.inf], [1, 4 + 1e-12], [0.0, 4.0, 0.0], [[1.0, 4.0]], [1, 3]]
+)
 def test_comparison_fails(ours: Any, golden: np.ndarray) -> None:
     """NaN, another shape, another type and small errors do not pass."""
     assert not error(np.array(ours), golden) <= TOLERANCE
 
 
 def changed(case: Case, change: dict[str, Any]) -> Case:
-    """A case with other settings, or (for names of auxiliaries) other auxiliaries; None takes one away."""
+    """A case with other settings, or (for names of auxiliaries) other auxiliaries; None takes one
+    away."""
     aux = case.aux | {key: value for key, value in change.items() if key in case.aux}
     settings = case.settings | {key: value for key, value in change.items() if key not in case.aux}
-    return case._replace(settings=settings, aux={key: value for key, value in aux.items() if value is not None})
+    return case._replace(
+        settings=settings, aux={key: value for key, value in aux.items() if value is not None}
+    )
 
 
 def another_model(case: Case, change: dict[str, Any]) -> Case:
@@ -93,7 +117,9 @@ def another_model(case: Case, change: dict[str, Any]) -> Case:
     config = case.settings["config"]
     conventions = {key: value for key, value in change.items() if key in config["conventions"]}
     fields = {key: value for key, value in change.items() if key not in conventions}
-    return changed(case, {"config": config | fields | {"conventions": config["conventions"] | conventions}})
+    return changed(
+        case, {"config": config | fields | {"conventions": config["conventions"] | conventions}}
+    )
 
 
 MISTAKES: list[tuple[str, str, dict[str, Any], str]] = [
@@ -202,12 +228,15 @@ def shows(way: str, name: str, case: Case, tensor: str) -> None:
     """AssertionError unless the mistake in ``case`` moves ``tensor`` far beyond the tolerance."""
     file, run = RUNS[way]
     found = error(run(case)[tensor], load(file)[name].golden[tensor])
-    assert not found <= 1e6 * TOLERANCE, f"{way}, {name}: {tensor} hides the mistake, error {found:.2e}"
+    assert not found <= 1e6 * TOLERANCE, (
+        f"{way}, {name}: {tensor} hides the mistake, error {found:.2e}"
+    )
 
 
 @pytest.mark.parametrize(("way", "name", "change", "tensor"), MISTAKES)
 def test_mistake_shows(way: str, name: str, change: dict[str, Any], tensor: str) -> None:
-    """The golden values tell each of these mistakes, made by forward and backward alike, from the truth."""
+    """The golden values tell each of these mistakes, made by forward and backward alike, from the
+    truth."""
     shows(way, name, changed(load(RUNS[way][0])[name], change), tensor)
 
 
@@ -223,11 +252,14 @@ def test_wrong_model_shows(name: str, change: dict[str, Any], tensor: str) -> No
     "name", [name for name, case in load("grpo").items() if not np.all(case.aux.get("mask", True))]
 )
 def test_counting_padding_shows(name: str) -> None:
-    """GRPO with the mask ignored, in the loss or its gradient (without advantages and divergence nothing can show)."""
+    """GRPO with the mask ignored, in the loss or its gradient (without advantages and divergence
+    nothing can show)."""
     case = load("grpo")[name]
     with np.errstate(all="ignore"):
         results = RUNS["grpo"][1](changed(case, {"mask": np.ones_like(case.aux["mask"])}))
-    found = [error(results[tensor], case.golden[tensor]) for tensor in ("out/loss", "grad/log_prob")]
+    found = [
+        error(results[tensor], case.golden[tensor]) for tensor in ("out/loss", "grad/log_prob")
+    ]
     assert name == "constant_reward_no_kl" or any(not x <= 1e6 * TOLERANCE for x in found)
 
 
@@ -241,14 +273,21 @@ def test_preferring_the_worse_shows(name: str) -> None:
 
 def test_every_grpo_preset_is_covered() -> None:
     """Each named preset has golden values under its own name."""
-    assert {case.settings.get("preset") for case in load("grpo").values()} - {None} == set(GRPO_PRESETS)
+    assert {case.settings.get("preset") for case in load("grpo").values()} - {None} == set(
+        GRPO_PRESETS
+    )
 
 
 def test_grpo_regimes() -> None:
-    """The branches that the cases reach: for both signs of the advantage, tokens with and without a gradient."""
+    """The branches that the cases reach: for both signs of the advantage, tokens with and without a
+    gradient."""
     for name in GRPO_PRESETS:
         case = load("grpo")[name]
-        unclipped, mask, a = case.golden["out/unclipped"], case.aux["mask"], case.aux["advantages"][:, None]
+        unclipped, mask, a = (
+            case.golden["out/unclipped"],
+            case.aux["mask"],
+            case.aux["advantages"][:, None],
+        )
         for sign in (a > 0, a < 0):
             assert np.any(mask & sign & unclipped), name
             assert np.any(mask & sign & ~unclipped), name

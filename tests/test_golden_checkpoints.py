@@ -1,4 +1,5 @@
-"""Our model on four checkpoints that transformers saved, against the logits and gradients that it computed: no torch.
+"""Our model on four checkpoints that transformers saved, against the logits and gradients that it
+computed: no torch.
 
 tests/golden/make_checkpoints.py made them; tests/test_oracle.py compares with transformers itself.
 """
@@ -14,7 +15,16 @@ import pytest
 from refimpl.config import CONVENTIONS, ModelConfig
 from refimpl.model import is_buffer
 
-from checkpoint_values import GOLDEN, LOGITS, Arrays, assert_agree, errors, golden_values, our_values, read_checkpoint
+from checkpoint_values import (
+    GOLDEN,
+    LOGITS,
+    Arrays,
+    assert_agree,
+    errors,
+    golden_values,
+    our_values,
+    read_checkpoint,
+)
 
 NAMES = sorted(folder.name for folder in GOLDEN.iterdir())
 
@@ -32,7 +42,9 @@ def test_four_of_them() -> None:
         assert sum(path.stat().st_size for path in (GOLDEN / name).iterdir()) <= 150_000
 
 
-OTHERS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [  # checkpoint, changes of the config, of the conventions
+OTHERS: list[
+    tuple[str, dict[str, Any], dict[str, Any]]
+] = [  # checkpoint, changes of the config, of the conventions
     ("v3", {"norm_eps": 1e-5}, {}),
     ("v3", {"top_k": 2}, {}),
     ("v3", {"keep_groups": 3}, {}),
@@ -50,25 +62,35 @@ OTHERS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [  # checkpoint, chan
 
 
 @pytest.mark.parametrize(("name", "change", "conventions"), OTHERS, ids=str)
-def test_another_convention_shows(name: str, change: dict[str, Any], conventions: dict[str, Any]) -> None:
+def test_another_convention_shows(
+    name: str, change: dict[str, Any], conventions: dict[str, Any]
+) -> None:
     """The golden values tell the settings apart on which implementations differ."""
     config, params = read_checkpoint(GOLDEN / name)
     config = replace(config, **change, conventions=replace(config.conventions, **conventions))
     assert forward_error(config, params, name) > 1e3 * LOGITS
 
 
-@pytest.mark.parametrize("scales", [{"mscale_all_dim": 0.0}, {"mscale": 0.9}, {"mscale": 1.0, "mscale_all_dim": 1.0}])
+@pytest.mark.parametrize(
+    "scales", [{"mscale_all_dim": 0.0}, {"mscale": 0.9}, {"mscale": 1.0, "mscale_all_dim": 1.0}]
+)
 def test_mscale_shows(scales: dict[str, float]) -> None:
     config, params = read_checkpoint(GOLDEN / "v3")
     assert config.yarn is not None
-    assert forward_error(replace(config, yarn=config.yarn._replace(**scales)), params, "v3") > 1e3 * LOGITS
+    assert (
+        forward_error(replace(config, yarn=config.yarn._replace(**scales)), params, "v3")
+        > 1e3 * LOGITS
+    )
 
 
 def test_the_bias_shows() -> None:
     config, params = read_checkpoint(GOLDEN / "v3")
     biases = {name: bias for name, bias in params.items() if is_buffer(name)}
     assert all((bias < 0).any() and (bias > 0).any() for bias in biases.values())
-    assert forward_error(config, params | {name: np.zeros_like(b) for name, b in biases.items()}, "v3") > 1e3 * LOGITS
+    assert (
+        forward_error(config, params | {name: np.zeros_like(b) for name, b in biases.items()}, "v3")
+        > 1e3 * LOGITS
+    )
 
 
 @pytest.mark.parametrize(
@@ -81,7 +103,8 @@ def test_the_bias_shows() -> None:
     ],
 )
 def test_transformers_is_not_official(name: str, field: str) -> None:
-    """Each convention in which transformers differs from DeepSeek shows on one of the checkpoints."""
+    """Each convention in which transformers differs from DeepSeek shows on one of the
+    checkpoints."""
     config, params = read_checkpoint(GOLDEN / name)
     conventions = replace(config.conventions, **{field: getattr(CONVENTIONS["official"], field)})
     assert forward_error(replace(config, conventions=conventions), params, name) > 1e3 * LOGITS
@@ -89,7 +112,9 @@ def test_transformers_is_not_official(name: str, field: str) -> None:
 
 def test_on_v3_transformers_is_official() -> None:
     config, params = read_checkpoint(GOLDEN / "v3")
-    assert forward_error(replace(config, conventions=CONVENTIONS["official"]), params, "v3") <= LOGITS
+    assert (
+        forward_error(replace(config, conventions=CONVENTIONS["official"]), params, "v3") <= LOGITS
+    )
 
 
 def forward_error(config: ModelConfig, params: Arrays, name: str) -> float:

@@ -18,8 +18,11 @@ from gpu import Stage, execute, main, stages
 ROOT = Path(__file__).parents[1]
 
 
-def test_no_gpu_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit 0 and one line, whether nvidia-smi is missing or lists nothing; a failing command is no GPU either."""
+def test_no_gpu_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit 0 and one line, whether nvidia-smi is missing or lists nothing; a failing command is no
+    GPU either."""
     monkeypatch.setenv("PATH", "")
     assert gpu.gpus() == []
     assert main([]) == 0
@@ -38,7 +41,8 @@ def test_gpus_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_stages() -> None:
-    """Tests, benchmark, verify with and without kernels, and each tool of the sanitizer if there is one."""
+    """Tests, benchmark, verify with and without kernels, and each tool of the sanitizer if there is
+    one."""
     out = Path("/somewhere")
     bare = stages("python", None, out)
     checked = stages("python", "compute-sanitizer", out, "abc", xdist=True)
@@ -53,14 +57,22 @@ def test_stages() -> None:
             for column in ("", " --implementation cuda", " --implementation numba_cuda")
         ),
     ]
-    verified = [f"{column}-{what}" for what in ("ops", "models") for column in ("cupy", "cuda", "numba_cuda")]
+    verified = [
+        f"{column}-{what}"
+        for what in ("ops", "models")
+        for column in ("cupy", "cuda", "numba_cuda")
+    ]
     assert [stage.name for stage in checked] == ["tests", "shapes", "bench", *verified, *gpu.TOOLS]
     assert checked[0].command[-3:] == ("-n", "8", "tests/test_kernels.py")
     assert checked[2].command[-2:] == ("--commit", "abc")
     for stage in checked[9:]:
         assert stage.command[:3] == ("compute-sanitizer", "--tool", stage.name)
         assert stage.command[7] == "python"
-        assert stage.environment == {"CUPY_ACCELERATORS": "", "REFIMPL_GPU": "1", "REFIMPL_SANITIZER": "1"}
+        assert stage.environment == {
+            "CUPY_ACCELERATORS": "",
+            "REFIMPL_GPU": "1",
+            "REFIMPL_SANITIZER": "1",
+        }
     for name in ("test_kernels", "test_bench"):
         assert (ROOT / "tests" / f"{name}.py").is_file()
     for stage in checked[:3]:  # so that a log comes every ten minutes
@@ -77,11 +89,15 @@ def test_readme_has_the_commands() -> None:
 
 
 def test_verdicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    says = "import os, sys; print('Device not supported'); print(os.environ['X']); sys.exit(int(os.environ['X']))"
+    says = (
+        "import os, sys; print('Device not supported'); print(os.environ['X']); "
+        "sys.exit(int(os.environ['X']))"
+    )
     for what, code, verdict in (
-        ("tests", "0", "holds"), ("tests", "1", "DOES NOT HOLD"),
+        ("tests", "0", "holds"),
+        ("tests", "1", "DOES NOT HOLD"),
         ("compute-sanitizer memcheck", "1", "could not run: Device not supported"),
-    ):  # fmt: skip
+    ):
         stage = Stage("some", what, (sys.executable, "-c", says), {"X": code}, 60)
         assert execute(stage, tmp_path / "log", 60) == verdict
         assert capsys.readouterr().out.endswith(f"Device not supported\n{code}\n")
@@ -95,7 +111,10 @@ def test_a_stage_is_stopped(tmp_path: Path) -> None:
         "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     )
     start = time.monotonic()
-    assert execute(Stage("some", "tests", (sys.executable, "-c", says), {}, 1), tmp_path / "log", 1.5) == "STOPPED"
+    assert (
+        execute(Stage("some", "tests", (sys.executable, "-c", says), {}, 1), tmp_path / "log", 1.5)
+        == "STOPPED"
+    )
     assert time.monotonic() - start < 30
     assert (tmp_path / "log").read_text() == "begun\n"
 
@@ -106,8 +125,11 @@ def test_a_failure_is_exit_1_and_stops_no_other(
     monkeypatch.setattr(gpu, "gpus", lambda: ["GPU 0"])
     arguments = ["--out", str(tmp_path / "new")]
     for verdict, code in (
-        ("holds", 0), ("DOES NOT HOLD", 1), ("STOPPED", 1), ("could not run: Device not supported", 0),
-    ):  # fmt: skip
+        ("holds", 0),
+        ("DOES NOT HOLD", 1),
+        ("STOPPED", 1),
+        ("could not run: Device not supported", 0),
+    ):
         monkeypatch.setattr(gpu, "execute", lambda stage, log, seconds, verdict=verdict: verdict)
         assert main(arguments) == code
         shown, summary = capsys.readouterr().out, (tmp_path / "new" / "summary").read_text()
@@ -124,11 +146,23 @@ def test_a_failure_is_exit_1_and_stops_no_other(
 def test_suite_on_a_pretended_device() -> None:
     """What only runs on a device runs: strided arrays, moves there and back, errors, products."""
     chosen = (
-        "not numba and (strided and (swiglu or embedding) or finite and rms_norm or products_on_the_device or misread "
-        "or nothing_to_do or extremes or permute or adamw or adds_as)"
+        "not numba and (strided and (swiglu or embedding) or finite and rms_norm or "
+        "products_on_the_device or misread or nothing_to_do or extremes or permute or adamw "
+        "or adds_as)"
     )
-    command = (sys.executable, *gpu.PYTEST, "-p", "pretended_device", "tests/test_kernels.py", "-k", chosen)
-    environment = os.environ | {"REFIMPL_GPU": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    command = (
+        sys.executable,
+        *gpu.PYTEST,
+        "-p",
+        "pretended_device",
+        "tests/test_kernels.py",
+        "-k",
+        chosen,
+    )
+    environment = os.environ | {
+        "REFIMPL_GPU": "1",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+    }
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("PASSED") > 20
@@ -137,7 +171,19 @@ def test_suite_on_a_pretended_device() -> None:
 def test_selection_of_the_sanitizer() -> None:
     """It picks at least one test of every op."""
     names = "tests/test_kernels.py", "-q", "--collect-only", *gpu.SANITIZED[-2:]
-    done = subprocess.run([sys.executable, "-m", "pytest", *names], capture_output=True, text=True, cwd=ROOT)
-    for op in ("rms_norm", "swiglu", "rope", "cross_entropy", "log_prob", "embedding", "router", "moe", "grpo"):
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *names], capture_output=True, text=True, cwd=ROOT
+    )
+    for op in (
+        "rms_norm",
+        "swiglu",
+        "rope",
+        "cross_entropy",
+        "log_prob",
+        "embedding",
+        "router",
+        "moe",
+        "grpo",
+    ):
         assert f"test_same_bits[cuda-{op}-" in done.stdout
     assert "test_adamw" in done.stdout

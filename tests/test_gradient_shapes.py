@@ -1,4 +1,5 @@
-"""Every backward refuses a gradient of another shape: a port's array from a file must not be broadcast."""
+"""Every backward refuses a gradient of another shape: a port's array from a file must not be
+broadcast."""
 
 from __future__ import annotations
 
@@ -15,8 +16,13 @@ VECTOR_OPS = [op for op in CASES if op not in SCALAR_OPS]
 
 
 def wrong_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The same count of entries in other shapes, one entry that would broadcast, one row too many."""
-    return [(1, *shape), (*shape[:-1], 1) if shape[-1] > 1 else (*shape, 2), (shape[0] + 1, *shape[1:])]
+    """The same count of entries in other shapes, one entry that would broadcast, one row too
+    many."""
+    return [
+        (1, *shape),
+        (*shape[:-1], 1) if shape[-1] > 1 else (*shape, 2),
+        (shape[0] + 1, *shape[1:]),
+    ]
 
 
 @pytest.mark.parametrize("op", VECTOR_OPS)

@@ -1,4 +1,5 @@
-"""GRPO and its family: the protocol, the six regimes, the conventions on the edges, and its errors."""
+"""GRPO and its family: the protocol, the six regimes, the conventions on the edges, and its
+errors."""
 
 from __future__ import annotations
 
@@ -45,22 +46,32 @@ def test_protocol() -> None:
     ],
 )
 def test_regimes(advantage: float, rho: float, value: float, slope: float) -> None:
-    """One token: the objective, and its derivative in ln π, for both signs of A in the three regions."""
+    """One token: the objective, and its derivative in ln π, for both signs of A in the three
+    regions."""
     log_prob, old = np.array([[np.log(rho)]]), np.zeros((1, 1))
-    bounds = {"clip": (1 - float(np.exp(np.log(0.8))), float(np.exp(np.log(1.2))) - 1)}  # bounds that ρ can hit
+    bounds = {
+        "clip": (1 - float(np.exp(np.log(0.8))), float(np.exp(np.log(1.2))) - 1)
+    }  # bounds that ρ can hit
     loss, dlog_prob = run(
-        log_prob, advantages=np.array([advantage]), mask=np.array([[True]]), old_log_prob=old, **bounds
+        log_prob,
+        advantages=np.array([advantage]),
+        mask=np.array([[True]]),
+        old_log_prob=old,
+        **bounds,
     )
     assert abs(-loss - value) <= 1e-15 * 4
     assert abs(-dlog_prob[0, 0] - slope) <= 1e-15 * 4
 
 
 def test_on_policy_is_the_plain_policy_gradient() -> None:
-    """At ρ = 1 the gradient is A times that of the mean log-probability (DeepSeekMath eq. 21), clip or no clip."""
+    """At ρ = 1 the gradient is A times that of the mean log-probability (DeepSeekMath eq. 21), clip
+    or no clip."""
     new, _, reference = log_probs()
     a = np.array([1.5, -0.5])
     _, dlog_prob = run(new, advantages=a)
-    np.testing.assert_allclose(dlog_prob, -a[:, None] * MASK / (2 * MASK.sum(axis=1, keepdims=True)), rtol=1e-15)
+    np.testing.assert_allclose(
+        dlog_prob, -a[:, None] * MASK / (2 * MASK.sum(axis=1, keepdims=True)), rtol=1e-15
+    )
     r = np.exp(reference - new)
     _, with_kl = run(new, advantages=a, kl_weight=0.3, reference_log_prob=reference)
     wanted = -(a[:, None] + 0.3 * (r - 1)) * MASK / (2 * MASK.sum(axis=1, keepdims=True))
@@ -70,9 +81,15 @@ def test_on_policy_is_the_plain_policy_gradient() -> None:
 
 
 def test_unbiased_kl_has_the_gradient_of_the_kl() -> None:
-    """ρ·k3 with old = π has the gradient β ln(π/π_ref) of the true KL's estimate; k3 alone has β (1 − r)."""
+    """ρ·k3 with old = π has the gradient β ln(π/π_ref) of the true KL's estimate; k3 alone has β (1
+    − r)."""
     new, _, reference = log_probs()
-    options = {"advantages": np.zeros(2), "kl_weight": 1.0, "reference_log_prob": reference, "average": "constant"}
+    options = {
+        "advantages": np.zeros(2),
+        "kl_weight": 1.0,
+        "reference_log_prob": reference,
+        "average": "constant",
+    }
     _, unbiased = run(new, **options, length=1, kl="unbiased")
     np.testing.assert_allclose(unbiased, MASK * (new - reference) / 2, rtol=0, atol=4e-16)
     _, k3 = run(new, **options, length=1, kl="k3")
@@ -87,9 +104,15 @@ def test_unbiased_kl_has_the_gradient_of_the_kl() -> None:
     ],
 )
 def test_kl_bounds(u: float, value: float, slope: float) -> None:
-    """verl's clamps, here of |u| at 20 and of k3 at 9: the value stops there, and the gradient with it."""
-    reference, options = np.array([[u]]), {"advantages": np.zeros(1), "mask": np.array([[True]]), "kl_weight": 1.0}
-    loss, grad = run(np.zeros((1, 1)), reference_log_prob=reference, kl_bounds=(20.0, 9.0), **options)
+    """verl's clamps, here of |u| at 20 and of k3 at 9: the value stops there, and the gradient with
+    it."""
+    reference, options = (
+        np.array([[u]]),
+        {"advantages": np.zeros(1), "mask": np.array([[True]]), "kl_weight": 1.0},
+    )
+    loss, grad = run(
+        np.zeros((1, 1)), reference_log_prob=reference, kl_bounds=(20.0, 9.0), **options
+    )
     np.testing.assert_allclose([loss, -grad[0, 0]], [value, slope], rtol=1e-14)
     free, grad = run(np.zeros((1, 1)), reference_log_prob=reference, **options)
     assert free >= loss
@@ -99,24 +122,37 @@ def test_kl_bounds(u: float, value: float, slope: float) -> None:
 def test_padding_never_leaks() -> None:
     """What stands at padding, NaN and infinities included, changes no bit."""
     new, old, reference = log_probs()
-    options = {"advantages": np.array([1.0, -1.0]), "kl_weight": 0.3, "kl": "unbiased", "off_policy": 0.01}
+    options = {
+        "advantages": np.array([1.0, -1.0]),
+        "kl_weight": 0.3,
+        "kl": "unbiased",
+        "off_policy": 0.01,
+    }
     for average in ("sequence", "token", "constant"):
         for ratio in ("token", "sequence", "sequence_mean"):
             given = options | {"average": average, "ratio": ratio, "length": 5}
             loss, grad = run(new, old_log_prob=old, reference_log_prob=reference, **given)
-            dirty = [np.where(MASK, x, junk) for x, junk in ((new, np.nan), (old, np.inf), (reference, -np.inf))]
-            other, other_grad = run(dirty[0], old_log_prob=dirty[1], reference_log_prob=dirty[2], **given)
+            dirty = [
+                np.where(MASK, x, junk)
+                for x, junk in ((new, np.nan), (old, np.inf), (reference, -np.inf))
+            ]
+            other, other_grad = run(
+                dirty[0], old_log_prob=dirty[1], reference_log_prob=dirty[2], **given
+            )
             assert other == loss
             assert np.array_equal(other_grad, grad)
             assert not np.any(grad[~MASK])
 
 
 def test_nothing_to_learn_from_gives_zero() -> None:
-    """An output, or a whole batch, without tokens gives 0 and a zero gradient; so do equal rewards."""
+    """An output, or a whole batch, without tokens gives 0 and a zero gradient; so do equal
+    rewards."""
     new, old, _ = log_probs()
     for average in ("sequence", "token", "constant"):
         none = np.zeros_like(MASK)
-        loss, grad = run(new, advantages=np.ones(2), old_log_prob=old, mask=none, average=average, length=3)
+        loss, grad = run(
+            new, advantages=np.ones(2), old_log_prob=old, mask=none, average=average, length=3
+        )
         assert loss == 0
         assert not np.any(grad)
     assert np.array_equal(group_advantages(np.array([[0.3, 0.3, 0.3]])), np.zeros(3))
@@ -130,7 +166,8 @@ def test_averages() -> None:
     new, _, _ = log_probs()
     a = np.array([1.0, 1.0])
     sequence, token, constant = (
-        -run(new, advantages=a, average=average, length=10)[1] for average in ("sequence", "token", "constant")
+        -run(new, advantages=a, average=average, length=10)[1]
+        for average in ("sequence", "token", "constant")
     )
     np.testing.assert_allclose(sequence, MASK / np.array([[6.0], [4.0]]), rtol=1e-15)
     np.testing.assert_allclose(token, MASK / 5.0, rtol=1e-15)
@@ -138,7 +175,8 @@ def test_averages() -> None:
 
 
 def test_ratio_levels() -> None:
-    """A sequence's ratio is the product of its tokens', or its geometric mean; the gradient spreads over all."""
+    """A sequence's ratio is the product of its tokens', or its geometric mean; the gradient spreads
+    over all."""
     new, old, _ = log_probs()
     a, z = np.array([1.0, 1.0]), np.where(MASK, new - old, 0).sum(axis=1)
     sizes = MASK.sum(axis=1)
@@ -151,7 +189,8 @@ def test_ratio_levels() -> None:
 
 
 def test_off_policy_mask() -> None:
-    """An output with A < 0 that drifted further than δ loses its ratio term, not its KL; one with A > 0 never does."""
+    """An output with A < 0 that drifted further than δ loses its ratio term, not its KL; one with A
+    > 0 never does."""
     new, _, reference = log_probs()
     old = new + 0.5  # mean ln(π_old/π) = 0.5
     options = {"old_log_prob": old, "off_policy": 0.4, "advantages": np.array([-1.0, 1.0])}
@@ -162,7 +201,9 @@ def test_off_policy_mask() -> None:
     assert np.any(grad[1])
     _, with_kl = run(new, **options, kl_weight=0.1, reference_log_prob=reference)
     assert np.all(with_kl[0][MASK[0]] != 0)
-    assert grpo_forward(new, mask=MASK, kl_weight=0.0, **(options | {"off_policy": 0.6}))[0].kept.all()
+    assert grpo_forward(new, mask=MASK, kl_weight=0.0, **(options | {"off_policy": 0.6}))[
+        0
+    ].kept.all()
 
 
 def test_dual_clip() -> None:
@@ -179,9 +220,13 @@ def test_dual_clip() -> None:
 
 @pytest.mark.parametrize(
     ("options", "scale"),
-    [({}, np.std([1, 2, 6], ddof=1)), ({"ddof": 0}, np.std([1, 2, 6])), ({"scale": False}, 1.0),
-     ({"epsilon": 0.5}, np.std([1, 2, 6], ddof=1) + 0.5)],
-)  # fmt: skip
+    [
+        ({}, np.std([1, 2, 6], ddof=1)),
+        ({"ddof": 0}, np.std([1, 2, 6])),
+        ({"scale": False}, 1.0),
+        ({"epsilon": 0.5}, np.std([1, 2, 6], ddof=1) + 0.5),
+    ],
+)
 def test_group_advantages(options: dict[str, Any], scale: float) -> None:
     """Each row is centred on its own mean and divided as asked."""
     a = group_advantages(np.array([[1.0, 2.0, 6.0], [5.0, 5.0, 5.0]]), **options)
@@ -189,14 +234,17 @@ def test_group_advantages(options: dict[str, Any], scale: float) -> None:
 
 
 def test_overflow_of_what_does_not_count() -> None:
-    """A ratio beyond float32 at A = 0, in a dropped output, or at another's padding gives 0, not NaN."""
+    """A ratio beyond float32 at A = 0, in a dropped output, or at another's padding gives 0, not
+    NaN."""
     new = np.array([[-1.0, -1.0, 0.0], [-1.0, -1.0, -1.0]], dtype=np.float32)
     old = new - np.array([[60.0], [0.0]], dtype=np.float32)
     mask = np.array([[True, True, False], [True, True, True]])
     for advantage, options in ((0.0, {}), (-1.0, {"kept": np.array([False, True])})):
         a = np.array([advantage, 1.0], dtype=np.float32)
         with np.errstate(over="ignore"):
-            loss, grad = run(new, advantages=a, mask=mask, old_log_prob=old, ratio="sequence", **options)
+            loss, grad = run(
+                new, advantages=a, mask=mask, old_log_prob=old, ratio="sequence", **options
+            )
         assert loss == -0.5
         assert np.isfinite(grad).all()
 
@@ -207,7 +255,13 @@ def test_nan_within_an_output_stays_visible(advantage: float) -> None:
     new, old, _ = log_probs()
     new[0, 1] = np.nan
     for ratio in ("token", "sequence"):
-        loss, grad = run(new, advantages=np.array([advantage, 1.0]), old_log_prob=old, ratio=ratio, off_policy=0.1)
+        loss, grad = run(
+            new,
+            advantages=np.array([advantage, 1.0]),
+            old_log_prob=old,
+            ratio=ratio,
+            off_policy=0.1,
+        )
         assert np.isnan(loss)
         assert np.isnan(grad[0, 1])
 
@@ -215,7 +269,12 @@ def test_nan_within_an_output_stays_visible(advantage: float) -> None:
 def test_k3_keeps_its_digits() -> None:
     """Near ln π = ln π_ref, k3 is u²/2 and never negative, though e^u − u − 1 cancels."""
     u = 1e-7 * np.array([[1.0, -2.0, 3.0]], dtype=np.float64)
-    options = {"advantages": np.zeros(1), "mask": np.ones((1, 3), bool), "average": "token", "kl_weight": 1.0}
+    options = {
+        "advantages": np.zeros(1),
+        "mask": np.ones((1, 3), bool),
+        "average": "token",
+        "kl_weight": 1.0,
+    }
     loss, grad = run(-u, reference_log_prob=np.zeros((1, 3)), **options)
     assert loss > 0
     np.testing.assert_allclose(grad, -u / 3, rtol=1e-6)
@@ -236,7 +295,11 @@ def test_a_group_of_one() -> None:
 def test_presets_run(name: str) -> None:
     new, old, reference = log_probs()
     old = new + 1e-3 * (old - new)  # GSPO clips at 3e-4
-    options = {"advantages": np.array([1.0, -1.0]), "reference_log_prob": reference, "length": 8} | GRPO_PRESETS[name]
+    options = {
+        "advantages": np.array([1.0, -1.0]),
+        "reference_log_prob": reference,
+        "length": 8,
+    } | GRPO_PRESETS[name]
     output, saved = grpo_forward(new, mask=MASK, old_log_prob=old, **options)
     assert np.isfinite(output.loss)
     assert np.any(grpo_backward((1.0,), saved))
@@ -247,21 +310,50 @@ def test_presets_run(name: str) -> None:
     [
         ({"mask": MASK.astype(float)}, TypeError, "mask must be bool, got float64"),
         ({"mask": MASK[:1]}, ValueError, r"mask must have shape \(N, T\)=\(2, 3\), got \(1, 3\)"),
-        ({"advantages": np.ones(3)}, ValueError, r"advantages must have shape \(N,\)=\(2,\), got \(3,\)"),
+        (
+            {"advantages": np.ones(3)},
+            ValueError,
+            r"advantages must have shape \(N,\)=\(2,\), got \(3,\)",
+        ),
         ({"advantages": np.ones((2, 1))}, ValueError, "advantages must have shape"),
-        ({"old_log_prob": np.ones((1, 3))}, ValueError, r"old_log_prob must have shape \(N, T\)=\(2, 3\)"),
-        ({"reference_log_prob": None, "kl_weight": 0.1}, ValueError, "reference_log_prob must be given unless"),
+        (
+            {"old_log_prob": np.ones((1, 3))},
+            ValueError,
+            r"old_log_prob must have shape \(N, T\)=\(2, 3\)",
+        ),
+        (
+            {"reference_log_prob": None, "kl_weight": 0.1},
+            ValueError,
+            "reference_log_prob must be given unless",
+        ),
         ({"clip": (-0.1, 0.2)}, ValueError, "clip must be two numbers of at least 0"),
         ({"dual_clip": 1.0}, ValueError, "dual_clip above 1 or None, got"),
-        ({"average": "mean"}, ValueError, "average must be one of sequence, token, constant, got 'mean'"),
-        ({"average": "constant"}, ValueError, "length must be positive for average='constant', got None"),
-        ({"ratio": "word"}, ValueError, "ratio must be one of token, sequence, sequence_mean, got 'word'"),
+        (
+            {"average": "mean"},
+            ValueError,
+            "average must be one of sequence, token, constant, got 'mean'",
+        ),
+        (
+            {"average": "constant"},
+            ValueError,
+            "length must be positive for average='constant', got None",
+        ),
+        (
+            {"ratio": "word"},
+            ValueError,
+            "ratio must be one of token, sequence, sequence_mean, got 'word'",
+        ),
         ({"kl": "k4"}, ValueError, "kl must be one of k1, k2, k3, unbiased, got 'k4'"),
         ({"kl_level": "group"}, ValueError, "kl_level must be one of token, sequence, got 'group'"),
     ],
 )
 def test_errors(change: dict[str, Any], error: type[Exception], message: str) -> None:
     new, old, reference = log_probs()
-    options = {"mask": MASK, "advantages": np.ones(2), "old_log_prob": old, "reference_log_prob": reference}
+    options = {
+        "mask": MASK,
+        "advantages": np.ones(2),
+        "old_log_prob": old,
+        "reference_log_prob": reference,
+    }
     with pytest.raises(error, match=message):
         grpo_forward(new, **(options | change))

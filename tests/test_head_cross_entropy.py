@@ -63,7 +63,8 @@ def test_equals_linear_and_cross_entropy(
 
 
 def test_identities() -> None:
-    """A vector added to all rows of w changes nothing; the logits are bilinear; masked tokens get exactly 0."""
+    """A vector added to all rows of w changes nothing; the logits are bilinear; masked tokens get
+    exactly 0."""
     h, w, targets = inputs()
     loss, dh, dw = run(h, w, targets=targets, mask=MASK)
     assert_close(dw.sum(axis=0), np.zeros(D))
@@ -100,11 +101,23 @@ def test_finds_log_prob_in_the_table() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"w": np.ones((W, D + 1))}, ValueError, r"w must have shape \(W, D\)=\('any', 4\), got \(7, 5\)"),
-        ({"targets": np.zeros((B, T - 1), int)}, ValueError, r"targets must have shape \(…\)=\(2, 3\), got \(2, 2\)"),
+        (
+            {"w": np.ones((W, D + 1))},
+            ValueError,
+            r"w must have shape \(W, D\)=\('any', 4\), got \(7, 5\)",
+        ),
+        (
+            {"targets": np.zeros((B, T - 1), int)},
+            ValueError,
+            r"targets must have shape \(…\)=\(2, 3\), got \(2, 2\)",
+        ),
         ({"targets": np.full((B, T), W)}, ValueError, "targets must lie in 0…6, got 7…7"),
         ({"targets": np.full((B, T), -100)}, ValueError, "targets must lie in 0…6, got -100…-100"),
-        ({"mask": np.ones((B, 1), bool)}, ValueError, r"mask must have shape \(…\)=\(2, 3\), got \(2, 1\)"),
+        (
+            {"mask": np.ones((B, 1), bool)},
+            ValueError,
+            r"mask must have shape \(…\)=\(2, 3\), got \(2, 1\)",
+        ),
         ({"block": (0, 1)}, ValueError, r"block at least \(1, 1\), got 1.0, \(0, 1\)"),
         ({"h": np.ones((B, T, D), int)}, TypeError, "h must be float32 or wider"),
         ({"w": np.ones((W, D), np.float16)}, TypeError, "w must be float32 or wider"),

@@ -1,5 +1,5 @@
-"""The earlier versions of RMSNorm and cross-entropy: each is right, each step costs less of what it was made for, and
-kernels/README.md shows what `python tests/ladder.py` prints."""
+"""The earlier versions of RMSNorm and cross-entropy: each is right, each step costs less of what it
+was made for, and kernels/README.md shows what `python tests/ladder.py` prints."""
 
 from __future__ import annotations
 
@@ -26,13 +26,20 @@ def rendered() -> str:
 
 @pytest.mark.parametrize("storage", STORAGE)
 @pytest.mark.parametrize(
-    ("op", "step"), [("rms_norm", s) for s in RMS_NORM[:-1]] + [("cross_entropy", s) for s in CROSS_ENTROPY[:-1]]
+    ("op", "step"),
+    [("rms_norm", s) for s in RMS_NORM[:-1]] + [("cross_entropy", s) for s in CROSS_ENTROPY[:-1]],
 )
 def test_every_step_is_right(op: str, step: ladder.Step, storage: str) -> None:
     """The rule of the kernels themselves, on the kernels' own shapes."""
     make = {"rms_norm": rms_norm_step, "cross_entropy": cross_entropy_step}[op]
     for seed in range(2):
-        compare(op, make(InterpreterLaunch(seed), step.name), SHAPES[op](RandomDraw(seed)), storage, seed)
+        compare(
+            op,
+            make(InterpreterLaunch(seed), step.name),
+            SHAPES[op](RandomDraw(seed)),
+            storage,
+            seed,
+        )
 
 
 def test_every_file_is_a_step() -> None:
@@ -41,23 +48,32 @@ def test_every_file_is_a_step() -> None:
 
 
 def test_bytes_by_hand() -> None:
-    """What the interpreter counts is what the sources say, in bytes an element; a number a row is lost in it."""
+    """What the interpreter counts is what the sources say, in bytes an element; a number a row is
+    lost in it."""
     w, y, x, dy, dx = 2, 2, 2, 2, 2  # one read or one write of each, in bfloat16
     twice = 2 * x + w + y + 2 * (dy + w + x) + dx
     column, dw = dy + x, 4 / 32  # one dw for 32 rows
-    own = 64 * 4 / 1024  # the row's r, which each of 64 threads reads for its part of 1,024 elements
+    own = (
+        64 * 4 / 1024
+    )  # the row's r, which each of 64 threads reads for its part of 1,024 elements
     part = (4 + 4) / 16  # a partial sum of dw, written and read, for 16 rows
     wanted = (
         twice + column + 4 + dw,  # the column's thread reads r for every element
-        twice + column + 4 + dw + own, twice + column + 4 / 8 + dw + own,  # a chunk's thread, for every 8
+        twice + column + 4 + dw + own,
+        twice + column + 4 / 8 + dw + own,  # a chunk's thread, for every 8
         x + w + y + dy + x + w + dx + part + dw + own,
-    )  # fmt: skip
+    )
     for step, bytes_ in zip(RMS_NORM, wanted, strict=True):
         assert ladder.rms_norm_cost(step.name).asked == pytest.approx(bytes_, rel=1e-3)
     z, p, dz = 2, 4, 2
     five = 5 * 32 / 1024  # sectors of five numbers, for a warp's 1024 logits
     target = 1  # read again for every logit: a warp's sector for 32
-    wanted = 3 * z + p + p + dz + target, 2 * z + z + dz + target, z + z + dz + target, z + z + dz + five
+    wanted = (
+        3 * z + p + p + dz + target,
+        2 * z + z + dz + target,
+        z + z + dz + target,
+        z + z + dz + five,
+    )
     for step, bytes_ in zip(CROSS_ENTROPY, wanted, strict=True):
         found = ladder.cross_entropy_cost(step.name)
         assert found.sectors == pytest.approx(bytes_, rel=0.02)

@@ -12,7 +12,8 @@ from support import property_test
 
 
 def integers(*shape: int, seed: int = 0) -> np.ndarray:
-    """Small whole numbers as floats: their sums and products are exact, so identities hold to the last bit."""
+    """Small whole numbers as floats: their sums and products are exact, so identities hold to the
+    last bit."""
     return np.random.default_rng(seed).integers(-9, 10, shape).astype(np.float64)
 
 
@@ -22,7 +23,11 @@ def test_protocol() -> None:
 
 def test_values_of_a_square_map() -> None:
     """With I = O a transposed W fits the shapes; the values tell."""
-    w, x, dy = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[[5.0, 7.0]]]), np.array([[[1.0, 10.0]]])
+    w, x, dy = (
+        np.array([[1.0, 2.0], [3.0, 4.0]]),
+        np.array([[[5.0, 7.0]]]),
+        np.array([[[1.0, 10.0]]]),
+    )
     y, saved = linear_forward(x, w)
     dx, dw = linear_backward(dy, saved)
     np.testing.assert_array_equal(y, [[[19, 43]]])
@@ -59,11 +64,31 @@ def test_any_leading_dimensions(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("x", "w", "error", "message"),
     [
-        (np.ones((2, 3)), np.ones((4, 2)), ValueError, r"w must have shape \(O, I\)=\('any', 3\), got \(4, 2\)"),
-        (np.ones((2, 3)), np.ones((3, 4)), ValueError, r"w must have shape \(O, I\)=\('any', 3\), got \(3, 4\)"),
-        (np.ones((2, 3)), np.ones(3), ValueError, r"w must have shape \(O, I\)=\('any', 3\), got \(3,\)"),
+        (
+            np.ones((2, 3)),
+            np.ones((4, 2)),
+            ValueError,
+            r"w must have shape \(O, I\)=\('any', 3\), got \(4, 2\)",
+        ),
+        (
+            np.ones((2, 3)),
+            np.ones((3, 4)),
+            ValueError,
+            r"w must have shape \(O, I\)=\('any', 3\), got \(3, 4\)",
+        ),
+        (
+            np.ones((2, 3)),
+            np.ones(3),
+            ValueError,
+            r"w must have shape \(O, I\)=\('any', 3\), got \(3,\)",
+        ),
         (np.ones((2, 3), dtype=int), np.ones((4, 3)), TypeError, "x must be float32 or wider"),
-        (np.ones((2, 3)), np.ones((4, 3), dtype=np.float16), TypeError, "w must be float32 or wider"),
+        (
+            np.ones((2, 3)),
+            np.ones((4, 3), dtype=np.float16),
+            TypeError,
+            "w must be float32 or wider",
+        ),
         (
             np.ones((2, 3)),
             array_api_strict.ones((4, 3)),

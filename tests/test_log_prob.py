@@ -1,4 +1,5 @@
-"""Log-probabilities from hidden states: the protocol, blocks, temperature, identities, and errors."""
+"""Log-probabilities from hidden states: the protocol, blocks, temperature, identities, and
+errors."""
 
 from __future__ import annotations
 
@@ -26,13 +27,16 @@ def cotangent() -> np.ndarray:
     return np.random.default_rng(1).normal(size=(B, T))
 
 
-def run(h: np.ndarray, w: np.ndarray, dy: np.ndarray, **kwargs: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def run(
+    h: np.ndarray, w: np.ndarray, dy: np.ndarray, **kwargs: Any
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     y, saved = log_prob_forward(h, w, **kwargs)
     return y, *log_prob_backward(dy, saved)
 
 
 def assert_close(got: Any, wanted: Any) -> None:
-    """Sums of at most W or B·T terms behind sums of D, all below ten: 50 eps of the largest entry."""
+    """Sums of at most W or B·T terms behind sums of D, all below ten: 50 eps of the largest
+    entry."""
     np.testing.assert_allclose(got, wanted, rtol=0, atol=50 * EPS * max(np.max(np.abs(wanted)), 1))
 
 
@@ -43,7 +47,8 @@ def test_protocol() -> None:
 @BLOCKS
 @pytest.mark.parametrize("temperature", [0.6, 1.7])
 def test_picks_from_the_log_softmax(block: tuple[int, int], temperature: float) -> None:
-    """And its gradient is that of the formula, whatever the block: one, many, or a short last one."""
+    """And its gradient is that of the formula, whatever the block: one, many, or a short last
+    one."""
     (h, w, targets), dy = inputs(), cotangent()
     y, dh, dw = run(h, w, dy, targets=targets, temperature=temperature, block=block)
     z = h @ w.T / temperature
@@ -70,7 +75,8 @@ def test_probabilities_of_all_targets_sum_to_one() -> None:
 
 
 def test_identities() -> None:
-    """One vector added to all rows of w shifts all logits alike, so Σ_v dw_v = 0; and the logits are bilinear."""
+    """One vector added to all rows of w shifts all logits alike, so Σ_v dw_v = 0; and the logits
+    are bilinear."""
     (h, w, targets), dy = inputs(), cotangent()
     y, dh, dw = run(h, w, dy, targets=targets)
     moved = run(h, w + np.array([1.0, -2, 0.5, 3]), dy, targets=targets)
@@ -98,7 +104,8 @@ def test_masked_tokens(block: tuple[int, int], ignored: int) -> None:
 @BLOCKS
 @pytest.mark.parametrize("order", [1, -1])
 def test_huge_logits(block: tuple[int, int], order: int) -> None:
-    """Rising or falling to ±1e4 over the vocabulary: each block rebases the sum; no overflow (warnings are errors)."""
+    """Rising or falling to ±1e4 over the vocabulary: each block rebases the sum; no overflow
+    (warnings are errors)."""
     w = 1e4 * np.linspace(-1, 1, W)[::order, None]
     targets = np.array([[0, W - 1]])
     y, dh, dw = run(np.ones((1, 2, 1)), w, np.ones((1, 2)), targets=targets, block=block)
@@ -111,12 +118,28 @@ def test_huge_logits(block: tuple[int, int], order: int) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"w": np.ones((W, D + 1))}, ValueError, r"w must have shape \(W, D\)=\('any', 4\), got \(7, 5\)"),
-        ({"targets": np.zeros(T, int)}, ValueError, r"targets must have shape \(…\)=\(2, 3\), got \(3,\)"),
+        (
+            {"w": np.ones((W, D + 1))},
+            ValueError,
+            r"w must have shape \(W, D\)=\('any', 4\), got \(7, 5\)",
+        ),
+        (
+            {"targets": np.zeros(T, int)},
+            ValueError,
+            r"targets must have shape \(…\)=\(2, 3\), got \(3,\)",
+        ),
         ({"targets": np.full((B, T), W)}, ValueError, "targets must lie in 0…6, got 7…7"),
         ({"targets": np.full((B, T), -1)}, ValueError, "targets must lie in 0…6, got -1…-1"),
-        ({"mask": np.ones(T, bool)}, ValueError, r"mask must have shape \(…\)=\(2, 3\), got \(3,\)"),
-        ({"temperature": 0.0}, ValueError, r"temperature must be positive and block at least \(1, 1\), got 0.0"),
+        (
+            {"mask": np.ones(T, bool)},
+            ValueError,
+            r"mask must have shape \(…\)=\(2, 3\), got \(3,\)",
+        ),
+        (
+            {"temperature": 0.0},
+            ValueError,
+            r"temperature must be positive and block at least \(1, 1\), got 0.0",
+        ),
         ({"temperature": float("nan")}, ValueError, "temperature must be positive .* got nan"),
         ({"block": (0, 5)}, ValueError, r"block at least \(1, 1\), got 1.0, \(0, 5\)"),
         ({"block": (5, 0)}, ValueError, r"block at least \(1, 1\), got 1.0, \(5, 0\)"),

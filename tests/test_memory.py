@@ -1,4 +1,5 @@
-"""Memory, measured: flash attention is linear in the sequence, the fused head never holds all logits."""
+"""Memory, measured: flash attention is linear in the sequence, the fused head never holds all
+logits."""
 
 from __future__ import annotations
 
@@ -11,13 +12,14 @@ from refimpl.ops import (
     cross_entropy_forward,
     flash_attention_forward,
     head_cross_entropy_forward,
-)  # fmt: skip
+)
 
 from support import FULL
 
 
 def test_flash_attention_is_linear() -> None:
-    """From T = 1024 to 4096 at most 4.6 times the memory, and at 4096 at most 1/8 of the probabilities' bytes."""
+    """From T = 1024 to 4096 at most 4.6 times the memory, and at 4096 at most 1/8 of the
+    probabilities' bytes."""
     small, _, large = attention_memory()
     assert large.length == 4 * small.length == 4096
     assert large.peak <= 4.6 * small.peak
@@ -25,7 +27,8 @@ def test_flash_attention_is_linear() -> None:
 
 
 def test_fused_head_never_holds_the_logits() -> None:
-    """At vocabulary 129,280 at most 10 % of the logits' bytes beyond inputs and gradients, whatever the length."""
+    """At vocabulary 129,280 at most 10 % of the logits' bytes beyond inputs and gradients, whatever
+    the length."""
     lengths = (1024, 8192) if FULL else (1024, 2048)
     small, large = head_memory(lengths)
     assert small.peak <= 0.1 * small.logits
@@ -61,7 +64,13 @@ def test_same_numbers() -> None:
     rng = np.random.default_rng(0)
     q, k, v = rng.normal(size=(3, 1, 300, 2, 8))
     o, _ = attention_forward(q, k, v, scale=0.3)
-    np.testing.assert_allclose(flash_attention_forward(q, k, v, scale=0.3)[0], o, rtol=0, atol=1e-14)
-    h, w, targets = rng.normal(size=(300, 8)), rng.normal(size=(5000, 8)), rng.integers(0, 5000, 300)
+    np.testing.assert_allclose(
+        flash_attention_forward(q, k, v, scale=0.3)[0], o, rtol=0, atol=1e-14
+    )
+    h, w, targets = (
+        rng.normal(size=(300, 8)),
+        rng.normal(size=(5000, 8)),
+        rng.integers(0, 5000, 300),
+    )
     loss, _ = cross_entropy_forward(h @ w.T, targets=targets)
     assert abs(head_cross_entropy_forward(h, w, targets=targets)[0] - loss) <= 1e-13 * loss

@@ -1,4 +1,5 @@
-"""The whole model: its gradient under every convention, its ways in and out, its masks, and the table of ops."""
+"""The whole model: its gradient under every convention, its ways in and out, its masks, and the
+table of ops."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ def parameters(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     """Normal with std 0.15, norms and biases off neutral."""
     rng = np.random.default_rng(seed)
     return {
-        name: rng.uniform(0.5, 1.5, shape) if name.endswith("norm.weight") else 0.15 * rng.normal(size=shape)
+        name: rng.uniform(0.5, 1.5, shape)
+        if name.endswith("norm.weight")
+        else 0.15 * rng.normal(size=shape)
         for name, shape in parameter_shapes(config).items()
     }
 
@@ -45,16 +48,29 @@ def largest_error(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
 
 
 def protocol(
-    config: ModelConfig, convention: str = "official", implementation: str = "reference", seed: int = 0
+    config: ModelConfig,
+    convention: str = "official",
+    implementation: str = "reference",
+    seed: int = 0,
 ) -> None:
     """The whole protocol on the model's loss, tensor by tensor."""
     case, names, pair = model_case(
-        RandomDraw(seed), config=config, convention=convention, table=IMPLEMENTATIONS[implementation], length=7
+        RandomDraw(seed),
+        config=config,
+        convention=convention,
+        table=IMPLEMENTATIONS[implementation],
+        length=7,
     )
     report = check(
-        *pair, case.inputs, replay=case.replay, op="model", names=names, difference_tolerance=MODEL_FD_TOLERANCE,
-        validity=MODEL_VALIDITY, seed=seed,
-    )  # fmt: skip
+        *pair,
+        case.inputs,
+        replay=case.replay,
+        op="model",
+        names=names,
+        difference_tolerance=MODEL_FD_TOLERANCE,
+        validity=MODEL_VALIDITY,
+        seed=seed,
+    )
     assert report.ok, str(report)
 
 
@@ -72,10 +88,15 @@ def test_protocol_of_v2() -> None:
     """No query compression, softmax gate, no normalisation, no bias, no MTP."""
     protocol(
         replace(
-            SMALL, q_latent=None, gate="softmax", group_score="max", gate_bias=False, normalise_weights=False,
+            SMALL,
+            q_latent=None,
+            gate="softmax",
+            group_score="max",
+            gate_bias=False,
+            normalise_weights=False,
             mtp_depth=0,
         )
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("seed", range(6 if FULL else 1))
@@ -100,7 +121,8 @@ OTHER = [
 
 @pytest.mark.parametrize("change", OTHER, ids=lambda c: "=".join(map(str, *c.items())))
 def test_every_convention_changes_the_loss_and_keeps_its_gradient(change: dict[str, Any]) -> None:
-    """Each field of the record moves the loss; the directional derivative over all parameters follows it."""
+    """Each field of the record moves the loss; the directional derivative over all parameters
+    follows it."""
     config = replace(SMALL, mtp_depth=2, conventions=Conventions(**change))
     params = parameters(config)
     for name in params:
@@ -127,7 +149,9 @@ def test_a_gradient_for_every_parameter() -> None:
     _, saved = forward(params, TOKENS, SMALL)
     grads = backward(saved)
     assert list(grads) == [name for name in parameter_shapes(SMALL) if not is_buffer(name)]
-    assert all(grads[n].shape == params[n].shape and grads[n].dtype == params[n].dtype for n in grads)
+    assert all(
+        grads[n].shape == params[n].shape and grads[n].dtype == params[n].dtype for n in grads
+    )
     assert all(np.any(g) for g in grads.values())
 
 
@@ -146,13 +170,16 @@ def test_from_dlogits() -> None:
 
 
 def test_from_dhidden() -> None:
-    """log_prob's gradient of the hidden states, and of the head, is all that another loss needs (GRPO's way)."""
+    """log_prob's gradient of the hidden states, and of the head, is all that another loss needs
+    (GRPO's way)."""
     config = replace(SMALL, mtp_depth=0, balance_weight=0.0)
     params = parameters(config)
     output, saved = forward(params, TOKENS, config, with_loss=False)
     assert output.loss is None
     targets, weight = np.roll(TOKENS, -1, axis=1), RNG.normal(size=TOKENS.shape)
-    _, lp = log_prob_forward(output.hidden, params["lm_head.weight"], targets=targets, temperature=0.7)
+    _, lp = log_prob_forward(
+        output.hidden, params["lm_head.weight"], targets=targets, temperature=0.7
+    )
     dh, dw = log_prob_backward(weight, lp)
     grads = backward(saved, dhidden=dh)
     grads["lm_head.weight"] = grads["lm_head.weight"] + dw
@@ -163,14 +190,17 @@ def test_from_dhidden() -> None:
 
 
 def test_gradients_add_up() -> None:
-    """dloss, dlogits and dhidden given together are the sum of each alone; the backward is linear in them."""
+    """dloss, dlogits and dhidden given together are the sum of each alone; the backward is linear
+    in them."""
     params = parameters(SMALL)
     output, saved = forward(params, TOKENS, SMALL)
     dz, dh = RNG.normal(size=(2, 9, 31)), RNG.normal(size=output.hidden.shape)
     parts = [backward(saved, dloss=0.3), backward(saved, dlogits=dz), backward(saved, dhidden=dh)]
     summed = {n: parts[0][n] + parts[1][n] + parts[2][n] for n in parts[0]}
     assert largest_error(backward(saved, dloss=0.3, dlogits=dz, dhidden=dh), summed) <= 1e-13
-    assert largest_error(backward(saved, dloss=0.6), {n: 2 * g for n, g in parts[0].items()}) <= 1e-15
+    assert (
+        largest_error(backward(saved, dloss=0.6), {n: 2 * g for n, g in parts[0].items()}) <= 1e-15
+    )
 
 
 @pytest.mark.parametrize("implementation", ["flash", "absorbed"])
@@ -182,11 +212,16 @@ def test_implementations_plug_in_by_name(implementation: str) -> None:
     assert largest_error(backward(b_saved), backward(a_saved)) <= 1e-12
 
 
-OTHERS = {"cross_entropy", "grpo", "preference_loss"}  # of whole logits, of log-probabilities, of two hidden states
+OTHERS = {
+    "cross_entropy",
+    "grpo",
+    "preference_loss",
+}  # of whole logits, of log-probabilities, of two hidden states
 
 
 def test_every_op_of_the_table_is_used() -> None:
-    """A counter in each entry: forward and backward call all of the table but the losses that start elsewhere."""
+    """A counter in each entry: forward and backward call all of the table but the losses that start
+    elsewhere."""
     calls: dict[str, set[str]] = {}
 
     def counted(name: str, pair: Op) -> Op:
@@ -199,7 +234,9 @@ def test_every_op_of_the_table_is_used() -> None:
 
         return Op(note("forward", pair.forward), note("backward", pair.backward))
 
-    _, saved = forward(parameters(SMALL), TOKENS, SMALL, ops={n: counted(n, pair) for n, pair in REFERENCE.items()})
+    _, saved = forward(
+        parameters(SMALL), TOKENS, SMALL, ops={n: counted(n, pair) for n, pair in REFERENCE.items()}
+    )
     backward(saved)
     assert calls == {name: {"forward", "backward"} for name in REFERENCE if name not in OTHERS}
 
@@ -210,33 +247,43 @@ def test_replayed_routes_are_bitwise_the_same() -> None:
     again, saved_again = forward(params, TOKENS, SMALL, routes=first.routes)
     assert again.loss == first.loss
     assert all(
-        np.array_equal(a, b) for a, b in zip(backward(saved).values(), backward(saved_again).values(), strict=True)
+        np.array_equal(a, b)
+        for a, b in zip(backward(saved).values(), backward(saved_again).values(), strict=True)
     )
 
 
 def test_loads_count_every_choice() -> None:
     output, _ = forward(parameters(SMALL), TOKENS, SMALL)
-    assert {layer: int(load.sum()) for layer, load in output.loads.items()} == {1: 2 * 9 * 3, 2: 2 * 8 * 3}
+    assert {layer: int(load.sum()) for layer, load in output.loads.items()} == {
+        1: 2 * 9 * 3,
+        2: 2 * 8 * 3,
+    }
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(side: str) -> None:
-    """Losses and all gradients of a padded sequence are those of the sequence alone (each its own mean)."""
+    """Losses and all gradients of a padded sequence are those of the sequence alone (each its own
+    mean)."""
     config = replace(SMALL, mtp_depth=2, conventions=Conventions(mtp_normaliser="valid"))
     params, tokens = parameters(config), TOKENS[:1, :7]
     pad = ((0, 0), (3, 0) if side == "left" else (0, 3))
     key_mask = np.pad(np.ones((1, 7), dtype=bool), pad)
     positions = np.pad(np.arange(7)[None], pad)
     a, a_saved = forward(params, tokens, config)
-    b, b_saved = forward(params, np.pad(tokens, pad), config, key_mask=key_mask, positions=positions)
+    b, b_saved = forward(
+        params, np.pad(tokens, pad), config, key_mask=key_mask, positions=positions
+    )
     for x, y in zip([a.loss, a.main, *a.mtp], [b.loss, b.main, *b.mtp], strict=True):
         assert abs(x - y) <= 1e-14 * abs(x)
-    assert {n: x.tolist() for n, x in a.loads.items()} == {n: x.tolist() for n, x in b.loads.items()}
+    assert {n: x.tolist() for n, x in a.loads.items()} == {
+        n: x.tolist() for n, x in b.loads.items()
+    }
     assert largest_error(backward(b_saved), backward(a_saved)) <= 1e-12
 
 
 def test_packed_documents_are_separate() -> None:
-    """Two documents in one row, with segments and restarted positions, give the states of the two alone."""
+    """Two documents in one row, with segments and restarted positions, give the states of the two
+    alone."""
     params = parameters(SMALL)
     segments, positions = np.array([[0] * 4 + [1] * 5]), np.array([[*range(4), *range(5)]])
     packed, _ = forward(params, TOKENS[:1], SMALL, segments=segments, positions=positions)
@@ -269,16 +316,23 @@ def test_init() -> None:
     assert np.all(params["model.norm.weight"] == 1)
     assert not np.any(params["model.layers.1.mlp.gate.e_score_correction_bias"])
     assert abs(np.std(params["model.layers.1.mlp.experts.gate_proj.weight"]) / 0.006 - 1) < 0.1
-    assert np.array_equal(params["lm_head.weight"], init_parameters(SMALL, seed=3)["lm_head.weight"])
+    assert np.array_equal(
+        params["lm_head.weight"], init_parameters(SMALL, seed=3)["lm_head.weight"]
+    )
 
 
 def test_errors() -> None:
     params = parameters(SMALL)
     with pytest.raises(
-        ValueError, match=r"lm_head.weight is missing.*model.norm.weight must have shape \(9,\), got \(3,\)"
+        ValueError,
+        match=r"lm_head.weight is missing.*model.norm.weight must have shape \(9,\), got \(3,\)",
     ):
         forward(
-            {n: p[:3] if n == "model.norm.weight" else p for n, p in params.items() if "lm_head" not in n},
+            {
+                n: p[:3] if n == "model.norm.weight" else p
+                for n, p in params.items()
+                if "lm_head" not in n
+            },
             TOKENS,
             SMALL,
         )
@@ -286,7 +340,9 @@ def test_errors() -> None:
         forward(params | {"extra": np.ones(1)}, TOKENS, SMALL)
     with pytest.raises(ValueError, match="tokens must lie in 0…30, got 31…31"):
         forward(params, np.full((1, 4), 31), SMALL)
-    with pytest.raises(ValueError, match=r"tokens must have shape \(B, T\) with T > mtp_depth=1, got \(2, 1\)"):
+    with pytest.raises(
+        ValueError, match=r"tokens must have shape \(B, T\) with T > mtp_depth=1, got \(2, 1\)"
+    ):
         forward(params, TOKENS[:, :1], SMALL)
     _, saved = forward(params, TOKENS, SMALL, with_loss=False)
     with pytest.raises(ValueError, match="dloss needs a forward with with_loss=True"):

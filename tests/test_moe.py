@@ -13,7 +13,16 @@ from support import property_test
 
 EPS = np.finfo(np.float64).eps
 B, T, D, F, E, K, S = 2, 4, 5, 3, 6, 3, 7
-NAMES = ["x", "weights", "w_gate", "w_up", "w_down", "w_shared_gate", "w_shared_up", "w_shared_down"]
+NAMES = [
+    "x",
+    "weights",
+    "w_gate",
+    "w_up",
+    "w_down",
+    "w_shared_gate",
+    "w_shared_up",
+    "w_shared_down",
+]
 Arguments = dict[str, Any]
 
 
@@ -80,9 +89,15 @@ def test_equals_a_loop_over_tokens(shared: bool) -> None:
 
 def test_numbering_of_experts_does_not_matter() -> None:
     """Matrices and indices renumbered alike: the same output, the gradients renumbered."""
-    given, dy, order = arguments(), cotangent(), np.array([4, 2, 0, 5, 1, 3])  # new expert i is old order[i]
+    given, dy, order = (
+        arguments(),
+        cotangent(),
+        np.array([4, 2, 0, 5, 1, 3]),
+    )  # new expert i is old order[i]
     y, grads = run(given, dy)
-    renumbered = {name: given[name][order] for name in NAMES[2:5]} | {"indices": np.argsort(order)[given["indices"]]}
+    renumbered = {name: given[name][order] for name in NAMES[2:5]} | {
+        "indices": np.argsort(order)[given["indices"]]
+    }
     same, moved = run(given | renumbered, dy)
     assert_close(same, y)
     for name in NAMES:
@@ -92,20 +107,25 @@ def test_numbering_of_experts_does_not_matter() -> None:
 def test_order_of_slots_does_not_matter() -> None:
     given, dy, order = arguments(), cotangent(), np.array([2, 0, 1])
     y, grads = run(given, dy)
-    same, moved = run(given | {name: given[name][..., order] for name in ("weights", "indices")}, dy)
+    same, moved = run(
+        given | {name: given[name][..., order] for name in ("weights", "indices")}, dy
+    )
     assert_close(same, y)
     for name in NAMES:
         assert_close(moved[name], grads[name][..., order] if name == "weights" else grads[name])
 
 
 def test_identities() -> None:
-    """The routed part is linear in the weights, in all w_up and in all w_down: one number four times."""
+    """The routed part is linear in the weights, in all w_up and in all w_down: one number four
+    times."""
     given, dy = arguments(), cotangent()
     y, grads = run(given, dy)
     shared, _ = ffn_forward(given["x"], *(given[name] for name in NAMES[5:]))
     terms = dy * (y - shared)
     for name in ("weights", "w_up", "w_down"):
-        assert abs(np.sum(grads[name] * given[name]) - terms.sum()) <= 100 * EPS * np.abs(dy * y).sum()
+        assert (
+            abs(np.sum(grads[name] * given[name]) - terms.sum()) <= 100 * EPS * np.abs(dy * y).sum()
+        )
 
 
 def test_expert_without_tokens_gets_exactly_nothing() -> None:
@@ -135,29 +155,65 @@ def test_one_expert_in_two_slots() -> None:
     """Its weights add up."""
     given, dy = arguments(), cotangent()
     expert = given["indices"][..., :1]
-    twice = {"weights": given["weights"][..., :2], "indices": np.concatenate((expert, expert), axis=-1)}
+    twice = {
+        "weights": given["weights"][..., :2],
+        "indices": np.concatenate((expert, expert), axis=-1),
+    }
     once = {"weights": twice["weights"].sum(axis=-1, keepdims=True), "indices": expert}
     (y, grads), (same, wanted) = run(given | twice, dy), run(given | once, dy)
     assert_close(y, same)
     for name in NAMES:
-        assert_close(grads[name], np.repeat(wanted[name], 2, axis=-1) if name == "weights" else wanted[name])
+        assert_close(
+            grads[name], np.repeat(wanted[name], 2, axis=-1) if name == "weights" else wanted[name]
+        )
 
 
 ERRORS: list[tuple[Arguments, type[Exception], str]] = [
-    ({"weights": np.ones((B, T, K + 1))}, ValueError, r"weights must have shape \(…, K\)=\(2, 4, 3\), got \(2, 4, 4\)"),
-    ({"weights": np.ones((T, B, K))}, ValueError, r"weights must have shape .*=\(2, 4, 3\), got \(4, 2, 3\)"),
-    ({"w_down": np.ones((E, F, D))}, ValueError, r"w_down must have shape \(E, D, F\)=\(6, 5, 3\), got \(6, 3, 5\)"),
-    ({"w_gate": np.ones((E + 1, F, D))}, ValueError, r"w_up must have shape .*=\(7, 3, 5\), got \(6, 3, 5\)"),
-    ({"w_up": np.ones((E, F, D + 1))}, ValueError, r"w_up must have shape .*=\(6, 3, 5\), got \(6, 3, 6\)"),
+    (
+        {"weights": np.ones((B, T, K + 1))},
+        ValueError,
+        r"weights must have shape \(…, K\)=\(2, 4, 3\), got \(2, 4, 4\)",
+    ),
+    (
+        {"weights": np.ones((T, B, K))},
+        ValueError,
+        r"weights must have shape .*=\(2, 4, 3\), got \(4, 2, 3\)",
+    ),
+    (
+        {"w_down": np.ones((E, F, D))},
+        ValueError,
+        r"w_down must have shape \(E, D, F\)=\(6, 5, 3\), got \(6, 3, 5\)",
+    ),
+    (
+        {"w_gate": np.ones((E + 1, F, D))},
+        ValueError,
+        r"w_up must have shape .*=\(7, 3, 5\), got \(6, 3, 5\)",
+    ),
+    (
+        {"w_up": np.ones((E, F, D + 1))},
+        ValueError,
+        r"w_up must have shape .*=\(6, 3, 5\), got \(6, 3, 6\)",
+    ),
     ({"w_up": np.ones((E, F + 1, D))}, ValueError, r"w_up must have shape .*, got \(6, 4, 5\)"),
-    ({"w_shared_down": np.ones((S, D))}, ValueError, r"w_shared_down must have shape \(D, F\)=\(5, 7\), got \(7, 5\)"),
+    (
+        {"w_shared_down": np.ones((S, D))},
+        ValueError,
+        r"w_shared_down must have shape \(D, F\)=\(5, 7\), got \(7, 5\)",
+    ),
     ({"indices": np.full((B, T, K), -1)}, ValueError, "indices must lie in 0…5, got -1…-1"),
     ({"indices": np.full((B, T, K), E)}, ValueError, "indices must lie in 0…5, got 6…6"),
-    ({"x": np.ones((0, 4, D)), "weights": np.ones((0, 4, K)), "indices": np.ones((0, 4, K), int)}, ValueError,
-     r"x and indices must have at least one row and one choice, got \(0, 4, 5\)"),
+    (
+        {
+            "x": np.ones((0, 4, D)),
+            "weights": np.ones((0, 4, K)),
+            "indices": np.ones((0, 4, K), int),
+        },
+        ValueError,
+        r"x and indices must have at least one row and one choice, got \(0, 4, 5\)",
+    ),
     ({"x": np.ones((B, T, D), int)}, TypeError, "x must be float32 or wider"),
     ({"w_gate": np.ones((E, F, D), np.float16)}, TypeError, "w_gate must be float32 or wider"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("change", "error", "message"), ERRORS)

@@ -1,4 +1,5 @@
-"""Multi-token prediction: the protocol, its identities, which positions meet which tokens, and the errors."""
+"""Multi-token prediction: the protocol, its identities, which positions meet which tokens, and the
+errors."""
 
 from __future__ import annotations
 
@@ -19,12 +20,19 @@ ORDERS = pytest.mark.parametrize("order", ["embedding_hidden", "hidden_embedding
 
 def inputs() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    return {n: rng.normal(size=s) for n, s in zip(NAMES, ((B, T, D), (B, T, D), D, D, (D, 2 * D)), strict=True)}
+    return {
+        n: rng.normal(size=s)
+        for n, s in zip(NAMES, ((B, T, D), (B, T, D), D, D, (D, 2 * D)), strict=True)
+    }
 
 
 def run(arrays: dict[str, np.ndarray], **kwargs: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     y, saved = mtp_forward(**arrays, **({"eps": 0.3} | kwargs))
-    return y, dict(zip(NAMES, mtp_backward(np.random.default_rng(1).normal(size=(B, T, D)), saved), strict=True))
+    return y, dict(
+        zip(
+            NAMES, mtp_backward(np.random.default_rng(1).normal(size=(B, T, D)), saved), strict=True
+        )
+    )
 
 
 def assert_close(got: np.ndarray, wanted: np.ndarray) -> None:
@@ -60,7 +68,9 @@ def test_other_order_swaps_the_halves_of_the_projection() -> None:
     same, moved = run(swapped, order="hidden_embedding")
     assert_close(same, y)
     for name in NAMES:
-        assert_close(moved[name], np.roll(grads[name], D, axis=1) if name == "w_proj" else grads[name])
+        assert_close(
+            moved[name], np.roll(grads[name], D, axis=1) if name == "w_proj" else grads[name]
+        )
 
 
 @ORDERS
@@ -76,7 +86,8 @@ def test_stretching_either_input_changes_nothing(order: str) -> None:
 
 @ORDERS
 def test_identities(order: str) -> None:
-    """y is linear in w_proj, and in the two norms' weights together: each of these has a share of ⟨dy, y⟩."""
+    """y is linear in w_proj, and in the two norms' weights together: each of these has a share of
+    ⟨dy, y⟩."""
     arrays = inputs()
     y, grads = run(arrays, order=order)
     total = np.random.default_rng(1).normal(size=(B, T, D)) * y
@@ -105,22 +116,29 @@ def test_pairs(depth: int, tokens: list[list[int]], mask: list[list[int]]) -> No
     """Position i reads token i + depth and predicts the target of that token, if that counts."""
     *found, takes_part = mtp_pairs(TOKENS, TARGETS, MASK, depth)
     assert takes_part is None
-    for got, wanted in zip(found, (tokens, np.array(tokens) + 1, np.array(mask, bool)), strict=True):
+    for got, wanted in zip(
+        found, (tokens, np.array(tokens) + 1, np.array(mask, bool)), strict=True
+    ):
         np.testing.assert_array_equal(got, wanted)
     assert found[2].dtype == bool
 
 
 def test_pairs_within_one_document() -> None:
-    """Documents of 2, 3 and of 1, 4 tokens: at depth 2 only pairs within the longer ones are left."""
+    """Documents of 2, 3 and of 1, 4 tokens: at depth 2 only pairs within the longer ones are
+    left."""
     segments = np.array([[0, 0, 1, 1, 1], [0, 1, 1, 1, 1]])
     everything = np.ones_like(MASK)
-    np.testing.assert_array_equal(mtp_pairs(TOKENS, TARGETS, everything, 1, segments)[2], [[1, 0, 1, 1], [0, 1, 1, 1]])
+    np.testing.assert_array_equal(
+        mtp_pairs(TOKENS, TARGETS, everything, 1, segments)[2], [[1, 0, 1, 1], [0, 1, 1, 1]]
+    )
     tokens, targets, mask, takes_part = mtp_pairs(TOKENS, TARGETS, everything, 2, segments)
     np.testing.assert_array_equal(takes_part, mask)
     np.testing.assert_array_equal(mask, [[0, 0, 1], [0, 1, 1]])
     np.testing.assert_array_equal(tokens, TOKENS[:, 2:])
     np.testing.assert_array_equal(targets, TARGETS[:, 2:])
-    np.testing.assert_array_equal(mtp_pairs(TOKENS, TARGETS, MASK, 1, segments)[2], [[1, 0, 1, 0], [0, 1, 1, 1]])
+    np.testing.assert_array_equal(
+        mtp_pairs(TOKENS, TARGETS, MASK, 1, segments)[2], [[1, 0, 1, 0], [0, 1, 1, 1]]
+    )
 
 
 @pytest.mark.parametrize("depth", [0, -1, 5, 6])
@@ -132,14 +150,34 @@ def test_depth_errors(depth: int) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"embedding": np.ones((B, T + 1, D))}, ValueError, r"embedding must have shape hidden.shape=\(2, 3, 5\), got"),
-        ({"embedding": np.ones((B, 1, D))}, ValueError, r"embedding must have shape .*=\(2, 3, 5\), got \(2, 1, 5\)"),
-        ({"w_proj": np.ones((2 * D, D))}, ValueError, r"w_proj must have shape \(D, 2D\)=\(5, 10\), got \(10, 5\)"),
+        (
+            {"embedding": np.ones((B, T + 1, D))},
+            ValueError,
+            r"embedding must have shape hidden.shape=\(2, 3, 5\), got",
+        ),
+        (
+            {"embedding": np.ones((B, 1, D))},
+            ValueError,
+            r"embedding must have shape .*=\(2, 3, 5\), got \(2, 1, 5\)",
+        ),
+        (
+            {"w_proj": np.ones((2 * D, D))},
+            ValueError,
+            r"w_proj must have shape \(D, 2D\)=\(5, 10\), got \(10, 5\)",
+        ),
         ({"w_hnorm": np.ones(D + 1)}, ValueError, r"w must have shape \(D,\)=\(5,\), got \(6,\)"),
         ({"w_enorm": np.ones(1)}, ValueError, r"w must have shape \(D,\)=\(5,\), got \(1,\)"),
-        ({"order": "eh"}, ValueError, "order must be 'embedding_hidden' or 'hidden_embedding', got 'eh'"),
+        (
+            {"order": "eh"},
+            ValueError,
+            "order must be 'embedding_hidden' or 'hidden_embedding', got 'eh'",
+        ),
         ({"hidden": np.ones((B, T, D), int)}, TypeError, "hidden must be float32 or wider"),
-        ({"embedding": np.ones((B, T, D), np.float16)}, TypeError, "embedding must be float32 or wider"),
+        (
+            {"embedding": np.ones((B, T, D), np.float16)},
+            TypeError,
+            "embedding must be float32 or wider",
+        ),
     ],
 )
 def test_errors(change: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -148,7 +186,8 @@ def test_errors(change: dict[str, Any], error: type[Exception], message: str) ->
 
 
 @pytest.mark.parametrize(
-    "change", [{"targets": TARGETS[:, 1:]}, {"mask": MASK[:, :1]}, {"segments": np.zeros((1, 5), int)}]
+    "change",
+    [{"targets": TARGETS[:, 1:]}, {"mask": MASK[:, :1]}, {"segments": np.zeros((1, 5), int)}],
 )
 def test_pairs_of_other_shapes(change: dict[str, np.ndarray]) -> None:
     with pytest.raises(ValueError, match="must have shape"):

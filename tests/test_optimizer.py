@@ -13,7 +13,9 @@ import pytest
 from refimpl.optimizer import V3_SCHEDULE, AdamW, clip_global_norm
 
 
-def scalar_adamw(p: float, gs: list[float], lr: float, b1: float, b2: float, eps: float, wd: float) -> float:
+def scalar_adamw(
+    p: float, gs: list[float], lr: float, b1: float, b2: float, eps: float, wd: float
+) -> float:
     """The algorithm as printed, on one number."""
     m = v = 0.0
     for t, g in enumerate(gs, 1):
@@ -23,7 +25,9 @@ def scalar_adamw(p: float, gs: list[float], lr: float, b1: float, b2: float, eps
     return p
 
 
-@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.0}, {"beta1": 0.0, "beta2": 0.5, "epsilon": 0.3}])
+@pytest.mark.parametrize(
+    "options", [{}, {"weight_decay": 0.0}, {"beta1": 0.0, "beta2": 0.5, "epsilon": 0.3}]
+)
 def test_against_scalars(options: dict[str, float]) -> None:
     """Seven steps on two tensors, number by number."""
     rng = np.random.default_rng(0)
@@ -36,7 +40,9 @@ def test_against_scalars(options: dict[str, float]) -> None:
     constants = {"beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1} | options
     for name, p in params.items():
         for at in np.ndindex(p.shape):
-            wanted = scalar_adamw(start[name][at], [g[name][at] for g in steps], 0.01, *constants.values())
+            wanted = scalar_adamw(
+                start[name][at], [g[name][at] for g in steps], 0.01, *constants.values()
+            )
             assert abs(p[at] - wanted) <= 1e-14 * abs(wanted)
 
 
@@ -56,7 +62,8 @@ def test_decay_is_decoupled_and_chosen_by_name() -> None:
 
 
 def test_in_place_and_allocation_free() -> None:
-    """The arrays stay the same ones, and after the first step nothing of a tensor's size is allocated."""
+    """The arrays stay the same ones, and after the first step nothing of a tensor's size is
+    allocated."""
     rng = np.random.default_rng(0)
     params = {"a": rng.normal(size=(300, 500)), "b": rng.normal(size=(200, 100)).astype(np.float32)}
     grads = {n: rng.normal(size=p.shape).astype(p.dtype) for n, p in params.items()}
@@ -102,7 +109,9 @@ def test_errors_change_nothing(params: Any, grads: Any, lr: float, message: str)
     assert all(np.array_equal(params[n], before[n]) for n in params)
 
 
-@pytest.mark.parametrize("options", [{"beta1": 1.0}, {"beta2": -0.1}, {"epsilon": 0.0}, {"weight_decay": -1.0}])
+@pytest.mark.parametrize(
+    "options", [{"beta1": 1.0}, {"beta2": -0.1}, {"epsilon": 0.0}, {"weight_decay": -1.0}]
+)
 def test_bad_settings(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="beta1 and beta2 must lie in"):
         AdamW(**options)
@@ -114,7 +123,9 @@ def test_clip() -> None:
     assert clip_global_norm(grads, 10.0) == 5.0
     assert grads["a"].tolist() == [3.0, 0.0]
     assert clip_global_norm(grads, 1.0) == 5.0
-    np.testing.assert_allclose(np.concatenate([g.ravel() for g in grads.values()]), [0.6, 0.0, 0.8], rtol=1e-15)
+    np.testing.assert_allclose(
+        np.concatenate([g.ravel() for g in grads.values()]), [0.6, 0.0, 0.8], rtol=1e-15
+    )
     many = {"w": np.full(10_000, 1e-3, dtype=np.float32)}
     assert abs(clip_global_norm(many, 1.0) - 0.1) <= 1e-8  # summed in float64
 
@@ -128,7 +139,8 @@ def test_clip_leaves_what_is_not_finite() -> None:
 
 
 def test_v3_learning_rate() -> None:
-    """The published points: 2.2e-4 after 2K steps to 10T tokens, 2.2e-5 at 14.3T, 7.3e-6 for the last 167B of 14.8T."""
+    """The published points: 2.2e-4 after 2K steps to 10T tokens, 2.2e-5 at 14.3T, 7.3e-6 for the
+    last 167B of 14.8T."""
     lr = V3_SCHEDULE.learning_rate
     assert lr(0, 0) == 2.2e-4 / 2000
     assert lr(999, 1e9) == 1.1e-4
@@ -137,8 +149,9 @@ def test_v3_learning_rate() -> None:
     assert lr(10**6, 14.3e12 - 1) == pytest.approx(2.2e-5)
     assert lr(10**6, 14.3e12) == lr(10**6, 14.632e12) == 2.2e-5
     assert lr(10**6, 14.634e12) == 7.3e-6
-    assert V3_SCHEDULE.constant_until + V3_SCHEDULE.decay_tokens + V3_SCHEDULE.low_tokens + 167e9 == pytest.approx(
-        14.8e12
+    assert (
+        V3_SCHEDULE.constant_until + V3_SCHEDULE.decay_tokens + V3_SCHEDULE.low_tokens + 167e9
+        == pytest.approx(14.8e12)
     )
 
 

@@ -1,4 +1,4 @@
-"""The checker is checked: every planted bug is caught, by the rules that should, and clean code is not."""
+"""The checker is checked: planted bugs are caught by the rules that should, clean code is not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def name(bug: Planted) -> str:
 
 @pytest.mark.parametrize("bug", PLANTED, ids=name)
 def test_caught(bug: Planted) -> None:
-    """A wrong backward is caught by the checker itself; a mistake that both passes share, by the golden values."""
+    """The checker catches a wrong backward, the golden values a mistake of both passes."""
     caught = kill(bug).caught
     if bug.shared:
         assert "golden" in caught
@@ -30,11 +30,14 @@ def test_caught(bug: Planted) -> None:
 def test_self_consistency_is_blind_to_shared_mistakes() -> None:
     """Which is why golden values exist: the checker alone lets these pass."""
     consistent = {name(bug) for bug in PLANTED if bug.shared and kill(bug).caught == {"golden"}}
-    assert {"rope: halves for interleaved, both ways", "attention: scale squared, both ways"} <= consistent
+    assert {
+        "rope: halves for interleaved, both ways",
+        "attention: scale squared, both ways",
+    } <= consistent
 
 
 def test_wrong_in_float64_alone() -> None:
-    """The longdouble run is right, so the noise rule sees no error: the bound on its sharpness does."""
+    """The longdouble run is right: the noise rule sees no error, its bound on sharpness does."""
     bug = next(bug for bug in PLANTED if bug.name == "float32 cast inside")
     caught = kill(bug).caught
     assert "noise" not in caught
@@ -53,7 +56,7 @@ def test_clean_code_is_not_accused() -> None:
 
 @pytest.mark.parametrize("bug", [b for b in PLANTED if not b.shared and b.op != "model"], ids=name)
 def test_verify_names_the_tensor(bug: Planted) -> None:
-    """The default examples of ``refimpl verify`` catch every wrong backward of an op, and name a tensor of it."""
+    """``refimpl verify``'s default examples catch every wrong backward and name its tensor."""
     pair = plant(bug)
     assert isinstance(pair, Op)
     report, settings = Report([]), Settings(load_text())

@@ -22,7 +22,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the page's command has been run."""
     folder = tmp_path_factory.mktemp("porting")
     (folder / "tests").symlink_to(ROOT / "tests")
-    text = [b"The value of a name is the object it refe", b"rs to; an assignment binds the name to it"]
+    text = [
+        b"The value of a name is the object it refe",
+        b"rs to; an assignment binds the name to it",
+    ]
     (folder / "tokens.json").write_text(json.dumps([list(row) for row in text]))
     (command,) = re.findall(r"^refimpl (grads .*)$", PAGE, re.M)
     arguments = [sys.executable, "-m", "refimpl", *shlex.split(command)]
@@ -49,7 +52,11 @@ def test_the_port_agrees(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("np.mean(dn * n, axis=-1, keepdims=True)", "0", "cot/model.layers.2"),
         ("even * cos - odd * sin", "even * cos + odd * sin", "act/model.layers.0.self_attn"),
         (" * yarn_softmax_factor(c.active_yarn)", "", "act/model.layers.0.self_attn"),
-        ("np.sum(dk[..., c.nope:], axis=2, keepdims=True)", "dk[..., :1, c.nope:]", "kv_a_proj_with_mqa"),
+        (
+            "np.sum(dk[..., c.nope:], axis=2, keepdims=True)",
+            "dk[..., :1, c.nope:]",
+            "kv_a_proj_with_mqa",
+        ),
         ("c.routed_scale * chosen / chosen", "chosen / chosen", "aux/weights.1"),
         ("np.sum(dweights * chosen, axis=-1, keepdims=True)", "0", "grad/model.layers.1.mlp.gate"),
         ("(e, h)", "(h, e)", "act/model.layers.3"),

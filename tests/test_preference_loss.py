@@ -42,7 +42,8 @@ def test_small_losses_keep_their_digits() -> None:
 
 
 def test_a_shift_of_both_changes_nothing() -> None:
-    """Rewards count by their difference alone, so a bias of the head would cancel; the gradients sum to zero."""
+    """Rewards count by their difference alone, so a bias of the head would cancel; the gradients
+    sum to zero."""
     rng = np.random.default_rng(0)
     a, b, w = rng.normal(size=(4, 3)), rng.normal(size=(4, 3)), rng.normal(size=(1, 3))
     loss, saved = preference_loss_forward(a, b, w)

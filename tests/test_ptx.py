@@ -1,4 +1,5 @@
-"""The interpreter of PTX: known answers of the instructions that our kernels use, and what it must refuse."""
+"""The interpreter of PTX: known answers of the instructions that our kernels use, and what it must
+refuse."""
 
 from __future__ import annotations
 
@@ -31,9 +32,7 @@ def kernel(body: str, parameters: int = 1, extra: str = "") -> str:
     """A kernel `k` with pointers a, b, … in %rd1, %rd2, …, and the thread's number in %r0."""
     formal = ",\n".join(f".param .u64 k_{i}" for i in range(parameters))
     loads = "".join(f"ld.param.u64 %rd{i + 1}, [k_{i}];\n" for i in range(parameters))
-    return (
-        f"{HEAD}{extra}\n.visible .entry k(\n{formal}\n)\n{{{REGISTERS}{loads}mov.u32 %r0, %tid.x;\n{body}\nret;\n}}\n"
-    )
+    return f"{HEAD}{extra}\n.visible .entry k(\n{formal}\n)\n{{{REGISTERS}{loads}mov.u32 %r0, %tid.x;\n{body}\nret;\n}}\n"
 
 
 def answers(instruction: str, types: str, rows: list, result: str) -> np.ndarray:
@@ -67,10 +66,22 @@ TABLE: list[tuple[str, str, list, str, list]] = [
     ("mul.wide.s32 %d, %a, %b;", "s32 s32", [(-(2**31), 2), (-3, -4)], "s64", [-(2**32), 12]),
     ("mul.wide.u32 %d, %a, %b;", "u32 u32", [(ONES, ONES)], "u64", [ONES * ONES]),
     ("mad.lo.s32 %d, %a, %b, %c;", "s32 s32 s32", [(3, -4, 5)], "s32", [-7]),
-    ("div.s32 %d, %a, %b;", "s32 s32", [(7, 2), (-7, 2), (7, -2), (-7, -2), (5, 0)], "s32", [3, -3, -3, 3, -1]),
+    (
+        "div.s32 %d, %a, %b;",
+        "s32 s32",
+        [(7, 2), (-7, 2), (7, -2), (-7, -2), (5, 0)],
+        "s32",
+        [3, -3, -3, 3, -1],
+    ),
     ("div.u64 %d, %a, %b;", "u64 u64", [(2**64 - 1, 10), (3, 4)], "u64", [(2**64 - 1) // 10, 0]),
     ("neg.s32 %d, %a;", "s32", [-5, 5], "s32", [5, -5]),
-    ("shl.b32 %d, %a, %b;", "b32 u32", [(1, 31), (1, 32), (1, 33), (3, ONES)], "b32", [B31, 0, 0, 0]),
+    (
+        "shl.b32 %d, %a, %b;",
+        "b32 u32",
+        [(1, 31), (1, 32), (1, 33), (3, ONES)],
+        "b32",
+        [B31, 0, 0, 0],
+    ),
     ("shr.u32 %d, %a, %b;", "u32 u32", [(B31, 31), (B31, 32), (B31, 100)], "u32", [1, 0, 0]),
     ("shr.s32 %d, %a, %b;", "s32 u32", [(-8, 1), (-8, 32), (8, 77)], "s32", [-4, -1, 0]),
     ("shl.b64 %d, %a, %b;", "b64 u32", [(1, 63), (1, 64)], "b64", [1 << 63, 0]),
@@ -79,9 +90,27 @@ TABLE: list[tuple[str, str, list, str, list]] = [
     ("xor.b64 %d, %a, %b;", "b64 b64", [(12, -1)], "b64", [2**64 - 13]),
     ("not.b32 %d, %a;", "b32", [0], "b32", [ONES]),
     ("max.f32 %d, %a, %b;", "f32 f32", [(NAN, 1), (NAN, NAN), (-0.0, 0.0)], "f32", [1, NAN, 0.0]),
-    ("mul.f32 %d, %a, %b;", "f32 f32", [(1e-20, 1e-20), (1e30, 1e30)], "f32", [np.float32(1e-20) ** 2, INF]),
-    ("fma.rn.f32 %d, %a, %b, %c;", "f32 f32 f32", [(1 + 2**-23, 1 - 2**-23, -1)], "f32", [-(2.0**-46)]),
-    ("fma.rn.f64 %d, %a, %b, %c;", "f64 f64 f64", [(1 + 2**-52, 1 - 2**-52, -1)], "f64", [-(2.0**-104)]),
+    (
+        "mul.f32 %d, %a, %b;",
+        "f32 f32",
+        [(1e-20, 1e-20), (1e30, 1e30)],
+        "f32",
+        [np.float32(1e-20) ** 2, INF],
+    ),
+    (
+        "fma.rn.f32 %d, %a, %b, %c;",
+        "f32 f32 f32",
+        [(1 + 2**-23, 1 - 2**-23, -1)],
+        "f32",
+        [-(2.0**-46)],
+    ),
+    (
+        "fma.rn.f64 %d, %a, %b, %c;",
+        "f64 f64 f64",
+        [(1 + 2**-52, 1 - 2**-52, -1)],
+        "f64",
+        [-(2.0**-104)],
+    ),
     (
         "fma.rn.f64 %d, %a, %b, %c;",
         "f64 f64 f64",
@@ -89,7 +118,13 @@ TABLE: list[tuple[str, str, list, str, list]] = [
         "f64",
         [2.0**-1064],
     ),
-    ("div.rn.f32 %d, %a, %b;", "f32 f32", [(1, 3), (-1, 0), (0, 0)], "f32", [np.float32(1) / 3, -INF, NAN]),
+    (
+        "div.rn.f32 %d, %a, %b;",
+        "f32 f32",
+        [(1, 3), (-1, 0), (0, 0)],
+        "f32",
+        [np.float32(1) / 3, -INF, NAN],
+    ),
     ("sqrt.rn.f32 %d, %a;", "f32", [2, -1, -0.0], "f32", [np.sqrt(np.float32(2)), NAN, -0.0]),
     ("rcp.rn.f64 %d, %a;", "f64", [3, 0], "f64", [1 / 3, INF]),
     ("abs.f32 %d, %a;", "f32", [-0.0, -2], "f32", [0, 2]),
@@ -100,7 +135,13 @@ TABLE: list[tuple[str, str, list, str, list]] = [
     ("cvt.u32.u16 %d, %a;", "u16", [0xFFFF], "u32", [0xFFFF]),
     ("cvt.s64.s32 %d, %a;", "s32", [-1], "s64", [-1]),
     ("cvt.u64.u32 %d, %a;", "u32", [-1], "u64", [ONES]),
-    ("cvt.rn.bf16.f32 %d, %a;", "f32", [1, 1 + 2**-8, 1 + 3 * 2**-8, NAN], "b16", [0x3F80, 0x3F80, 0x3F82, 0x7FFF]),
+    (
+        "cvt.rn.bf16.f32 %d, %a;",
+        "f32",
+        [1, 1 + 2**-8, 1 + 3 * 2**-8, NAN],
+        "b16",
+        [0x3F80, 0x3F80, 0x3F82, 0x7FFF],
+    ),
     ("mov.b64 %d, {%a, %b};", "b32 b32", [(1, 2)], "b64", [2 << 32 | 1]),
     ("mov.b32 {%h1, %d}, %a;", "b32", [0x12345678], "b16", [0x1234]),
     ("mov.b32 %d, {%a, %b};", "b16 b16", [(0x5678, 0x1234)], "b32", [0x12345678]),
@@ -109,7 +150,13 @@ TABLE: list[tuple[str, str, list, str, list]] = [
     ("div.u32 %d, %a, %b;", "u32 u32", [(ONES, 10), (3, 4)], "u32", [ONES // 10, 0]),
     ("min.s64 %d, %a, %b;", "s64 s64", [(-1, 1)], "s64", [-1]),
     ("max.u32 %d, %a, %b;", "u32 u32", [(-1, 1)], "u32", [ONES]),
-    ("bfi.b64 %d, %a, 0, %b, %c;", "b64 u32 u32", [(0xFF, 4, 4), (1, 63, 8), (1, 64, 1)], "b64", [0xF0, 1 << 63, 0]),
+    (
+        "bfi.b64 %d, %a, 0, %b, %c;",
+        "b64 u32 u32",
+        [(0xFF, 4, 4), (1, 63, 8), (1, 64, 1)],
+        "b64",
+        [0xF0, 1 << 63, 0],
+    ),
     ("cvt.u32.u64 %d, %a;", "u64", [2**40 + 5], "u32", [5]),
     ("cvt.u16.u32 %d, %a;", "u32", [0x12345], "u16", [0x2345]),
     ("fma.rm.f32 %d, %a, %b, %c;", "f32 f32 f32", [(1, 1, -(2.0**-60))], "f32", [1 - 2**-24]),
@@ -164,7 +211,9 @@ def exact_round(value: Fraction, dtype: type, mode: str) -> float:
     return low if below < above or (below == above and bits & 1 == 0) else high
 
 
-@pytest.mark.parametrize(("dtype", "mode"), [(np.float32, "rn"), (np.float32, "rm"), (np.float64, "rn")])
+@pytest.mark.parametrize(
+    ("dtype", "mode"), [(np.float32, "rn"), (np.float32, "rm"), (np.float64, "rn")]
+)
 def test_fused_multiply_add_rounds_once(dtype: type, mode: str) -> None:
     """Against rational arithmetic: random, cancelling, ties and almost ties, subnormal results."""
     rng = np.random.default_rng(3)
@@ -173,9 +222,14 @@ def test_fused_multiply_add_rounds_once(dtype: type, mode: str) -> None:
     a, b, c = (rng.standard_normal(400).astype(dtype) for _ in range(3))
     c[:100] = -(a * b)[:100]
     a[100:200], b[100:200] = 1 + rng.integers(0, 8, 100) * 2.0**-digits, 1 + 2.0**-digits
-    c[100:200] = rng.choice([2.0 ** (-digits - 1), -(2.0 ** (-digits - 1)), 2.0 ** (digits + 1)], 100)
+    c[100:200] = rng.choice(
+        [2.0 ** (-digits - 1), -(2.0 ** (-digits - 1)), 2.0 ** (digits + 1)], 100
+    )
     c[200:300] = 1
-    a[200:300], b[200:300] = 2.0 ** (-digits - 1), 1 + rng.choice([0, 2.0**-digits, -(2.0**-digits)], 100)
+    a[200:300], b[200:300] = (
+        2.0 ** (-digits - 1),
+        1 + rng.choice([0, 2.0**-digits, -(2.0**-digits)], 100),
+    )
     a[300:], b[300:], c[300:] = a[300:] * small, b[300:], c[300:] * small
     got = (fma_down if mode == "rm" else fma)(a, b, c)
     for x, y, z, g in zip(*(v.tolist() for v in (a, b, c)), got, strict=True):
@@ -188,10 +242,14 @@ def test_fma_beyond_the_range() -> None:
     big, a = 1e300, np.array([1e200, 1e200, INF, 0.0, -0.0, 5e-324, NAN])
     with np.errstate(all="ignore"):
         got = fma(
-            a, np.array([1e200, 1e108, 2, INF, 1, 0.5, 1]), np.array([-big, -np.finfo(float).max, -1, 1, -0.0, 0, 1])
+            a,
+            np.array([1e200, 1e108, 2, INF, 1, 0.5, 1]),
+            np.array([-big, -np.finfo(float).max, -1, 1, -0.0, 0, 1]),
         )
     with np.errstate(all="ignore"):
-        np.testing.assert_array_equal(got, [INF, 1e308 - np.finfo(float).max, INF, NAN, -0.0, 0, NAN])
+        np.testing.assert_array_equal(
+            got, [INF, 1e308 - np.finfo(float).max, INF, NAN, -0.0, 0, NAN]
+        )
     assert np.signbit(got[4])
 
 
@@ -200,7 +258,8 @@ def test_fma_beyond_the_range() -> None:
     [("ex2.approx.f32", np.exp2, 2**-22), ("rcp.approx.ftz.f64", np.reciprocal, 2**-19)],
 )
 def test_approximations_err_within_their_bound(opcode: str, function: Any, bound: float) -> None:
-    """Not exact, not beyond the bound, the same for the same bits, and different for another seed."""
+    """Not exact, not beyond the bound, the same for the same bits, and different for another
+    seed."""
     type = opcode.split(".")[-1]
     x = np.random.default_rng(5).uniform(0.01, 3, 512).astype(DTYPES[type])
     f, size = ("fd", 8) if type == "f64" else ("f", 4)
@@ -244,7 +303,9 @@ $JOIN: @%p2 bra $END;
     add.s32 %r1, %r1, 10000;
 $END:"""
     n = np.arange(70)
-    np.testing.assert_array_equal(threads(body, 70), n * (n + 1) // 2 + np.where(n % 2, 2000, 11000))
+    np.testing.assert_array_equal(
+        threads(body, 70), n * (n + 1) // 2 + np.where(n % 2, 2000, 11000)
+    )
 
 
 def test_early_exit_and_special_registers() -> None:
@@ -255,10 +316,13 @@ def test_early_exit_and_special_registers() -> None:
 def test_blocks_and_seeds() -> None:
     """Many blocks in chunks; the report counts each thread's instructions; a seed repeats."""
     np.testing.assert_array_equal(
-        threads("add.s32 %r1, %r2, %r0;", 64, 700), (np.arange(700)[:, None] + np.arange(64)).ravel()
+        threads("add.s32 %r1, %r2, %r0;", 64, 700),
+        (np.arange(700)[:, None] + np.arange(64)).ravel(),
     )
     out = np.zeros(64, np.uint32)
-    text = kernel("mul.wide.u32 %rd9, %r0, 4;\nadd.s64 %rd9, %rd9, %rd1;\nst.global.u32 [%rd9], %r0;\nbar.sync 0;")
+    text = kernel(
+        "mul.wide.u32 %rd9, %r0, 4;\nadd.s64 %rd9, %rd9, %rd1;\nst.global.u32 [%rd9], %r0;\nbar.sync 0;"
+    )
     report = run(text, "k", 1, 64, [out])
     assert (report.instructions, report.barriers) == (64 * 7, 1)
     assert report.written["global"] == 256
@@ -281,20 +345,24 @@ def test_shuffles(form: str) -> None:
 
 
 def test_reductions_of_a_warp() -> None:
-    np.testing.assert_array_equal(threads("redux.sync.max.u32 %r1, %r0, -1;", 64), [31] * 32 + [63] * 32)
+    np.testing.assert_array_equal(
+        threads("redux.sync.max.u32 %r1, %r0, -1;", 64), [31] * 32 + [63] * 32
+    )
     body = "sub.s32 %r3, %r0, 40;\nredux.sync.min.s32 %r1, %r3, -1;\nadd.s32 %r1, %r1, 40;"
     np.testing.assert_array_equal(threads(body, 64), [0] * 32 + [32] * 32)
-    leave = "setp.{} %p1, %r0, 19;\n@%p1 bra $A;\nredux.sync.{} %r1, %r0, -1;\nbra $B;\n$A: ret;\n$B:"
-    assert threads(leave.format("gt.u32", "max.u32")).tolist() == [19] * 20 + [0] * 12  # lanes that exited don't count
+    leave = (
+        "setp.{} %p1, %r0, 19;\n@%p1 bra $A;\nredux.sync.{} %r1, %r0, -1;\nbra $B;\n$A: ret;\n$B:"
+    )
+    assert (
+        threads(leave.format("gt.u32", "max.u32")).tolist() == [19] * 20 + [0] * 12
+    )  # lanes that exited don't count
     assert threads(leave.format("lt.u32", "min.s32")).tolist() == [0] * 19 + [19] * 13
     assert threads("redux.sync.max.u32 %r1, %r0, -1;", 20).tolist() == [19] * 20
 
 
 def test_lanes_wait_for_their_mates() -> None:
     """A shuffle after divergent code waits until all have come."""
-    late = (
-        "setp.lt.u32 %p1, %r0, 7;\n@%p1 bra $A;\nbra $B;\n$C: shfl.sync.bfly.b32 %r1|%p2, %r3, 1, 31, -1;\nbra $END;\n"
-    )
+    late = "setp.lt.u32 %p1, %r0, 7;\n@%p1 bra $A;\nbra $B;\n$C: shfl.sync.bfly.b32 %r1|%p2, %r3, 1, 31, -1;\nbra $END;\n"
     late += "$A: mov.u32 %r3, 5;\nbra $C;\n$B: mov.u32 %r3, 6;\nbra $C;\n$END:"
     assert threads(late).tolist() == [5] * 6 + [6, 5] + [6] * 24
 
@@ -321,13 +389,19 @@ def test_shared_memory() -> None:
     xor.b32 %r6, %r4, 252; add.s32 %r6, %r6, %r3; ld.shared.u32 %r7, [%r6];
     ld.shared.u32 %r8, [%rd3]; add.s32 %r1, %r7, %r8;"""
     extra = ".extern .shared .align 16 .b8 dynamic[];"
-    np.testing.assert_array_equal(threads(body, 64, 2, shared=256, extra=extra), np.tile(163 - np.arange(64), 2))
-    with pytest.raises(PTXError, match=r"out of bounds: shared byte 128 of dynamic shared memory, which has 128 bytes"):
+    np.testing.assert_array_equal(
+        threads(body, 64, 2, shared=256, extra=extra), np.tile(163 - np.arange(64), 2)
+    )
+    with pytest.raises(
+        PTXError,
+        match=r"out of bounds: shared byte 128 of dynamic shared memory, which has 128 bytes",
+    ):
         threads(body, 64, shared=128, extra=extra)
 
 
 def test_atomics() -> None:
-    """Each thread sees another number; threads come in a random order; f32 flushes in global memory alone."""
+    """Each thread sees another number; threads come in a random order; f32 flushes in global memory
+    alone."""
     target, seen = np.zeros(1, np.uint32), np.zeros(32, np.uint32)
     tail = "mul.wide.u32 %rd9, %r0, 4;\nadd.s64 %rd9, %rd9, %rd2;\nst.global.u32 [%rd9], %r3;"
     run(kernel(f"atom.global.add.u32 %r3, [%rd1], 2;\n{tail}", 2), "k", 1, 32, [target, seen])
@@ -343,15 +417,17 @@ def test_atomics() -> None:
 
 
 def test_vector_stores_race_in_any_element() -> None:
-    """All blocks write {0, the block's number} to one place: the first element agrees, the second doesn't."""
+    """All blocks write {0, the block's number} to one place: the first element agrees, the second
+    doesn't."""
     text = kernel("mov.u32 %r2, %ctaid.x; mov.u32 %r3, 0; st.global.v2.u32 [%rd1], {%r3, %r2};")
     with pytest.raises(PTXError, match="race"):
         run(text, "k", 700, 1024, [np.zeros(2, np.uint32)])
 
 
 def test_races_are_those_of_the_definition() -> None:
-    """Random reads, writes and barriers at one place, by several lanes at once: the four reads and the write that are
-    remembered find a race exactly where one with all earlier accesses finds it."""
+    """Random reads, writes and barriers at one place, by several lanes at once: the four reads and
+    the write that are remembered find a race exactly where one with all earlier accesses finds
+    it."""
 
     class Race(Exception):
         pass
@@ -375,16 +451,27 @@ def test_races_are_those_of_the_definition() -> None:
             elif kind == "block":
                 order.block_time[rng.integers(0, 2)] = order.now
             else:
-                threads = rng.choice(span, 1 if kind == "write" else rng.integers(1, 4), replace=False)
-                threads = np.unique(threads // 30 * 30 + threads % 2)  # few lanes, so that they meet again
+                threads = rng.choice(
+                    span, 1 if kind == "write" else rng.integers(1, 4), replace=False
+                )
+                threads = np.unique(
+                    threads // 30 * 30 + threads % 2
+                )  # few lanes, so that they meet again
                 race = any(
-                    other != thread and (wrote or kind == "write")
+                    other != thread
+                    and (wrote or kind == "write")
                     and not (other // 64 == thread // 64 and time < order.block_time[thread // 64])
                     and not (other // 32 == thread // 32 and time < order.warp_time[thread // 32])
-                    for other, time, wrote in past for thread in threads
-                )  # fmt: skip
+                    for other, time, wrote in past
+                    for thread in threads
+                )
                 verify = arena.check_read if kind == "read" else arena.check_write
-                arguments = [np.full(len(threads), position), 4, threads, *([False] if kind == "read" else [])]
+                arguments = [
+                    np.full(len(threads), position),
+                    4,
+                    threads,
+                    *([False] if kind == "read" else []),
+                ]
                 if race:
                     found += 1
                     with pytest.raises(Race):
@@ -491,9 +578,10 @@ def test_read_only_memory() -> None:
 def test_wrong_arguments() -> None:
     text, x = kernel(""), np.zeros((4, 4), np.float32)
     for arguments, message in [
-        ([], "arguments must be 1 for k, got 0"), ([np.float32(1)], "argument 0 must have 8 bytes"),
+        ([], "arguments must be 1 for k, got 0"),
+        ([np.float32(1)], "argument 0 must have 8 bytes"),
         ([np.broadcast_to(x, (2, 4, 4))], "argument 0 must be C-contiguous"),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(ValueError, match=message):
             run(text, "k", 1, 32, arguments)
     with pytest.raises(ValueError, match="must not overlap"):
@@ -523,7 +611,9 @@ def compiled(source: str, target: str = "sm_90") -> str:
     options = [f"--gpu-architecture={target}".replace("sm_", "compute_").encode(), b"--std=c++17"]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     _, size = nvrtc.nvrtcGetProgramLogSize(program)
-    log = bytes(bytearray(size + 1))  # NVRTC writes into it: b" " * 1 would be the object that all share
+    log = bytes(
+        bytearray(size + 1)
+    )  # NVRTC writes into it: b" " * 1 would be the object that all share
     nvrtc.nvrtcGetProgramLog(program, log)
     assert int(status) == 0, log.decode()
     _, size = nvrtc.nvrtcGetPTXSize(program)
@@ -535,7 +625,11 @@ def compiled(source: str, target: str = "sm_90") -> str:
 
 def result(case: Case, ptx: str, fresh: bool = True, **options: Any) -> np.ndarray:
     dtype = case.x.dtype
-    y = np.zeros(case.size, dtype) if "atomicAdd(y" in case.source else np.full(case.size, -1).astype(dtype)
+    y = (
+        np.zeros(case.size, dtype)
+        if "atomicAdd(y" in case.source
+        else np.full(case.size, -1).astype(dtype)
+    )
     unwritten = [y] if fresh and "atomicAdd(y" not in case.source else []
     run(
         ptx,
@@ -556,7 +650,9 @@ def test_right_kernels_are_clean(name: str) -> None:
     for target in ("sm_80", "sm_90", "sm_100"):
         ptx = compiled(case.source, target)
         for seed in range(3):
-            np.testing.assert_allclose(result(case, ptx, seed=seed), case.wanted(case.x), rtol=2e-5, atol=2e-5)
+            np.testing.assert_allclose(
+                result(case, ptx, seed=seed), case.wanted(case.x), rtol=2e-5, atol=2e-5
+            )
 
 
 @pytest.mark.parametrize("bug", BUGS)
@@ -564,26 +660,37 @@ def test_planted_mistakes_are_caught(bug: str) -> None:
     name, right, wrong, message = BUGS[bug]
     case = CASES[name]
     assert case.source.count(right) >= 1
-    before, _, after = case.source.rpartition(right) if bug == "write not awaited" else case.source.partition(right)
+    before, _, after = (
+        case.source.rpartition(right)
+        if bug == "write not awaited"
+        else case.source.partition(right)
+    )
     ptx = compiled(before + wrong + after)
     if message is WRONG:
         assert not np.allclose(result(case, ptx), case.wanted(case.x), rtol=1e-3, atol=1e-3)
         return
     with pytest.raises(PTXError, match=message) as caught:
         result(case, ptx, fresh="__ldg" not in wrong)
-    assert re.search(r"k, line \d+: `.*;`: block \(\d, 0, 0\), thread \(\d+, 0, 0\): ", str(caught.value))
+    assert re.search(
+        r"k, line \d+: `.*;`: block \(\d, 0, 0\), thread \(\d+, 0, 0\): ", str(caught.value)
+    )
 
 
-@pytest.mark.parametrize("bug", ["read while others write", "write not awaited", "stage overwritten early"])
+@pytest.mark.parametrize(
+    "bug", ["read while others write", "write not awaited", "stage overwritten early"]
+)
 def test_a_missing_barrier_shows_in_results(bug: str) -> None:
-    """Even without looking for races: warps go at unequal speed, in an order that the seed draws."""
+    """Even without looking for races: warps go at unequal speed, in an order that the seed
+    draws."""
     name, right, wrong, _ = BUGS[bug]
     before, _, after = CASES[name].source.rpartition(right)
     ptx, wanted = compiled(before + wrong + after), CASES[name].wanted(CASES[name].x)
     seen = []
     for seed in range(6):
         try:
-            seen.append(np.allclose(result(CASES[name], ptx, seed=seed, races=False), wanted, atol=1e-4))
+            seen.append(
+                np.allclose(result(CASES[name], ptx, seed=seed, races=False), wanted, atol=1e-4)
+            )
         except PTXError:  # the bytes are there, but in flight
             seen.append(False)
     assert not all(seen)

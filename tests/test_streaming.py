@@ -1,4 +1,5 @@
-"""Streamed gradients: the model's own, bit for bit, in files; a killed run goes on to the same; bounded memory."""
+"""Streamed gradients: the model's own, bit for bit, in files; a killed run goes on to the same;
+bounded memory."""
 
 from __future__ import annotations
 
@@ -33,27 +34,42 @@ TOKENS = RNG.integers(0, TINY.vocabulary, (2, 12))
 
 
 def parameters(config: ModelConfig, dtype: Any = np.float64) -> dict[str, np.ndarray]:
-    """Normal with std 0.15, norms and biases off neutral; gate biases float32 unless all is wider."""
+    """Normal with std 0.15, norms and biases off neutral; gate biases float32 unless all is
+    wider."""
     rng = np.random.default_rng(0)
     return {
-        name: (rng.uniform(0.5, 1.5, shape) if name.endswith("norm.weight") else 0.15 * rng.normal(size=shape)).astype(
-            dtype
-        )
+        name: (
+            rng.uniform(0.5, 1.5, shape)
+            if name.endswith("norm.weight")
+            else 0.15 * rng.normal(size=shape)
+        ).astype(dtype)
         for name, shape in parameter_shapes(config).items()
     }
 
 
-def stream(params: dict[str, np.ndarray], config: ModelConfig, out: Path, tokens: Any = TOKENS, **given: Any) -> Result:
+def stream(
+    params: dict[str, np.ndarray],
+    config: ModelConfig,
+    out: Path,
+    tokens: Any = TOKENS,
+    **given: Any,
+) -> Result:
     return Stream(MemorySource(params, config), Request(tokens, **given)).write(out)
 
 
 def read(out: Path) -> dict[str, np.ndarray]:
-    """Every tensor that the index names, from the file, of the shape and dtype that it names, by safetensors itself."""
+    """Every tensor that the index names, from the file, of the shape and dtype that it names, by
+    safetensors itself."""
     index = json.loads((out / "index.json").read_text())["tensors"]
     files = {path.name: load_file(path) for path in out.glob("*.safetensors")}
-    assert {name: entry["file"] for name, entry in index.items()} == {n: f for f, x in files.items() for n in x}
+    assert {name: entry["file"] for name, entry in index.items()} == {
+        n: f for f, x in files.items() for n in x
+    }
     found = {name: files[entry["file"]][name] for name, entry in index.items()}
-    assert all([list(x.shape), str(x.dtype)] == [index[n]["shape"], index[n]["dtype"]] for n, x in found.items())
+    assert all(
+        [list(x.shape), str(x.dtype)] == [index[n]["shape"], index[n]["dtype"]]
+        for n, x in found.items()
+    )
     return found
 
 
@@ -68,7 +84,9 @@ def split(gradients: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return found
 
 
-def expect_equal(out: Path, output: ModelOutput, params: dict[str, np.ndarray], gradients: dict[str, Any]) -> None:
+def expect_equal(
+    out: Path, output: ModelOutput, params: dict[str, np.ndarray], gradients: dict[str, Any]
+) -> None:
     """Gradients, logits, loss and routes of the model, bit for bit."""
     found, wanted = read(out), split(gradients)
     assert {name.removeprefix("grad/") for name in found if name.startswith("grad/")} == set(wanted)
@@ -86,13 +104,16 @@ def expect_equal(out: Path, output: ModelOutput, params: dict[str, np.ndarray], 
 
 UNTIED = replace(TINY, conventions=Conventions(mtp_hidden="raw_first", balance_counts="routed"))
 CONFIGS = {
-    "tiny": TINY, "tied": replace(TINY, tied=True), "variant": model_variant(TINY, Conventions()),
-    "variant, normed": model_variant(TINY, Conventions(), "normed"), "raw first": UNTIED,
+    "tiny": TINY,
+    "tied": replace(TINY, tied=True),
+    "variant": model_variant(TINY, Conventions()),
+    "variant, normed": model_variant(TINY, Conventions(), "normed"),
+    "raw first": UNTIED,
     "no dense layer, no group": replace(TINY, dense_layers=0, groups=1, keep_groups=1),
     "dense alone": replace(TINY, dense_layers=3, mtp_depth=0),
     "three modules": replace(TINY, layers=2, mtp_depth=3),
     "larger than a block": replace(TINY, vocabulary=2 * ROWS + 5, mtp_depth=1),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -103,7 +124,12 @@ def test_the_whole_loss(name: str, tmp_path: Path) -> None:
     tokens = RNG.integers(0, config.vocabulary, (2, 12))
     output, saved = forward(params, tokens, config)
     result = stream(
-        params, config, tmp_path / "out", tokens, mtp=config.mtp_depth > 0, balance_alpha=config.balance_weight
+        params,
+        config,
+        tmp_path / "out",
+        tokens,
+        mtp=config.mtp_depth > 0,
+        balance_alpha=config.balance_weight,
     )
     gradients = backward(saved)
     expect_equal(tmp_path / "out", output, params, gradients)
@@ -129,7 +155,9 @@ def test_the_default_loss(implementation: str, dtype: Any, tmp_path: Path) -> No
     z = found["out/logits"].astype(np.float64)
     log_p = z - np.logaddexp.reduce(z, axis=-1, keepdims=True)
     each = -np.take_along_axis(log_p[:, :-1], TOKENS[:, 1:, None], axis=-1)[..., 0]
-    np.testing.assert_allclose(found["out/loss_per_token"][:, :-1], each, rtol=0, atol=50 * np.finfo(dtype).eps)
+    np.testing.assert_allclose(
+        found["out/loss_per_token"][:, :-1], each, rtol=0, atol=50 * np.finfo(dtype).eps
+    )
     assert not found["out/loss_per_token"][:, -1].any()
     np.testing.assert_allclose(found["out/loss"], each.mean(), rtol=20 * np.finfo(dtype).eps)
     assert {x.dtype for n, x in found.items() if n[:4] in ("grad", "out/")} == {np.dtype(dtype)}
@@ -139,16 +167,28 @@ def test_masks_and_targets(tmp_path: Path) -> None:
     """Loss mask, padding and own targets go where the model puts them."""
     config, params = TINY, parameters(TINY)
     given = {
-        "mask": RNG.random(TOKENS.shape) < 0.7, "key_mask": np.arange(12) < np.array([[12], [9]]),
+        "mask": RNG.random(TOKENS.shape) < 0.7,
+        "key_mask": np.arange(12) < np.array([[12], [9]]),
         "targets": RNG.integers(0, 256, TOKENS.shape),
-    }  # fmt: skip
-    for number, names in enumerate((["mask"], ["key_mask"], ["mask", "key_mask"], ["targets"], list(given))):
+    }
+    for number, names in enumerate(
+        (["mask"], ["key_mask"], ["mask", "key_mask"], ["targets"], list(given))
+    ):
         chosen: Any = {name: given[name] for name in names}
         output, saved = forward(params, TOKENS, config, **chosen)
-        stream(params, config, tmp_path / str(number), mtp=True, balance_alpha=config.balance_weight, **chosen)
+        stream(
+            params,
+            config,
+            tmp_path / str(number),
+            mtp=True,
+            balance_alpha=config.balance_weight,
+            **chosen,
+        )
         expect_equal(tmp_path / str(number), output, params, backward(saved))
         found = read(tmp_path / str(number))
-        np.testing.assert_allclose(found["out/loss_per_token"].sum() / found["in/mask"].sum(), output.main, rtol=1e-14)
+        np.testing.assert_allclose(
+            found["out/loss_per_token"].sum() / found["in/mask"].sum(), output.main, rtol=1e-14
+        )
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -165,21 +205,34 @@ def test_from_dlogits(tied: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("counts", ["unbiased", "routed"])
 def test_replayed_routes(counts: str, tmp_path: Path) -> None:
-    """Other routes than the model's own are followed, in forward and backward, MTP's too; what counts as well."""
+    """Other routes than the model's own are followed, in forward and backward, MTP's too; what
+    counts as well."""
     config = replace(TINY, conventions=Conventions(balance_counts=counts))
     params = parameters(config)
     own, _ = forward(params, TOKENS, config)
-    other = {layer: np.argsort(RNG.random((*r.indices.shape[:2], 8)))[..., :3] for layer, r in own.routes.items()}
+    other = {
+        layer: np.argsort(RNG.random((*r.indices.shape[:2], 8)))[..., :3]
+        for layer, r in own.routes.items()
+    }
     for name, routes in {
         "with counts": {layer: Route(x, RNG.permutation(x)) for layer, x in other.items()},
         "without": {layer: Route(x, None) for layer, x in other.items()},
     }.items():
         full = routes
         if name == "without":  # the balance loss then counts what the convention says
-            full = {layer: Route(x, x if counts == "routed" else None) for layer, x in other.items()}
+            full = {
+                layer: Route(x, x if counts == "routed" else None) for layer, x in other.items()
+            }
         output, saved = forward(params, TOKENS, config, routes=full)
         assert output.loss != own.loss
-        stream(params, config, tmp_path / name, mtp=True, balance_alpha=config.balance_weight, routes=routes)
+        stream(
+            params,
+            config,
+            tmp_path / name,
+            mtp=True,
+            balance_alpha=config.balance_weight,
+            routes=routes,
+        )
         expect_equal(tmp_path / name, output, params, backward(saved))
 
 
@@ -211,7 +264,12 @@ def test_some_layers(layers: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("pattern", "steps"),
-    [("model.layers.2.*", 7), ("*.experts.5.up_proj.weight", 8), ("lm_head.weight", 5), ("model.embed*", 10)],
+    [
+        ("model.layers.2.*", 7),
+        ("*.experts.5.up_proj.weight", 8),
+        ("lm_head.weight", 5),
+        ("model.embed*", 10),
+    ],
 )
 def test_only(pattern: str, steps: int, tmp_path: Path) -> None:
     """Some gradients, the same bits; the backward goes no further down than it must."""
@@ -251,35 +309,54 @@ def test_activations(tmp_path: Path) -> None:
     assert all(np.array_equal(found[f"model.layers.{layer}"], x) for layer, x in enumerate(outputs))
     stream(params, config, tmp_path / "some", activations="*.gate.scores")
     assert sorted(n for n in read(tmp_path / "some") if n.startswith("act/")) == [
-        "act/model.layers.1.mlp.gate.scores", "act/model.layers.2.mlp.gate.scores",
-    ]  # fmt: skip
+        "act/model.layers.1.mlp.gate.scores",
+        "act/model.layers.2.mlp.gate.scores",
+    ]
 
 
 def test_cotangents(tmp_path: Path) -> None:
-    """Each makes the gradients of what its activation is made of: the table's rows, the norm's weight, and the weights
-    of the last product that joins a layer's output."""
+    """Each makes the gradients of what its activation is made of: the table's rows, the norm's
+    weight, and the weights of the last product that joins a layer's output."""
     config = replace(TINY, mtp_depth=0, balance_weight=0.0)
     params = parameters(config)
     stream(params, config, tmp_path / "out", activations="*")
     found = read(tmp_path / "out")
     cot = {name[4:]: x for name, x in found.items() if name.startswith("cot/")}
-    assert set(cot) == {"model.embed_tokens", "model.norm", *(f"model.layers.{n}" for n in range(config.layers))}
+    assert set(cot) == {
+        "model.embed_tokens",
+        "model.norm",
+        *(f"model.layers.{n}" for n in range(config.layers)),
+    }
     table = np.zeros_like(params["model.embed_tokens.weight"])
     np.add.at(table, TOKENS, cot["model.embed_tokens"])
     np.testing.assert_allclose(table, found["grad/model.embed_tokens.weight"], rtol=0, atol=1e-15)
-    scaled = np.sum(cot["model.norm"] * found["act/model.norm"], axis=(0, 1)) / params["model.norm.weight"]
+    scaled = (
+        np.sum(cot["model.norm"] * found["act/model.norm"], axis=(0, 1))
+        / params["model.norm.weight"]
+    )
     np.testing.assert_allclose(scaled, found["grad/model.norm.weight"], rtol=1e-12, atol=1e-14)
     _, saved = forward(params, TOKENS, config)
     for layer in range(config.layers):
-        last = saved.blocks[layer].ffn if layer < config.dense_layers else saved.blocks[layer].moe.shared
-        name = f"model.layers.{layer}.mlp" + ("" if layer < config.dense_layers else ".shared_experts")
-        hidden = last.down.x.reshape(-1, last.down.x.shape[-1])  # what down_proj, whose output joins the layer's, reads
+        last = (
+            saved.blocks[layer].ffn
+            if layer < config.dense_layers
+            else saved.blocks[layer].moe.shared
+        )
+        name = f"model.layers.{layer}.mlp" + (
+            "" if layer < config.dense_layers else ".shared_experts"
+        )
+        hidden = last.down.x.reshape(
+            -1, last.down.x.shape[-1]
+        )  # what down_proj, whose output joins the layer's, reads
         dy = cot[f"model.layers.{layer}"].reshape(-1, config.width)
-        np.testing.assert_allclose(dy.T @ hidden, found[f"grad/{name}.down_proj.weight"], rtol=0, atol=1e-15)
+        np.testing.assert_allclose(
+            dy.T @ hidden, found[f"grad/{name}.down_proj.weight"], rtol=0, atol=1e-15
+        )
 
 
 def test_no_stack_of_experts_is_read(tmp_path: Path) -> None:
-    """Experts come one by one, of the embedding only the rows that occur, and in the backward each expert once."""
+    """Experts come one by one, of the embedding only the rows that occur, and in the backward each
+    expert once."""
     config, params = replace(TINY, mtp_depth=0), parameters(replace(TINY, mtp_depth=0))
     asked: list[tuple[str, Any]] = []
 
@@ -339,13 +416,15 @@ Stream(MemorySource(parameters(TINY), TINY), request).write(Path({out!r}))
 
 
 def run_child(out: Path, writes: int) -> int:
-    """The whole loss of tiny in a process of its own, killed when it would write one tensor more than ``writes``."""
+    """The whole loss of tiny in a process of its own, killed when it would write one tensor more
+    than ``writes``."""
     code = CHILD.format(tests=str(Path(__file__).parent), writes=writes, out=str(out))
     return subprocess.run([sys.executable, "-c", code], capture_output=True).returncode
 
 
 def test_killed_and_resumed(tmp_path: Path) -> None:
-    """Killed over and over in the middle of a file, each time as soon; what is done stays, and all is as of one run."""
+    """Killed over and over in the middle of a file, each time as soon; what is done stays, and all
+    is as of one run."""
     whole, out = tmp_path / "whole", tmp_path / "out"
     stream(parameters(TINY), TINY, whole, mtp=True, balance_alpha=0.01, activations="*")
     done: dict[Path, int] = {}
@@ -358,17 +437,25 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
         assert writes < 50 or len(made) > len(done)
         done = {path: path.stat().st_mtime_ns for path in made}
     assert {path.name for path in done} >= {"grad-head.safetensors", "grad-norm.safetensors"}
-    with pytest.raises(CouldNotRun, match="holds an unfinished run of another request \\(other mtp\\)"):
+    with pytest.raises(
+        CouldNotRun, match="holds an unfinished run of another request \\(other mtp\\)"
+    ):
         stream(parameters(TINY), TINY, out, balance_alpha=0.01, activations="*")
     assert run_child(out, 10**9) == 0
-    assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {
+        p.name: p.read_bytes() for p in whole.iterdir()
+    }
 
 
 def test_another_request_is_refused(tmp_path: Path) -> None:
-    """Each part of the request, and the checkpoint, tells an unfinished run from another; --force starts anew."""
+    """Each part of the request, and the checkpoint, tells an unfinished run from another; --force
+    starts anew."""
     params, config = parameters(TINY), TINY
     mask = np.ones_like(TOKENS, dtype=bool)
-    routes = {layer: Route(r.indices, None) for layer, r in forward(params, TOKENS, config)[0].routes.items()}
+    routes = {
+        layer: Route(r.indices, None)
+        for layer, r in forward(params, TOKENS, config)[0].routes.items()
+    }
 
     class Stop(Exception):
         pass
@@ -382,10 +469,12 @@ def test_another_request_is_refused(tmp_path: Path) -> None:
         Stream(source, Request(TOKENS)).write(tmp_path, progress=stop)
     left = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     for part, other in {
-        "tokens": Request(TOKENS + 1 - 2 * (TOKENS == 255)), "mask": Request(TOKENS, mask=mask),
-        "layers": Request(TOKENS, layers=2), "only": Request(TOKENS, only="model.*"),
+        "tokens": Request(TOKENS + 1 - 2 * (TOKENS == 255)),
+        "mask": Request(TOKENS, mask=mask),
+        "layers": Request(TOKENS, layers=2),
+        "only": Request(TOKENS, only="model.*"),
         "routes": Request(TOKENS, routes=routes),
-    }.items():  # fmt: skip
+    }.items():
         with pytest.raises(CouldNotRun, match=rf"another request \(other {part}\)"):
             Stream(source, other).write(tmp_path)
     with pytest.raises(CouldNotRun, match=r"\(other checkpoint\)"):
@@ -413,10 +502,13 @@ def unfinished(out: Path) -> Stream:
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff", b"[" * 100_000], ids=range(5))
 def test_a_broken_state(content: bytes, tmp_path: Path) -> None:
-    """What a full disk or an editor makes of the record of the request: --force is the way out, and works."""
+    """What a full disk or an editor makes of the record of the request: --force is the way out, and
+    works."""
     whole = unfinished(tmp_path)
     (tmp_path / "unfinished" / "request.json").write_bytes(content)
-    with pytest.raises(CouldNotRun, match=r"unfinished/request.json is broken: start anew with --force$"):
+    with pytest.raises(
+        CouldNotRun, match=r"unfinished/request.json is broken: start anew with --force$"
+    ):
         whole.write(tmp_path)
     whole.write(tmp_path, force=True)
     assert (tmp_path / "index.json").exists()
@@ -430,7 +522,9 @@ def test_a_file_of_a_finished_step(file: str, tmp_path: Path) -> None:
     data = path.read_bytes()
     for change in (lambda: path.write_bytes(data[:-1]), path.unlink):
         change()
-        with pytest.raises(CouldNotRun, match=rf"{path.name} is gone or changed since .*: start anew with --force$"):
+        with pytest.raises(
+            CouldNotRun, match=rf"{path.name} is gone or changed since .*: start anew with --force$"
+        ):
             whole.write(tmp_path)
         assert not (tmp_path / "index.json").exists()
     path.write_bytes(data)
@@ -442,13 +536,20 @@ def test_a_file_of_a_finished_step(file: str, tmp_path: Path) -> None:
 def test_a_record_without_notes(tmp_path: Path) -> None:
     """As another program or an older version leaves it."""
     whole = unfinished(tmp_path)
-    write_tensor_file(tmp_path / "unfinished" / "head.safetensors", tmp_path / "new", {"x": np.zeros(3)})
+    write_tensor_file(
+        tmp_path / "unfinished" / "head.safetensors", tmp_path / "new", {"x": np.zeros(3)}
+    )
     with pytest.raises(CouldNotRun, match=r"head.safetensors is broken: start anew with --force$"):
         whole.write(tmp_path)
     write_tensor_file(
-        tmp_path / "unfinished" / "head.safetensors", tmp_path / "new", {"x": np.zeros(3)}, {"notes": '{"files": {}}'}
+        tmp_path / "unfinished" / "head.safetensors",
+        tmp_path / "new",
+        {"x": np.zeros(3)},
+        {"notes": '{"files": {}}'},
     )
-    with pytest.raises(CouldNotRun, match=r"head.safetensors is not as this version writes it: start anew with"):
+    with pytest.raises(
+        CouldNotRun, match=r"head.safetensors is not as this version writes it: start anew with"
+    ):
         whole.write(tmp_path)
 
 
@@ -461,7 +562,9 @@ def test_a_finished_result_stays(tmp_path: Path) -> None:
     (tmp_path / "unfinished").mkdir()  # as a kill at the very end leaves it
     with pytest.raises(CouldNotRun, match="holds a finished result"):
         Stream(source, Request(TOKENS)).write(tmp_path)
-    assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()}
+    assert before == {
+        path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()
+    }
     Stream(source, Request(TOKENS, only="lm_head.*")).write(tmp_path, force=True)
     assert sorted(p.name for p in tmp_path.glob("grad-*")) == ["grad-head.safetensors"]
     (tmp_path / "thesis.tex").write_text("all of it")
@@ -474,7 +577,8 @@ def test_a_finished_result_stays(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("force", [False, True])
 def test_one_run_at_a_time(force: bool, tmp_path: Path) -> None:
-    """While a run works in a folder, another is refused and changes nothing, even by force; then the folder is free."""
+    """While a run works in a folder, another is refused and changes nothing, even by force; then
+    the folder is free."""
     out, refused = tmp_path / "out", []
     other = Stream(MemorySource(parameters(TINY), TINY), Request(TOKENS, only="model.norm.*"))
 
@@ -497,7 +601,9 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     """Another process's folder can't be used while it lives, and can once it was killed."""
     code = "import sys, time; from pathlib import Path; from refimpl.streaming.folder import held\n"
     code += "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "held\n"
         with pytest.raises(CouldNotRun, match="is in use by another run"):
@@ -511,10 +617,15 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
 
 
 def test_tensor_files(tmp_path: Path) -> None:
-    """Written in any order and piece by piece, safetensors reads it; what is missing is an error and leaves nothing."""
+    """Written in any order and piece by piece, safetensors reads it; what is missing is an error
+    and leaves nothing."""
     path, beside = tmp_path / "x.safetensors", tmp_path / "beside"
     a, b = RNG.normal(size=(5, 3)), RNG.integers(0, 9, (4,))
-    specs = {"b": Spec(b.shape, b.dtype), "a": Spec(a.shape, a.dtype), "zero": Spec((2, 2), np.dtype("float32"))}
+    specs = {
+        "b": Spec(b.shape, b.dtype),
+        "a": Spec(a.shape, a.dtype),
+        "zero": Spec((2, 2), np.dtype("float32")),
+    }
     with TensorWriter(path, beside, specs, {"notes": "n"}) as writer:
         writer.write("a", a[3:], 9)
         writer.zero("zero")
@@ -534,7 +645,10 @@ def test_tensor_files(tmp_path: Path) -> None:
         TensorWriter(tmp_path / "y.safetensors", beside, {"a": specs["a"]}) as writer,
     ):
         writer.write("a", a[1:])
-    with pytest.raises(ValueError, match="a must be Spec"), TensorWriter(path, beside, {"a": specs["a"]}) as writer:
+    with (
+        pytest.raises(ValueError, match="a must be Spec"),
+        TensorWriter(path, beside, {"a": specs["a"]}) as writer,
+    ):
         writer.write("a", a.astype(np.float32))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.safetensors"]
     data = path.read_bytes()
@@ -548,7 +662,9 @@ def test_tensor_files(tmp_path: Path) -> None:
         data.replace(b'"shape"', b'"shave"'),
     ):
         path.write_bytes(broken)
-        with pytest.raises(CouldNotRun, match=r"x.safetensors is (cut off or )?no safetensors file"):
+        with pytest.raises(
+            CouldNotRun, match=r"x.safetensors is (cut off or )?no safetensors file"
+        ):
             read_tensor_file(path)
     write_tensor_file(path, beside, {"empty": np.zeros((0, 3)), "scalar": np.array(2.5)})
     assert read_tensor_file(path)[0]["scalar"] == 2.5
@@ -563,11 +679,21 @@ def test_memory_does_not_grow_with_layers(tmp_path: Path) -> None:
     from refimpl.checkpoint import write_random
 
     config = replace(
-        preset("v2-lite"), vocabulary=500, width=1024, layers=8, heads=4, dense_hidden=2048, kv_latent=128, experts=8,
-        expert_hidden=512, top_k=2,
-    )  # fmt: skip
+        preset("v2-lite"),
+        vocabulary=500,
+        width=1024,
+        layers=8,
+        heads=4,
+        dense_hidden=2048,
+        kv_latent=128,
+        experts=8,
+        expert_hidden=512,
+        top_k=2,
+    )
     write_random(config, tmp_path / "checkpoint")
-    start = grads_memory(tmp_path / "checkpoint", tmp_path / "none", "--layers", "1", "--only", "lm_head.*", tokens=2)
+    start = grads_memory(
+        tmp_path / "checkpoint", tmp_path / "none", "--layers", "1", "--only", "lm_head.*", tokens=2
+    )
     two = grads_memory(tmp_path / "checkpoint", tmp_path / "two", "--layers", "2", tokens=64)
     eight = grads_memory(tmp_path / "checkpoint", tmp_path / "eight", tokens=64)
     assert eight.numbers > 3 * two.numbers

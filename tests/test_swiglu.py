@@ -26,7 +26,9 @@ def test_saturated_gates(dtype: type) -> None:
     wanted = [0, 0, 0, 1000, 6000], [0, 0, 14, 5, 60], [0, 0, 0, 200, 10000]
     for got, row in zip((y, dgate, dup), wanted, strict=True):
         assert got.dtype == dtype
-        np.testing.assert_allclose(got, [row], rtol=0, atol=1e-80)  # in float64 200 e^-200 is not quite 0
+        np.testing.assert_allclose(
+            got, [row], rtol=0, atol=1e-80
+        )  # in float64 200 e^-200 is not quite 0
 
 
 def test_linear_in_up() -> None:
@@ -45,7 +47,9 @@ def test_symmetry() -> None:
     (plus, saved), (minus, saved_minus) = swiglu_forward(g, one), swiglu_forward(-g, one)
     slope = swiglu_backward(one, saved)[0] + swiglu_backward(one, saved_minus)[0]
     np.testing.assert_allclose(plus - minus, g, rtol=4 * EPS)
-    assert np.all(np.abs(slope - 1) <= (2 + np.abs(g)) * EPS)  # 1 − s is off by eps/2, and multiplied by g
+    assert np.all(
+        np.abs(slope - 1) <= (2 + np.abs(g)) * EPS
+    )  # 1 − s is off by eps/2, and multiplied by g
 
 
 def test_minimum_of_silu() -> None:
@@ -60,11 +64,31 @@ def test_minimum_of_silu() -> None:
 @pytest.mark.parametrize(
     ("gate", "up", "error", "message"),
     [
-        (np.ones((2, 3)), np.ones((2, 4)), ValueError, r"up must have shape gate.shape=\(2, 3\), got \(2, 4\)"),
-        (np.ones((2, 3)), np.ones((2, 1)), ValueError, r"up must have shape gate.shape=\(2, 3\), got \(2, 1\)"),
-        (np.ones((2, 3)), np.ones(3), ValueError, r"up must have shape gate.shape=\(2, 3\), got \(3,\)"),
+        (
+            np.ones((2, 3)),
+            np.ones((2, 4)),
+            ValueError,
+            r"up must have shape gate.shape=\(2, 3\), got \(2, 4\)",
+        ),
+        (
+            np.ones((2, 3)),
+            np.ones((2, 1)),
+            ValueError,
+            r"up must have shape gate.shape=\(2, 3\), got \(2, 1\)",
+        ),
+        (
+            np.ones((2, 3)),
+            np.ones(3),
+            ValueError,
+            r"up must have shape gate.shape=\(2, 3\), got \(3,\)",
+        ),
         (np.ones((2, 3), dtype=int), np.ones((2, 3)), TypeError, "gate must be float32 or wider"),
-        (np.ones((2, 3)), np.ones((2, 3), dtype=np.float16), TypeError, "up must be float32 or wider"),
+        (
+            np.ones((2, 3)),
+            np.ones((2, 3), dtype=np.float16),
+            TypeError,
+            "up must be float32 or wider",
+        ),
     ],
 )
 def test_errors(gate: np.ndarray, up: np.ndarray, error: type[Exception], message: str) -> None:

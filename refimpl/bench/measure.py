@@ -1,7 +1,8 @@
-"""How a row is measured, on whatever `Device` answers: many calls in one graph, inputs that no cache holds, a median.
+"""How a row is measured, on whatever `Device` answers: many calls in one graph, inputs that no
+cache holds, a median.
 
-The kernels of a call are recorded once and then repeated as they were launched, so that Python's own time is not in
-the numbers. A baseline is captured into a graph in the same way.
+The kernels of a call are recorded once and then repeated as they were launched, so that Python's
+own time is not in the numbers. A baseline is captured into a graph in the same way.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from . import RUNS
 
 __all__ = ["Device", "Recorder", "Times", "copies", "measure", "repeats", "summary"]
 
-SAMPLE = 1e-3  # seconds that one sample lasts at least: an event's resolution and the launch of a graph are lost in it
+# seconds that one sample lasts at least: an event's resolution and the launch of a graph are lost
+# in it
+SAMPLE = 1e-3
 MOST_CALLS = 2000  # in one graph
 CACHES = 3  # times the cache that pass between two uses of the same input
 
@@ -50,7 +53,8 @@ class Times:
 
 
 def summary(samples: Sequence[float]) -> Times:
-    """Median and spread; ValueError for fewer than 20 samples, or one that is no positive number."""
+    """Median and spread; ValueError for fewer than 20 samples, or one that is no positive
+    number."""
     if len(samples) < 20:
         raise ValueError(f"samples must be at least 20, got {len(samples)}")
     if not all(np.isfinite(x) and x > 0 for x in samples):
@@ -60,23 +64,32 @@ def summary(samples: Sequence[float]) -> Times:
 
 
 def copies(bytes_of_a_call: int, cache: int) -> int:
-    """How many sets of inputs to go round, so that `CACHES` times the cache's bytes pass before a set comes back."""
+    """How many sets of inputs to go round, so that `CACHES` times the cache's bytes pass before a
+    set comes back."""
     return max(1, ceil(CACHES * cache / bytes_of_a_call))
 
 
 def repeats(seconds: float, calls: int) -> int:
-    """How often ``calls``, which take so long together, go into a sample for it to last `SAMPLE`."""
+    """How often ``calls``, which take so long together, go into a sample for it to last
+    `SAMPLE`."""
     return max(1, min(ceil(SAMPLE / seconds), MOST_CALLS // calls))
 
 
 def measure(
-    device: Device, calls: Sequence[Call], runs: int = RUNS, reset: Call | None = None, *, graph: bool = True
+    device: Device,
+    calls: Sequence[Call],
+    runs: int = RUNS,
+    reset: Call | None = None,
+    *,
+    graph: bool = True,
 ) -> Times:
-    """The time of one of ``calls``, which do the same on sets of inputs of their own, one after the other.
+    """The time of one of ``calls``, which do the same on sets of inputs of their own, one after the
+    other.
 
-    ``reset`` is called before each sample, outside its events, and then a sample makes each call once: for work that
-    overwrites its inputs with what would be no fair input of the next call. Without ``graph`` they are made as they
-    are: for work of many milliseconds that can't be captured, as CuPy's products can't.
+    ``reset`` is called before each sample, outside its events, and then a sample makes each call
+    once: for work that overwrites its inputs with what would be no fair input of the next call.
+    Without ``graph`` they are made as they are: for work of many milliseconds that can't be
+    captured, as CuPy's products can't.
     """
     together = device.capture if graph else _in_turn
     once = together(calls)
@@ -101,16 +114,25 @@ def _in_turn(calls: Sequence[Call]) -> Call:
 
 
 class Recorder:
-    """A launch that keeps what it launched, to be launched again without the host code around it."""
+    """A launch that keeps what it launched, to be launched again without the host code around
+    it."""
 
     def __init__(self, launch: Launch) -> None:
         self.launch, self.target = launch, launch.target
-        self.launched: list[tuple[Any, ...]] | None = None  # what is kept stays in memory: only in `record`
+        self.launched: list[tuple[Any, ...]] | None = (
+            None  # what is kept stays in memory: only in `record`
+        )
 
     def __call__(
-        self, module: Module, kernel: str, grid: tuple[int, ...], block: tuple[int, ...], arguments: Sequence[Any], *,
+        self,
+        module: Module,
+        kernel: str,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        arguments: Sequence[Any],
+        *,
         shared: int = 0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if self.launched is not None:
             self.launched.append((module, kernel, grid, block, arguments, shared))
         self.launch(module, kernel, grid, block, arguments, shared=shared)
@@ -119,7 +141,8 @@ class Recorder:
         return self.launch.empty(shape, dtype, like)
 
     def record(self, call: Call) -> Call:
-        """Make the call; a function that launches the kernels which that launched, on the same arrays."""
+        """Make the call; a function that launches the kernels which that launched, on the same
+        arrays."""
         launched: list[tuple[Any, ...]] = []
         self.launched, launch = launched, self.launch
         try:

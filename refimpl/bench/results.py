@@ -1,4 +1,5 @@
-"""What one run found, as a file under benchmarks/results, and the table of kernels/README.md made from all of them."""
+"""What one run found, as a file under benchmarks/results, and the table of kernels/README.md made
+from all of them."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Measured:
-    """One row on one device. Times are seconds a call; None where there is no baseline, and `notes` say why."""
+    """One row on one device. Times are seconds a call; None where there is no baseline, and `notes`
+    say why."""
 
     name: str
     shape: str
@@ -38,8 +40,8 @@ class Measured:
     notes: tuple[str, ...] = ()
 
     def floor(self, copy: float, matrix: float) -> float:
-        """Seconds that the bytes take at the rate of the card's own copy, in bytes a second, or, if that is longer,
-        the products at the rate of its own, in flop a second."""
+        """Seconds that the bytes take at the rate of the card's own copy, in bytes a second, or, if
+        that is longer, the products at the rate of its own, in flop a second."""
         return max(self.bytes / copy, self.flops / matrix)
 
     def share(self, copy: float, matrix: float) -> float:
@@ -85,9 +87,14 @@ class Results:
             results = cls(**given, rows=rows)
             same = results.to_json() == content
         except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
-            raise ValueError(f"results must have the fields that refimpl bench writes: {error}") from error
+            raise ValueError(
+                f"results must have the fields that refimpl bench writes: {error}"
+            ) from error
         if not same:
-            raise ValueError("results must be as refimpl bench wrote them: a derived number or the schema differs")
+            raise ValueError(
+                "results must be as refimpl bench wrote them: a derived number or the schema "
+                "differs"
+            )
         return results
 
 
@@ -104,7 +111,8 @@ def file_name(device: str, date: str) -> str:
 
 
 def read_results(folder: Path) -> list[Results]:
-    """All files of the folder, the latest of each device; ValueError that names a file which is none of ours."""
+    """All files of the folder, the latest of each device; ValueError that names a file which is
+    none of ours."""
     latest: dict[str, Results] = {}
     for path in sorted(folder.glob("*.json")):
         try:
@@ -112,7 +120,9 @@ def read_results(folder: Path) -> list[Results]:
         except ValueError as error:
             raise ValueError(f"{path.name}: {error}") from error
         if path.name != file_name(results.device, results.date):
-            raise ValueError(f"{path.name}: must be called {file_name(results.device, results.date)}")
+            raise ValueError(
+                f"{path.name}: must be called {file_name(results.device, results.date)}"
+            )
         if results.device not in latest or latest[results.device].date < results.date:
             latest[results.device] = results
     return [latest[device] for device in sorted(latest)]
@@ -124,18 +134,32 @@ def shape_of(row: Row, sizes: Sizes) -> str:
 
 
 HEAD = (
-    "kernel", "shape", "type", "at least", "device", "ours", "floor", "share", "torch eager", "torch.compile",
-    "ours ÷ best of torch", "memory, ours / eager / compiled", "error",
-)  # fmt: skip
+    "kernel",
+    "shape",
+    "type",
+    "at least",
+    "device",
+    "ours",
+    "floor",
+    "share",
+    "torch eager",
+    "torch.compile",
+    "ours ÷ best of torch",
+    "memory, ours / eager / compiled",
+    "error",
+)
 
 
 def render(all_results: Sequence[Results]) -> str:
-    """The Markdown of kernels/README.md: a line for each row and device, and what was not measured."""
+    """The Markdown of kernels/README.md: a line for each row and device, and what was not
+    measured."""
     sizes = Sizes()
     lines = [*_coverage(all_results), "", _line(HEAD), "|" + "---|" * len(HEAD)]
     for row in ROWS.values():
         link = f"[{row.name}]({row.stem}.cu)"
-        least = f"{_digits(row.flops(sizes) / 1e12)} Tflop" if row.flops else _bytes(row.bytes(sizes))
+        least = (
+            f"{_digits(row.flops(sizes) / 1e12)} Tflop" if row.flops else _bytes(row.bytes(sizes))
+        )
         begin = [link, shape_of(row, sizes), row.storage, f"{row.formula} = {least}"]
         found = _found(row, all_results)
         if not found:
@@ -146,24 +170,31 @@ def render(all_results: Sequence[Results]) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
         lines += [
             "",
-            f"{results.device}: its own copy {results.copy / 1e12:.2f} TB/s, its bfloat16 product "
-            f"{results.matrix / 1e12:.0f} TFLOP/s, driver {results.driver}, {versions}; commit {results.commit}, "
-            f"{results.date}.",
+            f"{results.device}: its own copy {results.copy / 1e12:.2f} TB/s, its bfloat16 "
+            f"product {results.matrix / 1e12:.0f} TFLOP/s, driver {results.driver}, "
+            f"{versions}; commit {results.commit}, {results.date}.",
         ]
         lines += [f"{m.name}: {note}." for m in results.rows for note in m.notes]
     return "\n".join(lines) + "\n"
 
 
 def _coverage(all_results: Sequence[Results]) -> list[str]:
-    """For each file: what it is compiled for, and which of its rows were measured on which device."""
+    """For each file: what it is compiled for, and which of its rows were measured on which
+    device."""
     lines = [_line(("file", "targets", "types", "measured")), "|---|---|---|---|"]
     files: list[tuple[str, tuple[str, ...]]] = [(f"{stem}.cu", STORAGE) for stem in STEMS]
     files += [(f"{stem}_numba_cuda.py", NUMBA_STORAGE) for stem in NUMBA_STEMS]
     for file, types in files:
         rows = [row for row in ROWS.values() if f"{row.stem}.cu" == file]
-        measured = [f"{m.name} in {m.storage} on {r.device}" for row in rows for r, m in _found(row, all_results)]
+        measured = [
+            f"{m.name} in {m.storage} on {r.device}"
+            for row in rows
+            for r, m in _found(row, all_results)
+        ]
         measured = measured or ["not yet" if rows else "no row"]
-        lines.append(_line([f"[{file}]({file})", ", ".join(TARGETS), ", ".join(types), ", ".join(measured)]))
+        lines.append(
+            _line([f"[{file}]({file})", ", ".join(TARGETS), ", ".join(types), ", ".join(measured)])
+        )
     return lines
 
 
@@ -187,11 +218,19 @@ def line_of(m: Measured, run: Results) -> str:
 
 
 def _cells(m: Measured, run: Results) -> list[str]:
-    memory = " / ".join("–" if x is None else _bytes(x) for x in (m.peak, m.eager_peak, m.compiled_peak))
+    memory = " / ".join(
+        "–" if x is None else _bytes(x) for x in (m.peak, m.eager_peak, m.compiled_peak)
+    )
     return [
-        _time(m.ours), _seconds(m.floor(run.copy, run.matrix)), f"{100 * m.share(run.copy, run.matrix):.0f} %",
-        _time(m.eager), _time(m.compiled), "–" if m.ratio is None else f"{m.ratio:.2f}", memory, f"{m.error:.1e}",
-    ]  # fmt: skip
+        _time(m.ours),
+        _seconds(m.floor(run.copy, run.matrix)),
+        f"{100 * m.share(run.copy, run.matrix):.0f} %",
+        _time(m.eager),
+        _time(m.compiled),
+        "–" if m.ratio is None else f"{m.ratio:.2f}",
+        memory,
+        f"{m.error:.1e}",
+    ]
 
 
 def _time(t: Times | None) -> str:
@@ -205,7 +244,9 @@ def _seconds(x: float) -> str:
 
 
 def _bytes(x: float) -> str:
-    unit, scale = next((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1)) if x >= s or s == 1)
+    unit, scale = next(
+        (u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1)) if x >= s or s == 1
+    )
     return f"{_digits(x / scale)} {unit}"
 
 

@@ -1,8 +1,10 @@
-"""What is measured: each row's inputs, the call that is timed, the least bytes it must move, and its exact answer.
+"""What is measured: each row's inputs, the call that is timed, the least bytes it must move, and
+its exact answer.
 
-Letters: T tokens, D width, H heads, I hidden width of a dense feed-forward, E experts, K of them a token, R = T·K
-routed rows, W vocabulary. A row's bytes count each input read once and each output written once, in the
-storage type of the row, without what is smaller by a factor of the width (weights of a norm, one number a row).
+Letters: T tokens, D width, H heads, I hidden width of a dense feed-forward, E experts, K of them a
+token, R = T·K routed rows, W vocabulary. A row's bytes count each input read once and each output
+written once, in the storage type of the row, without what is smaller by a factor of the width
+(weights of a norm, one number a row).
 """
 
 from __future__ import annotations
@@ -59,14 +61,18 @@ class Work(NamedTuple):
 
     inputs: tuple[Array, ...]  # what a baseline starts from
     run: Callable[[], object]  # its kernels are what is timed; may be called again and again
-    check: Callable[[], float]  # runs it once, and returns `worst_error` against the float64 reference
+    check: Callable[
+        [], float
+    ]  # runs it once, and returns `worst_error` against the float64 reference
     reset: Callable[[], object] | None = None  # puts the inputs back that ``run`` overwrites
 
 
 class Maker:
     """Random inputs, by the namespace of NumPy or CuPy, for one launch."""
 
-    def __init__(self, launch: Launch, xp: ModuleType, sizes: Sizes, storage: Any, seed: int) -> None:
+    def __init__(
+        self, launch: Launch, xp: ModuleType, sizes: Sizes, storage: Any, seed: int
+    ) -> None:
         self.launch, self.xp, self.sizes, self.storage = launch, xp, sizes, storage
         self.rng = xp.random.default_rng(seed)
 
@@ -94,12 +100,14 @@ class Row:
     bytes: Callable[[Sizes], int]
     make: Callable[[Maker], Work]
     storage: str = "bfloat16"
-    flops: Callable[[Sizes], int] | None = None  # of a row with dense products, which is timed as it is called
+    flops: Callable[[Sizes], int] | None = (
+        None  # of a row with dense products, which is timed as it is called
+    )
 
 
 def worst_error(found: tuple[Array, ...], exact: tuple[Array, ...]) -> float:
-    """The largest error of any array, over the largest value of that array; NaN where either has one and inf for
-    another shape."""
+    """The largest error of any array, over the largest value of that array; NaN where either has
+    one and inf for another shape."""
     worst = 0.0
     for got, wanted in zip(found, exact, strict=True):
         if tuple(got.shape) != tuple(wanted.shape):
@@ -118,7 +126,11 @@ def _wide(*arrays: Array) -> tuple[Array, ...]:
 
 def _rms_norm(maker: Maker, *, backward: bool) -> Work:
     s, pair = maker.sizes, rms_norm(maker.launch)
-    x, w, dy = maker.normal(s.tokens, s.width), maker.normal(s.width), maker.normal(s.tokens, s.width)
+    x, w, dy = (
+        maker.normal(s.tokens, s.width),
+        maker.normal(s.width),
+        maker.normal(s.tokens, s.width),
+    )
     _, saved = pair.forward(x, w, eps=EPS)
 
     def check() -> float:
@@ -156,7 +168,9 @@ def _swiglu(maker: Maker, *, backward: bool) -> Work:
     def check() -> float:
         y, gradients = pair.forward(gate, up)[0], pair.backward(dy, saved)
         exact, kept = REFERENCE["swiglu"].forward(*_wide(gate, up))
-        return worst_error((y, *gradients), (exact, *REFERENCE["swiglu"].backward(*_wide(dy), kept)))
+        return worst_error(
+            (y, *gradients), (exact, *REFERENCE["swiglu"].backward(*_wide(dy), kept))
+        )
 
     if backward:
         return Work((gate, up, dy), lambda: pair.backward(dy, saved), check)
@@ -179,7 +193,12 @@ def _gate(maker: Maker) -> Work:
         if not bool((ids == found.indices).all()):
             return float("inf")  # other experts than the reference's on the same scores
         exact, _ = REFERENCE["router"].forward(
-            *_wide(logits, one), bias=_wide(bias)[0], top_k=s.top_k, scale=2.5, routes=found.indices, **groups
+            *_wide(logits, one),
+            bias=_wide(bias)[0],
+            top_k=s.top_k,
+            scale=2.5,
+            routes=found.indices,
+            **groups,
         )
         return worst_error((found.weights, found.scores), (exact.weights, exact.scores))
 
@@ -206,15 +225,22 @@ def _combine(maker: Maker) -> Work:
 
     def check() -> float:
         (wide,) = _wide(weights)
-        exact = sum(wide[:, k : k + 1] * _wide(rows[where[k :: s.top_k]])[0] for k in range(s.top_k))
+        exact = sum(
+            wide[:, k : k + 1] * _wide(rows[where[k :: s.top_k]])[0] for k in range(s.top_k)
+        )
         return worst_error(run(), (exact,))
 
     return Work((rows, where, weights), run, check)
 
 
 def _cross_entropy(maker: Maker) -> Work:
-    """In place. The gradient would be a strange input of the next call (almost uniform), so there is a copy."""
-    s, pair, backward = maker.sizes, cross_entropy(maker.launch), cross_entropy_in_place(maker.launch)
+    """In place. The gradient would be a strange input of the next call (almost uniform), so there
+    is a copy."""
+    s, pair, backward = (
+        maker.sizes,
+        cross_entropy(maker.launch),
+        cross_entropy_in_place(maker.launch),
+    )
     logits, targets = maker.normal(s.tokens, s.vocabulary), maker.integers(s.vocabulary, s.tokens)
     drawn = logits.copy()
 
@@ -239,7 +265,9 @@ def _head(maker: Maker) -> Work:
     """The mean loss and both gradients, from hidden states: products included, in blocks."""
     s, pair, xp = maker.sizes, log_prob(maker.launch), maker.xp
     h, targets = maker.normal(s.tokens, s.width), maker.integers(s.vocabulary, s.tokens)
-    w = (maker.normal(s.vocabulary, s.width, dtype=np.float32) / np.float32(s.width**0.5)).astype(maker.storage)
+    w = (maker.normal(s.vocabulary, s.width, dtype=np.float32) / np.float32(s.width**0.5)).astype(
+        maker.storage
+    )
     dy = xp.full((s.tokens,), -1 / s.tokens, dtype=np.float32)
 
     def run() -> tuple[Array, ...]:
@@ -261,17 +289,27 @@ def _grpo(maker: Maker) -> Work:
     old, reference = (log_prob + maker.normal(s.outputs, s.length) / 10 for _ in range(2))
     advantages = maker.normal(s.outputs)
     mask = maker.xp.ones((s.outputs, s.length), dtype=bool)
-    given = {"advantages": advantages, "mask": mask, "old_log_prob": old, "reference_log_prob": reference}
+    given = {
+        "advantages": advantages,
+        "mask": mask,
+        "old_log_prob": old,
+        "reference_log_prob": reference,
+    }
 
     def check() -> float:
         output, saved = pair.forward(log_prob, **given)
         wide = {name: x if x.dtype == bool else x.astype(np.float64) for name, x in given.items()}
-        same = {"unclipped": output.unclipped, "kept": output.kept}  # a ratio on the very bound may round to a side
+        same = {
+            "unclipped": output.unclipped,
+            "kept": output.kept,
+        }  # a ratio on the very bound may round to a side
         exact, kept = REFERENCE["grpo"].forward(*_wide(log_prob), **wide, **same)
         gradient = REFERENCE["grpo"].backward((1.0,), kept)
         return worst_error((output.loss, saved.dlog_prob), (exact.loss, gradient))
 
-    return Work((log_prob, old, reference, advantages), lambda: pair.forward(log_prob, **given), check)
+    return Work(
+        (log_prob, old, reference, advantages), lambda: pair.forward(log_prob, **given), check
+    )
 
 
 def _adamw(maker: Maker) -> Work:
@@ -291,32 +329,117 @@ def _of(make: Callable[..., Work], *, backward: bool) -> Callable[[Maker], Work]
     return lambda maker: make(maker, backward=backward)
 
 
-ROWS = {row.name: row for row in (
-    Row("RMSNorm forward", "rms_norm", "tokens × width", "4TD", lambda s: 4 * s.tokens * s.width,
-        _of(_rms_norm, backward=False)),
-    Row("RMSNorm backward", "rms_norm", "tokens × width", "6TD", lambda s: 6 * s.tokens * s.width,
-        _of(_rms_norm, backward=True)),
-    Row("RoPE forward", "rope", "tokens × heads × rotated", "4TH·64",
-        lambda s: 4 * s.tokens * s.heads * s.rotated, _of(_rope, backward=False)),
-    Row("RoPE backward", "rope", "tokens × heads × rotated", "4TH·64",
-        lambda s: 4 * s.tokens * s.heads * s.rotated, _of(_rope, backward=True)),
-    Row("SwiGLU forward", "swiglu", "tokens × hidden", "6TI", lambda s: 6 * s.tokens * s.hidden,
-        _of(_swiglu, backward=False)),
-    Row("SwiGLU backward", "swiglu", "tokens × hidden", "10TI", lambda s: 10 * s.tokens * s.hidden,
-        _of(_swiglu, backward=True)),
-    Row("gate top-k", "router", "tokens × experts / top_k / keep_groups / groups", "4TE",
-        lambda s: 4 * s.tokens * s.experts, _gate, "float32"),
-    Row("MoE permute", "moe", "tokens × top_k × width", "2TD + 2RD",
-        lambda s: 2 * s.tokens * s.width * (1 + s.top_k), _permute),
-    Row("MoE combine", "moe", "tokens × top_k × width", "2TD + 2RD",
-        lambda s: 2 * s.tokens * s.width * (1 + s.top_k), _combine),
-    Row("CE forward + backward in place", "cross_entropy", "tokens × vocabulary", "4TW",
-        lambda s: 4 * s.tokens * s.vocabulary, _cross_entropy),
-    Row("head + CE", "cross_entropy", "tokens × width × vocabulary", "6TDW",
-        lambda s: (4 * s.tokens + 6 * s.vocabulary) * s.width, _head,
-        flops=lambda s: 6 * s.tokens * s.width * s.vocabulary),
-    Row("GRPO from log-probabilities", "grpo", "outputs × length", "24 B a token",
-        lambda s: 24 * s.outputs * s.length, _grpo, "float32"),
-    Row("AdamW step", "adamw", "parameters", "28 B a parameter", lambda s: 28 * s.parameters, _adamw, "float32"),
-)}  # fmt: skip
+ROWS = {
+    row.name: row
+    for row in (
+        Row(
+            "RMSNorm forward",
+            "rms_norm",
+            "tokens × width",
+            "4TD",
+            lambda s: 4 * s.tokens * s.width,
+            _of(_rms_norm, backward=False),
+        ),
+        Row(
+            "RMSNorm backward",
+            "rms_norm",
+            "tokens × width",
+            "6TD",
+            lambda s: 6 * s.tokens * s.width,
+            _of(_rms_norm, backward=True),
+        ),
+        Row(
+            "RoPE forward",
+            "rope",
+            "tokens × heads × rotated",
+            "4TH·64",
+            lambda s: 4 * s.tokens * s.heads * s.rotated,
+            _of(_rope, backward=False),
+        ),
+        Row(
+            "RoPE backward",
+            "rope",
+            "tokens × heads × rotated",
+            "4TH·64",
+            lambda s: 4 * s.tokens * s.heads * s.rotated,
+            _of(_rope, backward=True),
+        ),
+        Row(
+            "SwiGLU forward",
+            "swiglu",
+            "tokens × hidden",
+            "6TI",
+            lambda s: 6 * s.tokens * s.hidden,
+            _of(_swiglu, backward=False),
+        ),
+        Row(
+            "SwiGLU backward",
+            "swiglu",
+            "tokens × hidden",
+            "10TI",
+            lambda s: 10 * s.tokens * s.hidden,
+            _of(_swiglu, backward=True),
+        ),
+        Row(
+            "gate top-k",
+            "router",
+            "tokens × experts / top_k / keep_groups / groups",
+            "4TE",
+            lambda s: 4 * s.tokens * s.experts,
+            _gate,
+            "float32",
+        ),
+        Row(
+            "MoE permute",
+            "moe",
+            "tokens × top_k × width",
+            "2TD + 2RD",
+            lambda s: 2 * s.tokens * s.width * (1 + s.top_k),
+            _permute,
+        ),
+        Row(
+            "MoE combine",
+            "moe",
+            "tokens × top_k × width",
+            "2TD + 2RD",
+            lambda s: 2 * s.tokens * s.width * (1 + s.top_k),
+            _combine,
+        ),
+        Row(
+            "CE forward + backward in place",
+            "cross_entropy",
+            "tokens × vocabulary",
+            "4TW",
+            lambda s: 4 * s.tokens * s.vocabulary,
+            _cross_entropy,
+        ),
+        Row(
+            "head + CE",
+            "cross_entropy",
+            "tokens × width × vocabulary",
+            "6TDW",
+            lambda s: (4 * s.tokens + 6 * s.vocabulary) * s.width,
+            _head,
+            flops=lambda s: 6 * s.tokens * s.width * s.vocabulary,
+        ),
+        Row(
+            "GRPO from log-probabilities",
+            "grpo",
+            "outputs × length",
+            "24 B a token",
+            lambda s: 24 * s.outputs * s.length,
+            _grpo,
+            "float32",
+        ),
+        Row(
+            "AdamW step",
+            "adamw",
+            "parameters",
+            "28 B a parameter",
+            lambda s: 28 * s.parameters,
+            _adamw,
+            "float32",
+        ),
+    )
+}
 """By name, in the order of the table."""

@@ -22,14 +22,26 @@ from .measure import Times, copies, measure
 from .results import Measured, Results, shape_of
 from .rows import ROWS, Maker, Row, Sizes
 
-__all__ = ["BASELINES", "Failed", "baselines", "header", "measure_row", "measure_rows", "most_error", "select_rows"]
+__all__ = [
+    "BASELINES",
+    "Failed",
+    "baselines",
+    "header",
+    "measure_row",
+    "measure_rows",
+    "most_error",
+    "select_rows",
+]
 
-BASELINES = SOURCE.parent / "benchmarks" / "torch_baselines.py"  # in a checkout alone: the package names no torch
+BASELINES = (
+    SOURCE.parent / "benchmarks" / "torch_baselines.py"
+)  # in a checkout alone: the package names no torch
 UNITS = {"bfloat16": 1, "float32": 64}  # of the type, of the largest value: rounding once, and sums
 
 
 def select_rows(names: Sequence[str]) -> list[Row]:
-    """The rows by name; all of them if there are no names. CouldNotRun for one that does not exist."""
+    """The rows by name; all of them if there are no names. CouldNotRun for one that does not
+    exist."""
     unknown = [name for name in names if name not in ROWS]
     if unknown:
         raise CouldNotRun(f"unknown row {', '.join(unknown)}; there are {', '.join(ROWS)}")
@@ -67,18 +79,41 @@ def baselines(path: Path = BASELINES) -> tuple[ModuleType | None, str]:
 
 def header(device: Any, torch_version: str | None, commit: str | None) -> Results:
     """A run without rows yet: what and where, and the ceilings, which are measured here."""
-    versions = {"refimpl": __version__, "Python": platform.python_version(), "NumPy": np.__version__}
-    versions |= {"NVRTC": nvrtc_version(), **device.versions()} | ({"torch": torch_version} if torch_version else {})
+    versions = {
+        "refimpl": __version__,
+        "Python": platform.python_version(),
+        "NumPy": np.__version__,
+    }
+    versions |= {"NVRTC": nvrtc_version(), **device.versions()} | (
+        {"torch": torch_version} if torch_version else {}
+    )
     copy, matrix = device.ceilings()
     date = datetime.now(UTC).strftime("%Y-%m-%d")
     return Results(
-        device.name, device.driver(), date, commit or commit_of_checkout(), versions, device.cache, copy, matrix
+        device.name,
+        device.driver(),
+        date,
+        commit or commit_of_checkout(),
+        versions,
+        device.cache,
+        copy,
+        matrix,
     )
 
 
 def commit_of_checkout() -> str:
-    """Of the sources that run, marked if they were changed since; ``unknown`` where git can't say."""
-    command = ["git", "-C", str(SOURCE.parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    """Of the sources that run, marked if they were changed since; ``unknown`` where git can't
+    say."""
+    command = [
+        "git",
+        "-C",
+        str(SOURCE.parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=12",
+        "--exclude=*",
+    ]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -93,7 +128,11 @@ class Failed(NamedTuple):
 
 
 def measure_rows(
-    device: Any, rows: Sequence[Row], torch: ModuleType | None, sizes: Sizes | None = None, runs: int = RUNS
+    device: Any,
+    rows: Sequence[Row],
+    torch: ModuleType | None,
+    sizes: Sizes | None = None,
+    runs: int = RUNS,
 ) -> Iterator[Measured | Failed]:
     """Each row, as soon as it is measured; one that fails stops no other."""
     for row in rows:
@@ -102,11 +141,15 @@ def measure_rows(
             device.free()
             found = measure_row(device, row, torch, sizes or Sizes(), runs)
         except Exception as error:
-            found = Failed(row.name, f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}")
+            found = Failed(
+                row.name, f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+            )
         yield found
 
 
-def measure_row(device: Any, row: Row, torch: ModuleType | None, sizes: Sizes, runs: int) -> Measured:
+def measure_row(
+    device: Any, row: Row, torch: ModuleType | None, sizes: Sizes, runs: int
+) -> Measured:
     """One row: its error first, then our time and memory, then torch's on the same inputs.
 
     What torch can't do becomes a note; whatever our side can't do is an error.
@@ -129,16 +172,33 @@ def measure_row(device: Any, row: Row, torch: ModuleType | None, sizes: Sizes, r
         peak = device.peak(works[0].run)
         reset()
     device.free()
-    found: dict[str, tuple[Times | None, int | None]] = {"eager": (None, None), "compiled": (None, None)}
+    found: dict[str, tuple[Times | None, int | None]] = {
+        "eager": (None, None),
+        "compiled": (None, None),
+    }
     for how in found if torch is not None else ():
         try:
-            found[how] = _baseline(torch, row, [work.inputs for work in works], how == "compiled", runs)
+            found[how] = _baseline(
+                torch, row, [work.inputs for work in works], how == "compiled", runs
+            )
         except Exception as raised:  # torch's own failure is no reason to lose our numbers
-            notes.append(f"torch {how}: {type(raised).__name__}: {(str(raised) or 'no message').splitlines()[0]}")
+            notes.append(
+                f"torch {how}: {type(raised).__name__}: "
+                f"{(str(raised) or 'no message').splitlines()[0]}"
+            )
     return Measured(
-        row.name, shape_of(row, sizes), row.storage, row.bytes(sizes), row.flops(sizes) if row.flops else 0, ours, peak,
-        error, *found["eager"], *found["compiled"], tuple(notes),
-    )  # fmt: skip
+        row.name,
+        shape_of(row, sizes),
+        row.storage,
+        row.bytes(sizes),
+        row.flops(sizes) if row.flops else 0,
+        ours,
+        peak,
+        error,
+        *found["eager"],
+        *found["compiled"],
+        tuple(notes),
+    )
 
 
 def _baseline(
@@ -146,7 +206,9 @@ def _baseline(
 ) -> tuple[Times, int]:
     side: Any = torch
     device = side.TorchDevice()
-    calls: list[Callable[[], object]] = [device.baseline(row.name, arrays, compiled) for arrays in inputs]
+    calls: list[Callable[[], object]] = [
+        device.baseline(row.name, arrays, compiled) for arrays in inputs
+    ]
     found = measure(device, calls, runs, graph=row.flops is None), device.peak(calls[0])
     calls.clear()
     device.free()

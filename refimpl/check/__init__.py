@@ -5,8 +5,9 @@
     print(report)          # a row a tensor
     assert report.ok
 
-``my_forward(x, w, eps=0.1)`` returns (y, saved) and ``my_backward(dy, saved)`` returns a gradient for x and one for w.
-The rules are explained in derivations/README.md, "How a gradient is checked", and `refimpl.check.rules`.
+``my_forward(x, w, eps=0.1)`` returns (y, saved) and ``my_backward(dy, saved)`` returns a gradient
+for x and one for w. The rules are explained in derivations/README.md, "How a gradient is checked",
+and `refimpl.check.rules`.
 """
 
 from __future__ import annotations
@@ -32,8 +33,14 @@ from .rules import (
 )
 
 __all__ = [
-    "Pair", "Report", "TensorResult", "check", "finite_difference", "full_jacobian", "has_longdouble",
-]  # fmt: skip
+    "Pair",
+    "Report",
+    "TensorResult",
+    "check",
+    "finite_difference",
+    "full_jacobian",
+    "has_longdouble",
+]
 
 FD_TOLERANCE = 1e-8  # ops; the whole model: MODEL_FD_TOLERANCE
 MODEL_FD_TOLERANCE = 1e-7
@@ -41,8 +48,11 @@ VALIDITY = 1e-12  # largest sharpness at which the rounding-noise rule counts, i
 MODEL_VALIDITY = 1e-10
 RULES = ("contract", "differences", "noise")
 DIGITS_MARGIN = 10  # of N digits, N − 10 must agree
-ATTEMPTS = 4  # a gradient may cancel by chance under one cotangent, and then nothing sharp can be said: draw another
-STREAM = 0x5EED  # keeps cotangents and directions apart from inputs that somebody drew from the same seed
+# a gradient may cancel by chance under one cotangent, and then nothing sharp can be said: draw
+# another
+ATTEMPTS = 4
+# keeps cotangents and directions apart from inputs that somebody drew from the same seed
+STREAM = 0x5EED
 
 
 @dataclass
@@ -68,24 +78,38 @@ class TensorResult:
 
     def merge(self, other: TensorResult) -> None:
         """Keep the worse of two results on the same tensor."""
-        for name, worse in (("difference", max), ("noise", max), ("sharpness", max), ("digits", min)):
+        for name, worse in (
+            ("difference", max),
+            ("noise", max),
+            ("sharpness", max),
+            ("digits", min),
+        ):
             a, b = getattr(self, name), getattr(other, name)
             both = [x for x in (a, b) if x is not None]
-            setattr(self, name, math.nan if any(map(math.isnan, both)) else worse(both) if both else None)
+            setattr(
+                self,
+                name,
+                math.nan if any(map(math.isnan, both)) else worse(both) if both else None,
+            )
         for reason in other.reasons:
             self.fault(other.verdict, reason)
 
 
 @dataclass
 class Report:
-    """All tensors of one or more checks; ``ok`` only if every verdict is PASS and no contract fault was found."""
+    """All tensors of one or more checks; ``ok`` only if every verdict is PASS and no contract fault
+    was found."""
 
     tensors: list[TensorResult]
     faults: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        return bool(self.tensors) and not self.faults and all(t.verdict == "PASS" for t in self.tensors)
+        return (
+            bool(self.tensors)
+            and not self.faults
+            and all(t.verdict == "PASS" for t in self.tensors)
+        )
 
     def merge(self, other: Report) -> None:
         """Add another example: the worst of each tensor stays."""
@@ -102,7 +126,8 @@ class Report:
             return "–" if x is None else format(x, form)
 
         lines = [
-            f"{'op':<20}{'tensor':<44}{'shape':<16}{'difference':>10}{'noise':>9}{'sharpness':>11}{'digits':>8} verdict"
+            f"{'op':<20}{'tensor':<44}{'shape':<16}{'difference':>10}{'noise':>9}"
+            f"{'sharpness':>11}{'digits':>8} verdict"
         ]
         for t in self.tensors:
             lines.append(
@@ -133,23 +158,27 @@ def check(
 ) -> Report:
     """Check a backward against its forward; returns a `Report` with a row an input.
 
-    Give inputs of ordinary size (about 1), away from kinks and from where the gradient vanishes: there differences say
-    nothing. ``replay`` freezes choices.
+    Give inputs of ordinary size (about 1), away from kinks and from where the gradient vanishes:
+    there differences say nothing. ``replay`` freezes choices.
 
     Args:
-        forward, backward: ``forward(*inputs, **kwargs) -> (y, saved)``, ``backward(dy, saved) -> gradients``. For the
-            rule "noise" they must take longdouble and complex arrays, and be analytic: no abs, var, norm, conj or
-            float() in the forward; for ``digits`` object arrays, with + − × ÷, exp, log, sqrt and integer powers.
+        forward, backward: ``forward(*inputs, **kwargs) -> (y, saved)``, ``backward(dy, saved) ->
+            gradients``. For the rule "noise" they must take longdouble and complex arrays, and be
+            analytic: no abs, var, norm, conj or float() in the forward; for ``digits`` object
+            arrays, with + − × ÷, exp, log, sqrt and integer powers.
         inputs: float64 arrays, the differentiable arguments; None for one that is absent.
         op, names: what the report calls the pair and its inputs (default: the forward's own names).
-        replay: from the outputs y of a first float64 run, keyword arguments that freeze its discrete choices
-            (routes, clip branches): no rule may straddle a jump.
-        reference: another pair that computes the same, for the wide types, if this one cannot (a kernel, a GPU).
-        dtype: the type under test, float64 or float32 (differences mean nothing in float32 and are left out).
+        replay: from the outputs y of a first float64 run, keyword arguments that freeze its
+            discrete choices (routes, clip branches): no rule may straddle a jump.
+        reference: another pair that computes the same, for the wide types, if this one cannot (a
+            kernel, a GPU).
+        dtype: the type under test, float64 or float32 (differences mean nothing in float32 and are
+            left out).
         digits: also run exact dual numbers to so many digits.
         rules: of "contract", "differences" and "noise"; leave out what your functions can't do.
         contract_dtypes: types that gradients must keep, float64 and float32 by default.
-        difference_tolerance, validity: bounds of the finite-difference error and of the sharpness (in float64).
+        difference_tolerance, validity: bounds of the finite-difference error and of the sharpness
+            (in float64).
     """
     kwargs, dtype = dict(kwargs or {}), np.dtype(dtype)
     if dtype not in (np.float64, np.float32):
@@ -160,10 +189,15 @@ def check(
         raise TypeError("inputs must be a tuple of arrays, got an array: write (x,)")
     for i, x in enumerate(inputs):
         if x is not None and not (isinstance(x, np.ndarray) and x.dtype == np.float64):
-            raise TypeError(f"inputs[{i}] must be a float64 NumPy array or None, got {getattr(x, 'dtype', type(x))}")
+            raise TypeError(
+                f"inputs[{i}] must be a float64 NumPy array or None, got "
+                f"{getattr(x, 'dtype', type(x))}"
+            )
     inputs = [None if x is None else x.astype(dtype).astype(np.float64) for x in inputs]
     if names is None:
-        parameters = [p for p in inspect.signature(forward).parameters.values() if p.kind != p.KEYWORD_ONLY]
+        parameters = [
+            p for p in inspect.signature(forward).parameters.values() if p.kind != p.KEYWORD_ONLY
+        ]
         names = [p.name for p in parameters]
         if len(names) != len(inputs) or any(p.kind == p.VAR_POSITIONAL for p in parameters):
             names = [f"input {i}" for i in range(len(inputs))]
@@ -180,15 +214,24 @@ def check(
     bound = validity * float(np.finfo(dtype).eps / np.finfo(np.float64).eps)
     unclear = list(given)
     for attempt in range(ATTEMPTS):
-        w = [np.asarray(rng.normal(size=shape)).astype(dtype).astype(np.float64) for shape in shapes]
+        w = [
+            np.asarray(rng.normal(size=shape)).astype(dtype).astype(np.float64) for shape in shapes
+        ]
         v = [None if x is None else np.asarray(rng.normal(size=x.shape)) for x in inputs]
         g = tested.gradients(_as(inputs, dtype), _as(w, dtype))
         if attempt == 0:
             if "contract" in rules:
                 faults = contract(tested, inputs, w, contract_dtypes)
-                if replay is not None and not _same(chosen.gradients(inputs, w), tested.gradients(inputs, w)):
-                    faults.append("gradients differ between choices made and the same choices replayed")
-                named = [re.sub(r"gradient (\d+)", lambda m: f"gradient {names[int(m[1])]}", fault) for fault in faults]
+                if replay is not None and not _same(
+                    chosen.gradients(inputs, w), tested.gradients(inputs, w)
+                ):
+                    faults.append(
+                        "gradients differ between choices made and the same choices replayed"
+                    )
+                named = [
+                    re.sub(r"gradient (\d+)", lambda m: f"gradient {names[int(m[1])]}", fault)
+                    for fault in faults
+                ]
                 report.faults = [f"{op or 'pair'}: {fault}" for fault in named]
             if not _shapes_fit(rows, g, len(inputs)):
                 return report
@@ -204,10 +247,13 @@ def check(
                 row.difference = finite_difference_error(tested, inputs, i, v[i], w, g[i])  # type: ignore[arg-type]
             floor = 0.0
             if g80[i] is not None:
-                row.noise, row.sharpness, floor = rounding_noise(exact, inputs, i, v[i], w, g[i], g80[i])  # type: ignore[arg-type]
+                noise = rounding_noise(exact, inputs, i, v[i], w, g[i], g80[i])  # type: ignore[arg-type]
+                row.noise, row.sharpness, floor = noise
             _judge(row, g[i], difference_tolerance, bound)
             if "noise" in rules and g80[i] is None and not digits:
-                row.fault("INCONCLUSIVE", "longdouble is no wider than float64 here: ask for digits")
+                row.fault(
+                    "INCONCLUSIVE", "longdouble is no wider than float64 here: ask for digits"
+                )
             if row.verdict == "INCONCLUSIVE" and not floor <= bound and attempt < ATTEMPTS - 1:
                 again.append(i)
             else:
@@ -221,11 +267,17 @@ def _judge(row: TensorResult, g: Any, difference_tolerance: float, validity: flo
     if not np.all(np.isfinite(g)):
         row.fault("FAIL", "the gradient is not finite")
     if row.difference is not None and not row.difference <= difference_tolerance:
-        row.fault("FAIL", f"finite-difference error {row.difference:.1e} exceeds {difference_tolerance:.0e}")
+        row.fault(
+            "FAIL",
+            f"finite-difference error {row.difference:.1e} exceeds {difference_tolerance:.0e}",
+        )
     if row.noise is not None and not row.noise <= 1:
         hint = ""
         if row.verdict == "PASS" and row.difference is not None:
-            hint = "; differences agree: is the forward analytic (no abs, var, norm, float())? Else leave out 'noise'"
+            hint = (
+                "; differences agree: is the forward analytic (no abs, var, norm, float())? "
+                "Else leave out 'noise'"
+            )
         row.fault("FAIL", f"the error is {row.noise:.1e} times the rounding noise{hint}")
     if row.sharpness is not None and not row.sharpness <= validity:
         row.fault("INCONCLUSIVE", f"sharpness {row.sharpness:.1e} exceeds {validity:.0e}")

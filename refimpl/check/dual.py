@@ -1,8 +1,10 @@
-"""Dual numbers over Python's decimals: exact derivatives to as many digits as you ask for, on any platform.
+"""Dual numbers over Python's decimals: exact derivatives to as many digits as you ask for, on any
+platform.
 
-A dual number a + b ε with ε² = 0 carries a value and its derivative in one direction. Arrays of them (dtype object) go
-through the ops unchanged, since NumPy calls the elements' own operators and their ``exp``, ``log``, ``log1p`` and
-``sqrt``. The precision is that of the current decimal context; `digits_context` sets it.
+A dual number a + b ε with ε² = 0 carries a value and its derivative in one direction. Arrays of
+them (dtype object) go through the ops unchanged, since NumPy calls the elements' own operators and
+their ``exp``, ``log``, ``log1p`` and ``sqrt``. The precision is that of the current decimal
+context; `digits_context` sets it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ ZERO = Decimal(0)
 
 def digits_context(digits: int) -> Any:
     """A context manager in which duals are computed to ``digits`` digits and a few guard digits."""
-    return decimal.localcontext(decimal.Context(prec=digits + GUARD, Emin=decimal.MIN_EMIN, Emax=decimal.MAX_EMAX))
+    return decimal.localcontext(
+        decimal.Context(prec=digits + GUARD, Emin=decimal.MIN_EMIN, Emax=decimal.MAX_EMAX)
+    )
 
 
 class Dual:
@@ -110,7 +114,9 @@ def dual_array(x: np.ndarray, direction: np.ndarray | None = None) -> np.ndarray
     """Real ``x`` as duals, moving in ``direction`` (of the same shape; None: standing still)."""
     out = np.empty(x.shape, dtype=object)
     moves = np.zeros(x.shape) if direction is None else direction
-    out.reshape(-1)[:] = [Dual(Decimal(float(a)), Decimal(float(v))) for a, v in zip(x.flat, moves.flat, strict=True)]
+    out.reshape(-1)[:] = [
+        Dual(Decimal(float(a)), Decimal(float(v))) for a, v in zip(x.flat, moves.flat, strict=True)
+    ]
     return out
 
 

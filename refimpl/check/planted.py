@@ -22,7 +22,7 @@ class Planted(NamedTuple):
     op: str  # an op, or "model"
     name: str
     exposed_by: str
-    edits: tuple[tuple[str, str], ...]  # (text in the source, the wrong text); each must stand there exactly once
+    edits: tuple[tuple[str, str], ...]  # (text in the source, once, and the wrong text)
     shared: bool = False  # forward and backward agree on the mistake
 
 
@@ -166,11 +166,15 @@ def plant(bug: Planted) -> Op | types.ModuleType:
 
     ValueError if the text that the bug replaces does not stand exactly once in the source.
     """
-    original = importlib.import_module("refimpl.model" if bug.op == "model" else f"refimpl.ops.{bug.op}")
+    original = importlib.import_module(
+        "refimpl.model" if bug.op == "model" else f"refimpl.ops.{bug.op}"
+    )
     source = inspect.getsource(original)
     for old, new in bug.edits:
         if source.count(old) != 1:
-            raise ValueError(f"{bug.op}: {bug.name}: the text to replace stands {source.count(old)} times: {old!r}")
+            raise ValueError(
+                f"{bug.op}: {bug.name}: the text to replace stands {source.count(old)} times: {old!r}"
+            )
         source = source.replace(old, new)
     module = types.ModuleType(original.__name__)
     module.__dict__["__package__"] = original.__package__

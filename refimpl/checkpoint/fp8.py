@@ -1,8 +1,9 @@
 """FP8 weights: E4M3 numbers in blocks of 128 × 128, each block with one scale that multiplies.
 
-A weight [out, in] has scales [⌈out/128⌉, ⌈in/128⌉] under its own name + ``_scale_inv``; blocks at the edges are cut
-off. Scales are float32, or UE8M0: powers of two, in eight bits or in float32 (V3.1). Source: DeepSeek-V3 (2412.19437)
-section 3.3 and the released weights, whose "inverse" scale is the one to multiply by.
+A weight [out, in] has scales [⌈out/128⌉, ⌈in/128⌉] under its own name + ``_scale_inv``; blocks at
+the edges are cut off. Scales are float32, or UE8M0: powers of two, in eight bits or in float32
+(V3.1). Source: DeepSeek-V3 (2412.19437) section 3.3 and the released weights, whose "inverse" scale
+is the one to multiply by.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ..
     return ceil(shape[0] / block[0]), ceil(shape[1] / block[1])
 
 
-def dequantise(weight: Array, scale: Array, block: tuple[int, int], rows: Array, out: Array) -> None:
-    """Write the ``rows`` of a weight into ``out`` [len(rows), in], float32 or float64, each number times its scale.
+def dequantise(
+    weight: Array, scale: Array, block: tuple[int, int], rows: Array, out: Array
+) -> None:
+    """Write the ``rows`` of a weight into ``out`` [len(rows), in], float32 or float64, each number
+    times its scale.
 
-    ``weight`` [len(rows), in] holds these rows alone, ``scale`` is whole, and ``rows`` are their numbers in the weight.
-    The product is rounded once, to out's type: in float64 it is exact.
+    ``weight`` [len(rows), in] holds these rows alone, ``scale`` is whole, and ``rows`` are their
+    numbers in the weight. The product is rounded once, to out's type: in float64 it is exact.
     """
     out[...] = weight
     factors = scale[rows // block[0]].astype(out.dtype)
@@ -37,32 +41,42 @@ def dequantise(weight: Array, scale: Array, block: tuple[int, int], rows: Array,
 
 
 def quantise(weight: Array, block: tuple[int, int], *, ue8m0: bool = False) -> tuple[Array, Array]:
-    """E4M3 numbers of ``weight`` [out, in] and float32 scales: max(largest of the block, 1e-4) / 448.
+    """E4M3 numbers of ``weight`` [out, in] and float32 scales: max(largest of the block, 1e-4) /
+    448.
 
-    With ``ue8m0`` the scale is the next power of two. Rounds to nearest even; every number must be finite.
+    With ``ue8m0`` the scale is the next power of two. Rounds to nearest even; every number must be
+    finite.
     """
     largest = np.abs(weight)
     for axis in (0, 1):
-        largest = np.maximum.reduceat(largest, np.arange(0, weight.shape[axis], block[axis]), axis=axis)
+        largest = np.maximum.reduceat(
+            largest, np.arange(0, weight.shape[axis], block[axis]), axis=axis
+        )
     scale = np.maximum(largest, 1e-4).astype(np.float32) / np.float32(LARGEST)
     if ue8m0:
         scale = np.exp2(np.ceil(np.log2(scale.astype(np.float64)))).astype(np.float32)
-    spread = np.repeat(np.repeat(scale, block[0], axis=0)[: weight.shape[0]], block[1], axis=1)[:, : weight.shape[1]]
+    spread = np.repeat(np.repeat(scale, block[0], axis=0)[: weight.shape[0]], block[1], axis=1)[
+        :, : weight.shape[1]
+    ]
     ratio = np.clip(weight / spread.astype(weight.dtype), -LARGEST, LARGEST)
     return narrow(ratio, ml_dtypes.float8_e4m3fn), scale
 
 
 def narrow(x: Array, dtype: type | np.dtype[Any]) -> Array:
-    """``x``, float32 or float64, rounded once to the nearest number of a narrower type, ties to even.
+    """``x``, float32 or float64, rounded once to the nearest number of a narrower type, ties to
+    even.
 
-    ml_dtypes rounds float64 to float32 first, and so twice. Here that first step rounds to odd: what lies between two
-    float32 numbers becomes the one whose last bit is set, so the second step still sees on which side of a tie it is.
+    ml_dtypes rounds float64 to float32 first, and so twice. Here that first step rounds to odd:
+    what lies between two float32 numbers becomes the one whose last bit is set, so the second step
+    still sees on which side of a tie it is.
     """
     if x.dtype == np.float64 and dtype not in (np.float64, np.float32, np.float16):
         with np.errstate(over="ignore"):
             near = x.astype(np.float32)
         towards_zero = np.where(np.abs(near) > np.abs(x), np.nextafter(near, np.float32(0)), near)
-        odd = towards_zero.view(np.uint32) | (towards_zero.astype(np.float64) != x).astype(np.uint32)
+        odd = towards_zero.view(np.uint32) | (towards_zero.astype(np.float64) != x).astype(
+            np.uint32
+        )
         x = np.where(np.isfinite(x), odd.view(np.float32), near)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         return x.astype(dtype)

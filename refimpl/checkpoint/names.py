@@ -1,7 +1,9 @@
-"""Our parameter names and those of a checkpoint's tensors: experts apart, and copies that say nothing new.
+"""Our parameter names and those of a checkpoint's tensors: experts apart, and copies that say
+nothing new.
 
-In memory the experts of a layer are stacked [E, …] under ``mlp.experts.gate_proj.weight``; a checkpoint has one tensor
-an expert, ``mlp.experts.0.gate_proj.weight``. All other names are the same. derivations/checkpoints.md has the table.
+In memory the experts of a layer are stacked [E, …] under ``mlp.experts.gate_proj.weight``; a
+checkpoint has one tensor an expert, ``mlp.experts.0.gate_proj.weight``. All other names are the
+same. derivations/checkpoints.md has the table.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ MOST_GROUPS = 12  # of names, in one error
 
 
 def stored_names(name: str, shape: tuple[int, ...]) -> list[str]:
-    """The checkpoint's tensors that make up our parameter ``name`` of that shape: E of them for a layer's experts."""
+    """The checkpoint's tensors that make up our parameter ``name`` of that shape: E of them for a
+    layer's experts."""
     if EXPERTS not in name:
         return [name]
     before, after = name.split(EXPERTS)
@@ -37,7 +40,8 @@ def stored_names(name: str, shape: tuple[int, ...]) -> list[str]:
 
 
 def copied_names(config: ModelConfig) -> dict[str, str]:
-    """Tensors that a checkpoint may have in addition, each with our parameter that it must equal."""
+    """Tensors that a checkpoint may have in addition, each with our parameter that it must
+    equal."""
     copies = {"lm_head.weight": config.head} if config.tied else {}
     for layer in range(config.layers, config.layers + config.mtp_depth):
         copies[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
@@ -51,7 +55,8 @@ def is_ignorable(name: str) -> bool:
 
 
 def is_quantised(name: str) -> bool:
-    """True for the weights that DeepSeek's FP8 checkpoints hold in FP8: the projections of attention and networks."""
+    """True for the weights that DeepSeek's FP8 checkpoints hold in FP8: the projections of
+    attention and networks."""
     return re.search(r"\.(self_attn|mlp)\..*_proj(_with_mqa)?\.weight$", name) is not None
 
 
@@ -62,14 +67,17 @@ def layer_of(name: str) -> int | None:
 
 
 def abbreviate(problems: Iterable[tuple[str, str]]) -> str:
-    """One line of (tensor, what is wrong with it): names that differ in their numbers alone are told as one."""
+    """One line of (tensor, what is wrong with it): names that differ in their numbers alone are
+    told as one."""
     groups: dict[tuple[str, str], list[list[int]]] = {}
     for name, what in problems:
         name = name.encode("ascii", "backslashreplace").decode()[
             :200
         ]  # names come from the file: keep them on one line
         pattern = re.sub(r"(?<=\.)\d{1,9}(?=\.)", "\0", re.sub(r"[\0-\x1f\x7f]", "?", name))
-        groups.setdefault((pattern, what), []).append([int(n) for n in re.findall(r"(?<=\.)\d{1,9}(?=\.)", name)])
+        groups.setdefault((pattern, what), []).append(
+            [int(n) for n in re.findall(r"(?<=\.)\d{1,9}(?=\.)", name)]
+        )
     told = []
     for (pattern, what), numbers in groups.items():
         for column in zip(*numbers, strict=True):
@@ -90,5 +98,7 @@ def stored_tensors(config: ModelConfig) -> dict[str, tuple[str, int | None, tupl
     for name, shape in parameter_shapes(config).items():
         stored = stored_names(name, shape)
         for expert, stored_name in enumerate(stored):
-            found[stored_name] = (name, expert, shape[1:]) if stored != [name] else (name, None, shape)
+            found[stored_name] = (
+                (name, expert, shape[1:]) if stored != [name] else (name, None, shape)
+            )
     return found

@@ -15,7 +15,15 @@ from ..model import is_buffer, parameter_shapes
 from .config_json import read_block_size, read_config, with_layout
 from .files import open_folder
 from .fp8 import dequantise, scale_shape
-from .names import SCALE, abbreviate, copied_names, is_ignorable, layer_of, stored_names, stored_tensors
+from .names import (
+    SCALE,
+    abbreviate,
+    copied_names,
+    is_ignorable,
+    layer_of,
+    stored_names,
+    stored_tensors,
+)
 from .tensor_file import StoredTensor
 
 __all__ = ["Checkpoint"]
@@ -24,14 +32,20 @@ CHUNK = 2**18  # numbers that are converted at a time
 
 
 class Checkpoint:
-    """The parameters of a folder in Hugging Face's layout, under our names. Nothing is read before it is asked for.
+    """The parameters of a folder in Hugging Face's layout, under our names. Nothing is read before
+    it is asked for.
 
-    ``config`` is the model's, ``names`` are those of `parameter_shapes`, in its order. Every array is NumPy and fresh:
-    of ``dtype``, and float32 for the gates' biases. FP8 weights come multiplied by their scales.
+    ``config`` is the model's, ``names`` are those of `parameter_shapes`, in its order. Every array
+    is NumPy and fresh: of ``dtype``, and float32 for the gates' biases. FP8 weights come multiplied
+    by their scales.
     """
 
     def __init__(
-        self, config: ModelConfig, tensors: dict[str, StoredTensor], block: tuple[int, int], dtype: str = "float32"
+        self,
+        config: ModelConfig,
+        tensors: dict[str, StoredTensor],
+        block: tuple[int, int],
+        dtype: str = "float32",
     ) -> None:
         self.config, self.dtype = config, np.dtype(dtype)
         self._tensors, self._block = tensors, block
@@ -40,23 +54,33 @@ class Checkpoint:
 
     @classmethod
     def open(
-        cls, folder: Path | str, *, dtype: str = "float32", conventions: Conventions | None = None, mtp: bool = True
+        cls,
+        folder: Path | str,
+        *,
+        dtype: str = "float32",
+        conventions: Conventions | None = None,
+        mtp: bool = True,
     ) -> Checkpoint:
-        """The checkpoint in ``folder``: config.json with model.safetensors, or with shards and their index.
+        """The checkpoint in ``folder``: config.json with model.safetensors, or with shards and
+        their index.
 
         Args:
             dtype: float32 or float64, what floating tensors are converted to.
-            conventions: by default `Conventions()`. If config.json says that rotated pairs lie in halves, they do.
+            conventions: by default `Conventions()`. If config.json says that rotated pairs lie in
+                halves, they do.
             mtp: False leaves the MTP layers out, and sets the config's ``mtp_depth`` to 0.
 
-        CouldNotRun names the file or the field that is wrong, or everything at once that is wrong with the tensors.
-        Only headers, gate biases and the copies of embedding and head are read, the latter to see that they are equal.
+        CouldNotRun names the file or the field that is wrong, or everything at once that is wrong
+        with the tensors. Only headers, gate biases and the copies of embedding and head are read,
+        the latter to see that they are equal.
         """
         if dtype not in ("float32", "float64"):
             raise CouldNotRun(f"dtype must be float32 or float64, got {dtype}")
         folder = Path(folder)
         if not folder.is_dir():
-            raise CouldNotRun(f"{folder} is no folder" if folder.exists() else f"{folder} does not exist")
+            raise CouldNotRun(
+                f"{folder} is no folder" if folder.exists() else f"{folder} does not exist"
+            )
         config, block = read_config(folder / "config.json"), read_block_size(folder / "config.json")
         if conventions is not None:
             config = replace(config, conventions=with_layout(conventions, config.conventions))
@@ -69,7 +93,9 @@ class Checkpoint:
         checkpoint = cls(config, tensors, block, dtype)
         for name in filter(is_buffer, checkpoint.names):
             if not np.isfinite(checkpoint.tensor(name)).all():
-                raise CouldNotRun(f"{tensors[name].path}: {name} must be finite, got NaN or infinity")
+                raise CouldNotRun(
+                    f"{tensors[name].path}: {name} must be finite, got NaN or infinity"
+                )
         checkpoint._compare_copies()
         return checkpoint
 
@@ -80,7 +106,8 @@ class Checkpoint:
     def piece(self, name: str, index: Any) -> np.ndarray:
         """``tensor(name)[index]`` along the first axis, and only that is read.
 
-        ``index`` is an integer (one expert), a slice, or integers of any shape (rows of the embedding).
+        ``index`` is an integer (one expert), a slice, or integers of any shape (rows of the
+        embedding).
         """
         shape = self._shapes[name]
         rows = np.arange(shape[0])[index]
@@ -99,13 +126,16 @@ class Checkpoint:
         return {name: self.tensor(name) for name in self.names}
 
     def _read(self, stored_name: str, rows: np.ndarray, out: np.ndarray) -> None:
-        """Write the ``rows`` of a tensor of the file into ``out`` [len(rows), …], a chunk at a time."""
+        """Write the ``rows`` of a tensor of the file into ``out`` [len(rows), …], a chunk at a
+        time."""
         stored = self._tensors[stored_name]
         source, scale = stored.array(), None
         if stored.dtype == "F8_E4M3":
             scale = self._tensors[stored_name + SCALE].array().astype(np.float32)
             if not np.isfinite(scale).all():
-                raise CouldNotRun(f"{stored.path}: {stored_name}{SCALE} must be finite, got NaN or infinity")
+                raise CouldNotRun(
+                    f"{stored.path}: {stored_name}{SCALE} must be finite, got NaN or infinity"
+                )
         step = max(1, CHUNK // max(1, prod(stored.shape[1:])))
         for start in range(0, len(rows), step):
             chosen, target = rows[start : start + step], out[start : start + step]
@@ -118,7 +148,9 @@ class Checkpoint:
                     else:
                         dequantise(values, scale, self._block, chosen, target)
             except FloatingPointError as error:
-                raise CouldNotRun(f"{stored.path}: {stored_name} has numbers that {out.dtype} can't hold") from error
+                raise CouldNotRun(
+                    f"{stored.path}: {stored_name} has numbers that {out.dtype} can't hold"
+                ) from error
 
     def _compare_copies(self) -> None:
         """CouldNotRun unless every copy of embedding and head equals what it is a copy of."""
@@ -134,32 +166,43 @@ class Checkpoint:
                 self._read(copy, chosen, theirs)
                 if not np.array_equal(ours, theirs, equal_nan=True):
                     row = int(chosen[np.argmax((ours != theirs).any(axis=1))])
-                    why = "tie_word_embeddings is true" if layer_of(copy) is None else "MTP shares it"
+                    why = (
+                        "tie_word_embeddings is true" if layer_of(copy) is None else "MTP shares it"
+                    )
                     raise CouldNotRun(
-                        f"{copy} ({self._tensors[copy].path}) must equal {name} ({self._tensors[name].path}), "
-                        f"since {why}: row {row} differs"
+                        f"{copy} ({self._tensors[copy].path}) must equal {name} "
+                        f"({self._tensors[name].path}), since {why}: row {row} differs"
                     )
 
 
 def _expect_mtp(folder: Path, config: ModelConfig, tensors: dict[str, StoredTensor]) -> None:
     """CouldNotRun if the config names MTP layers and the files hold nothing of them."""
-    if config.mtp_depth and tensors and not any((layer_of(name) or 0) >= config.layers for name in tensors):
+    if (
+        config.mtp_depth
+        and tensors
+        and not any((layer_of(name) or 0) >= config.layers for name in tensors)
+    ):
         raise CouldNotRun(
-            f"{folder / 'config.json'} names {config.mtp_depth} MTP layer(s) (num_nextn_predict_layers), "
-            f"but no file holds model.layers.{config.layers}.*: open it without MTP"
+            f"{folder / 'config.json'} names {config.mtp_depth} MTP layer(s) "
+            f"(num_nextn_predict_layers), but no file holds model.layers.{config.layers}.*: "
+            "open it without MTP"
         )
 
 
 def _without_mtp(config: ModelConfig, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The tensors that belong to no MTP layer; such a layer lies behind the main model's and has an ``eh_proj``."""
+    """The tensors that belong to no MTP layer; such a layer lies behind the main model's and has an
+    ``eh_proj``."""
     modules = set(range(config.layers, config.layers + config.mtp_depth))
     modules |= {layer_of(name) or 0 for name in tensors if name.endswith(".eh_proj.weight")}
     modules = {layer for layer in modules if layer >= config.layers}
     return {name: tensor for name, tensor in tensors.items() if layer_of(name) not in modules}
 
 
-def _check(folder: Path, config: ModelConfig, tensors: dict[str, StoredTensor], block: tuple[int, int]) -> None:
-    """CouldNotRun with everything that is missing, unexpected, misshapen, or of a type that can't be read."""
+def _check(
+    folder: Path, config: ModelConfig, tensors: dict[str, StoredTensor], block: tuple[int, int]
+) -> None:
+    """CouldNotRun with everything that is missing, unexpected, misshapen, or of a type that can't
+    be read."""
     wanted = {name: shape for name, (_, _, shape) in stored_tensors(config).items()}
     copies = {name: wanted[ours] for name, ours in copied_names(config).items() if name in tensors}
     problems = [(name, "is missing") for name in wanted if name not in tensors]
@@ -173,7 +216,9 @@ def _check(folder: Path, config: ModelConfig, tensors: dict[str, StoredTensor], 
         elif found.dtype == "F8_E4M3" and len(shape) == 2:
             scales[name + SCALE] = scale_shape(shape, block)
         elif found.dtype not in ("F64", "F32", "F16", "BF16"):
-            problems.append((name, f"must be F32, BF16, F16, F64 or (a matrix) F8_E4M3, got {found.dtype}"))
+            problems.append(
+                (name, f"must be F32, BF16, F16, F64 or (a matrix) F8_E4M3, got {found.dtype}")
+            )
     for name, shape in scales.items():
         if name not in tensors:
             problems.append((name, "is missing"))
@@ -187,7 +232,11 @@ def _check(folder: Path, config: ModelConfig, tensors: dict[str, StoredTensor], 
         weight = name.removesuffix(SCALE)
         if 0 in tensor.shape:  # transformers writes such for shared experts where there are none
             continue
-        if name in known or is_ignorable(name) or (weight != name and weight in wanted and weight not in tensors):
+        if (
+            name in known
+            or is_ignorable(name)
+            or (weight != name and weight in wanted and weight not in tensors)
+        ):
             continue
         if weight not in known or weight == name:
             problems.append((name, "is not a tensor of this config"))

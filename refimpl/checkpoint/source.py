@@ -1,4 +1,5 @@
-"""Where parameters come from, a piece at a time: a checkpoint on disk, or (`MemorySource`) arrays in memory."""
+"""Where parameters come from, a piece at a time: a checkpoint on disk, or (`MemorySource`) arrays
+in memory."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ __all__ = ["MemorySource", "Source"]
 
 
 class Source(Protocol):
-    """Parameters under the names of `parameter_shapes` (a layer's experts stacked), as NumPy arrays of ``dtype``.
+    """Parameters under the names of `parameter_shapes` (a layer's experts stacked), as NumPy arrays
+    of ``dtype``.
 
     Gate biases are float32 at least: they choose experts, and a rounded one chooses others.
     """
@@ -29,7 +31,8 @@ class Source(Protocol):
         ...
 
     def piece(self, name: str, index: Any) -> np.ndarray:
-        """``tensor[index]`` along the first axis, reading no more: an int (an expert), a slice, an integer array."""
+        """``tensor[index]`` along the first axis, reading no more: an int (an expert), a slice, an
+        integer array."""
         ...
 
 

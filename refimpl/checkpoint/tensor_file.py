@@ -1,7 +1,8 @@
 """One safetensors file: written a piece at a time, and opened without being loaded.
 
-The layout: the header's length (8 bytes, little-endian), a JSON header with every tensor's dtype, shape and place, then
-the values. Since all shapes are known ahead, the header goes first and values follow in any order.
+The layout: the header's length (8 bytes, little-endian), a JSON header with every tensor's dtype,
+shape and place, then the values. Since all shapes are known ahead, the header goes first and values
+follow in any order.
 """
 
 from __future__ import annotations
@@ -23,18 +24,32 @@ from ..array import Array
 from ..errors import CouldNotRun
 
 __all__ = [
-    "DTYPES", "Spec", "StoredTensor", "TensorWriter", "one_line", "open_file", "read_tensor_file", "write_tensor_file",
-]  # fmt: skip
+    "DTYPES",
+    "Spec",
+    "StoredTensor",
+    "TensorWriter",
+    "one_line",
+    "open_file",
+    "read_tensor_file",
+    "write_tensor_file",
+]
 
 DTYPES: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype("float64"), "F32": np.dtype("float32"), "F16": np.dtype("float16"),
-    "BF16": np.dtype(ml_dtypes.bfloat16), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu), "I64": np.dtype("int64"), "I32": np.dtype("int32"),
+    "F64": np.dtype("float64"),
+    "F32": np.dtype("float32"),
+    "F16": np.dtype("float16"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "I64": np.dtype("int64"),
+    "I32": np.dtype("int32"),
     "BOOL": np.dtype("bool"),
-}  # fmt: skip
+}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FOREIGN = {  # how files begin that are often found under this name
-    b"version https://git-lfs": "a git-LFS pointer, not the file itself: fetch it with `git lfs pull`",
+    b"version https://git-lfs": (
+        "a git-LFS pointer, not the file itself: fetch it with `git lfs pull`"
+    ),
     b"PK\x03\x04": "a zip archive, as torch.save writes it, not safetensors: convert it",
     b"\x80": "a pickle, as torch.save writes it, not safetensors: convert it",
 }
@@ -50,13 +65,19 @@ class Spec(NamedTuple):
 
 
 class TensorWriter:
-    """Write ``tensors`` to ``temporary``, which takes its place as ``path`` when all values are there.
+    """Write ``tensors`` to ``temporary``, which takes its place as ``path`` when all values are
+    there.
 
-    Used in ``with``: on an error nothing appears at ``path``. RuntimeError if values are missing at the end.
+    Used in ``with``: on an error nothing appears at ``path``. RuntimeError if values are missing at
+    the end.
     """
 
     def __init__(
-        self, path: Path, temporary: Path, tensors: Mapping[str, Spec], metadata: Mapping[str, str] | None = None
+        self,
+        path: Path,
+        temporary: Path,
+        tensors: Mapping[str, Spec],
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.path, self.temporary, self.tensors = path, temporary, tensors
         self.missing = {name: spec.bytes for name, spec in tensors.items()}
@@ -64,7 +85,11 @@ class TensorWriter:
         self.place, end = {}, 0
         for name, spec in tensors.items():
             self.place[name], start, end = end, end, end + spec.bytes
-            header[name] = {"dtype": NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
+            header[name] = {
+                "dtype": NAMES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [start, end],
+            }
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         self.start = 8 + len(text)
@@ -73,7 +98,8 @@ class TensorWriter:
         self.file.truncate(self.start + end)
 
     def write(self, name: str, values: np.ndarray, start: int = 0) -> None:
-        """Put ``values`` at the tensor's flat element ``start``; ValueError if dtype or size do not fit."""
+        """Put ``values`` at the tensor's flat element ``start``; ValueError if dtype or size do not
+        fit."""
         spec = self.tensors[name]
         if values.dtype != spec.dtype or values.nbytes > self.missing[name]:
             raise ValueError(f"{name} must be {spec}, got {values.dtype} {values.shape} at {start}")
@@ -94,7 +120,10 @@ class TensorWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         missing = [name for name, count in self.missing.items() if count]
         try:
@@ -108,10 +137,15 @@ class TensorWriter:
 
 
 def write_tensor_file(
-    path: Path, temporary: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+    path: Path,
+    temporary: Path,
+    arrays: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write whole arrays at once."""
-    with TensorWriter(path, temporary, {n: Spec(a.shape, a.dtype) for n, a in arrays.items()}, metadata) as writer:
+    with TensorWriter(
+        path, temporary, {n: Spec(a.shape, a.dtype) for n, a in arrays.items()}, metadata
+    ) as writer:
         for name, values in arrays.items():
             writer.write(name, values)
 
@@ -125,12 +159,14 @@ class StoredTensor(NamedTuple):
     data: np.ndarray  # uint8, mapped
 
     def array(self) -> Array:
-        """The values, mapped, in their stored type, which must be one of `DTYPES`; possibly unaligned."""
+        """The values, mapped, in their stored type, which must be one of `DTYPES`; possibly
+        unaligned."""
         return self.data.view(DTYPES[self.dtype]).reshape(self.shape)
 
 
 def open_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Every tensor of a safetensors file, by name, and its metadata; CouldNotRun unless the whole file is sound."""
+    """Every tensor of a safetensors file, by name, and its metadata; CouldNotRun unless the whole
+    file is sound."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -142,8 +178,13 @@ def open_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
                 raise CouldNotRun(f"{path} is no safetensors file: it has {size} bytes")
             data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
         if not _fits(start, size):
-            raise CouldNotRun(f"{path} is cut off or no safetensors file: its header would end behind its {size} bytes")
-        with safe_open(path, "np"):  # its checks: the header's form, offsets without gap or overlap, the file's length
+            raise CouldNotRun(
+                f"{path} is cut off or no safetensors file: its header would end behind its "
+                f"{size} bytes"
+            )
+        with safe_open(
+            path, "np"
+        ):  # its checks: the header's form, offsets without gap or overlap, the file's length
             pass
     except OSError as error:
         raise CouldNotRun(f"{path} can't be read: {error.strerror or error}") from error
@@ -162,14 +203,17 @@ def open_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         metadata = header.pop("__metadata__", {})
         for name, entry in header.items():
             first, last = entry["data_offsets"]
-            tensors[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), data[end + first : end + last])
+            tensors[name] = StoredTensor(
+                path, entry["dtype"], tuple(entry["shape"]), data[end + first : end + last]
+            )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CouldNotRun(f"{path} is no safetensors file: {one_line(error)}") from error
     return tensors, metadata
 
 
 def read_tensor_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The tensors whose types are in `DTYPES`, mapped and read when they are touched, and the metadata."""
+    """The tensors whose types are in `DTYPES`, mapped and read when they are touched, and the
+    metadata."""
     tensors, metadata = open_file(path)
     return {name: x.array() for name, x in tensors.items() if x.dtype in DTYPES}, metadata
 

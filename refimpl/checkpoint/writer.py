@@ -28,7 +28,9 @@ FP8 = {"fp8": "float32", "fp8_ue8m0": "ue8m0"}  # and how scales are chosen
 CHUNK = 2**18  # numbers that are converted at a time, about
 SHARD_BYTES = 5 * 10**9
 
-Rows = Callable[[str, int | None, int, int], np.ndarray]  # (our name, expert, first row, last row) -> [rows, …]
+Rows = Callable[
+    [str, int | None, int, int], np.ndarray
+]  # (our name, expert, first row, last row) -> [rows, …]
 
 
 class Entry(NamedTuple):
@@ -54,18 +56,21 @@ def save_checkpoint(
     dtype: str = "bfloat16",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write ``params``, every tensor of `parameter_shapes`, into a new ``folder`` that transformers reads.
+    """Write ``params``, every tensor of `parameter_shapes`, into a new ``folder`` that transformers
+    reads.
 
     Args:
-        dtype: bfloat16, float16, float32 or float64; or fp8 (E4M3 in blocks of 128 × 128 for the projections that
-            DeepSeek quantises, bfloat16 for the rest), or fp8_ue8m0 (the scales powers of two). Gate biases are
-            float32 always. Rounding is to nearest even, once.
-        shard_bytes: a file is closed before it would grow beyond this, unless one tensor alone does.
+        dtype: bfloat16, float16, float32 or float64; or fp8 (E4M3 in blocks of 128 × 128 for the
+            projections that DeepSeek quantises, bfloat16 for the rest), or fp8_ue8m0 (the scales
+            powers of two). Gate biases are float32 always. Rounding is to nearest even, once.
+        shard_bytes: a file is closed before it would grow beyond this, unless one tensor alone
+            does.
 
-    The folder is written beside its place and renamed when it is whole. It must not exist yet, or be empty: nothing
-    is overwritten. MTP layers get their copies of embedding and head, as in the released files. CouldNotRun for a
-    finite number that the type can't hold, a bias or an FP8 weight that is not finite, a config that no config.json
-    stands for. λ of MTP and the conventions are not in the file.
+    The folder is written beside its place and renamed when it is whole. It must not exist yet, or
+    be empty: nothing is overwritten. MTP layers get their copies of embedding and head, as in the
+    released files. CouldNotRun for a finite number that the type can't hold, a bias or an FP8
+    weight that is not finite, a config that no config.json stands for. λ of MTP and the conventions
+    are not in the file.
     """
     if wrong := misfits(params, config):
         raise ValueError("params do not fit the config: " + "; ".join(wrong[:12]))
@@ -85,7 +90,8 @@ def write_random(
     std: float = 0.006,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a checkpoint of ``config``'s shapes, made up chunk by chunk: normal with ``std``, around 1 for norms.
+    """Write a checkpoint of ``config``'s shapes, made up chunk by chunk: normal with ``std``,
+    around 1 for norms.
 
     Memory does not depend on the model. Other arguments and errors are those of `save_checkpoint`.
     """
@@ -107,7 +113,9 @@ def _write(rows: Rows, config: ModelConfig, folder: Path, dtype: str, shard_byte
         raise CouldNotRun(f"dtype must be one of {', '.join([*STORED, *FP8])}, got {dtype}")
     if shard_bytes < 1:
         raise CouldNotRun(f"shard_bytes must be at least 1, got {shard_bytes}")
-    content = config_dict(config, dtype="bfloat16" if dtype in FP8 else dtype, scales=FP8.get(dtype))
+    content = config_dict(
+        config, dtype="bfloat16" if dtype in FP8 else dtype, scales=FP8.get(dtype)
+    )
     place = Path(os.path.abspath(folder))
     beside = place.with_name(f"{place.name}.partial-{os.getpid()}")
     try:
@@ -124,7 +132,9 @@ def _write(rows: Rows, config: ModelConfig, folder: Path, dtype: str, shard_byte
         shutil.rmtree(beside, ignore_errors=True)  # after a success there is none
 
 
-def _write_files(rows: Rows, config: ModelConfig, folder: Path, dtype: str, shard_bytes: int) -> None:
+def _write_files(
+    rows: Rows, config: ModelConfig, folder: Path, dtype: str, shard_bytes: int
+) -> None:
     shards: list[list[Entry]] = [[]]
     filled = 0
     for entry in _entries(config, dtype):
@@ -149,24 +159,38 @@ def _write_files(rows: Rows, config: ModelConfig, folder: Path, dtype: str, shar
 
 
 def _entries(config: ModelConfig, dtype: str) -> Iterator[Entry]:
-    """Every tensor of the files but the scales, in the order of the forward; a layer's copies follow the layer."""
+    """Every tensor of the files but the scales, in the order of the forward; a layer's copies
+    follow the layer."""
     names = stored_tensors(config)
     plain = "BF16" if dtype in FP8 else STORED[dtype]
-    names |= {copy: names[ours] for copy, ours in copied_names(config).items() if copy != "lm_head.weight"}
+    names |= {
+        copy: names[ours] for copy, ours in copied_names(config).items() if copy != "lm_head.weight"
+    }
     for name, (ours, expert, shape) in names.items():
-        stored = "F32" if is_buffer(ours) else "F8_E4M3" if dtype in FP8 and is_quantised(name) else plain
+        stored = (
+            "F32"
+            if is_buffer(ours)
+            else "F8_E4M3"
+            if dtype in FP8 and is_quantised(name)
+            else plain
+        )
         yield Entry(name, stored, shape, shape, ours, expert)
 
 
 def _scales(entry: Entry) -> Entry:
     """The scales of an FP8 weight."""
-    return entry._replace(name=entry.name + SCALE, dtype="F32", shape=scale_shape(entry.shape, BLOCK))
+    return entry._replace(
+        name=entry.name + SCALE, dtype="F32", shape=scale_shape(entry.shape, BLOCK)
+    )
 
 
 def _write_file(path: Path, entries: list[Entry], rows: Rows, *, ue8m0: bool) -> None:
-    """One safetensors file; an FP8 weight is quantised twice, once for its scales and once for its numbers."""
+    """One safetensors file; an FP8 weight is quantised twice, once for its scales and once for its
+    numbers."""
     specs = {entry.name: entry.spec for entry in entries}
-    with TensorWriter(path, path.with_name(f"{path.name}.partial"), specs, {"format": "pt"}) as writer:
+    with TensorWriter(
+        path, path.with_name(f"{path.name}.partial"), specs, {"format": "pt"}
+    ) as writer:
         for entry in entries:
             start = 0
             for chunk in _chunks(entry, rows, ue8m0=ue8m0):
@@ -176,7 +200,8 @@ def _write_file(path: Path, entries: list[Entry], rows: Rows, *, ue8m0: bool) ->
 
 
 def _chunks(entry: Entry, rows: Rows, *, ue8m0: bool) -> Iterator[np.ndarray]:
-    """The tensor's numbers in their stored type: some rows at a time, whole blocks of an FP8 weight."""
+    """The tensor's numbers in their stored type: some rows at a time, whole blocks of an FP8
+    weight."""
     scales = entry.name.endswith(SCALE)
     fp8 = scales or entry.dtype == "F8_E4M3"
     step = max(1, CHUNK // prod(entry.whole[1:]) // BLOCK[0]) * BLOCK[0]
@@ -191,5 +216,8 @@ def _chunks(entry: Entry, rows: Rows, *, ue8m0: bool) -> Iterator[np.ndarray]:
             continue
         stored = narrow(x, entry.spec.dtype)
         if (lost := np.isfinite(x) & ~np.isfinite(stored)).any():
-            raise CouldNotRun(f"{entry.ours} has numbers that {entry.dtype} can't hold: {np.abs(x[lost]).max():.4g}")
+            raise CouldNotRun(
+                f"{entry.ours} has numbers that {entry.dtype} can't hold: "
+                f"{np.abs(x[lost]).max():.4g}"
+            )
         yield stored

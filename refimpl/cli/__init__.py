@@ -10,7 +10,15 @@ import os
 import sys
 
 from ..errors import CouldNotRun
-from . import bench, conventions, count, generate, grads, memory, verify  # each adds its commands to the app
+from . import (
+    bench,
+    conventions,
+    count,
+    generate,
+    grads,
+    memory,
+    verify,
+)  # each adds its commands to the app
 from .app import app
 
 __all__ = ["app", "bench", "conventions", "count", "generate", "grads", "main", "memory", "verify"]
@@ -18,7 +26,10 @@ __all__ = ["app", "bench", "conventions", "count", "generate", "grads", "main", 
 
 def main() -> None:
     """Run the command line; what could not run becomes one line and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows another one in its place
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # a terminal that lacks a character shows another one in its place
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:

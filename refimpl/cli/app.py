@@ -1,4 +1,5 @@
-"""What the commands share: the application, its common options, the console, and files that are never half-written."""
+"""What the commands share: the application, its common options, the console, and files that are
+never half-written."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ Json = Annotated[Path | None, typer.Option("--json", help="Also write the result
 
 
 def console() -> Console:
-    """Wide enough for the table: a narrow terminal wraps its lines, since a number that is cut is a wrong number."""
+    """Wide enough for the table: a narrow terminal wraps its lines, since a number that is cut is a
+    wrong number."""
     console = Console(highlight=False, soft_wrap=True)
     console.width = max(console.width, WIDTH) if sys.stdout.isatty() else WIDTH
     return console
@@ -38,12 +40,14 @@ def counted(count: int, noun: str) -> str:
 
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A function (what is done now, how many are done, how many there are) that moves a bar on a terminal's standard
-    error."""
+    """A function (what is done now, how many are done, how many there are) that moves a bar on a
+    terminal's standard error."""
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     description = TextColumn("{task.description}")
     shown = sys.stderr.isatty()
-    with Progress(*columns, description, console=Console(stderr=True), transient=True, disable=not shown) as bar:
+    with Progress(
+        *columns, description, console=Console(stderr=True), transient=True, disable=not shown
+    ) as bar:
         task = bar.add_task("", total=None)
 
         def move(step: str, done: int, total: int) -> None:
@@ -55,7 +59,9 @@ def progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
 def check_writable(path: Path) -> None:
     """CouldNotRun, before any work is done, if a file can't be made there."""
     if path.is_dir() or not path.name or not os.access(path.parent, os.W_OK):
-        raise CouldNotRun(f"--json {path} can't be written: not a file in a folder that can be written to")
+        raise CouldNotRun(
+            f"--json {path} can't be written: not a file in a folder that can be written to"
+        )
 
 
 def replace_json(path: Path, content: dict[str, Any]) -> None:

@@ -17,18 +17,30 @@ RESULTS = Path("benchmarks/results")
 
 @app.command()
 def bench(
-    rows: Annotated[list[str] | None, typer.Argument(help="Rows, by the names in the table; default: all.")] = None,
-    gpu: Annotated[bool, typer.Option("--gpu", help="Measure the kernels on the GPU at hand.")] = False,
-    table: Annotated[bool, typer.Option("--table", help="Print kernels/README.md's tables from all results.")] = False,
-    results: Annotated[Path, typer.Option(help="Folder of the results of each device and day.")] = RESULTS,
+    rows: Annotated[
+        list[str] | None, typer.Argument(help="Rows, by the names in the table; default: all.")
+    ] = None,
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="Measure the kernels on the GPU at hand.")
+    ] = False,
+    table: Annotated[
+        bool, typer.Option("--table", help="Print kernels/README.md's tables from all results.")
+    ] = False,
+    results: Annotated[
+        Path, typer.Option(help="Folder of the results of each device and day.")
+    ] = RESULTS,
     runs: Annotated[int, typer.Option(help="Samples of each time, at least 20.")] = RUNS,
-    commit: Annotated[str | None, typer.Option(help="Of this checkout, where git can't say.")] = None,
+    commit: Annotated[
+        str | None, typer.Option(help="Of this checkout, where git can't say.")
+    ] = None,
     json_file: Json = None,
 ) -> None:
-    """Measure the kernels on a GPU: time, floor, torch if it is there, memory, error; or show what was measured.
+    """Measure the kernels on a GPU: time, floor, torch if it is there, memory, error; or show what
+    was measured.
 
-    A run of all rows is kept as <results>/<device>-<date>.json; a run of some rows only with --json. The file grows row
-    by row, with the rows that hold. A row that can't be measured stops no other.
+    A run of all rows is kept as <results>/<device>-<date>.json; a run of some rows only with
+    --json. The file grows row by row, with the rows that hold. A row that can't be measured stops
+    no other.
     """
     if gpu == table:
         raise CouldNotRun("bench needs one of --gpu (measure) and --table (what was measured)")
@@ -47,7 +59,9 @@ def _table(folder: Path) -> str:
         raise CouldNotRun(f"--results {folder}: {error}") from error
 
 
-def _measure(names: list[str], folder: Path, runs: int, commit: str | None, json_file: Path | None) -> int:
+def _measure(
+    names: list[str], folder: Path, runs: int, commit: str | None, json_file: Path | None
+) -> int:
     """Measure, show each row as it comes, write the file; the exit code."""
     from ..bench.results import file_name, line_of
     from ..bench.run import Failed, baselines, header, measure_rows, most_error, select_rows
@@ -69,9 +83,14 @@ def _measure(names: list[str], folder: Path, runs: int, commit: str | None, json
     torch, version = baselines()
     out = console()
     found = header(device, version if torch else None, commit)
-    out.print(f"{found.device}, driver {found.driver}, commit {found.commit}, {found.date}", markup=False)
+    out.print(
+        f"{found.device}, driver {found.driver}, commit {found.commit}, {found.date}", markup=False
+    )
     out.print(", ".join(f"{name} {v}" for name, v in found.versions.items()), markup=False)
-    out.print(f"its own copy {found.copy / 1e12:.2f} TB/s, bfloat16 product {found.matrix / 1e12:.0f} TFLOP/s")
+    out.print(
+        f"its own copy {found.copy / 1e12:.2f} TB/s, bfloat16 product "
+        f"{found.matrix / 1e12:.0f} TFLOP/s"
+    )
     if torch is None:
         out.print(f"no baselines: {version}", markup=False)
     path = json_file or (None if names else folder / file_name(found.device, found.date))

@@ -18,10 +18,13 @@ AllNumbers = Annotated[list[int] | None, typer.Argument(help=f"Of 1 … {len(TRA
 @app.command()
 def conventions(
     traps: AllNumbers = None,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="The page derivations/conventions.md.")] = False,
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="The page derivations/conventions.md.")
+    ] = False,
     json_file: Json = None,
 ) -> None:
-    """Show where papers and implementations disagree: who does what, our choice, and the number it changes."""
+    """Show where papers and implementations disagree: who does what, our choice, and the number it
+    changes."""
     chosen = traps or range(1, len(TRAPS) + 1)
     if wrong := [n for n in chosen if not 1 <= n <= len(TRAPS)]:
         raise CouldNotRun(f"trap must lie in 1 … {len(TRAPS)}, got {wrong[0]}")
@@ -58,6 +61,12 @@ def _show(out: Console, number: int, trap: Trap) -> None:
 
 def _row(number: int, trap: Trap) -> dict[str, Any]:
     return {
-        "number": number, "title": trap.title, "question": trap.question, "who": trap.who, "ours": trap.field,
-        "default": trap.default, "needs_checkpoint": trap.checkpoint, "measured": trap.measured,
-    }  # fmt: skip
+        "number": number,
+        "title": trap.title,
+        "question": trap.question,
+        "who": trap.who,
+        "ours": trap.field,
+        "default": trap.default,
+        "needs_checkpoint": trap.checkpoint,
+        "measured": trap.measured,
+    }

@@ -17,7 +17,9 @@ from .app import WIDTH, Json, app, check_writable, console, replace_json
 
 @app.command("count")
 def count_command(
-    model: Annotated[str, typer.Argument(help=f"Of {', '.join(PRESETS)}; or a Hugging Face config.json.")] = "v3",
+    model: Annotated[
+        str, typer.Argument(help=f"Of {', '.join(PRESETS)}; or a Hugging Face config.json.")
+    ] = "v3",
     length: Annotated[int, typer.Option(help="Tokens of a sequence, for the FLOPs.")] = 4096,
     json_file: Json = None,
 ) -> None:
@@ -29,7 +31,13 @@ def count_command(
     out.print(f"refimpl {__version__}: {model}", markup=False)
     free = max(min(out.width, WIDTH) - 35, 20)  # what figures leave to names and arithmetic
     for section in sections:
-        table = Table(box=None, show_header=False, pad_edge=False, title=f"\n{section.title}", title_justify="left")
+        table = Table(
+            box=None,
+            show_header=False,
+            pad_edge=False,
+            title=f"\n{section.title}",
+            title_justify="left",
+        )
         table.title_style = "bold"
         table.add_column(width=free * 4 // 9)
         table.add_column(width=free - free * 4 // 9)
@@ -41,5 +49,11 @@ def count_command(
         for note in section.notes:
             out.print(note, markup=False, soft_wrap=False)
     if json_file is not None:
-        tables = [{**asdict(section), "lines": [line._asdict() for line in section.lines]} for section in sections]
-        replace_json(json_file, {"model": model, "length": length, "config": asdict(config), "sections": tables})
+        tables = [
+            {**asdict(section), "lines": [line._asdict() for line in section.lines]}
+            for section in sections
+        ]
+        replace_json(
+            json_file,
+            {"model": model, "length": length, "config": asdict(config), "sections": tables},
+        )

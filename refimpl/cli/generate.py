@@ -22,74 +22,119 @@ from .inputs import token_lists
 @app.command("generate")
 def generate_command(
     checkpoint: Annotated[Path, typer.Option(help="A folder with config.json and safetensors.")],
-    prompt: Annotated[list[str] | None, typer.Option(help="A text to continue; may be given again.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A text to continue; may be given again.")
+    ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="More texts: a .json file with a list of them, or a line each.")
+        Path | None,
+        typer.Option(help="More texts: a .json file with a list of them, or a line each."),
     ] = None,
     tokens: Annotated[
-        Path | None, typer.Option(help="Prompts as token ids, .json or .npy, one list or several; ids come out too.")
+        Path | None,
+        typer.Option(
+            help="Prompts as token ids, .json or .npy, one list or several; ids come out too."
+        ),
     ] = None,
-    bytes_: Annotated[bool, typer.Option("--bytes", help="Bytes are the tokens; no tokenizer.json is read.")] = False,
+    bytes_: Annotated[
+        bool, typer.Option("--bytes", help="Bytes are the tokens; no tokenizer.json is read.")
+    ] = False,
     max_tokens: Annotated[int, typer.Option(help="The most tokens to add to each prompt.")] = 100,
     temperature: Annotated[float, typer.Option(help="0: always the most probable token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the fewest tokens with so much probability.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the fewest tokens with so much probability.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the first prompt; the next ones count up.")] = 0,
     stop: Annotated[
-        list[int] | None, typer.Option(help="A token id to stop at; default: the checkpoint's eos_token_id.")
+        list[int] | None,
+        typer.Option(help="A token id to stop at; default: the checkpoint's eos_token_id."),
     ] = None,
-    speculate: Annotated[int, typer.Option(help="So many MTP modules draft tokens; the result is the same.")] = 0,
+    speculate: Annotated[
+        int, typer.Option(help="So many MTP modules draft tokens; the result is the same.")
+    ] = 0,
     dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
     convention: Annotated[str, typer.Option(help=f"Of {', '.join(CONVENTIONS)}.")] = "official",
     json_file: Json = None,
 ) -> None:
-    """Continue prompts: one as its text comes, several as each is finished; a summary goes to standard error."""
-    for name, value, allowed in (("dtype", dtype, ("float32", "float64")), ("convention", convention, CONVENTIONS)):
+    """Continue prompts: one as its text comes, several as each is finished; a summary goes to
+    standard error."""
+    for name, value, allowed in (
+        ("dtype", dtype, ("float32", "float64")),
+        ("convention", convention, CONVENTIONS),
+    ):
         if value not in allowed:
             raise CouldNotRun(f"--{name} must be one of {', '.join(allowed)}, got {value}")
     if json_file is not None:
         check_writable(json_file)
-    source = Checkpoint.open(checkpoint, dtype=dtype, conventions=CONVENTIONS[convention], mtp=speculate != 0)
+    source = Checkpoint.open(
+        checkpoint, dtype=dtype, conventions=CONVENTIONS[convention], mtp=speculate != 0
+    )
     tokenizer: Tokenizer | None = None
     if tokens is None:
-        tokenizer = Bytes() if bytes_ else HuggingFace(checkpoint, "token ids with --tokens FILE, or --bytes")
+        tokenizer = (
+            Bytes()
+            if bytes_
+            else HuggingFace(checkpoint, "token ids with --tokens FILE, or --bytes")
+        )
     elif prompt or prompts or bytes_:
         raise CouldNotRun("--tokens goes without --prompt, --prompts and --bytes")
     texts = (prompt or []) + (read_prompts(prompts) if prompts else [])
     for row, text in enumerate(texts):
         if not text or any("\ud800" <= character <= "\udfff" for character in text):
             raise CouldNotRun(f"prompt {row} is {'not UTF-8' if text else 'empty'}")
-    given = token_lists(tokens, "--tokens") if tokens is not None else [tokenizer.encode(t) for t in texts if tokenizer]
+    given = (
+        token_lists(tokens, "--tokens")
+        if tokens is not None
+        else [tokenizer.encode(t) for t in texts if tokenizer]
+    )
     if not given:
         raise CouldNotRun("give at least one --prompt TEXT, --prompts FILE or --tokens FILE")
     options: dict[str, Any] = {
-        "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "speculate": speculate,
-        "stop": [t for t in stop_tokens(checkpoint) if t < source.config.vocabulary] if stop is None else stop,
-    }  # fmt: skip
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+        "speculate": speculate,
+        "stop": [t for t in stop_tokens(checkpoint) if t < source.config.vocabulary]
+        if stop is None
+        else stop,
+    }
     try:
         check_request(source.config, given, **options)
         params, begin = source.load(), time.perf_counter()
-        found = generate(params, source.config, given, **options, on_token=Output(tokenizer, len(given)))
+        found = generate(
+            params, source.config, given, **options, on_token=Output(tokenizer, len(given))
+        )
     except ValueError as error:
         raise CouldNotRun(str(error)) from error
     print(summary(found, time.perf_counter() - begin), file=sys.stderr)
     if json_file is not None:
         results = [
-            {"prompt": list(p), **g._asdict()} | ({} if tokenizer is None else {"text": tokenizer.decode(g.tokens)})
+            {"prompt": list(p), **g._asdict()}
+            | ({} if tokenizer is None else {"text": tokenizer.decode(g.tokens)})
             for p, g in zip(given, found, strict=True)
         ]
-        settings = options | {"checkpoint": str(checkpoint), "dtype": dtype, "convention": convention}
+        settings = options | {
+            "checkpoint": str(checkpoint),
+            "dtype": dtype,
+            "convention": convention,
+        }
         replace_json(json_file, {"settings": settings, "results": results})
 
 
 class Output:
-    """Shows one prompt's tokens on standard output as they come, those of several as each prompt is finished."""
+    """Shows one prompt's tokens on standard output as they come, those of several as each prompt is
+    finished."""
 
     def __init__(self, tokenizer: Tokenizer | None, prompts: int) -> None:
         self.tokenizer, self.prompts = tokenizer, prompts
-        self.streams = [None if tokenizer is None else TextStream(tokenizer) for _ in range(prompts)]
+        self.streams = [
+            None if tokenizer is None else TextStream(tokenizer) for _ in range(prompts)
+        ]
         self.shown = [""] * prompts
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character stops nothing
+            sys.stdout.reconfigure(
+                errors="backslashreplace"
+            )  # a terminal that lacks a character stops nothing
 
     def __call__(self, row: int, token: int, finish: str) -> None:
         stream = self.streams[row]
@@ -113,8 +158,9 @@ def summary(found: list[Generation], seconds: float) -> str:
     line += f"{tokens / seconds:.1f} tokens a second"
     if drafted:
         line += (
-            f"; {accepted} of {counted(drafted, 'draft')} accepted ({100 * accepted / drafted:.1f} %), "
-            f"{(tokens - len(found)) / forwards:.2f} tokens a forward of the main model"
+            f"; {accepted} of {counted(drafted, 'draft')} accepted "
+            f"({100 * accepted / drafted:.1f} %), {(tokens - len(found)) / forwards:.2f} "
+            "tokens a forward of the main model"
         )
     return line
 
@@ -135,13 +181,16 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def stop_tokens(folder: Path) -> list[int]:
-    """eos_token_id of generation_config.json, else of config.json; it may be one, several, or none."""
+    """eos_token_id of generation_config.json, else of config.json; it may be one, several, or
+    none."""
     for path in (folder / "generation_config.json", folder / "config.json"):
         settings = read_json(path) if path.is_file() else {}
         found = settings.get("eos_token_id") if isinstance(settings, dict) else None
         if found is not None:
             ids = found if isinstance(found, list) else [found]
             if not all(type(token) is int and token >= 0 for token in ids):
-                raise CouldNotRun(f"{path}: eos_token_id must be a token id or a list of them, got {found!r}")
+                raise CouldNotRun(
+                    f"{path}: eos_token_id must be a token id or a list of them, got {found!r}"
+                )
             return ids
     return []

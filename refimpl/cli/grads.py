@@ -30,45 +30,80 @@ PARTS = ("attention", "norms", "gate", "experts", "shared, dense")
 @app.command()
 def grads(
     checkpoint: Annotated[
-        Path, typer.Option(help="Folder with config.json and safetensors, as Hugging Face has them.")
+        Path,
+        typer.Option(help="Folder with config.json and safetensors, as Hugging Face has them."),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the results: a new or empty one, or an unfinished run's.")],
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder for the results: a new or empty one, or an unfinished run's."),
+    ],
     tokens: Annotated[File, typer.Option(help="Token ids [batch, time]: .npy or .json.")] = None,
-    text: Annotated[str | None, typer.Option(help="A file or the text itself, for the checkpoint's tokenizer.")] = None,
-    mask: Annotated[
-        File, typer.Option(help="[batch, time] of 0 and 1: at which positions predicting the next token counts.")
+    text: Annotated[
+        str | None, typer.Option(help="A file or the text itself, for the checkpoint's tokenizer.")
     ] = None,
-    key_mask: Annotated[File, typer.Option(help="[batch, time] of 0 and 1: 0 is padding, which nobody sees.")] = None,
+    mask: Annotated[
+        File,
+        typer.Option(
+            help="[batch, time] of 0 and 1: at which positions predicting the next token counts."
+        ),
+    ] = None,
+    key_mask: Annotated[
+        File, typer.Option(help="[batch, time] of 0 and 1: 0 is padding, which nobody sees.")
+    ] = None,
     targets: Annotated[
-        File, typer.Option(help="[batch, time]: what each position predicts (-100: nothing), not the next token.")
+        File,
+        typer.Option(
+            help="[batch, time]: what each position predicts (-100: nothing), not the next token."
+        ),
     ] = None,
     dlogits: Annotated[
-        File, typer.Option(help="[batch, time, vocabulary], .npy: your loss's gradient; the backward alone.")
+        File,
+        typer.Option(
+            help="[batch, time, vocabulary], .npy: your loss's gradient; the backward alone."
+        ),
     ] = None,
     routes: Annotated[
-        File, typer.Option(help="Choices of experts to replay: safetensors with aux/routes.L, or a result's folder.")
+        File,
+        typer.Option(
+            help=(
+                "Choices of experts to replay: safetensors with aux/routes.L, or a result's folder."
+            )
+        ),
     ] = None,
     mtp: Annotated[bool, typer.Option("--mtp", help="Add the losses of the MTP modules.")] = False,
     mtp_weight: Annotated[float | None, typer.Option(help="λ of MTP, by default 0.3.")] = None,
-    balance_alpha: Annotated[float, typer.Option(help="α of the balance loss; Hugging Face has none.")] = 0.0,
-    layers: Annotated[int | None, typer.Option(help="Only so many layers, then final norm and head.")] = None,
-    only: Annotated[str, typer.Option(help="Write the gradients whose names match, as *.self_attn.* does.")] = "*",
+    balance_alpha: Annotated[
+        float, typer.Option(help="α of the balance loss; Hugging Face has none.")
+    ] = 0.0,
+    layers: Annotated[
+        int | None, typer.Option(help="Only so many layers, then final norm and head.")
+    ] = None,
+    only: Annotated[
+        str, typer.Option(help="Write the gradients whose names match, as *.self_attn.* does.")
+    ] = "*",
     activations: Annotated[
-        str | None, typer.Option(help=f"Also write activations whose names match: {', '.join(ACTIVATIONS)}.")
+        str | None,
+        typer.Option(help=f"Also write activations whose names match: {', '.join(ACTIVATIONS)}."),
     ] = None,
     logits: Annotated[bool, typer.Option("--logits/--no-logits", help="Write the logits.")] = True,
     convention: Annotated[str, typer.Option(help=f"Of {', '.join(CONVENTIONS)}.")] = "official",
     implementation: Annotated[
         str, typer.Option(help=f"Of {', '.join(IMPLEMENTATIONS)}; flash for long sequences.")
     ] = "reference",
-    dtype: Annotated[str, typer.Option(help="The type to compute in: float32 or float64.")] = "float32",
-    force: Annotated[bool, typer.Option("--force", help="Replace a result that is in the folder.")] = False,
+    dtype: Annotated[
+        str, typer.Option(help="The type to compute in: float32 or float64.")
+    ] = "float32",
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a result that is in the folder.")
+    ] = False,
     json_file: Json = None,
 ) -> None:
-    """Compute the loss of a checkpoint and the gradient of every parameter, in the memory of one layer.
+    """Compute the loss of a checkpoint and the gradient of every parameter, in the memory of one
+    layer.
 
-    The loss is Hugging Face's: the mean cross-entropy of the next token. Everything goes to files under the
-    checkpoint's own names. A run that was killed goes on when the same command is given again.
+    The loss is Hugging Face's: the mean cross-entropy of the next token. Everything goes to files
+    under the checkpoint's own names. A run that was killed goes on when the same command is given
+    again.
     """
     for name, value, choices in (
         ("convention", convention, CONVENTIONS),
@@ -87,21 +122,35 @@ def grads(
     if json_file is not None:
         check_writable(json_file)
     source = Checkpoint.open(checkpoint, dtype=dtype, conventions=CONVENTIONS[convention], mtp=mtp)
-    ids = integers(tokens, "--tokens") if tokens is not None else text_tokens(text or "", checkpoint)
+    ids = (
+        integers(tokens, "--tokens") if tokens is not None else text_tokens(text or "", checkpoint)
+    )
     given_targets = None if targets is None else integers(targets, "--targets")
     counts = None if mask is None else booleans(mask, "--mask")
     if given_targets is not None:
         for option, x in (("--targets", given_targets), ("--mask", counts)):
             if x is not None and x.shape != ids.shape:
-                raise CouldNotRun(f"{option} must have the tokens' shape {ids.shape}, got {x.shape}")
+                raise CouldNotRun(
+                    f"{option} must have the tokens' shape {ids.shape}, got {x.shape}"
+                )
         counts = (given_targets != -100) if counts is None else counts & (given_targets != -100)
         given_targets = np.where(given_targets == -100, 0, given_targets)
     request = Request(
-        ids, given_targets, counts, None if key_mask is None else booleans(key_mask, "--key-mask"),
-        None if dlogits is None else numbers(dlogits, "--dlogits"), {} if routes is None else read_routes(routes),
-        mtp=mtp, mtp_weight=mtp_weight, balance_alpha=balance_alpha, layers=layers, only=only, activations=activations,
-        logits=logits, implementation=implementation,
-    )  # fmt: skip
+        ids,
+        given_targets,
+        counts,
+        None if key_mask is None else booleans(key_mask, "--key-mask"),
+        None if dlogits is None else numbers(dlogits, "--dlogits"),
+        {} if routes is None else read_routes(routes),
+        mtp=mtp,
+        mtp_weight=mtp_weight,
+        balance_alpha=balance_alpha,
+        layers=layers,
+        only=only,
+        activations=activations,
+        logits=logits,
+        implementation=implementation,
+    )
     try:
         stream = Stream(source, request)
     except (ValueError, TypeError) as error:
@@ -116,34 +165,57 @@ def grads(
     except OSError as error:
         raise CouldNotRun(f"--out {out} can't be written: {error.strerror}") from error
     except MemoryError as error:
-        raise CouldNotRun(f"not enough memory ({error}): give fewer tokens, or --implementation flash") from error
+        raise CouldNotRun(
+            f"not enough memory ({error}): give fewer tokens, or --implementation flash"
+        ) from error
     seconds = time.perf_counter() - start
-    console().print(f"refimpl {__version__}: {checkpoint}, {ids.shape[0]}×{ids.shape[1]} tokens, {dtype}", markup=False)
+    console().print(
+        f"refimpl {__version__}: {checkpoint}, {ids.shape[0]}×{ids.shape[1]} tokens, {dtype}",
+        markup=False,
+    )
     _show(result, stream.config, convention)
     bad = [name for name, size in result.gradients.items() if not math.isfinite(size.largest)]
     verdict = "all finite"
     if bad:
-        verdict = f"{counted(len(bad), 'gradient')} {'is' if len(bad) == 1 else 'are'} not finite, {bad[0]} the first"
+        verdict = (
+            f"{counted(len(bad), 'gradient')} {'is' if len(bad) == 1 else 'are'} not finite, "
+            f"{bad[0]} the first"
+        )
     total = _sum(list(result.gradients.values()))
     console().print(
-        f"{counted(len(result.gradients), 'gradient')}, {total.elements:,} numbers, norm {total.norm:.6g}, {verdict}; "
-        f"{seconds:.1f} s; in {out}", markup=False,
-    )  # fmt: skip
+        f"{counted(len(result.gradients), 'gradient')}, {total.elements:,} numbers, norm "
+        f"{total.norm:.6g}, {verdict}; {seconds:.1f} s; in {out}",
+        markup=False,
+    )
     if json_file is not None:
         given = {
-            "checkpoint": str(checkpoint), "out": str(out), "tokens": ids.shape, "dtype": dtype,
-            "implementation": implementation, "convention": convention, "mtp": mtp, "layers": layers, "only": only,
-        }  # fmt: skip
+            "checkpoint": str(checkpoint),
+            "out": str(out),
+            "tokens": ids.shape,
+            "dtype": dtype,
+            "implementation": implementation,
+            "convention": convention,
+            "mtp": mtp,
+            "layers": layers,
+            "only": only,
+        }
         content = {
-            "ok": not bad, "seconds": round(seconds, 1), "settings": given, "config": asdict(stream.config),
-            "versions": {"refimpl": __version__, "numpy": np.__version__}, "loss": result.loss, "main": result.main,
-            "mtp": result.mtp, "balance": result.balance, "activations": result.activations,
+            "ok": not bad,
+            "seconds": round(seconds, 1),
+            "settings": given,
+            "config": asdict(stream.config),
+            "versions": {"refimpl": __version__, "numpy": np.__version__},
+            "loss": result.loss,
+            "main": result.main,
+            "mtp": result.mtp,
+            "balance": result.balance,
+            "activations": result.activations,
             "loads": {layer: load.tolist() for layer, load in result.loads.items()},
             "gradients": {
                 name: {"elements": size.elements, "norm": size.norm, "largest": size.largest}
                 for name, size in result.gradients.items()
             },
-        }  # fmt: skip
+        }
         replace_json(json_file, content)
     raise typer.Exit(int(bool(bad)))
 
@@ -153,10 +225,18 @@ def _show(result: Result, config: ModelConfig, convention: str) -> None:
     out = console()
     out.print(f"conventions: {convention}; {_unlike_hf(config)}", markup=False)
     if result.loss is not None:
-        parts = [f"main {result.main:.9g}"] + [f"MTP {k} {x:.9g}" for k, x in enumerate(result.mtp, 1)]
+        parts = [f"main {result.main:.9g}"] + [
+            f"MTP {k} {x:.9g}" for k, x in enumerate(result.mtp, 1)
+        ]
         parts += [f"balance {sum(result.balance.values()):.6g}"] if result.balance else []
         out.print(f"loss {result.loss:.9g}" + (f" ({', '.join(parts)})" if len(parts) > 1 else ""))
-    table = Table(box=None, header_style="bold", pad_edge=False, title="norms of the gradients", title_justify="left")
+    table = Table(
+        box=None,
+        header_style="bold",
+        pad_edge=False,
+        title="norms of the gradients",
+        title_justify="left",
+    )
     for title in ("part", *PARTS, "all", "largest |g|"):
         table.add_column(title, justify="left" if title == "part" else "right", no_wrap=True)
     found: dict[str, dict[str, list[Size]]] = {}
@@ -172,12 +252,16 @@ def _show(result: Result, config: ModelConfig, convention: str) -> None:
 
 def _unlike_hf(config: ModelConfig) -> str:
     ours, hf = config.conventions, CONVENTIONS["hf"]
-    other = [f"{name} {getattr(ours, name)!r}, hf {getattr(hf, name)!r}" for name in differing(config, hf)]
+    other = [
+        f"{name} {getattr(ours, name)!r}, hf {getattr(hf, name)!r}"
+        for name in differing(config, hf)
+    ]
     return "other than hf: " + "; ".join(other) if other else "the same as hf here"
 
 
 def differing(config: ModelConfig, other: Conventions) -> list[str]:
-    """The fields of the config's conventions that ``other`` has otherwise and that change this model's gradients."""
+    """The fields of the config's conventions that ``other`` has otherwise and that change this
+    model's gradients."""
     ours = config.conventions
 
     def derived(conventions: Conventions) -> list[object]:
@@ -189,7 +273,9 @@ def differing(config: ModelConfig, other: Conventions) -> list[str]:
         or derived(other) != derived(replace(other, **{name: getattr(ours, name)}))
         for name in ("softmax_normalise", "latent_eps", "yarn_when", "yarn_factor")
     }
-    matters |= {f.name: config.mtp_depth > 0 for f in fields(Conventions) if f.name.startswith("mtp_")}
+    matters |= {
+        f.name: config.mtp_depth > 0 for f in fields(Conventions) if f.name.startswith("mtp_")
+    }
     matters |= {
         "gate_epsilon": config.weight_rule[0],
         "masked_groups": config.keep_groups < config.groups,
@@ -197,13 +283,20 @@ def differing(config: ModelConfig, other: Conventions) -> list[str]:
         "bias_centre": False,  # nothing updates the biases
         "rope_layout": False,  # the weights', which the checkpoint says
     }
-    return [f.name for f in fields(Conventions) if matters[f.name] and getattr(ours, f.name) != getattr(other, f.name)]
+    return [
+        f.name
+        for f in fields(Conventions)
+        if matters[f.name] and getattr(ours, f.name) != getattr(other, f.name)
+    ]
 
 
 def _place(name: str, config: ModelConfig) -> tuple[str, str]:
     """The row and the column of the summary that a gradient counts in."""
     if not name.startswith("model.layers."):
-        rows = {EMBEDDING: "embedding, head" if config.tied else "embedding", "lm_head.weight": "head"}
+        rows = {
+            EMBEDDING: "embedding, head" if config.tied else "embedding",
+            "lm_head.weight": "head",
+        }
         return rows.get(name, "final norm"), ""
     layer, rest = name.removeprefix("model.layers.").split(".", 1)
     row = f"layer {layer}" if int(layer) < config.layers else f"MTP, layer {layer}"
@@ -220,7 +313,9 @@ def _place(name: str, config: ModelConfig) -> tuple[str, str]:
 
 def _sum(sizes: list[Size]) -> Size:
     largest = float(np.max([size.largest for size in sizes]))  # NaN, if one is
-    return Size(sum(size.elements for size in sizes), math.hypot(*(size.norm for size in sizes)), largest)
+    return Size(
+        sum(size.elements for size in sizes), math.hypot(*(size.norm for size in sizes)), largest
+    )
 
 
 def _fingerprint(checkpoint: Path) -> str:
@@ -229,5 +324,7 @@ def _fingerprint(checkpoint: Path) -> str:
     try:
         told = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     except OSError as error:
-        raise CouldNotRun(f"--checkpoint: {error.filename} can't be read: {error.strerror}") from error
+        raise CouldNotRun(
+            f"--checkpoint: {error.filename} can't be read: {error.strerror}"
+        ) from error
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()

@@ -1,4 +1,5 @@
-"""Arrays, token ids and routes from files that the user names; CouldNotRun names the option and the file."""
+"""Arrays, token ids and routes from files that the user names; CouldNotRun names the option and the
+file."""
 
 from __future__ import annotations
 
@@ -22,9 +23,13 @@ def integers(path: Path, option: str) -> np.ndarray:
     content = _read(path, option)
     x = _array(content, path, option)
     if x.dtype.kind not in "iu" or x.ndim != 2 or x.size == 0:
-        raise CouldNotRun(f"{option} {path} must hold integers [batch, time], got {x.dtype} {list(x.shape)}")
+        raise CouldNotRun(
+            f"{option} {path} must hold integers [batch, time], got {x.dtype} {list(x.shape)}"
+        )
     if isinstance(content, list) and any(type(number) is bool for row in content for number in row):
-        raise CouldNotRun(f"{option} {path} must hold integers [batch, time], got true or false among them")
+        raise CouldNotRun(
+            f"{option} {path} must hold integers [batch, time], got true or false among them"
+        )
     if x.max() > np.iinfo(np.int64).max:
         raise CouldNotRun(f"{option} {path} must hold integers that fit into int64, got {x.max()}")
     return x.astype(np.int64)
@@ -34,7 +39,9 @@ def booleans(path: Path, option: str) -> np.ndarray:
     """[batch, time], bool."""
     x = _array(_read(path, option), path, option)
     if x.dtype.kind not in "biu" or x.ndim != 2 or not np.isin(x, (0, 1)).all():
-        raise CouldNotRun(f"{option} {path} must hold 0 and 1 [batch, time], got {x.dtype} {list(x.shape)}")
+        raise CouldNotRun(
+            f"{option} {path} must hold 0 and 1 [batch, time], got {x.dtype} {list(x.shape)}"
+        )
     return x.astype(np.bool_)
 
 
@@ -42,7 +49,9 @@ def numbers(path: Path, option: str) -> np.ndarray:
     """[batch, time, vocabulary], of the file's type."""
     x = _array(_read(path, option), path, option)
     if x.dtype.kind not in "fiu":
-        raise CouldNotRun(f"{option} {path} must hold numbers [batch, time, vocabulary], got {x.dtype}")
+        raise CouldNotRun(
+            f"{option} {path} must hold numbers [batch, time, vocabulary], got {x.dtype}"
+        )
     return x
 
 
@@ -67,7 +76,9 @@ def text_tokens(text: str, checkpoint: Path) -> np.ndarray:
         if len(text) < 4096 and "\0" not in text and path.is_file():
             text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise CouldNotRun(f"--text {path} must be UTF-8: {error.reason} at byte {error.start}") from error
+        raise CouldNotRun(
+            f"--text {path} must be UTF-8: {error.reason} at byte {error.start}"
+        ) from error
     except OSError as error:
         raise CouldNotRun(f"--text {path} can't be read: {error.strerror}") from error
     return np.array([HuggingFace(checkpoint).encode(text)], dtype=np.int64)
@@ -83,7 +94,10 @@ def read_routes(path: Path) -> dict[int, Route]:
         if prefix != "aux/routes":
             continue
         if not re.fullmatch("0|[1-9][0-9]{0,8}", layer):
-            raise CouldNotRun(f"--routes {file} must hold aux/routes.L with a layer's number L, holds {one_line(name)}")
+            raise CouldNotRun(
+                f"--routes {file} must hold aux/routes.L with a layer's number L, holds "
+                f"{one_line(name)}"
+            )
         counted = tensors.get(f"aux/counted.{layer}")
         found[int(layer)] = Route(np.array(x), None if counted is None else np.array(counted))
     if not found:
@@ -109,7 +123,9 @@ def _read(path: Path, option: str) -> Any:
     except OSError as error:
         raise CouldNotRun(f"{option} {path} can't be read: {error.strerror or error}") from error
     except Exception as error:  # a broken header makes NumPy raise nearly anything
-        raise CouldNotRun(f"{option} {path} is not an array: {' '.join(str(error).split())}") from error
+        raise CouldNotRun(
+            f"{option} {path} is not an array: {' '.join(str(error).split())}"
+        ) from error
     if not isinstance(x, np.ndarray):  # an archive of arrays
         x.close()
         raise CouldNotRun(f"{option} {path} must hold one array")

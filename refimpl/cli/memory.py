@@ -20,17 +20,27 @@ GRADS_BOUND = 6e9  # bytes, of V2-Lite's shape at 256 tokens in float32, however
 
 @app.command()
 def memory(
-    grads: Annotated[bool, typer.Option("--grads", help="Of `refimpl grads`, on a random checkpoint.")] = False,
-    model: Annotated[str, typer.Option(help="With --grads: a preset or a config.json, for the shapes.")] = "v2-lite",
+    grads: Annotated[
+        bool, typer.Option("--grads", help="Of `refimpl grads`, on a random checkpoint.")
+    ] = False,
+    model: Annotated[
+        str, typer.Option(help="With --grads: a preset or a config.json, for the shapes.")
+    ] = "v2-lite",
     layers: Annotated[int, typer.Option(help="With --grads: so many layers of it.")] = 4,
     tokens: Annotated[int, typer.Option(help="With --grads: so many tokens.")] = 256,
-    folder: Annotated[Path | None, typer.Option(help="With --grads: where its files go for the while.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="With --grads: where its files go for the while.")
+    ] = None,
 ) -> None:
-    """Show the peak memory of flash attention, and of the fused output head and cross-entropy, against their bounds."""
+    """Show the peak memory of flash attention, and of the fused output head and cross-entropy,
+    against their bounds."""
     if grads:
         raise typer.Exit(_grads(model, layers, tokens, folder))
     out, holds = console(), True
-    out.print("flash attention, forward + backward, above the inputs (4 heads, widths 48/32, block 128, float32)")
+    out.print(
+        "flash attention, forward + backward, above the inputs (4 heads, widths 48/32, block "
+        "128, float32)"
+    )
     first = 0
     for a in attention_memory():
         first = first or a.peak
@@ -41,7 +51,10 @@ def memory(
         )
         holds &= a.peak / first <= 4.6 and (a.length < 4096 or share <= 1 / 8)
     out.print("  bounds: 4.6 x from T 1024 to 4096; 12.5 % at T 4096")
-    out.print("output head + cross-entropy, forward + backward, beyond h, W, dh, dW (vocabulary 129280, float32)")
+    out.print(
+        "output head + cross-entropy, forward + backward, beyond h, W, dh, dW (vocabulary "
+        "129280, float32)"
+    )
     first = 0
     for h in head_memory():
         first = first or h.peak
@@ -59,8 +72,13 @@ def _grads(model: str, layers: int, tokens: int, folder: Path | None) -> int:
     """The peak of `refimpl grads` on a random bfloat16 checkpoint; the exit code."""
     whole, out = load_config(model), console()
     if not 1 <= layers <= whole.layers or tokens < 2:
-        raise CouldNotRun(f"--layers must lie in 1…{whole.layers} and --tokens be at least 2, got {layers}, {tokens}")
-    config = replace(whole, layers=layers, dense_layers=min(whole.dense_layers, layers), mtp_depth=0)
+        raise CouldNotRun(
+            f"--layers must lie in 1…{whole.layers} and --tokens be at least 2, got {layers}, "
+            f"{tokens}"
+        )
+    config = replace(
+        whole, layers=layers, dense_layers=min(whole.dense_layers, layers), mtp_depth=0
+    )
     try:
         place = Path(tempfile.mkdtemp(prefix="refimpl-memory-", dir=folder))
     except OSError as error:
@@ -72,10 +90,22 @@ def _grads(model: str, layers: int, tokens: int, folder: Path | None) -> int:
         made = sum(file.stat().st_size for file in (place / "grads").iterdir())
     finally:
         shutil.rmtree(place, ignore_errors=True)
-    out.print(f"refimpl grads: {model}, {layers} of {whole.layers} layers, 1×{tokens} tokens, bfloat16 to float32")
-    out.print(f"  checkpoint {stored / 1e9:.2f} GB, {found.numbers:,} gradients in {made / 1e9:.2f} GB of files")
-    out.print(f"  peak RssAnon {found.peak / 1e9:.2f} GB, {found.seconds:.0f} s; bound {GRADS_BOUND / 1e9:.0f} GB")
-    out.print(f"  all of it: refimpl memory --grads --model {model} --layers {whole.layers} --folder …", markup=False)
+    out.print(
+        f"refimpl grads: {model}, {layers} of {whole.layers} layers, 1×{tokens} tokens, "
+        "bfloat16 to float32"
+    )
+    out.print(
+        f"  checkpoint {stored / 1e9:.2f} GB, {found.numbers:,} gradients in {made / 1e9:.2f} "
+        "GB of files"
+    )
+    out.print(
+        f"  peak RssAnon {found.peak / 1e9:.2f} GB, {found.seconds:.0f} s; bound "
+        f"{GRADS_BOUND / 1e9:.0f} GB"
+    )
+    out.print(
+        f"  all of it: refimpl memory --grads --model {model} --layers {whole.layers} --folder …",
+        markup=False,
+    )
     holds = found.peak <= GRADS_BOUND
     out.print("holds" if holds else "DOES NOT HOLD")
     return int(not holds)

@@ -23,27 +23,49 @@ from .app import Json, app, check_writable, console, progress, replace_json
 
 Examples = Annotated[int, typer.Option(help="Examples an op, each with its own shapes and inputs.")]
 Seed = Annotated[int, typer.Option(help="Of the first example; the next ones count up.")]
-TextFile = Annotated[Path | None, typer.Option(help="Text to take tokens from (bytes); default: CPython's own topics.")]
-Digits = Annotated[int | None, typer.Option(help="Also prove every op to so many digits, in exact dual numbers.")]
+TextFile = Annotated[
+    Path | None,
+    typer.Option(help="Text to take tokens from (bytes); default: CPython's own topics."),
+]
+Digits = Annotated[
+    int | None, typer.Option(help="Also prove every op to so many digits, in exact dual numbers.")
+]
 
 
 @app.command()
 def verify(
-    ops: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(NAMES)}; default: all.")] = None,
+    ops: Annotated[
+        list[str] | None, typer.Argument(help=f"Of {', '.join(NAMES)}; default: all.")
+    ] = None,
     examples: Examples = 5,
     model_examples: Annotated[int, typer.Option(help="Examples of each whole model.")] = 1,
     digits: Digits = None,
     text: TextFile = None,
     seed: Seed = 0,
-    implementation: Annotated[str, typer.Option(help="reference, flash, absorbed, cuda or numba_cuda.")] = "reference",
+    implementation: Annotated[
+        str, typer.Option(help="reference, flash, absorbed, cuda or numba_cuda.")
+    ] = "reference",
     backend: Annotated[str, typer.Option(help="numpy or cupy.")] = "numpy",
-    dtype: Annotated[str, typer.Option(help="The type under test: float64, or float32 (no differences).")] = "float64",
-    convention: Annotated[str, typer.Option(help=f"For the model: {', '.join(CONVENTIONS)}.")] = "official",
+    dtype: Annotated[
+        str, typer.Option(help="The type under test: float64, or float32 (no differences).")
+    ] = "float64",
+    convention: Annotated[
+        str, typer.Option(help=f"For the model: {', '.join(CONVENTIONS)}.")
+    ] = "official",
     json_file: Json = None,
 ) -> None:
-    """Check every hand-derived gradient: each op, then the whole tiny model's loss, on real text."""
+    """Check every hand-derived gradient: each op, then the whole tiny model's loss, on real
+    text."""
     settings = Settings(
-        load_text(text), examples, model_examples, seed, implementation, backend, dtype, convention, digits
+        load_text(text),
+        examples,
+        model_examples,
+        seed,
+        implementation,
+        backend,
+        dtype,
+        convention,
+        digits,
     )
     raise typer.Exit(_run(select(ops or []), settings, json_file))
 
@@ -51,7 +73,9 @@ def verify(
 @app.command()
 def grade(
     op: Annotated[str, typer.Argument(help="The op whose backward you wrote.")],
-    file: Annotated[Path, typer.Argument(help="Python file that defines <op>_backward(dy, saved).")],
+    file: Annotated[
+        Path, typer.Argument(help="Python file that defines <op>_backward(dy, saved).")
+    ],
     examples: Examples = 10,
     seed: Seed = 0,
     text: TextFile = None,
@@ -59,10 +83,17 @@ def grade(
 ) -> None:
     """Check your own backward of one op (the exercises of derivations/) against our forward."""
     yours = backward_from_file(op, file)
-    raise typer.Exit(_run([op], Settings(load_text(text), examples, 1, seed, digits=digits), None, {op: yours}))
+    raise typer.Exit(
+        _run([op], Settings(load_text(text), examples, 1, seed, digits=digits), None, {op: yours})
+    )
 
 
-def _run(names: list[str], settings: Settings, json_file: Path | None, replaced: dict[str, Op] | None = None) -> int:
+def _run(
+    names: list[str],
+    settings: Settings,
+    json_file: Path | None,
+    replaced: dict[str, Op] | None = None,
+) -> int:
     """Verify, show the table, write the file; the exit code."""
     settings.validate()
     if json_file is not None:
@@ -70,7 +101,10 @@ def _run(names: list[str], settings: Settings, json_file: Path | None, replaced:
     todo = plan(names, settings)
     out, start = console(), time.perf_counter()
     out.print(f"refimpl {__version__}, NumPy {np.__version__}, Python {platform.python_version()}")
-    out.print(f"text: {settings.text.name}, {len(settings.text.data):,} bytes, sha256 {settings.text.sha256}")
+    out.print(
+        f"text: {settings.text.name}, {len(settings.text.data):,} bytes, sha256 "
+        f"{settings.text.sha256}"
+    )
     report, broken = Report([]), set[str]()
     with progress("verifying") as move:
         for i, step in enumerate(todo):
@@ -151,9 +185,16 @@ def _write_json(path: Path, report: Report, settings: Settings, seconds: float) 
     """Write what a run of checks found."""
     given = {key: value for key, value in asdict(settings).items() if key != "text"}
     content = {
-        "ok": report.ok, "seconds": round(seconds, 1), "settings": given,
+        "ok": report.ok,
+        "seconds": round(seconds, 1),
+        "settings": given,
         "text": {"name": settings.text.name, "sha256": settings.text.sha256},
-        "versions": {"refimpl": __version__, "numpy": np.__version__, "python": platform.python_version()},
-        "contract_faults": report.faults, "tensors": [asdict(t) for t in report.tensors],
-    }  # fmt: skip
+        "versions": {
+            "refimpl": __version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        "contract_faults": report.faults,
+        "tensors": [asdict(t) for t in report.tensors],
+    }
     replace_json(path, content)

@@ -1,6 +1,8 @@
-"""The number that each convention changes, on small fixed examples: a function a trap, from choice to number.
+"""The number that each convention changes, on small fixed examples: a function a trap, from choice
+to number.
 
-Model examples run the preset ``tiny`` in float64 on one text, with parameters off their neutral values.
+Model examples run the preset ``tiny`` in float64 on one text, with parameters off their neutral
+values.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ def parameters(bias: float = 0.0) -> dict[str, Array]:
     rng = np.random.default_rng(20241226)  # the day of the V3 report
     centre = {True: bias, False: 0.0}
     return {
-        name: 0.15 * rng.normal(size=shape) + (1.0 if name.endswith("norm.weight") else centre[is_buffer(name)])
+        name: 0.15 * rng.normal(size=shape)
+        + (1.0 if name.endswith("norm.weight") else centre[is_buffer(name)])
         for name, shape in parameter_shapes(TINY).items()
     }
 
@@ -59,7 +62,9 @@ def convention(**fields: Any) -> ModelConfig:
     return replace(TINY, conventions=replace(TINY.conventions, **fields))
 
 
-def by_convention(name: str, choices: tuple[Any, ...], number: Callable[[ModelConfig], float]) -> Numbers:
+def by_convention(
+    name: str, choices: tuple[Any, ...], number: Callable[[ModelConfig], float]
+) -> Numbers:
     return {str(choice): number(convention(**{name: choice})) for choice in choices}
 
 
@@ -76,7 +81,9 @@ def mtp_order() -> Numbers:
 
 
 def mtp_hidden() -> Numbers:
-    return by_convention("mtp_hidden", ("normed", "raw", "raw_first"), lambda c: float(run(c).mtp[1]))
+    return by_convention(
+        "mtp_hidden", ("normed", "raw", "raw_first"), lambda c: float(run(c).mtp[1])
+    )
 
 
 def mtp_normaliser() -> Numbers:
@@ -112,7 +119,8 @@ def yarn_when() -> Numbers:
 
 def mscale() -> Numbers:
     return {
-        f"mscale_all_dim {m:g}": 192**-0.5 * yarn_softmax_factor(Yarn(factor=40, mscale=m, mscale_all_dim=m))
+        f"mscale_all_dim {m:g}": 192**-0.5
+        * yarn_softmax_factor(Yarn(factor=40, mscale=m, mscale_all_dim=m))
         for m in (1.0, 0.707, 0.0)
     }
 
@@ -127,23 +135,31 @@ def mscale_default() -> Numbers:
 
 
 def yarn_factor() -> Numbers:
-    yarn = Yarn(factor=4.0, original=16, beta_fast=4.0, beta_slow=1.0, mscale=0.5, mscale_all_dim=0.0)
+    yarn = Yarn(
+        factor=4.0, original=16, beta_fast=4.0, beta_slow=1.0, mscale=0.5, mscale_all_dim=0.0
+    )
     return by_convention("yarn_factor", ("ratio", "if_both"), lambda c: main(replace(c, yarn=yarn)))
 
 
 def softmax_normalise() -> Numbers:
     return by_convention(
-        "softmax_normalise", ("scaled", "unscaled", "ignored"), lambda c: main(replace(c, gate="softmax"))
+        "softmax_normalise",
+        ("scaled", "unscaled", "ignored"),
+        lambda c: main(replace(c, gate="softmax")),
     )
 
 
 def balance_counts() -> Numbers:
-    return by_convention("balance_counts", ("unbiased", "routed"), lambda c: float(sum(run(c).balance.values())))
+    return by_convention(
+        "balance_counts", ("unbiased", "routed"), lambda c: float(sum(run(c).balance.values()))
+    )
 
 
 def bias_centre() -> Numbers:
     load = np.array([9, 1, 1, 1])
-    return {str(c): float(bias_update(np.zeros(4), load, 0.001, centre=c)[0]) for c in (False, True)}
+    return {
+        str(c): float(bias_update(np.zeros(4), load, 0.001, centre=c)[0]) for c in (False, True)
+    }
 
 
 def bfloat16(x: Array) -> Array:
@@ -153,7 +169,10 @@ def bfloat16(x: Array) -> Array:
 
 def gate_precision() -> Numbers:
     rng = np.random.default_rng(0)
-    x, w = rng.normal(size=(1024, 64)).astype(np.float32), 0.1 * rng.normal(size=(64, 64)).astype(np.float32)
+    x, w = (
+        rng.normal(size=(1024, 64)).astype(np.float32),
+        0.1 * rng.normal(size=(64, 64)).astype(np.float32),
+    )
 
     def experts(round_: Callable[[Array], Array], sigmoid: bool = False) -> Array:
         gate = round_(round_(x) @ round_(w).T)
@@ -164,9 +183,11 @@ def gate_precision() -> Numbers:
     return {
         name: float(100 * (chosen != exact).any(axis=1).mean())
         for name, chosen in {
-            "float32": experts(lambda a: a), "bfloat16": experts(bfloat16), "scores too": experts(bfloat16, True)
+            "float32": experts(lambda a: a),
+            "bfloat16": experts(bfloat16),
+            "scores too": experts(bfloat16, True),
         }.items()
-    }  # fmt: skip
+    }
 
 
 def gate_bias() -> Numbers:
@@ -186,7 +207,9 @@ def only_shared(x: Array, weights: Array, *experts: Array, **how: Any) -> Any:
 def routed_branch() -> Numbers:
     return {
         "routed and shared": main(),
-        "shared alone": main(ops=REFERENCE | {"moe": REFERENCE["moe"]._replace(forward=only_shared)}),
+        "shared alone": main(
+            ops=REFERENCE | {"moe": REFERENCE["moe"]._replace(forward=only_shared)}
+        ),
     }
 
 
@@ -194,11 +217,16 @@ def gate_epsilon() -> Numbers:
     """Weights if the chosen scores underflow to 0."""
     x, w = np.ones((1, 1)), np.full((2, 1), -800.0)
     with np.errstate(invalid="ignore"):
-        return {f"{e:g}": float(router_forward(x, w, top_k=1, epsilon=e)[0].weights[0, 0]) for e in (0.0, 1e-20)}
+        return {
+            f"{e:g}": float(router_forward(x, w, top_k=1, epsilon=e)[0].weights[0, 0])
+            for e in (0.0, 1e-20)
+        }
 
 
 def weight_scale_inv() -> Numbers:
-    largest = 0.05  # of a tile of weights; the file holds 448 there, and weight_scale_inv = 0.05 / 448
+    largest = (
+        0.05  # of a tile of weights; the file holds 448 there, and weight_scale_inv = 0.05 / 448
+    )
     scale = largest / 448
     return {"multiply": 448 * scale, "divide": 448 / scale}
 
@@ -207,7 +235,10 @@ def amax_floor() -> Numbers:
     """What a tile of zeros is quantised to: x / scale, scale = max(amax, floor) / 448."""
     amax = np.zeros(())
     with np.errstate(invalid="ignore"):
-        return {f"floor {floor:g}": float(amax / (np.maximum(amax, floor) / 448)) for floor in (1e-4, 0.0)}
+        return {
+            f"floor {floor:g}": float(amax / (np.maximum(amax, floor) / 448))
+            for floor in (1e-4, 0.0)
+        }
 
 
 def active_parameters() -> Numbers:
@@ -216,26 +247,43 @@ def active_parameters() -> Numbers:
     sections = count(preset("v3"), length=4096)
     (lines,) = (s.lines for s in sections if s.title.startswith("Active parameters"))
     figures = {line.name: line.value / 1e9 for line in lines}
-    return {"with the head": figures["… + head"], "with head and embedding": figures["… + head + embedding"]}
+    return {
+        "with the head": figures["… + head"],
+        "with head and embedding": figures["… + head + embedding"],
+    }
 
 
-LOG_PROB = -np.array([[0.5, 1.25, 0.75, 2.0], [1.5, 0.25, 1.0, 0.5], [0.75, 0.5, 0.0, 0.0], [1.0, 2.5, 0.25, 0.0]])
-OLD = LOG_PROB - np.array([[0.3, -0.4, 0.1, 0.6], [0.5, 0.2, -0.1, 0.3], [-0.5, 0.1, 0, 0], [0.4, -0.2, 0.1, 0]])
-REFERENCE_LOG_PROB = LOG_PROB - np.array([[0.2, -0.3, 0.4, 0.1], [-0.6, 0.2, 0.1, 0.3], [0.5, -0.4, 0, 0], [0.1] * 4])
+LOG_PROB = -np.array(
+    [[0.5, 1.25, 0.75, 2.0], [1.5, 0.25, 1.0, 0.5], [0.75, 0.5, 0.0, 0.0], [1.0, 2.5, 0.25, 0.0]]
+)
+OLD = LOG_PROB - np.array(
+    [[0.3, -0.4, 0.1, 0.6], [0.5, 0.2, -0.1, 0.3], [-0.5, 0.1, 0, 0], [0.4, -0.2, 0.1, 0]]
+)
+REFERENCE_LOG_PROB = LOG_PROB - np.array(
+    [[0.2, -0.3, 0.4, 0.1], [-0.6, 0.2, 0.1, 0.3], [0.5, -0.4, 0, 0], [0.1] * 4]
+)
 LENGTHS = np.arange(4) < np.array([[4], [4], [2], [3]])
 REWARDS = np.array([[1.0, 0.0, 0.0, 1.0]])
 
 
 def grpo(**how: Any) -> float:
     """The loss of four outputs of one question."""
-    given: dict[str, Any] = {"mask": LENGTHS, "old_log_prob": OLD, "reference_log_prob": REFERENCE_LOG_PROB}
+    given: dict[str, Any] = {
+        "mask": LENGTHS,
+        "old_log_prob": OLD,
+        "reference_log_prob": REFERENCE_LOG_PROB,
+    }
     given |= {"advantages": group_advantages(REWARDS), "length": 4}
     return float(grpo_forward(LOG_PROB, **(given | how))[0].loss)
 
 
 def grpo_level() -> Numbers:
-    presets = {name: grpo(**GRPO_PRESETS[name]) for name in ("deepseekmath", "r1_print", "dapo", "gspo")}
-    presets["dr_grpo"] = grpo(advantages=group_advantages(REWARDS, scale=False), **GRPO_PRESETS["dr_grpo"])
+    presets = {
+        name: grpo(**GRPO_PRESETS[name]) for name in ("deepseekmath", "r1_print", "dapo", "gspo")
+    }
+    presets["dr_grpo"] = grpo(
+        advantages=group_advantages(REWARDS, scale=False), **GRPO_PRESETS["dr_grpo"]
+    )
     return presets | {"verl": grpo(average="token", dual_clip=3.0, kl_weight=0.0)}
 
 
@@ -259,14 +307,23 @@ def group_of_one() -> Numbers:
 
 
 def kl_gradient() -> Numbers:
-    """One token that the reference finds e^3 times likelier; its pull towards the reference, −dKL/d ln π."""
+    """One token that the reference finds e^3 times likelier; its pull towards the reference, −dKL/d
+    ln π."""
 
     def pull(**how: Any) -> float:
         one = np.full((1, 1), -4.0)
         given: dict[str, Any] = {"mask": one < 0, "reference_log_prob": one + 3, "kl_weight": 1.0}
-        return -float(grpo_backward((1.0,), grpo_forward(one, advantages=np.zeros(1), **given, **how)[1])[0, 0])
+        return -float(
+            grpo_backward((1.0,), grpo_forward(one, advantages=np.zeros(1), **given, **how)[1])[
+                0, 0
+            ]
+        )
 
-    return {"k3": pull(), "k3, verl's bounds": pull(kl_bounds=(20.0, 10.0)), "unbiased": pull(kl="unbiased")}
+    return {
+        "k3": pull(),
+        "k3, verl's bounds": pull(kl_bounds=(20.0, 10.0)),
+        "unbiased": pull(kl="unbiased"),
+    }
 
 
 def clip_width() -> Numbers:
@@ -294,7 +351,8 @@ def latent_eps() -> Numbers:
 
 
 def hidden_float32() -> Numbers:
-    """The largest relative change of a logit if norms and gate cast to float32 inside a model in float64."""
+    """The largest relative change of a logit if norms and gate cast to float32 inside a model in
+    float64."""
 
     def norm(x: Array, w: Array, *, eps: float) -> Any:
         y, saved = rms_norm_forward(x.astype(np.float32), w.astype(np.float32), eps=eps)
@@ -302,10 +360,16 @@ def hidden_float32() -> Numbers:
 
     def gate(x: Array, w: Array, **how: Any) -> Any:
         y, saved = router_forward(x.astype(np.float32), w.astype(np.float32), **how)
-        return y._replace(weights=y.weights.astype(np.float64), scores=y.scores.astype(np.float64)), saved
+        return y._replace(
+            weights=y.weights.astype(np.float64), scores=y.scores.astype(np.float64)
+        ), saved
 
     cast = REFERENCE | {
-        "rms_norm": REFERENCE["rms_norm"]._replace(forward=norm), "router": REFERENCE["router"]._replace(forward=gate)
-    }  # fmt: skip
+        "rms_norm": REFERENCE["rms_norm"]._replace(forward=norm),
+        "router": REFERENCE["router"]._replace(forward=gate),
+    }
     exact, rounded = (logits(parameters(), run(ops=ops).hidden) for ops in (REFERENCE, cast))
-    return {"float64": 0.0, "float32 inside": float(np.max(np.abs(rounded - exact)) / np.max(np.abs(exact)))}
+    return {
+        "float64": 0.0,
+        "float32 inside": float(np.max(np.abs(rounded - exact)) / np.max(np.abs(exact))),
+    }

@@ -11,7 +11,8 @@ from .examples import Numbers
 __all__ = ["WHO", "Trap"]
 
 WHO = ("DeepSeek", "paper", "HF", "Megatron", "torchtitan", "TRL", "verl")
-"""DeepSeek: its published code and weights. HF: transformers. Others, such as vLLM, follow by their own names."""
+"""DeepSeek: its published code and weights. HF: transformers. Others, such as vLLM, follow by their
+own names."""
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,18 @@ class Trap:
 
     title: str
     question: str
-    who: dict[str, str]  # what each implementation does, with its source; those without such a part are left out
+    who: dict[
+        str, str
+    ]  # what each implementation does, with its source; those without such a part are left out
     field: str  # where ours is chosen
     default: str
     tell: str  # how an implementation's choice shows from outside
-    measures: tuple[tuple[str, Callable[[], Numbers]], ...]  # what the numbers are, and what computes them
-    checkpoint: bool = False  # shows on files of a certain format alone, not in the model's arithmetic
+    measures: tuple[
+        tuple[str, Callable[[], Numbers]], ...
+    ]  # what the numbers are, and what computes them
+    checkpoint: bool = (
+        False  # shows on files of a certain format alone, not in the model's arithmetic
+    )
 
     @cached_property
     def measured(self) -> dict[str, Numbers]:

@@ -1,4 +1,5 @@
-"""Token embedding on kernels/embedding.cu; as `refimpl.ops.embedding`, and for bfloat16 (dw is float32 then)."""
+"""Token embedding on kernels/embedding.cu; as `refimpl.ops.embedding`, and for bfloat16 (dw is
+float32 then)."""
 
 from __future__ import annotations
 
@@ -35,15 +36,31 @@ def embedding(launch: Launch) -> Op:
         expect("dy", dy, "(…, D)", (*saved.ids.shape, d))
         dy, order = ready(dy), ready(argsort(saved.ids.reshape(-1)), np.int64)
         ids = ready(saved.ids.reshape(-1)[order], np.int64)
-        start = ready(n.xp.flatnonzero(n.xp.diff(ids, prepend=-1)), np.int64)  # where another id begins
+        start = ready(
+            n.xp.flatnonzero(n.xp.diff(ids, prepend=-1)), np.int64
+        )  # where another id begins
         run = 1 << (ids.size.bit_length() // 2)  # about √rows
         runs, columns = ids.size // run, cover(d, 32 * n.vector)
         dw, part = n.xp.zeros((vocabulary, d), dtype=n.real), kernels.empty((runs, d), n.real, dy)
-        kernels("embedding_runs", n.storage, runs * columns, (32, LANES), part, dy, order, ids, run, d)
         kernels(
-            "embedding_backward", n.storage, start.size * columns, (32, LANES), dw, part, dy, order, ids, start,
-            np.int64(ids.size), np.int64(start.size), run, d,
-        )  # fmt: skip
+            "embedding_runs", n.storage, runs * columns, (32, LANES), part, dy, order, ids, run, d
+        )
+        kernels(
+            "embedding_backward",
+            n.storage,
+            start.size * columns,
+            (32, LANES),
+            dw,
+            part,
+            dy,
+            order,
+            ids,
+            start,
+            np.int64(ids.size),
+            np.int64(start.size),
+            run,
+            d,
+        )
         return dw
 
     return Op(embedding_forward, embedding_backward)

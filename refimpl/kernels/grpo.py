@@ -1,7 +1,8 @@
-"""GRPO and its family on kernels/grpo.cu; as `refimpl.ops.grpo` with every one of its settings, and for bfloat16.
+"""GRPO and its family on kernels/grpo.cu; as `refimpl.ops.grpo` with every one of its settings, and
+for bfloat16.
 
-A bfloat16 ``log_prob`` has two digits, so ratios are coarse; the rest, old and reference log-probabilities too, is
-float32 then, and the gradient is rounded once.
+A bfloat16 ``log_prob`` has two digits, so ratios are coarse; the rest, old and reference
+log-probabilities too, is float32 then, and the gradient is rounded once.
 """
 
 from __future__ import annotations
@@ -34,41 +35,96 @@ def grpo(launch: Launch) -> Op:
     kernels = Kernels(launch, "grpo")
 
     def grpo_forward(
-        log_prob: Array, *, advantages: Array, mask: Array, old_log_prob: Array | None = None,
-        reference_log_prob: Array | None = None, clip: tuple[float, float] = (0.2, 0.2), dual_clip: float | None = None,
-        ratio: str = "token", average: str = "sequence", length: int | None = None, kl_weight: float = 0.04,
-        kl: str = "k3", kl_level: str = "token", kl_bounds: tuple[float, float] | None = None,
-        off_policy: float | None = None, unclipped: Array | None = None, kept: Array | None = None,
-    ) -> tuple[GRPOOutput, GRPOSaved]:  # fmt: skip
+        log_prob: Array,
+        *,
+        advantages: Array,
+        mask: Array,
+        old_log_prob: Array | None = None,
+        reference_log_prob: Array | None = None,
+        clip: tuple[float, float] = (0.2, 0.2),
+        dual_clip: float | None = None,
+        ratio: str = "token",
+        average: str = "sequence",
+        length: int | None = None,
+        kl_weight: float = 0.04,
+        kl: str = "k3",
+        kl_level: str = "token",
+        kl_bounds: tuple[float, float] | None = None,
+        off_policy: float | None = None,
+        unclipped: Array | None = None,
+        kept: Array | None = None,
+    ) -> tuple[GRPOOutput, GRPOSaved]:
         n = numbers(log_prob=log_prob)
         check_shapes(log_prob, advantages, mask, unclipped, kept)
-        check_settings(clip, dual_clip, ratio, average, length, kl_weight, kl, kl_level, kl_bounds, reference_log_prob)
+        check_settings(
+            clip,
+            dual_clip,
+            ratio,
+            average,
+            length,
+            kl_weight,
+            kl,
+            kl_level,
+            kl_bounds,
+            reference_log_prob,
+        )
         outputs, t = log_prob.shape
         log_prob = ready(log_prob)
-        given = {"old_log_prob": old_log_prob, "reference_log_prob": reference_log_prob if kl_weight else None}
+        given = {
+            "old_log_prob": old_log_prob,
+            "reference_log_prob": reference_log_prob if kl_weight else None,
+        }
         others = []
         for name, other in given.items():
             if other is not None:
                 expect(name, other, "(N, T)", (outputs, t))
             others.append(ready(log_prob if other is None else other, n.real))
         tokens = float(mask.sum())
-        total = {"sequence": outputs, "token": tokens or 1.0, "constant": outputs * float(length or 1)}[average]
+        total = {
+            "sequence": outputs,
+            "token": tokens or 1.0,
+            "constant": outputs * float(length or 1),
+        }[average]
         replayed = unclipped is not None, kept is not None
         unclipped = _bytes(kernels, unclipped, (outputs, t), log_prob)
         kept = _bytes(kernels, kept, (outputs,), log_prob)
-        part, loss = kernels.empty((outputs,), n.real, log_prob), kernels.empty((1,), n.real, log_prob)
+        part, loss = (
+            kernels.empty((outputs,), n.real, log_prob),
+            kernels.empty((1,), n.real, log_prob),
+        )
         dlog_prob = kernels.empty((outputs, t), n.real, log_prob)
         infinite = float("inf")
         bounds = kl_bounds or (infinite, infinite)
         numbers_of_it = (
-            total, 1 - float(clip[0]), 1 + float(clip[1]), infinite if dual_clip is None else dual_clip, kl_weight,
-            *bounds, infinite if off_policy is None else off_policy,
-        )  # fmt: skip
+            total,
+            1 - float(clip[0]),
+            1 + float(clip[1]),
+            infinite if dual_clip is None else dual_clip,
+            kl_weight,
+            *bounds,
+            infinite if off_policy is None else off_policy,
+        )
         kernels(
-            "grpo_forward", n.storage, outputs, min(THREADS, 32 * -(-t // 32)) or 32, part, dlog_prob, unclipped, kept,
-            log_prob, *others, ready(mask).view(np.uint8), ready(advantages, n.real), t,
-            *map(int, replayed), RATIO[ratio], AVERAGE[average], KL[kl], RATIO[kl_level], *map(n.scalar, numbers_of_it),
-        )  # fmt: skip
+            "grpo_forward",
+            n.storage,
+            outputs,
+            min(THREADS, 32 * -(-t // 32)) or 32,
+            part,
+            dlog_prob,
+            unclipped,
+            kept,
+            log_prob,
+            *others,
+            ready(mask).view(np.uint8),
+            ready(advantages, n.real),
+            t,
+            *map(int, replayed),
+            RATIO[ratio],
+            AVERAGE[average],
+            KL[kl],
+            RATIO[kl_level],
+            *map(n.scalar, numbers_of_it),
+        )
         kernels("grpo_loss", n.storage, 1, THREADS, loss, part, np.int64(outputs))
         output = GRPOOutput(loss.reshape(()), unclipped.view(bool), kept.view(bool))
         return output, GRPOSaved(dlog_prob, n.dtype)

@@ -1,4 +1,5 @@
-"""What the host sides of all kernels share: number types, arrays as kernels want them, and the launch."""
+"""What the host sides of all kernels share: number types, arrays as kernels want them, and the
+launch."""
 
 from __future__ import annotations
 
@@ -17,15 +18,19 @@ from .numba_cuda import compile_numba
 __all__ = ["Kernels", "Numbers", "cover", "matmul", "numbers", "parts", "place", "product", "ready"]
 
 WIDE = {"float64": "float64", "float32": "float32", "bfloat16": "float32"}
-FULL_SUMS = 16  # CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION: no partial sum in the type of a bfloat16 result
+# CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION: no partial sum in the type of a bfloat16 result
+FULL_SUMS = 16
 
 
 class Numbers:
-    """The array namespace and the two number types of one call: of arrays in memory, and of arithmetic."""
+    """The array namespace and the two number types of one call: of arrays in memory, and of
+    arithmetic."""
 
     def __init__(self, xp: ModuleType, storage: str, dtype: Any) -> None:
         self.xp, self.storage, self.dtype = xp, storage, dtype
-        self.real: Any = np.dtype(WIDE[storage])  # of sums, weight gradients and whatever is no storage array
+        self.real: Any = np.dtype(
+            WIDE[storage]
+        )  # of sums, weight gradients and whatever is no storage array
         self.vector = 16 // np.dtype(dtype).itemsize  # elements of 16 bytes
 
     def scalar(self, x: Any) -> np.generic:
@@ -36,7 +41,8 @@ class Numbers:
 def numbers(**arrays: Array | None) -> Numbers:
     """The types that all the named arrays (None entries are skipped) have in common.
 
-    TypeError if one is no array, or they differ in library or dtype, or that is not float64, float32 or bfloat16.
+    TypeError if one is no array, or they differ in library or dtype, or that is not float64,
+    float32 or bfloat16.
     """
     first: tuple[str, Any, Any] | None = None
     for name, x in arrays.items():
@@ -49,7 +55,8 @@ def numbers(**arrays: Array | None) -> Numbers:
             first = name, xp, x.dtype
         elif first[1:] != (xp, x.dtype):
             raise TypeError(
-                f"{name} must be {first[1].__name__} {first[2]} like {first[0]}, got {xp.__name__} {x.dtype}"
+                f"{name} must be {first[1].__name__} {first[2]} like {first[0]}, got "
+                f"{xp.__name__} {x.dtype}"
             )
     if first is None:
         raise TypeError("at least one array is needed, got none")
@@ -57,7 +64,8 @@ def numbers(**arrays: Array | None) -> Numbers:
 
 
 def ready(x: Array, dtype: Any = None) -> Array:
-    """``x`` (in ``dtype``, if given) contiguous and at a multiple of 16 bytes: itself, if it is so already."""
+    """``x`` (in ``dtype``, if given) contiguous and at a multiple of 16 bytes: itself, if it is so
+    already."""
     xp = library(x)
     x = xp.asarray(x, dtype=x.dtype if dtype is None else dtype, order="C")
     address = x.data.ptr if xp.__name__ == "cupy" else x.ctypes.data
@@ -65,8 +73,11 @@ def ready(x: Array, dtype: Any = None) -> Array:
 
 
 def product(a: Array, b: Array, dtype: Any) -> Array:
-    """a […, n] @ b [n, m] in ``dtype``, summed in float32 or wider; ``a`` may be float32 beside a bfloat16 ``b``."""
-    rows = a if a.ndim == 2 else a.reshape(prod(a.shape[:-1]), b.shape[0])  # CuPy has no stacks of bfloat16 products
+    """a […, n] @ b [n, m] in ``dtype``, summed in float32 or wider; ``a`` may be float32 beside a
+    bfloat16 ``b``."""
+    rows = (
+        a if a.ndim == 2 else a.reshape(prod(a.shape[:-1]), b.shape[0])
+    )  # CuPy has no stacks of bfloat16 products
     out = library(a).empty((rows.shape[0], b.shape[1]), dtype=dtype)
     for i, part in enumerate(parts(rows, b.dtype)):
         matmul(part, b, out, add=i > 0)
@@ -74,10 +85,12 @@ def product(a: Array, b: Array, dtype: Any) -> Array:
 
 
 def parts(x: Array, dtype: Any) -> Iterator[Array]:
-    """Arrays in ``dtype`` whose sum is ``x``: ``x`` itself, or of float32 in bfloat16 three, the largest first.
+    """Arrays in ``dtype`` whose sum is ``x``: ``x`` itself, or of float32 in bfloat16 three, the
+    largest first.
 
-    Each holds 8 of its 24 bits, so that products on tensor cores, which take bfloat16, are those of float32. Exact down
-    to 2⁻¹⁰³, where CuPy takes what is left for 0; an infinite element, or one beyond 3.395 · 10³⁸, becomes NaN.
+    Each holds 8 of its 24 bits, so that products on tensor cores, which take bfloat16, are those of
+    float32. Exact down to 2⁻¹⁰³, where CuPy takes what is left for 0; an infinite element, or one
+    beyond 3.395 · 10³⁸, becomes NaN.
     """
     if x.dtype == dtype:
         yield x
@@ -90,17 +103,19 @@ def parts(x: Array, dtype: Any) -> Iterator[Array]:
 
 
 def matmul(a: Array, b: Array, out: Array, *, add: bool = False) -> None:
-    """Write a [n, k] @ b [k, m] into ``out`` [n, m], contiguous; with ``add``, add it to what is there.
+    """Write a [n, k] @ b [k, m] into ``out`` [n, m], contiguous; with ``add``, add it to what is
+    there.
 
-    ``a`` and ``b`` have one type, ``out`` that or, for bfloat16, float32. Sums are float32 or wider, and rounded once.
-    On a device they are cuBLAS's, on tensor cores for bfloat16; transposed arrays are taken as they lie in memory.
+    ``a`` and ``b`` have one type, ``out`` that or, for bfloat16, float32. Sums are float32 or
+    wider, and rounded once. On a device they are cuBLAS's, on tensor cores for bfloat16; transposed
+    arrays are taken as they lie in memory.
     """
     xp, (n, k), m = library(a), a.shape, b.shape[1]
     types = a.dtype == b.dtype and str(out.dtype) in (str(a.dtype), WIDE[str(a.dtype)])
     if not types or b.shape[0] != k or out.shape != (n, m) or not out.flags.c_contiguous:
         raise ValueError(
-            f"out must be contiguous, {(n, m)}, of the type of a {a.dtype} {a.shape} and b {b.dtype} {b.shape}, or "
-            f"wider, got {out.dtype} {out.shape}"
+            f"out must be contiguous, {(n, m)}, of the type of a {a.dtype} {a.shape} and b "
+            f"{b.dtype} {b.shape}, or wider, got {out.dtype} {out.shape}"
         )
     real = np.dtype(WIDE[str(out.dtype)])
     if xp.__name__ != "cupy":
@@ -109,25 +124,47 @@ def matmul(a: Array, b: Array, out: Array, *, add: bool = False) -> None:
     elif 0 in (n, k, m):
         out[...] = out if add else 0
     else:
-        # cuBLAS counts columns first: what it takes for a matrix is the transpose of ours, so outᵀ = bᵀ aᵀ
+        # cuBLAS counts columns first: what it takes for a matrix is the transpose of ours, so outᵀ
+        # = bᵀ aᵀ
         blas, handle, runtime = xp.cuda.cublas, xp.cuda.device.get_cublas_handle(), xp.cuda.runtime
-        type_of = {"float64": runtime.CUDA_R_64F, "float32": runtime.CUDA_R_32F, "bfloat16": runtime.CUDA_R_16BF}
+        type_of = {
+            "float64": runtime.CUDA_R_64F,
+            "float32": runtime.CUDA_R_32F,
+            "bfloat16": runtime.CUDA_R_16BF,
+        }
         (a, turn_a, step_a), (b, turn_b, step_b) = _in_memory(a), _in_memory(b)
         scale, keep = np.ones((), real), np.asarray(add, real)
         mode = blas.getMathMode(handle)
         blas.setMathMode(handle, mode | FULL_SUMS)
         try:
             blas.gemmEx(
-                handle, turn_b, turn_a, m, n, k, scale.ctypes.data, b.data.ptr, type_of[str(b.dtype)], step_b,
-                a.data.ptr, type_of[str(a.dtype)], step_a, keep.ctypes.data, out.data.ptr, type_of[str(out.dtype)], m,
-                blas.CUBLAS_COMPUTE_64F if real == np.float64 else blas.CUBLAS_COMPUTE_32F, blas.CUBLAS_GEMM_DEFAULT,
-            )  # fmt: skip
+                handle,
+                turn_b,
+                turn_a,
+                m,
+                n,
+                k,
+                scale.ctypes.data,
+                b.data.ptr,
+                type_of[str(b.dtype)],
+                step_b,
+                a.data.ptr,
+                type_of[str(a.dtype)],
+                step_a,
+                keep.ctypes.data,
+                out.data.ptr,
+                type_of[str(out.dtype)],
+                m,
+                blas.CUBLAS_COMPUTE_64F if real == np.float64 else blas.CUBLAS_COMPUTE_32F,
+                blas.CUBLAS_GEMM_DEFAULT,
+            )
         finally:
             blas.setMathMode(handle, mode)
 
 
 def _in_memory(x: Array) -> tuple[Array, int, int]:
-    """(array, whether its rows lie across memory: cuBLAS's transposition of it, elements from line to line)."""
+    """(array, whether its rows lie across memory: cuBLAS's transposition of it, elements from line
+    to line)."""
     if not x.flags.c_contiguous and x.flags.f_contiguous:
         return x, 1, x.shape[0]
     return library(x).ascontiguousarray(x), 0, x.shape[1]
@@ -151,17 +188,29 @@ class Kernels:
         return self.launch.empty(shape, dtype, like)
 
     def __call__(
-        self, kernel: str, storage: str, blocks: int | tuple[int, int], threads: int | tuple[int, int], *arguments: Any,
+        self,
+        kernel: str,
+        storage: str,
+        blocks: int | tuple[int, int],
+        threads: int | tuple[int, int],
+        *arguments: Any,
         shared: int = 0,
-    ) -> None:  # fmt: skip
-        """Run ``kernel`` on so many blocks; nothing on 0 of them. Python ints, below 2³⁰, are int32 parameters."""
+    ) -> None:
+        """Run ``kernel`` on so many blocks; nothing on 0 of them. Python ints, below 2³⁰, are int32
+        parameters."""
         grid = (blocks,) if isinstance(blocks, int) else blocks
         if 0 in grid:
             return
         if grid[0] >= 2**31 or grid[-1] >= 2 ** (31 if len(grid) == 1 else 16):
-            raise ValueError(f"{kernel} can't run on more than 2³¹ − 1 blocks, of 2¹⁶ − 1 in y, got {grid}")
-        if large := [x for x in arguments if isinstance(x, int) and x >= 2**30]:  # a step past a row's end must fit too
-            raise ValueError(f"{kernel} counts in int32, so sizes must be below 2³⁰, got {large[0]}")
+            raise ValueError(
+                f"{kernel} can't run on more than 2³¹ − 1 blocks, of 2¹⁶ − 1 in y, got {grid}"
+            )
+        if large := [
+            x for x in arguments if isinstance(x, int) and x >= 2**30
+        ]:  # a step past a row's end must fit too
+            raise ValueError(
+                f"{kernel} counts in int32, so sizes must be below 2³⁰, got {large[0]}"
+            )
         typed = [np.int32(x) if isinstance(x, int) else x for x in arguments]
         block = (threads,) if isinstance(threads, int) else threads
         if isinstance(self.launch, NumbaLaunch):

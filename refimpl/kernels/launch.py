@@ -1,4 +1,5 @@
-"""How a compiled kernel is started: on the GPU at hand here, under the interpreter of PTX in the tests."""
+"""How a compiled kernel is started: on the GPU at hand here, under the interpreter of PTX in the
+tests."""
 
 from __future__ import annotations
 
@@ -21,10 +22,17 @@ class Launch(Protocol):
     target: str  # of `refimpl.kernels.compile.TARGETS`
 
     def __call__(
-        self, module: Module, kernel: str, grid: tuple[int, ...], block: tuple[int, ...], arguments: Sequence[Any], *,
+        self,
+        module: Module,
+        kernel: str,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        arguments: Sequence[Any],
+        *,
         shared: int = 0,
-    ) -> None:  # fmt: skip
-        """Run ``kernel`` with arrays (read and written in place) and NumPy scalars of the parameters' very types."""
+    ) -> None:
+        """Run ``kernel`` with arrays (read and written in place) and NumPy scalars of the
+        parameters' very types."""
 
     def empty(self, shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
         """An array whose content a kernel will write, on the device of ``like``."""
@@ -37,9 +45,15 @@ class NumbaLaunch:
         self.launch, self.target = launch, launch.target
 
     def __call__(
-        self, module: Module, kernel: str, grid: tuple[int, ...], block: tuple[int, ...], arguments: Sequence[Any], *,
+        self,
+        module: Module,
+        kernel: str,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        arguments: Sequence[Any],
+        *,
         shared: int = 0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.launch(module, kernel, grid, block, arguments, shared=shared)
 
     def empty(self, shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
@@ -47,13 +61,16 @@ class NumbaLaunch:
 
 
 class DeviceLaunch:
-    """Launches on the current CuPy device; CouldNotRun without a GPU, or on one that no target fits."""
+    """Launches on the current CuPy device; CouldNotRun without a GPU, or on one that no target
+    fits."""
 
     def __init__(self) -> None:
         try:
             import cupy
         except ImportError as error:
-            raise CouldNotRun(f"kernels need CuPy: pip install 'deepseek-refimpl[cuda13]' ({error})") from error
+            raise CouldNotRun(
+                f"kernels need CuPy: pip install 'deepseek-refimpl[cuda13]' ({error})"
+            ) from error
         try:
             count = cupy.cuda.runtime.getDeviceCount()
         except cupy.cuda.runtime.CUDARuntimeError as error:
@@ -64,15 +81,25 @@ class DeviceLaunch:
         capability = int(cupy.cuda.Device().compute_capability)
         fitting = [t for t in TARGETS if _fits(t, capability)]
         if not fitting:
-            raise CouldNotRun(f"kernels are compiled for {', '.join(TARGETS)}, this GPU is sm_{capability}")
+            raise CouldNotRun(
+                f"kernels are compiled for {', '.join(TARGETS)}, this GPU is sm_{capability}"
+            )
         self.target = fitting[-1]
         self._kernels: dict[tuple[Path, str], Any] = {}
 
     def __call__(
-        self, module: Module, kernel: str, grid: tuple[int, ...], block: tuple[int, ...], arguments: Sequence[Any], *,
+        self,
+        module: Module,
+        kernel: str,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        arguments: Sequence[Any],
+        *,
         shared: int = 0,
-    ) -> None:  # fmt: skip
-        if any(isinstance(x, np.ndarray) for x in arguments):  # CuPy would pass its values, not its address
+    ) -> None:
+        if any(
+            isinstance(x, np.ndarray) for x in arguments
+        ):  # CuPy would pass its values, not its address
             raise TypeError(f"{kernel} runs on CuPy arrays, got a NumPy array")
         key = module.cubin, kernel
         if key not in self._kernels:
@@ -84,7 +111,8 @@ class DeviceLaunch:
 
 
 def _fits(target: str, capability: int) -> bool:
-    """Machine code runs on its own major version from its minor version on; ``a`` on its very version alone."""
+    """Machine code runs on its own major version from its minor version on; ``a`` on its very
+    version alone."""
     number = int(target.removeprefix("sm_").rstrip("a"))
     if target.endswith("a"):
         return number == capability

@@ -1,4 +1,5 @@
-"""The linear map, as `refimpl.ops.linear`, and for bfloat16: a dense product, which is cuBLAS's on a device."""
+"""The linear map, as `refimpl.ops.linear`, and for bfloat16: a dense product, which is cuBLAS's on
+a device."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""Log-probabilities of chosen tokens on kernels/cross_entropy.cu; as `refimpl.ops.log_prob`, and for bfloat16.
+"""Log-probabilities of chosen tokens on kernels/cross_entropy.cu; as `refimpl.ops.log_prob`, and
+for bfloat16.
 
-The products are cuBLAS's, the log-sum-exp and the gradient, which is written over the logits, are the kernels'. A GPU
-wants large products, so logits are made in blocks of at least `BLOCK`, whatever ``block`` is: as many whole rows in the
-forward, so that no sum of a row depends on the block, and blocks of tokens × vocabulary in the backward, where dw is
-then written once for each block of tokens. The gradient of bfloat16's logits stays float32 (`parts`).
+The products are cuBLAS's, the log-sum-exp and the gradient, which is written over the logits, are
+the kernels'. A GPU wants large products, so logits are made in blocks of at least `BLOCK`, whatever
+``block`` is: as many whole rows in the forward, so that no sum of a row depends on the block, and
+blocks of tokens × vocabulary in the backward, where dw is then written once for each block of
+tokens. The gradient of bfloat16's logits stays float32 (`parts`).
 """
 
 from __future__ import annotations
@@ -44,14 +46,22 @@ def log_prob(launch: Launch) -> Op:
         return z
 
     def log_prob_forward(
-        h: Array, w: Array, *, targets: Array, mask: Array | None = None, temperature: float = 1.0,
+        h: Array,
+        w: Array,
+        *,
+        targets: Array,
+        mask: Array | None = None,
+        temperature: float = 1.0,
         block: tuple[int, int] = (256, 4096),
-    ) -> tuple[Array, LogProbSaved]:  # fmt: skip
+    ) -> tuple[Array, LogProbSaved]:
         n = numbers(h=h, w=w)
         expect("w", w, "(W, D)", (None, h.shape[-1]))
         expect("targets", targets, "(…)", tuple(h.shape[:-1]))
         if not temperature > 0 or min(block) < 1:
-            raise ValueError(f"temperature must be positive and block at least (1, 1), got {temperature}, {block}")
+            raise ValueError(
+                f"temperature must be positive and block at least (1, 1), got {temperature}, "
+                f"{block}"
+            )
         like = n.xp.zeros((1,), dtype=n.real)
         targets, mask = token_weights(like, targets, mask, 1.0, w.shape[0])
         targets, mask = ready(targets.reshape(-1)), mask.reshape(-1)
@@ -62,7 +72,9 @@ def log_prob(launch: Launch) -> Op:
         for start, stop in blocks(targets.size, _rows(block, w.shape[0])):
             z = logits(rows[start:stop], w, saved)
             part = slice(start, stop)
-            largest[part], total[part], chosen[part] = softmax_statistics(launch, z, ready(targets[part]))
+            largest[part], total[part], chosen[part] = softmax_statistics(
+                launch, z, ready(targets[part])
+            )
         return n.xp.where(mask != 0, mask * chosen, n.scalar(0)).reshape(h.shape[:-1]), saved
 
     def log_prob_backward(dy: Array, saved: LogProbSaved) -> tuple[Array, Array]:
@@ -74,7 +86,9 @@ def log_prob(launch: Launch) -> Op:
         dh, dw = n.xp.zeros(rows.shape, dtype=h.dtype), n.xp.zeros(w.shape, dtype=n.real)
         for start, stop in blocks(targets.size, block[0]):
             x, sums = rows[start:stop], n.xp.empty((stop - start, rows.shape[1]), dtype=n.real)
-            peak, sum_of, own, scale = (ready(each[start:stop]) for each in (largest, total, targets, weight))
+            peak, sum_of, own, scale = (
+                ready(each[start:stop]) for each in (largest, total, targets, weight)
+            )
             for w0, w1 in blocks(w.shape[0], block[1]):
                 z = logits(x, w[w0:w1], saved)
                 dz = softmax_gradient(launch, z, z, peak, sum_of, own - w0, scale, dloss=1.0)

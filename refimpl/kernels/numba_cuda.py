@@ -1,8 +1,9 @@
-"""Numba CUDA to PTX and machine code, which needs no GPU; kept on disk as the kernels in CUDA C are.
+"""Numba CUDA to PTX and machine code, which needs no GPU; kept on disk as the kernels in CUDA C
+are.
 
-Kernels take plain pointers and numbers (numba's own arrays would be seven words each), so they have the very parameters
-of their twins in CUDA C, and the same host side starts both. bfloat16 is left out: numba compiles it to calls of
-functions that it does not contain.
+Kernels take plain pointers and numbers (numba's own arrays would be seven words each), so they have
+the very parameters of their twins in CUDA C, and the same host side starts both. bfloat16 is left
+out: numba compiles it to calls of functions that it does not contain.
 """
 
 from __future__ import annotations
@@ -21,17 +22,22 @@ from .compile import TARGETS, BuildError, Module, kept, library_file
 __all__ = ["NUMBA_STEMS", "NUMBA_STORAGE", "compile_numba", "kernels_of"]
 
 NUMBA_STORAGE = ("float64", "float32")
-NUMBA_STEMS = tuple(sorted(path.name.removesuffix("_numba_cuda.py") for path in SOURCE.glob("*_numba_cuda.py")))
+NUMBA_STEMS = tuple(
+    sorted(path.name.removesuffix("_numba_cuda.py") for path in SOURCE.glob("*_numba_cuda.py"))
+)
 NUMBA_STEMS = tuple(stem for stem in NUMBA_STEMS if stem != "common")
 
 
 def kernels_of(stem: str, storage: str) -> dict[str, Callable[..., None]]:
-    """The kernels of ``kernels/<stem>_numba_cuda.py`` for a storage type, by name, as Python functions.
+    """The kernels of ``kernels/<stem>_numba_cuda.py`` for a storage type, by name, as Python
+    functions.
 
     TypeError for bfloat16, ValueError for an unknown stem; CouldNotRun if there is no numba-cuda.
     """
     if storage not in NUMBA_STORAGE:
-        raise TypeError(f"kernels in Numba CUDA take {' and '.join(NUMBA_STORAGE)} arrays, got {storage}")
+        raise TypeError(
+            f"kernels in Numba CUDA take {' and '.join(NUMBA_STORAGE)} arrays, got {storage}"
+        )
     if stem not in NUMBA_STEMS:
         raise ValueError(f"stem must be one of {', '.join(NUMBA_STEMS)}, got {stem}")
     real = getattr(_numba(), storage)
@@ -41,14 +47,20 @@ def kernels_of(stem: str, storage: str) -> dict[str, Callable[..., None]]:
 
 @cache
 def compile_numba(stem: str, kernel: str, target: str, storage: str) -> Module:
-    """One kernel for a target and a storage type; for sm_90a that for sm_90. BuildError if it does not compile."""
+    """One kernel for a target and a storage type; for sm_90a that for sm_90. BuildError if it does
+    not compile."""
     if target not in TARGETS:
         raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target}")
     if target.endswith("a"):
         return compile_numba(stem, kernel, target.rstrip("a"), storage)
     function = kernels_of(stem, storage)[kernel]
     sources = [(SOURCE / f"{name}_numba_cuda.py").read_text() for name in ("common", stem)]
-    tools = [version("numba"), version("numba-cuda"), library_file("nvvm"), library_file("nvJitLink")]
+    tools = [
+        version("numba"),
+        version("numba-cuda"),
+        library_file("nvvm"),
+        library_file("nvJitLink"),
+    ]
     all_that_enters = tools, sources, kernel, target, storage
     return kept(kernel, target, storage, all_that_enters, lambda: build_numba(function, target))
 
@@ -77,13 +89,18 @@ def _assemble(kernel: str, ptx: bytes, target: str) -> tuple[bytes, bytes]:
     try:
         nvjitlink.add_data(handle, nvjitlink.InputType.PTX, ptx, len(ptx), f"{kernel}.ptx")
         nvjitlink.complete(handle)
-        cubin, log = bytearray(nvjitlink.get_linked_cubin_size(handle)), bytearray(nvjitlink.get_info_log_size(handle))
+        cubin, log = (
+            bytearray(nvjitlink.get_linked_cubin_size(handle)),
+            bytearray(nvjitlink.get_info_log_size(handle)),
+        )
         nvjitlink.get_linked_cubin(handle, cubin)
         nvjitlink.get_info_log(handle, log)
     except nvjitlink.nvJitLinkError as error:
         text = bytearray(nvjitlink.get_error_log_size(handle))
         nvjitlink.get_error_log(handle, text)
-        raise BuildError(f"{kernel} does not assemble for {target}: {text.decode(errors='replace')}") from error
+        raise BuildError(
+            f"{kernel} does not assemble for {target}: {text.decode(errors='replace')}"
+        ) from error
     finally:
         nvjitlink.destroy(handle)
     return bytes(cubin), bytes(log).rstrip(b"\0")
@@ -98,5 +115,6 @@ def _numba() -> Any:
         return importlib.import_module("numba")
     except (ImportError, RuntimeError) as error:
         raise CouldNotRun(
-            f"Numba CUDA needs numba-cuda: pip install 'deepseek-refimpl[kernels]' ({str(error).splitlines()[0]})"
+            "Numba CUDA needs numba-cuda: pip install 'deepseek-refimpl[kernels]' "
+            f"({str(error).splitlines()[0]})"
         ) from error

@@ -14,7 +14,11 @@ from .launch import Launch
 
 __all__ = ["RMSNormSaved", "rms_norm"]
 
-HELD = {"float64": 14, "float32": 24, "bfloat16": 24}  # elements of a row that a thread holds, as in the kernel
+HELD = {
+    "float64": 14,
+    "float32": 24,
+    "bfloat16": 24,
+}  # elements of a row that a thread holds, as in the kernel
 MOST_THREADS = 512
 LANES = 8  # threads that share a column of dw, as in the kernel
 PARTS = 256  # partial sums of dw, at most; a constant, so that every GPU adds in the same order
@@ -50,8 +54,19 @@ def rms_norm(launch: Launch) -> Op:
         dx, dw = kernels.empty(x.shape, x.dtype, x), kernels.empty((d,), n.real, x)
         part = kernels.empty((parts, d), n.real, x)
         kernels(
-            "rms_norm_backward", n.storage, parts, _threads(d, n), dx, part, ready(dy), x, w, r, np.int64(rows), d
-        )  # fmt: skip
+            "rms_norm_backward",
+            n.storage,
+            parts,
+            _threads(d, n),
+            dx,
+            part,
+            ready(dy),
+            x,
+            w,
+            r,
+            np.int64(rows),
+            d,
+        )
         kernels("rms_norm_weight", n.storage, cover(d, 32), (32, LANES), dw, part, parts, d)
         return dx, dw
 
@@ -62,5 +77,7 @@ def _threads(width: int, n: Numbers) -> int:
     """A whole number of warps that hold a row; ValueError if no block can."""
     threads = 32 * max(cover(width, 32 * HELD[n.storage]), 1)
     if threads > MOST_THREADS:
-        raise ValueError(f"x must be at most {MOST_THREADS * HELD[n.storage]} wide in {n.storage}, got {width}")
+        raise ValueError(
+            f"x must be at most {MOST_THREADS * HELD[n.storage]} wide in {n.storage}, got {width}"
+        )
     return threads

@@ -34,7 +34,18 @@ def swiglu(launch: Launch) -> Op:
         expect("dy", dy, "gate.shape", tuple(gate.shape))
         dgate, dup = (kernels.empty(gate.shape, gate.dtype, gate) for _ in range(2))
         blocks = cover(gate.size, THREADS * n.vector)
-        kernels("swiglu_backward", n.storage, blocks, THREADS, dgate, dup, ready(dy), gate, up, np.int64(gate.size))
+        kernels(
+            "swiglu_backward",
+            n.storage,
+            blocks,
+            THREADS,
+            dgate,
+            dup,
+            ready(dy),
+            gate,
+            up,
+            np.int64(gate.size),
+        )
         return dgate, dup
 
     return Op(swiglu_forward, swiglu_backward)

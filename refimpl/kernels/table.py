@@ -19,17 +19,28 @@ from .swiglu import swiglu
 __all__ = ["COLUMNS", "CUDA", "NUMBA_CUDA", "cuda_table", "numba_cuda_table"]
 
 CUDA = {
-    "embedding": embedding, "rms_norm": rms_norm, "swiglu": swiglu, "rope": rope, "router": router,
-    "cross_entropy": cross_entropy, "log_prob": log_prob, "moe": moe, "grpo": grpo,
-}  # fmt: skip
+    "embedding": embedding,
+    "rms_norm": rms_norm,
+    "swiglu": swiglu,
+    "rope": rope,
+    "router": router,
+    "cross_entropy": cross_entropy,
+    "log_prob": log_prob,
+    "moe": moe,
+    "grpo": grpo,
+}
 """What makes each op that has kernels in CUDA C from a `Launch`."""
 
-NUMBA_CUDA = {name: CUDA[name] for name in ("rms_norm", "swiglu", "rope", "router", "cross_entropy", "log_prob", "moe")}
+NUMBA_CUDA = {
+    name: CUDA[name]
+    for name in ("rms_norm", "swiglu", "rope", "router", "cross_entropy", "log_prob", "moe")
+}
 """Those that have kernels in Numba CUDA too: the same host side."""
 
 
 def cuda_table(launch: Launch) -> dict[str, Op]:
-    """The reference's table with every op that CUDA C does in its place; an op without kernels stays the reference."""
+    """The reference's table with every op that CUDA C does in its place; an op without kernels
+    stays the reference."""
     kernels = {name: make(launch) for name, make in CUDA.items()}
     return REFERENCE | {"linear": Op(linear_forward, linear_backward)} | kernels
 

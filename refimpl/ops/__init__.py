@@ -17,8 +17,22 @@ from .moe import moe_backward, moe_forward
 from .mtp import mtp_backward, mtp_forward, mtp_pairs
 from .preference_loss import preference_loss_backward, preference_loss_forward
 from .rms_norm import rms_norm_backward, rms_norm_forward
-from .rope import Yarn, rope_backward, rope_forward, rope_frequencies, yarn_mscale, yarn_softmax_factor
-from .router import RouterOutput, bias_update, expert_load, router_backward, router_forward, select_experts
+from .rope import (
+    Yarn,
+    rope_backward,
+    rope_forward,
+    rope_frequencies,
+    yarn_mscale,
+    yarn_softmax_factor,
+)
+from .router import (
+    RouterOutput,
+    bias_update,
+    expert_load,
+    router_backward,
+    router_forward,
+    select_experts,
+)
 from .swiglu import swiglu_backward, swiglu_forward
 from .table import LEAVES, Op, Ops
 
@@ -37,14 +51,60 @@ IMPLEMENTATIONS: dict[str, dict[str, Op]] = {
 }
 
 __all__ = [
-    "GRPOOutput", "GRPO_PRESETS", "IMPLEMENTATIONS", "LEAVES", "MLAOutput", "Op", "Ops", "REFERENCE", "RouterOutput",
-    "Yarn", "attention_backward", "attention_forward", "balance_loss_backward", "balance_loss_forward", "bias_update",
-    "cross_entropy_backward", "cross_entropy_forward", "embedding_backward", "embedding_forward", "expert_load",
-    "ffn_backward", "ffn_forward", "flash_attention_backward", "flash_attention_forward", "group_advantages",
-    "grpo_backward", "grpo_forward", "head_cross_entropy_backward", "head_cross_entropy_forward", "linear_backward",
-    "linear_forward", "log_prob_backward", "log_prob_forward", "mla_absorbed_backward", "mla_absorbed_forward",
-    "mla_backward", "mla_forward", "moe_backward", "moe_forward", "mtp_backward", "mtp_forward", "mtp_pairs",
-    "preference_loss_backward", "preference_loss_forward", "rms_norm_backward", "rms_norm_forward", "rope_backward",
-    "rope_forward", "rope_frequencies", "router_backward", "router_forward", "select_experts", "swiglu_backward",
-    "swiglu_forward", "yarn_mscale", "yarn_softmax_factor",
-]  # fmt: skip
+    "GRPOOutput",
+    "GRPO_PRESETS",
+    "IMPLEMENTATIONS",
+    "LEAVES",
+    "MLAOutput",
+    "Op",
+    "Ops",
+    "REFERENCE",
+    "RouterOutput",
+    "Yarn",
+    "attention_backward",
+    "attention_forward",
+    "balance_loss_backward",
+    "balance_loss_forward",
+    "bias_update",
+    "cross_entropy_backward",
+    "cross_entropy_forward",
+    "embedding_backward",
+    "embedding_forward",
+    "expert_load",
+    "ffn_backward",
+    "ffn_forward",
+    "flash_attention_backward",
+    "flash_attention_forward",
+    "group_advantages",
+    "grpo_backward",
+    "grpo_forward",
+    "head_cross_entropy_backward",
+    "head_cross_entropy_forward",
+    "linear_backward",
+    "linear_forward",
+    "log_prob_backward",
+    "log_prob_forward",
+    "mla_absorbed_backward",
+    "mla_absorbed_forward",
+    "mla_backward",
+    "mla_forward",
+    "moe_backward",
+    "moe_forward",
+    "mtp_backward",
+    "mtp_forward",
+    "mtp_pairs",
+    "preference_loss_backward",
+    "preference_loss_forward",
+    "rms_norm_backward",
+    "rms_norm_forward",
+    "rope_backward",
+    "rope_forward",
+    "rope_frequencies",
+    "router_backward",
+    "router_forward",
+    "select_experts",
+    "swiglu_backward",
+    "swiglu_forward",
+    "yarn_mscale",
+    "yarn_softmax_factor",
+]

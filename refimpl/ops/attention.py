@@ -1,10 +1,11 @@
 """Attention, the quadratic truth on one page: o = softmax(scale · q kᵀ + mask) v.
 
-The whole probability matrix is kept; `flash_attention` computes the same in linear memory. Keys and values may have
-another width, and one head where the queries have many (the absorbed form of MLA). The queries are the last T of the
-S key positions, so T = S is training or prefill, T < S decoding with a cache.
-Source: Vaswani et al., Attention Is All You Need (1706.03762) eq. 1. Derivation: derivations/attention.md.
-Letters: B batch, T query position, S key position, H heads, X query/key width, V value width.
+The whole probability matrix is kept; `flash_attention` computes the same in linear memory. Keys and
+values may have another width, and one head where the queries have many (the absorbed form of MLA).
+The queries are the last T of the S key positions, so T = S is training or prefill, T < S decoding
+with a cache. Source: Vaswani et al., Attention Is All You Need (1706.03762) eq. 1. Derivation:
+derivations/attention.md. Letters: B batch, T query position, S key position, H heads, X query/key
+width, V value width.
 """
 
 from __future__ import annotations
@@ -25,18 +26,26 @@ class AttentionSaved(NamedTuple):
 
 
 def attention_forward(
-    q: Array, k: Array, v: Array, *, scale: float, causal: bool = True, key_mask: Array | None = None,
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    scale: float,
+    causal: bool = True,
+    key_mask: Array | None = None,
     segments: Array | None = None,
-) -> tuple[Array, AttentionSaved]:  # fmt: skip
+) -> tuple[Array, AttentionSaved]:
     """o [B, T, H, V] for ``q`` [B, T, H, X], ``k`` [B, S, H or 1, X], ``v`` [B, S, H or 1, V].
 
     Args:
         scale: multiplies q·k, (nope + rope)^−½ times YaRN's correction in MLA.
         causal: query t sees keys up to its own position S − T + t.
         key_mask: [B, S] bool, False for padding, which nobody sees.
-        segments: [B, S] integers, the document of each position; a query sees its own document alone.
+        segments: [B, S] integers, the document of each position; a query sees its own document
+            alone.
 
-    A query that sees no key gives 0, and its gradient is 0. Hidden keys and values must be finite: 0 · NaN is NaN.
+    A query that sees no key gives 0, and its gradient is 0. Hidden keys and values must be finite:
+    0 · NaN is NaN.
     """
     xp, scale = namespace(q=q, k=k, v=v), float(scale)
     check_attention(q, k, v, key_mask, segments)
@@ -74,7 +83,8 @@ def visible(
     key_mask: Array | None,
     segments: Array | None,
 ) -> Array:
-    """Which keys [keys) each query in [queries) may see: bool [B or 1, 1, t, s]; the ranges make blocks of it."""
+    """Which keys [keys) each query in [queries) may see: bool [B or 1, 1, t, s]; the ranges make
+    blocks of it."""
     xp = namespace(q=q, k=k)
     offset = k.shape[1] - q.shape[1]
     t = xp.arange(queries[0] + offset, queries[1] + offset, device=q.device)[:, None]
@@ -88,8 +98,11 @@ def visible(
     return mask
 
 
-def check_attention(q: Array, k: Array, v: Array, key_mask: Array | None, segments: Array | None) -> None:
-    """ValueError unless shapes agree: one batch, one query/key width, 1 or H key and value heads, T ≤ S."""
+def check_attention(
+    q: Array, k: Array, v: Array, key_mask: Array | None, segments: Array | None
+) -> None:
+    """ValueError unless shapes agree: one batch, one query/key width, 1 or H key and value heads, T
+    ≤ S."""
     if len(q.shape) != 4:
         raise ValueError(f"q must have shape (B, T, H, X), got {tuple(q.shape)}")
     b, t, h, x = q.shape
@@ -97,7 +110,9 @@ def check_attention(q: Array, k: Array, v: Array, key_mask: Array | None, segmen
     expect("k", k, "(B, S, H or 1, X)", (b, None, 1 if k.shape[-2:-1] == (1,) else h, x))
     expect("v", v, "(B, S, H or 1, V)", (b, s, 1 if v.shape[-2:-1] == (1,) else h, None))
     if s is not None and not 0 < t <= s:
-        raise ValueError(f"q must have at least one position and at most as many as k, S={s}, got T={t}")
+        raise ValueError(
+            f"q must have at least one position and at most as many as k, S={s}, got T={t}"
+        )
     if key_mask is not None:
         expect_mask("key_mask", key_mask, "(B, S)", (b, s))
     if segments is not None:
@@ -111,4 +126,6 @@ def _all_heads(x: Array, heads: int) -> Array:
 
 def sum_heads(dx: Array, x: Array) -> Array:
     """The adjoint of sharing one head: the sum over the heads that used it."""
-    return dx if x.shape[2] == dx.shape[2] else namespace(dx=dx).sum(dx, axis=2, keepdims=True)  # (attention.10)
+    return (
+        dx if x.shape[2] == dx.shape[2] else namespace(dx=dx).sum(dx, axis=2, keepdims=True)
+    )  # (attention.10)

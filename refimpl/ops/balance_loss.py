@@ -1,8 +1,9 @@
-"""The sequence-wise balance loss of DeepSeek-V3: α Σ_i f_i P_i for each sequence, averaged over the batch.
+"""The sequence-wise balance loss of DeepSeek-V3: α Σ_i f_i P_i for each sequence, averaged over the
+batch.
 
-f_i counts how often expert i is among a token's K best (a constant), P_i is the mean of its normalised score.
-Source: DeepSeek-V3 (2412.19437) eq. 17–20 (our E is their N_r, K their K_r). Derivation: derivations/balance_loss.md.
-Letters: B batch, T position, E experts, K top-k.
+f_i counts how often expert i is among a token's K best (a constant), P_i is the mean of its
+normalised score. Source: DeepSeek-V3 (2412.19437) eq. 17–20 (our E is their N_r, K their K_r).
+Derivation: derivations/balance_loss.md. Letters: B batch, T position, E experts, K top-k.
 """
 
 from __future__ import annotations
@@ -21,14 +22,20 @@ class BalanceLossSaved(NamedTuple):
 
 
 def balance_loss_forward(
-    scores: Array, *, alpha: float, top_k: int, counted: Array | None = None, mask: Array | None = None
+    scores: Array,
+    *,
+    alpha: float,
+    top_k: int,
+    counted: Array | None = None,
+    mask: Array | None = None,
 ) -> tuple[Array, BalanceLossSaved]:
     """The scalar loss for unbiased ``scores`` [B, T, E], positive in every row.
 
     Args:
         alpha, top_k: α (1e-4 in V3) and K.
-        counted: [B, T, K'] integers in 0 … E − 1, the choices that f counts; by default, as the paper prints, the K
-            best of the *unbiased and ungrouped* scores. Hugging Face's V2 code counts the routed experts: give those.
+        counted: [B, T, K'] integers in 0 … E − 1, the choices that f counts; by default, as the
+            paper prints, the K best of the *unbiased and ungrouped* scores. Hugging Face's V2 code
+            counts the routed experts: give those.
         mask: [B, T] bool, False for padding; a sequence of padding alone adds 0.
     """
     xp = namespace(scores=scores)
@@ -43,12 +50,20 @@ def balance_loss_forward(
         counted = expect_ids("counted", counted, e)
     else:
         counted = argsort(-real(scores))[..., :top_k]  # (balance_loss.1)
-    valid = xp.ones((b, t, 1), dtype=xp.bool, device=scores.device) if mask is None else mask[:, :, None]
+    valid = (
+        xp.ones((b, t, 1), dtype=xp.bool, device=scores.device)
+        if mask is None
+        else mask[:, :, None]
+    )
     length = xp.sum(xp.astype(valid, xp.float64), axis=1, keepdims=True)
     length = xp.where(length > 0, length, 1.0)
     expert = xp.arange(e, device=scores.device)
     counts = sum(
-        xp.sum(xp.astype((counted[..., k : k + 1] == expert) & valid, xp.float64), axis=1, keepdims=True)
+        xp.sum(
+            xp.astype((counted[..., k : k + 1] == expert) & valid, xp.float64),
+            axis=1,
+            keepdims=True,
+        )
         for k in range(counted.shape[-1])
     )
     f = cast(counts * e / (top_k * length), scores)  # (balance_loss.2)

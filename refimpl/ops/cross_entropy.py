@@ -1,7 +1,8 @@
 """Masked cross-entropy of given logits: −Σ_t mask_t log softmax(logits_t)[target_t] / normaliser.
 
-For training, `head_cross_entropy` does the same from the hidden states without ever holding all logits.
-Derivation: derivations/cross_entropy.md. Letters: W vocabulary; ``…`` any leading dimensions.
+For training, `head_cross_entropy` does the same from the hidden states without ever holding all
+logits. Derivation: derivations/cross_entropy.md. Letters: W vocabulary; ``…`` any leading
+dimensions.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ def cross_entropy_forward(
     """The scalar mean negative log-likelihood of ``targets`` […] under ``logits`` […, W].
 
     Args:
-        mask: […] bool or weights; 0 leaves a token out (its target may then be anything, −100 included).
-        normaliser: what the sum is divided by, not 0; by default Σ mask, and the loss is 0 if nothing counts.
+        mask: […] bool or weights; 0 leaves a token out (its target may then be anything, −100
+            included).
+        normaliser: what the sum is divided by, not 0; by default Σ mask, and the loss is 0 if
+            nothing counts.
     """
     xp = namespace(logits=logits)
     expect("targets", targets, "(…)", tuple(logits.shape[:-1]))
@@ -34,9 +37,13 @@ def cross_entropy_forward(
     shifted = logits - cast(xp.max(real(logits), axis=-1, keepdims=True), logits)
     e = xp.exp(shifted)
     total = xp.sum(e, axis=-1, keepdims=True)
-    log_p = xp.take_along_axis(shifted, targets[..., None], axis=-1) - xp.log(total)  # (cross_entropy.1)
+    log_p = xp.take_along_axis(shifted, targets[..., None], axis=-1) - xp.log(
+        total
+    )  # (cross_entropy.1)
     log_p = fill(real(weight) != 0, log_p[..., 0], 0.0)  # a masked token's −inf must not become NaN
-    return -xp.sum(weight * log_p), CrossEntropySaved(e / total, targets, weight)  # (cross_entropy.2)
+    return -xp.sum(weight * log_p), CrossEntropySaved(
+        e / total, targets, weight
+    )  # (cross_entropy.2)
 
 
 def cross_entropy_backward(dloss: Array, saved: CrossEntropySaved) -> Array:
@@ -44,7 +51,9 @@ def cross_entropy_backward(dloss: Array, saved: CrossEntropySaved) -> Array:
     p, targets, weight = saved
     xp = namespace(p=p)
     chosen = xp.arange(p.shape[-1], device=p.device) == targets[..., None]
-    return number(dloss, p) * weight[..., None] * (p - cast(xp.astype(chosen, real(p).dtype), p))  # (cross_entropy.3)
+    return (
+        number(dloss, p) * weight[..., None] * (p - cast(xp.astype(chosen, real(p).dtype), p))
+    )  # (cross_entropy.3)
 
 
 def token_weights(

@@ -1,6 +1,7 @@
 """Token embedding: row lookup; its backward adds up the rows of repeated tokens.
 
-Derivation: derivations/embedding.md. Letters: W vocabulary, D model width; ``…`` any leading dimensions.
+Derivation: derivations/embedding.md. Letters: W vocabulary, D model width; ``…`` any leading
+dimensions.
 """
 
 from __future__ import annotations

@@ -22,7 +22,9 @@ class FFNSaved(NamedTuple):
     ops: Ops
 
 
-def ffn_forward(x: Array, w_gate: Array, w_up: Array, w_down: Array, *, ops: Ops = LEAVES) -> tuple[Array, FFNSaved]:
+def ffn_forward(
+    x: Array, w_gate: Array, w_up: Array, w_down: Array, *, ops: Ops = LEAVES
+) -> tuple[Array, FFNSaved]:
     """y […, D] for ``x`` […, D], ``w_gate`` and ``w_up`` [F, D], ``w_down`` [D, F]."""
     expect("w_gate", w_gate, "(F, D)", (None, last(x, "x")))
     expect("w_up", w_up, "(F, D)", tuple(w_gate.shape))

@@ -1,9 +1,11 @@
-"""Attention in memory linear in the sequence: blocks, an online softmax, probabilities recomputed in the backward.
+"""Attention in memory linear in the sequence: blocks, an online softmax, probabilities recomputed
+in the backward.
 
-The same function as `attention`, argument for argument. The forward keeps one number a row, the logarithm of the
-softmax's denominator; the backward turns it into probabilities again, a block at a time.
-Source: Dao et al., FlashAttention (2205.14135) algorithms 1 and 4; Dao, FlashAttention-2 (2307.08691).
-Derivation: derivations/flash_attention.md. Letters as in attention.py; t and s are positions within a block.
+The same function as `attention`, argument for argument. The forward keeps one number a row, the
+logarithm of the softmax's denominator; the backward turns it into probabilities again, a block at a
+time. Source: Dao et al., FlashAttention (2205.14135) algorithms 1 and 4; Dao, FlashAttention-2
+(2307.08691). Derivation: derivations/flash_attention.md. Letters as in attention.py; t and s are
+positions within a block.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ def flash_attention_forward(
     segments: Array | None = None,
     block: int = 128,
 ) -> tuple[Array, FlashAttentionSaved]:
-    """o [B, T, H, V], as `attention_forward` defines it; ``block`` is the length of a block of queries or keys."""
+    """o [B, T, H, V], as `attention_forward` defines it; ``block`` is the length of a block of
+    queries or keys."""
     xp, scale = namespace(q=q, k=k, v=v), float(scale)
     check_attention(q, k, v, key_mask, segments)
     if block < 1:
@@ -64,7 +67,9 @@ def flash_attention_forward(
         seen = real(total) > 0
         total = fill(seen, total, 1.0)
         o[:, t0:t1, ...] = xp.permute_dims(numerator / total, (0, 2, 1, 3))
-        lse[:, :, t0:t1, :] = cast(xp.where(seen, largest, 0.0), q) + xp.log(total)  # (flash_attention.4)
+        lse[:, :, t0:t1, :] = cast(xp.where(seen, largest, 0.0), q) + xp.log(
+            total
+        )  # (flash_attention.4)
     return o, FlashAttentionSaved(q, k, v, o, lse, scale, causal, key_mask, segments, block)
 
 
@@ -75,7 +80,9 @@ def flash_attention_backward(do: Array, saved: FlashAttentionSaved) -> tuple[Arr
     expect("do", do, "(B, T, H, V)", tuple(o.shape))
     (_, t, _, _), s = q.shape, k.shape[1]
     dq, dk, dv = zeros(q.shape, q), zeros(k.shape, q), zeros(v.shape, q)
-    row_sum = xp.permute_dims(xp.sum(do * o, axis=-1, keepdims=True), (0, 2, 1, 3))  # (flash_attention.5)
+    row_sum = xp.permute_dims(
+        xp.sum(do * o, axis=-1, keepdims=True), (0, 2, 1, 3)
+    )  # (flash_attention.5)
     for t0, t1 in blocks(t, block):
         q_block, do_block = q[:, t0:t1, ...], do[:, t0:t1, ...]
         for s0, s1 in blocks(s, block, t1 + s - t if causal else None):
@@ -85,7 +92,9 @@ def flash_attention_backward(do: Array, saved: FlashAttentionSaved) -> tuple[Arr
             p = xp.exp(scores - lse[:, :, t0:t1, :])  # (flash_attention.6)
             dp = _scores(do_block, v_block, 1)
             ds = scale * p * (dp - row_sum[:, :, t0:t1, :])  # (flash_attention.7)
-            dq[:, t0:t1, ...] += xp.permute_dims(_mix(ds, k_block), (0, 2, 1, 3))  # (flash_attention.8)
+            dq[:, t0:t1, ...] += xp.permute_dims(
+                _mix(ds, k_block), (0, 2, 1, 3)
+            )  # (flash_attention.8)
             dk[:, s0:s1, ...] += sum_heads(einsum("bhts,bthx->bshx", ds, q_block), k)
             dv[:, s0:s1, ...] += sum_heads(einsum("bhts,bthv->bshv", p, do_block), v)
     return dq, dk, dv
@@ -94,9 +103,15 @@ def flash_attention_backward(do: Array, saved: FlashAttentionSaved) -> tuple[Arr
 def _scores(q: Array, k: Array, scale: float) -> Array:
     """scale · q kᵀ [B, H, t, s], without copying a shared key head to every query head."""
     shared = k.shape[2] == 1
-    return scale * (einsum("bthx,bsx->bhts", q, k[:, :, 0, :]) if shared else einsum("bthx,bshx->bhts", q, k))
+    return scale * (
+        einsum("bthx,bsx->bhts", q, k[:, :, 0, :]) if shared else einsum("bthx,bshx->bhts", q, k)
+    )
 
 
 def _mix(p: Array, v: Array) -> Array:
     """p v [B, H, t, V], for one shared value head or one a query head."""
-    return einsum("bhts,bsv->bhtv", p, v[:, :, 0, :]) if v.shape[2] == 1 else einsum("bhts,bshv->bhtv", p, v)
+    return (
+        einsum("bhts,bsv->bhtv", p, v[:, :, 0, :])
+        if v.shape[2] == 1
+        else einsum("bhts,bshv->bhtv", p, v)
+    )

@@ -1,11 +1,12 @@
 """The GRPO loss and its family, from the log-probabilities of sampled tokens.
 
-For every token of an output, with the ratio ρ of the policy to the one that sampled it and the output's advantage A:
-j = min(ρ A, clip(ρ, 1 − ε_low, 1 + ε_high) A) − β KL; the loss is −Σ weight j. Advantages, old and reference
-log-probabilities are constants. The defaults are DeepSeekMath's; `GRPO_PRESETS` names the others.
-Sources: DeepSeekMath (2402.03300) eq. 3, 4 and 21; DeepSeek-R1 (2501.12948) eq. 1–3; DAPO (2503.14476); Dr. GRPO
-(2503.20783); GSPO (2507.18071); DeepSeek-V3.2 (2512.02556). Derivation: derivations/grpo.md.
-Letters, of this op alone: N outputs (of all groups), T position in an output, Q questions, G outputs of a question.
+For every token of an output, with the ratio ρ of the policy to the one that sampled it and the
+output's advantage A: j = min(ρ A, clip(ρ, 1 − ε_low, 1 + ε_high) A) − β KL; the loss is −Σ weight
+j. Advantages, old and reference log-probabilities are constants. The defaults are DeepSeekMath's;
+`GRPO_PRESETS` names the others. Sources: DeepSeekMath (2402.03300) eq. 3, 4 and 21; DeepSeek-R1
+(2501.12948) eq. 1–3; DAPO (2503.14476); Dr. GRPO (2503.20783); GSPO (2507.18071); DeepSeek-V3.2
+(2512.02556). Derivation: derivations/grpo.md. Letters, of this op alone: N outputs (of all groups),
+T position in an output, Q questions, G outputs of a question.
 """
 
 from __future__ import annotations
@@ -14,13 +15,30 @@ from typing import Any, NamedTuple
 
 from ..array import Array, cast, expect, expect_mask, fill, library, namespace, number, real
 
-__all__ = ["GRPO_PRESETS", "GRPOOutput", "GRPOSaved", "grpo_backward", "grpo_forward", "group_advantages"]
+__all__ = [
+    "GRPO_PRESETS",
+    "GRPOOutput",
+    "GRPOSaved",
+    "grpo_backward",
+    "grpo_forward",
+    "group_advantages",
+]
 
 GRPO_PRESETS: dict[str, dict[str, Any]] = {
     "deepseekmath": {},
-    "r1_print": {"ratio": "sequence", "kl_level": "sequence"},  # V3 and R1 print ratios of whole outputs
-    "dapo": {"average": "token", "clip": (0.2, 0.28), "kl_weight": 0.0},  # over the batch; the paper: each group
-    "dr_grpo": {"average": "constant", "kl_weight": 0.0},  # length: the longest allowed; advantages: scale=False
+    "r1_print": {
+        "ratio": "sequence",
+        "kl_level": "sequence",
+    },  # V3 and R1 print ratios of whole outputs
+    "dapo": {
+        "average": "token",
+        "clip": (0.2, 0.28),
+        "kl_weight": 0.0,
+    },  # over the batch; the paper: each group
+    "dr_grpo": {
+        "average": "constant",
+        "kl_weight": 0.0,
+    },  # length: the longest allowed; advantages: scale=False
     "gspo": {"ratio": "sequence_mean", "clip": (3e-4, 4e-4), "kl_weight": 0.0},
     "v3.2": {"kl": "unbiased"},  # and off_policy: its threshold δ
 }
@@ -28,12 +46,14 @@ GRPO_PRESETS: dict[str, dict[str, Any]] = {
 
 class GRPOOutput(NamedTuple):
     loss: Array  # scalar
-    unclipped: Array  # [N, T] bool: where ρ counts as it is; a clip fraction is counted under the mask
+    unclipped: (
+        Array  # [N, T] bool: where ρ counts as it is; a clip fraction is counted under the mask
+    )
     kept: Array  # [N] bool: False for outputs that the off-policy mask drops
 
 
 class GRPOSaved(NamedTuple):
-    dz: Array  # [N, T]: derivative of the loss in the log-ratio to the old policy, at the ratio's level
+    dz: Array  # [N, T]: ∂loss/∂log-ratio to the old policy, at the ratio's level
     du: Array | None  # [N, T]: in the log-ratio of the reference to the policy; None without KL
     mask: Array  # [N, T]
     count: Array  # [N, 1]: length of each output, at least 1
@@ -41,54 +61,95 @@ class GRPOSaved(NamedTuple):
 
 
 def grpo_forward(
-    log_prob: Array, *, advantages: Array, mask: Array, old_log_prob: Array | None = None,
-    reference_log_prob: Array | None = None, clip: tuple[float, float] = (0.2, 0.2), dual_clip: float | None = None,
-    ratio: str = "token", average: str = "sequence", length: int | None = None, kl_weight: float = 0.04,
-    kl: str = "k3", kl_level: str = "token", kl_bounds: tuple[float, float] | None = None,
-    off_policy: float | None = None, unclipped: Array | None = None, kept: Array | None = None,
-) -> tuple[GRPOOutput, GRPOSaved]:  # fmt: skip
+    log_prob: Array,
+    *,
+    advantages: Array,
+    mask: Array,
+    old_log_prob: Array | None = None,
+    reference_log_prob: Array | None = None,
+    clip: tuple[float, float] = (0.2, 0.2),
+    dual_clip: float | None = None,
+    ratio: str = "token",
+    average: str = "sequence",
+    length: int | None = None,
+    kl_weight: float = 0.04,
+    kl: str = "k3",
+    kl_level: str = "token",
+    kl_bounds: tuple[float, float] | None = None,
+    off_policy: float | None = None,
+    unclipped: Array | None = None,
+    kept: Array | None = None,
+) -> tuple[GRPOOutput, GRPOSaved]:
     """The loss of outputs whose tokens have ``log_prob`` [N, T] (from `log_prob_forward`).
 
     Args:
-        advantages: [N], from `group_advantages`. mask: [N, T] bool, True for the output's tokens; what stands at the
-            others, NaN included, does not count.
-        old_log_prob: [N, T], of the policy that sampled; None: this very policy (ρ = 1, and its gradient is A's).
+        advantages: [N], from `group_advantages`. mask: [N, T] bool, True for the output's tokens;
+            what stands at the others, NaN included, does not count.
+        old_log_prob: [N, T], of the policy that sampled; None: this very policy (ρ = 1, and its
+            gradient is A's).
         reference_log_prob: [N, T], for the KL; needed unless kl_weight is 0.
-        clip: (ε_low, ε_high); R1's first stage has (10, 10), of which only the upper one acts. On a bound is within.
+        clip: (ε_low, ε_high); R1's first stage has (10, 10), of which only the upper one acts. On a
+            bound is within.
         dual_clip: verl's bound of ρ from above where A < 0.
-        ratio: token, sequence (product over the output; V3's and R1's print), sequence_mean (its |o|-th root; GSPO).
-        average: sequence (mean over outputs of the mean over tokens), token (mean over all tokens; DAPO), constant
-            (sum over tokens by N·length; Dr. GRPO).
+        ratio: token, sequence (product over the output; V3's and R1's print), sequence_mean (its
+            |o|-th root; GSPO).
+        average: sequence (mean over outputs of the mean over tokens), token (mean over all tokens;
+            DAPO), constant (sum over tokens by N·length; Dr. GRPO).
         kl_weight, kl, kl_level: β; k1, k2, k3, or unbiased (ρ·k3, V3.2); token or sequence.
-        kl_bounds: of |ln π_ref/π| and of |k|, which stop there, and with them the gradient; verl has (20, 10).
-        off_policy: V3.2's δ: the ratio term of an output with A < 0 and mean ln(π_old/π) > δ is dropped.
+        kl_bounds: of |ln π_ref/π| and of |k|, which stop there, and with them the gradient; verl
+            has (20, 10).
+        off_policy: V3.2's δ: the ratio term of an output with A < 0 and mean ln(π_old/π) > δ is
+            dropped.
         unclipped, kept: choices of an earlier run to replay.
 
-    Returns (loss, unclipped, kept). An output without tokens adds 0; A = 0 gives the ratio term no gradient.
+    Returns (loss, unclipped, kept). An output without tokens adds 0; A = 0 gives the ratio term no
+    gradient.
     """
     xp = namespace(log_prob=log_prob)
     check_shapes(log_prob, advantages, mask, unclipped, kept)
-    check_settings(clip, dual_clip, ratio, average, length, kl_weight, kl, kl_level, kl_bounds, reference_log_prob)
+    check_settings(
+        clip,
+        dual_clip,
+        ratio,
+        average,
+        length,
+        kl_weight,
+        kl,
+        kl_level,
+        kl_bounds,
+        reference_log_prob,
+    )
     n, t = log_prob.shape
     size = xp.sum(xp.astype(mask, xp.float64), axis=1, keepdims=True)
     count = xp.where(size > 0, size, 1.0)
-    total = {"sequence": n * count, "token": float(xp.sum(size)) or 1.0, "constant": n * float(length or 1)}[average]
+    total = {
+        "sequence": n * count,
+        "token": float(xp.sum(size)) or 1.0,
+        "constant": n * float(length or 1),
+    }[average]
     weight = cast(xp.astype(mask, xp.float64) / total, log_prob)  # (grpo.1)
     count, a = cast(count, log_prob), cast(advantages, log_prob)[:, None]
 
-    log_ratio, kl_weight = _difference(log_prob, old_log_prob, mask, "old_log_prob"), float(kl_weight)
+    log_ratio, kl_weight = (
+        _difference(log_prob, old_log_prob, mask, "old_log_prob"),
+        float(kl_weight),
+    )
     z = _to_level(log_ratio, mask, count, ratio)  # (grpo.2)
     rho = xp.exp(z)
     low, high = 1 - float(clip[0]), 1 + float(clip[1])
     top = float("inf") if dual_clip is None else float(dual_clip)
     if unclipped is None:
         up, r = real(a) > 0, real(rho)
-        unclipped = ~xp.where(up, r > high, (r < low) | (r > top)) | (real(a) == 0)  # (grpo.3); NaN stays visible
+        unclipped = ~xp.where(up, r > high, (r < low) | (r > top)) | (
+            real(a) == 0
+        )  # (grpo.3); NaN stays visible
     if kept is None:
         drift = -xp.sum(real(log_ratio), axis=1) / real(count)[:, 0]  # mean ln(π_old/π)
         most = float("inf") if off_policy is None else float(off_policy)
         kept = (real(a)[:, 0] >= 0) | ~(drift > most)
-    bound = xp.where(real(a) > 0, high, xp.full((n, t), low, dtype=xp.float64, device=log_prob.device))
+    bound = xp.where(
+        real(a) > 0, high, xp.full((n, t), low, dtype=xp.float64, device=log_prob.device)
+    )
     if dual_clip is not None:
         bound = xp.where((real(a) <= 0) & (real(rho) > 1), top, bound)
     keep = cast(xp.astype(kept, xp.float64), log_prob)[:, None]
@@ -97,7 +158,12 @@ def grpo_forward(
     dz = -weight * keep * a * fill(flows, rho, 0.0)  # (grpo.5)
     du = None
     if kl_weight:
-        u = _to_level(-_difference(log_prob, reference_log_prob, mask, "reference_log_prob"), mask, count, kl_level)
+        u = _to_level(
+            -_difference(log_prob, reference_log_prob, mask, "reference_log_prob"),
+            mask,
+            count,
+            kl_level,
+        )
         k, slope = _estimator(xp, u, kl, kl_bounds or (float("inf"), float("inf")))
         if kl == "unbiased":
             objective = objective - kl_weight * rho * k
@@ -111,7 +177,8 @@ def grpo_forward(
 
 
 def grpo_backward(dy: tuple[Array], saved: GRPOSaved) -> Array:
-    """Gradient dlog_prob [N, T], 0 where the mask is False, from the pair's single cotangent (dloss,)."""
+    """Gradient dlog_prob [N, T], 0 where the mask is False, from the pair's single cotangent
+    (dloss,)."""
     dz, du, mask, count, (ratio, kl_level) = saved
     dlog_prob = _from_level(dz, mask, count, ratio)  # (grpo.10)
     if du is not None:
@@ -126,8 +193,10 @@ def group_advantages(
 
     Args:
         scale: divide by the standard deviation (Dr. GRPO does not).
-        ddof: 0 or 1; the paper does not say. TRL, verl and OpenRLHF take 1, with epsilon 1e-4, 1e-6 and 1e-9.
-        alone: what a group of one gets is ``alone`` · R (verl: 1/(1 + epsilon)). Equal rewards get 0, never NaN.
+        ddof: 0 or 1; the paper does not say. TRL, verl and OpenRLHF take 1, with epsilon 1e-4, 1e-6
+            and 1e-9.
+        alone: what a group of one gets is ``alone`` · R (verl: 1/(1 + epsilon)). Equal rewards get
+            0, never NaN.
     """
     xp = namespace(rewards=rewards)
     expect("rewards", rewards, "(Q, G)", (None, None))
@@ -192,8 +261,11 @@ def _bounded(xp: Any, x: Array, most: float) -> tuple[Array, Array]:
     return fill(~above, fill(~below, x, -most), most), ~(above | below)
 
 
-def check_shapes(log_prob: Array, advantages: Array, mask: Array, unclipped: Array | None, kept: Array | None) -> None:
-    """ValueError unless all fit ``log_prob`` [N, T]; TypeError unless masks and choices are bool."""
+def check_shapes(
+    log_prob: Array, advantages: Array, mask: Array, unclipped: Array | None, kept: Array | None
+) -> None:
+    """ValueError unless all fit ``log_prob`` [N, T]; TypeError unless masks and choices are
+    bool."""
     expect("log_prob", log_prob, "(N, T)", (None, None))
     expect("advantages", advantages, "(N,)", log_prob.shape[:1])
     expect_mask("mask", mask, "(N, T)", log_prob.shape)
@@ -204,13 +276,22 @@ def check_shapes(log_prob: Array, advantages: Array, mask: Array, unclipped: Arr
 
 
 def check_settings(
-    clip: tuple[float, float], dual_clip: float | None, ratio: str, average: str, length: int | None,
-    kl_weight: float, kl: str, kl_level: str, kl_bounds: tuple[float, float] | None, reference: Array | None,
-) -> None:  # fmt: skip
+    clip: tuple[float, float],
+    dual_clip: float | None,
+    ratio: str,
+    average: str,
+    length: int | None,
+    kl_weight: float,
+    kl: str,
+    kl_level: str,
+    kl_bounds: tuple[float, float] | None,
+    reference: Array | None,
+) -> None:
     """ValueError for a setting without a meaning."""
     if not (clip[0] >= 0 and clip[1] >= 0) or (dual_clip is not None and not dual_clip > 1):
         raise ValueError(
-            f"clip must be two numbers of at least 0, dual_clip above 1 or None, got {clip} and {dual_clip}"
+            f"clip must be two numbers of at least 0, dual_clip above 1 or None, got {clip} "
+            f"and {dual_clip}"
         )
     if kl_bounds is not None and not (kl_bounds[0] > 0 and kl_bounds[1] > 0):
         raise ValueError(f"kl_bounds must be two numbers above 0 or None, got {kl_bounds}")

@@ -1,6 +1,8 @@
-"""Output head and masked cross-entropy in one: the training loss, without the [tokens, vocabulary] logits.
+"""Output head and masked cross-entropy in one: the training loss, without the [tokens, vocabulary]
+logits.
 
-Derivation: derivations/head_cross_entropy.md. Letters: D model, W vocabulary; ``…`` any leading dimensions.
+Derivation: derivations/head_cross_entropy.md. Letters: D model, W vocabulary; ``…`` any leading
+dimensions.
 """
 
 from __future__ import annotations
@@ -21,18 +23,27 @@ class HeadCrossEntropySaved(NamedTuple):
 
 
 def head_cross_entropy_forward(
-    h: Array, w: Array, *, targets: Array, mask: Array | None = None, normaliser: float | None = None,
-    block: tuple[int, int] = (256, 4096), ops: Ops = LEAVES,
-) -> tuple[Array, HeadCrossEntropySaved]:  # fmt: skip
+    h: Array,
+    w: Array,
+    *,
+    targets: Array,
+    mask: Array | None = None,
+    normaliser: float | None = None,
+    block: tuple[int, int] = (256, 4096),
+    ops: Ops = LEAVES,
+) -> tuple[Array, HeadCrossEntropySaved]:
     """The scalar loss of ``targets`` […] for hidden states ``h`` […, D] and the head ``w`` [W, D].
 
-    Equal to `cross_entropy_forward` of the logits h wᵀ; mask and normaliser as there, block as in `log_prob_forward`.
+    Equal to `cross_entropy_forward` of the logits h wᵀ; mask and normaliser as there, block as in
+    `log_prob_forward`.
     """
     xp = namespace(h=h, w=w)
     expect("targets", targets, "(…)", tuple(h.shape[:-1]))
     targets, weight = token_weights(h, targets, mask, normaliser, w.shape[0])
     log_p, saved = ops["log_prob"].forward(h, w, targets=targets, block=block)
-    return -xp.sum(weight * log_p), HeadCrossEntropySaved(saved, weight, ops)  # (head_cross_entropy.1)
+    return -xp.sum(weight * log_p), HeadCrossEntropySaved(
+        saved, weight, ops
+    )  # (head_cross_entropy.1)
 
 
 def head_cross_entropy_backward(dloss: Array, saved: HeadCrossEntropySaved) -> tuple[Array, Array]:

@@ -1,9 +1,11 @@
-"""Log-probabilities of chosen tokens straight from hidden states, in blocks: the logits are never whole in memory.
+"""Log-probabilities of chosen tokens straight from hidden states, in blocks: the logits are never
+whole in memory.
 
-log π(target) = z[target] − log Σ_w e^{z_w} with z = W h / temperature. Blocks of tokens × vocabulary are computed, used
-and forgotten, in the forward with an online log-sum-exp and again in the backward. GRPO needs just this; the training
-loss (`head_cross_entropy`) is its masked mean. Derivation: derivations/log_prob.md.
-Letters: D model, W vocabulary, M tokens (the product of the leading dimensions ``…``).
+log π(target) = z[target] − log Σ_w e^{z_w} with z = W h / temperature. Blocks of tokens ×
+vocabulary are computed, used and forgotten, in the forward with an online log-sum-exp and again in
+the backward. GRPO needs just this; the training loss (`head_cross_entropy`) is its masked mean.
+Derivation: derivations/log_prob.md. Letters: D model, W vocabulary, M tokens (the product of the
+leading dimensions ``…``).
 """
 
 from __future__ import annotations
@@ -27,10 +29,16 @@ class LogProbSaved(NamedTuple):
 
 
 def log_prob_forward(
-    h: Array, w: Array, *, targets: Array, mask: Array | None = None, temperature: float = 1.0,
+    h: Array,
+    w: Array,
+    *,
+    targets: Array,
+    mask: Array | None = None,
+    temperature: float = 1.0,
     block: tuple[int, int] = (256, 4096),
-) -> tuple[Array, LogProbSaved]:  # fmt: skip
-    """log π(targets) […] for hidden states ``h`` […, D] and the output head ``w`` [W, D]; 0 where ``mask`` is 0.
+) -> tuple[Array, LogProbSaved]:
+    """log π(targets) […] for hidden states ``h`` […, D] and the output head ``w`` [W, D]; 0 where
+    ``mask`` is 0.
 
     Args:
         targets, mask: […] integers; […] bool or weights that multiply the result.
@@ -41,7 +49,9 @@ def log_prob_forward(
     expect("w", w, "(W, D)", (None, h.shape[-1]))
     expect("targets", targets, "(…)", tuple(h.shape[:-1]))
     if not temperature > 0 or min(block) < 1:
-        raise ValueError(f"temperature must be positive and block at least (1, 1), got {temperature}, {block}")
+        raise ValueError(
+            f"temperature must be positive and block at least (1, 1), got {temperature}, {block}"
+        )
     targets, mask = token_weights(h, targets, mask, 1.0, w.shape[0])
     temperature = float(temperature)
     targets, mask = xp.reshape(targets, (-1,)), xp.reshape(mask, (-1,))
@@ -51,10 +61,14 @@ def log_prob_forward(
         total = zeros((m1 - m0, 1), rows)
         largest = real(total) - xp.inf
         for w0, w1 in blocks(w.shape[0], block[1]):
-            z = xp.matmul(rows[m0:m1, :], xp.matrix_transpose(w[w0:w1, :])) / temperature  # (log_prob.1)
+            z = (
+                xp.matmul(rows[m0:m1, :], xp.matrix_transpose(w[w0:w1, :])) / temperature
+            )  # (log_prob.1)
             larger = xp.maximum(largest, xp.max(real(z), axis=-1, keepdims=True))
             decay = xp.exp(cast(largest, z) - cast(larger, z))
-            total = total * decay + xp.sum(xp.exp(z - cast(larger, z)), axis=-1, keepdims=True)  # (log_prob.2)
+            total = total * decay + xp.sum(
+                xp.exp(z - cast(larger, z)), axis=-1, keepdims=True
+            )  # (log_prob.2)
             chosen[m0:m1, :] += _pick(z, targets[m0:m1] - w0)  # (log_prob.3)
             largest = larger
         lse[m0:m1, :] = cast(largest, rows) + xp.log(total)  # (log_prob.4)
@@ -63,7 +77,8 @@ def log_prob_forward(
 
 
 def log_prob_backward(dy: Array, saved: LogProbSaved) -> tuple[Array, Array]:
-    """Gradients (dh […, D], dw [W, D]) from ``dy`` […], the gradient of each token's log-probability."""
+    """Gradients (dh […, D], dw [W, D]) from ``dy`` […], the gradient of each token's
+    log-probability."""
     h, w, lse, targets, mask, temperature, block = saved
     xp = namespace(dy=dy, h=h)
     expect("dy", dy, "(…)", tuple(h.shape[:-1]))
@@ -82,7 +97,8 @@ def log_prob_backward(dy: Array, saved: LogProbSaved) -> tuple[Array, Array]:
 
 
 def _is_target(z: Array, targets: Array) -> Array:
-    """Where the block ``z`` [m, w] holds the row's target, ``targets`` [m] counted from the block's first entry."""
+    """Where the block ``z`` [m, w] holds the row's target, ``targets`` [m] counted from the block's
+    first entry."""
     return namespace(z=z).arange(z.shape[-1], device=z.device) == targets[:, None]
 
 

@@ -1,12 +1,13 @@
-"""Multi-head latent attention (MLA), naive form: keys and values are expanded from the latent, then plain attention.
+"""Multi-head latent attention (MLA), naive form: keys and values are expanded from the latent, then
+plain attention.
 
-Keys and values of all heads come from one latent vector a token, and a small rotated key is shared by all heads. The
-cache holds the normalised latent and the rotated key, C + R numbers a token: 576 for V3. `mla_absorbed` computes the
-same without expanding it. Sources: DeepSeek-V3 (2412.19437) eq. 1–11 (our C is their d_c, A their d'_c, R their
-d_h^R); those equations leave out the norms of the two latents, which section 4.2 mentions.
-Derivation: derivations/mla.md.
-Letters: B batch, T query position, S key position, D model, H heads, N nope, R rope, V value width, A and C the query
-and key-value latents. Without query compression ``w_q_a`` and ``w_q_a_norm`` are None, and A is D.
+Keys and values of all heads come from one latent vector a token, and a small rotated key is shared
+by all heads. The cache holds the normalised latent and the rotated key, C + R numbers a token: 576
+for V3. `mla_absorbed` computes the same without expanding it. Sources: DeepSeek-V3 (2412.19437) eq.
+1–11 (our C is their d_c, A their d'_c, R their d_h^R); those equations leave out the norms of the
+two latents, which section 4.2 mentions. Derivation: derivations/mla.md. Letters: B batch, T query
+position, S key position, D model, H heads, N nope, R rope, V value width, A and C the query and
+key-value latents. Without query compression ``w_q_a`` and ``w_q_a_norm`` are None, and A is D.
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ from typing import Any, NamedTuple
 from ..array import Array, expect, last, namespace
 from .table import LEAVES, Ops
 
-__all__ = ["MLAOutput", "MLASaved", "ProjectSaved", "mla_backward", "mla_forward", "project", "project_backward"]
+__all__ = [
+    "MLAOutput",
+    "MLASaved",
+    "ProjectSaved",
+    "mla_backward",
+    "mla_forward",
+    "project",
+    "project_backward",
+]
 
 
 class MLAOutput(NamedTuple):
@@ -47,14 +56,26 @@ class MLASaved(NamedTuple):
 
 
 def project(
-    x: Array, w_q_a: Array, w_q_a_norm: Array, w_q_b: Array, w_kv_a: Array, w_kv_a_norm: Array, *,
-    heads: int, eps: float, ops: Ops, **rope: Any,
-) -> tuple[tuple[Array, Array], ProjectSaved]:  # fmt: skip
-    """Queries [B, T, H, N + R] and latents [B, T, C + R], both rotated: what both forms of MLA begin with."""
+    x: Array,
+    w_q_a: Array,
+    w_q_a_norm: Array,
+    w_q_b: Array,
+    w_kv_a: Array,
+    w_kv_a_norm: Array,
+    *,
+    heads: int,
+    eps: float,
+    ops: Ops,
+    **rope: Any,
+) -> tuple[tuple[Array, Array], ProjectSaved]:
+    """Queries [B, T, H, N + R] and latents [B, T, C + R], both rotated: what both forms of MLA
+    begin with."""
     xp = namespace(x=x, w_q_b=w_q_b, w_kv_a=w_kv_a)
     expect("x", x, "(B, T, D)", (None, None, None))
     if (w_q_a is None) != (w_q_a_norm is None):
-        raise ValueError("w_q_a and w_q_a_norm must both be given, or (without query compression) both be None")
+        raise ValueError(
+            "w_q_a and w_q_a_norm must both be given, or (without query compression) both be None"
+        )
     (b, t, d), latent = x.shape, last(w_kv_a_norm, "w_kv_a_norm")
     a, q_a_saved, q_a_norm_saved = x, None, None
     if w_q_a is not None:
@@ -67,8 +88,8 @@ def project(
     nope = w_q_b.shape[0] // max(heads, 1) - (w_kv_a.shape[0] - latent)
     if heads < 1 or w_q_b.shape[0] % heads or nope < 1 or w_kv_a.shape[0] <= latent:
         raise ValueError(
-            f"w_q_b must have shape (H·(N+R), A) and w_kv_a (C+R, D) with H={heads}, C={latent}, all at least 1, "
-            f"got {tuple(w_q_b.shape)} and {tuple(w_kv_a.shape)}"
+            f"w_q_b must have shape (H·(N+R), A) and w_kv_a (C+R, D) with H={heads}, "
+            f"C={latent}, all at least 1, got {tuple(w_q_b.shape)} and {tuple(w_kv_a.shape)}"
         )
     q, q_b_saved = ops["linear"].forward(a, w_q_b)  # (mla.2)
     q = xp.reshape(q, (b, t, heads, -1))
@@ -77,7 +98,15 @@ def project(
     c, kv_a_norm_saved = ops["rms_norm"].forward(kv[..., :latent], w_kv_a_norm, eps=eps)  # (mla.5)
     k_pe, k_pe_saved = ops["rope"].forward(kv[..., latent:][:, :, None, :], **rope)  # (mla.6)
     q = xp.concat((q[..., :nope], q_pe), axis=-1)
-    kept = (q_a_saved, q_a_norm_saved, q_b_saved, kv_a_saved, kv_a_norm_saved, q_pe_saved, k_pe_saved)
+    kept = (
+        q_a_saved,
+        q_a_norm_saved,
+        q_b_saved,
+        kv_a_saved,
+        kv_a_norm_saved,
+        q_pe_saved,
+        k_pe_saved,
+    )
     return (q, xp.concat((c, k_pe[:, :, 0, :]), axis=-1)), ProjectSaved(*kept, nope, latent, ops)
 
 
@@ -98,16 +127,34 @@ def project_backward(dq: Array, dlatent: Array, saved: ProjectSaved) -> tuple[Ar
 
 
 def mla_forward(
-    x: Array, cache: Array | None, w_q_a: Array | None, w_q_a_norm: Array | None, w_q_b: Array, w_kv_a: Array,
-    w_kv_a_norm: Array, w_kv_b: Array, w_o: Array, *, heads: int, scale: float, eps: float, positions: Array,
-    inv_freq: Array, layout: str = "interleaved", factor: float = 1.0, key_mask: Array | None = None,
-    segments: Array | None = None, ops: Ops = LEAVES,
-) -> tuple[MLAOutput, MLASaved]:  # fmt: skip
-    """MLA over ``x`` [B, T, D], which follows the tokens of ``cache`` [B, S − T, C + R] (None: T = S).
+    x: Array,
+    cache: Array | None,
+    w_q_a: Array | None,
+    w_q_a_norm: Array | None,
+    w_q_b: Array,
+    w_kv_a: Array,
+    w_kv_a_norm: Array,
+    w_kv_b: Array,
+    w_o: Array,
+    *,
+    heads: int,
+    scale: float,
+    eps: float,
+    positions: Array,
+    inv_freq: Array,
+    layout: str = "interleaved",
+    factor: float = 1.0,
+    key_mask: Array | None = None,
+    segments: Array | None = None,
+    ops: Ops = LEAVES,
+) -> tuple[MLAOutput, MLASaved]:
+    """MLA over ``x`` [B, T, D], which follows the tokens of ``cache`` [B, S − T, C + R] (None: T =
+    S).
 
     Args:
         w_q_a, w_q_a_norm: [A, D], [A]; w_q_b: [H (N+R), A]; w_kv_a: [C+R, D]; w_kv_a_norm: [C];
-        w_kv_b: [H (N+V), C]; w_o: [D, H V]. Per head the outputs are [nope | rope] and [k_nope | v].
+        w_kv_b: [H (N+V), C]; w_o: [D, H V]. Per head the outputs are [nope | rope] and [k_nope |
+            v].
         heads, scale: H, and the factor of q·k, (N+R)^−½ times `yarn_softmax_factor`.
         eps: of the two latent norms.
         positions, inv_freq, layout, factor: of the new tokens, as in `rope_forward`.
@@ -128,13 +175,18 @@ def mla_forward(
     kv = xp.reshape(kv, (b, s, heads, n + v))
     k_pe = xp.broadcast_to(latent[..., c:][:, :, None, :], (b, s, heads, latent.shape[-1] - c))
     k = xp.concat((kv[..., :n], k_pe), axis=-1)  # (mla.8)
-    o, attention_saved = ops["attention"].forward(q, k, kv[..., n:], scale=scale, key_mask=key_mask, segments=segments)
+    o, attention_saved = ops["attention"].forward(
+        q, k, kv[..., n:], scale=scale, key_mask=key_mask, segments=segments
+    )
     y, o_saved = ops["linear"].forward(xp.reshape(o, (*x.shape[:2], -1)), w_o)  # (mla.9)
-    return MLAOutput(y, latent), MLASaved(project_saved, kv_b_saved, attention_saved, o_saved, past, (n, v))
+    return MLAOutput(y, latent), MLASaved(
+        project_saved, kv_b_saved, attention_saved, o_saved, past, (n, v)
+    )
 
 
 def mla_backward(dy: tuple[Array, Array | None], saved: MLASaved) -> tuple[Array | None, ...]:
-    """Gradients of all nine positional arguments, None for those that were None, from (dy, dcache or None)."""
+    """Gradients of all nine positional arguments, None for those that were None, from (dy, dcache
+    or None)."""
     (dout, dcache), ops, (n, v) = dy, saved.project.ops, saved.split
     xp = namespace(dy=dout)
     do, dw_o = ops["linear"].backward(dout, saved.o)
@@ -150,7 +202,8 @@ def mla_backward(dy: tuple[Array, Array | None], saved: MLASaved) -> tuple[Array
 
 
 def append(cache: Array | None, latent: Array) -> tuple[Array, int | None]:
-    """The cache with the new latents behind it, and the length it had before (None: there was none)."""
+    """The cache with the new latents behind it, and the length it had before (None: there was
+    none)."""
     if cache is None:
         return latent, None
     expect("cache", cache, "(B, S−T, C+R)", (latent.shape[0], None, latent.shape[2]))

@@ -1,10 +1,12 @@
-"""Multi-head latent attention, absorbed form: the heads attend to the latent itself, which is never expanded.
+"""Multi-head latent attention, absorbed form: the heads attend to the latent itself, which is never
+expanded.
 
-q·k = q·(W_UK c) = (W_UKᵀ q)·c, so the key projection moves to the query, and the value projection behind the weighted
-sum. Attention then has one shared key, the cache row of C + R numbers, and one shared value, its first C: decoding
-reads 576 numbers a token instead of 128 heads of keys and values. Same arguments and results as `mla_forward`.
-Source: DeepSeek-V2 (2405.04434) section 2.1.2 (absorption is named there; its adjoint is derived here).
-Derivation: derivations/mla_absorbed.md. Letters as in mla.py.
+q·k = q·(W_UK c) = (W_UKᵀ q)·c, so the key projection moves to the query, and the value projection
+behind the weighted sum. Attention then has one shared key, the cache row of C + R numbers, and one
+shared value, its first C: decoding reads 576 numbers a token instead of 128 heads of keys and
+values. Same arguments and results as `mla_forward`. Source: DeepSeek-V2 (2405.04434) section 2.1.2
+(absorption is named there; its adjoint is derived here). Derivation: derivations/mla_absorbed.md.
+Letters as in mla.py.
 """
 
 from __future__ import annotations
@@ -30,12 +32,29 @@ class MLAAbsorbedSaved(NamedTuple):
 
 
 def mla_absorbed_forward(
-    x: Array, cache: Array | None, w_q_a: Array | None, w_q_a_norm: Array | None, w_q_b: Array, w_kv_a: Array,
-    w_kv_a_norm: Array, w_kv_b: Array, w_o: Array, *, heads: int, scale: float, eps: float, positions: Array,
-    inv_freq: Array, layout: str = "interleaved", factor: float = 1.0, key_mask: Array | None = None,
-    segments: Array | None = None, ops: Ops = LEAVES,
-) -> tuple[MLAOutput, MLAAbsorbedSaved]:  # fmt: skip
-    """The same as `mla_forward`, argument for argument, without expanding the cache to keys and values."""
+    x: Array,
+    cache: Array | None,
+    w_q_a: Array | None,
+    w_q_a_norm: Array | None,
+    w_q_b: Array,
+    w_kv_a: Array,
+    w_kv_a_norm: Array,
+    w_kv_b: Array,
+    w_o: Array,
+    *,
+    heads: int,
+    scale: float,
+    eps: float,
+    positions: Array,
+    inv_freq: Array,
+    layout: str = "interleaved",
+    factor: float = 1.0,
+    key_mask: Array | None = None,
+    segments: Array | None = None,
+    ops: Ops = LEAVES,
+) -> tuple[MLAOutput, MLAAbsorbedSaved]:
+    """The same as `mla_forward`, argument for argument, without expanding the cache to keys and
+    values."""
     rope = {"positions": positions, "inv_freq": inv_freq, "layout": layout, "factor": factor}
     (q, latent), project_saved = project(
         x, w_q_a, w_q_a_norm, w_q_b, w_kv_a, w_kv_a_norm, heads=heads, eps=eps, ops=ops, **rope
@@ -48,7 +67,9 @@ def mla_absorbed_forward(
     w = xp.reshape(w_kv_b, (heads, n + v, c))
     w_uk, w_uv = w[:, :n, :], w[:, n:, :]
     q_nope = q[..., :n]
-    q_latent = xp.concat((einsum("bthn,hnc->bthc", q_nope, w_uk), q[..., n:]), axis=-1)  # (mla_absorbed.1)
+    q_latent = xp.concat(
+        (einsum("bthn,hnc->bthc", q_nope, w_uk), q[..., n:]), axis=-1
+    )  # (mla_absorbed.1)
     k, values = latent[:, :, None, :], latent[..., :c][:, :, None, :]  # (mla_absorbed.2)
     u, attention_saved = ops["attention"].forward(
         q_latent, k, values, scale=scale, key_mask=key_mask, segments=segments
@@ -59,8 +80,11 @@ def mla_absorbed_forward(
     return MLAOutput(y, latent), saved
 
 
-def mla_absorbed_backward(dy: tuple[Array, Array | None], saved: MLAAbsorbedSaved) -> tuple[Array | None, ...]:
-    """Gradients of all nine positional arguments, None for those that were None, from (dy, dcache or None)."""
+def mla_absorbed_backward(
+    dy: tuple[Array, Array | None], saved: MLAAbsorbedSaved
+) -> tuple[Array | None, ...]:
+    """Gradients of all nine positional arguments, None for those that were None, from (dy, dcache
+    or None)."""
     (dout, dcache), ops, c = dy, saved.project.ops, saved.project.latent
     xp, (heads, v, _) = namespace(dy=dout), saved.w_uv.shape
     do, dw_o = ops["linear"].backward(dout, saved.o)

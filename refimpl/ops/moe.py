@@ -1,10 +1,11 @@
-"""Mixture of experts: send each token to its experts, run them, and add up what comes back; shared experts on top.
+"""Mixture of experts: send each token to its experts, run them, and add up what comes back; shared
+experts on top.
 
-Tokens are sorted by expert, so each expert works on one contiguous block of rows: exactly T·K rows in all, no masks
-over tokens × experts × capacity, and nothing is dropped. An expert without tokens gets zero gradients.
-Source: DeepSeek-V3 (2412.19437) eq. 12. Derivation: derivations/moe.md.
-Letters: D model, E experts, K top-k, F hidden width of an expert; ``…`` any leading dimensions, M their product
-(tokens), and M·K the rows that are dispatched.
+Tokens are sorted by expert, so each expert works on one contiguous block of rows: exactly T·K rows
+in all, no masks over tokens × experts × capacity, and nothing is dropped. An expert without tokens
+gets zero gradients. Source: DeepSeek-V3 (2412.19437) eq. 12. Derivation: derivations/moe.md.
+Letters: D model, E experts, K top-k, F hidden width of an expert; ``…`` any leading dimensions, M
+their product (tokens), and M·K the rows that are dispatched.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ FFN = Op(ffn_forward, ffn_backward)  # unless the table has its own
 
 class MoESaved(NamedTuple):
     weights: Array  # [M, K]
-    outputs: Array  # [M, K, D]: each chosen expert's output, whose product with dy is the weight's gradient
+    outputs: Array  # [M, K, D]: each chosen expert's output; times dy, the weight's gradient
     order: Array  # [M·K]: dispatched row r holds token order[r] // K
     ffn: Op  # what each expert is run with
     experts: list[tuple[int, slice, Any]]  # (expert, its rows, its saved), for experts with tokens
@@ -32,19 +33,30 @@ class MoESaved(NamedTuple):
 
 
 def moe_forward(
-    x: Array, weights: Array, w_gate: Array, w_up: Array, w_down: Array,
-    w_shared_gate: Array | None, w_shared_up: Array | None, w_shared_down: Array | None,
-    *, indices: Array, ops: Ops = LEAVES,
-) -> tuple[Array, MoESaved]:  # fmt: skip
-    """y = Σ_k weights_k · expert_{indices_k}(x) + shared(x), for each row of ``x`` […, D]; returns y […, D].
+    x: Array,
+    weights: Array,
+    w_gate: Array,
+    w_up: Array,
+    w_down: Array,
+    w_shared_gate: Array | None,
+    w_shared_up: Array | None,
+    w_shared_down: Array | None,
+    *,
+    indices: Array,
+    ops: Ops = LEAVES,
+) -> tuple[Array, MoESaved]:
+    """y = Σ_k weights_k · expert_{indices_k}(x) + shared(x), for each row of ``x`` […, D]; returns
+    y […, D].
 
     Args:
         weights, indices: […, K], from `router_forward`.
-        w_gate, w_up: [E, F, D]; w_down: [E, D, F]: the routed experts, stacked.
-        w_shared_*: one network as wide as all shared experts together, or None for none; added unscaled.
+        w_gate, w_up: [E, F, D]; w_down: [E, D, F]: the routed experts, stacked. w_shared_*: one
+        network as wide as all shared experts together, or None for none; added unscaled.
     """
     xp = namespace(x=x, weights=weights, w_gate=w_gate)
-    check_shapes(x, weights, indices, w_gate, w_up, w_down, w_shared_gate, w_shared_up, w_shared_down)
+    check_shapes(
+        x, weights, indices, w_gate, w_up, w_down, w_shared_gate, w_shared_up, w_shared_down
+    )
     (experts, _, d), top_k = w_gate.shape, indices.shape[-1]
     load, rows = expert_load(indices, experts), xp.reshape(x, (-1, d))
     order = argsort(xp.reshape(indices, (-1,)))  # (moe.1)
@@ -57,7 +69,9 @@ def moe_forward(
             out, saved = ffn.forward(dispatched[block, :], *w, ops=ops)  # (moe.3)
             blocks.append(out)
             kept.append((expert, block, saved))
-    outputs = xp.reshape(take_rows(xp.concat(blocks, axis=0), argsort(order)), (-1, top_k, d))  # (moe.4)
+    outputs = xp.reshape(
+        take_rows(xp.concat(blocks, axis=0), argsort(order)), (-1, top_k, d)
+    )  # (moe.4)
     weights = xp.reshape(weights, (-1, top_k))
     y = xp.sum(weights[..., None] * outputs, axis=1)  # (moe.5)
     shared = None
@@ -69,7 +83,8 @@ def moe_forward(
 
 
 def moe_backward(dy: Array, saved: MoESaved) -> tuple[Array | None, ...]:
-    """Gradients (dx, dweights, dw_gate, dw_up, dw_down, dw_shared_gate, dw_shared_up, dw_shared_down) from ``dy``."""
+    """Gradients (dx, dweights, dw_gate, dw_up, dw_down, dw_shared_gate, dw_shared_up,
+    dw_shared_down) from ``dy``."""
     weights, outputs, order, ffn, experts, shared, (x_shape, *w_shapes) = saved
     xp, top_k = namespace(dy=dy, weights=weights), weights.shape[1]
     expect("dy", dy, "(…, D)", tuple(x_shape))
@@ -84,7 +99,9 @@ def moe_backward(dy: Array, saved: MoESaved) -> tuple[Array | None, ...]:
         blocks.append(dx_block)
         for total, part in zip(dw, dw_expert, strict=True):
             total[expert, ...] = part
-    dslots = xp.reshape(take_rows(xp.concat(blocks, axis=0), argsort(order)), (-1, top_k, x_shape[-1]))
+    dslots = xp.reshape(
+        take_rows(xp.concat(blocks, axis=0), argsort(order)), (-1, top_k, x_shape[-1])
+    )
     dx = xp.sum(dslots, axis=1)  # (moe.11)
     dshared: list[Array | None] = [None, None, None]
     if shared is not None:
@@ -94,7 +111,13 @@ def moe_backward(dy: Array, saved: MoESaved) -> tuple[Array | None, ...]:
 
 
 def check_shapes(
-    x: Array, weights: Array, indices: Array, w_gate: Array, w_up: Array, w_down: Array, *shared: Array | None
+    x: Array,
+    weights: Array,
+    indices: Array,
+    w_gate: Array,
+    w_up: Array,
+    w_down: Array,
+    *shared: Array | None,
 ) -> None:
     """ValueError unless what `moe_forward` is given fits together."""
     expect("w_gate", w_gate, "(E, F, D)", (None, None, last(x, "x")))
@@ -104,10 +127,15 @@ def check_shapes(
     expect("w_up", w_up, "(E, F, D)", (experts, f, d))
     expect("w_down", w_down, "(E, D, F)", (experts, d, f))
     if len({w is None for w in shared}) > 1:
-        raise ValueError("w_shared_gate, w_shared_up and w_shared_down must all be given, or all be None")
+        raise ValueError(
+            "w_shared_gate, w_shared_up and w_shared_down must all be given, or all be None"
+        )
     if shared[0] is not None:
         expect("w_shared_gate", shared[0], "(F, D)", (None, d))
         expect("w_shared_up", shared[1], "(F, D)", tuple(shared[0].shape))
         expect("w_shared_down", shared[2], "(D, F)", (d, shared[0].shape[0]))
     if indices.size == 0:
-        raise ValueError(f"x and indices must have at least one row and one choice, got {x.shape} and {indices.shape}")
+        raise ValueError(
+            f"x and indices must have at least one row and one choice, got {x.shape} and "
+            f"{indices.shape}"
+        )

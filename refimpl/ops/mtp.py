@@ -1,10 +1,11 @@
-"""Multi-token prediction: what goes into an MTP module, h' = M [RMSNorm(embedding); RMSNorm(hidden)].
+"""Multi-token prediction: what goes into an MTP module, h' = M [RMSNorm(embedding);
+RMSNorm(hidden)].
 
-Module k joins the previous depth's hidden state at position i with the embedding of token i + k; a transformer block,
-a norm of its own and the shared head then predict token i + k + 1. `model` makes that chain; `mtp_pairs` says which
-positions and tokens meet. Source: DeepSeek-V3 (2412.19437) eq. 21–25, which print [hidden; embedding]: the released
-weights expect the embedding first. Derivation: derivations/mtp.md.
-Letters: D model; ``…`` any leading dimensions, B batch, T position.
+Module k joins the previous depth's hidden state at position i with the embedding of token i + k; a
+transformer block, a norm of its own and the shared head then predict token i + k + 1. `model` makes
+that chain; `mtp_pairs` says which positions and tokens meet. Source: DeepSeek-V3 (2412.19437) eq.
+21–25, which print [hidden; embedding]: the released weights expect the embedding first. Derivation:
+derivations/mtp.md. Letters: D model; ``…`` any leading dimensions, B batch, T position.
 """
 
 from __future__ import annotations
@@ -26,13 +27,21 @@ class MTPSaved(NamedTuple):
 
 
 def mtp_forward(
-    hidden: Array, embedding: Array, w_hnorm: Array, w_enorm: Array, w_proj: Array, *, eps: float,
-    order: str = "embedding_hidden", ops: Ops = LEAVES,
-) -> tuple[Array, MTPSaved]:  # fmt: skip
-    """h' […, D] from ``hidden`` and ``embedding`` […, D], ``w_hnorm`` and ``w_enorm`` [D], ``w_proj`` [D, 2D].
+    hidden: Array,
+    embedding: Array,
+    w_hnorm: Array,
+    w_enorm: Array,
+    w_proj: Array,
+    *,
+    eps: float,
+    order: str = "embedding_hidden",
+    ops: Ops = LEAVES,
+) -> tuple[Array, MTPSaved]:
+    """h' […, D] from ``hidden`` and ``embedding`` […, D], ``w_hnorm`` and ``w_enorm`` [D],
+    ``w_proj`` [D, 2D].
 
-    ``order``: which comes first in front of the projection, ``embedding_hidden`` (the released weights) or
-    ``hidden_embedding`` (the paper's eq. 21).
+    ``order``: which comes first in front of the projection, ``embedding_hidden`` (the released
+    weights) or ``hidden_embedding`` (the paper's eq. 21).
     """
     xp, d = namespace(hidden=hidden, embedding=embedding), hidden.shape[-1]
     expect("embedding", embedding, "hidden.shape", tuple(hidden.shape))
@@ -65,11 +74,13 @@ def mtp_pairs(
     segments: Array | None = None,
     key_mask: Array | None = None,
 ) -> tuple[Array, Array, Array, Array | None]:
-    """What module ``depth`` reads and predicts at positions 0 … T−depth−1, from tokens, targets and mask [B, T] (bool).
+    """What module ``depth`` reads and predicts at positions 0 … T−depth−1, from tokens, targets and
+    mask [B, T] (bool).
 
-    Returns (tokens, targets, mask, takes part), each [B, T − depth]: at position i token i + depth, its target, whether
-    that counts, and whether the position takes part at all: with ``segments`` [B, T] only if it and token i + depth lie
-    in one document, with ``key_mask`` [B, T] only if neither is padding. None: all take part.
+    Returns (tokens, targets, mask, takes part), each [B, T − depth]: at position i token i + depth,
+    its target, whether that counts, and whether the position takes part at all: with ``segments``
+    [B, T] only if it and token i + depth lie in one document, with ``key_mask`` [B, T] only if
+    neither is padding. None: all take part.
     """
     length = tokens.shape[1] - depth
     if depth < 1 or length < 1:

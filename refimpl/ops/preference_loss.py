@@ -1,8 +1,9 @@
-"""The pairwise preference loss of a reward model: −mean ln σ(reward(chosen) − reward(rejected)), with its linear head.
+"""The pairwise preference loss of a reward model: −mean ln σ(reward(chosen) − reward(rejected)),
+with its linear head.
 
-The Bradley–Terry model of R1's helpfulness reward (DeepSeek-R1, 2501.12948, the second stage): the reward of an answer
-is one number read off its last hidden state, and the better answer should have the higher one.
-Derivation: derivations/preference_loss.md. Letters: N pairs, D model width.
+The Bradley–Terry model of R1's helpfulness reward (DeepSeek-R1, 2501.12948, the second stage): the
+reward of an answer is one number read off its last hidden state, and the better answer should have
+the higher one. Derivation: derivations/preference_loss.md. Letters: N pairs, D model width.
 """
 
 from __future__ import annotations
@@ -21,10 +22,14 @@ class PreferenceLossSaved(NamedTuple):
     margin: Array  # [N, 1]: how much higher the chosen answer's reward is
 
 
-def preference_loss_forward(h_chosen: Array, h_rejected: Array, w: Array) -> tuple[Array, PreferenceLossSaved]:
-    """The scalar loss of pairs whose last hidden states are ``h_chosen`` and ``h_rejected`` [N, D], head ``w`` [1, D].
+def preference_loss_forward(
+    h_chosen: Array, h_rejected: Array, w: Array
+) -> tuple[Array, PreferenceLossSaved]:
+    """The scalar loss of pairs whose last hidden states are ``h_chosen`` and ``h_rejected`` [N, D],
+    head ``w`` [1, D].
 
-    Rewards are h wᵀ; a bias would cancel in their difference. ln σ is taken without overflow on either side.
+    Rewards are h wᵀ; a bias would cancel in their difference. ln σ is taken without overflow on
+    either side.
     """
     xp = namespace(h_chosen=h_chosen, h_rejected=h_rejected, w=w)
     expect("h_chosen", h_chosen, "(N, D)", (None, None))
@@ -39,7 +44,9 @@ def preference_loss_forward(h_chosen: Array, h_rejected: Array, w: Array) -> tup
     return xp.sum(loss) / h_chosen.shape[0], PreferenceLossSaved(h_chosen, h_rejected, w, margin)
 
 
-def preference_loss_backward(dloss: Array, saved: PreferenceLossSaved) -> tuple[Array, Array, Array]:
+def preference_loss_backward(
+    dloss: Array, saved: PreferenceLossSaved
+) -> tuple[Array, Array, Array]:
     """Gradients (dh_chosen [N, D], dh_rejected [N, D], dw [1, D]) from the scalar ``dloss``."""
     h_chosen, h_rejected, w, margin = saved
     xp = namespace(margin=margin)

@@ -1,7 +1,8 @@
 """RMSNorm, DeepSeek-V3's only normalisation: y = w ∘ x / √(mean(x²) + eps), over the last axis.
 
-Source: Zhang and Sennrich, Root Mean Square Layer Normalization (1910.07467) eq. 4, with eps inside the root as in
-DeepSeek's inference code. Derivation: derivations/rms_norm.md. Letters: D width; ``…`` any leading dimensions.
+Source: Zhang and Sennrich, Root Mean Square Layer Normalization (1910.07467) eq. 4, with eps inside
+the root as in DeepSeek's inference code. Derivation: derivations/rms_norm.md. Letters: D width;
+``…`` any leading dimensions.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ class RMSNormSaved(NamedTuple):
 
 
 def rms_norm_forward(x: Array, w: Array, *, eps: float) -> tuple[Array, RMSNormSaved]:
-    """y = w ∘ x r with r = 1 / √(mean(x²) + eps), for ``x`` […, D] and ``w`` [D]; returns y […, D]."""
+    """y = w ∘ x r with r = 1 / √(mean(x²) + eps), for ``x`` […, D] and ``w`` [D]; returns y […,
+    D]."""
     xp, eps = namespace(x=x, w=w), float(eps)
     expect("w", w, "(D,)", (last(x, "x"),))
     if not eps >= 0:

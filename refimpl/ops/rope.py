@@ -1,10 +1,11 @@
 """Rotary position embedding, with YaRN's frequencies and softmax correction.
 
-Pair i of a head is turned by the angle position · inv_freq[i]. Two layouts hold the same pairs: ``interleaved`` puts
-pair i at (2i, 2i+1), as DeepSeek's checkpoints do; ``halves`` puts it at (i, i + R/2). A rotation's inverse is its
-transpose, so the backward turns the other way. Sources: Su et al., RoFormer (2104.09864) eq. 34; Peng et al., YaRN
-(2309.00071) sections 3.2 and 3.4; DeepSeek-V3 (2412.19437) section 4.3. Derivation: derivations/rope.md.
-Letters: B batch, T position, H heads, R rotated width.
+Pair i of a head is turned by the angle position · inv_freq[i]. Two layouts hold the same pairs:
+``interleaved`` puts pair i at (2i, 2i+1), as DeepSeek's checkpoints do; ``halves`` puts it at (i, i
++ R/2). A rotation's inverse is its transpose, so the backward turns the other way. Sources: Su et
+al., RoFormer (2104.09864) eq. 34; Peng et al., YaRN (2309.00071) sections 3.2 and 3.4; DeepSeek-V3
+(2412.19437) section 4.3. Derivation: derivations/rope.md. Letters: B batch, T position, H heads, R
+rotated width.
 """
 
 from __future__ import annotations
@@ -15,8 +16,14 @@ from typing import Any, NamedTuple
 from ..array import Array, cast, expect, is_object, namespace
 
 __all__ = [
-    "RoPESaved", "Yarn", "rope_backward", "rope_forward", "rope_frequencies", "yarn_mscale", "yarn_softmax_factor",
-]  # fmt: skip
+    "RoPESaved",
+    "Yarn",
+    "rope_backward",
+    "rope_forward",
+    "rope_frequencies",
+    "yarn_mscale",
+    "yarn_softmax_factor",
+]
 
 
 class Yarn(NamedTuple):
@@ -38,7 +45,8 @@ class RoPESaved(NamedTuple):
 
 
 def rope_frequencies(width: int, theta: float, yarn: Yarn | None = None) -> Array:
-    """Angles per position, inv_freq [R/2] in float64, for ``width`` R: theta^(−2i/R), slowed down by YaRN."""
+    """Angles per position, inv_freq [R/2] in float64, for ``width`` R: theta^(−2i/R), slowed down
+    by YaRN."""
     import numpy as np
 
     if width % 2 or width < 2:
@@ -48,21 +56,28 @@ def rope_frequencies(width: int, theta: float, yarn: Yarn | None = None) -> Arra
     if yarn is None:
         return frequency
 
-    def pair_turning(times: float) -> float:  # the (fractional) pair that turns so many times within the context
+    def pair_turning(
+        times: float,
+    ) -> float:  # the (fractional) pair that turns so many times within the context
         return width * log(yarn.original / (2 * pi * times)) / (2 * log(theta))  # (rope.2)
 
-    low, high = max(floor(pair_turning(yarn.beta_fast)), 0), min(ceil(pair_turning(yarn.beta_slow)), width - 1)
+    low, high = (
+        max(floor(pair_turning(yarn.beta_fast)), 0),
+        min(ceil(pair_turning(yarn.beta_slow)), width - 1),
+    )
     ramp = np.clip((pair - low) / (high - low or 0.001), 0, 1)
     return frequency / yarn.factor * ramp + frequency * (1 - ramp)  # (rope.3)
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """0.1 mscale ln(factor) + 1, YaRN's attention temperature (its square root, on q and on k alike)."""
+    """0.1 mscale ln(factor) + 1, YaRN's attention temperature (its square root, on q and on k
+    alike)."""
     return 0.1 * mscale * log(factor) + 1 if factor > 1 else 1.0  # (rope.4)
 
 
 def yarn_softmax_factor(yarn: Yarn | None) -> float:
-    """What YaRN multiplies the softmax scale with; 1.589 for mscale_all_dim = 0.707 and 1.874 for 1, at factor 40."""
+    """What YaRN multiplies the softmax scale with; 1.589 for mscale_all_dim = 0.707 and 1.874 for
+    1, at factor 40."""
     return 1.0 if yarn is None else yarn_mscale(yarn.factor, yarn.mscale_all_dim) ** 2
 
 
@@ -73,17 +88,23 @@ def rope_forward(
 
     Args:
         positions: [B, T] or [T], any integers; only differences matter to attention.
-        inv_freq: [R/2], from `rope_frequencies`. Angles are computed in float64 (longdouble for longdouble x).
+        inv_freq: [R/2], from `rope_frequencies`. Angles are computed in float64 (longdouble for
+            longdouble x).
         layout: ``interleaved`` or ``halves``.
-        factor: multiplies cos and sin; get_mscale(mscale) / get_mscale(mscale_all_dim), 1 in released models.
+        factor: multiplies cos and sin; get_mscale(mscale) / get_mscale(mscale_all_dim), 1 in
+            released models.
     """
     xp = namespace(x=x)
     if len(x.shape) != 4 or x.shape[-1] != 2 * inv_freq.shape[0]:
         raise ValueError(
-            f"x must have shape (B, T, H, R) with R=2·len(inv_freq)={2 * inv_freq.shape[0]}, got {x.shape}"
+            f"x must have shape (B, T, H, R) with R=2·len(inv_freq)={2 * inv_freq.shape[0]}, "
+            f"got {x.shape}"
         )
     if positions.shape not in ((x.shape[1],), tuple(x.shape[:2])):
-        raise ValueError(f"positions must have shape (T,) or (B, T) of x {tuple(x.shape[:2])}, got {positions.shape}")
+        raise ValueError(
+            f"positions must have shape (T,) or (B, T) of x {tuple(x.shape[:2])}, got "
+            f"{positions.shape}"
+        )
     if layout not in ("interleaved", "halves"):
         raise ValueError(f"layout must be 'interleaved' or 'halves', got {layout!r}")
     wide: Any = xp.float64
@@ -106,7 +127,9 @@ def rope_backward(dy: Array, saved: RoPESaved) -> Array:
 def _rotate(x: Array, cos: Array, sin: Array, layout: str) -> Array:
     xp = namespace(x=x)
     half = x.shape[-1] // 2
-    a, b = (x[..., 0::2], x[..., 1::2]) if layout == "interleaved" else (x[..., :half], x[..., half:])
+    a, b = (
+        (x[..., 0::2], x[..., 1::2]) if layout == "interleaved" else (x[..., :half], x[..., half:])
+    )
     turned = (a * cos - b * sin, a * sin + b * cos)  # (rope.5)
     if layout == "interleaved":
         return xp.reshape(xp.stack(turned, axis=-1), x.shape)

@@ -1,19 +1,39 @@
-"""The mixture-of-experts gate: scores, biased and group-limited selection, normalised weights; and its bias update.
+"""The mixture-of-experts gate: scores, biased and group-limited selection, normalised weights; and
+its bias update.
 
-The selection is not differentiable: indices are constants of the backward, and the bias gets no gradient; it is moved
-by `bias_update` instead. Sources: DeepSeek-V3 (2412.19437) eq. 12–16; DeepSeek-V2 (2405.04434) section 2.2 for the
-groups. Derivation: derivations/router.md. Letters: D model, E experts, K top-k, G groups; ``…`` any leading dimensions.
+The selection is not differentiable: indices are constants of the backward, and the bias gets no
+gradient; it is moved by `bias_update` instead. Sources: DeepSeek-V3 (2412.19437) eq. 12–16;
+DeepSeek-V2 (2405.04434) section 2.2 for the groups. Derivation: derivations/router.md. Letters: D
+model, E experts, K top-k, G groups; ``…`` any leading dimensions.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..array import Array, argsort, expect, expect_ids, expect_mask, last, library, namespace, real, sigmoid, zeros
+from ..array import (
+    Array,
+    argsort,
+    expect,
+    expect_ids,
+    expect_mask,
+    last,
+    library,
+    namespace,
+    real,
+    sigmoid,
+    zeros,
+)
 
 __all__ = [
-    "RouterOutput", "RouterSaved", "bias_update", "expert_load", "router_backward", "router_forward", "select_experts",
-]  # fmt: skip
+    "RouterOutput",
+    "RouterSaved",
+    "bias_update",
+    "expert_load",
+    "router_backward",
+    "router_forward",
+    "select_experts",
+]
 
 
 class RouterOutput(NamedTuple):
@@ -34,10 +54,21 @@ class RouterSaved(NamedTuple):
 
 
 def router_forward(
-    x: Array, w: Array, *, top_k: int, bias: Array | None = None, groups: int = 1, keep_groups: int = 1,
-    group_score: str = "top2", score: str = "sigmoid", normalise: bool = True, scale: float = 1.0,
-    epsilon: float = 0.0, masked_groups: str = "-inf", routes: Array | None = None,
-) -> tuple[RouterOutput, RouterSaved]:  # fmt: skip
+    x: Array,
+    w: Array,
+    *,
+    top_k: int,
+    bias: Array | None = None,
+    groups: int = 1,
+    keep_groups: int = 1,
+    group_score: str = "top2",
+    score: str = "sigmoid",
+    normalise: bool = True,
+    scale: float = 1.0,
+    epsilon: float = 0.0,
+    masked_groups: str = "-inf",
+    routes: Array | None = None,
+) -> tuple[RouterOutput, RouterSaved]:
     """Choose ``top_k`` of E experts for each row of ``x`` […, D] with the gate ``w`` [E, D].
 
     Args:
@@ -46,7 +77,8 @@ def router_forward(
         score: ``sigmoid`` (V3) or ``softmax`` (V2).
         normalise: divide the chosen scores by their sum + ``epsilon`` (V3); V2 does not.
         scale: multiplies the weights (routed_scaling_factor).
-        routes: […, K] integers to use instead of a selection: replay of another run's or implementation's choice.
+        routes: […, K] integers to use instead of a selection: replay of another run's or
+            implementation's choice.
 
     Returns RouterOutput(weights […, K], scores […, E], indices […, K]).
     """
@@ -71,7 +103,9 @@ def router_forward(
     chosen = xp.take_along_axis(scores, indices, axis=-1)
     total = xp.sum(chosen, axis=-1, keepdims=True) + epsilon if normalise else 1
     weights = scale * chosen / total  # (router.6)
-    return RouterOutput(weights, scores, indices), RouterSaved(x, w, scores, indices, score, normalise, scale, epsilon)
+    return RouterOutput(weights, scores, indices), RouterSaved(
+        x, w, scores, indices, score, normalise, scale, epsilon
+    )
 
 
 def router_backward(dy: tuple[Array, Array | None], saved: RouterSaved) -> tuple[Array, Array]:
@@ -85,56 +119,78 @@ def router_backward(dy: tuple[Array, Array | None], saved: RouterSaved) -> tuple
     if normalise:
         chosen = xp.take_along_axis(s, indices, axis=-1)
         total = xp.sum(chosen, axis=-1, keepdims=True) + epsilon
-        dchosen = (dchosen - xp.sum(dchosen * chosen, axis=-1, keepdims=True) / total) / total  # (router.7)
+        dchosen = (
+            dchosen - xp.sum(dchosen * chosen, axis=-1, keepdims=True) / total
+        ) / total  # (router.7)
     ds = zeros(s.shape, s) if dscores is None else dscores
     expert = xp.arange(s.shape[-1], device=s.device)
     for k in range(indices.shape[-1]):  # a row's indices differ, so each adds to its own place
-        ds = xp.where(expert == indices[..., k : k + 1], ds + dchosen[..., k : k + 1], ds)  # (router.8)
-    if score == "sigmoid":  # noqa: SIM108
+        ds = xp.where(
+            expert == indices[..., k : k + 1], ds + dchosen[..., k : k + 1], ds
+        )  # (router.8)
+    if score == "sigmoid":
         dlogits = ds * s * (1 - s)  # (router.9)
     else:
         dlogits = s * (ds - xp.sum(ds * s, axis=-1, keepdims=True))  # (router.10)
     rows = xp.reshape(dlogits, (-1, s.shape[-1]))
-    return xp.matmul(dlogits, w), xp.matmul(xp.matrix_transpose(rows), xp.reshape(x, (-1, x.shape[-1])))  # (router.11)
+    return xp.matmul(dlogits, w), xp.matmul(
+        xp.matrix_transpose(rows), xp.reshape(x, (-1, x.shape[-1]))
+    )  # (router.11)
 
 
 def select_experts(
-    biased: Array, top_k: int, groups: int = 1, keep_groups: int = 1, group_score: str = "top2",
+    biased: Array,
+    top_k: int,
+    groups: int = 1,
+    keep_groups: int = 1,
+    group_score: str = "top2",
     masked_groups: str = "-inf",
-) -> Array:  # fmt: skip
+) -> Array:
     """Indices […, K] of the best experts, best first; equal scores go to the lower index.
 
     Args:
         biased: […, E] real scores, with the bias.
-        groups, keep_groups: experts form ``groups`` equal groups in order; only the best ``keep_groups`` take part.
-        group_score: the sum of a group's best: ``top2`` two (V3's code), ``share`` K / keep_groups of them (V3's paper,
-            Megatron), ``max`` one (V2).
-        masked_groups: ``-inf`` hides the other groups; ``zero`` sets their scores to 0, as Hugging Face did until
-            transformers#45441: an expert with a negative biased score then loses to a hidden one.
+        groups, keep_groups: experts form ``groups`` equal groups in order; only the best
+            ``keep_groups`` take part.
+        group_score: the sum of a group's best: ``top2`` two (V3's code), ``share`` K / keep_groups
+            of them (V3's paper, Megatron), ``max`` one (V2).
+        masked_groups: ``-inf`` hides the other groups; ``zero`` sets their scores to 0, as Hugging
+            Face did until transformers#45441: an expert with a negative biased score then loses to
+            a hidden one.
     """
     xp, experts = namespace(biased=biased), biased.shape[-1]
     if groups < 1 or experts % groups or not 1 <= keep_groups <= groups:
-        raise ValueError(f"groups must divide E={experts}, keep_groups lie in 1…groups, got {groups}, {keep_groups}")
+        raise ValueError(
+            f"groups must divide E={experts}, keep_groups lie in 1…groups, got {groups}, "
+            f"{keep_groups}"
+        )
     summed = {"top2": 2, "share": top_k // keep_groups, "max": 1}.get(group_score, 0)
     if summed < 1 or masked_groups not in ("-inf", "zero"):
         raise ValueError(
-            "group_score is top2, max or (if top_k is at least keep_groups) share, masked_groups -inf or zero, "
-            f"got {group_score}, {masked_groups}"
+            "group_score is top2, max or (if top_k is at least keep_groups) share, "
+            f"masked_groups -inf or zero, got {group_score}, {masked_groups}"
         )
     if not 1 <= top_k <= experts // groups * keep_groups:
-        raise ValueError(f"top_k must lie in 1…{experts // groups * keep_groups} (kept experts), got {top_k}")
+        raise ValueError(
+            f"top_k must lie in 1…{experts // groups * keep_groups} (kept experts), got {top_k}"
+        )
     if keep_groups < groups:
         grouped = xp.reshape(biased, (*biased.shape[:-1], groups, experts // groups))
         best = -xp.sort(-grouped, axis=-1)[..., :summed]
         kept = argsort(-xp.sum(best, axis=-1))[..., :keep_groups]
-        is_kept = xp.any(xp.arange(groups, device=biased.device)[:, None] == kept[..., None, :], axis=-1)
+        is_kept = xp.any(
+            xp.arange(groups, device=biased.device)[:, None] == kept[..., None, :], axis=-1
+        )
         hidden = -xp.inf if masked_groups == "-inf" else 0.0
-        biased = xp.reshape(xp.where(is_kept[..., None], grouped, hidden), biased.shape)  # (router.5)
+        biased = xp.reshape(
+            xp.where(is_kept[..., None], grouped, hidden), biased.shape
+        )  # (router.5)
     return argsort(-biased)[..., :top_k]
 
 
 def expert_load(indices: Array, experts: int, mask: Array | None = None) -> Array:
-    """How many tokens chose each expert: integers [E] from ``indices`` […, K]; ``mask`` […] False drops a token."""
+    """How many tokens chose each expert: integers [E] from ``indices`` […, K]; ``mask`` […] False
+    drops a token."""
     xp = library(indices, "indices")
     indices = expect_ids("indices", indices, experts)
     if mask is not None:
@@ -142,14 +198,17 @@ def expert_load(indices: Array, experts: int, mask: Array | None = None) -> Arra
         indices = xp.where(mask[..., None], indices, experts)
     expert = xp.arange(experts, device=indices.device)
     in_order = xp.sort(xp.reshape(indices, (-1,)))
-    return xp.searchsorted(in_order, expert, side="right") - xp.searchsorted(in_order, expert, side="left")
+    return xp.searchsorted(in_order, expert, side="right") - xp.searchsorted(
+        in_order, expert, side="left"
+    )
 
 
 def bias_update(bias: Array, load: Array, gamma: float, *, centre: bool = False) -> Array:
-    """The bias after a step: up by ``gamma`` for experts below the mean load, down above (V3 section 2.1.2).
+    """The bias after a step: up by ``gamma`` for experts below the mean load, down above (V3
+    section 2.1.2).
 
-    ``load`` [E] counts the whole batch, once (a recomputed forward must not count twice). ``centre`` subtracts the mean
-    change, as torchtitan does; DeepSeek and Megatron do not.
+    ``load`` [E] counts the whole batch, once (a recomputed forward must not count twice).
+    ``centre`` subtracts the mean change, as torchtitan does; DeepSeek and Megatron do not.
     """
     xp = namespace(bias=bias)
     expect("load", load, "(E,)", tuple(bias.shape))

@@ -1,6 +1,7 @@
 """SwiGLU's gate, element by element: y = silu(gate) ∘ up, with silu(g) = g σ(g).
 
-Source: Shazeer, GLU Variants Improve Transformer (2002.05202) eq. 5–6. Derivation: derivations/swiglu.md.
+Source: Shazeer, GLU Variants Improve Transformer (2002.05202) eq. 5–6. Derivation:
+derivations/swiglu.md.
 """
 
 from __future__ import annotations

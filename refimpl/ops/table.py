@@ -1,13 +1,14 @@
 """The table of implementations: each op's name, and the pair of functions that does it.
 
-The composite ops (`ffn`, `mla`, `mla_absorbed`, `moe`, `head_cross_entropy`, `mtp`) and the model find the ops they are
-made of in such a table, so that a faster implementation plugs in by name and no op or model is touched:
+The composite ops (`ffn`, `mla`, `mla_absorbed`, `moe`, `head_cross_entropy`, `mtp`) and the model
+find the ops they are made of in such a table, so that a faster implementation plugs in by name and
+no op or model is touched:
 
     ops = REFERENCE | {"attention": Op(flash_attention_forward, flash_attention_backward)}
     mla_forward(..., ops=ops)
 
-The ops themselves never choose. `LEAVES` are the ops made of no others; `refimpl.ops.REFERENCE` adds the composites,
-which the model looks up in the same way.
+The ops themselves never choose. `LEAVES` are the ops made of no others; `refimpl.ops.REFERENCE`
+adds the composites, which the model looks up in the same way.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ __all__ = ["LEAVES", "Op", "Ops"]
 
 class Op(NamedTuple):
     forward: Callable[..., Any]  # (differentiable…, *, not differentiable…) -> (y, saved)
-    backward: Callable[..., Any]  # (dy, saved) -> gradients, one for each positional argument of forward
+    backward: Callable[
+        ..., Any
+    ]  # (dy, saved) -> gradients, one for each positional argument of forward
 
 
 Ops = Mapping[str, Op]

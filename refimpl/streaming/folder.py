@@ -1,4 +1,5 @@
-"""The folder of a result: files that appear whole, records of the steps that are done, and the index."""
+"""The folder of a result: files that appear whole, records of the steps that are done, and the
+index."""
 
 from __future__ import annotations
 
@@ -22,8 +23,17 @@ from .pieces import Sink, summed
 
 __all__ = ["Folder", "Record", "Size", "held"]
 
-OURS = ("index.json", "unfinished", "in.safetensors", "out.safetensors", "aux.safetensors", "logits.safetensors",
-        "act-*.safetensors", "cot-*.safetensors", "grad-*.safetensors")  # fmt: skip
+OURS = (
+    "index.json",
+    "unfinished",
+    "in.safetensors",
+    "out.safetensors",
+    "aux.safetensors",
+    "logits.safetensors",
+    "act-*.safetensors",
+    "cot-*.safetensors",
+    "grad-*.safetensors",
+)
 LOCKS = find_spec("fcntl") is not None
 PIECE = 2**20  # elements whose size is taken at a time
 
@@ -36,8 +46,12 @@ class Size(NamedTuple):
     largest: float  # max |g|: finite if and only if every g is
 
 
+NOTHING = Size(0, 0.0, 0.0)
+
+
 class Record:
-    """What a step left: arrays, the files it made, their bytes, and the sizes of the gradients in them.
+    """What a step left: arrays, the files it made, their bytes, and the sizes of the gradients in
+    them.
 
     CouldNotRun if the record is broken, or if a file is not as it was left.
     """
@@ -52,7 +66,9 @@ class Record:
         for file, count in notes["bytes"].items():
             left = path.parent.parent / file
             if not left.is_file() or left.stat().st_size != count:
-                raise CouldNotRun(f"{left} is gone or changed since its step was done: start anew with --force")
+                raise CouldNotRun(
+                    f"{left} is gone or changed since its step was done: start anew with --force"
+                )
 
     def __getitem__(self, name: str) -> np.ndarray:
         return np.array(self.arrays[name])
@@ -62,15 +78,22 @@ class Folder:
     """Where the steps of one request leave their files and records; only what is wanted is written.
 
     Args:
-        identity: of the request; with ``force`` False, an unfinished run of another one is refused (CouldNotRun).
+        identity: of the request; with ``force`` False, an unfinished run of another one is refused
+            (CouldNotRun).
         gradients: names and shapes of those that are wanted.
         activations: names of those that are wanted.
     """
 
     def __init__(
-        self, path: Path, identity: dict[str, str], force: bool, *, gradients: Mapping[str, tuple[int, ...]],
-        activations: Sequence[str], dtype: np.dtype[Any],
-    ) -> None:  # fmt: skip
+        self,
+        path: Path,
+        identity: dict[str, str],
+        force: bool,
+        *,
+        gradients: Mapping[str, tuple[int, ...]],
+        activations: Sequence[str],
+        dtype: np.dtype[Any],
+    ) -> None:
         prepare(path, identity, force)
         self.path, self.unfinished = path, path / "unfinished"
         self.gradients, self.activations, self.dtype = gradients, activations, dtype
@@ -93,22 +116,31 @@ class Folder:
         """All is there: write the index, and remove the records."""
         for record in self.records.values():
             self.files |= record.files
-        tensors = {name: entry for file in sorted(self.files) for name, entry in self.files[file].items()}
-        replace_text(self.path / "index.json", {"metadata": metadata, "tensors": tensors}, self.unfinished)
+        tensors = {
+            name: entry for file in sorted(self.files) for name, entry in self.files[file].items()
+        }
+        replace_text(
+            self.path / "index.json", {"metadata": metadata, "tensors": tensors}, self.unfinished
+        )
         shutil.rmtree(self.unfinished)
 
     def writer(self, file: str, tensors: Mapping[str, Spec]) -> TensorWriter:
         self.files[file] = {
-            name: {"dtype": str(spec.dtype), "shape": spec.shape, "file": file} for name, spec in tensors.items()
+            name: {"dtype": str(spec.dtype), "shape": spec.shape, "file": file}
+            for name, spec in tensors.items()
         }
         return TensorWriter(self.path / file, self._temporary(self.path / file), tensors)
 
     def write(self, file: str, arrays: Mapping[str, np.ndarray]) -> None:
-        with self.writer(file, {name: Spec(x.shape, x.dtype) for name, x in arrays.items()}) as writer:
+        with self.writer(
+            file, {name: Spec(x.shape, x.dtype) for name, x in arrays.items()}
+        ) as writer:
             for name, x in arrays.items():
                 writer.write(name, x)
 
-    def write_activations(self, file: str, found: Mapping[str, np.ndarray], prefix: str = "act") -> None:
+    def write_activations(
+        self, file: str, found: Mapping[str, np.ndarray], prefix: str = "act"
+    ) -> None:
         chosen = {f"{prefix}/{name}": x for name, x in found.items() if name in self.activations}
         if chosen:
             self.write(f"{file}.safetensors", chosen)
@@ -118,7 +150,9 @@ class Folder:
         if name not in self.gradients:
             return
         shape, size = self.gradients[name], Size(0, 0.0, 0.0)
-        with self.writer(f"{file}.safetensors", {f"grad/{name}": Spec(shape, self.dtype)}) as writer:
+        with self.writer(
+            f"{file}.safetensors", {f"grad/{name}": Spec(shape, self.dtype)}
+        ) as writer:
             for start, block in summed(parts, shape[0]):
                 writer.write(f"grad/{name}", block, start * (block.size // len(block)))
                 size = measure(block, size)
@@ -131,7 +165,9 @@ class Folder:
     @contextmanager
     def layer_file(self, layer: int) -> Iterator[Sink]:
         """A sink for the gradients of one layer."""
-        specs = {f"grad/{name}": Spec(self.gradients[name], self.dtype) for name in self.of_layer(layer)}
+        specs = {
+            f"grad/{name}": Spec(self.gradients[name], self.dtype) for name in self.of_layer(layer)
+        }
         if not specs:
             yield Sink(lambda name, gradient: None)
             return
@@ -142,7 +178,9 @@ class Folder:
                     return
                 if gradient is None:
                     writer.zero(f"grad/{name}")
-                    self.sizes[name] = Size(specs[f"grad/{name}"].bytes // self.dtype.itemsize, 0.0, 0.0)
+                    self.sizes[name] = Size(
+                        specs[f"grad/{name}"].bytes // self.dtype.itemsize, 0.0, 0.0
+                    )
                 else:
                     writer.write(f"grad/{name}", gradient)
                     self.sizes[name] = measure(gradient)
@@ -157,8 +195,9 @@ class Folder:
 def held(folder: Path) -> Iterator[None]:
     """Make the folder and keep other runs out of it; CouldNotRun if another one has it.
 
-    The lock is the system's, on the folder itself: nothing is left of it when the process ends, however it does. There
-    is none without flock (on Windows), nor where a file system has none for folders (NFS).
+    The lock is the system's, on the folder itself: nothing is left of it when the process ends,
+    however it does. There is none without flock (on Windows), nor where a file system has none for
+    folders (NFS).
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -182,32 +221,46 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def prepare(folder: Path, identity: dict[str, str], force: bool) -> None:
-    """See that the folder is empty, or that what is in it is this very request, unfinished; else empty it by force."""
+    """See that the folder is empty, or that what is in it is this very request, unfinished; else
+    empty it by force."""
     unfinished, state = folder / "unfinished", folder / "unfinished" / "request.json"
     try:
         found = sorted(path.name for path in folder.iterdir())
-        strange = [name for name in found if not any(fnmatchcase(name, pattern) for pattern in OURS)]
+        strange = [
+            name for name in found if not any(fnmatchcase(name, pattern) for pattern in OURS)
+        ]
         if strange:
-            raise CouldNotRun(f"{folder} holds other things ({strange[0]}): give a folder of its own")
+            raise CouldNotRun(
+                f"{folder} holds other things ({strange[0]}): give a folder of its own"
+            )
         if force:
             for path in (folder / "index.json", state):  # first what says that the rest can be used
                 path.unlink(missing_ok=True)
             for name in found:
-                shutil.rmtree(folder / name) if name == "unfinished" else (folder / name).unlink(missing_ok=True)
+                shutil.rmtree(folder / name) if name == "unfinished" else (folder / name).unlink(
+                    missing_ok=True
+                )
         elif "index.json" in found:
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed as it removed it
-            raise CouldNotRun(f"{folder} holds a finished result: give another folder, or replace it with --force")
+            shutil.rmtree(
+                unfinished, ignore_errors=True
+            )  # of a run that was killed as it removed it
+            raise CouldNotRun(
+                f"{folder} holds a finished result: give another folder, or replace it with --force"
+            )
         elif state.exists():
             before = notes_of(state, state.read_bytes())
             other = [key for key in identity | before if identity.get(key) != before.get(key)]
             if other:
                 raise CouldNotRun(
-                    f"{folder} holds an unfinished run of another request (other {', '.join(other)}): "
-                    "give another folder, or start anew with --force"
+                    f"{folder} holds an unfinished run of another request (other "
+                    f"{', '.join(other)}): give another folder, or start anew with --force"
                 )
             return
         elif set(found) - {"unfinished"}:
-            raise CouldNotRun(f"{folder} holds parts of a result: give another folder, or replace them with --force")
+            raise CouldNotRun(
+                f"{folder} holds parts of a result: give another folder, or replace them with "
+                "--force"
+            )
         unfinished.mkdir(exist_ok=True)
         replace_text(state, identity, unfinished)
     except OSError as error:
@@ -231,7 +284,7 @@ def replace_text(path: Path, content: Any, temporary: Path) -> None:
     os.replace(partial_file, path)
 
 
-def measure(x: np.ndarray, before: Size = Size(0, 0.0, 0.0)) -> Size:  # noqa: B008
+def measure(x: np.ndarray, before: Size = NOTHING) -> Size:
     """The size of ``x``, and of what was before."""
     elements, norm, largest = before
     flat = x.reshape(-1)

@@ -1,5 +1,5 @@
-"""Parameters and gradients a piece at a time: the ops `embedding` and `moe` of the table, which read rows and experts
-when they need them, and what takes the gradients that they give."""
+"""Parameters and gradients a piece at a time: the ops `embedding` and `moe` of the table, which
+read rows and experts when they need them, and what takes the gradients that they give."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ ROWS = 4096  # of a table of the vocabulary's length, summed and written at a ti
 
 
 class Pieces:
-    """A parameter that is read a piece at a time; an array to those who look at its type and shape alone."""
+    """A parameter that is read a piece at a time; an array to those who look at its type and shape
+    alone."""
 
     device = "cpu"
 
@@ -84,18 +85,29 @@ class MoESaved(NamedTuple):
     ops: Ops
 
 
-def moe_op(sink: Callable[[str, np.ndarray | None], None] = lambda name, gradient: None, *, output: bool = True) -> Op:
+def moe_op(
+    sink: Callable[[str, np.ndarray | None], None] = lambda name, gradient: None,
+    *,
+    output: bool = True,
+) -> Op:
     """`ops.moe` with one expert's weights in memory at a time; the same numbers.
 
-    The backward runs each expert again and gives the gradient of its weights to ``sink`` (name, gradient or None for
-    zeros), so that the layer's are never together. ``output``: False for a forward whose output nobody reads, since
-    only the backward is wanted: it is 0, and no expert is run for it.
+    The backward runs each expert again and gives the gradient of its weights to ``sink`` (name,
+    gradient or None for zeros), so that the layer's are never together. ``output``: False for a
+    forward whose output nobody reads, since only the backward is wanted: it is 0, and no expert is
+    run for it.
     """
 
     def forward(
-        x: np.ndarray, weights: np.ndarray, w_gate: Pieces, w_up: Pieces, w_down: Pieces, *shared: np.ndarray | None,
-        indices: np.ndarray, ops: Ops,
-    ) -> tuple[np.ndarray, MoESaved]:  # fmt: skip
+        x: np.ndarray,
+        weights: np.ndarray,
+        w_gate: Pieces,
+        w_up: Pieces,
+        w_down: Pieces,
+        *shared: np.ndarray | None,
+        indices: np.ndarray,
+        ops: Ops,
+    ) -> tuple[np.ndarray, MoESaved]:
         saved = MoESaved(x, weights, (w_gate, w_up, w_down), shared, indices, ops)
         if not output:
             return np.zeros_like(x), saved
@@ -103,7 +115,9 @@ def moe_op(sink: Callable[[str, np.ndarray | None], None] = lambda name, gradien
         outputs = np.empty((indices.size, x.shape[-1]), x.dtype)
         for expert, slots in dispatch(indices, w_gate.shape[0]):
             if slots.size:
-                outputs[slots] = ops["ffn"].forward(rows[slots // top_k], *experts(saved, expert), ops=ops)[0]
+                outputs[slots] = ops["ffn"].forward(
+                    rows[slots // top_k], *experts(saved, expert), ops=ops
+                )[0]
         y = np.sum(weights.reshape(-1, top_k, 1) * outputs.reshape(-1, top_k, x.shape[-1]), axis=1)
         if shared[0] is not None:
             y = y + ops["ffn"].forward(rows, *shared, ops=ops)[0]
@@ -113,7 +127,10 @@ def moe_op(sink: Callable[[str, np.ndarray | None], None] = lambda name, gradien
         x, weights, stacks, shared, indices, ops = saved
         rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, x.shape[-1])
         top_k, flat = indices.shape[-1], weights.reshape(-1, 1)
-        dweights, dslots = np.empty(indices.size, x.dtype), np.empty((indices.size, x.shape[-1]), x.dtype)
+        dweights, dslots = (
+            np.empty(indices.size, x.dtype),
+            np.empty((indices.size, x.shape[-1]), x.dtype),
+        )
         for expert, slots in dispatch(indices, stacks[0].shape[0]):
             dw: list[np.ndarray | None] = [None, None, None]
             if slots.size:
@@ -126,7 +143,9 @@ def moe_op(sink: Callable[[str, np.ndarray | None], None] = lambda name, gradien
         dx = np.sum(dslots.reshape(-1, top_k, x.shape[-1]), axis=1)
         dshared: list[np.ndarray | None] = [None, None, None]
         if shared[0] is not None:
-            dx_shared, *dshared = ops["ffn"].backward(dy_rows, ops["ffn"].forward(rows, *shared, ops=ops)[1])
+            dx_shared, *dshared = ops["ffn"].backward(
+                dy_rows, ops["ffn"].forward(rows, *shared, ops=ops)[1]
+            )
             dx = dx + dx_shared
         return dx.reshape(x.shape), dweights.reshape(weights.shape), None, None, None, *dshared
 
@@ -145,7 +164,8 @@ def experts(saved: MoESaved, expert: int) -> list[np.ndarray]:
 
 
 class Sink(Gradients):
-    """Where a backward adds its gradients: straight into a file; those of shared tensors are kept."""
+    """Where a backward adds its gradients: straight into a file; those of shared tensors are
+    kept."""
 
     def __init__(self, write: Callable[[str, np.ndarray | None], None]) -> None:
         super().__init__({})

@@ -26,11 +26,14 @@ ACTIVATIONS = {
     "model.embed_tokens": "the embeddings, what layer 0 reads",
     "model.layers.L": "layer L's output, what the next one reads",
     "model.layers.L.self_attn": "attention's output, before it is added to the stream",
-    "model.layers.L.after_attention": "the stream with attention's output added, what post_attention_layernorm reads",
+    "model.layers.L.after_attention": (
+        "the stream with attention's output added, what post_attention_layernorm reads"
+    ),
     "model.layers.L.mlp.gate.scores": "the router's scores [B, T, E], before bias and selection",
     "model.norm": "the final hidden states, what the head reads",
 }
-"""act/…: those named like a module are its output, as a forward hook on Hugging Face's module sees it."""
+"""act/…: those named like a module are its output, as a forward hook on Hugging Face's module sees
+it."""
 
 
 @dataclass(frozen=True)
@@ -63,21 +66,31 @@ class Request:
         ours = self.mtp or self.balance_alpha or self.mask is not None or self.targets is not None
         if self.dlogits is not None and ours:
             raise ValueError(
-                "dlogits is the gradient of another loss: it goes with none of mtp, balance_alpha, mask, targets"
+                "dlogits is the gradient of another loss: it goes with none of mtp, "
+                "balance_alpha, mask, targets"
             )
         layers = config.layers if self.layers is None else self.layers
         return replace(
-            config, layers=layers, dense_layers=min(config.dense_layers, layers), balance_weight=self.balance_alpha,
+            config,
+            layers=layers,
+            dense_layers=min(config.dense_layers, layers),
+            balance_weight=self.balance_alpha,
             mtp_depth=config.mtp_depth if self.mtp else 0,
             mtp_weight=config.mtp_weight if self.mtp_weight is None else self.mtp_weight,
-        )  # fmt: skip
+        )
 
     def identity(self, source: Source, checkpoint: str) -> dict[str, str]:
         """Each part of the request as a word or a digest: a resumed run must agree in all."""
-        parts: dict[str, Any] = {"config": asdict(source.config), "dtype": str(source.dtype), "checkpoint": checkpoint}
+        parts: dict[str, Any] = {
+            "config": asdict(source.config),
+            "dtype": str(source.dtype),
+            "checkpoint": checkpoint,
+        }
         parts |= {"refimpl": __version__, "numpy": np.__version__}
         parts |= {name: getattr(self, name) for name in self.__dataclass_fields__}
-        parts["routes"] = {str(layer): digest(route.indices, route.counted) for layer, route in self.routes.items()}
+        parts["routes"] = {
+            str(layer): digest(route.indices, route.counted) for layer, route in self.routes.items()
+        }
         for name, value in parts.items():
             if isinstance(value, np.ndarray):
                 parts[name] = digest(value)
@@ -90,21 +103,27 @@ def gradient_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every gradient's name and shape as a checkpoint has them, the experts one by one."""
     return {
         stored: shape if stored == name else shape[1:]
-        for name, shape in parameter_shapes(config).items() if not is_buffer(name)
+        for name, shape in parameter_shapes(config).items()
+        if not is_buffer(name)
         for stored in stored_names(name, shape)
-    }  # fmt: skip
+    }
 
 
 def digest(*arrays: np.ndarray | None) -> str:
     """Of the arrays' types, shapes and values."""
     hashed = hashlib.sha256()
     for x in arrays:
-        hashed.update(b"none" if x is None else f"{x.dtype}{x.shape}".encode() + np.ascontiguousarray(x).tobytes())
+        hashed.update(
+            b"none"
+            if x is None
+            else f"{x.dtype}{x.shape}".encode() + np.ascontiguousarray(x).tobytes()
+        )
     return hashed.hexdigest()
 
 
 class Plan:
-    """A request that fits a source; ValueError or TypeError says which part of it does not, name first."""
+    """A request that fits a source; ValueError or TypeError says which part of it does not, name
+    first."""
 
     def __init__(self, source: Source, request: Request) -> None:
         self.source, self.request = source, request
@@ -113,23 +132,40 @@ class Plan:
         self.with_loss = request.dlogits is None
         if request.implementation not in IMPLEMENTATIONS:
             raise ValueError(
-                f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {request.implementation}"
+                f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got "
+                f"{request.implementation}"
             )
-        self.ops = IMPLEMENTATIONS[request.implementation] | {"embedding": Op(embedding_forward, embedding_backward)}
+        self.ops = IMPLEMENTATIONS[request.implementation] | {
+            "embedding": Op(embedding_forward, embedding_backward)
+        }
         if request.tokens.ndim == 2 and request.tokens.shape[1] < (
             2 if self.with_loss and request.targets is None else 1
         ):
-            raise ValueError(f"tokens must have shape (B, T) with T of at least 2, got {request.tokens.shape}")
+            raise ValueError(
+                f"tokens must have shape (B, T) with T of at least 2, got {request.tokens.shape}"
+            )
         if request.tokens.size == 0:
             raise ValueError("tokens must not be empty, got none")
         self.batch = make_batch(
-            self.params, request.tokens, config, request.targets, request.mask, request.key_mask, None, None,
+            self.params,
+            request.tokens,
+            config,
+            request.targets,
+            request.mask,
+            request.key_mask,
+            None,
+            None,
             self.with_loss,
-        )  # fmt: skip
+        )
         expect_ids("targets", np.where(self.batch.mask, self.batch.targets, 0), config.vocabulary)
-        if request.dlogits is not None and request.dlogits.shape != (*request.tokens.shape, config.vocabulary):
+        if request.dlogits is not None and request.dlogits.shape != (
+            *request.tokens.shape,
+            config.vocabulary,
+        ):
             wanted = (*request.tokens.shape, config.vocabulary)
-            raise ValueError(f"dlogits must have shape (B, T, W)={wanted}, got {request.dlogits.shape}")
+            raise ValueError(
+                f"dlogits must have shape (B, T, W)={wanted}, got {request.dlogits.shape}"
+            )
         if request.dlogits is not None and not np.isfinite(request.dlogits).all():
             raise ValueError("dlogits must be finite, got NaN or infinity")
         with np.errstate(over="ignore"):
@@ -137,18 +173,31 @@ class Plan:
         if self.dlogits is not None and not np.isfinite(self.dlogits).all():
             raise ValueError(f"dlogits has numbers that {source.dtype} can't hold")
         if self.with_loss and not self.batch.mask.any():
-            given = [name for name in ("mask", "targets", "key_mask") if getattr(request, name) is not None]
-            raise ValueError(f"{' and '.join(given)} must leave at least one target that counts, got none")
+            given = [
+                name
+                for name in ("mask", "targets", "key_mask")
+                if getattr(request, name) is not None
+            ]
+            raise ValueError(
+                f"{' and '.join(given)} must leave at least one target that counts, got none"
+            )
         self.modules = range(1, config.mtp_depth + 1)
         self.moe_layers = range(config.dense_layers, config.layers + config.mtp_depth)
         self._check_routes()
-        self.wanted = {n: s for n, s in gradient_shapes(config).items() if fnmatchcase(n, request.only)}
+        self.wanted = {
+            n: s for n, s in gradient_shapes(config).items() if fnmatchcase(n, request.only)
+        }
         if not self.wanted:
             raise ValueError(f"only must match the name of a gradient, got {request.only}")
-        self.activations = [name for name in self._activation_names() if fnmatchcase(name, request.activations or "")]
+        self.activations = [
+            name
+            for name in self._activation_names()
+            if fnmatchcase(name, request.activations or "")
+        ]
         if request.activations is not None and not self.activations:
             raise ValueError(
-                f"activations must match a name such as {', '.join(ACTIVATIONS)}, got {request.activations}"
+                f"activations must match a name such as {', '.join(ACTIVATIONS)}, got "
+                f"{request.activations}"
             )
 
     def _check_routes(self) -> None:
@@ -158,28 +207,39 @@ class Plan:
         if strange:
             given = ", ".join(map(str, strange))
             raise ValueError(
-                f"routes must be of the model's MoE layers, with mtp also of its modules, got layer {given}"
+                "routes must be of the model's MoE layers, with mtp also of its modules, got "
+                f"layer {given}"
             )
         missing = [layer for layer in self.moe_layers if layer not in routes]
         if routes and missing:
-            raise ValueError(f"routes must have every MoE layer of the model, lacks {', '.join(map(str, missing))}")
+            raise ValueError(
+                "routes must have every MoE layer of the model, lacks "
+                f"{', '.join(map(str, missing))}"
+            )
         for layer in self.moe_layers if routes else ():
             shape = (b, t - max(layer - config.layers + 1, 0), config.top_k)
             for name, x in zip(("routes", "counted"), routes[layer], strict=True):
                 if x is not None and x.shape != shape:
                     raise ValueError(
-                        f"routes of layer {layer} ({name}) must have shape (B, T, K)={shape}, got {x.shape}"
+                        f"routes of layer {layer} ({name}) must have shape (B, T, K)={shape}, "
+                        f"got {x.shape}"
                     )
                 if x is not None:
                     expect_ids(f"routes of layer {layer}", x, config.experts)
             in_order = np.sort(routes[layer].indices, axis=-1)
             if np.any(in_order[..., 1:] == in_order[..., :-1]):
-                raise ValueError(f"routes of layer {layer} must name an expert once a token, got one twice")
+                raise ValueError(
+                    f"routes of layer {layer} must name an expert once a token, got one twice"
+                )
 
     def _activation_names(self) -> Iterator[str]:
         for name in ACTIVATIONS:
             if ".L" not in name:
                 yield name
                 continue
-            for layer in self.moe_layers if "gate" in name else range(self.config.layers + self.config.mtp_depth):
+            for layer in (
+                self.moe_layers
+                if "gate" in name
+                else range(self.config.layers + self.config.mtp_depth)
+            ):
                 yield name.replace(".L", f".{layer}")

@@ -1,5 +1,5 @@
-"""The steps: embedding, blocks, MTP modules and head forward, then all of them backward. Each reads the records of
-earlier ones, writes files, and gives the arrays of its own record."""
+"""The steps: embedding, blocks, MTP modules and head forward, then all of them backward. Each reads
+the records of earlier ones, writes files, and gives the arrays of its own record."""
 
 from __future__ import annotations
 
@@ -31,11 +31,17 @@ TOKENS = 256  # whose logits are made at a time
 
 
 class Steps:
-    """What ``plan`` asks for, a step a method: (layer or MTP depth) -> the arrays of the step's record."""
+    """What ``plan`` asks for, a step a method: (layer or MTP depth) -> the arrays of the step's
+    record."""
 
     def __init__(self, plan: Plan, folder: Folder) -> None:
         self.plan, self.folder, self.records = plan, folder, folder.records
-        self.source, self.config, self.params, self.ops = plan.source, plan.config, plan.params, plan.ops
+        self.source, self.config, self.params, self.ops = (
+            plan.source,
+            plan.config,
+            plan.params,
+            plan.ops,
+        )
         self.batch, self.with_loss, self.modules = plan.batch, plan.with_loss, plan.modules
 
     # The forward
@@ -60,11 +66,19 @@ class Steps:
         self, run: Run, layer: int, x: np.ndarray, saved: BlockSaved, seen: dict[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
         name = f"model.layers.{layer}"
-        activations = {name: x, f"{name}.after_attention": saved.ffn_norm.x, f"{name}.self_attn": seen["self_attn"]}
+        activations = {
+            name: x,
+            f"{name}.after_attention": saved.ffn_norm.x,
+            f"{name}.self_attn": seen["self_attn"],
+        }
         record = {"x": x}
         if layer in run.chosen:
             activations[f"{name}.mlp.gate.scores"] = saved.router.scores
-            record |= {"indices": run.chosen[layer].indices, "load": run.loads[layer], "weights": seen["weights"]}
+            record |= {
+                "indices": run.chosen[layer].indices,
+                "load": run.loads[layer],
+                "weights": seen["weights"],
+            }
             if run.with_loss and self.config.balance_weight:
                 record |= {"counted": run.chosen[layer].counted, "balance": run.balance[layer]}
         self.folder.write_activations(f"act-layer-{layer:05d}", activations)
@@ -78,7 +92,9 @@ class Steps:
         w = self.source.tensor(config.head)
         if self.plan.request.logits:
             shape = (*hidden.shape[:2], config.vocabulary)
-            with self.folder.writer("logits.safetensors", {"out/logits": Spec(shape, hidden.dtype)}) as writer:
+            with self.folder.writer(
+                "logits.safetensors", {"out/logits": Spec(shape, hidden.dtype)}
+            ) as writer:
                 rows = hidden.reshape(-1, config.width)
                 for start, stop in blocks(rows.shape[0], TOKENS):
                     z, _ = ops["linear"].forward(rows[start:stop], w)
@@ -106,7 +122,9 @@ class Steps:
             x, self.source.tensor("model.norm.weight"), eps=self.config.norm_eps
         )
 
-    def _cross_entropy(self, hidden: np.ndarray, w: np.ndarray, batch: Any, normaliser: float | None, ops: Ops) -> Any:
+    def _cross_entropy(
+        self, hidden: np.ndarray, w: np.ndarray, batch: Any, normaliser: float | None, ops: Ops
+    ) -> Any:
         return ops["head_cross_entropy"].forward(
             hidden, w, targets=batch.targets, mask=batch.mask, normaliser=normaliser, ops=ops
         )
@@ -115,7 +133,10 @@ class Steps:
 
     def backward_mtp(self, depth: int) -> dict[str, np.ndarray]:
         config, layer = self.config, self.config.layers + depth - 1
-        w, normaliser = self.source.tensor(config.head), self.batch.mtp_normaliser(config.conventions.mtp_normaliser)
+        w, normaliser = (
+            self.source.tensor(config.head),
+            self.batch.mtp_normaliser(config.conventions.mtp_normaliser),
+        )
         previous = self.records[f"backward-{layer + 1:05d}" if depth < config.mtp_depth else "head"]
         dstate = previous["dstate"] if "dstate" in previous.arrays else None
         with self.folder.layer_file(layer) as sink:
@@ -123,14 +144,17 @@ class Steps:
             state, later = self._mtp_input(depth)
             _, normed, saved = mtp_module_forward(run, depth, state, later)
             loss, head_saved = self._cross_entropy(normed, w, later, normaliser, run.ops)
-            dstate = mtp_module_backward(run, depth, 1.0, dstate, saved._replace(head=head_saved), sink)
+            dstate = mtp_module_backward(
+                run, depth, 1.0, dstate, saved._replace(head=head_saved), sink
+            )
         rows = next(x for _, x in sink.shared if isinstance(x, Rows))
         parts = [x for name, x in sink.shared if name == config.head]
         record = self._head_gradient([previous.arrays["head"], *parts], last=depth == 1)
         return record | {"dstate": dstate, "loss": np.asarray(loss), **rows._asdict()}
 
     def norm(self) -> dict[str, np.ndarray]:
-        """The gradient of the final norm's input, from the main head and from what the MTP modules read."""
+        """The gradient of the final norm's input, from the main head and from what the MTP modules
+        read."""
         _, saved = self._final_norm()
         dx, dhidden = np.zeros_like(saved.x), self.records["head"]["dhidden"]
         if self.modules:
@@ -147,7 +171,9 @@ class Steps:
         return {"dx": dx}
 
     def backward(self, layer: int) -> dict[str, np.ndarray]:
-        dx = self.records[f"backward-{layer + 1:05d}" if layer < self.config.layers - 1 else "norm"]["dx"]
+        dx = self.records[
+            f"backward-{layer + 1:05d}" if layer < self.config.layers - 1 else "norm"
+        ]["dx"]
         with self.folder.layer_file(layer) as sink:
             run = self._run(layer, moe_op(sink.write, output=False))
             _, saved = block_forward(run, layer, self._input(layer), self.batch)
@@ -165,7 +191,11 @@ class Steps:
         """The embedding's gradient, with the head's if they are tied."""
         config, parts = self.config, list[Any]()
         if config.tied:
-            parts.append(self.records[f"backward-{config.layers:05d}" if self.modules else "head"].arrays["head"])
+            parts.append(
+                self.records[f"backward-{config.layers:05d}" if self.modules else "head"].arrays[
+                    "head"
+                ]
+            )
         else:
             for k in reversed(self.modules):
                 record = self.records[f"backward-{config.layers + k - 1:05d}"]
@@ -177,17 +207,25 @@ class Steps:
     # What the steps share
 
     def _run(self, layer: int, moe: Op) -> Run:
-        """What `model` shares among blocks, for one of them: routes replay those of the request or of the forward."""
+        """What `model` shares among blocks, for one of them: routes replay those of the request or
+        of the forward."""
         routes = {}
         if (record := self.records.get(f"forward-{layer:05d}")) and "indices" in record.arrays:
-            routes[layer] = Route(record["indices"], record["counted"] if "counted" in record.arrays else None)
+            routes[layer] = Route(
+                record["indices"], record["counted"] if "counted" in record.arrays else None
+            )
         elif (route := self.plan.request.routes.get(layer)) is not None:
             routed = self.config.conventions.balance_counts == "routed"
-            routes[layer] = Route(route.indices, route.indices if routed and route.counted is None else route.counted)
-        return Run(self.params, self.config, self.ops | {"moe": moe}, routes, self.with_loss, {}, {}, {})
+            routes[layer] = Route(
+                route.indices, route.indices if routed and route.counted is None else route.counted
+            )
+        return Run(
+            self.params, self.config, self.ops | {"moe": moe}, routes, self.with_loss, {}, {}, {}
+        )
 
     def _observed(self, layer: int) -> tuple[Run, dict[str, np.ndarray]]:
-        """A run for a forward, and where it notes attention's output and the experts' weights on the way."""
+        """A run for a forward, and where it notes attention's output and the experts' weights on
+        the way."""
         run, seen = self._run(layer, moe_op()), dict[str, np.ndarray]()
         mla, moe = run.ops["mla"], run.ops["moe"]
 
@@ -217,7 +255,8 @@ class Steps:
         return state[:, : later.tokens.shape[1], :], later
 
     def _head_gradient(self, parts: list[Any], last: bool) -> dict[str, np.ndarray]:
-        """Write the head's gradient if no other will be added to it, else keep their sum in the record."""
+        """Write the head's gradient if no other will be added to it, else keep their sum in the
+        record."""
         name = self.config.head
         if last and not self.config.tied:
             self.folder.write_gradient("grad-head", name, parts)

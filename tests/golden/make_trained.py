@@ -1,8 +1,9 @@
-"""Train the preset `tiny` on CPython's own topics and save it as a checkpoint: ``python make_trained.py [FOLDER]``.
+"""Train the preset `tiny` on CPython's own topics and save it as a checkpoint: ``python
+make_trained.py [FOLDER]``.
 
-The tests of generation need a model whose next tokens can be guessed, neither always nor never. Bytes are the tokens;
-2,000 steps of 16 windows take about a minute and a half. The result depends on the machine's rounding, so it is
-committed: tests/golden/trained, 42,262 parameters in bfloat16.
+The tests of generation need a model whose next tokens can be guessed, neither always nor never.
+Bytes are the tokens; 2,000 steps of 16 windows take about a minute and a half. The result depends
+on the machine's rounding, so it is committed: tests/golden/trained, 42,262 parameters in bfloat16.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def main(folder: Path) -> None:
         output, saved = forward(params, data[starts[:, None] + np.arange(LENGTH + 1)], config)
         grads = backward(saved)
         clip_global_norm(grads, 1.0)
-        learning_rate = PEAK * min((step + 1) / WARM_UP, 1) * (0.02 + (1 + cos(pi * step / STEPS)) / 2)
+        learning_rate = (
+            PEAK * min((step + 1) / WARM_UP, 1) * (0.02 + (1 + cos(pi * step / STEPS)) / 2)
+        )
         optimizer.update(params, grads, learning_rate)
         for layer, load in output.loads.items():
             name = f"model.layers.{layer}.{BIAS}"

@@ -1,8 +1,9 @@
 """An interpreter of compiled PTX in NumPy, to execute kernels where there is no GPU.
 
-`run` executes what NVRTC or numba-cuda emits for our kernels, one lane of an array a thread, and checks what hardware
-leaves undefined: bounds, alignment, unwritten bytes, races, barriers in divergent code, missing lanes. What it doesn't
-know raises. Passing here is executing under this interpreter; it says nothing about speed on a device.
+`run` executes what NVRTC or numba-cuda emits for our kernels, one lane of an array a thread, and
+checks what hardware leaves undefined: bounds, alignment, unwritten bytes, races, barriers in
+divergent code, missing lanes. What it doesn't know raises. Passing here is executing under this
+interpreter; it says nothing about speed on a device.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from .parse import Kernel, PTXError, parse
 
 __all__ = ["PTXError", "Report", "run"]
 
-MOST_SHARED = 48 << 10  # bytes of a block, of a kernel that has not been allowed more by cudaFuncSetAttribute
+MOST_SHARED = (
+    48 << 10
+)  # bytes of a block, of a kernel that has not been allowed more by cudaFuncSetAttribute
 
 
 def run(
@@ -37,29 +40,45 @@ def run(
 ) -> Report:
     """Execute a kernel; arrays among the arguments are read and written in place.
 
-    grid, block: up to 3 sizes. arguments: NumPy scalars of the parameters' sizes and NumPy arrays: contiguous, one
-    given twice is one allocation, one that isn't writeable may not be written. shared: bytes of dynamic shared memory.
-    seed: fixes the order of warps and the errors of approximations. uninitialised: arrays among the arguments whose
-    bytes may not be read before they are written. races: look for them. limit: of steps, to end endless loops.
-    sectors: count them. Raises PTXError for what the kernel does wrong, ValueError for wrong arguments.
+    grid, block: up to 3 sizes. arguments: NumPy scalars of the parameters' sizes and NumPy arrays:
+    contiguous, one given twice is one allocation, one that isn't writeable may not be written.
+    shared: bytes of dynamic shared memory.
+    seed: fixes the order of warps and the errors of approximations. uninitialised: arrays among the
+    arguments whose bytes may not be read before they are written. races: look for them. limit: of
+    steps, to end endless loops.
+    sectors: count them. Raises PTXError for what the kernel does wrong, ValueError for wrong
+    arguments.
     """
     kernels = parse(ptx)
     if kernel not in kernels:
         raise ValueError(f"kernel must be one of {[*kernels]}, got {kernel!r}")
     entry = kernels[kernel]
     sizes = [(*(int(n) for n in np.atleast_1d(size)), 1, 1)[:3] for size in (grid, block)]
-    fits = max(sizes[0][1:]) < 2**16 and sizes[0][0] < 2**31 and np.prod(sizes[1]) <= entry.most_threads
+    fits = (
+        max(sizes[0][1:]) < 2**16
+        and sizes[0][0] < 2**31
+        and np.prod(sizes[1]) <= entry.most_threads
+    )
     if min(*sizes[0], *sizes[1]) < 1 or not fits:
-        wanted = f"block must have 1 to {entry.most_threads} threads and grid 1 to 2³¹ − 1, 2¹⁶ − 1, 2¹⁶ − 1 blocks"
+        wanted = (
+            f"block must have 1 to {entry.most_threads} threads and grid 1 to 2³¹ − 1, 2¹⁶ − "
+            "1, 2¹⁶ − 1 blocks"
+        )
         raise ValueError(f"{wanted}, got {sizes[1]} and {sizes[0]}")
     needed = shared + sum(variable.size for variable in entry.shared)
     if needed > MOST_SHARED:
-        raise ValueError(f"shared memory must be at most {MOST_SHARED} bytes of a block, got {needed}")
+        raise ValueError(
+            f"shared memory must be at most {MOST_SHARED} bytes of a block, got {needed}"
+        )
     machine = Machine(entry, *sizes, seed=seed, limit=limit, races=races, sectors=sectors)
     memory = machine.memory
     arrays = allocate(memory, arguments)
     for array, address in arrays:
-        memory.put(address, array.reshape(-1).view(np.uint8), not any(array is other for other in uninitialised))
+        memory.put(
+            address,
+            array.reshape(-1).view(np.uint8),
+            not any(array is other for other in uninitialised),
+        )
     machine.lay_out(shared, values_of(entry, arguments, arrays))
     try:
         with np.errstate(all="ignore"):
@@ -67,7 +86,9 @@ def run(
     finally:
         for array, address in arrays:
             if array.flags.writeable:
-                array.reshape(-1).view(np.uint8)[:] = memory.bytes[address - memory.base :][: array.nbytes]
+                array.reshape(-1).view(np.uint8)[:] = memory.bytes[address - memory.base :][
+                    : array.nbytes
+                ]
 
 
 def allocate(memory: Arena, arguments: Sequence[Any]) -> list[tuple[np.ndarray, int]]:
@@ -77,19 +98,27 @@ def allocate(memory: Arena, arguments: Sequence[Any]) -> list[tuple[np.ndarray, 
         if not isinstance(argument, np.ndarray) or any(argument is array for array, _ in arrays):
             continue
         if not argument.flags.c_contiguous:
-            raise ValueError(f"argument {number} must be C-contiguous, got strides {argument.strides}")
+            raise ValueError(
+                f"argument {number} must be C-contiguous, got strides {argument.strides}"
+            )
         if any(np.may_share_memory(argument, array) for array, _ in arrays):
             raise ValueError(f"argument {number} must not overlap another array")
         name = f"argument {number} {argument.dtype}{list(argument.shape)}"
-        arrays.append((argument, memory.add(name, argument.nbytes, read_only=not argument.flags.writeable)))
+        arrays.append(
+            (argument, memory.add(name, argument.nbytes, read_only=not argument.flags.writeable))
+        )
     memory.allocate(1)
     return arrays
 
 
-def values_of(kernel: Kernel, arguments: Sequence[Any], arrays: list[tuple[np.ndarray, int]]) -> dict[str, bytes]:
+def values_of(
+    kernel: Kernel, arguments: Sequence[Any], arrays: list[tuple[np.ndarray, int]]
+) -> dict[str, bytes]:
     """The parameters' bytes: addresses of arrays, scalars as they are."""
     if len(arguments) != len(kernel.parameters):
-        raise ValueError(f"arguments must be {len(kernel.parameters)} for {kernel.name}, got {len(arguments)}")
+        raise ValueError(
+            f"arguments must be {len(kernel.parameters)} for {kernel.name}, got {len(arguments)}"
+        )
     values = {}
     for number, (parameter, given) in enumerate(zip(kernel.parameters, arguments, strict=True)):
         value = next((np.uint64(address) for array, address in arrays if array is given), given)

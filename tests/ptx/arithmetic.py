@@ -1,4 +1,5 @@
-"""Floating-point arithmetic of PTX on arrays: one rounding where PTX has one, approximations with their error."""
+"""Floating-point arithmetic of PTX on arrays: one rounding where PTX has one, approximations with
+their error."""
 
 from __future__ import annotations
 
@@ -28,7 +29,11 @@ def fma(a: Any, b: Any, c: Any) -> Any:
 def fma_down(a: Array, b: Array, c: Array) -> Array:
     """a · b + c of float32 arrays, rounded once, downwards (.rm)."""
     nearest = fma(a, b, c)
-    product, addend, result = a.astype(np.float64) * b, c.astype(np.float64), nearest.astype(np.float64)
+    product, addend, result = (
+        a.astype(np.float64) * b,
+        c.astype(np.float64),
+        nearest.astype(np.float64),
+    )
     # product is exact; so is the larger of the two minus what is near it, and the sign of the sum
     larger = np.abs(product) > np.abs(addend)
     high, low = np.where(larger, product, addend), np.where(larger, addend, product)
@@ -52,7 +57,11 @@ def to_bf16(x: Array) -> Array:
 
 def maximum(a: Array, b: Array) -> Array:
     """Of floats, −0 < +0 and a NaN yields to a number."""
-    return np.where((a == 0) & (b == 0), a + b, np.fmax(a, b)) if a.dtype.kind == "f" else np.maximum(a, b)
+    return (
+        np.where((a == 0) & (b == 0), a + b, np.fmax(a, b))
+        if a.dtype.kind == "f"
+        else np.maximum(a, b)
+    )
 
 
 def minimum(a: Array, b: Array) -> Array:
@@ -61,8 +70,11 @@ def minimum(a: Array, b: Array) -> Array:
 
 
 def noise(x: Array, seed: int) -> Array:
-    """In [−1, 1], a fixed function of the bits of x and the seed: hardware errs the same way each time."""
-    bits = np.ascontiguousarray(x.astype(np.float64)).view(np.uint64) ^ np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)
+    """In [−1, 1], a fixed function of the bits of x and the seed: hardware errs the same way each
+    time."""
+    bits = np.ascontiguousarray(x.astype(np.float64)).view(np.uint64) ^ np.uint64(
+        seed * 0x9E3779B97F4A7C15 % 2**64
+    )
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
         bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)
     return bits.astype(np.float64) / 2.0**63 - 1
@@ -72,7 +84,8 @@ def noise(x: Array, seed: int) -> Array:
 
 
 def exponential(x: Array, seed: int) -> Array:
-    """ex2.approx.f32: within 2^−22 relative, the rounding to float32 included; powers of 2 are exact."""
+    """ex2.approx.f32: within 2^−22 relative, the rounding to float32 included; powers of 2 are
+    exact."""
     exact = np.exp2(x.astype(np.float64))
     bound = np.where(x == np.rint(x), 0, (2**-22 - 2**-24) * exact)
     return np.where(np.isfinite(exact), exact + bound * noise(x, seed), exact).astype(np.float32)

@@ -1,4 +1,5 @@
-"""Instructions that touch one thread's registers alone: arithmetic, logic, comparison, conversion, moves."""
+"""Instructions that touch one thread's registers alone: arithmetic, logic, comparison, conversion,
+moves."""
 
 from __future__ import annotations
 
@@ -52,36 +53,64 @@ def multiply_wide(a: Array, b: Array) -> Array:
     return a.astype(wide) * b.astype(wide)
 
 
-# An opcode, whole or but for its last type t: (types of the operands and of the result, function). w: twice t's width.
+# An opcode, whole or but for its last type t: (types of the operands and of the result, function).
+# w: twice t's width.
 FORMS: dict[str, tuple[str, Callable[..., Array]]] = {
-    "add": ("t t → t", np.add), "add.rn": ("t t → t", np.add), "sub": ("t t → t", np.subtract),
-    "mul": ("t t → t", np.multiply), "mul.lo": ("t t → t", np.multiply), "mul.wide": ("t t → w", multiply_wide),
+    "add": ("t t → t", np.add),
+    "add.rn": ("t t → t", np.add),
+    "sub": ("t t → t", np.subtract),
+    "mul": ("t t → t", np.multiply),
+    "mul.lo": ("t t → t", np.multiply),
+    "mul.wide": ("t t → w", multiply_wide),
     "mad.lo": ("t t t → t", lambda a, b, c: a * b + c),
-    "fma.rn": ("t t t → t", fp.fma), "fma.rm.f32": ("t t t → t", fp.fma_down),
-    "div.rn": ("t t → t", np.divide), "div": ("t t → t", quotient), "rem": ("t t → t", remainder),
-    "rcp.rn": ("t → t", lambda a: a.dtype.type(1) / a), "sqrt.rn": ("t → t", np.sqrt),
-    "min": ("t t → t", fp.minimum), "max": ("t t → t", fp.maximum),
-    "abs": ("t → t", np.abs), "neg": ("t → t", np.negative), "not": ("t → t", np.invert),
-    "and": ("t t → t", np.bitwise_and), "or": ("t t → t", np.bitwise_or), "xor": ("t t → t", np.bitwise_xor),
-    "shl": ("t u32 → t", shift_left), "shr": ("t u32 → t", shift_right), "bfi": ("t t u32 u32 → t", insert),
-    "mov": ("t → t", lambda a: a), "selp": ("t t pred → t", lambda a, b, p: np.where(p, a, b)),
+    "fma.rn": ("t t t → t", fp.fma),
+    "fma.rm.f32": ("t t t → t", fp.fma_down),
+    "div.rn": ("t t → t", np.divide),
+    "div": ("t t → t", quotient),
+    "rem": ("t t → t", remainder),
+    "rcp.rn": ("t → t", lambda a: a.dtype.type(1) / a),
+    "sqrt.rn": ("t → t", np.sqrt),
+    "min": ("t t → t", fp.minimum),
+    "max": ("t t → t", fp.maximum),
+    "abs": ("t → t", np.abs),
+    "neg": ("t → t", np.negative),
+    "not": ("t → t", np.invert),
+    "and": ("t t → t", np.bitwise_and),
+    "or": ("t t → t", np.bitwise_or),
+    "xor": ("t t → t", np.bitwise_xor),
+    "shl": ("t u32 → t", shift_left),
+    "shr": ("t u32 → t", shift_right),
+    "bfi": ("t t u32 u32 → t", insert),
+    "mov": ("t → t", lambda a: a),
+    "selp": ("t t pred → t", lambda a, b, p: np.where(p, a, b)),
     "cvta.to.global": ("t → t", lambda a: a),  # generic addresses of global memory are themselves
-    "cvt.rni.f32.f32": ("t → t", np.rint), "cvt.sat.f32.f32": ("t → t", fp.saturate),
+    "cvt.rni.f32.f32": ("t → t", np.rint),
+    "cvt.sat.f32.f32": ("t → t", fp.saturate),
     "cvt.rn.bf16.f32": ("t → b16", fp.to_bf16),
-    "setp.eq": ("t t → pred", np.equal), "setp.ne": ("t t → pred", lambda a, b: (a < b) | (a > b)),
-    "setp.lt": ("t t → pred", np.less), "setp.le": ("t t → pred", np.less_equal),
-    "setp.gt": ("t t → pred", np.greater), "setp.ge": ("t t → pred", np.greater_equal),
-    "setp.neu": ("t t → pred", np.not_equal), "setp.nan": ("t t → pred", lambda a, b: (a != a) | (b != b)),
-    "setp.ltu": ("t t → pred", lambda a, b: ~(a >= b)), "setp.leu": ("t t → pred", lambda a, b: ~(a > b)),
-    "setp.gtu": ("t t → pred", lambda a, b: ~(a <= b)), "setp.geu": ("t t → pred", lambda a, b: ~(a < b)),
+    "setp.eq": ("t t → pred", np.equal),
+    "setp.ne": ("t t → pred", lambda a, b: (a < b) | (a > b)),
+    "setp.lt": ("t t → pred", np.less),
+    "setp.le": ("t t → pred", np.less_equal),
+    "setp.gt": ("t t → pred", np.greater),
+    "setp.ge": ("t t → pred", np.greater_equal),
+    "setp.neu": ("t t → pred", np.not_equal),
+    "setp.nan": ("t t → pred", lambda a, b: (a != a) | (b != b)),
+    "setp.ltu": ("t t → pred", lambda a, b: ~(a >= b)),
+    "setp.leu": ("t t → pred", lambda a, b: ~(a > b)),
+    "setp.gtu": ("t t → pred", lambda a, b: ~(a <= b)),
+    "setp.geu": ("t t → pred", lambda a, b: ~(a < b)),
     "setp.num": ("t t → pred", lambda a, b: (a == a) & (b == b)),
-}  # fmt: skip
+}
 for to in ("u16", "u32", "s32", "u64", "s64", "f32", "f64"):
-    FORMS[f"cvt.rn.{to}" if to[0] == "f" else f"cvt.{to}"] = f"t → {to}", lambda a, to=DTYPES[to]: a.astype(to)
+    FORMS[f"cvt.rn.{to}" if to[0] == "f" else f"cvt.{to}"] = (
+        f"t → {to}",
+        lambda a, to=DTYPES[to]: a.astype(to),
+    )
 APPROXIMATE: dict[str, Callable[[Array, int], Array]] = {
-    "ex2.approx.f32": fp.exponential, "rcp.approx.ftz.f64": fp.reciprocal,
+    "ex2.approx.f32": fp.exponential,
+    "rcp.approx.ftz.f64": fp.reciprocal,
     "ex2.approx.ftz.f32": lambda a, seed: fp.flush(fp.exponential(fp.flush(a), seed)),
-}  # fmt: skip
+}
 
 
 def bind(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
@@ -98,7 +127,9 @@ def bind(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
     named = {"t": type, "w": f"{type[0]}{2 * int(type[1:])}" if type != "pred" else ""}
     *sources, _, result = [named.get(name, name) for name in types.split()]
     write = m.writer(operands[0], result)
-    read = [m.reader(operand, source) for operand, source in zip(operands[1:], sources, strict=True)]
+    read = [
+        m.reader(operand, source) for operand, source in zip(operands[1:], sources, strict=True)
+    ]
     return lambda lanes: write(lanes, function(*[r(lanes) for r in read]))
 
 
@@ -108,9 +139,15 @@ def move_halves(m: Machine, type: str, target: Operand, source: Operand) -> Step
     whole, parts = (target, source) if isinstance(source, Vector) else (source, target)
     low, high = m.view(whole, type).view(DTYPES[half]).reshape(-1, 2).T
     if parts is source:
-        pairs = [(place.__setitem__, m.reader(part, half)) for place, part in zip((low, high), parts, strict=True)]
+        pairs = [
+            (place.__setitem__, m.reader(part, half))
+            for place, part in zip((low, high), parts, strict=True)
+        ]
     else:
-        pairs = [(m.writer(part, half), place.__getitem__) for place, part in zip((low, high), parts, strict=True)]
+        pairs = [
+            (m.writer(part, half), place.__getitem__)
+            for place, part in zip((low, high), parts, strict=True)
+        ]
 
     def step(lanes: Lanes) -> None:
         for write, read in pairs:

@@ -1,4 +1,5 @@
-"""Instructions of control, memory, barriers and warps; `bind` turns any instruction into a step over lanes.
+"""Instructions of control, memory, barriers and warps; `bind` turns any instruction into a step
+over lanes.
 
 A step returns None (go on), the place to jump to, or STOP when it has set its lanes' own places.
 """
@@ -44,7 +45,12 @@ def bind(m: Machine, instruction: Instruction) -> Step:
 # Control
 
 
-def branch(m: Machine, opcode: str, operands: tuple[Operand, ...], guard: tuple[Register, bool] | None = None) -> Step:
+def branch(
+    m: Machine,
+    opcode: str,
+    operands: tuple[Operand, ...],
+    guard: tuple[Register, bool] | None = None,
+) -> Step:
     """The only instruction that may be guarded."""
     if opcode not in ("bra", "bra.uni"):
         raise m.unsupported(f"a guard, or the instruction {opcode},")
@@ -76,8 +82,11 @@ def leave(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
 # Memory
 
 
-def reach(m: Machine, operand: Address, arena: Arena, size: int, write: bool) -> Callable[[Lanes], Array]:
-    """From lanes to the positions of their accesses of `size` bytes at an address operand, checked and counted."""
+def reach(
+    m: Machine, operand: Address, arena: Arena, size: int, write: bool
+) -> Callable[[Lanes], Array]:
+    """From lanes to the positions of their accesses of `size` bytes at an address operand, checked
+    and counted."""
     type = "u32" if isinstance(operand.base, Register) and operand.base.type == "b32" else "u64"
     read, offset = m.reader(operand.base, type), np.uint64(operand.offset & (2**64 - 1))
 
@@ -117,7 +126,9 @@ def held(register: Operand, type: str) -> str:
     return type[0] + str(max(int(type[1:]), int(register.type[1:])))
 
 
-def load(m: Machine, arena: Arena, pointer: Address, registers: tuple, type: str, constant: bool) -> Step:
+def load(
+    m: Machine, arena: Arena, pointer: Address, registers: tuple, type: str, constant: bool
+) -> Step:
     item = np.dtype(DTYPES[type]).itemsize
     size, view = item * len(registers), arena.views[item].view(DTYPES[type])
     positions = reach(m, pointer, arena, size, False)
@@ -148,14 +159,17 @@ def store(m: Machine, arena: Arena, pointer: Address, registers: tuple, type: st
         for i, value in enumerate(values):
             view[first + i] = value
             if (lost := view[first + i] != value).any():
-                m.fail(lost, "race: another thread writes another value here by the same instruction")
+                m.fail(
+                    lost, "race: another thread writes another value here by the same instruction"
+                )
         arena.valid[arena.spread(position, size)] = True
 
     return step
 
 
 def atomic(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
-    """Read, add, write; threads that meet at an address come in a random order. In f32 global memory flushes."""
+    """Read, add, write; threads that meet at an address come in a random order. In f32 global
+    memory flushes."""
     match = ADD.fullmatch(opcode)
     if not match:
         raise m.unsupported(f"the instruction {opcode}")
@@ -168,7 +182,10 @@ def atomic(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
         position, view = positions(lanes), arena.views[4].view(DTYPES[type])
         arena.check_valid(position, 4)
         arena.check_write(position, 4, m.thread[lanes], atomic=True)
-        added, old = np.broadcast_to(read(lanes), position.shape), np.empty(position.shape, DTYPES[type])
+        added, old = (
+            np.broadcast_to(read(lanes), position.shape),
+            np.empty(position.shape, DTYPES[type]),
+        )
         for i in m.rng.permutation(len(position)):
             old[i] = view[position[i] // 4]
             view[position[i] // 4] = flush(old[i] + added[i])
@@ -178,7 +195,8 @@ def atomic(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
 
 
 class Copy(NamedTuple):
-    """A cp.async in flight: its lanes, their group, and the bytes to land at places in shared memory."""
+    """A cp.async in flight: its lanes, their group, and the bytes to land at places in shared
+    memory."""
 
     lanes: Array
     group: Array
@@ -193,9 +211,16 @@ def copy_asynchronously(m: Machine, opcode: str, operands: tuple[Operand, ...]) 
     if opcode == "cp.async.wait_group":
         keep = int(operands[0].value("u32")[0])
         return lambda lanes: land(m, lanes, keep)
-    if opcode != "cp.async.cg.shared.global" or len(operands) != 3 or operands[2].value("u32") != 16:
+    if (
+        opcode != "cp.async.cg.shared.global"
+        or len(operands) != 3
+        or operands[2].value("u32") != 16
+    ):
         raise m.unsupported(f"this form of {opcode}")
-    targets, sources = reach(m, operands[0], m.shared, 16, True), reach(m, operands[1], m.memory, 16, False)
+    targets, sources = (
+        reach(m, operands[0], m.shared, 16, True),
+        reach(m, operands[1], m.memory, 16, False),
+    )
 
     def step(lanes: Lanes) -> None:
         target, source, thread = targets(lanes), sources(lanes), m.thread[lanes]
@@ -258,7 +283,10 @@ def together(m: Machine, mask: Operand, body: Callable[[Lanes], None]) -> Step:
     def step(lanes: Lanes) -> object:
         masks = np.broadcast_to(read(lanes), m.index[lanes].shape)
         if (wrong := masks != 0xFFFFFFFF).any():
-            m.fail(wrong, lambda i: f"the member mask {masks[i]:#x}, of less than a warp, is not supported")
+            m.fail(
+                wrong,
+                lambda i: f"the member mask {masks[i]:#x}, of less than a warp, is not supported",
+            )
         ready = m.arrive(lanes)
         if ready is None:
             return run.STOP
@@ -277,11 +305,17 @@ def shuffle(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
     kind = opcode.removeprefix("shfl.sync.").removesuffix(".b32")
     if kind not in ("up", "bfly", "idx"):
         raise m.unsupported(f"the instruction {opcode}")
-    write, write_inside = (m.writer(part, type) for part, type in zip(operands[0], ("u32", "pred"), strict=True))
+    write, write_inside = (
+        m.writer(part, type) for part, type in zip(operands[0], ("u32", "pred"), strict=True)
+    )
     value, amount, bounds = (m.reader(operand, "u32") for operand in operands[1:4])
 
     def body(lanes: Lanes) -> None:
-        lane, b, c = m.lane[lanes], amount(lanes).astype(np.int64) & 31, bounds(lanes).astype(np.int64)
+        lane, b, c = (
+            m.lane[lanes],
+            amount(lanes).astype(np.int64) & 31,
+            bounds(lanes).astype(np.int64),
+        )
         clamp, segment = c & 31, c >> 8 & 31
         last = (lane & segment) | (clamp & ~segment)
         other = {"up": lane - b, "bfly": lane ^ b, "idx": (lane & segment) | (b & ~segment)}[kind]
@@ -289,7 +323,10 @@ def shuffle(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
         other = np.where(inside, other, lane)
         source = m.index[lanes] - lane + other
         if (wrong := m.state[source] == run.EXITED).any():
-            m.fail(wrong, lambda i: f"takes the value of lane {other[i]}, which is not there (it has exited)")
+            m.fail(
+                wrong,
+                lambda i: f"takes the value of lane {other[i]}, which is not there (it has exited)",
+            )
         everyone = np.broadcast_to(value(slice(None)), (m.lanes,))
         write(lanes, everyone[source])
         write_inside(lanes, inside)
@@ -298,8 +335,12 @@ def shuffle(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
 
 
 def reduce(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
-    """redux.sync: the largest, or the smallest, integer of a warp's lanes that have not exited, in all of these."""
-    kinds = {"redux.sync.max.u32": ("u32", np.maximum, 0), "redux.sync.min.s32": ("s32", np.minimum, 2**31 - 1)}
+    """redux.sync: the largest, or the smallest, integer of a warp's lanes that have not exited, in
+    all of these."""
+    kinds = {
+        "redux.sync.max.u32": ("u32", np.maximum, 0),
+        "redux.sync.min.s32": ("s32", np.minimum, 2**31 - 1),
+    }
     if opcode not in kinds:
         raise m.unsupported(f"the instruction {opcode}")
     type, combine, least = kinds[opcode]
@@ -314,6 +355,13 @@ def reduce(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
 
 
 FAMILIES: dict[str, Callable[[Machine, str, tuple[Operand, ...]], Step]] = {
-    "bra": branch, "ret": leave, "ld": access, "st": access, "atom": atomic, "cp": copy_asynchronously,
-    "bar": barrier, "shfl": shuffle, "redux": reduce,
-}  # fmt: skip
+    "bra": branch,
+    "ret": leave,
+    "ld": access,
+    "st": access,
+    "atom": atomic,
+    "cp": copy_asynchronously,
+    "bar": barrier,
+    "shfl": shuffle,
+    "redux": reduce,
+}

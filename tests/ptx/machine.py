@@ -1,9 +1,11 @@
-"""The machine: registers of a chunk of blocks, warps that diverge and reconverge, barriers, what an error says.
+"""The machine: registers of a chunk of blocks, warps that diverge and reconverge, barriers, what an
+error says.
 
-Threads are lanes of NumPy arrays. A group of lanes at the same instruction runs as far as it stays together; of the
-lanes that can run, those at the lowest instruction go first, so that warps reconverge. Each block's warps are split at
-random into two cohorts; one runs until it waits, then the other, in random order after every barrier, so that a
-missing barrier shows in the result. All is fixed by the seed.
+Threads are lanes of NumPy arrays. A group of lanes at the same instruction runs as far as it stays
+together; of the lanes that can run, those at the lowest instruction go first, so that warps
+reconverge. Each block's warps are split at random into two cohorts; one runs until it waits, then
+the other, in random order after every barrier, so that a missing barrier shows in the result. All
+is fixed by the seed.
 """
 
 from __future__ import annotations
@@ -36,16 +38,26 @@ class Report:
     barriers: int = 0
     read: Counter[str] = field(default_factory=Counter)
     written: Counter[str] = field(default_factory=Counter)
-    sectors: int = 0  # 32-byte pieces of global memory that each warp's access touches, if they are counted
+    sectors: int = (
+        0  # 32-byte pieces of global memory that each warp's access touches, if they are counted
+    )
 
 
 class Machine:
-    """One kernel; after its arrays and variables are laid out, `run` executes its blocks in chunks."""
+    """One kernel; after its arrays and variables are laid out, `run` executes its blocks in
+    chunks."""
 
     def __init__(
-        self, kernel: Kernel, grid: tuple[int, ...], block: tuple[int, ...],
-        *, seed: int, limit: int, races: bool, sectors: bool,
-    ) -> None:  # fmt: skip
+        self,
+        kernel: Kernel,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        *,
+        seed: int,
+        limit: int,
+        races: bool,
+        sectors: bool,
+    ) -> None:
         self.kernel, self.grid, self.block = kernel, grid, block
         self.seed, self.limit, self.counts_sectors = seed, limit, sectors
         self.rng = np.random.default_rng(seed)
@@ -57,8 +69,12 @@ class Machine:
         self.lane, self.warp = self.index & 31, self.index >> 5  # warp: by place in the arrays
         self.report = Report()
         self.program = [*kernel.instructions, Instruction("ret", (), None, 0, "ret; (end)")]
-        types = [i.opcode.split(".")[-1] for i in self.program if i.opcode.startswith(("ld.", "st."))]
-        granule = min([4, *(np.dtype(DTYPES.get(type, np.uint8)).itemsize for type in types)])  # the smallest access
+        types = [
+            i.opcode.split(".")[-1] for i in self.program if i.opcode.startswith(("ld.", "st."))
+        ]
+        granule = min(
+            [4, *(np.dtype(DTYPES.get(type, np.uint8)).itemsize for type in types)]
+        )  # the smallest access
         self.order = Order(self.total, self.warps)
         self.memory = Arena("global", GLOBAL_START, granule, self.order, races, self.fail)
         self.shared = Arena("shared", 0, granule, self.order, races, self.fail)
@@ -78,8 +94,12 @@ class Machine:
         for name, align, size in self.kernel.shared:
             if size:
                 self.symbols[name] = self.shared.add(name, size, align)
-        unsized = [variable for variable in self.kernel.shared if not variable.size]  # all are the same bytes
-        start = self.shared.add("dynamic shared memory", dynamic, max((v.align for v in unsized), default=16))
+        unsized = [
+            variable for variable in self.kernel.shared if not variable.size
+        ]  # all are the same bytes
+        start = self.shared.add(
+            "dynamic shared memory", dynamic, max((v.align for v in unsized), default=16)
+        )
         self.symbols |= {variable.name: start for variable in unsized}
         self.shared.allocate(self.blocks)
         self.special["%dynamic_smem_size"] = np.full(self.lanes, dynamic, np.uint32)
@@ -100,7 +120,8 @@ class Machine:
         return self.report
 
     def run_blocks(self, numbers: Array) -> None:
-        """Execute these blocks (linear numbers), at most as many as there are copies of shared memory."""
+        """Execute these blocks (linear numbers), at most as many as there are copies of shared
+        memory."""
         blocks, warps = self.blocks, self.warps
         first = self.rng.permuted(np.tile(np.arange(warps), (blocks, 1)), axis=1) < (warps + 1) // 2
         slots = np.argsort(~first.ravel(), kind="stable")  # warps in the order of their cohorts
@@ -110,8 +131,13 @@ class Machine:
         thread = np.repeat(warp * 32, 32) + self.lane
         self.block_number = np.resize(numbers, blocks)[self.copy]
         self.thread = self.block_number * (warps * 32) + thread
-        for name, linear, shape in (("tid", thread, self.block), ("ctaid", self.block_number, self.grid)):
-            for axis, place in zip("zyx", np.unravel_index(linear % np.prod(shape), shape[::-1]), strict=True):
+        for name, linear, shape in (
+            ("tid", thread, self.block),
+            ("ctaid", self.block_number, self.grid),
+        ):
+            for axis, place in zip(
+                "zyx", np.unravel_index(linear % np.prod(shape), shape[::-1]), strict=True
+            ):
                 self.special[f"%{name}.{axis}"][:] = place
         for register in self.registers.values():  # registers start as rubbish
             register.view(np.uint8).fill(0xAB if register.dtype != bool else True)
@@ -142,7 +168,9 @@ class Machine:
             chosen = places == first
             others = places[~chosen]
             lanes = slice(low, high) if not len(others) else low + np.flatnonzero(chosen)
-            self.run_group(self.compact(lanes), int(first), int(others.min()) if len(others) else FAR)
+            self.run_group(
+                self.compact(lanes), int(first), int(others.min()) if len(others) else FAR
+            )
 
     def compact(self, lanes: Lanes) -> Lanes:
         """A slice where the indices are consecutive: views are faster than gathers."""
@@ -174,7 +202,8 @@ class Machine:
             self.fail(None, f"still running after {self.limit} steps: an endless loop?")
 
     def wake(self, low: int, high: int) -> bool:
-        """Nothing runs: see whether lanes that wait within their warp now can go on, because others have exited."""
+        """Nothing runs: see whether lanes that wait within their warp now can go on, because others
+        have exited."""
         waiting = low + np.flatnonzero(self.state[low:high] == AT_WARP)
         if not len(waiting):
             return False
@@ -185,13 +214,18 @@ class Machine:
             if (self.state[lanes] != AT_WARP).any():
                 return True
         self.running, self.at = waiting, int(self.pc[waiting[0]])
-        self.fail(None, "lanes missing: others of the warp are elsewhere, and this instruction waits for them for ever")
+        self.fail(
+            None,
+            "lanes missing: others of the warp are elsewhere, and this instruction waits for "
+            "them for ever",
+        )
         return False
 
     def arrive(self, lanes: Lanes) -> Lanes | None:
         """Lanes whose whole warp (all that have not exited) is here; the others wait.
 
-        Returns the lanes that go on, or None; if these are not just `lanes`, their pc is set and the step must STOP.
+        Returns the lanes that go on, or None; if these are not just `lanes`, their pc is set and
+        the step must STOP.
         """
         index = self.index[lanes]
         if isinstance(lanes, slice) and len(index) % 32 == 0 and lanes.start % 32 == 0:
@@ -216,7 +250,8 @@ class Machine:
         self.pc[lanes] += 1
 
     def exit(self, lanes: Lanes) -> None:
-        """End these threads; to leave a barrier's warp mates behind after other work is divergence."""
+        """End these threads; to leave a barrier's warp mates behind after other work is
+        divergence."""
         if self.first != self.at and (self.state == AT_WARP).any():
             mates = self.index[(self.state == AT_WARP) & np.isin(self.warp, self.warp[lanes])]
             stuck = [i for i in mates if self.program[self.pc[i]].opcode == "bar.sync"]
@@ -226,7 +261,8 @@ class Machine:
         self.state[lanes] = EXITED
 
     def count(self, arena: Arena, lanes: Lanes, position: Array, size: int, write: bool) -> None:
-        """Bytes of an access, and its sectors of global memory (each lane's 16 bytes at most lie in one)."""
+        """Bytes of an access, and its sectors of global memory (each lane's 16 bytes at most lie in
+        one)."""
         (self.report.written if write else self.report.read)[arena.name] += size * len(position)
         if self.counts_sectors and arena is self.memory:
             warp = self.thread[lanes] >> 5
@@ -260,21 +296,29 @@ class Machine:
         else:
             array = self.registers.setdefault(operand, np.zeros(self.lanes, DTYPES[operand.type]))
         dtype = np.dtype(DTYPES[type])
-        if (array.dtype.kind == "b") != (dtype.kind == "b") or dtype.itemsize != array.dtype.itemsize:
+        if (array.dtype.kind == "b") != (
+            dtype.kind == "b"
+        ) or dtype.itemsize != array.dtype.itemsize:
             raise self.unsupported(f".{operand.type} {operand.name} as .{type}")
         return array.view(dtype)
 
     def unsupported(self, what: str) -> PTXError:
         instruction = self.program[self.at]
-        return PTXError(f"{self.kernel.name}, line {instruction.line}: `{instruction.text}`: {what} is not supported")
+        return PTXError(
+            f"{self.kernel.name}, line {instruction.line}: `{instruction.text}`: {what} is not "
+            "supported"
+        )
 
     def fail(self, wrong: Array | None, message: Message) -> None:
         """Raise for the first of the running lanes where `wrong`."""
         first = 0 if wrong is None else int(np.flatnonzero(wrong)[0])
         lane = int(self.index[self.running][first])
         instruction = self.program[self.at]
-        block, thread = (tuple(int(self.special[f"%{n}.{x}"][lane]) for x in "xyz") for n in ("ctaid", "tid"))
+        block, thread = (
+            tuple(int(self.special[f"%{n}.{x}"][lane]) for x in "xyz") for n in ("ctaid", "tid")
+        )
         raise PTXError(
-            f"{self.kernel.name}, line {instruction.line}: `{instruction.text}`: block {block}, thread {thread}: "
+            f"{self.kernel.name}, line {instruction.line}: `{instruction.text}`: block "
+            f"{block}, thread {thread}: "
             f"{message if isinstance(message, str) else message(first)}"
         )

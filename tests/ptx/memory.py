@@ -1,10 +1,11 @@
 """Memory that checks every access: bounds, alignment, bytes never written, races, read-only data.
 
-An `Arena` is one address space: `copies` of one layout (a block's shared memory), or one (global). Data that no
-thread may touch lies between the variables. Two accesses to the same bytes by different threads, at least one a write
-and not both atomic, are a race unless ordered: by program order, by a barrier of the block, or by bar.warp.sync within
-a warp. Same-value writes are allowed. A check calls `fail(wrong, message)` with the lanes whose access is wrong and
-the words, or those for lane number i; positions are those in `bytes`, size is of one lane's access in bytes.
+An `Arena` is one address space: `copies` of one layout (a block's shared memory), or one (global).
+Data that no thread may touch lies between the variables. Two accesses to the same bytes by
+different threads, at least one a write and not both atomic, are a race unless ordered: by program
+order, by a barrier of the block, or by bar.warp.sync within a warp. Same-value writes are allowed.
+A check calls `fail(wrong, message)` with the lanes whose access is wrong and the words, or those
+for lane number i; positions are those in `bytes`, size is of one lane's access in bytes.
 """
 
 from __future__ import annotations
@@ -17,19 +18,27 @@ from .parse import UNSIGNED
 
 Array = np.ndarray
 Message = str | Callable[[int], str]
-GUARD, MOST_GUARD = 256, 1 << 20  # bytes before the first variable and after each: as many as it has, within these
+GUARD, MOST_GUARD = (
+    256,
+    1 << 20,
+)  # bytes before the first variable and after each: as many as it has, within these
 
 
 class Order:
-    """What is ordered before what: the time of each block's last barrier and of each warp's last bar.warp.sync."""
+    """What is ordered before what: the time of each block's last barrier and of each warp's last
+    bar.warp.sync."""
 
     def __init__(self, blocks: int, warps: int) -> None:
-        self.warps, self.now = warps, 1  # warps a block; a thread's number is ((block · warps) + warp) · 32 + lane
+        self.warps, self.now = (
+            warps,
+            1,
+        )  # warps a block; a thread's number is ((block · warps) + warp) · 32 + lane
         self.block_time = np.zeros(blocks, np.int64)
         self.warp_time = np.zeros(blocks * warps, np.int64)
 
     def racing(self, other: Array, time: Array, thread: Array) -> Array:
-        """Accesses by `other` at `time` that are not ordered before what `thread` does now (−1: nobody)."""
+        """Accesses by `other` at `time` that are not ordered before what `thread` does now (−1:
+        nobody)."""
         racing = (other != thread) & (other >= 0)
         if racing.any():
             warp = thread >> 5
@@ -44,9 +53,22 @@ class Arena:
     """granule: the bytes that are tracked together."""
 
     def __init__(
-        self, name: str, base: int, granule: int, order: Order, races: bool, fail: Callable[[Array, Message], None]
+        self,
+        name: str,
+        base: int,
+        granule: int,
+        order: Order,
+        races: bool,
+        fail: Callable[[Array, Message], None],
     ) -> None:
-        self.name, self.base, self.granule, self.order, self.races, self.fail = name, base, granule, order, races, fail
+        self.name, self.base, self.granule, self.order, self.races, self.fail = (
+            name,
+            base,
+            granule,
+            order,
+            races,
+            fail,
+        )
         self.names: list[str] = ["no variable"]
         self.places: list[tuple[int, int, bool]] = [(0, 0, False)]  # offset, size, read-only
         self.size = GUARD
@@ -69,10 +91,16 @@ class Arena:
             self.owner[start : start + size] = number
         self.read_only = np.array([place[2] for place in self.places])
         granules = copies * self.stride // self.granule
-        self.valid, self.atomic, self.constant = np.zeros((3, granules), bool)  # constant: read by .nc
-        # [slot, (thread, time), granule]: the last write; the last read, and the last before it from another thread,
-        # another warp, another block. If any read races with a write, one of these four does.
-        self.writes, self.reads = np.zeros((1, 2, granules), np.int64), np.zeros((4, 2, granules), np.int64)
+        self.valid, self.atomic, self.constant = np.zeros(
+            (3, granules), bool
+        )  # constant: read by .nc
+        # [slot, (thread, time), granule]: the last write; the last read, and the last before it
+        # from another thread, another warp, another block. If any read races with a write, one of
+        # these four does.
+        self.writes, self.reads = (
+            np.zeros((1, 2, granules), np.int64),
+            np.zeros((4, 2, granules), np.int64),
+        )
         self.reset()
 
     def reset(self) -> None:
@@ -91,7 +119,9 @@ class Arena:
         """Positions of an access, after the checks of alignment and bounds."""
         offset = (address - np.uint64(self.base)).astype(np.int64)
         if (wrong := offset & (size - 1) != 0).any():
-            self.fail(wrong, lambda i: f"{size}-byte access to {self.where(offset[i])} is misaligned")
+            self.fail(
+                wrong, lambda i: f"{size}-byte access to {self.where(offset[i])} is misaligned"
+            )
         inside = (offset >= 0) & (offset <= self.stride - size)
         safe = offset if inside.all() else np.where(inside, offset, 0)
         owner = self.owner[safe]
@@ -103,7 +133,11 @@ class Arena:
 
     def where(self, offset: int) -> str:
         """In words: inside or near which variable."""
-        near = [(max(s - offset, offset - s - n + 1, 0), i) for i, (s, n, _) in enumerate(self.places) if i]
+        near = [
+            (max(s - offset, offset - s - n + 1, 0), i)
+            for i, (s, n, _) in enumerate(self.places)
+            if i
+        ]
         if not near or min(near)[0] > 1 << 20:
             return f"{self.name} address {self.base + int(offset):#x}, near no variable"
         distance, i = min(near)
@@ -119,10 +153,14 @@ class Arena:
         valid = self.valid[self.spread(position, size)]
         if not valid.all():
             message = "bytes that were never written (or are still in flight by cp.async)"
-            self.fail(~valid.all(1), lambda i: f"reads {message} at {self.where(position[i] % self.stride)}")
+            self.fail(
+                ~valid.all(1),
+                lambda i: f"reads {message} at {self.where(position[i] % self.stride)}",
+            )
 
     def check_read(self, position: Array, size: int, thread: Array, constant: bool) -> None:
-        """A plain read: of written bytes, not racing with a write, and of what nobody writes if it is a .nc load."""
+        """A plain read: of written bytes, not racing with a write, and of what nobody writes if it
+        is a .nc load."""
         self.check_valid(position, size)
         granules, thread = self.spread(position, size), thread[:, None]
         if constant:
@@ -140,9 +178,15 @@ class Arena:
                     self.reads[slot][:, granules[other]] = access[:, other]
 
     def check_write(
-        self, position: Array, size: int, thread: Array, same: Array | bool = False, atomic: bool = False
+        self,
+        position: Array,
+        size: int,
+        thread: Array,
+        same: Array | bool = False,
+        atomic: bool = False,
     ) -> None:
-        """A write or the start of an asynchronous one; `same` marks lanes that leave the bytes as they are."""
+        """A write or the start of an asynchronous one; `same` marks lanes that leave the bytes as
+        they are."""
         granules, thread = self.spread(position, size), thread[:, None]
         if (wrong := self.constant[granules].any(1)).any():
             self.fail(wrong, "writes memory that this kernel reads by ld.global.nc")
@@ -161,14 +205,25 @@ class Arena:
         return now
 
     def check_race(
-        self, verb: str, did: str, position: Array, granules: Array, thread: Array, harmless: Array | bool = False
+        self,
+        verb: str,
+        did: str,
+        position: Array,
+        granules: Array,
+        thread: Array,
+        harmless: Array | bool = False,
     ) -> None:
         """Fail if what others last `did` to the granules is not ordered before this access."""
         for other, time in (self.writes if did == "wrote" else self.reads)[:, :, granules]:
-            racing = self.order.racing(other, time, thread) & ~np.broadcast_to(harmless, other.shape)
+            racing = self.order.racing(other, time, thread) & ~np.broadcast_to(
+                harmless, other.shape
+            )
             if racing.any():
                 who = int(other[racing][0])  # of the first lane, of which `fail` tells
                 block, warp = divmod(who >> 5, self.order.warps)
                 place = self.where(position[racing.any(1)][0] % self.stride)
                 lane = f"lane {who & 31} of warp {warp} of block {block}"
-                self.fail(racing.any(1), f"race: {verb} {place}, which {lane} {did} with no barrier between")
+                self.fail(
+                    racing.any(1),
+                    f"race: {verb} {place}, which {lane} {did} with no barrier between",
+                )

@@ -1,6 +1,7 @@
 """PTX text to instructions, one `Instruction` a statement.
 
-The grammar is that of NVIDIA's "PTX ISA" (9.0), as far as our kernels use it; what it doesn't know raises.
+The grammar is that of NVIDIA's "PTX ISA" (9.0), as far as our kernels use it; what it doesn't know
+raises.
 """
 
 from __future__ import annotations
@@ -14,11 +15,19 @@ import numpy as np
 
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 DTYPES = {f"{kind}{8 * size}": UNSIGNED[size] for size in UNSIGNED for kind in "bu"}
-DTYPES |= {"s16": np.int16, "s32": np.int32, "s64": np.int64, "f32": np.float32, "f64": np.float64, "pred": np.bool_}
+DTYPES |= {
+    "s16": np.int16,
+    "s32": np.int32,
+    "s64": np.int64,
+    "f32": np.float32,
+    "f64": np.float64,
+    "pred": np.bool_,
+}
 
 
 class PTXError(Exception):
-    """What the program did wrong, or what the interpreter can't do; names kernel, line, instruction and thread."""
+    """What the program did wrong, or what the interpreter can't do; names kernel, line, instruction
+    and thread."""
 
 
 class Register(NamedTuple):
@@ -36,7 +45,9 @@ class Immediate(NamedTuple):
             return np.array([int(self.text[2:], 16)], f"u{len(self.text) // 2 - 1}").view(dtype)
         if dtype.kind in "fb":
             return np.array([int(self.text, 0)], dtype)
-        return np.array([int(self.text, 0) & (256**dtype.itemsize - 1)], f"u{dtype.itemsize}").view(dtype)
+        return np.array([int(self.text, 0) & (256**dtype.itemsize - 1)], f"u{dtype.itemsize}").view(
+            dtype
+        )
 
 
 class Symbol(NamedTuple):
@@ -80,9 +91,13 @@ class Kernel:
     labels: dict[str, int] = field(default_factory=dict)
 
 
-IGNORED = re.compile(r"(?ms)//[^\n]*|/\*.*?\*/|^[ \t]*\.(?:version|target|address_size|pragma)\b[^\n]*")
+IGNORED = re.compile(
+    r"(?ms)//[^\n]*|/\*.*?\*/|^[ \t]*\.(?:version|target|address_size|pragma)\b[^\n]*"
+)
 LINKAGE = r"\s*(?:\.(?:visible|extern|common)\s+)?"
-CONSTANT = re.compile(LINKAGE + r"\.global\s[^;]*;")  # the compiler has put it in its places; what uses it raises
+CONSTANT = re.compile(
+    LINKAGE + r"\.global\s[^;]*;"
+)  # the compiler has put it in its places; what uses it raises
 ENTRY = re.compile(LINKAGE + r"\.entry\s+([$\w]+)\s*\(([^)]*)\)\s*(?:\.maxntid([\s\d,]+))?[^{;]*\{")
 WORD = re.compile(r"\s*\S+")
 SHARED = re.compile(LINKAGE + r"\.shared\s([^;]*);")
@@ -99,10 +114,13 @@ class Parser:
     def __init__(self, text: str) -> None:
         self.text = IGNORED.sub(lambda m: "\n" * m[0].count("\n"), text.replace("\0", ""))
         self.at, self.line = 0, 1
-        self.scopes: list[dict[str, str]] = []  # types of registers; of a family by its name and "<"
+        self.scopes: list[
+            dict[str, str]
+        ] = []  # types of registers; of a family by its name and "<"
 
     def accept(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
-        """The next piece of the text if it is of this form; `line` is where its first word stands."""
+        """The next piece of the text if it is of this form; `line` is where its first word
+        stands."""
         found = pattern.match(self.text, self.at)
         if found:
             self.line = self.text.count("\n", 0, found.end() - len(found[0].lstrip())) + 1
@@ -124,16 +142,23 @@ class Parser:
                     self.statement(kernel)
             elif not self.accept(CONSTANT):
                 word = self.accept(WORD)
-                raise PTXError(f"line {self.line}: can't read {word[0].strip()!r} at the top of a module")
+                raise PTXError(
+                    f"line {self.line}: can't read {word[0].strip()!r} at the top of a module"
+                )
         return kernels
 
     def variable(self, text: str) -> Variable:
-        """`.align n .type name[size]`, or `.type .ptr .align n name`, whose alignment is of what it points to."""
+        """`.align n .type name[size]`, or `.type .ptr .align n name`, whose alignment is of what it
+        points to."""
         found = VARIABLE.fullmatch(text)
         if not found or found[2] not in DTYPES:
             raise PTXError(f"line {self.line}: can't read the variable {text.strip()!r}")
         width = np.dtype(DTYPES[found[2]]).itemsize
-        return Variable(found[3], int(found[1] or width), width * (1 if found[4] is None else int(found[4] or 0)))
+        return Variable(
+            found[3],
+            int(found[1] or width),
+            width * (1 if found[4] is None else int(found[4] or 0)),
+        )
 
     def statement(self, kernel: Kernel) -> None:
         found = self.accept(STATEMENT)
@@ -162,7 +187,9 @@ class Parser:
         found = REGISTERS.fullmatch(text)
         name = found[2] + ("<" if found[3] else "") if found else ""
         if not found or found[1] not in DTYPES or self.type_of(name):
-            raise PTXError(f"line {self.line}: {text}: such a type, or a name that is taken, isn't supported")
+            raise PTXError(
+                f"line {self.line}: {text}: such a type, or a name that is taken, isn't supported"
+            )
         self.scopes[-1][name] = found[1]
 
     def type_of(self, name: str) -> str:
