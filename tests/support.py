@@ -16,6 +16,7 @@ from refimpl.check.cases import CASES, REGIMES, pair_of
 
 FULL = os.environ.get("REFIMPL_TEST_FULL") == "1"
 EXAMPLES = 500 if FULL else 100  # of each op's property test
+NO_OPS = {"__init__", "choices", "leaves", "reference"}  # files of refimpl/ops/ that are no op
 NOT_OPS = {
     "README",
     "checkpoints",

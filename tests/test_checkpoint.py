@@ -28,7 +28,7 @@ from refimpl.checkpoint.names import abbreviate, copied_names, stored_tensors
 from refimpl.checkpoint.writer import _entries, _scales
 from refimpl.config import CONVENTIONS, PRESETS, ModelConfig, preset
 from refimpl.errors import CouldNotRun
-from refimpl.model import is_buffer, parameter_shapes
+from refimpl.parameters import is_buffer, parameter_shapes
 
 ROOT = Path(__file__).parents[1]
 TINY = preset("tiny")

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-import refimpl.ops.rms_norm
 from refimpl.check.planted import PLANTED, plant
 from refimpl.errors import CouldNotRun
-from refimpl.ops import Op
+from refimpl.ops import IMPLEMENTATIONS, REFERENCE, Op
 from refimpl.text import load_text
 
 SAMPLE = (
@@ -223,7 +222,7 @@ def test_a_broken_op_fails_and_is_named(
 
     broken = plant(next(bug for bug in PLANTED if bug.name == "no mean term"))
     assert isinstance(broken, Op)
-    monkeypatch.setitem(refimpl.ops.IMPLEMENTATIONS["reference"], "rms_norm", broken)
+    monkeypatch.setitem(IMPLEMENTATIONS, "reference", REFERENCE | {"rms_norm": broken})
     result = CliRunner().invoke(app, ["verify", "rms_norm", "--examples", "1"])
     assert result.exit_code == 1
     assert "FAIL rms_norm x" in result.stdout

@@ -19,8 +19,9 @@ from refimpl.checkpoint import load_config, read_config
 from refimpl.config import PRESETS, ModelConfig, Yarn, preset
 from refimpl.count import Figure, Line, Section, count
 from refimpl.errors import CouldNotRun
-from refimpl.model import backward, forward, init_parameters, is_buffer, parameter_shapes
+from refimpl.model import backward, forward
 from refimpl.ops import IMPLEMENTATIONS
+from refimpl.parameters import init_parameters, is_buffer, parameter_shapes
 
 V3_JSON = {
     "model_type": "deepseek_v3",

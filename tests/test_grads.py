@@ -21,7 +21,8 @@ from refimpl.checkpoint.names import stored_names
 from refimpl.cli import main
 from refimpl.cli.grads import differing
 from refimpl.config import CONVENTIONS, Conventions, Yarn, preset
-from refimpl.model import backward, forward, parameter_shapes
+from refimpl.model import backward, forward
+from refimpl.parameters import parameter_shapes
 
 from checkpoint_values import GOLDEN, Values, assert_agree, golden_values
 

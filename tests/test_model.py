@@ -12,7 +12,7 @@ import pytest
 from refimpl.check import MODEL_FD_TOLERANCE, MODEL_VALIDITY, check
 from refimpl.check.cases import RandomDraw, model_case
 from refimpl.config import CONVENTIONS, Conventions, ModelConfig, preset
-from refimpl.model import backward, forward, init_parameters, is_buffer, logits, parameter_shapes
+from refimpl.model import backward, forward, logits
 from refimpl.ops import (
     IMPLEMENTATIONS,
     REFERENCE,
@@ -22,6 +22,7 @@ from refimpl.ops import (
     log_prob_backward,
     log_prob_forward,
 )
+from refimpl.parameters import init_parameters, is_buffer, parameter_shapes
 
 from support import FULL
 
@@ -235,7 +236,10 @@ def test_every_op_of_the_table_is_used() -> None:
         return Op(note("forward", pair.forward), note("backward", pair.backward))
 
     _, saved = forward(
-        parameters(SMALL), TOKENS, SMALL, ops={n: counted(n, pair) for n, pair in REFERENCE.items()}
+        parameters(SMALL),
+        TOKENS,
+        SMALL,
+        ops=REFERENCE | {n: counted(n, pair) for n, pair in REFERENCE.items()},
     )
     backward(saved)
     assert calls == {name: {"forward", "backward"} for name in REFERENCE if name not in OTHERS}

@@ -37,7 +37,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from refimpl.config import Conventions, ModelConfig, Yarn, preset
-from refimpl.model import parameter_shapes
+from refimpl.parameters import parameter_shapes
 
 SCRIPT = "tests/golden/make_golden.py"
 SMALLEST_GAP = (
