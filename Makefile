@@ -17,8 +17,8 @@ test: .venv/dev  ## prove it harder: properties, identities, golden values, plan
 test-full: .venv/dev  ## the same tests with ten times the examples
 	REFIMPL_TEST_FULL=1 $(BIN)/python -m pytest -q -n 2
 
-oracle: .venv/oracle  ## compare with Hugging Face's models (torch from the index may bring gigabytes of CUDA)
-	$(BIN)/python -m pytest -q tests/test_oracle.py tests/test_golden_checkpoints.py
+oracle: .venv/oracle  ## compare with Hugging Face's models, and run the ops on JAX (torch from the index may bring gigabytes of CUDA)
+	$(BIN)/python -m pytest -q tests/oracle tests/test_oracle.py tests/test_golden_checkpoints.py
 
 # With the Python at hand where that has what is needed (a GPU machine may have no network), else in .venv.
 gpu:  ## the kernels' tests, the benchmark and every gradient on the GPU at hand; says so where there is none
@@ -64,8 +64,8 @@ memory-grads: .venv/base  ## measure the peak memory of `refimpl grads` on V2-Li
 	@touch $@
 
 .venv/oracle: .venv/dev
-	@echo "installing torch and transformers into .venv"
-	@$(PIP) -e '.[oracle]'
+	@echo "installing torch, transformers and JAX into .venv"
+	@$(PIP) -e '.[oracle,jax]'
 	@touch $@
 
 clean:
