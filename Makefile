@@ -18,7 +18,7 @@ test-full: .venv/dev  ## the same tests with ten times the examples
 	REFIMPL_TEST_FULL=1 $(BIN)/python -m pytest -q -n 2
 
 oracle: .venv/oracle  ## compare with Hugging Face's models (torch from the index may bring gigabytes of CUDA)
-	$(BIN)/python -m pytest -q tests/test_oracle.py tests/test_golden_checkpoints.py
+	$(BIN)/python -m pytest -q tests/oracle tests/golden/test_checkpoints.py
 
 # With the Python at hand where that has what is needed (a GPU machine may have no network), else in .venv.
 gpu:  ## the kernels' tests, the benchmark and every gradient on the GPU at hand; says so where there is none

@@ -15,7 +15,7 @@ from refimpl.ops import Op
 from refimpl.text import load_text
 from refimpl.verify import Settings, plan, run
 
-import golden_values
+from golden import values as golden_values
 
 COLUMNS = ("contract", "differences", "noise", "sharpness", "golden")
 EXAMPLES = 10  # of clean code, an op

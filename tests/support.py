@@ -1,27 +1,33 @@
-"""What the op tests share: hypothesis's draws for `refimpl.check.cases`, and the property test of
-every op."""
+"""What tests of several folders share: hypothesis's draws for `refimpl.check.cases` and the
+property test of every op, the command line in this process or in its own, a small tokenizer."""
 
 from __future__ import annotations
 
+import io
 import os
+import subprocess
+import sys
 from collections.abc import Sequence
-from typing import Any
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from refimpl.check import Report, check
 from refimpl.check.cases import CASES, REGIMES, pair_of
+from refimpl.cli import main
 
+ROOT = Path(__file__).parents[1]
 FULL = os.environ.get("REFIMPL_TEST_FULL") == "1"
 EXAMPLES = 500 if FULL else 100  # of each op's property test
-NOT_OPS = {
-    "README",
-    "checkpoints",
-    "conventions",
-    "porting",
-}  # pages of derivations/ that derive no op
+PACKAGE = ROOT / "refimpl"
+STEMS = sorted({path.stem for path in (PACKAGE / "ops").glob("*.py")} - {"__init__", "table"})
+NOT_OPS = {"README", "checkpoints", "conventions", "porting"}  # pages that derive no op
 DIGITS = 50  # of the exact arithmetic; 40 must agree
 
 settings.register_profile(
@@ -92,3 +98,46 @@ def property_test(op: str) -> Report:
     assert all(t.difference is not None and t.difference <= 1e-8 for t in worst.tensors)
     assert all(t.digits is not None and t.digits >= 40 for t in worst.tensors), str(worst)
     return worst
+
+
+class Done(NamedTuple):
+    """A command that has ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def refimpl_here(*arguments: object, cwd: Path | None = None) -> Done:
+    """``refimpl ARGUMENTS`` in this process, which saves the start of another."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    given = mock.patch.object(sys, "argv", ["refimpl", *map(str, arguments)])
+    with chdir(cwd or "."), redirect_stdout(out), redirect_stderr(err), given:
+        try:
+            main()
+        except SystemExit as left:
+            code = int(left.code or 0)
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def refimpl_process(*arguments: object, **options: Any) -> Done:
+    """``refimpl ARGUMENTS`` in a process of its own."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-m", "refimpl", *map(str, arguments)]
+    done = subprocess.run(command, check=False, **pipes | options)
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def byte_level(folder: Path) -> list[str]:
+    """A tokenizer.json whose tokens are the 256 bytes and a first token <s>; the names of the
+    bytes."""
+    tokenizers = pytest.importorskip("tokenizers")
+    names = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE({name: i for i, name in enumerate(names)}, [])
+    )
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_special_tokens(["<s>"])
+    made.save(str(folder / "tokenizer.json"))
+    return names

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -18,12 +17,12 @@ from safetensors.numpy import load_file, save_file
 
 from refimpl.checkpoint import Checkpoint, save_checkpoint
 from refimpl.checkpoint.names import stored_names
-from refimpl.cli import main
 from refimpl.cli.grads import differing
 from refimpl.config import CONVENTIONS, Conventions, Yarn, preset
 from refimpl.model import backward, forward, parameter_shapes
 
-from checkpoint_values import GOLDEN, Values, assert_agree, golden_values
+from golden.checkpoint_values import GOLDEN, Values, assert_agree, golden_values
+from support import refimpl_here, refimpl_process
 
 CONFIG = preset("tiny")
 TOKENS = np.random.default_rng(3).integers(0, 256, (2, 10))
@@ -51,23 +50,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """``refimpl grads`` in this process, in the folder: (exit code, standard output, standard
     error)."""
     monkeypatch.chdir(folder)
 
     def call(
         *arguments: Any, checkpoint: str = "checkpoint", tokens: str | None = "tokens.npy"
-    ) -> tuple[Any, str, str]:
-        given = ["grads", "--checkpoint", checkpoint, *map(str, arguments)]
-        monkeypatch.setattr(
-            sys, "argv", ["refimpl", *given, *(["--tokens", tokens] if tokens else [])]
-        )
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        return stopped.value.code, captured.out, captured.err
+    ) -> tuple[int, str, str]:
+        given = ["--tokens", tokens] if tokens else []
+        return refimpl_here("grads", "--checkpoint", checkpoint, *arguments, *given)
 
     return call
 
@@ -90,25 +82,8 @@ def test_a_checkpoint(folder: Path, run: Any, tmp_path: Path) -> None:
     """In a process of its own: every gradient of Hugging Face's loss, what is printed, and the JSON
     file."""
     out, report = tmp_path / "new" / "out", tmp_path / "report.json"
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "refimpl",
-            "grads",
-            "--checkpoint",
-            "checkpoint",
-            "--out",
-            str(out),
-            "--tokens",
-            "tokens.json",
-            "--json",
-            str(report),
-        ],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-    )
+    arguments = "--checkpoint", "checkpoint", "--tokens", "tokens.json"
+    done = refimpl_process("grads", *arguments, "--out", out, "--json", report, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     source = Checkpoint.open(folder / "checkpoint", mtp=False)
@@ -430,24 +405,8 @@ def test_progress_on_a_terminal(folder: Path, tmp_path: Path) -> None:
     import pty
 
     leader, follower = pty.openpty()
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "refimpl",
-            "grads",
-            "--checkpoint",
-            "checkpoint",
-            "--out",
-            str(tmp_path / "out"),
-            "--tokens",
-            "tokens.npy",
-        ],
-        stdout=subprocess.PIPE,
-        stderr=follower,
-        cwd=folder,
-        text=True,
-    )
+    arguments = "--checkpoint", "checkpoint", "--tokens", "tokens.npy", "--out", tmp_path / "out"
+    done = refimpl_process("grads", *arguments, stderr=follower, cwd=folder)
     os.close(follower)
     shown = os.read(leader, 100_000).decode()
     os.close(leader)

@@ -1,5 +1,5 @@
-"""The command line as a user meets it: output, exit codes, and one clear line for what could not
-run."""
+"""``refimpl verify`` and ``refimpl grade`` as a user meets them: output, exit codes, and one clear
+line for what could not run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pytest
 
 import refimpl.ops.rms_norm
 from refimpl.check.planted import PLANTED, plant
-from refimpl.errors import CouldNotRun
 from refimpl.ops import Op
-from refimpl.text import load_text
+
+from support import refimpl_here, refimpl_process
 
 SAMPLE = (
     "It was a bright cold day in November, and all the gradients were striking thirteen digits. "
@@ -24,15 +24,9 @@ SAMPLE = (
 )
 
 
-def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """``refimpl ARGUMENTS`` in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "refimpl", *arguments], capture_output=True, text=True, cwd=cwd
-    )
-
-
 def test_verify_some_ops() -> None:
-    done = run("verify", "rope", "rms_norm", "--examples", "2")
+    """In a process of its own, as a user starts it."""
+    done = refimpl_process("verify", "rope", "rms_norm", "--examples", "2")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     lines = done.stdout.splitlines()
@@ -46,7 +40,7 @@ def test_verify_with_everything(tmp_path: Path) -> None:
     """Own text, digits, another implementation, and a JSON file with what the table shows."""
     text, out = tmp_path / "sample.txt", tmp_path / "result.json"
     text.write_text(SAMPLE)
-    done = run(
+    done = refimpl_here(
         "verify",
         "attention",
         "--text",
@@ -76,7 +70,6 @@ def test_verify_with_everything(tmp_path: Path) -> None:
 
 def test_narrow_terminal_cuts_no_number() -> None:
     """On 80 columns the table's lines wrap; no cell ends in an ellipsis."""
-    import os
     import pty
 
     main, terminal = pty.openpty()
@@ -103,14 +96,15 @@ def test_narrow_terminal_cuts_no_number() -> None:
 
 
 def test_float32() -> None:
-    done = run("verify", "swiglu", "--dtype", "float32", "--examples", "1")
+    done = refimpl_here("verify", "swiglu", "--dtype", "float32", "--examples", "1")
     assert done.returncode == 0
     assert re.search(r"gate +\S+ +– ", done.stdout)
 
 
 def test_the_same_seed_gives_the_same_table() -> None:
     first, second = (
-        run("verify", "router", "--examples", "1").stdout.splitlines()[:-1] for _ in range(2)
+        refimpl_here("verify", "router", "--examples", "1").stdout.splitlines()[:-1]
+        for _ in range(2)
     )
     assert first == second
 
@@ -166,7 +160,7 @@ def test_could_not_run(arguments: list[str], message: str, tmp_path: Path) -> No
     (tmp_path / "broken.py").write_text("def (:\n")
     (tmp_path / "leaves.py").write_text("raise SystemExit(0)\n")
     (tmp_path / "number.py").write_text("rms_norm_backward = 1\n")
-    done = run(*arguments, cwd=tmp_path)
+    done = refimpl_here(*arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.startswith("refimpl: ")
@@ -176,7 +170,7 @@ def test_could_not_run(arguments: list[str], message: str, tmp_path: Path) -> No
 def test_no_gpu() -> None:
     """Without CuPy or a device, asking for it is one clear line; with both, this is the place to
     see it hold."""
-    done = run("verify", "linear", "--backend", "cupy", "--examples", "1")
+    done = refimpl_here("verify", "linear", "--backend", "cupy", "--examples", "1")
     if done.returncode == 0:
         pytest.skip("a GPU is here: make gpu checks it")
     assert done.returncode == 2
@@ -196,18 +190,18 @@ def test_grade(tmp_path: Path) -> None:
     """A right backward passes; one without the mean term fails, and its tensor is named."""
     mine = tmp_path / "mine.py"
     mine.write_text(RIGHT)
-    assert run("grade", "rms_norm", str(mine)).returncode == 0
+    assert refimpl_here("grade", "rms_norm", str(mine)).returncode == 0
     mine.write_text(RIGHT.replace("dn - n * (dn * n).mean(axis=-1, keepdims=True)", "dn"))
-    done = run("grade", "rms_norm", str(mine))
+    done = refimpl_here("grade", "rms_norm", str(mine))
     assert done.returncode == 1
     assert "FAIL rms_norm x: finite-difference error" in done.stdout
     assert "FAIL rms_norm w" not in done.stdout
     mine.write_text("def rms_norm_backward(dy, saved):\n    return dy\n")
-    done = run("grade", "rms_norm", str(mine))
+    done = refimpl_here("grade", "rms_norm", str(mine))
     assert done.returncode == 1
     assert "backward must return 2 gradients" in done.stdout
     mine.write_text("def rms_norm_backward(dy, saved):\n    return dy[99], dy\n")
-    done = run("grade", "rms_norm", str(mine))
+    done = refimpl_here("grade", "rms_norm", str(mine))
     assert done.returncode == 1
     assert "IndexError" in done.stdout
     assert "Traceback" not in done.stderr
@@ -227,50 +221,3 @@ def test_a_broken_op_fails_and_is_named(
     result = CliRunner().invoke(app, ["verify", "rms_norm", "--examples", "1"])
     assert result.exit_code == 1
     assert "FAIL rms_norm x" in result.stdout
-
-
-def test_default_text_is_large() -> None:
-    text = load_text()
-    assert len(text.data) > 300_000
-    assert b"The Python" in text.data
-
-
-def test_short_text_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "short.txt"
-    path.write_bytes(bytes(63))
-    with pytest.raises(CouldNotRun, match="at least 64 bytes, got 63"):
-        load_text(path)
-
-
-def test_json_is_replaced_whole(tmp_path: Path) -> None:
-    """A result that is there already is replaced in one step, never truncated first."""
-    out = tmp_path / "r.json"
-    out.write_text("old")
-    assert run("verify", "linear", "--examples", "1", "--json", str(out)).returncode == 0
-    assert json.loads(out.read_text())["ok"] is True
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
-def test_output_that_cannot_be_written() -> None:
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "refimpl", "conventions", "1"],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
-    assert done.returncode == 2
-    assert done.stderr == "refimpl: the output can't be written: No space left on device\n"
-
-
-def test_terminal_without_greek() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "refimpl", "conventions", "18"],
-        env=os.environ | {"PYTHONIOENCODING": "ascii"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "ln(?_ref/?)" in done.stdout or "KL(?_ref??)" in done.stdout

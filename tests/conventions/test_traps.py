@@ -3,31 +3,17 @@ is the command's."""
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
 from dataclasses import fields
 from math import isnan, log
-from pathlib import Path
 
 import numpy as np
-import pytest
 
 from refimpl.config import Conventions
-from refimpl.conventions import TRAPS, WHO, markdown
+from refimpl.conventions import TRAPS, markdown
 from refimpl.conventions import examples as ex
 
-ROOT = Path(__file__).parents[1]
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "refimpl", "conventions", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+from support import ROOT, refimpl_here
 
 
 def all_differ(numbers: ex.Numbers, least: float = 1e-3) -> None:
@@ -206,34 +192,4 @@ def test_defaults_are_the_records() -> None:
 
 def test_page_is_what_the_command_writes() -> None:
     assert (ROOT / "derivations" / "conventions.md").read_text() == markdown()
-    assert run("--markdown").stdout == markdown()
-
-
-def test_command(tmp_path: Path) -> None:
-    done = run("--json", str(file := tmp_path / "court.json"))
-    assert done.returncode == 0, done.stderr
-    for number, trap in enumerate(TRAPS, 1):
-        assert f"{number:>2}. {trap.title}: " in done.stdout
-        for measure, _ in trap.measures:
-            assert measure in done.stdout
-    rows = json.loads(file.read_text())["traps"]
-    assert [row["number"] for row in rows] == list(range(1, 23))
-    assert (
-        rows[17]["measured"]["pull on a token that the reference finds e³ times likelier"]["k3"]
-        > 19
-    )
-    assert max(map(len, done.stdout.splitlines())) <= 118
-    for name in WHO:
-        assert name in done.stdout
-    one = run("18").stdout
-    assert one.startswith("18. k3")
-    assert "17." not in one
-
-
-@pytest.mark.parametrize(
-    "arguments", [["0"], ["23"], ["3", "--markdown"], ["--json", "/nowhere/file.json"]]
-)
-def test_errors(arguments: list[str]) -> None:
-    done = run(*arguments)
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1
+    assert refimpl_here("conventions", "--markdown").stdout == markdown()

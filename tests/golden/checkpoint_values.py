@@ -20,7 +20,8 @@ from refimpl.checkpoint import Checkpoint
 from refimpl.config import CONVENTIONS, ModelConfig
 from refimpl.model import backward, forward, logits
 
-GOLDEN = Path(__file__).parent / "golden" / "checkpoints"
+GOLDEN = Path(__file__).parent / "checkpoints"
+TRAINED = Path(__file__).parent / "trained"
 LOGITS, GRADIENT, OF_LARGEST = 1e-12, 1e-11, 1e-15
 
 Arrays = dict[str, np.ndarray]

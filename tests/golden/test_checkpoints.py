@@ -1,7 +1,8 @@
 """Our model on four checkpoints that transformers saved, against the logits and gradients that it
 computed: no torch.
 
-tests/golden/make_checkpoints.py made them; tests/test_oracle.py compares with transformers itself.
+tests/golden/make_checkpoints.py made them; tests/oracle/test_hugging_face.py compares with
+transformers itself.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import pytest
 from refimpl.config import CONVENTIONS, ModelConfig
 from refimpl.model import is_buffer
 
-from checkpoint_values import (
+from golden.checkpoint_values import (
     GOLDEN,
     LOGITS,
     Arrays,

@@ -20,7 +20,7 @@ from refimpl.ops import (
     yarn_softmax_factor,
 )
 
-from golden_values import GOLDEN, RUNS, TOLERANCE, Case, check, configuration, error, load
+from golden.values import GOLDEN, RUNS, TOLERANCE, Case, check, configuration, error, load
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import pytest
 
 from refimpl.check.cases import CASES
 
-PAGES = sorted(
-    p for p in (Path(__file__).parents[1] / "derivations").glob("*.md") if p.stem in CASES
-)
+from support import ROOT
+
+PAGES = sorted(p for p in (ROOT / "derivations").glob("*.md") if p.stem in CASES)
 SECTIONS = [
     "Setup",
     "Forward",

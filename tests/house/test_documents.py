@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+import refimpl
 from refimpl.check.cases import CASES
 from refimpl.check.planted import PLANTED
 
-ROOT = Path(__file__).parents[1]
+from support import NOT_OPS, ROOT
+
 README = (ROOT / "README.md").read_text()
 
 
@@ -66,3 +68,24 @@ def test_make_targets_exist() -> None:
         for target in re.findall(r"`?\bmake ([a-z-]+)\b", document):
             if target in ("verify", "test", "check", "bugs", "memory", "test-full"):
                 assert f"\n{target}:" in makefile
+
+
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "kernels/README.md",
+    *(f"derivations/{x}.md" for x in sorted(NOT_OPS)),
+]
+
+
+def test_version_is_in_the_changelog() -> None:
+    assert f"## {refimpl.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_of_documents(document: str) -> None:
+    """Every relative link points at something that exists."""
+    path = ROOT / document
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text()):
+        if not target.startswith("http"):
+            assert (path.parent / target).exists(), f"{document} links to {target}"

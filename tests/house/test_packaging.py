@@ -15,7 +15,7 @@ import pytest
 import refimpl
 from refimpl.kernels import SOURCE
 
-ROOT = Path(__file__).parents[1]
+from support import ROOT
 
 
 @pytest.fixture(scope="module")

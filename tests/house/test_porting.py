@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from support import ROOT
+
 PAGE = (ROOT / "derivations" / "porting.md").read_text()
 CODE = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 

@@ -30,7 +30,7 @@ from transformers.modeling_layers import MtpModel
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
 
-from checkpoint_values import Arrays, Values
+from golden.checkpoint_values import Arrays, Values
 
 FAMILIES = {
     "v2": (DeepseekV2Config, DeepseekV2ForCausalLM),

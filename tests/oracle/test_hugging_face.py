@@ -1,7 +1,7 @@
 """Our model against Hugging Face's, on tiny random checkpoints that theirs saved: logits, loss and
 every gradient.
 
-Needs torch and transformers (make oracle); skipped without. tests/test_golden_checkpoints.py
+Needs torch and transformers (make oracle); skipped without. tests/golden/test_checkpoints.py
 compares with values kept from such runs.
 """
 
@@ -23,7 +23,7 @@ from refimpl.model import forward as our_forward
 from refimpl.model import init_parameters, is_buffer
 from refimpl.ops import bias_update
 
-from checkpoint_values import (
+from golden.checkpoint_values import (
     GOLDEN,
     LOGITS,
     Values,
@@ -44,7 +44,16 @@ from torch.nn.functional import cross_entropy, one_hot
 from transformers.modeling_layers import MtpModel
 
 from golden.make_checkpoints import MODELS, make
-from oracle import NarrowNumbers, Routing, build, build_mtp, float64, load, our_names, their_values
+from oracle.hugging_face import (
+    NarrowNumbers,
+    Routing,
+    build,
+    build_mtp,
+    float64,
+    load,
+    our_names,
+    their_values,
+)
 
 CONFIGS = 300 if FULL else 40  # drawn for each family
 SMALLEST_GAP = (
