@@ -3,13 +3,14 @@ table of ops."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from refimpl.check import MODEL_FD_TOLERANCE, MODEL_VALIDITY, check
+from refimpl.check import MODEL_FD_TOLERANCE, MODEL_VALIDITY, RULES, check
 from refimpl.check.cases import RandomDraw, model_case
 from refimpl.config import CONVENTIONS, Conventions, ModelConfig, preset
 from refimpl.model import backward, forward, init_parameters, is_buffer, logits, parameter_shapes
@@ -52,6 +53,7 @@ def protocol(
     convention: str = "official",
     implementation: str = "reference",
     seed: int = 0,
+    rules: Sequence[str] = RULES,
 ) -> None:
     """The whole protocol on the model's loss, tensor by tensor."""
     case, names, pair = model_case(
@@ -70,6 +72,7 @@ def protocol(
         difference_tolerance=MODEL_FD_TOLERANCE,
         validity=MODEL_VALIDITY,
         seed=seed,
+        rules=rules,
     )
     assert report.ok, str(report)
 
@@ -101,7 +104,8 @@ def test_protocol_of_v2() -> None:
 
 @pytest.mark.parametrize("seed", range(6 if FULL else 1))
 def test_protocol_of_tiny(seed: int) -> None:
-    protocol(preset("tiny"), seed=seed)
+    """With differences too in make verify and in make test-full."""
+    protocol(preset("tiny"), seed=seed, rules=RULES if FULL else ("contract", "noise"))
 
 
 OTHER = [

@@ -74,7 +74,7 @@ def test_narrow_terminal_cuts_no_number() -> None:
 
     main, terminal = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "refimpl", "verify", "rope", "model_grpo"],
+        [sys.executable, "-m", "refimpl", "verify", "rope", "model_grpo", "--dtype", "float32"],
         stdout=terminal,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "COLUMNS": "80", "TERM": "xterm"},
@@ -92,6 +92,7 @@ def test_narrow_terminal_cuts_no_number() -> None:
     os.close(main)
     assert process.wait() == 0
     assert b"PASS" in shown
+    assert max(map(len, shown.splitlines())) > 80
     assert "…".encode() not in shown
 
 

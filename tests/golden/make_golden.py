@@ -11,9 +11,9 @@ run this script alone:
 
 It writes one safetensors file per op: those named, or all. A tensor is called CASE/PREFIX/NAME,
 with the prefixes ``in`` (differentiable inputs), ``aux`` (integers, masks, constants), ``cot``
-(random cotangents), ``out`` and ``grad``. The metadata has one entry, ``golden``: JSON with the script,
-torch's version and the scalar settings of each case. Inputs of the model are rounded to float16 and
-stored so; everything else that is real is float64.
+(random cotangents), ``out`` and ``grad``. The metadata has one entry, ``golden``: JSON with the
+script, torch's version and the scalar settings of each case. Inputs of the model are rounded to
+float16 and stored so; everything else that is real is float64.
 """
 
 from __future__ import annotations

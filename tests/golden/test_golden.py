@@ -47,15 +47,18 @@ def test_replayed_routes(name: str) -> None:
 
 def test_every_op_is_covered() -> None:
     """A stem of refimpl/ops without golden values fails here, and so does a file that no test
-    reads."""
+    reads or no script writes."""
     stems = {path.stem for path in Path(refimpl.ops.__file__).parent.glob("*.py")} - {
         "__init__",
         "table",
     }
     assert stems <= set(RUNS), f"without golden values: {stems - set(RUNS)}"
-    assert {file for file, _ in RUNS.values()} == {
-        path.stem for path in GOLDEN.glob("*.safetensors")
-    }
+    files = {path.stem for path in GOLDEN.glob("*.safetensors")}
+    assert {file for file, _ in RUNS.values()} == files
+    script = (GOLDEN / "make_golden.py").read_text()
+    for file in files:
+        assert (GOLDEN / f"{file}.py").exists()
+        assert f'    "{file}",\n' in script
 
 
 @pytest.mark.parametrize("file", sorted({file for file, _ in RUNS.values()}))

@@ -89,3 +89,19 @@ def test_links_of_documents(document: str) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text()):
         if not target.startswith("http"):
             assert (path.parent / target).exists(), f"{document} links to {target}"
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        *(".ci/run", "Makefile", "pyproject.toml", "tests/gpu.py"),
+        *("CONTRIBUTING.md", "README.md", "kernels/README.md"),
+        *(p.relative_to(ROOT).as_posix() for p in sorted((ROOT / "derivations").glob("*.md"))),
+    ],
+)
+def test_tests_that_are_named_exist(file: str) -> None:
+    """A test that was moved is named where it stands now; tests/ops/test_<op>.py has a test for
+    any op."""
+    text = (ROOT / file).read_text().replace("<op>", "rms_norm")
+    for named in re.findall(r"\btests/[\w/.-]*\w", text):
+        assert (ROOT / named).exists(), f"{file} names {named}"
