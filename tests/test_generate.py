@@ -288,7 +288,7 @@ def test_what_generate_drafts(name: str, trained: Any, monkeypatch: pytest.Monke
 
     original = Chain.draft
     monkeypatch.setattr(Chain, "draft", spy)
-    found = generate(params, config, windows(3), max_tokens=14, temperature=0.7, speculate=2)
+    found = generate(params, config, windows(8), max_tokens=14, temperature=0.7, speculate=2)
     assert len(rounds) == sum(g.forwards for g in found) > 15
     assert sum(g.accepted for g in found) > 5
     for tokens, drafts in rounds:  # what follows a position does not change it

@@ -72,7 +72,7 @@ class FakeDevice:
 
 
 class IdleDevice(FakeDevice):
-    """Its graphs do nothing: what they would do is tested above."""
+    """Its graphs do nothing: what they would do is tested in test_measure.py."""
 
     def capture(self, calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
         super().capture(calls)

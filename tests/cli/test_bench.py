@@ -23,8 +23,6 @@ from bench.examples import SMALL, on_interpreter
 from kernel_support import ON_DEVICE, InterpreterLaunch
 from support import ROOT, refimpl_here
 
-# ---- CuPy's side, on a CuPy that is no more than its names
-
 
 class Stub(types.ModuleType):
     """What `CupyDevice` asks of CuPy, done at once by NumPy; every event lies 1 ms after the one
