@@ -27,7 +27,8 @@ FULL = os.environ.get("REFIMPL_TEST_FULL") == "1"
 EXAMPLES = 500 if FULL else 60  # of each op's property test
 MOST_EXAMPLES = 1000  # drawn, not checked, in search of a regime that those miss
 PACKAGE = ROOT / "refimpl"
-STEMS = sorted({path.stem for path in (PACKAGE / "ops").glob("*.py")} - {"__init__", "table"})
+NO_OPS = {"__init__", "choices", "leaves", "reference"}  # files of refimpl/ops/ that are no op
+STEMS = sorted({path.stem for path in (PACKAGE / "ops").glob("*.py")} - NO_OPS)
 NOT_OPS = {"README", "checkpoints", "conventions", "porting"}  # pages that derive no op
 DIGITS = 50  # of the exact arithmetic; 40 must agree
 

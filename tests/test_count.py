@@ -17,8 +17,9 @@ from refimpl.checkpoint import read_config
 from refimpl.config import PRESETS, ModelConfig, preset
 from refimpl.count import Figure, Line, Section, count
 from refimpl.errors import CouldNotRun
-from refimpl.model import backward, forward, init_parameters, is_buffer, parameter_shapes
+from refimpl.model import backward, forward
 from refimpl.ops import IMPLEMENTATIONS
+from refimpl.parameters import init_parameters, is_buffer, parameter_shapes
 
 from checkpoint.examples import V3_JSON
 

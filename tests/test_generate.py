@@ -15,8 +15,9 @@ from refimpl.check.cases import model_variant
 from refimpl.checkpoint import Checkpoint
 from refimpl.config import Conventions, ModelConfig, preset
 from refimpl.generate import Chain, Decoder, Generation, Sampler, generate
-from refimpl.model import forward, logits, parameter_shapes
+from refimpl.model import forward, logits
 from refimpl.ops import IMPLEMENTATIONS
+from refimpl.parameters import parameter_shapes
 from refimpl.text import load_text
 
 from golden.checkpoint_values import TRAINED
@@ -267,7 +268,7 @@ def test_drafts_are_those_of_the_whole_chain(name: str) -> None:
         drafts, found = chain.draft(state, tokens[: seen + 1], 3)
         _, saved = forward(params, np.array([tokens[: seen + 1] + drafts]), config)
         for depth, (draft, z) in enumerate(zip(drafts, found, strict=True), 1):
-            normed = saved.mtp[depth - 1].head.log_prob.h.reshape(-1, config.width)[seen - 1]
+            normed = saved.mtp_heads[depth - 1].log_prob.h.reshape(-1, config.width)[seen - 1]
             assert close(z, logits(params, normed))
             assert draft == int(np.argmax(z))
             kept = chain.caches[config.layers + depth - 1]
@@ -293,8 +294,8 @@ def test_what_generate_drafts(name: str, trained: Any, monkeypatch: pytest.Monke
     assert sum(g.accepted for g in found) > 5
     for tokens, drafts in rounds:  # what follows a position does not change it
         _, saved = forward(params, np.array([tokens + drafts + [0, 0]]), config)
-        for draft, module in zip(drafts, saved.mtp, strict=False):
-            normed = module.head.log_prob.h.reshape(-1, config.width)[len(tokens) - 2]
+        for draft, head in zip(drafts, saved.mtp_heads, strict=False):
+            normed = head.log_prob.h.reshape(-1, config.width)[len(tokens) - 2]
             assert draft == int(np.argmax(logits(params, normed)))
 
 

@@ -27,6 +27,7 @@ from refimpl.config import preset
 from refimpl.errors import CouldNotRun
 from refimpl.kernels import SOURCE, compile, host
 from refimpl.kernels.adamw import adamw
+from refimpl.kernels.columns import COLUMNS, CUDA, NUMBA_CUDA, cuda_table
 from refimpl.kernels.compile import STEMS, STORAGE, TARGETS, BuildError, build, compile_kernel
 from refimpl.kernels.cross_entropy import cross_entropy_in_place
 from refimpl.kernels.launch import DeviceLaunch
@@ -38,10 +39,10 @@ from refimpl.kernels.numba_cuda import (
     compile_numba,
     kernels_of,
 )
-from refimpl.kernels.table import COLUMNS, CUDA, NUMBA_CUDA, cuda_table
-from refimpl.model import backward, forward, init_parameters
+from refimpl.model import backward, forward
 from refimpl.ops import REFERENCE, Op
 from refimpl.optimizer import AdamW
+from refimpl.parameters import init_parameters
 from refimpl.text import load_text
 from refimpl.verify import KERNELS, Settings, placed
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from refimpl.array import Array
 from refimpl.config import ModelConfig, preset
-from refimpl.model import is_buffer, parameter_shapes
+from refimpl.parameters import is_buffer, parameter_shapes
 
 TINY = preset("tiny")
 

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from refimpl.array import Array
 from refimpl.checkpoint import Checkpoint, save_checkpoint, write_random
 from refimpl.checkpoint.fp8 import narrow, quantise
-from refimpl.model import is_buffer
+from refimpl.parameters import is_buffer
 
 from checkpoint.examples import WIDE, random_parameters
 

@@ -12,7 +12,7 @@ import pytest
 from refimpl.checkpoint.names import abbreviate, copied_names, stored_tensors
 from refimpl.checkpoint.writer import _entries, _scales
 from refimpl.config import preset
-from refimpl.model import parameter_shapes
+from refimpl.parameters import parameter_shapes
 
 from support import ROOT
 

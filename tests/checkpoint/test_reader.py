@@ -17,7 +17,7 @@ from refimpl.array import Array
 from refimpl.checkpoint import Checkpoint, write_random
 from refimpl.config import CONVENTIONS
 from refimpl.errors import CouldNotRun
-from refimpl.model import parameter_shapes
+from refimpl.parameters import parameter_shapes
 
 from checkpoint.examples import TINY, same
 

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from refimpl.array import Array
 from refimpl.checkpoint import Checkpoint, save_checkpoint, write_random
 from refimpl.errors import CouldNotRun
-from refimpl.model import is_buffer
+from refimpl.parameters import is_buffer
 
 from checkpoint.examples import TINY, WIDE, files, random_parameters, same
 

@@ -19,7 +19,8 @@ from refimpl.checkpoint import Checkpoint, save_checkpoint
 from refimpl.checkpoint.names import stored_names
 from refimpl.cli.grads import differing
 from refimpl.config import CONVENTIONS, Conventions, Yarn, preset
-from refimpl.model import backward, forward, parameter_shapes
+from refimpl.model import backward, forward
+from refimpl.parameters import parameter_shapes
 
 from golden.checkpoint_values import GOLDEN, Values, assert_agree, golden_values
 from support import refimpl_here, refimpl_process

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from refimpl.config import Conventions, ModelConfig, preset
-from refimpl.model import parameter_shapes
+from refimpl.parameters import parameter_shapes
 
 from golden.balance_loss import balance_loss
 from golden.case import Case

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from refimpl.config import CONVENTIONS, ModelConfig
-from refimpl.model import is_buffer
+from refimpl.parameters import is_buffer
 
 from golden.checkpoint_values import (
     GOLDEN,

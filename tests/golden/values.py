@@ -317,5 +317,5 @@ RUNS: dict[str, tuple[str, Run]] = {
     "model": ("model", model()),
     "model, flash": ("model", model(FLASH)),
     "model, absorbed": ("model", model(ABSORBED)),
-    "model, absorbed and flash": ("model", model({**FLASH, "mla": ABSORBED["mla"]})),
+    "model, absorbed and flash": ("model", model(FLASH | {"mla": ABSORBED.mla})),
 }

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from refimpl.checkpoint.source import MemorySource
 from refimpl.config import ModelConfig, preset
-from refimpl.model import parameter_shapes
+from refimpl.parameters import parameter_shapes
 from refimpl.streaming import Request, Result, Stream
 
 TINY = preset("tiny")

@@ -13,8 +13,9 @@ import pytest
 from refimpl.check.cases import model_variant
 from refimpl.checkpoint.source import MemorySource
 from refimpl.config import Conventions
-from refimpl.model import ModelOutput, Route, backward, forward, logits, parameter_shapes
+from refimpl.model import ModelOutput, Route, backward, forward, logits
 from refimpl.ops import IMPLEMENTATIONS
+from refimpl.parameters import parameter_shapes
 from refimpl.streaming import Request, Stream, gradient_shapes
 from refimpl.streaming.pieces import ROWS
 
@@ -193,7 +194,8 @@ def test_the_backward_replays_the_forward(tmp_path: Path, monkeypatch: pytest.Mo
         seen.append(routes is not None)
         return op.forward(*args, routes=routes, **kwargs)
 
-    monkeypatch.setitem(IMPLEMENTATIONS["reference"], "router", op._replace(forward=noted))
+    noting = IMPLEMENTATIONS["reference"] | {"router": op._replace(forward=noted)}
+    monkeypatch.setitem(IMPLEMENTATIONS, "reference", noting)
     stream(params, TINY, tmp_path / "out", mtp=True)
     assert seen == [False] * 4 + [True] * 4
 
@@ -243,16 +245,16 @@ def test_activations(tmp_path: Path) -> None:
     assert set(result.activations) == set(found)
     assert "out/logits" not in read(tmp_path / "out")
     blocks = [*saved.blocks, *(module.block for module in saved.mtp)]
-    assert np.array_equal(found["model.embed_tokens"], blocks[0].attention_norm.x)
+    assert np.array_equal(found["model.embed_tokens"], blocks[0].attention.norm.x)
     assert np.array_equal(found["model.norm"], output.hidden)
     for layer, block in enumerate(blocks):
         name = f"model.layers.{layer}"
-        assert np.array_equal(found[f"{name}.after_attention"], block.ffn_norm.x)
+        assert np.array_equal(found[f"{name}.after_attention"], block.network.norm.x)
         attended = found[f"{name}.self_attn"]
-        assert np.array_equal(block.attention_norm.x + attended, block.ffn_norm.x)
+        assert np.array_equal(block.attention.norm.x + attended, block.network.norm.x)
         if layer:
-            assert np.array_equal(found[f"{name}.mlp.gate.scores"], block.router.scores)
-    inputs = [block.attention_norm.x for block in blocks[1:3]] + [saved.norm.x]
+            assert np.array_equal(found[f"{name}.mlp.gate.scores"], block.network.router.scores)
+    inputs = [block.attention.norm.x for block in blocks[1:3]] + [saved.norm.x]
     outputs = inputs + [module.norm.x for module in saved.mtp]
     assert all(np.array_equal(found[f"model.layers.{layer}"], x) for layer, x in enumerate(outputs))
     stream(params, config, tmp_path / "some", activations="*.gate.scores")
@@ -286,9 +288,9 @@ def test_cotangents(tmp_path: Path) -> None:
     _, saved = forward(params, TOKENS, config)
     for layer in range(config.layers):
         last = (
-            saved.blocks[layer].ffn
+            saved.blocks[layer].network.ffn
             if layer < config.dense_layers
-            else saved.blocks[layer].moe.shared
+            else saved.blocks[layer].network.moe.shared
         )
         name = f"model.layers.{layer}.mlp" + (
             "" if layer < config.dense_layers else ".shared_experts"

@@ -30,7 +30,7 @@ def test_no_autograd() -> None:
         "refimpl.model",
         "refimpl.check",
         "refimpl.check.cases",
-        "refimpl.kernels.table",
+        "refimpl.kernels.columns",
     ],
 )
 def test_imports_need_numpy_alone(module: str) -> None:

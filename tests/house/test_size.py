@@ -8,9 +8,9 @@ from pathlib import Path
 
 from support import PACKAGE
 
-BOUND = 1_760  # 1,600 when it was set, and 10 %
+BOUND = 2_080  # 1,892 when it was set, and 10 %
 CORE = [
-    *(PACKAGE / f"{name}.py" for name in ("config", "array", "parameters", "model")),
+    *(PACKAGE / f"{name}.py" for name in ("config", "array", "parameters", "batch", "model")),
     *sorted((PACKAGE / "ops").glob("*.py")),
 ]
 
@@ -34,8 +34,8 @@ def test_wrapping_and_comments_are_free(tmp_path: Path) -> None:
 
 
 def test_core_stays_small() -> None:
-    """All of it together; mla, moe and router one or two screens each (100, 77, 93, and 10 %)."""
+    """All of it together; mla, moe and router one or two screens each (108, 97, 111, and 10 %)."""
     sizes = {str(p.relative_to(PACKAGE)): logical_lines(p) for p in CORE if p.exists()}
     total = sum(sizes.values())
     assert total <= BOUND, f"{total:,} logical lines: {sizes}"
-    assert max(sizes[f"ops/{name}.py"] for name in ("mla", "moe", "router")) <= 110, sizes
+    assert max(sizes[f"ops/{name}.py"] for name in ("mla", "moe", "router")) <= 122, sizes

@@ -323,7 +323,7 @@ ERRORS: list[tuple[Arguments, type[Exception], str]] = [
     ),
     ({"positions": np.arange(T + 1)}, ValueError, "positions must have shape"),
     ({"inv_freq": np.ones(R)}, ValueError, "x must have shape"),
-    ({"layout": "half"}, ValueError, "layout must be 'interleaved' or 'halves'"),
+    ({"layout": "half"}, ValueError, "layout must be one of interleaved, halves"),
     ({"x": np.ones((B, T, D), int)}, TypeError, "x must be float32 or wider"),
 ]
 

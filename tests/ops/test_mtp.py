@@ -170,7 +170,7 @@ def test_depth_errors(depth: int) -> None:
         (
             {"order": "eh"},
             ValueError,
-            "order must be 'embedding_hidden' or 'hidden_embedding', got 'eh'",
+            "order must be one of embedding_hidden, hidden_embedding, got 'eh'",
         ),
         ({"hidden": np.ones((B, T, D), int)}, TypeError, "hidden must be float32 or wider"),
         (

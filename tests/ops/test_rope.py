@@ -200,7 +200,7 @@ GOOD: dict[str, Any] = {
         ),
         ({"positions": np.zeros((3, 2))}, ValueError, r"positions must have shape .* got \(3, 2\)"),
         ({"positions": np.zeros((1, 3))}, ValueError, r"positions must have shape .* got \(1, 3\)"),
-        ({"layout": "half"}, ValueError, "layout must be 'interleaved' or 'halves', got 'half'"),
+        ({"layout": "half"}, ValueError, "layout must be one of interleaved, halves, got 'half'"),
         ({"x": np.ones((2, 3, 1, 4), int)}, TypeError, "x must be float32 or wider"),
     ],
 )

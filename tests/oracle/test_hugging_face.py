@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from refimpl.checkpoint import Checkpoint, save_checkpoint
 from refimpl.config import CONVENTIONS, preset
 from refimpl.model import forward as our_forward
-from refimpl.model import init_parameters, is_buffer
 from refimpl.ops import bias_update
+from refimpl.parameters import init_parameters, is_buffer
 
 from golden.checkpoint_values import (
     GOLDEN,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from ..ops import REFERENCE
-from ..ops.table import Op
+from ..ops import REFERENCE, Op, Ops
 from .cross_entropy import cross_entropy
 from .embedding import embedding
 from .grpo import grpo
@@ -38,14 +37,14 @@ NUMBA_CUDA = {
 """Those that have kernels in Numba CUDA too: the same host side."""
 
 
-def cuda_table(launch: Launch) -> dict[str, Op]:
+def cuda_table(launch: Launch) -> Ops:
     """The reference's table with every op that CUDA C does in its place; an op without kernels
     stays the reference."""
     kernels = {name: make(launch) for name, make in CUDA.items()}
     return REFERENCE | {"linear": Op(linear_forward, linear_backward)} | kernels
 
 
-def numba_cuda_table(launch: Launch) -> dict[str, Op]:
+def numba_cuda_table(launch: Launch) -> Ops:
     """As `cuda_table`, with the kernels in Numba CUDA; without bfloat16."""
     kernels = {name: make(NumbaLaunch(launch)) for name, make in NUMBA_CUDA.items()}
     return REFERENCE | {"linear": Op(linear_forward, linear_backward)} | kernels
