@@ -49,7 +49,7 @@ def test_stages() -> None:
     pytest_ = "python -m pytest -v --tb=short -p no:benchmark -W default"
     assert [" ".join(stage.command) for stage in bare] == [
         f"{pytest_} tests/test_kernels.py",
-        f"{pytest_} tests/test_bench.py",
+        f"{pytest_} tests/bench",
         "python -m refimpl bench --gpu --results /somewhere",
         *(
             f"python -m refimpl verify --backend cupy{column} {' '.join(names)}"
