@@ -523,6 +523,6 @@ def test_longdouble_is_wide_here() -> None:
 
 
 def test_without_longdouble(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("refimpl.check.has_longdouble", lambda: False)
+    monkeypatch.setattr("refimpl.check.checker.has_longdouble", lambda: False)
     assert {t.verdict for t in check(forward, backward, (X, W)).tensors} == {"INCONCLUSIVE"}
     assert check(forward, backward, (X, W), digits=50).ok
