@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -144,7 +145,7 @@ def check(
     rules: Sequence[str] = RULES,
     contract_dtypes: Sequence[Any] = (np.float64, np.float32),
 ) -> Report:
-    """Check a backward against its forward; returns a `Report` with a row an input.
+    """Check a backward against its forward; returns a `Report` with one row per input.
 
     Give inputs of ordinary size (about 1), away from kinks and from where the gradient vanishes:
     there differences say nothing. ``replay`` freezes choices.
@@ -168,7 +169,52 @@ def check(
         difference_tolerance, validity: bounds of the finite-difference error and of the sharpness
             (in float64).
     """
-    kwargs, dtype = dict(kwargs or {}), np.dtype(dtype)
+    dtype = np.dtype(dtype)
+    _check_arguments(inputs, dtype, rules)
+    inputs = _as(_as(inputs, dtype), np.float64)  # rounded to the type under test
+    names = _names(forward, len(inputs)) if names is None else names
+    chosen = tested = Pair(forward, backward, dict(kwargs or {}))
+    if replay is not None:
+        tested = Pair(forward, backward, {**chosen.kwargs, **replay(chosen.call(inputs)[0])})
+    exact = tested if reference is None else Pair(*reference, tested.kwargs)
+    rows = {i: TensorResult(op, names[i], x.shape) for i, x in enumerate(inputs) if x is not None}
+    report = Report(list(rows.values()))
+
+    trials = _trials(tested, exact, inputs, dtype, seed)
+    trial = next(trials)
+    if "contract" in rules:
+        faults = contract(tested, inputs, trial.w, contract_dtypes)
+        faults += _replay_faults(chosen, tested, inputs, trial.w)
+        report.faults = [f"{op or 'pair'}: {_with_names(fault, names)}" for fault in faults]
+    if not _shapes_fit(rows, trial.g, len(inputs)):
+        return report
+    if digits:
+        _digits(rows, exact_digits(exact, inputs, trial.v, trial.w, digits), digits)
+
+    bound = validity * float(np.finfo(dtype).eps / np.finfo(np.float64).eps)
+    unclear = list(rows)
+    for attempts_left in reversed(range(ATTEMPTS)):
+        again = []
+        for i in unclear:
+            row = TensorResult(op, names[i], rows[i].shape)
+            floor = trial.measure(i, row, rules)
+            _judge(row, trial.g[i], difference_tolerance, bound)
+            if "noise" in rules and row.noise is None and not digits:
+                row.fault(
+                    "INCONCLUSIVE", "longdouble is no wider than float64 here: ask for digits"
+                )
+            if row.verdict == "INCONCLUSIVE" and not floor <= bound and attempts_left:
+                again.append(i)
+            else:
+                rows[i].merge(row)
+        if not again:
+            break
+        unclear, trial = again, next(trials)
+    return report
+
+
+def _check_arguments(inputs: Any, dtype: np.dtype[Any], rules: Sequence[str]) -> None:
+    """ValueError or TypeError unless `check` can work with them."""
     if dtype not in (np.float64, np.float32):
         raise ValueError(f"dtype must be float64 or float32, got {dtype}")
     if not set(rules) <= set(RULES):
@@ -181,73 +227,75 @@ def check(
                 f"inputs[{i}] must be a float64 NumPy array or None, got "
                 f"{getattr(x, 'dtype', type(x))}"
             )
-    inputs = [None if x is None else x.astype(dtype).astype(np.float64) for x in inputs]
-    if names is None:
-        parameters = [
-            p for p in inspect.signature(forward).parameters.values() if p.kind != p.KEYWORD_ONLY
-        ]
-        names = [p.name for p in parameters]
-        if len(names) != len(inputs) or any(p.kind == p.VAR_POSITIONAL for p in parameters):
-            names = [f"input {i}" for i in range(len(inputs))]
-    chosen = tested = Pair(forward, backward, kwargs)
-    if replay is not None:
-        kwargs = kwargs | dict(replay(chosen.call(inputs)[0]))
-        tested = Pair(forward, backward, kwargs)
-    exact = tested if reference is None else Pair(*reference, kwargs)
-    given = {i: x for i, x in enumerate(inputs) if x is not None}
-    rows = {i: TensorResult(op, names[i], x.shape) for i, x in given.items()}
-    report = Report(list(rows.values()))
+
+
+def _names(forward: Callable[..., Any], count: int) -> list[str]:
+    """The forward's own names of its ``count`` differentiable arguments, or numbers if it has
+    none."""
+    signature = inspect.signature(forward).parameters.values()
+    parameters = [p for p in signature if p.kind != p.KEYWORD_ONLY]
+    if len(parameters) != count or any(p.kind == p.VAR_POSITIONAL for p in parameters):
+        return [f"input {i}" for i in range(count)]
+    return [p.name for p in parameters]
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A random cotangent of the outputs, a random direction of each input, and the gradients that
+    the pair under test returns."""
+
+    tested: Pair
+    exact: Pair  # computes the same in wide types
+    inputs: Sequence[Any]
+    dtype: np.dtype[Any]  # under test
+    w: Sequence[Any]
+    v: Sequence[Any]
+    g: Sequence[Any]
+
+    @cached_property
+    def wide_g(self) -> Sequence[Any]:
+        """The gradients in longdouble."""
+        return self.exact.gradients(_as(self.inputs, np.longdouble), _as(self.w, np.longdouble))
+
+    def measure(self, i: int, row: TensorResult, rules: Sequence[str]) -> float:
+        """Note in the row what the rules find about input ``i``; returns the floor of its
+        sharpness, 0 if that was not measured."""
+        v, g = self.v[i], self.g[i]
+        if "differences" in rules and self.dtype == np.float64:
+            row.difference = finite_difference_error(self.tested, self.inputs, i, v, self.w, g)
+        if "noise" not in rules or not has_longdouble() or self.wide_g[i] is None:
+            return 0.0
+        noise = rounding_noise(self.exact, self.inputs, i, v, self.w, g, self.wide_g[i])
+        row.noise, row.sharpness, floor = noise
+        return floor
+
+
+def _trials(
+    tested: Pair, exact: Pair, inputs: Sequence[Any], dtype: np.dtype[Any], seed: int
+) -> Iterator[_Trial]:
+    """One trial after the other, drawn from the seed."""
     rng = np.random.default_rng([seed, STREAM])
     shapes = [y.shape for y in tested.outputs(inputs)]
-    bound = validity * float(np.finfo(dtype).eps / np.finfo(np.float64).eps)
-    unclear = list(given)
-    for attempt in range(ATTEMPTS):
-        w = [
-            np.asarray(rng.normal(size=shape)).astype(dtype).astype(np.float64) for shape in shapes
-        ]
+    while True:
+        normal = [np.asarray(rng.normal(size=shape)) for shape in shapes]
+        w = _as(_as(normal, dtype), np.float64)
         v = [None if x is None else np.asarray(rng.normal(size=x.shape)) for x in inputs]
         g = tested.gradients(_as(inputs, dtype), _as(w, dtype))
-        if attempt == 0:
-            if "contract" in rules:
-                faults = contract(tested, inputs, w, contract_dtypes)
-                if replay is not None and not _same(
-                    chosen.gradients(inputs, w), tested.gradients(inputs, w)
-                ):
-                    faults.append(
-                        "gradients differ between choices made and the same choices replayed"
-                    )
-                named = [
-                    re.sub(r"gradient (\d+)", lambda m: f"gradient {names[int(m[1])]}", fault)
-                    for fault in faults
-                ]
-                report.faults = [f"{op or 'pair'}: {fault}" for fault in named]
-            if not _shapes_fit(rows, g, len(inputs)):
-                return report
-            if digits:
-                _digits(rows, exact_digits(exact, inputs, v, w, digits), digits)
-        g80: Sequence[Any] = [None] * len(inputs)
-        if "noise" in rules and has_longdouble():
-            g80 = exact.gradients(_as(inputs, np.longdouble), _as(w, np.longdouble))
-        again = []
-        for i in unclear:
-            row = TensorResult(op, names[i], given[i].shape)
-            if "differences" in rules and dtype == np.float64:
-                row.difference = finite_difference_error(tested, inputs, i, v[i], w, g[i])  # type: ignore[arg-type]
-            floor = 0.0
-            if g80[i] is not None:
-                noise = rounding_noise(exact, inputs, i, v[i], w, g[i], g80[i])  # type: ignore[arg-type]
-                row.noise, row.sharpness, floor = noise
-            _judge(row, g[i], difference_tolerance, bound)
-            if "noise" in rules and g80[i] is None and not digits:
-                row.fault(
-                    "INCONCLUSIVE", "longdouble is no wider than float64 here: ask for digits"
-                )
-            if row.verdict == "INCONCLUSIVE" and not floor <= bound and attempt < ATTEMPTS - 1:
-                again.append(i)
-            else:
-                rows[i].merge(row)
-        unclear = again
-    return report
+        yield _Trial(tested, exact, inputs, dtype, w, v, g)
+
+
+def _replay_faults(
+    chosen: Pair, replayed: Pair, inputs: Sequence[Any], w: Sequence[Any]
+) -> list[str]:
+    """A fault unless choices that are replayed give the gradients of choices that are made."""
+    if replayed is chosen or _same(chosen.gradients(inputs, w), replayed.gradients(inputs, w)):
+        return []
+    return ["gradients differ between choices made and the same choices replayed"]
+
+
+def _with_names(fault: str, names: Sequence[str]) -> str:
+    """The fault with the input's name where it has its number."""
+    return re.sub(r"gradient (\d+)", lambda match: f"gradient {names[int(match[1])]}", fault)
 
 
 def _judge(row: TensorResult, g: Any, difference_tolerance: float, validity: float) -> None:
