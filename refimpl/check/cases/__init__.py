@@ -14,13 +14,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .. import model as reference_model
-from .. import ops
-from ..array import namespace
-from ..config import CONVENTIONS, Conventions, ModelConfig, preset
-from ..model import Route, is_buffer, parameter_shapes
-from ..ops import Op, Ops, Yarn, rope_frequencies
-from ..ops.attention import visible
+from ... import model as reference_model
+from ... import ops
+from ...array import namespace
+from ...config import CONVENTIONS, Conventions, ModelConfig, preset
+from ...model import Route, is_buffer, parameter_shapes
+from ...ops import Op, Ops, Yarn, rope_frequencies
+from ...ops.attention import visible
 
 __all__ = [
     "CASES",
