@@ -26,6 +26,7 @@ __all__ = [
     "MODEL_FD_TOLERANCE",
     "MODEL_VALIDITY",
     "VALIDITY",
+    "RULES",
     "Report",
     "TensorResult",
     "check",
