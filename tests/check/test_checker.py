@@ -268,6 +268,6 @@ def test_merge_keeps_the_worst() -> None:
 
 
 def test_without_longdouble(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("refimpl.check.has_longdouble", lambda: False)
+    monkeypatch.setattr("refimpl.check.checker.has_longdouble", lambda: False)
     assert {t.verdict for t in check(forward, backward, (X, W)).tensors} == {"INCONCLUSIVE"}
     assert check(forward, backward, (X, W), digits=50).ok

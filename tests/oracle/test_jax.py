@@ -1,10 +1,10 @@
-"""JAX as a fourth library of arrays: every op and the tiny model on its immutable float64 arrays, by
-eager calls, give what they give on NumPy's. refimpl/ imports no JAX: its arrays bring their
-namespace. Needs the extra `jax`.
+"""JAX as a fourth library of arrays: every op and the tiny model, called eagerly on its immutable
+float64 arrays, against NumPy's. refimpl/ imports no JAX: its arrays bring their namespace. Needs
+the extra `jax`.
 
-What a jitted function would need and our ops do not have: no branch on a value (ids, targets,
-routes and masks are checked, counts of tokens become Python numbers), and shapes that do not depend
-on values (the experts' blocks of rows).
+A jitted function would need more than our ops have: no branch on a value (ids, targets, routes and
+masks are checked, counts of tokens become Python numbers), and shapes that do not depend on values
+(the experts' blocks of rows).
 """
 
 from __future__ import annotations
