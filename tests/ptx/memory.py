@@ -69,6 +69,10 @@ class Arena:
             races,
             fail,
         )
+        self.clear()
+
+    def clear(self) -> None:
+        """No variable yet."""
         self.names: list[str] = ["no variable"]
         self.places: list[tuple[int, int, bool]] = [(0, 0, False)]  # offset, size, read-only
         self.size = GUARD
@@ -91,22 +95,23 @@ class Arena:
             self.owner[start : start + size] = number
         self.read_only = np.array([place[2] for place in self.places])
         granules = copies * self.stride // self.granule
-        self.valid, self.atomic, self.constant = np.zeros(
+        self.valid, self.atomic, self.constant = np.empty(
             (3, granules), bool
         )  # constant: read by .nc
         # [slot, (thread, time), granule]: the last write; the last read, and the last before it
         # from another thread, another warp, another block. If any read races with a write, one of
         # these four does.
         self.writes, self.reads = (
-            np.zeros((1, 2, granules), np.int64),
-            np.zeros((4, 2, granules), np.int64),
+            np.empty((1, 2, granules), np.int64),
+            np.empty((4, 2, granules), np.int64),
         )
         self.reset()
 
     def reset(self) -> None:
         """All bytes poisoned (0xFF: NaN in every float type) and unwritten."""
         self.bytes.fill(0xFF)
-        self.valid.fill(False)
+        for flags in (self.valid, self.atomic, self.constant):
+            flags.fill(False)
         self.writes.fill(-1)
         self.reads.fill(-1)
 

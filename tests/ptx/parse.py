@@ -81,7 +81,7 @@ class Variable(NamedTuple):
     size: int  # bytes; 0 for dynamic shared memory
 
 
-@dataclass
+@dataclass(eq=False)
 class Kernel:
     name: str
     parameters: list[Variable]
@@ -89,6 +89,7 @@ class Kernel:
     shared: list[Variable]
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
+    bound: bool = False  # whether a machine has known each of its instructions
 
 
 IGNORED = re.compile(
@@ -213,7 +214,7 @@ class Parser:
         return Immediate(text) if text[0] in "-0123456789" else Symbol(text)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def parse(text: str) -> dict[str, Kernel]:
     """The kernels of a PTX text by their names."""
     return Parser(text).parse()
