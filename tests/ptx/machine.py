@@ -125,8 +125,9 @@ class Machine:
     def run(self, parameters: dict[str, bytes]) -> Report:
         self.parameters = parameters
         if not self.kernel.bound:  # once, also what is never reached, so that all of it is known
-            for self.at in range(len(self.program)):
-                self.steps[self.at] = instructions.bind(self, self.program[self.at])
+            for place, instruction in enumerate(self.program):
+                self.at = place
+                self.steps[place] = instructions.bind(self, instruction)
             self.kernel.bound = True
         self.counts = np.zeros(len(self.program), np.int64)
         numbers = self.rng.permutation(self.total)
