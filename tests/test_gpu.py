@@ -154,7 +154,7 @@ def test_suite_on_a_pretended_device() -> None:
         sys.executable,
         *gpu.PYTEST,
         "-p",
-        "kernel_support.pretended_device",
+        "pretended_device",
         "tests/kernels",
         "-k",
         chosen,

@@ -112,8 +112,8 @@ class Arena:
         self.bytes.fill(0xFF)
         for flags in (self.valid, self.atomic, self.constant):
             flags.fill(False)
-        self.writes.fill(-1)
-        self.reads.fill(-1)
+        self.writes[:, 0].fill(-1)  # nobody; their times don't matter
+        self.reads[:, 0].fill(-1)
 
     def put(self, address: int, data: Array, valid: bool = True) -> None:
         start = address - self.base
@@ -177,8 +177,10 @@ class Arena:
             before = self.reads[0][:, granules]
             now = self.note(self.reads, granules, thread)
             last = self.reads[0, 0, granules]  # of the lanes that read the same bytes now
-            for slot, unit in enumerate((1, 32, 32 * self.order.warps), start=1):
-                for access in (before, now):
+            for access in (before, now):
+                if not ((access[0] != last) & (access[0] >= 0)).any():
+                    continue  # of each slot's kind there is none
+                for slot, unit in enumerate((1, 32, 32 * self.order.warps), start=1):
                     other = access[0] // unit != last // unit
                     self.reads[slot][:, granules[other]] = access[:, other]
 
@@ -220,10 +222,8 @@ class Arena:
     ) -> None:
         """Fail if what others last `did` to the granules is not ordered before this access."""
         for other, time in (self.writes if did == "wrote" else self.reads)[:, :, granules]:
-            racing = self.order.racing(other, time, thread) & ~np.broadcast_to(
-                harmless, other.shape
-            )
-            if racing.any():
+            racing = self.order.racing(other, time, thread)
+            if racing.any() and (racing := racing & ~np.asarray(harmless)).any():
                 who = int(other[racing][0])  # of the first lane, of which `fail` tells
                 block, warp = divmod(who >> 5, self.order.warps)
                 place = self.where(position[racing.any(1)][0] % self.stride)
