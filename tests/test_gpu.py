@@ -14,6 +14,7 @@ from refimpl.verify import CASES, MODELS
 
 import gpu
 from gpu import Stage, execute, main, stages
+from support import FULL
 
 ROOT = Path(__file__).parents[1]
 
@@ -144,21 +145,15 @@ def test_a_failure_is_exit_1_and_stops_no_other(
 
 
 def test_suite_on_a_pretended_device() -> None:
-    """What only runs on a device runs: strided arrays, moves there and back, errors, products."""
+    """What only runs on a device runs: strided arrays, moves there and back, errors, products; some
+    in one type, in test-full in all."""
+    types = "" if FULL else " and bfloat16"
     chosen = (
-        "not numba and (strided and (swiglu or embedding) or finite and rms_norm or "
-        "products_on_the_device or misread or nothing_to_do or extremes or permute or adamw "
-        "or adds_as)"
+        f"not numba and (strided and (swiglu or embedding){types} or finite and rms_norm or "
+        f"products_on_the_device or misread or nothing_to_do or extremes{types} or "
+        "permute or test_adamw or adds_as)"
     )
-    command = (
-        sys.executable,
-        *gpu.PYTEST,
-        "-p",
-        "pretended_device",
-        "tests/kernels",
-        "-k",
-        chosen,
-    )
+    command = (sys.executable, *gpu.PYTEST, "-p", "pretended_device", "tests/kernels", "-k", chosen)
     environment = os.environ | {
         "REFIMPL_GPU": "1",
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",

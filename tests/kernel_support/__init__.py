@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from .launches import (
+    ALL,
     EXECUTED,
     ON_DEVICE,
+    QUICK_TYPES,
     TABLE,
     TABLES,
     TYPES,
@@ -21,11 +23,13 @@ from .rule import DTYPES, HALF_UNIT, LUCK, WIDE, compare, results, rounded
 from .shapes import SHAPES, V3
 
 __all__ = [
+    "ALL",
     "DTYPES",
     "EXECUTED",
     "HALF_UNIT",
     "LUCK",
     "ON_DEVICE",
+    "QUICK_TYPES",
     "SHAPES",
     "TABLE",
     "TABLES",

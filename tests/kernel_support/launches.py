@@ -21,8 +21,10 @@ from refimpl.ops import Op
 from refimpl.verify import placed
 
 import ptx
+from support import FULL
 
 ON_DEVICE = os.environ.get("REFIMPL_GPU") == "1"  # tests/gpu.py: the same suite on the GPU
+ALL = FULL or ON_DEVICE  # on the GPU time is the compiler's, not the kernels'
 SANITIZED = os.environ.get("REFIMPL_SANITIZER") == "1"  # under compute-sanitizer
 
 
@@ -141,4 +143,6 @@ EXECUTED = ("sm_90", "sm_100")  # the targets whose code is executed
 TYPES = [("cuda", storage) for storage in STORAGE] + [
     ("numba_cuda", storage) for storage in NUMBA_STORAGE
 ]
+# in Numba CUDA many launches of many instructions: one type of each width stands for both
+QUICK_TYPES = [case for case in TYPES if ALL or case != ("numba_cuda", "float64")]
 without_a_device = pytest.mark.skipif(ON_DEVICE, reason="needs no GPU: make test")
