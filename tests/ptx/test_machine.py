@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ptx import run
+from ptx import PTXError, run
 from ptx.written import kernel, threads
 
 
@@ -87,3 +87,33 @@ def test_wrong_arguments() -> None:
         run(text, "k", (1, 1 << 16), 32, [x])
     with pytest.raises(ValueError, match=r"shared memory must be at most 49152 bytes .* got 49153"):
         run(kernel(".shared .align 4 .b8 s[1024];"), "k", 1, 32, [x], shared=(47 << 10) + 1)
+
+
+def test_a_kept_machine_remembers_nothing() -> None:
+    """Launch after launch of one kernel: other scalars and arrays, errors, shared memory and
+    registers that the last launch has written."""
+    shared = """.shared .align 4 .b8 s[128]; cvt.u32.u64 %r3, %rd2;
+    mov.u32 %r5, s; shl.b32 %r4, %r0, 2; add.s32 %r4, %r4, %r5;
+    setp.eq.u32 %p1, %r3, 0; @%p1 bra $READ; st.shared.u32 [%r4], %r3;
+    $READ: ld.shared.u32 %r6, [%r4];
+    mul.wide.u32 %rd4, %r0, 4; add.s64 %rd4, %rd4, %rd1; st.global.u32 [%rd4], %r6;"""
+    text = kernel(shared, 2)
+    for value, x in ((7, np.zeros(32, np.uint32)), (8, np.zeros(40, np.uint32))):
+        run(text, "k", 1, 32, [x, np.uint64(value)])
+        assert x[:32].tolist() == [value] * 32
+        with pytest.raises(PTXError, match=r"ld\.shared.*never written"):
+            run(text, "k", 1, 32, [x, np.uint64(0)])
+        with pytest.raises(PTXError, match="out of bounds: global byte 124 of argument 0"):
+            run(text, "k", 1, 32, [x[:31].copy(), np.uint64(1)])
+    register = """setp.eq.s64 %p1, %rd2, 0; @%p1 bra $END; mov.u32 %r9, 3;
+    $END: st.global.u32 [%rd1], %r9;"""
+    for value, wanted in ((0, 0xABABABAB), (1, 3), (0, 0xABABABAB)):
+        run(kernel(register, 2), "k", 1, 1, [x, np.uint64(value)])
+        assert x[0] == wanted
+
+
+def test_what_is_never_reached_is_known_too() -> None:
+    body = "bra $END; add.odd.s32 %r1, %r1, %r1; $END:"
+    for _ in range(2):
+        with pytest.raises(PTXError, match=r"the instruction add\.odd\.s32"):
+            threads(body)
