@@ -110,6 +110,9 @@ def test_a_kept_machine_remembers_nothing() -> None:
     for value, wanted in ((0, 0xABABABAB), (1, 3), (0, 0xABABABAB)):
         run(kernel(register, 2), "k", 1, 1, [x, np.uint64(value)])
         assert x[0] == wanted
+    for _ in range(2):  # where the first launch had its array
+        with pytest.raises(PTXError, match="out of bounds: global byte -512 of argument 0"):
+            run(kernel("st.global.u32 [%rd1+-512], 5;"), "k", 1, 1, [x])
 
 
 def test_what_is_never_reached_is_known_too() -> None:
