@@ -16,7 +16,7 @@ from kernel_support import ON_DEVICE, SHAPES, InterpreterLaunch, compare
 from ladder import CROSS_ENTROPY, RMS_NORM, cross_entropy_step, rms_norm_step
 
 pytestmark = pytest.mark.skipif(ON_DEVICE, reason="counts of the interpreter")
-README = (Path(__file__).parents[1] / "kernels" / "README.md").read_text()
+README = (Path(__file__).parents[2] / "kernels" / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
