@@ -22,7 +22,6 @@ TESTED_ELSEWHERE = {  # a module, or a folder of them, without a test file: what
     "conventions/examples": "tests/conventions/test_traps.py: the numbers of every trap",
     "conventions/trap": "tests/conventions/test_traps.py: every field of every trap",
     "errors": "an exception, which the tests of messages raise",
-    "kernels/linear": "tests/kernels: against the reference, as every op of a column",
     "streaming/request": "tests/cli/test_grads.py: what can't be asked for; tests/grads: what can",
     "streaming/steps": "tests/grads/test_stream.py: what they make is the model's bits",
     "verify": "tests/cli/test_verify.py",
