@@ -175,7 +175,7 @@ def count(config: ModelConfig, *, length: int = 4096) -> list[Section]:
     too short."""
     if not config.mtp_depth < length <= 10**9:
         raise CouldNotRun(
-            f"--length must lie in {config.mtp_depth + 1:,}…{10**9:,}, got {length:,}"
+            f"must lie in {config.mtp_depth + 1:,}…{10**9:,}, got {length:,}", argument="length"
         )
     shapes = parameter_shapes(config)
     same = (

@@ -30,10 +30,10 @@ class HuggingFace:
     DeepSeek's tokenizer.json does not put it there, transformers does on loading
     (swift-transformers#161). Special tokens are not decoded.
 
-    ``instead``: what to give, says the CouldNotRun, where there is none.
+    ``instead``: what to give where there is no tokenizer, as the message of CouldNotRun says it.
     """
 
-    def __init__(self, folder: Path, instead: str = "token ids with --tokens FILE") -> None:
+    def __init__(self, folder: Path, instead: str = "token ids") -> None:
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise CouldNotRun(f"{folder} has no tokenizer.json: give {instead}")
@@ -42,7 +42,7 @@ class HuggingFace:
         except ImportError as error:
             raise CouldNotRun(
                 "text needs the package tokenizers (pip install 'deepseek-refimpl[text]'); or "
-                "give token ids with --tokens FILE"
+                f"give {instead}"
             ) from error
         try:
             self.tokenizer: Any = tokenizers.Tokenizer.from_file(str(path))

@@ -3,6 +3,7 @@ run."""
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 
 import refimpl.ops.rms_norm
 from refimpl.check.planted import PLANTED, plant
+from refimpl.cli.app import ORDER, app
 from refimpl.errors import CouldNotRun
 from refimpl.ops import Op
 from refimpl.text import load_text
@@ -139,7 +141,12 @@ def test_the_same_seed_gives_the_same_table() -> None:
             ["verify", "--dtype", "bfloat16"],
             "--dtype must be one of float64, float32, got bfloat16",
         ),
-        (["verify", "--examples", "0"], "--examples and --model-examples must be at least 1"),
+        (["verify", "--examples", "0"], "--examples must be at least 1, got 0"),
+        (["verify", "--model-examples", "0"], "--model-examples must be at least 1, got 0"),
+        (
+            ["verify", "--implementation", "cuda"],
+            "--backend must be cupy for the implementation cuda, got numpy",
+        ),
         (["verify", "--digits", "5"], "--digits must lie in 20…1000, got 5"),
         (["verify", "linear", "--json", "no/such/file"], "--json no/such/file can't be written"),
         (["verify", "linear", "--json", "."], "--json . can't be written"),
@@ -171,6 +178,94 @@ def test_could_not_run(arguments: list[str], message: str, tmp_path: Path) -> No
     assert message in done.stderr
     assert done.stderr.startswith("refimpl: ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--bogus"], "no such option: --bogus; see refimpl --help"),
+        (["nothing"], "no such command 'nothing'; see refimpl --help"),
+        (["count", "--lenght", "3"], "no such option: --lenght .*; see refimpl count --help"),
+        (["count", "--length", "x"], "invalid value for '--length': .*; see refimpl count --help"),
+        (["count", "v3", "v2"], "got unexpected extra argument.*v2.*; see refimpl count --help"),
+        (["grads", "--out", "o"], "missing option '--checkpoint'; see refimpl grads --help"),
+        (["grade"], "missing argument 'op'; see refimpl grade --help"),
+        (["verify", "--dtype", "int8"], "--dtype must be one of float64, float32, got int8"),
+    ],
+    ids=lambda a: " ".join(a) if isinstance(a, list) else "",
+)
+def test_usage_errors(arguments: list[str], line: str) -> None:
+    """One line, in lower case as all others, that says where to read on."""
+    done = run(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(f"refimpl: {line}\n", done.stderr, re.IGNORECASE), done.stderr
+
+
+def test_usage_errors_of_the_script() -> None:
+    """The installed command says what ``python -m refimpl`` says."""
+    script = Path(sys.executable).with_name("refimpl")
+    if not script.exists():
+        pytest.skip("the package is not installed beside this Python")
+    for arguments in (["--bogus"], ["--version"], ["count", "--length", "0"]):
+        done = subprocess.run([script, *arguments], capture_output=True, text=True)
+        other = run(*arguments)
+        assert (done.returncode, done.stdout, done.stderr) == (
+            other.returncode,
+            other.stdout,
+            other.stderr,
+        )
+
+
+def test_version() -> None:
+    done = run("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "refimpl 0.1.0\n", "")
+
+
+def test_help() -> None:
+    """Without a command: the help, in reading order; no command's summary is cut off."""
+    done = run()
+    assert done.returncode == 2
+    assert done.stdout == run("--help").stdout
+    summaries = done.stdout.split("Commands:\n")[1].splitlines()
+    assert [line.split()[0] for line in summaries] == ORDER
+    assert not [line for line in summaries if line.endswith("...")]
+
+
+def _options() -> set[str]:
+    from typer.main import get_command
+
+    commands = get_command(app).commands.values()  # type: ignore[attr-defined]
+    return {x for command in commands for p in command.params for x in p.opts + p.secondary_opts}
+
+
+def test_options_are_named_in_cli_alone() -> None:
+    """The package raises with arguments' names; refimpl/cli alone makes options of them. No string
+    outside names one, docstrings apart."""
+    options = {x for x in _options() if x.startswith("--")}
+    assert {"--digits", "--balance-alpha", "--json", "--no-logits", "--bytes"} <= options
+    named = re.compile(rf"(?<![\w-])(?:{'|'.join(sorted(options))})(?![\w-])")
+    package = Path(refimpl.__file__).parent
+    found = []
+    for path in package.rglob("*.py"):
+        if package / "cli" in path.parents:
+            continue
+        tree = ast.parse(path.read_text())
+        documentation = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        found += [
+            f"{path.relative_to(package)}:{node.lineno}: {node.value!r}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+            if node not in documentation and named.search(node.value)
+        ]
+    assert found == []
+
+
+def test_arguments_become_options() -> None:
+    """At the beginning and at the end of a message, and nowhere else; names of no option stay."""
+    error = CouldNotRun("digits: start anew with", argument="digits", remedy="force")
+    assert str(error) == "digits digits: start anew with force"
+    assert error.spelled({"digits": "--digits"}) == "--digits digits: start anew with force"
+    assert error.spelled({"force": "--force"}) == "digits digits: start anew with --force"
 
 
 def test_no_gpu() -> None:
@@ -218,8 +313,6 @@ def test_a_broken_op_fails_and_is_named(
 ) -> None:
     """As if somebody had edited the file: exit code 1, and the tensor in words."""
     from typer.testing import CliRunner
-
-    from refimpl.cli import app
 
     broken = plant(next(bug for bug in PLANTED if bug.name == "no mean term"))
     assert isinstance(broken, Op)

@@ -681,21 +681,24 @@ ONE = ["--bytes", "--prompt", "x"]
         ),
         (
             ["--tokens", "high.json", "--prompt", "x"],
-            "--tokens goes without --prompt, --prompts and --bytes",
+            "--tokens cannot be combined with --prompt, --prompts or --bytes",
         ),
         (
             [*ONE, "--temperature", "-1"],
-            "temperature must be a finite number of at least 0, got -1.0",
+            "--temperature must be a finite number of at least 0, got -1.0",
         ),
-        ([*ONE, "--top-p", "0"], "top_p must lie in (0, 1], got 0.0"),
-        ([*ONE, "--top-p", "1.1"], "top_p must lie in (0, 1], got 1.1"),
-        ([*ONE, "--max-tokens", "0"], "max_tokens must be at least 1, got 0"),
-        ([*ONE, "--seed", "-1"], "seed must be at least 0, got -1"),
-        ([*ONE, "--stop", "256"], "stop must hold tokens in 0…255, got 256"),
-        ([*ONE, "--speculate", "3"], "speculate must lie in 0…2, the number of MTP modules, got 3"),
+        ([*ONE, "--top-p", "0"], "--top-p must lie in (0, 1], got 0.0"),
+        ([*ONE, "--top-p", "1.1"], "--top-p must lie in (0, 1], got 1.1"),
+        ([*ONE, "--max-tokens", "0"], "--max-tokens must be at least 1, got 0"),
+        ([*ONE, "--seed", "-1"], "--seed must be at least 0, got -1"),
+        ([*ONE, "--stop", "256"], "--stop must hold tokens in 0…255, got 256"),
+        (
+            [*ONE, "--speculate", "3"],
+            "--speculate must lie in 0…2, the number of MTP modules, got 3",
+        ),
         (
             [*ONE, "--speculate", "-1"],
-            "speculate must lie in 0…2, the number of MTP modules, got -1",
+            "--speculate must lie in 0…2, the number of MTP modules, got -1",
         ),
         ([*ONE, "--dtype", "float16"], "--dtype must be one of float32, float64, got float16"),
         (

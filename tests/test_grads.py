@@ -571,8 +571,8 @@ BAD = [
         (
             ["--out", "o", "--dlogits", "flat.npy", *other],
             "tokens.npy",
-            "--dlogits is the gradient of another loss: it goes with none of mtp, "
-            "balance_alpha, mask, targets",
+            "--dlogits is the gradient of another loss: it cannot be combined with mtp, "
+            "balance_alpha, mask or targets",
         )
         for other in (
             ["--mtp"],

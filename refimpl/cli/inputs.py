@@ -1,5 +1,4 @@
-"""Arrays, token ids and routes from files that the user names; CouldNotRun names the option and the
-file."""
+"""Arrays, token ids and routes from the user's files; CouldNotRun names the option and the file."""
 
 from __future__ import annotations
 
@@ -56,7 +55,7 @@ def numbers(path: Path, option: str) -> np.ndarray:
 
 
 def token_lists(path: Path, option: str) -> list[list[int]]:
-    """Token ids, each prompt as long as it is; a single one need not be in a list."""
+    """Lists of token ids, of any lengths; the file of a single one may hold it alone."""
     rows = _read(path, option)
     rows = rows.tolist() if isinstance(rows, np.ndarray) else rows
     if isinstance(rows, list) and rows and not any(isinstance(row, list) for row in rows):
@@ -70,7 +69,7 @@ def token_lists(path: Path, option: str) -> list[list[int]]:
 
 
 def text_tokens(text: str, checkpoint: Path) -> np.ndarray:
-    """Ids [1, T] by the checkpoint's tokenizer, of the text or of the file that it names."""
+    """Ids [1, T] by the checkpoint's tokenizer, of the text or of the file with that name."""
     path = Path(text)
     try:
         if len(text) < 4096 and "\0" not in text and path.is_file():
@@ -81,11 +80,12 @@ def text_tokens(text: str, checkpoint: Path) -> np.ndarray:
         ) from error
     except OSError as error:
         raise CouldNotRun(f"--text {path} can't be read: {error.strerror}") from error
-    return np.array([HuggingFace(checkpoint).encode(text)], dtype=np.int64)
+    tokenizer = HuggingFace(checkpoint, "token ids with --tokens FILE")
+    return np.array([tokenizer.encode(text)], dtype=np.int64)
 
 
 def read_routes(path: Path) -> dict[int, Route]:
-    """The choices in a file of ours, or of another implementation in the same form."""
+    """The choices of experts in a file of ours, or of another implementation in the same form."""
     file = path / "aux.safetensors" if path.is_dir() else path
     tensors, _ = read_tensor_file(file)
     found = {}

@@ -21,19 +21,24 @@ GRADS_BOUND = 6e9  # bytes, of V2-Lite's shape at 256 tokens in float32, however
 @app.command()
 def memory(
     grads: Annotated[
-        bool, typer.Option("--grads", help="Of `refimpl grads`, on a random checkpoint.")
+        bool,
+        typer.Option("--grads", help="Measure `refimpl grads` on a random checkpoint instead."),
     ] = False,
     model: Annotated[
-        str, typer.Option(help="With --grads: a preset or a config.json, for the shapes.")
+        str, typer.Option(help="With --grads: preset or config.json that has the shapes.")
     ] = "v2-lite",
-    layers: Annotated[int, typer.Option(help="With --grads: so many layers of it.")] = 4,
-    tokens: Annotated[int, typer.Option(help="With --grads: so many tokens.")] = 256,
+    layers: Annotated[int, typer.Option(help="With --grads: number of its layers to use.")] = 4,
+    tokens: Annotated[int, typer.Option(help="With --grads: number of tokens.")] = 256,
     folder: Annotated[
-        Path | None, typer.Option(help="With --grads: where its files go for the while.")
+        Path | None, typer.Option(help="With --grads: folder for its temporary files.")
     ] = None,
 ) -> None:
-    """Show the peak memory of flash attention, and of the fused output head and cross-entropy,
-    against their bounds."""
+    """Measure the peak memory of two ops, or of `refimpl grads`.
+
+    The ops are flash attention, and output head with cross-entropy in one. Each line has the peak
+    at T tokens, its ratio to the peak at T = 1024, and its share of the array that the op avoids.
+    The last line says whether the bounds hold.
+    """
     if grads:
         raise typer.Exit(_grads(model, layers, tokens, folder))
     out, holds = console(), True

@@ -52,4 +52,4 @@ def numba_cuda_table(launch: Launch) -> dict[str, Op]:
 
 
 COLUMNS = {"cuda": cuda_table, "numba_cuda": numba_cuda_table}
-"""By the name that ``--implementation`` takes, what makes the table from a `Launch`."""
+"""By the implementation's name, what makes the table from a `Launch`."""

@@ -60,14 +60,17 @@ class Record:
         self.arrays, metadata = read_tensor_file(path)
         notes = notes_of(path, metadata.get("notes", ""))
         if notes.keys() != {"files", "bytes", "gradients"}:
-            raise CouldNotRun(f"{path} is not as this version writes it: start anew with --force")
+            raise CouldNotRun(
+                f"{path} is not as this version writes it: start anew with", remedy="force"
+            )
         self.files: dict[str, dict[str, Any]] = notes["files"]
         self.sizes = {name: Size(*size) for name, size in notes["gradients"].items()}
         for file, count in notes["bytes"].items():
             left = path.parent.parent / file
             if not left.is_file() or left.stat().st_size != count:
                 raise CouldNotRun(
-                    f"{left} is gone or changed since its step was done: start anew with --force"
+                    f"{left} is gone or changed since its step was done: start anew with",
+                    remedy="force",
                 )
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -245,7 +248,8 @@ def prepare(folder: Path, identity: dict[str, str], force: bool) -> None:
                 unfinished, ignore_errors=True
             )  # of a run that was killed as it removed it
             raise CouldNotRun(
-                f"{folder} holds a finished result: give another folder, or replace it with --force"
+                f"{folder} holds a finished result: give another folder, or replace it with",
+                remedy="force",
             )
         elif state.exists():
             before = notes_of(state, state.read_bytes())
@@ -253,13 +257,14 @@ def prepare(folder: Path, identity: dict[str, str], force: bool) -> None:
             if other:
                 raise CouldNotRun(
                     f"{folder} holds an unfinished run of another request (other "
-                    f"{', '.join(other)}): give another folder, or start anew with --force"
+                    f"{', '.join(other)}): give another folder, or start anew with",
+                    remedy="force",
                 )
             return
         elif set(found) - {"unfinished"}:
             raise CouldNotRun(
-                f"{folder} holds parts of a result: give another folder, or replace them with "
-                "--force"
+                f"{folder} holds parts of a result: give another folder, or replace them with",
+                remedy="force",
             )
         unfinished.mkdir(exist_ok=True)
         replace_text(state, identity, unfinished)
@@ -274,7 +279,7 @@ def notes_of(path: Path, text: str | bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         notes = None
     if not isinstance(notes, dict):
-        raise CouldNotRun(f"{path} is broken: start anew with --force")
+        raise CouldNotRun(f"{path} is broken: start anew with", remedy="force")
     return notes
 
 
