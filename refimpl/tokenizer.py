@@ -3,12 +3,12 @@ streams unbroken."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from .errors import CouldNotRun
+from .files import read_json
 
 __all__ = ["Bytes", "HuggingFace", "TextStream", "Tokenizer"]
 
@@ -107,13 +107,3 @@ class TextStream:
         text = self.tokenizer.decode(self.tokens[self.start :])
         self.start, self.read = self.read, len(self.tokens)
         return text[len(shown) :]
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds; CouldNotRun if it can't be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CouldNotRun(f"{path} can't be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CouldNotRun(f"{path} is not JSON: {error}") from error

@@ -427,7 +427,7 @@ BAD: list[tuple[str, Callable[[Path], None], str]] = [
     ("one", header(lambda content: "[1, 2]"), f"{ONE} is cut off or no safetensors file"),
     ("one", header(lambda content: "[" * 5000), f"{ONE} is cut off or no safetensors file"),
     ("one", header(shifted), f"{ONE} is cut off or no safetensors file"),
-    ("one", header(twice_in_header), f"{ONE} names a tensor or a field twice in its header"),
+    ("one", header(twice_in_header), f"{ONE}'s header: {json.dumps(EXPERT)} is given twice"),
     ("one", entry(EXPERT, dtype="BF17"), f"{ONE} is cut off or no safetensors file"),
     ("one", entry(EXPERT, dtype="F32"), f"{ONE} is cut off or no safetensors file"),
     ("one", entry(EXPERT, shape=[-9, 20]), f"{ONE} is cut off or no safetensors file"),

@@ -506,14 +506,14 @@ def test_one_prompt(
     assert len(shown[0].out) == 21
     assert shown[0].err.startswith("1 prompt, 20 tokens, ")
     assert " drafts accepted (" in shown[1].err
-    assert "tokens a forward of the main model\n" in shown[1].err
+    assert "tokens per forward of the main model\n" in shown[1].err
     written = json.loads((tmp_path / "out.json").read_text())
     (result,) = written["results"]
     assert result["text"] + "\n" == shown[0].out
     assert bytes(result["prompt"]) == b"The value of "
     assert summary([Generation([7], "length", 1, 1, 0)], 1.0) == (
-        "1 prompt, 1 token, 1.0 s, 1.0 tokens a second; 0 of 1 draft accepted (0.0 %), 0.00 "
-        "tokens a forward of the main model"
+        "1 prompt, 1 token, 1.0 s, 1.0 tokens per second; 0 of 1 draft accepted (0.0 %), 0.00 "
+        "tokens per forward of the main model"
     )
     assert written["settings"]["speculate"] == 2
 

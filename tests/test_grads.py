@@ -467,7 +467,7 @@ BAD = [
     ),
     (["--out", "o"], "tokens.txt", "--tokens tokens.txt must be a .npy or a .json file"),
     (["--out", "o"], "broken.npy", "--tokens broken.npy is not an array"),
-    (["--out", "o"], "broken.json", "--tokens broken.json is not an array"),
+    (["--out", "o"], "broken.json", "--tokens broken.json is not JSON"),
     (["--out", "o"], "ragged.json", "--tokens ragged.json is not an array"),
     (
         ["--out", "o"],

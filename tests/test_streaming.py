@@ -18,10 +18,10 @@ from safetensors.numpy import load_file
 
 from refimpl.check.cases import model_variant
 from refimpl.checkpoint.source import MemorySource
-from refimpl.checkpoint.tensor_file import Spec, TensorWriter, read_tensor_file, write_tensor_file
+from refimpl.checkpoint.tensor_file import Spec, read_tensor_file, tensor_writer, write_tensor_file
+from refimpl.cli.memory import grads_memory
 from refimpl.config import Conventions, ModelConfig, preset
 from refimpl.errors import CouldNotRun
-from refimpl.memory import grads_memory
 from refimpl.model import ModelOutput, Route, backward, forward, logits, parameter_shapes
 from refimpl.ops import IMPLEMENTATIONS
 from refimpl.streaming import Request, Result, Stream, gradient_shapes
@@ -536,16 +536,11 @@ def test_a_file_of_a_finished_step(file: str, tmp_path: Path) -> None:
 def test_a_record_without_notes(tmp_path: Path) -> None:
     """As another program or an older version leaves it."""
     whole = unfinished(tmp_path)
-    write_tensor_file(
-        tmp_path / "unfinished" / "head.safetensors", tmp_path / "new", {"x": np.zeros(3)}
-    )
+    write_tensor_file(tmp_path / "unfinished" / "head.safetensors", {"x": np.zeros(3)})
     with pytest.raises(CouldNotRun, match=r"head.safetensors is broken: start anew with force$"):
         whole.write(tmp_path)
     write_tensor_file(
-        tmp_path / "unfinished" / "head.safetensors",
-        tmp_path / "new",
-        {"x": np.zeros(3)},
-        {"notes": '{"files": {}}'},
+        tmp_path / "unfinished" / "head.safetensors", {"x": np.zeros(3)}, {"notes": '{"files": {}}'}
     )
     with pytest.raises(
         CouldNotRun, match=r"head.safetensors is not as this version writes it: start anew with"
@@ -620,19 +615,21 @@ def test_tensor_files(tmp_path: Path) -> None:
     """Written in any order and piece by piece, safetensors reads it; what is missing is an error
     and leaves nothing."""
     path, beside = tmp_path / "x.safetensors", tmp_path / "beside"
+    beside.mkdir()
     a, b = RNG.normal(size=(5, 3)), RNG.integers(0, 9, (4,))
     specs = {
         "b": Spec(b.shape, b.dtype),
         "a": Spec(a.shape, a.dtype),
         "zero": Spec((2, 2), np.dtype("float32")),
     }
-    with TensorWriter(path, beside, specs, {"notes": "n"}) as writer:
+    with tensor_writer(path, specs, {"notes": "n"}, beside) as writer:
         writer.write("a", a[3:], 9)
         writer.zero("zero")
         writer.write("b", b)
         writer.write("a", np.asfortranarray(a[:3]))
         assert not path.exists()
-    assert not beside.exists()
+        assert [p.suffix for p in beside.iterdir()] == [".partial"]
+    assert list(beside.iterdir()) == []
     found, wanted = load_file(path), {"a": a, "b": b, "zero": np.zeros((2, 2), np.float32)}
     ours, metadata = read_tensor_file(path)
     assert metadata == {"notes": "n"}
@@ -642,15 +639,15 @@ def test_tensor_files(tmp_path: Path) -> None:
         assert found[name].dtype == ours[name].dtype == x.dtype
     with (
         pytest.raises(RuntimeError, match=r"y.safetensors lacks values of a"),
-        TensorWriter(tmp_path / "y.safetensors", beside, {"a": specs["a"]}) as writer,
+        tensor_writer(tmp_path / "y.safetensors", {"a": specs["a"]}) as writer,
     ):
         writer.write("a", a[1:])
     with (
         pytest.raises(ValueError, match="a must be Spec"),
-        TensorWriter(path, beside, {"a": specs["a"]}) as writer,
+        tensor_writer(path, {"a": specs["a"]}) as writer,
     ):
         writer.write("a", a.astype(np.float32))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["beside", "x.safetensors"]
     data = path.read_bytes()
     for broken in (
         b"",
@@ -666,7 +663,7 @@ def test_tensor_files(tmp_path: Path) -> None:
             CouldNotRun, match=r"x.safetensors is (cut off or )?no safetensors file"
         ):
             read_tensor_file(path)
-    write_tensor_file(path, beside, {"empty": np.zeros((0, 3)), "scalar": np.array(2.5)})
+    write_tensor_file(path, {"empty": np.zeros((0, 3)), "scalar": np.array(2.5)})
     assert read_tensor_file(path)[0]["scalar"] == 2.5
 
 

@@ -3,13 +3,13 @@ from all of them."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files import read_json
 from ..kernels.compile import STEMS, STORAGE, TARGETS
 from ..kernels.numba_cuda import NUMBA_STEMS, NUMBA_STORAGE
 from .measure import Times
@@ -111,12 +111,12 @@ def file_name(device: str, date: str) -> str:
 
 
 def read_results(folder: Path) -> list[Results]:
-    """All files of the folder, the latest of each device; ValueError that names a file which is
-    none of ours."""
+    """The results in a folder, the latest per device; ValueError names a file that is not as
+    `refimpl bench` wrote it, CouldNotRun one that is not JSON."""
     latest: dict[str, Results] = {}
     for path in sorted(folder.glob("*.json")):
         try:
-            results = Results.from_json(json.loads(path.read_text()))
+            results = Results.from_json(read_json(path))
         except ValueError as error:
             raise ValueError(f"{path.name}: {error}") from error
         if path.name != file_name(results.device, results.date):

@@ -11,8 +11,9 @@ from typing import Any
 
 from ..config import PRESETS, Conventions, ModelConfig, Yarn
 from ..errors import CouldNotRun
+from ..files import read_json
 
-__all__ = ["config_dict", "load_config", "read_block_size", "read_config", "read_json"]
+__all__ = ["config_dict", "load_config", "read_block_size", "read_config", "read_object"]
 
 INTEGERS = {
     "vocabulary": "vocab_size",
@@ -59,24 +60,10 @@ def load_config(model: str) -> ModelConfig:
     return PRESETS[model] if model in PRESETS else read_config(Path(model))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object without a number that is not finite and without a key given twice; CouldNotRun
-    otherwise."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise CouldNotRun(f"{path}: {json.dumps(key)[:200]} is given twice")
-            found[key] = value
-        return found
-
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except OSError as error:
-        raise CouldNotRun(f"{path} can't be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CouldNotRun(f"{path} is not JSON: {error}") from error
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds; CouldNotRun if it holds anything else, or a number that is
+    not finite."""
+    raw = read_json(path)
     if not isinstance(raw, dict):
         raise CouldNotRun(f"{path}: the file must be a JSON object, got {_shown(raw)}")
     for where, value in _infinite("", raw):
@@ -91,7 +78,7 @@ def read_config(path: Path) -> ModelConfig:
     The conventions are the default ones, but for ``rope_layout``: halves if the file says
     rope_interleave = false. λ of MTP is in no config.json: ``mtp_weight`` is the default.
     """
-    raw = read_json(path)
+    raw = read_object(path)
 
     def expect(holds: bool, key: str, wanted: str, value: Any) -> None:
         if not holds:
@@ -226,7 +213,7 @@ def read_config(path: Path) -> ModelConfig:
 def read_block_size(path: Path) -> tuple[int, int]:
     """The block of FP8 weights that has one scale, (rows, columns); CouldNotRun for another
     quantisation."""
-    quantisation = read_json(path).get("quantization_config")
+    quantisation = read_object(path).get("quantization_config")
     if quantisation is None:
         return BLOCK
     if not isinstance(quantisation, dict):

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from ..errors import CouldNotRun
-from .config_json import read_json
+from .config_json import read_object
 from .tensor_file import StoredTensor, one_line, open_file
 
 __all__ = ["INDEX", "SINGLE", "open_folder"]
@@ -45,7 +45,7 @@ def open_folder(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _open_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(file, str) for file in weight_map.values()
     ):

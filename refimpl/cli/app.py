@@ -3,7 +3,6 @@ of --json."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -20,6 +19,7 @@ from typer.core import TyperGroup
 from .. import __version__
 from ..config import CONVENTIONS
 from ..errors import CouldNotRun
+from ..files import expect_replaceable, write_json
 
 ORDER = ["verify", "grade", "grads", "generate", "count", "conventions", "memory", "bench"]
 
@@ -136,23 +136,22 @@ def progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
         yield move
 
 
-def check_writable(path: Path) -> None:
-    """CouldNotRun, before any work is done, if a file can't be made there."""
-    if path.is_dir() or not path.name or not os.access(path.parent, os.W_OK):
-        raise CouldNotRun(
-            f"--json {path} can't be written: not a file in a folder that can be written to"
-        )
-
-
-def replace_json(path: Path, content: dict[str, Any]) -> None:
-    """Write the results beside their final place, then rename: a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def check_writable(path: Path, option: str = "--json") -> None:
+    """CouldNotRun, before any work is done, if no file can be written there."""
     try:
-        temporary.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
-        temporary.replace(path)
+        expect_replaceable(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CouldNotRun(f"--json {path} can't be written: {error.strerror}") from error
+        raise CouldNotRun(f"{option} {path} can't be written: {error.strerror}") from error
+    if not os.access(path.parent, os.W_OK):
+        raise CouldNotRun(f"{option} {path} can't be written: no folder that can be written to")
+
+
+def replace_json(path: Path, content: dict[str, Any], option: str = "--json") -> None:
+    """Write the results, whole or not at all."""
+    try:
+        write_json(path, _finite(content))
+    except OSError as error:
+        raise CouldNotRun(f"{option} {path} can't be written: {error.strerror}") from error
 
 
 def _finite(x: Any) -> Any:

@@ -83,7 +83,7 @@ def _measure(
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CouldNotRun(f"--results {folder} can't be made: {error.strerror}") from error
-        check_writable(folder / "results.json")
+        check_writable(folder / "results.json", "--results")
     torch, version = baselines()
     out = console()
     found = header(device, version if torch else None, commit)
@@ -111,7 +111,7 @@ def _measure(
             continue
         found = replace(found, rows=[*found.rows, measured])
         if path is not None:
-            replace_json(path, found.to_json())
+            replace_json(path, found.to_json(), "--results" if json_file is None else "--json")
     if path is not None and found.rows:
         out.print(f"written: {path}", markup=False)
     if failed and not wrong:

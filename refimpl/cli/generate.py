@@ -13,8 +13,9 @@ import typer
 from ..checkpoint import Checkpoint
 from ..config import CONVENTIONS
 from ..errors import CouldNotRun
+from ..files import read_json
 from ..generate import Generation, check_request, generate
-from ..tokenizer import Bytes, HuggingFace, TextStream, Tokenizer, read_json
+from ..tokenizer import Bytes, HuggingFace, TextStream, Tokenizer
 from .app import (
     CONVENTION,
     Json,
@@ -179,7 +180,7 @@ def summary(found: list[Generation], seconds: float) -> str:
 def read_prompts(path: Path) -> list[str]:
     """The texts of a file: a JSON list of strings, or one text per line."""
     if path.suffix == ".json":
-        texts = read_json(path)
+        texts = read_json(path, f"--prompts {path}")
         if not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
             raise CouldNotRun(f"--prompts {path} must hold a list of strings")
         return texts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from ..checkpoint.tensor_file import one_line, read_tensor_file
 from ..errors import CouldNotRun
+from ..files import read_json
 from ..model import Route
 from ..tokenizer import HuggingFace
 
@@ -116,9 +116,9 @@ def _read(path: Path, option: str) -> Any:
     """The array of a .npy file, or what a .json file holds."""
     if path.suffix not in (".npy", ".json"):
         raise CouldNotRun(f"{option} {path} must be a .npy or a .json file")
+    if path.suffix == ".json":
+        return read_json(path, f"{option} {path}")
     try:
-        if path.suffix == ".json":
-            return json.loads(path.read_text(encoding="utf-8"))
         x = np.load(path, allow_pickle=False)
     except OSError as error:
         raise CouldNotRun(f"{option} {path} can't be read: {error.strerror or error}") from error

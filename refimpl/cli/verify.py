@@ -92,8 +92,8 @@ def grade(
 ) -> None:
     """Check your own backward of one op.
 
-    It is checked against our forward, as `refimpl verify` checks ours. The pages of derivations/ end
-    with such exercises.
+    It is checked against our forward, as `refimpl verify` checks ours. Every page of derivations/
+    ends with such an exercise.
     """
     yours = backward_from_file(op, file)
     raise typer.Exit(
