@@ -1,8 +1,7 @@
-"""Files and folders that appear whole or not at all, and JSON that is read.
+"""Files and folders that appear whole or not at all; text and JSON, read.
 
-What is written stands beside its place under a name that nobody can guess, and is renamed when it
-is whole: a reader never sees half of it, and nothing foreign is written to. Only a regular file is
-ever replaced.
+A new file is written beside its place, under a random name, and renamed when it is whole: a reader
+never sees half of it. Only a regular file is ever replaced.
 """
 
 from __future__ import annotations
@@ -21,9 +20,11 @@ from .errors import CouldNotRun
 
 __all__ = [
     "PARTIAL",
+    "expect_folder",
     "expect_replaceable",
     "parse_json",
     "read_json",
+    "read_text",
     "replacing",
     "replacing_folder",
     "write_json",
@@ -89,12 +90,22 @@ def read_json(path: Path, name: str | None = None) -> Any:
     Args:
         name: how errors call the file, by default its path.
     """
-    name = str(path) if name is None else name
+    return parse_json(_read(path, name or str(path)), name or str(path))
+
+
+def read_text(path: Path, name: str) -> str:
+    """The UTF-8 text that a file holds; CouldNotRun, which calls the file ``name``, if it can't be
+    read."""
     try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise CouldNotRun(f"{name} can't be read: {error.strerror}") from error
-    return parse_json(text, name)
+        return _read(path, name).decode()
+    except UnicodeDecodeError as error:
+        raise CouldNotRun(f"{name} must be UTF-8: {error.reason} at byte {error.start}") from error
+
+
+def expect_folder(path: Path) -> None:
+    """CouldNotRun unless there is a folder at ``path``."""
+    if not path.is_dir():
+        raise CouldNotRun(f"{path} {'is not a folder' if path.exists() else 'does not exist'}")
 
 
 def parse_json(text: bytes, name: str) -> Any:
@@ -113,6 +124,13 @@ def parse_json(text: bytes, name: str) -> Any:
         return json.loads(text.decode(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise CouldNotRun(f"{name} is not JSON: {error}") from error
+
+
+def _read(path: Path, name: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CouldNotRun(f"{name} can't be read: {error.strerror}") from error
 
 
 def _beside(path: Path) -> Path:

@@ -47,7 +47,9 @@ class HuggingFace:
         try:
             self.tokenizer: Any = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises Exception itself
-            raise CouldNotRun(f"{path} is no tokenizer: {' '.join(str(error).split())}") from error
+            raise CouldNotRun(
+                f"{path} is not a tokenizer: {' '.join(str(error).split())}"
+            ) from error
         self.first = self._first(folder / "tokenizer_config.json")
 
     def encode(self, text: str) -> list[int]:

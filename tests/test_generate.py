@@ -652,7 +652,7 @@ ONE = ["--bytes", "--prompt", "x"]
             ["--bytes", "--prompts", "missing.txt"],
             "--prompts missing.txt can't be read: No such file or directory",
         ),
-        (["--bytes", "--prompts", "latin.txt"], "--prompts latin.txt is not UTF-8: "),
+        (["--bytes", "--prompts", "latin.txt"], "--prompts latin.txt must be UTF-8: "),
         (["--bytes", "--prompts", "broken.json"], "broken.json is not JSON: "),
         (
             ["--bytes", "--prompts", "number.json"],
@@ -771,5 +771,5 @@ def test_broken_tokenizer(
     (folder / "tokenizer.json").write_text("{")
     assert refimpl(monkeypatch, "--checkpoint", folder, "--prompt", "x") == 2
     error = capsys.readouterr().err
-    assert f"{folder / 'tokenizer.json'} is no tokenizer: " in error
+    assert f"{folder / 'tokenizer.json'} is not a tokenizer: " in error
     assert error.count("\n") == 1

@@ -297,7 +297,7 @@ def test_text(folder: Path, run: Any, tmp_path: Path, monkeypatch: pytest.Monkey
         Path("checkpoint/tokenizer.json").write_text("{}")
         code, _, error = run("--out", tmp_path / "c", "--text", "by hand", tokens=None)
         assert (code, error.count("\n")) == (2, 1)
-        assert "checkpoint/tokenizer.json is no tokenizer" in error
+        assert "checkpoint/tokenizer.json is not a tokenizer" in error
     finally:
         Path("checkpoint/tokenizer.json").unlink()
 
@@ -581,7 +581,11 @@ BAD = [
             ["--targets", "tokens.npy"],
         )
     ),
-    (["--out", "o", "--routes", "broken.npy"], "tokens.npy", "broken.npy is no safetensors file"),
+    (
+        ["--out", "o", "--routes", "broken.npy"],
+        "tokens.npy",
+        "broken.npy is not a safetensors file",
+    ),
     (
         ["--out", "o", "--routes", "none.safetensors"],
         "tokens.npy",

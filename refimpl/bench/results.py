@@ -22,7 +22,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Measured:
-    """One row on one device. Times are seconds a call; None where there is no baseline, and `notes`
+    """One row on one device. Times are seconds per call; a missing baseline is None, and `notes`
     say why."""
 
     name: str
@@ -40,8 +40,8 @@ class Measured:
     notes: tuple[str, ...] = ()
 
     def floor(self, copy: float, matrix: float) -> float:
-        """Seconds that the bytes take at the rate of the card's own copy, in bytes a second, or, if
-        that is longer, the products at the rate of its own, in flop a second."""
+        """Seconds that the bytes take at the rate of the card's own copy, in bytes per second, or,
+        if that is longer, the products at the rate of its own, in flop per second."""
         return max(self.bytes / copy, self.flops / matrix)
 
     def share(self, copy: float, matrix: float) -> float:
@@ -65,8 +65,8 @@ class Results:
     commit: str
     versions: dict[str, str]
     cache: int  # bytes of the last-level cache
-    copy: float  # bytes a second, read and written, of the card's own copy
-    matrix: float  # flop a second of a bfloat16 matrix product
+    copy: float  # bytes per second, read and written, of the card's own copy
+    matrix: float  # flop per second of a bfloat16 matrix product
     rows: list[Measured] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from ..errors import CouldNotRun
+from ..files import expect_folder
 from .config_json import read_object
 from .tensor_file import StoredTensor, one_line, open_file
 
@@ -18,10 +19,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 def open_folder(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint: one model.safetensors, or the files that
     model.safetensors.index.json names."""
-    if not folder.is_dir():
-        raise CouldNotRun(
-            f"{folder} is no folder" if folder.exists() else f"{folder} does not exist"
-        )
+    expect_folder(folder)
     single, index = folder / SINGLE, folder / INDEX
     if single.exists() and index.exists():
         raise CouldNotRun(

@@ -160,11 +160,11 @@ def open_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
                 if start.startswith(beginning) and not _fits(start, size):
                     raise CouldNotRun(f"{path} is {what}")
             if size < 8:
-                raise CouldNotRun(f"{path} is no safetensors file: it has {size} bytes")
+                raise CouldNotRun(f"{path} is not a safetensors file: it has {size} bytes")
             data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
         if not _fits(start, size):
             raise CouldNotRun(
-                f"{path} is cut off or no safetensors file: its header would end behind its "
+                f"{path} is cut off or not a safetensors file: its header would end behind its "
                 f"{size} bytes"
             )
         with safe_open(
@@ -174,7 +174,9 @@ def open_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     except OSError as error:
         raise CouldNotRun(f"{path} can't be read: {error.strerror or error}") from error
     except SafetensorError as error:
-        raise CouldNotRun(f"{path} is cut off or no safetensors file: {one_line(error)}") from error
+        raise CouldNotRun(
+            f"{path} is cut off or not a safetensors file: {one_line(error)}"
+        ) from error
     end = 8 + int.from_bytes(start[:8], "little")
     header = parse_json(bytes(data[8:end]), f"{path}'s header")
     tensors: dict[str, StoredTensor] = {}
@@ -186,7 +188,7 @@ def open_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
                 path, entry["dtype"], tuple(entry["shape"]), data[end + first : end + last]
             )
     except (ValueError, KeyError, TypeError) as error:
-        raise CouldNotRun(f"{path} is no safetensors file: {one_line(error)}") from error
+        raise CouldNotRun(f"{path} is not a safetensors file: {one_line(error)}") from error
     return tensors, metadata
 
 

@@ -101,7 +101,7 @@ def refused(said: Mapping[str, str] | None = None) -> Iterator[None]:
     wrong, as in ``seed must be at least 0``.
 
     Args:
-        said: how the line shall begin instead, by argument, where that is no option.
+        said: how the line begins instead, by argument, for those that are not options.
     """
     try:
         yield

@@ -13,7 +13,7 @@ import typer
 from ..checkpoint import Checkpoint
 from ..config import CONVENTIONS
 from ..errors import CouldNotRun
-from ..files import read_json
+from ..files import read_json, read_text
 from ..generate import Generation, check_request, generate
 from ..tokenizer import Bytes, HuggingFace, TextStream, Tokenizer
 from .app import (
@@ -184,17 +184,11 @@ def read_prompts(path: Path) -> list[str]:
         if not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
             raise CouldNotRun(f"--prompts {path} must hold a list of strings")
         return texts
-    try:
-        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except OSError as error:
-        raise CouldNotRun(f"--prompts {path} can't be read: {error.strerror}") from error
-    except ValueError as error:
-        raise CouldNotRun(f"--prompts {path} is not UTF-8: {error}") from error
+    return read_text(path, f"--prompts {path}").removesuffix("\n").split("\n")
 
 
 def stop_tokens(folder: Path) -> list[int]:
-    """eos_token_id of generation_config.json, else of config.json; it may be one, several, or
-    none."""
+    """eos_token_id of generation_config.json, else of config.json, as a list; it may be missing."""
     for path in (folder / "generation_config.json", folder / "config.json"):
         settings = read_json(path) if path.is_file() else {}
         found = settings.get("eos_token_id") if isinstance(settings, dict) else None

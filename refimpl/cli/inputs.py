@@ -10,7 +10,7 @@ import numpy as np
 
 from ..checkpoint.tensor_file import one_line, read_tensor_file
 from ..errors import CouldNotRun
-from ..files import read_json
+from ..files import read_json, read_text
 from ..model import Route
 from ..tokenizer import HuggingFace
 
@@ -71,15 +71,8 @@ def token_lists(path: Path, option: str) -> list[list[int]]:
 def text_tokens(text: str, checkpoint: Path) -> np.ndarray:
     """Ids [1, T] by the checkpoint's tokenizer, of the text or of the file with that name."""
     path = Path(text)
-    try:
-        if len(text) < 4096 and "\0" not in text and path.is_file():
-            text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CouldNotRun(
-            f"--text {path} must be UTF-8: {error.reason} at byte {error.start}"
-        ) from error
-    except OSError as error:
-        raise CouldNotRun(f"--text {path} can't be read: {error.strerror}") from error
+    if len(text) < 4096 and "\0" not in text and _is_file(path):
+        text = read_text(path, f"--text {path}")
     tokenizer = HuggingFace(checkpoint, "token ids with --tokens FILE")
     return np.array([tokenizer.encode(text)], dtype=np.int64)
 
@@ -103,6 +96,14 @@ def read_routes(path: Path) -> dict[int, Route]:
     if not found:
         raise CouldNotRun(f"--routes {file} must hold aux/routes.L as int64 or int32, holds none")
     return found
+
+
+def _is_file(path: Path) -> bool:
+    """CouldNotRun if a name is too long to be one of a file."""
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise CouldNotRun(f"--text {path} can't be read: {error.strerror}") from error
 
 
 def _array(content: Any, path: Path, option: str) -> np.ndarray:

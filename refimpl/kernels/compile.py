@@ -60,9 +60,9 @@ class Usage:
     """What ptxas says that one kernel takes."""
 
     registers: int  # a thread
-    spills: int  # bytes a thread, stores and loads
-    stack: int  # bytes a thread
-    shared: int  # bytes a block, static
+    spills: int  # bytes per thread, stores and loads
+    stack: int  # bytes per thread
+    shared: int  # bytes per block, static
 
 
 @dataclass(frozen=True)

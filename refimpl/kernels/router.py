@@ -78,7 +78,7 @@ def router(launch: Launch) -> Op:
         if lanes == 0 or slots > MOST_SLOTS or top_k > WARP:
             raise ValueError(
                 f"top_k and groups must be at most {WARP}, experts {MOST_SLOTS} (less if "
-                f"groups is no power of two), got {top_k}, {groups} and {experts}"
+                f"groups is not a power of two), got {top_k}, {groups} and {experts}"
             )
         rows, x, w = prod(x.shape[:-1]), ready(x), ready(w)
         logits = ready(product(x.reshape(-1, x.shape[-1]), w.T, n.real))
