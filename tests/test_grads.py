@@ -283,6 +283,9 @@ def test_text(folder: Path, run: Any, tmp_path: Path, monkeypatch: pytest.Monkey
         assert run("--out", tmp_path / "a", "--text", "hand derived", tokens=None)[0] == 0
         assert run("--out", tmp_path / "b", "--text", "text.txt", tokens=None)[0] == 0
         assert read(tmp_path / "a")["in/tokens"].tolist() == [[5, 3]]
+        long = "hand " * 60  # too long for the name of a file, so a text
+        assert run("--out", tmp_path / "long", "--text", long, tokens=None)[0] == 0
+        assert read(tmp_path / "long")["in/tokens"].tolist() == [[5] * 60]
         assert read(tmp_path / "b")["in/tokens"].tolist() == [[1, 2, 3, 4, 0]]
         for text, shape in {"": (1, 0), "hand": (1, 1)}.items():
             code, _, error = run("--out", tmp_path / "c", "--text", text, tokens=None)

@@ -22,6 +22,15 @@ from ..errors import CouldNotRun
 from ..files import expect_replaceable, write_json
 
 ORDER = ["verify", "grade", "grads", "generate", "count", "conventions", "memory", "bench"]
+WIDTH = 118  # of a table that goes to a file or a pipe
+
+CONVENTION = f"One of {', '.join(CONVENTIONS)}: who is followed where implementations disagree."
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")]
+
+# typer does not export the class of all errors of usage
+UsageError: type[Exception] = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError"
+)
 
 
 class Commands(TyperGroup):
@@ -42,11 +51,6 @@ class Commands(TyperGroup):
 
 
 app = typer.Typer(cls=Commands, add_completion=False, rich_markup_mode=None)
-
-# typer does not export the class of all errors of usage
-UsageError: type[Exception] = next(
-    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError"
-)
 
 
 def usage_line(error: Any) -> str:
@@ -73,13 +77,6 @@ def refimpl(
     if ctx.invoked_subcommand is None:
         print(ctx.get_help())
         raise typer.Exit(2)
-
-
-WIDTH = 118  # of a table that goes to a file or a pipe
-
-CONVENTION = f"One of {', '.join(CONVENTIONS)}: who is followed where implementations disagree."
-
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")]
 
 
 def console() -> Console:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,8 @@ def token_lists(path: Path, option: str) -> list[list[int]]:
 
 def text_tokens(text: str, checkpoint: Path) -> np.ndarray:
     """Ids [1, T] by the checkpoint's tokenizer, of the text or of the file with that name."""
-    path = Path(text)
-    if len(text) < 4096 and "\0" not in text and _is_file(path):
-        text = read_text(path, f"--text {path}")
+    if _is_file(text):
+        text = read_text(Path(text), f"--text {text}")
     tokenizer = HuggingFace(checkpoint, "token ids with --tokens FILE")
     return np.array([tokenizer.encode(text)], dtype=np.int64)
 
@@ -98,12 +98,13 @@ def read_routes(path: Path) -> dict[int, Route]:
     return found
 
 
-def _is_file(path: Path) -> bool:
-    """CouldNotRun if a name is too long to be one of a file."""
+def _is_file(name: str) -> bool:
     try:
-        return path.is_file()
+        return Path(name).is_file()
     except OSError as error:
-        raise CouldNotRun(f"--text {path} can't be read: {error.strerror}") from error
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise CouldNotRun(f"--text {name} can't be read: {error.strerror}") from error
 
 
 def _array(content: Any, path: Path, option: str) -> np.ndarray:
