@@ -137,7 +137,7 @@ def test_a_broken_state(content: bytes, tmp_path: Path) -> None:
     whole = unfinished(tmp_path)
     (tmp_path / "unfinished" / "request.json").write_bytes(content)
     with pytest.raises(
-        CouldNotRun, match=r"unfinished/request.json is broken: start anew with --force$"
+        CouldNotRun, match=r"unfinished/request.json is broken: start anew with force$"
     ):
         whole.write(tmp_path)
     whole.write(tmp_path, force=True)
@@ -153,7 +153,7 @@ def test_a_file_of_a_finished_step(file: str, tmp_path: Path) -> None:
     for change in (lambda: path.write_bytes(data[:-1]), path.unlink):
         change()
         with pytest.raises(
-            CouldNotRun, match=rf"{path.name} is gone or changed since .*: start anew with --force$"
+            CouldNotRun, match=rf"{path.name} is gone or changed since .*: start anew with force$"
         ):
             whole.write(tmp_path)
         assert not (tmp_path / "index.json").exists()
@@ -169,7 +169,7 @@ def test_a_record_without_notes(tmp_path: Path) -> None:
     write_tensor_file(
         tmp_path / "unfinished" / "head.safetensors", tmp_path / "new", {"x": np.zeros(3)}
     )
-    with pytest.raises(CouldNotRun, match=r"head.safetensors is broken: start anew with --force$"):
+    with pytest.raises(CouldNotRun, match=r"head.safetensors is broken: start anew with force$"):
         whole.write(tmp_path)
     write_tensor_file(
         tmp_path / "unfinished" / "head.safetensors",
