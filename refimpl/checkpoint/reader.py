@@ -11,7 +11,7 @@ import numpy as np
 
 from ..config import Conventions, ModelConfig
 from ..errors import CouldNotRun
-from ..parameters import is_buffer, parameter_shapes
+from ..parameters import is_buffer, layer_name, parameter_shapes
 from .config_json import read_block_size, read_config, with_layout
 from .files import open_folder
 from .fp8 import dequantise, scale_shape
@@ -184,7 +184,7 @@ def _expect_mtp(folder: Path, config: ModelConfig, tensors: dict[str, StoredTens
     ):
         raise CouldNotRun(
             f"{folder / 'config.json'} names {config.mtp_depth} MTP layer(s) "
-            f"(num_nextn_predict_layers), but no file holds model.layers.{config.layers}.*: "
+            f"(num_nextn_predict_layers), but no file holds {layer_name(config.layers, '*')}: "
             "open it without MTP"
         )
 

@@ -8,7 +8,7 @@ import math
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -16,10 +16,22 @@ from rich.table import Table
 
 from .. import __version__
 from ..checkpoint import Checkpoint
+from ..checkpoint.names import layer_of
+from ..checkpoint.source import Source
 from ..config import CONVENTIONS, Conventions, ModelConfig
 from ..errors import CouldNotRun
+from ..grads import ACTIVATIONS, Request, Result, Size, write_gradients
 from ..ops import IMPLEMENTATIONS
-from ..streaming import ACTIVATIONS, EMBEDDING, Request, Result, Size, Stream
+from ..parameters import (
+    DENSE,
+    EMBEDDING,
+    FINAL_NORM,
+    GATE,
+    HEAD,
+    attention_shapes,
+    is_stacked,
+    layer_name,
+)
 from .app import Json, app, check_writable, console, counted, progress, replace_json
 from .inputs import booleans, integers, numbers, read_routes, text_tokens
 
@@ -125,20 +137,11 @@ def grads(
     ids = (
         integers(tokens, "--tokens") if tokens is not None else text_tokens(text or "", checkpoint)
     )
-    given_targets = None if targets is None else integers(targets, "--targets")
-    counts = None if mask is None else booleans(mask, "--mask")
-    if given_targets is not None:
-        for option, x in (("--targets", given_targets), ("--mask", counts)):
-            if x is not None and x.shape != ids.shape:
-                raise CouldNotRun(
-                    f"{option} must have the tokens' shape {ids.shape}, got {x.shape}"
-                )
-        counts = (given_targets != -100) if counts is None else counts & (given_targets != -100)
-        given_targets = np.where(given_targets == -100, 0, given_targets)
+    predicted, counted_at = _predicted(targets, mask, ids)
     request = Request(
         ids,
-        given_targets,
-        counts,
+        predicted,
+        counted_at,
         None if key_mask is None else booleans(key_mask, "--key-mask"),
         None if dlogits is None else numbers(dlogits, "--dlogits"),
         {} if routes is None else read_routes(routes),
@@ -152,41 +155,22 @@ def grads(
         implementation=implementation,
     )
     try:
-        stream = Stream(source, request)
+        request.check(source)
     except (ValueError, TypeError) as error:
         argument, space, wrong = str(error).partition(" ")
         if argument == "tokens" and text is not None:
             raise CouldNotRun(f"--text: its tokens {wrong}") from error
         raise CouldNotRun(f"--{argument.replace('_', '-')}{space}{wrong}") from error
-    fingerprint, start = _fingerprint(checkpoint), time.perf_counter()
-    try:
-        with progress("gradients") as move:
-            result = stream.write(out, checkpoint=fingerprint, force=force, progress=move)
-    except OSError as error:
-        raise CouldNotRun(f"--out {out} can't be written: {error.strerror}") from error
-    except MemoryError as error:
-        raise CouldNotRun(
-            f"not enough memory ({error}): give fewer tokens, or --implementation flash"
-        ) from error
+    config, start = request.config(source.config), time.perf_counter()
+    result = _write(source, request, checkpoint, out, force)
     seconds = time.perf_counter() - start
     console().print(
         f"refimpl {__version__}: {checkpoint}, {ids.shape[0]}×{ids.shape[1]} tokens, {dtype}",
         markup=False,
     )
-    _show(result, stream.config, convention)
+    _show(result, config, convention)
     bad = [name for name, size in result.gradients.items() if not math.isfinite(size.largest)]
-    verdict = "all finite"
-    if bad:
-        verdict = (
-            f"{counted(len(bad), 'gradient')} {'is' if len(bad) == 1 else 'are'} not finite, "
-            f"{bad[0]} the first"
-        )
-    total = _sum(list(result.gradients.values()))
-    console().print(
-        f"{counted(len(result.gradients), 'gradient')}, {total.elements:,} numbers, norm "
-        f"{total.norm:.6g}, {verdict}; {seconds:.1f} s; in {out}",
-        markup=False,
-    )
+    console().print(f"{_verdict(result, bad)}; {seconds:.1f} s; in {out}", markup=False)
     if json_file is not None:
         given = {
             "checkpoint": str(checkpoint),
@@ -199,25 +183,78 @@ def grads(
             "layers": layers,
             "only": only,
         }
-        content = {
+        about = {
             "ok": not bad,
             "seconds": round(seconds, 1),
             "settings": given,
-            "config": asdict(stream.config),
+            "config": asdict(config),
             "versions": {"refimpl": __version__, "numpy": np.__version__},
-            "loss": result.loss,
-            "main": result.main,
-            "mtp": result.mtp,
-            "balance": result.balance,
-            "activations": result.activations,
-            "loads": {layer: load.tolist() for layer, load in result.loads.items()},
-            "gradients": {
-                name: {"elements": size.elements, "norm": size.norm, "largest": size.largest}
-                for name, size in result.gradients.items()
-            },
         }
-        replace_json(json_file, content)
+        replace_json(json_file, about | _content(result))
     raise typer.Exit(int(bool(bad)))
+
+
+def _predicted(
+    targets: File, mask: File, ids: np.ndarray
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The targets, or None for the next tokens, and the mask of what counts; -100 among the targets
+    does not."""
+    counts = None if mask is None else booleans(mask, "--mask")
+    if targets is None:
+        return None, counts
+    found = integers(targets, "--targets")
+    for option, x in (("--targets", found), ("--mask", counts)):
+        if x is not None and x.shape != ids.shape:
+            raise CouldNotRun(f"{option} must have the tokens' shape {ids.shape}, got {x.shape}")
+    counts = (found != -100) if counts is None else counts & (found != -100)
+    return np.where(found == -100, 0, found), counts
+
+
+def _write(source: Source, request: Request, checkpoint: Path, out: Path, force: bool) -> Result:
+    """Do the work, with a bar on a terminal."""
+    fingerprint = _fingerprint(checkpoint)
+    try:
+        with progress("gradients") as move:
+            return write_gradients(
+                source, request, out, checkpoint=fingerprint, force=force, progress=move
+            )
+    except OSError as error:
+        raise CouldNotRun(f"--out {out} can't be written: {error.strerror}") from error
+    except MemoryError as error:
+        raise CouldNotRun(
+            f"not enough memory ({error}): give fewer tokens, or --implementation flash"
+        ) from error
+
+
+def _verdict(result: Result, bad: list[str]) -> str:
+    """How many gradients there are, their norm, and whether they are finite."""
+    total = _sum(list(result.gradients.values()))
+    verdict = "all finite"
+    if bad:
+        verdict = (
+            f"{counted(len(bad), 'gradient')} {'is' if len(bad) == 1 else 'are'} not finite, "
+            f"{bad[0]} the first"
+        )
+    return (
+        f"{counted(len(result.gradients), 'gradient')}, {total.elements:,} numbers, norm "
+        f"{total.norm:.6g}, {verdict}"
+    )
+
+
+def _content(result: Result) -> dict[str, Any]:
+    """What the file of --json says of the result."""
+    return {
+        "loss": result.loss,
+        "main": result.main,
+        "mtp": result.mtp,
+        "balance": result.balance,
+        "activations": result.activations,
+        "loads": {layer: load.tolist() for layer, load in result.loads.items()},
+        "gradients": {
+            name: {"elements": size.elements, "norm": size.norm, "largest": size.largest}
+            for name, size in result.gradients.items()
+        },
+    }
 
 
 def _show(result: Result, config: ModelConfig, convention: str) -> None:
@@ -292,22 +329,20 @@ def differing(config: ModelConfig, other: Conventions) -> list[str]:
 
 def _place(name: str, config: ModelConfig) -> tuple[str, str]:
     """The row and the column of the summary that a gradient counts in."""
-    if not name.startswith("model.layers."):
-        rows = {
-            EMBEDDING: "embedding, head" if config.tied else "embedding",
-            "lm_head.weight": "head",
-        }
-        return rows.get(name, "final norm"), ""
-    layer, rest = name.removeprefix("model.layers.").split(".", 1)
-    row = f"layer {layer}" if int(layer) < config.layers else f"MTP, layer {layer}"
-    if "norm." in rest:
+    layer = layer_of(name)
+    if layer is None:
+        embedding = "embedding, head" if config.tied else "embedding"
+        return {EMBEDDING: embedding, FINAL_NORM: "final norm", HEAD: "head"}[name], ""
+    row = f"layer {layer}" if layer < config.layers else f"MTP, layer {layer}"
+    part = name.removeprefix(layer_name(layer, ""))
+    if "norm." in part:
         return row, "norms"
-    if rest.startswith("self_attn."):
+    if part in attention_shapes(config):
         return row, "attention"
-    if rest == "mlp.gate.weight":
+    if part == GATE:
         return row, "gate"
-    if rest.startswith("mlp."):
-        return row, "experts" if rest.startswith("mlp.experts.") else "shared, dense"
+    if part.startswith(f"{DENSE}."):
+        return row, "experts" if is_stacked(name) else "shared, dense"
     return row, ""
 
 

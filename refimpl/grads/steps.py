@@ -1,250 +1,328 @@
-"""The steps: embedding, blocks, MTP modules and head forward, then all of them backward. Each reads
-the records of earlier ones, writes files, and gives the arrays of its own record."""
+"""The steps of a request, in their order, and what each does.
+
+    ("embedding",)
+    ("forward", layer)      each layer, then each MTP module
+    ("head",)               forward, and backward to the final hidden states
+    ("backward", layer)     each MTP module, the last one first
+    ("norm",)               the final norm, backward
+    ("backward", layer)     each layer, the last one first
+    ("lookup",)             the embedding, backward
+
+A step reads the records of earlier ones. A block's backward runs its forward again, with the routes
+that the first one chose.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ..array import blocks
 from ..batch import Batch
+from ..checkpoint.names import layer_of
+from ..checkpoint.source import Source
 from ..checkpoint.tensor_file import Spec
+from ..config import ModelConfig
 from ..model import (
-    BlockSaved,
     ExpertsSublayerSaved,
+    Gradients,
     Route,
     Run,
     block_backward,
     block_forward,
+    final_norm_backward,
+    final_norm_forward,
+    head_forward,
+    logits,
+    mtp_input,
     mtp_module_backward,
     mtp_module_forward,
     mtp_scale,
 )
-from ..ops import AnyOp, Op, Ops
+from ..ops import IMPLEMENTATIONS, AnyOp, Op
 from ..ops.linear import LinearSaved
-from ..parameters import head_name, mtp_layer
-from .folder import Folder
-from .pieces import EMBEDDING, Rows, embedding_backward, moe_op, summed
-from .request import Plan
+from ..parameters import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    depth_of,
+    head_name,
+    layer_name,
+    module_name,
+    mtp_layers,
+)
+from .folder import Folder, Step
+from .lazy import (
+    LazyParameters,
+    Rows,
+    embedding_backward,
+    embedding_forward,
+    moe_backward,
+    moe_forward,
+    moe_postponed,
+    sum_in_blocks,
+)
+from .request import AFTER_ATTENTION, ATTENTION, EMBEDDINGS, HIDDEN, SCORES, Request
 
-__all__ = ["Steps"]
+__all__ = ["Steps", "steps_to"]
 
 TOKENS = 256  # whose logits are made at a time
 
+Arrays = dict[str, np.ndarray]
+
+
+def steps_to(config: ModelConfig, gradients: Iterable[str]) -> list[Step]:
+    """The steps that ``gradients`` take: the whole forward, and the backward as far as they need
+    it."""
+    main, modules = range(config.layers), mtp_layers(config)
+    forward: list[Step] = [("embedding",)]
+    forward += [("forward", layer) for layer in (*main, *modules)]
+    forward += [("head",)]
+    backward: list[Step] = [("backward", layer) for layer in reversed(modules)]
+    backward += [("norm",)]
+    backward += [("backward", layer) for layer in reversed(main)]
+    backward += [("lookup",)]
+    writers = {step_of(config, name) for name in gradients}
+    while backward and backward[-1] not in writers:
+        backward.pop()
+    return forward + backward
+
+
+def step_of(config: ModelConfig, name: str) -> Step:
+    """The step that writes the gradient of that name: the last one that adds to it."""
+    layer = layer_of(name)
+    if layer is not None:
+        return "backward", layer
+    if name == EMBEDDING:
+        return ("lookup",)
+    if name == FINAL_NORM:
+        return ("norm",)
+    return ("backward", config.layers) if config.mtp_depth else ("head",)
+
 
 class Steps:
-    """What ``plan`` asks for, a step a method: (layer or MTP depth) -> the arrays of the step's
-    record."""
+    """One method per kind of step: it writes files to ``folder`` and returns the arrays of the
+    step's record."""
 
-    def __init__(self, plan: Plan, folder: Folder) -> None:
-        self.plan, self.folder, self.records = plan, folder, folder.records
-        self.source, self.config, self.params, self.ops = (
-            plan.source,
-            plan.config,
-            plan.params,
-            plan.ops,
-        )
-        self.batch, self.with_loss, self.modules = plan.batch, plan.with_loss, plan.modules
+    def __init__(self, source: Source, request: Request, folder: Folder) -> None:
+        self.source, self.request = source, request
+        self.folder, self.records = folder, folder.records
+        self.config = config = request.config(source.config)
+        self.batch = request.batch(config)
+        self.params = LazyParameters(source, config)
+        embedding = Op(embedding_forward, embedding_backward)
+        self.ops = IMPLEMENTATIONS[request.implementation] | {"embedding": embedding}
+        self.model = Run(self.params, config, self.ops, {}, request.with_loss)
 
-    # The forward
+    def run(self, step: Step) -> Arrays:
+        """Do a step, by the method of its name."""
+        name, *layer = step
+        arrays: Arrays = getattr(self, name)(*layer)
+        return arrays
 
-    def embed(self) -> dict[str, np.ndarray]:
+    # Forward
+
+    def embedding(self) -> Arrays:
         x, _ = self.ops.embedding.forward(self.params[EMBEDDING], ids=self.batch.tokens)
-        self.folder.write_activations("act-embedding", {"model.embed_tokens": x})
+        self.folder.write_activations("act", "embedding", found={EMBEDDINGS: x})
         return {"x": x}
 
-    def forward(self, layer: int) -> dict[str, np.ndarray]:
-        run = self._run(layer, moe_op())
-        x, saved = block_forward(run, layer, self._input(layer), self.batch)
-        return self._forward_record(layer, x, saved)
-
-    def forward_mtp(self, depth: int) -> dict[str, np.ndarray]:
-        layer = mtp_layer(self.config, depth)
-        run = self._run(layer, moe_op())
-        state, _, saved = mtp_module_forward(run, depth, *self._mtp_input(depth))
-        return self._forward_record(layer, saved.norm.x, saved.block) | {"state": state}
-
-    def _forward_record(
-        self, layer: int, x: np.ndarray, saved: BlockSaved
-    ) -> dict[str, np.ndarray]:
-        name, network = f"model.layers.{layer}", saved.network
-        activations = {
-            name: x,
-            f"{name}.after_attention": network.norm.x,
-            f"{name}.self_attn": saved.attention.y,
-        }
-        record: dict[str, Any] = {"x": x}
-        if isinstance(network, ExpertsSublayerSaved):
-            activations[f"{name}.mlp.gate.scores"] = network.routed.scores
-            record |= {
-                "indices": network.route.indices,
-                "load": network.load,
-                "weights": network.routed.weights,
-            }
-            if network.balance is not None and self.config.balance_weight:
-                record |= {"counted": network.route.counted, "balance": network.balance}
-        self.folder.write_activations(f"act-layer-{layer:05d}", activations)
-        return {key: np.asarray(value) for key, value in record.items() if value is not None}
-
-    def head(self) -> dict[str, np.ndarray]:
-        """Logits, the main loss, and the gradient of the hidden states."""
-        config, ops = self.config, self.ops
-        hidden, _ = self._final_norm()
-        self.folder.write_activations("act-norm", {"model.norm": hidden})
-        w = self.source.tensor(head_name(config))
-        if self.plan.request.logits:
-            shape = (*hidden.shape[:2], config.vocabulary)
-            with self.folder.writer(
-                "logits.safetensors", {"out/logits": Spec(shape, hidden.dtype)}
-            ) as writer:
-                rows = hidden.reshape(-1, config.width)
-                for start, stop in blocks(rows.shape[0], TOKENS):
-                    z, _ = ops.linear.forward(rows[start:stop], w)
-                    writer.write("out/logits", z, start * config.vocabulary)
-        record: dict[str, np.ndarray] = {}
-        if self.plan.dlogits is not None:
-            dhidden, dw = ops.linear.backward(self.plan.dlogits, LinearSaved(hidden, w))
+    def forward(self, layer: int) -> Arrays:
+        """One block, of the main model or in an MTP module: its output, and its routes for the
+        backward."""
+        run = self._run(layer, Op(moe_forward, moe_backward))
+        depth = depth_of(self.config, layer)
+        if depth == 0:
+            x, block = block_forward(run, layer, self._input(layer), self.batch)
+            record = {"x": x}
         else:
-            log_prob = ops.log_prob
+            state, _, saved = mtp_module_forward(run, depth, *self._module_input(depth))
+            x, block = saved.norm.x, saved.block
+            record = {"x": x, "state": state}
+        activations = {
+            module_name(layer): x,
+            layer_name(layer, AFTER_ATTENTION): block.network.norm.x,
+            layer_name(layer, ATTENTION): block.attention.y,
+        }
+        if isinstance(block.network, ExpertsSublayerSaved):
+            activations[layer_name(layer, SCORES)] = block.network.routed.scores
+            record |= self._routing(block.network)
+        self.folder.write_activations("act", "layer", layer, found=activations)
+        return record
 
-            def noted(*args: Any, **kwargs: Any) -> Any:
-                y, saved = log_prob.forward(*args, **kwargs)
-                record["log_prob"] = y
-                return y, saved
+    def head(self) -> Arrays:
+        """Logits, the main loss, and the gradients of the hidden states and of the head."""
+        run, log_prob = self._head_run(), list[np.ndarray]()
+        hidden, _ = final_norm_forward(self.model, self._input(self.config.layers))
+        self.folder.write_activations("act", "norm", found={HIDDEN: hidden})
+        if self.request.logits:
+            self._write_logits(run, hidden)
+        record: Arrays = {}
+        dlogits = self.request.dlogits_as(self.source.dtype, self.config)
+        if dlogits is None:
+            ops = run.ops | {"log_prob": noting(run.ops.log_prob, log_prob)}
+            main, saved = head_forward(run._replace(ops=ops), hidden, self.batch)
+            dhidden, dw = run.ops.head_cross_entropy.backward(1.0, saved)
+            record = {"main": np.asarray(main), "log_prob": log_prob[0]}
+        else:
+            w = run.params[head_name(self.config)]
+            dhidden, dw = run.ops.linear.backward(dlogits, LinearSaved(hidden, w))
+        return record | {"dhidden": dhidden} | self._head_gradient(("head",), [dw])
 
-            ops = ops | {"log_prob": Op(noted, log_prob.backward)}
-            main, saved = self._cross_entropy(hidden, w, self.batch, None, ops)
-            dhidden, dw = ops.head_cross_entropy.backward(1.0, saved)
-            record["main"] = np.asarray(main)
-        return record | {"dhidden": dhidden} | self._head_gradient([dw], last=not self.modules)
+    # Backward
 
-    def _final_norm(self) -> tuple[np.ndarray, Any]:
-        x = self._input(self.config.layers)
-        return self.ops.rms_norm.forward(
-            x, self.source.tensor("model.norm.weight"), eps=self.config.norm_eps
-        )
+    def backward(self, layer: int) -> Arrays:
+        """One block: the gradient of its input, from that of its output."""
+        if depth_of(self.config, layer):
+            return self._backward_module(layer)
+        above: Step = ("backward", layer + 1) if layer + 1 < self.config.layers else ("norm",)
+        dx = self.records[above].array("dx")
+        with self.folder.layer_gradients(layer) as grads:
+            run = self._run(layer, Op(moe_postponed, partial(moe_backward, write=grads.write)))
+            _, saved = block_forward(run, layer, self._input(layer), self.batch)
+            dloss = 1.0 if self.request.with_loss else None
+            dx = block_backward(run, layer, dx, dloss, saved, grads)
+        self._write_cotangent(layer, dx)
+        return {"dx": dx}
 
-    def _cross_entropy(
-        self, hidden: np.ndarray, w: np.ndarray, batch: Any, normaliser: float | None, ops: Ops
-    ) -> Any:
-        return ops.head_cross_entropy.forward(
-            hidden, w, targets=batch.targets, mask=batch.mask, normaliser=normaliser, ops=ops
-        )
-
-    # The backward
-
-    def backward_mtp(self, depth: int) -> dict[str, np.ndarray]:
-        config, layer = self.config, mtp_layer(self.config, depth)
-        w, normaliser = (
-            self.source.tensor(head_name(config)),
-            self.batch.mtp_normaliser(config.conventions.mtp_normaliser),
-        )
-        previous = self.records[f"backward-{layer + 1:05d}" if depth < config.mtp_depth else "head"]
-        dstate = previous["dstate"] if "dstate" in previous.arrays else None
-        with self.folder.layer_file(layer) as sink:
-            run = self._run(layer, moe_op(sink.write))
-            state, later = self._mtp_input(depth)
-            _, normed, saved = mtp_module_forward(run, depth, state, later)
-            loss, head_saved = self._cross_entropy(normed, w, later, normaliser, run.ops)
+    def _backward_module(self, layer: int) -> Arrays:
+        """One MTP module with its head: its loss, and the gradients of the state that it reads, of
+        the head and of the rows that it looks up."""
+        config, depth = self.config, depth_of(self.config, layer)
+        above = self.records[("backward", layer + 1) if depth < config.mtp_depth else ("head",)]
+        normaliser = self.batch.mtp_normaliser(config.conventions.mtp_normaliser)
+        with self.folder.layer_gradients(layer) as grads:
+            run = self._run(layer, Op(moe_forward, partial(moe_backward, write=grads.write)))
+            state, batch = self._module_input(depth)
+            _, normed, saved = mtp_module_forward(run, depth, state, batch)
+            loss, head_saved = head_forward(self._head_run(), normed, batch, normaliser)
             dnormed, dw = run.ops.head_cross_entropy.backward(mtp_scale(config), head_saved)
-            sink.add(head_name(config), dw)
-            dstate = mtp_module_backward(run, depth, 1.0, dnormed, dstate, saved, sink)
-        rows = next(x for _, x in sink.shared if isinstance(x, Rows))
-        parts = [x for name, x in sink.shared if name == head_name(config)]
-        record = self._head_gradient([previous.arrays["head"], *parts], last=depth == 1)
+            dstate = above.array("dstate")
+            dstate = mtp_module_backward(run, depth, 1.0, dnormed, dstate, saved, grads)
+        rows: Any = grads.sums[EMBEDDING]
+        parts = [above.arrays["head"], dw, *([rows] if config.tied else [])]
+        record = self._head_gradient(("backward", layer), parts)
         return record | {"dstate": dstate, "loss": np.asarray(loss), **rows._asdict()}
 
-    def norm(self) -> dict[str, np.ndarray]:
-        """The gradient of the final norm's input, from the main head and from what the MTP modules
-        read."""
-        _, saved = self._final_norm()
-        dx, dhidden = np.zeros_like(saved.x), self.records["head"]["dhidden"]
-        if self.modules:
-            dstate = self.records[f"backward-{self.config.layers:05d}"]["dstate"]
-            if self.config.conventions.mtp_hidden == "normed":
-                dhidden = dhidden + dstate
-            else:
-                dx = dx + dstate
-        dx_norm, dw = self.ops.rms_norm.backward(dhidden, saved)
-        self.folder.write_gradient("grad-norm", "model.norm.weight", [dw])
-        dx = dx + dx_norm
-        self.folder.write_activations("cot-norm", {"model.norm": dhidden}, "cot")
-        self.folder.write_activations(*self._cotangent(self.config.layers, dx), "cot")
+    def norm(self) -> Arrays:
+        """The gradients of the final norm's weight and input, from those of what head and first MTP
+        module read."""
+        layers, grads = self.config.layers, Gradients(self.params)
+        _, saved = final_norm_forward(self.model, self._input(layers))
+        dhidden, dstate = self.records["head",].array("dhidden"), None
+        if self.config.mtp_depth:
+            dstate = self.records["backward", layers].array("dstate")
+        dx, dhidden = final_norm_backward(self.model, dhidden, dstate, saved, grads)
+        self.folder.write_gradient("norm", FINAL_NORM, [grads.sums[FINAL_NORM]])
+        self.folder.write_activations("cot", "norm", found={HIDDEN: dhidden})
+        self._write_cotangent(layers, dx)
         return {"dx": dx}
 
-    def backward(self, layer: int) -> dict[str, np.ndarray]:
-        dx = self.records[
-            f"backward-{layer + 1:05d}" if layer < self.config.layers - 1 else "norm"
-        ]["dx"]
-        with self.folder.layer_file(layer) as sink:
-            run = self._run(layer, moe_op(sink.write, output=False))
-            _, saved = block_forward(run, layer, self._input(layer), self.batch)
-            dx = block_backward(run, layer, dx, 1.0 if self.with_loss else None, saved, sink)
-        self.folder.write_activations(*self._cotangent(layer, dx), "cot")
-        return {"dx": dx}
-
-    def _cotangent(self, layer: int, dx: np.ndarray) -> tuple[str, dict[str, np.ndarray]]:
-        """File and name of the gradient of what ``layer`` reads."""
-        if layer == 0:
-            return "cot-embedding", {"model.embed_tokens": dx}
-        return f"cot-layer-{layer - 1:05d}", {f"model.layers.{layer - 1}": dx}
-
-    def lookup(self) -> dict[str, np.ndarray]:
-        """The embedding's gradient, with the head's if they are tied."""
-        config, parts = self.config, list[Any]()
-        if config.tied:
-            parts.append(
-                self.records[f"backward-{config.layers:05d}" if self.modules else "head"].arrays[
-                    "head"
-                ]
-            )
+    def lookup(self) -> Arrays:
+        """The gradient of the embedding table, from all that looked it up, and from the head if
+        they are tied."""
+        parts: list[Any] = []
+        if self.config.tied:  # then the sum has the modules' rows, too
+            parts.append(self.records[step_of(self.config, HEAD)].arrays["head"])
         else:
-            for k in reversed(self.modules):
-                record = self.records[f"backward-{config.layers + k - 1:05d}"]
-                parts.append(Rows(record["ids"], record["values"]))
-        parts.append(embedding_backward(self.records["backward-00000"]["dx"], self.batch.tokens))
-        self.folder.write_gradient("grad-embedding", EMBEDDING, parts)
+            modules = [self.records["backward", n] for n in reversed(mtp_layers(self.config))]
+            parts += [Rows(module.array("ids"), module.array("values")) for module in modules]
+        dx = self.records["backward", 0].array("dx")
+        parts.append(embedding_backward(dx, self.batch.tokens))
+        self.folder.write_gradient("embedding", EMBEDDING, parts)
         return {}
 
     # What the steps share
 
     def _run(self, layer: int, moe: AnyOp) -> Run:
-        """What `model` shares among blocks, for one of them: routes replay those of the request or
-        of the forward."""
-        routes = {}
-        if (record := self.records.get(f"forward-{layer:05d}")) and "indices" in record.arrays:
-            routes[layer] = Route(
-                record["indices"], record["counted"] if "counted" in record.arrays else None
-            )
-        elif (route := self.plan.request.routes.get(layer)) is not None:
-            routed = self.config.conventions.balance_counts == "routed"
-            routes[layer] = Route(
-                route.indices, route.indices if routed and route.counted is None else route.counted
-            )
-        return Run(self.params, self.config, self.ops | {"moe": moe}, routes, self.with_loss)
+        """The `Run` of one layer."""
+        return self.model._replace(ops=self.ops | {"moe": moe}, routes=self._route(layer))
+
+    def _route(self, layer: int) -> dict[int, Route]:
+        """The choices to replay in a layer: those of its forward once that is done, else the
+        request's."""
+        done = self.records.get(("forward", layer))
+        if done is not None and "indices" in done.arrays:
+            return {layer: Route(done.array("indices"), done.array("counted"))}
+        given = self.request.routes.get(layer)
+        if given is None:
+            return {}
+        if given.counted is None and self.config.conventions.balance_counts == "routed":
+            return {layer: Route(given.indices, given.indices)}
+        return {layer: given}
+
+    def _routing(self, saved: ExpertsSublayerSaved) -> Arrays:
+        """What the record of a block with experts has in addition."""
+        record = {
+            "indices": saved.route.indices,
+            "load": saved.load,
+            "weights": saved.routed.weights,
+        }
+        if saved.balance is not None and self.config.balance_weight:
+            record |= {"counted": saved.route.counted, "balance": saved.balance}
+        return {key: np.asarray(value) for key, value in record.items() if value is not None}
+
+    def _head_run(self) -> Run:
+        """The `Run` of a head: its weights are the whole tensor, even if they are the embedding
+        table."""
+        name = head_name(self.config)
+        return self.model._replace(params={name: self.source.tensor(name)})
 
     def _input(self, layer: int) -> np.ndarray:
-        return self.records[f"forward-{layer - 1:05d}" if layer else "embedding"]["x"]
+        """The stream that a layer of the main model reads; behind the last one, the final norm."""
+        below: Step = ("forward", layer - 1) if layer else ("embedding",)
+        x: np.ndarray = self.records[below].array("x")
+        return x
 
-    def _mtp_input(self, depth: int) -> tuple[np.ndarray, Batch]:
-        """What module ``depth`` reads: the previous state, cut, and its batch."""
-        later = self.batch.at(depth)
-        if depth > 1:
-            state = self.records[f"forward-{self.config.layers + depth - 2:05d}"]["state"]
+    def _module_input(self, depth: int) -> tuple[np.ndarray, Batch]:
+        """The state that MTP module ``depth`` reads, and its batch."""
+        layers = self.config.layers
+        if depth == 1:
+            x = self._input(layers)
+            hidden, _ = final_norm_forward(self.model, x)
+            state = mtp_input(self.config, hidden, x)
         else:
-            normed = self.config.conventions.mtp_hidden == "normed"
-            state = self._final_norm()[0] if normed else self._input(self.config.layers)
-        return state, later
+            state = self.records["forward", layers + depth - 2].array("state")
+        return state, self.batch.at(depth)
 
-    def _head_gradient(self, parts: list[Any], last: bool) -> dict[str, np.ndarray]:
-        """Write the head's gradient if no other will be added to it, else keep their sum in the
-        record."""
+    def _write_logits(self, run: Run, hidden: np.ndarray) -> None:
+        rows, vocabulary = hidden.reshape(-1, hidden.shape[-1]), self.config.vocabulary
+        spec = Spec((*hidden.shape[:2], vocabulary), hidden.dtype)
+        with self.folder.writer("logits.safetensors", {"out/logits": spec}) as writer:
+            for start, stop in blocks(rows.shape[0], TOKENS):
+                z = logits(run.params, rows[start:stop], run.ops)
+                writer.write("out/logits", z, start * vocabulary)
+
+    def _write_cotangent(self, layer: int, dx: np.ndarray) -> None:
+        """The gradient of what ``layer`` reads, under the name of the module that it comes from."""
+        if layer == 0:
+            self.folder.write_activations("cot", "embedding", found={EMBEDDINGS: dx})
+        else:
+            found = {module_name(layer - 1): dx}
+            self.folder.write_activations("cot", "layer", layer - 1, found=found)
+
+    def _head_gradient(self, step: Step, parts: list[Any]) -> Arrays:
+        """The sum of the head's gradients up to a step: written if it is the last to add to them,
+        else for the step's record."""
         name = head_name(self.config)
-        if last and not self.config.tied:
-            self.folder.write_gradient("grad-head", name, parts)
+        if step == step_of(self.config, HEAD) and not self.config.tied:
+            self.folder.write_gradient("head", name, parts)
             return {}
         total = np.empty((self.config.vocabulary, self.config.width), self.source.dtype)
-        for start, block in summed(parts, len(total)):
+        for start, block in sum_in_blocks(parts, len(total)):
             total[start : start + len(block)] = block
         return {"head": total}
+
+
+def noting(op: AnyOp, outputs: list[np.ndarray]) -> AnyOp:
+    """``op``, whose forward also appends its output to ``outputs``."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        y, saved = op.forward(*args, **kwargs)
+        outputs.append(y)
+        return y, saved
+
+    return Op(forward, op.backward)
