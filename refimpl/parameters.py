@@ -45,7 +45,8 @@ GATE = "mlp.gate.weight"
 GATE_BIAS = "mlp.gate.e_score_correction_bias"
 DENSE = "mlp"
 EXPERTS, SHARED = "mlp.experts", "mlp.shared_experts"
-MTP = ("hnorm.weight", "enorm.weight", "eh_proj.weight")  # in the order of `mtp_forward`
+MTP_PROJECTION = "eh_proj.weight"
+MTP = ("hnorm.weight", "enorm.weight", MTP_PROJECTION)  # in the order of `mtp_forward`
 MTP_NORM = "shared_head.norm.weight"
 MOST_MISFITS = 12  # that one error names
 

@@ -52,6 +52,7 @@ from ..parameters import (
     head_name,
     layer_name,
     module_name,
+    mtp_layer,
     mtp_layers,
 )
 from .folder import Folder, Step
@@ -75,8 +76,8 @@ Arrays = dict[str, np.ndarray]
 
 
 def steps_to(config: ModelConfig, gradients: Iterable[str]) -> list[Step]:
-    """The steps that ``gradients`` take: the whole forward, and the backward as far as they need
-    it."""
+    """The steps that ``gradients`` need: the whole forward, and the backward as far down as the
+    last of them."""
     main, modules = range(config.layers), mtp_layers(config)
     forward: list[Step] = [("embedding",)]
     forward += [("forward", layer) for layer in (*main, *modules)]
@@ -100,7 +101,7 @@ def step_of(config: ModelConfig, name: str) -> Step:
         return ("lookup",)
     if name == FINAL_NORM:
         return ("norm",)
-    return ("backward", config.layers) if config.mtp_depth else ("head",)
+    return ("backward", mtp_layer(config, 1)) if config.mtp_depth else ("head",)
 
 
 class Steps:
@@ -133,7 +134,7 @@ class Steps:
     def forward(self, layer: int) -> Arrays:
         """One block, of the main model or in an MTP module: its output, and its routes for the
         backward."""
-        run = self._run(layer, Op(moe_forward, moe_backward))
+        run = self._run_of(layer, Op(moe_forward, moe_backward))
         depth = depth_of(self.config, layer)
         if depth == 0:
             x, block = block_forward(run, layer, self._input(layer), self.batch)
@@ -155,7 +156,7 @@ class Steps:
 
     def head(self) -> Arrays:
         """Logits, the main loss, and the gradients of the hidden states and of the head."""
-        run, log_prob = self._head_run(), list[np.ndarray]()
+        run, log_prob = self._run_of_head(), list[np.ndarray]()
         hidden, _ = final_norm_forward(self.model, self._input(self.config.layers))
         self.folder.write_activations("act", "norm", found={HIDDEN: hidden})
         if self.request.logits:
@@ -181,7 +182,7 @@ class Steps:
         above: Step = ("backward", layer + 1) if layer + 1 < self.config.layers else ("norm",)
         dx = self.records[above].array("dx")
         with self.folder.layer_gradients(layer) as grads:
-            run = self._run(layer, Op(moe_postponed, partial(moe_backward, write=grads.write)))
+            run = self._run_of(layer, Op(moe_postponed, partial(moe_backward, write=grads.write)))
             _, saved = block_forward(run, layer, self._input(layer), self.batch)
             dloss = 1.0 if self.request.with_loss else None
             dx = block_backward(run, layer, dx, dloss, saved, grads)
@@ -195,10 +196,10 @@ class Steps:
         above = self.records[("backward", layer + 1) if depth < config.mtp_depth else ("head",)]
         normaliser = self.batch.mtp_normaliser(config.conventions.mtp_normaliser)
         with self.folder.layer_gradients(layer) as grads:
-            run = self._run(layer, Op(moe_forward, partial(moe_backward, write=grads.write)))
+            run = self._run_of(layer, Op(moe_forward, partial(moe_backward, write=grads.write)))
             state, batch = self._module_input(depth)
             _, normed, saved = mtp_module_forward(run, depth, state, batch)
-            loss, head_saved = head_forward(self._head_run(), normed, batch, normaliser)
+            loss, head_saved = head_forward(self._run_of_head(), normed, batch, normaliser)
             dnormed, dw = run.ops.head_cross_entropy.backward(mtp_scale(config), head_saved)
             dstate = above.array("dstate")
             dstate = mtp_module_backward(run, depth, 1.0, dnormed, dstate, saved, grads)
@@ -208,13 +209,13 @@ class Steps:
         return record | {"dstate": dstate, "loss": np.asarray(loss), **rows._asdict()}
 
     def norm(self) -> Arrays:
-        """The gradients of the final norm's weight and input, from those of what head and first MTP
-        module read."""
+        """The gradients of the final norm's weight and input, from those of what the head and the
+        first MTP module read."""
         layers, grads = self.config.layers, Gradients(self.params)
         _, saved = final_norm_forward(self.model, self._input(layers))
         dhidden, dstate = self.records["head",].array("dhidden"), None
         if self.config.mtp_depth:
-            dstate = self.records["backward", layers].array("dstate")
+            dstate = self.records["backward", mtp_layer(self.config, 1)].array("dstate")
         dx, dhidden = final_norm_backward(self.model, dhidden, dstate, saved, grads)
         self.folder.write_gradient("norm", FINAL_NORM, [grads.sums[FINAL_NORM]])
         self.folder.write_activations("cot", "norm", found={HIDDEN: dhidden})
@@ -222,8 +223,7 @@ class Steps:
         return {"dx": dx}
 
     def lookup(self) -> Arrays:
-        """The gradient of the embedding table, from all that looked it up, and from the head if
-        they are tied."""
+        """The gradient of the embedding table: of all lookups, and of the head if they are tied."""
         parts: list[Any] = []
         if self.config.tied:  # then the sum has the modules' rows, too
             parts.append(self.records[step_of(self.config, HEAD)].arrays["head"])
@@ -237,7 +237,7 @@ class Steps:
 
     # What the steps share
 
-    def _run(self, layer: int, moe: AnyOp) -> Run:
+    def _run_of(self, layer: int, moe: AnyOp) -> Run:
         """The `Run` of one layer."""
         return self.model._replace(ops=self.ops | {"moe": moe}, routes=self._route(layer))
 
@@ -255,7 +255,7 @@ class Steps:
         return {layer: given}
 
     def _routing(self, saved: ExpertsSublayerSaved) -> Arrays:
-        """What the record of a block with experts has in addition."""
+        """The arrays that the record of a block with experts has in addition."""
         record = {
             "indices": saved.route.indices,
             "load": saved.load,
@@ -265,27 +265,27 @@ class Steps:
             record |= {"counted": saved.route.counted, "balance": saved.balance}
         return {key: np.asarray(value) for key, value in record.items() if value is not None}
 
-    def _head_run(self) -> Run:
+    def _run_of_head(self) -> Run:
         """The `Run` of a head: its weights are the whole tensor, even if they are the embedding
         table."""
         name = head_name(self.config)
         return self.model._replace(params={name: self.source.tensor(name)})
 
     def _input(self, layer: int) -> np.ndarray:
-        """The stream that a layer of the main model reads; behind the last one, the final norm."""
+        """What a layer of the main model reads, or, behind the last layer, the final norm."""
         below: Step = ("forward", layer - 1) if layer else ("embedding",)
         x: np.ndarray = self.records[below].array("x")
         return x
 
     def _module_input(self, depth: int) -> tuple[np.ndarray, Batch]:
         """The state that MTP module ``depth`` reads, and its batch."""
-        layers = self.config.layers
         if depth == 1:
-            x = self._input(layers)
+            x = self._input(self.config.layers)
             hidden, _ = final_norm_forward(self.model, x)
             state = mtp_input(self.config, hidden, x)
         else:
-            state = self.records["forward", layers + depth - 2].array("state")
+            previous = self.records["forward", mtp_layer(self.config, depth - 1)]
+            state = previous.array("state")
         return state, self.batch.at(depth)
 
     def _write_logits(self, run: Run, hidden: np.ndarray) -> None:
