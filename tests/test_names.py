@@ -1,5 +1,5 @@
-"""Tensors' names are spelled in refimpl/parameters.py and refimpl/checkpoint/names.py alone; the rest
-of the package takes them from there."""
+"""Tensors' names are spelled in refimpl/parameters.py and refimpl/checkpoint/names.py alone; the
+rest of the package takes them from there."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from math import prod
@@ -84,18 +84,31 @@ def read_record(path: Path) -> Record:
 
 
 class LayerGradients(Gradients):
-    """The gradients of one layer, each written as it is added; those of tensors that layers share
-    are kept in ``sums``."""
+    """The gradients of one layer: those to be written are, as they come, and those of tensors that
+    layers share are kept in ``sums``."""
 
-    def __init__(self, layer: int, write: Callable[[str, np.ndarray | None], None]) -> None:
+    def __init__(self, layer: int, writer: TensorWriter | None, sizes: dict[str, Size]) -> None:
         super().__init__({})
-        self.begin, self.write = layer_name(layer, ""), write
+        self.begin, self.writer = layer_name(layer, ""), writer
+        self.sizes = sizes
 
     def add(self, name: str, gradient: Any) -> None:
         if not name.startswith(self.begin):
             super().add(name, gradient)
         elif gradient is not None:
             self.write(name, gradient)
+
+    def write(self, name: str, gradient: np.ndarray | None) -> None:
+        """Write a gradient of the layer; None stands for zeros."""
+        tensor = f"grad/{name}"
+        if self.writer is None or tensor not in self.writer.tensors:
+            return
+        if gradient is None:
+            self.writer.zero(tensor)
+            self.sizes[name] = Size(prod(self.writer.tensors[tensor].shape), 0.0, 0.0)
+        else:
+            self.writer.write(tensor, gradient)
+            self.sizes[name] = measure(gradient)
 
 
 class Folder:
@@ -189,26 +202,15 @@ class Folder:
 
     @contextmanager
     def layer_gradients(self, layer: int) -> Iterator[LayerGradients]:
-        """The file of a layer's gradients: what a backward adds, if it is to be written."""
-        begin = layer_name(layer, "")
-        wanted = {name: shape for name, shape in self.gradients.items() if name.startswith(begin)}
-        if not wanted:
-            yield LayerGradients(layer, lambda name, gradient: None)
-            return
-        specs = {f"grad/{name}": Spec(shape, self.dtype) for name, shape in wanted.items()}
-        with self.writer(file_name("grad", "layer", layer), specs) as writer:
-
-            def write(name: str, gradient: np.ndarray | None) -> None:
-                if name not in wanted:
-                    return
-                if gradient is None:  # all of it is 0
-                    writer.zero(f"grad/{name}")
-                    self.sizes[name] = Size(prod(wanted[name]), 0.0, 0.0)
-                else:
-                    writer.write(f"grad/{name}", gradient)
-                    self.sizes[name] = measure(gradient)
-
-            yield LayerGradients(layer, write)
+        """The file of a layer's gradients, to which a backward adds them."""
+        specs = {
+            f"grad/{name}": Spec(shape, self.dtype)
+            for name, shape in self.gradients.items()
+            if name.startswith(layer_name(layer, ""))
+        }
+        file = file_name("grad", "layer", layer)
+        with self.writer(file, specs) if specs else nullcontext() as writer:
+            yield LayerGradients(layer, writer, self.sizes)
 
     def _temporary(self, path: Path) -> Path:
         return self.unfinished / f"{path.name}.partial"

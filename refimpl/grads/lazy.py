@@ -155,7 +155,7 @@ def moe_forward(*args: Any, **kwargs: Any) -> tuple[np.ndarray, MoESaved]:
     outputs = np.empty((indices.size, x.shape[-1]), x.dtype)
     for expert, slots in saved.slots():
         tokens = rows[slots // top_k]
-        outputs[slots], _ = ops.ffn.forward(tokens, *saved.expert(expert), ops=ops)
+        outputs[slots] = ops.ffn.forward(tokens, *saved.expert(expert), ops=ops)[0]
     y = np.sum(weights.reshape(-1, top_k, 1) * outputs.reshape(-1, top_k, x.shape[-1]), axis=1)
     if shared[0] is not None:
         y = y + ops.ffn.forward(rows, *shared, ops=ops)[0]
@@ -186,7 +186,7 @@ def moe_backward(dy: np.ndarray, saved: MoESaved, *, write: Write) -> tuple[np.n
     dx = np.sum(dslots.reshape(-1, top_k, x.shape[-1]), axis=1)
     dshared: list[np.ndarray | None] = [None, None, None]
     if shared[0] is not None:
-        _, shared_saved = ops.ffn.forward(rows, *shared, ops=ops)
+        shared_saved = ops.ffn.forward(rows, *shared, ops=ops)[1]
         dx_shared, *dshared = ops.ffn.backward(dy_rows, shared_saved)
         dx = dx + dx_shared
     return dx.reshape(x.shape), dweights.reshape(weights.shape), None, None, None, *dshared
