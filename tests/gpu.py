@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTEST = ("-m", "pytest", "-v", "--tb=short", "-p", "no:benchmark", "-W", "default")
 PROCESSES = 8  # of the tests, where pytest-xdist is there: most of their time is the CPU's
 # One run of each kernel in two types; compiling, planting and the rest show nothing there
-SANITIZED = ("tests/test_kernels.py", "-k", "same_bits or permute or in_place or adamw")
+SANITIZED = ("tests/kernels", "-k", "same_bits or permute or in_place or adamw")
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # what compute-sanitizer says on machines that hide the GPU from debuggers
 REFUSED = "Device not supported"
@@ -96,13 +96,11 @@ def stages(
         Stage(
             "tests",
             "the kernels' tests on the device",
-            (*pytest, *several, "tests/test_kernels.py"),
+            (*pytest, *several, "tests/kernels"),
             device,
             480,
         ),
-        Stage(
-            "shapes", "V3's shapes, and torch's side", (*pytest, "tests/test_bench.py"), device, 240
-        ),
+        Stage("shapes", "V3's shapes, and torch's side", (*pytest, "tests/bench"), device, 240),
         Stage("bench", "the benchmark", bench, {}, 540),
     ]
     for what, of in names.items():

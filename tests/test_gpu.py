@@ -14,6 +14,7 @@ from refimpl.verify import CASES, MODELS
 
 import gpu
 from gpu import Stage, execute, main, stages
+from support import FULL
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,8 +49,8 @@ def test_stages() -> None:
     checked = stages("python", "compute-sanitizer", out, "abc", xdist=True)
     pytest_ = "python -m pytest -v --tb=short -p no:benchmark -W default"
     assert [" ".join(stage.command) for stage in bare] == [
-        f"{pytest_} tests/test_kernels.py",
-        f"{pytest_} tests/test_bench.py",
+        f"{pytest_} tests/kernels",
+        f"{pytest_} tests/bench",
         "python -m refimpl bench --gpu --results /somewhere",
         *(
             f"python -m refimpl verify --backend cupy{column} {' '.join(names)}"
@@ -63,7 +64,7 @@ def test_stages() -> None:
         for column in ("cupy", "cuda", "numba_cuda")
     ]
     assert [stage.name for stage in checked] == ["tests", "shapes", "bench", *verified, *gpu.TOOLS]
-    assert checked[0].command[-3:] == ("-n", "8", "tests/test_kernels.py")
+    assert checked[0].command[-3:] == ("-n", "8", "tests/kernels")
     assert checked[2].command[-2:] == ("--commit", "abc")
     for stage in checked[9:]:
         assert stage.command[:3] == ("compute-sanitizer", "--tool", stage.name)
@@ -73,8 +74,8 @@ def test_stages() -> None:
             "REFIMPL_GPU": "1",
             "REFIMPL_SANITIZER": "1",
         }
-    for name in ("test_kernels", "test_bench"):
-        assert (ROOT / "tests" / f"{name}.py").is_file()
+    for name in ("kernels", "test_bench.py"):
+        assert (ROOT / "tests" / name).exists()
     for stage in checked[:3]:  # so that a log comes every ten minutes
         assert stage.limit < 600
 
@@ -144,21 +145,15 @@ def test_a_failure_is_exit_1_and_stops_no_other(
 
 
 def test_suite_on_a_pretended_device() -> None:
-    """What only runs on a device runs: strided arrays, moves there and back, errors, products."""
+    """What only runs on a device runs: strided arrays, moves there and back, errors, products; some
+    in one type, in test-full in all."""
+    types = "" if FULL else " and bfloat16"
     chosen = (
-        "not numba and (strided and (swiglu or embedding) or finite and rms_norm or "
-        "products_on_the_device or misread or nothing_to_do or extremes or permute or adamw "
-        "or adds_as)"
+        f"not numba and (strided and (swiglu or embedding){types} or finite and rms_norm or "
+        f"products_on_the_device or misread or nothing_to_do or extremes{types} or "
+        "permute or test_adamw or adds_as)"
     )
-    command = (
-        sys.executable,
-        *gpu.PYTEST,
-        "-p",
-        "pretended_device",
-        "tests/test_kernels.py",
-        "-k",
-        chosen,
-    )
+    command = (sys.executable, *gpu.PYTEST, "-p", "pretended_device", "tests/kernels", "-k", chosen)
     environment = os.environ | {
         "REFIMPL_GPU": "1",
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
@@ -170,7 +165,7 @@ def test_suite_on_a_pretended_device() -> None:
 
 def test_selection_of_the_sanitizer() -> None:
     """It picks at least one test of every op."""
-    names = "tests/test_kernels.py", "-q", "--collect-only", *gpu.SANITIZED[-2:]
+    names = "tests/kernels", "-q", "--collect-only", *gpu.SANITIZED[-2:]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *names], capture_output=True, text=True, cwd=ROOT
     )

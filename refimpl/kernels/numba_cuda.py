@@ -55,14 +55,14 @@ def compile_numba(stem: str, kernel: str, target: str, storage: str) -> Module:
         return compile_numba(stem, kernel, target.rstrip("a"), storage)
     function = kernels_of(stem, storage)[kernel]
     sources = [(SOURCE / f"{name}_numba_cuda.py").read_text() for name in ("common", stem)]
-    tools = [
-        version("numba"),
-        version("numba-cuda"),
-        library_file("nvvm"),
-        library_file("nvJitLink"),
-    ]
-    all_that_enters = tools, sources, kernel, target, storage
+    all_that_enters = tools(), sources, kernel, target, storage
     return kept(kernel, target, storage, all_that_enters, lambda: build_numba(function, target))
+
+
+def tools() -> list[object]:
+    """What tells one release of the compilers from another."""
+    libraries = [library_file(name) for name in ("nvvm", "nvJitLink")]
+    return [version("numba"), version("numba-cuda"), *libraries]
 
 
 def build_numba(function: Callable[..., None], target: str) -> tuple[bytes, bytes, bytes]:

@@ -59,11 +59,9 @@ def router(launch: Launch) -> AnyOp:
             selection = (int(top_k), groups, keep_groups, group_score, masked_groups)
             check_selection(experts, *selection)
             best = summed_scores(group_score, top_k, keep_groups)
-            wider = bias is not None and np.result_type(bias.dtype, n.real) != n.real
-            if wider or best >= PAIRS:  # a rounded bias, sums in another order could choose others
+            if best >= PAIRS or _is_wider(bias, n.real):  # rounded, or in another order: others
                 scores = router_forward(x, w, top_k=top_k, score=score)[0].scores
-                biased = scores if bias is None else scores + bias
-                routes = select_experts(biased, *selection)
+                routes = select_experts(scores if bias is None else scores + bias, *selection)
         indices = kernels.empty((*x.shape[:-1], top_k), n.xp.int64, x)
         if routes is not None:
             expect("routes", routes, "(…, K)", tuple(indices.shape))
@@ -72,7 +70,6 @@ def router(launch: Launch) -> AnyOp:
         # so the bits of softmax's sum, are the same.
         if not 1 <= keep_groups < groups or experts % groups:
             groups = keep_groups = 1
-        size = experts // groups
         slots = _slots(experts, groups, top_k)
         rows = prod(x.shape[:-1])
         x, w = ready(x), ready(w)
@@ -95,7 +92,7 @@ def router(launch: Launch) -> AnyOp:
             top_k,
             groups,
             keep_groups,
-            min(best, size),
+            min(best, experts // groups),
             n.scalar(-np.inf if masked_groups == "-inf" else 0),
             int(score == "softmax"),
             int(bool(normalise)),
@@ -143,6 +140,11 @@ def router(launch: Launch) -> AnyOp:
         return dx, dw
 
     return Op(router_forward, router_backward)
+
+
+def _is_wider(bias: Array | None, real: Any) -> bool:
+    """Whether a bias would be rounded, were it added in the type of the scores."""
+    return bias is not None and np.result_type(bias.dtype, real) != real
 
 
 def _slots(experts: int, groups: int, top_k: int) -> int:

@@ -121,35 +121,18 @@ def grpo_forward(
         kl_bounds,
         reference_log_prob,
     )
-    n, t = log_prob.shape
-    size = xp.sum(xp.astype(mask, xp.float64), axis=1, keepdims=True)
-    count = xp.where(size > 0, size, 1.0)
-    total = {
-        "sequence": n * count,
-        "token": float(xp.sum(size)) or 1.0,
-        "constant": n * float(length or 1),
-    }[average]
-    weight = cast(xp.astype(mask, xp.float64) / total, log_prob)  # (grpo.1)
-    count, a = cast(count, log_prob), cast(advantages, log_prob)[:, None]
-
-    kl_weight = float(kl_weight)
+    count, weight = _weights(log_prob, mask, average, length)
+    a, kl_weight = cast(advantages, log_prob)[:, None], float(kl_weight)
     log_ratio = _difference(log_prob, old_log_prob, mask, "old_log_prob")
     z = _to_level(log_ratio, mask, count, ratio)  # (grpo.2)
     rho = xp.exp(z)
-    low, high = 1 - float(clip[0]), 1 + float(clip[1])
-    top = float("inf") if dual_clip is None else float(dual_clip)
+    bound, unclipped_now = _clip(real(rho), real(a), clip, dual_clip)
     if unclipped is None:
-        r = real(rho)
-        clipped = xp.where(real(a) > 0, r > high, (r < low) | (r > top))  # (grpo.3)
-        unclipped = ~clipped | (real(a) == 0)  # NaN stays visible
+        unclipped = unclipped_now
     if kept is None:
         drift = -xp.sum(real(log_ratio), axis=1) / real(count)[:, 0]  # mean ln(π_old/π)
         most = float("inf") if off_policy is None else float(off_policy)
         kept = (real(a)[:, 0] >= 0) | ~(drift > most)
-    below = xp.full((n, t), low, dtype=xp.float64, device=log_prob.device)
-    bound = xp.where(real(a) > 0, high, below)
-    if dual_clip is not None:
-        bound = xp.where((real(a) <= 0) & (real(rho) > 1), top, bound)
     keep = cast(xp.astype(kept, xp.float64), log_prob)[:, None]
     flows = unclipped & (real(a) != 0) & kept[:, None]  # 0 · ρ must be 0 even if ρ overflows
     objective = keep * a * xp.where(flows, rho, cast(bound, rho))  # (grpo.4)
@@ -207,6 +190,38 @@ def group_advantages(
         std = xp.sqrt(xp.sum(centred * centred, axis=1, keepdims=True) / (g - ddof))
         centred = centred / xp.where(equal, 1.0, std + epsilon)  # (grpo.12)
     return xp.reshape(centred, (-1,))
+
+
+def _weights(
+    log_prob: Array, mask: Array, average: Average, length: int | None
+) -> tuple[Array, Array]:
+    """Each output's length [N, 1], at least 1, and each token's share [N, T] in the loss."""
+    xp, n = namespace(log_prob=log_prob), mask.shape[0]
+    size = xp.sum(xp.astype(mask, xp.float64), axis=1, keepdims=True)
+    count = xp.where(size > 0, size, 1.0)
+    total = {
+        "sequence": n * count,
+        "token": float(xp.sum(size)) or 1.0,
+        "constant": n * float(length or 1),
+    }[average]
+    weight = cast(xp.astype(mask, xp.float64) / total, log_prob)  # (grpo.1)
+    return cast(count, log_prob), weight
+
+
+def _clip(
+    rho: Array, a: Array, clip: tuple[float, float], dual_clip: float | None
+) -> tuple[Array, Array]:
+    """What a clipped ratio stops at [N, T], and where ρ [N, T] counts as it is, for advantages
+    ``a`` [N, 1]; both real."""
+    xp = namespace(rho=rho)
+    low, high = 1 - float(clip[0]), 1 + float(clip[1])
+    top = float("inf") if dual_clip is None else float(dual_clip)
+    clipped = xp.where(a > 0, rho > high, (rho < low) | (rho > top))  # (grpo.3)
+    below = xp.full(rho.shape, low, dtype=xp.float64, device=rho.device)
+    bound = xp.where(a > 0, high, below)
+    if dual_clip is not None:
+        bound = xp.where((a <= 0) & (rho > 1), top, bound)
+    return bound, ~clipped | (a == 0)  # NaN stays visible
 
 
 def _difference(log_prob: Array, other: Array | None, mask: Array, name: str) -> Array:

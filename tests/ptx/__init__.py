@@ -9,6 +9,7 @@ interpreter; it says nothing about speed on a device.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,10 @@ from .parse import Kernel, PTXError, parse
 
 __all__ = ["PTXError", "Report", "run"]
 
-MOST_SHARED = (
-    48 << 10
-)  # bytes of a block, of a kernel that has not been allowed more by cudaFuncSetAttribute
+# bytes of a block, of a kernel that has not been allowed more by cudaFuncSetAttribute
+MOST_SHARED = 48 << 10
+MOST_LANES = 16384  # at once
+FEW_LANES = 2048  # of a machine that is kept
 
 
 def run(
@@ -70,7 +72,13 @@ def run(
         raise ValueError(
             f"shared memory must be at most {MOST_SHARED} bytes of a block, got {needed}"
         )
-    machine = Machine(entry, *sizes, seed=seed, limit=limit, races=races, sectors=sectors)
+    warps = -(-int(np.prod(sizes[1])) // 32)
+    blocks = max(1, min(int(np.prod(sizes[0])), MOST_LANES // (32 * warps)))
+    # room for more blocks than there are costs little, and more launches find their machine
+    blocks = 1 << (blocks - 1).bit_length()
+    make = machine_of if 32 * warps * blocks <= FEW_LANES else Machine
+    machine = make(entry, sizes[1], blocks, shared, races=races, sectors=sectors)
+    machine.begin(sizes[0], seed, limit)
     memory = machine.memory
     arrays = allocate(memory, arguments)
     for array, address in arrays:
@@ -79,16 +87,19 @@ def run(
             array.reshape(-1).view(np.uint8),
             not any(array is other for other in uninitialised),
         )
-    machine.lay_out(shared, values_of(entry, arguments, arrays))
+    parameters = values_of(entry, arguments, arrays)
     try:
         with np.errstate(all="ignore"):
-            return machine.run()
+            return machine.run(parameters)
     finally:
         for array, address in arrays:
             if array.flags.writeable:
                 array.reshape(-1).view(np.uint8)[:] = memory.bytes[address - memory.base :][
                     : array.nbytes
                 ]
+
+
+machine_of = lru_cache(maxsize=64)(Machine)
 
 
 def allocate(memory: Arena, arguments: Sequence[Any]) -> list[tuple[np.ndarray, int]]:

@@ -4,7 +4,6 @@ moves."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -119,7 +118,8 @@ def bind(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
     if form == "mov" and any(isinstance(operand, Vector) for operand in operands):
         return move_halves(m, type, *operands)
     if opcode in APPROXIMATE:
-        types, function = "t → t", partial(APPROXIMATE[opcode], seed=m.seed)
+        approximate = APPROXIMATE[opcode]
+        types, function = "t → t", lambda a: approximate(a, m.seed)
     elif type in DTYPES and (opcode in FORMS or form in FORMS):
         types, function = FORMS.get(opcode) or FORMS[form]
     else:

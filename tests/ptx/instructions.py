@@ -79,9 +79,6 @@ def leave(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
     return step
 
 
-# Memory
-
-
 def reach(
     m: Machine, operand: Address, arena: Arena, size: int, write: bool
 ) -> Callable[[Lanes], Array]:
@@ -111,9 +108,14 @@ def access(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
         raise m.unsupported(f"a vector of {len(registers)} registers")
     if space == "param":
         wider = held(data, match[3])
-        value = np.frombuffer(m.parameters[pointer.base.name], DTYPES[match[3]], 1, pointer.offset)
-        write, value = m.writer(data, wider), value.astype(DTYPES[wider])
-        return lambda lanes: write(lanes, value)
+        write = m.writer(data, wider)
+
+        def value() -> Array:
+            given = m.parameters[pointer.base.name]
+            return np.frombuffer(given, DTYPES[match[3]], 1, pointer.offset).astype(DTYPES[wider])
+
+        value()  # raises where there is no such parameter
+        return lambda lanes: write(lanes, value())
     if name == "st":
         return store(m, m.arenas[space], pointer, registers, match[3])
     return load(m, m.arenas[space], pointer, registers, match[3], "nc" in modifiers)
@@ -130,13 +132,13 @@ def load(
     m: Machine, arena: Arena, pointer: Address, registers: tuple, type: str, constant: bool
 ) -> Step:
     item = np.dtype(DTYPES[type]).itemsize
-    size, view = item * len(registers), arena.views[item].view(DTYPES[type])
+    size = item * len(registers)
     positions = reach(m, pointer, arena, size, False)
     wider = [DTYPES[held(register, type)] for register in registers]
     writers = [m.writer(register, held(register, type)) for register in registers]
 
     def step(lanes: Lanes) -> None:
-        position = positions(lanes)
+        position, view = positions(lanes), arena.views[item].view(DTYPES[type])
         arena.check_read(position, size, m.thread[lanes], constant)
         for i, (write, dtype) in enumerate(zip(writers, wider, strict=True)):
             write(lanes, view[position // item + i].astype(dtype))
@@ -146,12 +148,12 @@ def load(
 
 def store(m: Machine, arena: Arena, pointer: Address, registers: tuple, type: str) -> Step:
     item = np.dtype(DTYPES[type]).itemsize
-    size, view = item * len(registers), arena.views[item]
+    size = item * len(registers)
     positions = reach(m, pointer, arena, size, True)
     readers = [m.reader(register, held(register, type)) for register in registers]
 
     def step(lanes: Lanes) -> None:
-        position = positions(lanes)
+        position, view = positions(lanes), arena.views[item]
         first = position // item
         values = [read(lanes).astype(DTYPES[type]).view(view.dtype) for read in readers]
         same = np.all([view[first + i] == value for i, value in enumerate(values)], axis=0)

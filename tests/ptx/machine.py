@@ -24,7 +24,6 @@ Array = np.ndarray
 Lanes = slice | Array
 RUN, EXITED, AT_WARP, AT_BARRIER = range(4)
 STOP = object()  # what a step returns when it has set its lanes' own next instructions
-MOST_LANES = 16384
 FAR = 1 << 30
 GLOBAL_START = 1 << 44
 
@@ -43,31 +42,35 @@ class Report:
     )
 
 
+def rubbish(dtype: type) -> int:
+    """Each byte of a register that was never written."""
+    return 1 if dtype == np.bool_ else 0xAB
+
+
 class Machine:
-    """One kernel; after its arrays and variables are laid out, `run` executes its blocks in
-    chunks."""
+    """One kernel with room for so many blocks at once, used for one launch after the other: `begin`
+    forgets the last one, `run` executes the blocks in chunks.
+
+    dynamic: bytes of shared variables without a size.
+    """
 
     def __init__(
         self,
         kernel: Kernel,
-        grid: tuple[int, ...],
         block: tuple[int, ...],
+        blocks: int,
+        dynamic: int,
         *,
-        seed: int,
-        limit: int,
         races: bool,
         sectors: bool,
     ) -> None:
-        self.kernel, self.grid, self.block = kernel, grid, block
-        self.seed, self.limit, self.counts_sectors = seed, limit, sectors
-        self.rng = np.random.default_rng(seed)
-        self.threads, self.total = int(np.prod(block)), int(np.prod(grid))
+        self.kernel, self.block, self.blocks = kernel, block, blocks
+        self.counts_sectors = sectors
+        self.threads = int(np.prod(block))
         self.warps = -(-self.threads // 32)
-        self.blocks = max(1, min(self.total, MOST_LANES // (32 * self.warps)))  # at once
         self.lanes = self.blocks * self.warps * 32
         self.index = np.arange(self.lanes)
         self.lane, self.warp = self.index & 31, self.index >> 5  # warp: by place in the arrays
-        self.report = Report()
         self.program = [*kernel.instructions, Instruction("ret", (), None, 0, "ret; (end)")]
         types = [
             i.opcode.split(".")[-1] for i in self.program if i.opcode.startswith(("ld.", "st."))
@@ -75,22 +78,25 @@ class Machine:
         granule = min(
             [4, *(np.dtype(DTYPES.get(type, np.uint8)).itemsize for type in types)]
         )  # the smallest access
-        self.order = Order(self.total, self.warps)
-        self.memory = Arena("global", GLOBAL_START, granule, self.order, races, self.fail)
-        self.shared = Arena("shared", 0, granule, self.order, races, self.fail)
+        nothing = Order(0, self.warps)
+        self.memory = Arena("global", GLOBAL_START, granule, nothing, races, self.fail)
+        self.shared = Arena("shared", 0, granule, nothing, races, self.fail)
         self.arenas = {"global": self.memory, "shared": self.shared}
         self.symbols: dict[str, int] = {}
         self.registers: dict[Register, Array] = {}
+        self.views: dict[tuple[Operand, str], Array] = {}
         self.special = {
-            f"%{name}.{axis}": np.full(self.lanes, size, np.uint32)
-            for name, sizes in (("tid", block), ("ntid", block), ("ctaid", grid), ("nctaid", grid))
-            for axis, size in zip("xyz", sizes, strict=True)
+            f"%{name}.{axis}": np.zeros(self.lanes, np.uint32)
+            for name in ("tid", "ntid", "ctaid", "nctaid")
+            for axis in "xyz"
         }
         self.pc, self.copy_group = np.zeros((2, self.lanes), np.int64)
         self.state = np.zeros(self.lanes, np.int8)
+        self.steps: list[instructions.Step] = [self.bind] * len(self.program)
+        self.lay_out(dynamic)
 
-    def lay_out(self, dynamic: int, parameters: dict[str, bytes]) -> None:
-        """Places of shared variables; dynamic: bytes of those without a size."""
+    def lay_out(self, dynamic: int) -> None:
+        """Places of shared variables."""
         for name, align, size in self.kernel.shared:
             if size:
                 self.symbols[name] = self.shared.add(name, size, align)
@@ -103,13 +109,26 @@ class Machine:
         self.symbols |= {variable.name: start for variable in unsized}
         self.shared.allocate(self.blocks)
         self.special["%dynamic_smem_size"] = np.full(self.lanes, dynamic, np.uint32)
-        self.parameters = parameters
 
-    def run(self) -> Report:
-        self.steps: list[instructions.Step] = []
-        for place, instruction in enumerate(self.program):
-            self.at = place
-            self.steps.append(instructions.bind(self, instruction))
+    def begin(self, grid: tuple[int, ...], seed: int, limit: int) -> None:
+        """A new launch: nothing has run, and no array has a place."""
+        self.grid, self.seed, self.limit = grid, seed, limit
+        self.rng, self.report = np.random.default_rng(seed), Report()
+        self.total = int(np.prod(grid))
+        self.order = Order(self.total, self.warps)
+        self.memory.order = self.shared.order = self.order
+        self.memory.clear()
+        for name, sizes in (("ntid", self.block), ("nctaid", grid)):
+            for axis, size in zip("xyz", sizes, strict=True):
+                self.special[f"%{name}.{axis}"].fill(size)
+
+    def run(self, parameters: dict[str, bytes]) -> Report:
+        self.parameters = parameters
+        if not self.kernel.bound:  # once, also what is never reached, so that all of it is known
+            for place, instruction in enumerate(self.program):
+                self.at = place
+                self.steps[place] = instructions.bind(self, instruction)
+            self.kernel.bound = True
         self.counts = np.zeros(len(self.program), np.int64)
         numbers = self.rng.permutation(self.total)
         for start in range(0, len(numbers), self.blocks):
@@ -118,6 +137,11 @@ class Machine:
         for place in np.flatnonzero(self.counts):
             self.report.histogram[self.program[place].opcode] += int(self.counts[place])
         return self.report
+
+    def bind(self, lanes: Lanes) -> object:
+        """In the place of a step that has not been needed: make it, and take it."""
+        self.steps[self.at] = instructions.bind(self, self.program[self.at])
+        return self.steps[self.at](lanes)
 
     def run_blocks(self, numbers: Array) -> None:
         """Execute these blocks (linear numbers), at most as many as there are copies of shared
@@ -139,8 +163,8 @@ class Machine:
                 "zyx", np.unravel_index(linear % np.prod(shape), shape[::-1]), strict=True
             ):
                 self.special[f"%{name}.{axis}"][:] = place
-        for register in self.registers.values():  # registers start as rubbish
-            register.view(np.uint8).fill(0xAB if register.dtype != bool else True)
+        for register in self.registers.values():
+            register.view(np.uint8).fill(rubbish(register.dtype))
         self.shared.reset()
         self.pending: list[instructions.Copy] = []
         self.copy_group.fill(0)
@@ -287,6 +311,12 @@ class Machine:
 
     def view(self, operand: Operand, type: str) -> Array:
         """A register over all lanes."""
+        found = self.views.get((operand, type))
+        if found is None:
+            found = self.views[operand, type] = self.new_view(operand, type)
+        return found
+
+    def new_view(self, operand: Operand, type: str) -> Array:
         if not isinstance(operand, Register):
             raise self.unsupported(f"the operand {operand}")
         if operand.type == "special":
@@ -294,7 +324,10 @@ class Machine:
                 raise self.unsupported(f"special register {operand.name}")
             array = self.special[operand.name]
         else:
-            array = self.registers.setdefault(operand, np.zeros(self.lanes, DTYPES[operand.type]))
+            if operand not in self.registers:
+                self.registers[operand] = np.empty(self.lanes, DTYPES[operand.type])
+                self.registers[operand].view(np.uint8).fill(rubbish(DTYPES[operand.type]))
+            array = self.registers[operand]
         dtype = np.dtype(DTYPES[type])
         if (array.dtype.kind == "b") != (
             dtype.kind == "b"

@@ -69,6 +69,10 @@ class Arena:
             races,
             fail,
         )
+        self.clear()
+
+    def clear(self) -> None:
+        """No variable yet."""
         self.names: list[str] = ["no variable"]
         self.places: list[tuple[int, int, bool]] = [(0, 0, False)]  # offset, size, read-only
         self.size = GUARD
@@ -91,24 +95,25 @@ class Arena:
             self.owner[start : start + size] = number
         self.read_only = np.array([place[2] for place in self.places])
         granules = copies * self.stride // self.granule
-        self.valid, self.atomic, self.constant = np.zeros(
+        self.valid, self.atomic, self.constant = np.empty(
             (3, granules), bool
         )  # constant: read by .nc
         # [slot, (thread, time), granule]: the last write; the last read, and the last before it
         # from another thread, another warp, another block. If any read races with a write, one of
         # these four does.
         self.writes, self.reads = (
-            np.zeros((1, 2, granules), np.int64),
-            np.zeros((4, 2, granules), np.int64),
+            np.empty((1, 2, granules), np.int64),
+            np.empty((4, 2, granules), np.int64),
         )
         self.reset()
 
     def reset(self) -> None:
         """All bytes poisoned (0xFF: NaN in every float type) and unwritten."""
         self.bytes.fill(0xFF)
-        self.valid.fill(False)
-        self.writes.fill(-1)
-        self.reads.fill(-1)
+        for flags in (self.valid, self.atomic, self.constant):
+            flags.fill(False)
+        self.writes[:, 0].fill(-1)  # nobody; their times don't matter
+        self.reads[:, 0].fill(-1)
 
     def put(self, address: int, data: Array, valid: bool = True) -> None:
         start = address - self.base
@@ -172,8 +177,10 @@ class Arena:
             before = self.reads[0][:, granules]
             now = self.note(self.reads, granules, thread)
             last = self.reads[0, 0, granules]  # of the lanes that read the same bytes now
-            for slot, unit in enumerate((1, 32, 32 * self.order.warps), start=1):
-                for access in (before, now):
+            for access in (before, now):
+                if not ((access[0] != last) & (access[0] >= 0)).any():
+                    continue  # of each slot's kind there is none
+                for slot, unit in enumerate((1, 32, 32 * self.order.warps), start=1):
                     other = access[0] // unit != last // unit
                     self.reads[slot][:, granules[other]] = access[:, other]
 
@@ -215,10 +222,8 @@ class Arena:
     ) -> None:
         """Fail if what others last `did` to the granules is not ordered before this access."""
         for other, time in (self.writes if did == "wrote" else self.reads)[:, :, granules]:
-            racing = self.order.racing(other, time, thread) & ~np.broadcast_to(
-                harmless, other.shape
-            )
-            if racing.any():
+            racing = self.order.racing(other, time, thread)
+            if racing.any() and (racing := racing & ~np.asarray(harmless)).any():
                 who = int(other[racing][0])  # of the first lane, of which `fail` tells
                 block, warp = divmod(who >> 5, self.order.warps)
                 place = self.where(position[racing.any(1)][0] % self.stride)

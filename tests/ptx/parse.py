@@ -66,8 +66,7 @@ class Vector(tuple):
 Operand = Register | Immediate | Symbol | Address | Vector
 
 
-@dataclass(frozen=True)
-class Instruction:
+class Instruction(NamedTuple):
     opcode: str
     operands: tuple[Operand, ...]
     guard: tuple[Register, bool] | None  # (predicate, wanted value)
@@ -81,7 +80,7 @@ class Variable(NamedTuple):
     size: int  # bytes; 0 for dynamic shared memory
 
 
-@dataclass
+@dataclass(eq=False)
 class Kernel:
     name: str
     parameters: list[Variable]
@@ -89,6 +88,7 @@ class Kernel:
     shared: list[Variable]
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
+    bound: bool = False  # whether a machine has known each of its instructions
 
 
 IGNORED = re.compile(
@@ -114,17 +114,19 @@ class Parser:
     def __init__(self, text: str) -> None:
         self.text = IGNORED.sub(lambda m: "\n" * m[0].count("\n"), text.replace("\0", ""))
         self.at, self.line = 0, 1
-        self.scopes: list[
-            dict[str, str]
-        ] = []  # types of registers; of a family by its name and "<"
+        self.counted = 0  # characters, in whose lines `line` is
+        # types of registers; of a family by its name and "<"
+        self.scopes: list[dict[str, str]] = []
+        self.known: dict[str, Operand] = {}  # of these scopes
 
     def accept(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
         """The next piece of the text if it is of this form; `line` is where its first word
         stands."""
         found = pattern.match(self.text, self.at)
         if found:
-            self.line = self.text.count("\n", 0, found.end() - len(found[0].lstrip())) + 1
-            self.at = found.end()
+            word = found.end() - len(found[0].lstrip())
+            self.line += self.text.count("\n", self.counted, word)
+            self.at, self.counted = found.end(), word
         return found
 
     def parse(self) -> dict[str, Kernel]:
@@ -169,6 +171,7 @@ class Parser:
             self.scopes.append({})
         elif brace:
             self.scopes.pop()
+            self.known.clear()
         elif label:
             kernel.labels[label] = len(kernel.instructions)
         elif text.startswith(".reg"):
@@ -191,14 +194,20 @@ class Parser:
                 f"line {self.line}: {text}: such a type, or a name that is taken, isn't supported"
             )
         self.scopes[-1][name] = found[1]
+        self.known.clear()
 
     def type_of(self, name: str) -> str:
         """The type of a register in scope, or nothing."""
-        names = (name, re.sub(r"\d+$", "<", name))
-        return next((scope[n] for scope in self.scopes for n in names if n in scope), "")
+        family = name.rstrip("0123456789") + "<"
+        found = [scope.get(name) or scope.get(family) for scope in self.scopes]
+        return next(filter(None, found), "")
 
     def operand(self, text: str) -> Operand:
-        text = text.strip()
+        if text not in self.known:
+            self.known[text] = self.new_operand(text.strip())
+        return self.known[text]
+
+    def new_operand(self, text: str) -> Operand:
         if text[0] == "{":
             return Vector(self.operand(part) for part in text[1:-1].split(","))
         if text[0] == "[":
@@ -213,7 +222,7 @@ class Parser:
         return Immediate(text) if text[0] in "-0123456789" else Symbol(text)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def parse(text: str) -> dict[str, Kernel]:
     """The kernels of a PTX text by their names."""
     return Parser(text).parse()

@@ -1,0 +1,50 @@
+"""What the kernels' tests share: who executes them, shapes, and the rule for their errors."""
+
+from __future__ import annotations
+
+from .launches import (
+    ALL,
+    EXECUTED,
+    ON_DEVICE,
+    QUICK_TYPES,
+    TABLE,
+    TABLES,
+    TYPES,
+    InterpreterLaunch,
+    make_launch,
+    make_table,
+    ops_of,
+    strided,
+    to_device,
+    to_host,
+    without_a_device,
+)
+from .rule import DTYPES, HALF_UNIT, LUCK, WIDE, compare, results, rounded
+from .shapes import SHAPES, V3
+
+__all__ = [
+    "ALL",
+    "DTYPES",
+    "EXECUTED",
+    "HALF_UNIT",
+    "LUCK",
+    "ON_DEVICE",
+    "QUICK_TYPES",
+    "SHAPES",
+    "TABLE",
+    "TABLES",
+    "TYPES",
+    "V3",
+    "WIDE",
+    "InterpreterLaunch",
+    "compare",
+    "make_launch",
+    "make_table",
+    "ops_of",
+    "results",
+    "rounded",
+    "strided",
+    "to_device",
+    "to_host",
+    "without_a_device",
+]

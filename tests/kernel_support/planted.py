@@ -1,0 +1,216 @@
+"""Mistakes that the kernels' tests must see, by op, and how they are planted."""
+
+from __future__ import annotations
+
+import builtins
+import sys
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from refimpl.check.cases import RandomDraw
+from refimpl.kernels import SOURCE, compile, host
+from refimpl.kernels.compile import STEMS, build
+from refimpl.kernels.numba_cuda import build_numba, kernels_of, tools
+
+from .launches import TABLES, ops_of
+from .rule import compare
+from .shapes import SHAPES
+from ptx import PTXError
+
+# op: {name: (what stands there, what a mistake would put)}
+PLANTED: dict[str, dict[str, tuple[str, str]]] = {
+    "rms_norm": {
+        "mean of one element less": (
+            "root(block_sum(sum) / width + eps)",
+            "root(block_sum(sum) / (width + 1) + eps)",
+        ),
+        "weight left out of dx": (
+            "dn[k][v] = dy_row[k][v] * w_row[k][v];",
+            "dn[k][v] = dy_row[k][v];",
+        ),
+        "last partial sum lost": ("b < parts; b += LANES", "b < parts - 1; b += LANES"),
+        "chunk at the end read whole": (
+            "if (wide) {\n#pragma unroll\n        for (int k = 0; k < COUNT; k++, i += step)\n"
+            "            if (i < length)",
+            "if (wide) {\n#pragma unroll\n        for (int k = 0; k < COUNT; k++, i += step)",
+        ),
+    },
+    "swiglu": {
+        "silu without its second term": ("(s + g[v] * s * (1 - s))", "s"),
+        "tail read as a whole chunk": (
+            "bool wide = left == VECTOR;\n    const Chunk d",
+            "bool wide = true;\n    const Chunk d",
+        ),
+    },
+    "rope": {
+        "backward turns forward": ("sign * sin[angle]", "sin[angle]"),
+        "first half turned twice": ("y1[v] = x0[v] * s[v]", "y1[v] = y0[v] * s[v]"),
+    },
+    "cross_entropy": {
+        "maximum not carried": ("total.sum * power(total.largest - from)", "total.sum"),
+        "target off by one": ("i + v == target", "i + v == target + 1"),
+        "barrier before the merge missing": ("= total;\n    __syncthreads();", "= total;"),
+        "logits that are overwritten read as constant": ("load_chunks<false>", "load_chunks<true>"),
+    },
+    "embedding": {
+        "second lane dropped": ("lane = 1; lane < LANES", "lane = 2; lane < LANES"),
+        "barrier between lanes missing": (
+            "    __syncthreads();\n    if (threadIdx.y > 0)",
+            "    if (threadIdx.y > 0)",
+        ),
+        "a run of two ids taken for one": (
+            "first_run = (first + run - 1) / run",
+            "first_run = first / run",
+        ),
+        "rows after the last run lost": ("if (whole) add_rows(", "if (false) add_rows("),
+        "end of the last id's rows from beyond": (
+            "place + 1 < ids ? start[place + 1] : rows",
+            "start[place + 1]",
+        ),
+    },
+    "router": {
+        "ties to the higher index": ("keys[j * WARP] > best.key", "keys[j * WARP] >= best.key"),
+        "scale forgotten in the backward": (
+            "scale * dweights[row * top_k + lane]",
+            "dweights[row * top_k + lane]",
+        ),
+        "warp not waited for": (
+            "    __syncwarp();  // a lane reads scores below that others wrote\n",
+            "",
+        ),
+        "threads past the end": (
+            "    if (row >= rows) return;  // whole warps",
+            "    // whole warps",
+        ),
+    },
+    "moe": {
+        "weight of another slot": (
+            "weighted ? weights[slot + ahead]",
+            "weighted ? weights[token + ahead]",
+        ),
+        "gradient from lane 0 alone": (
+            "sum = warp_sum(sum);\n    if (lane == 0) dweights",
+            "if (lane == 0) dweights",
+        ),
+        "last of the rows ahead dropped": (
+            "ahead < AHEAD; ahead++) {",
+            "ahead < AHEAD - 1; ahead++) {",
+        ),
+    },
+    "grpo": {
+        "clip by the wrong sign": ("a > 0 ? rho > high", "a < 0 ? rho > high"),
+        "KL of whole outputs forgotten": ("dz_all - du_all", "dz_all"),
+    },
+    "adamw": {"last thread past the end": ("if (i >= size) return;", "if (i > size) return;")},
+}
+# op: {name: (file, what stands there, what a mistake would put)}
+PLANTED_IN_NUMBA: dict[str, dict[str, tuple[str, str, str]]] = {
+    "cross_entropy": {
+        "sums read before all are written": (
+            "common",
+            "    cuda.syncthreads()  # no thread reads part before all warps have written theirs\n",
+            "",
+        ),
+        "sums written while others are read": (
+            "common",
+            "    cuda.syncthreads()  # another warp may still read an earlier call's part\n",
+            "",
+        ),
+    },
+    "rms_norm": {
+        "weight left out of dx": ("rms_norm", "dn = dy[start + i] * w[i]", "dn = dy[start + i]")
+    },
+    "swiglu": {
+        "element past the end": (
+            "swiglu",
+            "size, cuda.gridsize(1)):\n            y",
+            "size + 1, cuda.gridsize(1)):\n            y",
+        )
+    },
+    "rope": {"backward turns forward": ("rope", "real(sign) * sin[angle]", "sin[angle]")},
+    "router": {
+        "warp not waited for": (
+            "router",
+            "        cuda.syncwarp()  # a lane reads below what the others wrote above\n",
+            "",
+        ),
+        "ties to the higher index": ("router", "j < i", "j > i"),
+    },
+    "moe": {
+        "weight of another slot": ("moe", "weights[slot] if weighted", "weights[token] if weighted")
+    },
+}
+
+
+def sources() -> dict[str, str]:
+    """The files in CUDA C, by stem."""
+    return {stem: (SOURCE / f"{stem}.cu").read_text() for stem in STEMS}
+
+
+def plant(op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the host side run the kernels of ``op`` with the mistake, in float64."""
+    old, new = PLANTED[op][name]
+    header = (SOURCE / "common.cuh").read_text().replace("#pragma once\n", "")
+    source = sources()[op].replace('#include "common.cuh"\n', header)
+    assert source.count(old) == 1, f"{name}: its place is gone"
+    edited = "#define STORAGE_FLOAT64 1\n" + source.replace(old, new)
+    real = host.compile_kernel
+
+    def wrong(stem: str, target: str, storage: str) -> compile.Module:
+        if stem == op:
+            return build(stem, target, storage, edited)
+        return real(stem, target, storage)
+
+    monkeypatch.setattr(host, "compile_kernel", wrong)
+
+
+def plant_in_numba(op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `plant`, in Numba CUDA."""
+    file, old, new = PLANTED_IN_NUMBA[op][name]
+    texts = []
+    for stem in ("common", op):
+        source = (SOURCE / f"{stem}_numba_cuda.py").read_text()
+        assert stem != file or source.count(old) == 1, f"{name}: its place is gone"
+        module = ModuleType(f"refimpl.kernels.{stem}_numba_cuda")
+        module.__package__ = "refimpl.kernels"
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        texts.append(source.replace(old, new) if stem == file else source)
+        exec(builtins.compile(texts[-1], stem, "exec", dont_inherit=True), vars(module))
+
+    real = host.compile_numba
+
+    @cache
+    def wrong(stem: str, kernel: str, target: str, storage: str) -> compile.Module:
+        if stem != op:
+            return real(stem, kernel, target, storage)
+        function = kernels_of(stem, storage)[kernel]
+        all_that_enters = "planted", tools(), texts, kernel, target, storage
+        return compile.kept(
+            kernel, target, storage, all_that_enters, lambda: build_numba(function, target)
+        )
+
+    monkeypatch.setattr(host, "compile_numba", wrong)
+
+
+def assert_seen(op: str, *more: Callable[[], Any], column: str = "cuda") -> None:
+    """What is planted fails the rule of `compare`, or one of the tests ``more``, on one of 40
+    seeds."""
+    for seed in range(40):
+        try:
+            compare(
+                op,
+                TABLES[column][op],
+                SHAPES[op](RandomDraw(seed)),
+                "float64",
+                seed,
+                ops_of(op, column),
+            )
+            for test in more:
+                test()
+        except (AssertionError, PTXError):
+            return
+    pytest.fail("nothing saw it")

@@ -1,0 +1,64 @@
+"""The kernel of AdamW."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refimpl.kernels.adamw import adamw
+from refimpl.kernels.compile import STORAGE
+from refimpl.optimizer import AdamW
+
+from kernel_support import DTYPES, WIDE, make_launch, rounded, to_device, to_host, without_a_device
+from kernel_support.planted import PLANTED, plant
+from ptx import PTXError
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+def test_adamw(storage: str) -> None:
+    """Three steps as `refimpl.optimizer.AdamW` does them, on one block and on several; bfloat16
+    parameters differ by a unit, moments don't."""
+    rng, wide = np.random.default_rng(0), WIDE[storage]
+    drawn = {
+        "w": rounded(rng.normal(size=(41, 13)), storage),
+        "norm": rounded(rng.normal(size=3), storage),
+    }
+    params = {name: to_device(p) for name, p in drawn.items()}
+    reference = {name: p.astype(np.float64) for name, p in drawn.items()}
+    options: dict[str, Any] = {"decays": lambda name: name == "w", "weight_decay": 0.2}
+    ours, theirs = adamw(make_launch())(**options), AdamW(**options)
+    for _ in range(3):
+        grads = {name: rng.normal(size=p.shape).astype(wide) for name, p in params.items()}
+        ours.update(params, {name: to_device(g) for name, g in grads.items()}, 0.01)
+        theirs.update(reference, {name: g.astype(np.float64) for name, g in grads.items()}, 0.01)
+    tolerance = {"float64": 1e-14, "float32": 1e-6, "bfloat16": 3 * 2**-8}[storage]
+    for name, p in params.items():
+        assert p.dtype == DTYPES[storage]
+        error = np.abs(to_host(p).astype(np.float64) - reference[name])
+        assert np.max(error) <= tolerance * np.max(np.abs(reference[name]))
+        np.testing.assert_allclose(
+            to_host(ours.first[name]),
+            theirs.first[name],
+            rtol=0,
+            atol=1e-6 if wide != np.float64 else 1e-15,
+        )
+    before, grads = to_host(params["w"]).copy(), {name: to_device(g) for name, g in grads.items()}
+    with pytest.raises(ValueError, match=r"w must be a parameter for a gradient of int64"):
+        ours.update(params, {"w": to_device(np.ones((41, 13), dtype=np.int64))}, 0.01)
+    with pytest.raises(ValueError, match="norm and its gradient must be contiguous"):
+        ours.update(
+            params, {"w": grads["w"], "norm": to_device(np.ones((3, 2), dtype=wide))[:, 0]}, 0.01
+        )
+    with pytest.raises(ValueError, match="learning_rate must be a finite number"):
+        ours.update(params, grads, float("nan"))
+    assert np.array_equal(to_host(params["w"]), before)
+
+
+@without_a_device
+@pytest.mark.parametrize("name", PLANTED["adamw"])
+def test_planted_mistakes_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant("adamw", name, monkeypatch)
+    with pytest.raises((AssertionError, PTXError)):
+        test_adamw("float64")

@@ -1,0 +1,110 @@
+"""The kernels of cross-entropy."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refimpl import ops
+from refimpl.check.cases import Case
+from refimpl.kernels.columns import COLUMNS
+from refimpl.kernels.cross_entropy import cross_entropy_in_place
+
+from kernel_support import (
+    QUICK_TYPES,
+    TABLES,
+    TYPES,
+    compare,
+    make_launch,
+    rounded,
+    to_device,
+    to_host,
+    without_a_device,
+)
+from kernel_support.planted import PLANTED, PLANTED_IN_NUMBA, assert_seen, plant, plant_in_numba
+
+
+@pytest.mark.parametrize(("column", "storage"), TYPES)
+def test_cross_entropy_in_place(column: str, storage: str) -> None:
+    """The same bits as the op's gradient, in the memory of the logits."""
+    rng = np.random.default_rng(0)
+    logits = to_device(rounded(rng.normal(size=(3, 40)), storage))
+    pair = COLUMNS[column](make_launch())["cross_entropy"]
+    in_place = cross_entropy_in_place(make_launch(0, column))
+    before = to_host(logits).tobytes()
+    _, saved = pair.forward(logits, targets=to_device(np.array([0, 39, 7])))
+    fresh = pair.backward(0.7, saved)
+    assert to_host(logits).tobytes() == before
+    assert in_place(0.7, saved) is saved.logits
+    assert to_host(logits).tobytes() == to_host(fresh).tobytes()
+
+
+@pytest.mark.parametrize(("column", "storage"), QUICK_TYPES)
+def test_cross_entropy_extremes(column: str, storage: str) -> None:
+    """Logits of ±1e4 and −∞, rows with NaN, +∞ or −∞ alone, each of them masked too: finite and NaN
+    where the reference is, which multiplies a masked row by 0, and 0 · NaN is NaN."""
+    rng, inf, nan = np.random.default_rng(0), np.inf, np.nan
+    for width in (5, 40, 4100):
+        logits = rng.normal(size=(16, width))
+        logits[0, :3], logits[1, 1:], logits[2, -1], logits[3] = (1e4, -1e4, 0), -inf, -inf, -1e4
+        for row, strange in enumerate(
+            ((nan, 1), (inf, 0), (inf, inf), (-inf, nan), (nan, inf), (1e4, nan)), 4
+        ):
+            logits[[row, row + 6], -2:] = strange
+        logits[15] = -inf
+        logits = rounded(logits, storage)
+        wide, targets = logits.astype(np.float64), np.where(np.arange(16) % 2, 0, width - 1)
+        for mask in (np.arange(16) < 4, np.arange(16) < 10, np.arange(16) % 3 == 0):
+            kwargs: dict[str, Any] = {"targets": np.where(mask, targets, -100), "mask": mask}
+            with np.errstate(invalid="ignore"):
+                wanted, reference = ops.cross_entropy_forward(wide, **kwargs)
+                wanted_gradient = ops.cross_entropy_backward(0.7, reference)
+                loss, saved = TABLES[column]["cross_entropy"].forward(logits, **kwargs)
+                gradient = TABLES[column]["cross_entropy"].backward(0.7, saved)
+            np.testing.assert_allclose(loss, wanted, rtol=1e-6)
+            np.testing.assert_allclose(
+                gradient.astype(np.float64), wanted_gradient, atol=1e-7, rtol=2.0**-8
+            )
+
+
+@pytest.mark.parametrize(("column", "storage"), QUICK_TYPES)
+def test_cross_entropy_where_rows_end(column: str, storage: str) -> None:
+    """Rows that fill all blocks of the backward, and rows that end in the last of the chunks that a
+    thread has on their way, in every type; logits of −20, beside which a 0 read past the end would
+    be the largest. Then more rows than the block that adds up the loss has threads."""
+    rng, pair = np.random.default_rng(0), TABLES[column]["cross_entropy"]
+    for rows, width in ((2, 4096), (2, 15999), (300, 3)):
+        targets = rng.integers(0, width, rows)
+        compare(
+            "cross_entropy",
+            pair,
+            Case((rng.normal(-20, size=(rows, width)),), {"targets": targets}),
+            storage,
+            0,
+        )
+
+
+def test_what_is_no_number_stays_visible() -> None:
+    """As in the reference: a row with a logit of +∞."""
+    logits, targets = np.array([[0.0, np.inf, 1.0]]), np.array([0])
+    for column in COLUMNS:
+        with np.errstate(invalid="ignore"):
+            _, saved = TABLES[column]["cross_entropy"].forward(logits, targets=targets)
+            assert np.isnan(TABLES[column]["cross_entropy"].backward(1.0, saved)).all()
+
+
+@without_a_device
+@pytest.mark.parametrize("name", PLANTED["cross_entropy"])
+def test_planted_mistakes_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant("cross_entropy", name, monkeypatch)
+    assert_seen("cross_entropy", partial(test_cross_entropy_in_place, "cuda", "float64"))
+
+
+@without_a_device
+@pytest.mark.parametrize("name", PLANTED_IN_NUMBA["cross_entropy"])
+def test_planted_mistakes_in_numba_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant_in_numba("cross_entropy", name, monkeypatch)
+    assert_seen("cross_entropy", column="numba_cuda")

@@ -1,0 +1,63 @@
+"""Log-probabilities by the kernels of cross-entropy and dense products."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+
+from refimpl.check.cases import Case, pair_of
+from refimpl.kernels.columns import COLUMNS
+from refimpl.kernels.compile import STORAGE
+
+from kernel_support import ALL, TABLE, TABLES, compare, make_launch, rounded, to_device, to_host
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_log_prob_of_masked_rows(column: str) -> None:
+    """A masked row without numbers has log-probability 0, and gradients that are NaN where the
+    reference's are."""
+    rng = np.random.default_rng(0)
+    h, w, dy = rng.normal(size=(4, 3)), rng.normal(size=(6, 3)), rng.normal(size=4)
+    h[1] = np.nan
+    kwargs = {"targets": np.array([1, -100, 5, 2]), "mask": np.array([True, False, True, True])}
+    (wanted, saved), (found, kept) = (
+        pair.forward(h, w, **kwargs) for pair in (pair_of("log_prob"), TABLES[column]["log_prob"])
+    )
+    np.testing.assert_allclose(found, wanted)
+    for got, gradient in zip(
+        TABLES[column]["log_prob"].backward(dy, kept),
+        pair_of("log_prob").backward(dy, saved),
+        strict=True,
+    ):
+        np.testing.assert_allclose(got, gradient)
+
+
+@pytest.mark.parametrize("storage", STORAGE if ALL else ("float64", "bfloat16"))
+def test_log_prob_in_blocks(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where products are exact, any block gives the very log-probabilities of the whole; gradients
+    within the rule."""
+    module, rng = sys.modules["refimpl.kernels.log_prob"], np.random.default_rng(1)
+    h, w = (rng.integers(-3, 4, shape) / 4 for shape in ((7, 12), (100, 12)))
+    targets = rng.integers(0, 100, 7)
+    given = to_device(rounded(h, storage)), to_device(rounded(w, storage))
+    found = []
+    for least, block in (
+        (module.BLOCK, (1, 1)),
+        ((1, 1), (1, 100)),
+        ((1, 1), (3, 40)),
+        ((2, 70), (1, 1)),
+        ((1, 1), (7, 9)),
+    ):
+        monkeypatch.setattr(module, "BLOCK", least)
+        case = Case((h, w), {"targets": targets, "block": block, "temperature": 0.7})
+        compare("log_prob", TABLE["log_prob"], case, storage, 0)
+        y, saved = COLUMNS["cuda"](make_launch())["log_prob"].forward(
+            *given, targets=to_device(targets), block=block
+        )
+        assert saved.block == (max(least[0], block[0]), max(least[1], block[1]))
+        found.append(to_host(y).tobytes())
+    assert len(set(found)) == 1
+    assert module._rows((4096, 16384), 129280) == 512
+    assert module._rows((256, 4096), 129280) == 8

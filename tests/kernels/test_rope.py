@@ -1,0 +1,48 @@
+"""The kernels of RoPE."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from refimpl.check.cases import Case
+
+from kernel_support import TABLE, TABLES, TYPES, compare, without_a_device
+from kernel_support.planted import PLANTED, PLANTED_IN_NUMBA, assert_seen, plant, plant_in_numba
+
+
+@pytest.mark.parametrize(("column", "storage"), TYPES)
+def test_rope_where_heads_end(column: str, storage: str) -> None:
+    """Heads that end in the first half of a thread's pairs, and in the second."""
+    rng, pair = np.random.default_rng(0), TABLES[column]["rope"]
+    for half in (3, 5, 7, 9, 13):
+        for layout in ("interleaved", "halves"):
+            kwargs = {
+                "positions": np.arange(2),
+                "inv_freq": np.logspace(0, -3, half),
+                "layout": layout,
+            }
+            compare("rope", pair, Case((rng.normal(size=(1, 2, 2, 2 * half)),), kwargs), storage, 0)
+
+
+def test_arguments_that_a_kernel_would_misread() -> None:
+    x, one = np.ones((1, 2, 1, 4)), {"positions": np.arange(2), "inv_freq": np.ones(2)}
+    _, saved = TABLE["rope"].forward(x, **one)
+    with pytest.raises(
+        TypeError, match="dy must be of the forward's x, whose arithmetic is float64, got float32"
+    ):
+        TABLE["rope"].backward(x.astype(np.float32), saved)
+
+
+@without_a_device
+@pytest.mark.parametrize("name", PLANTED["rope"])
+def test_planted_mistakes_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant("rope", name, monkeypatch)
+    assert_seen("rope")
+
+
+@without_a_device
+@pytest.mark.parametrize("name", PLANTED_IN_NUMBA["rope"])
+def test_planted_mistakes_in_numba_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant_in_numba("rope", name, monkeypatch)
+    assert_seen("rope", column="numba_cuda")
