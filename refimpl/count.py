@@ -183,7 +183,7 @@ def count(config: ModelConfig, *, length: int = 4096) -> list[Section]:
     too short."""
     if not config.mtp_depth < length <= 10**9:
         raise CouldNotRun(
-            f"--length must lie in {config.mtp_depth + 1:,}…{10**9:,}, got {length:,}"
+            f"must lie in {config.mtp_depth + 1:,}…{10**9:,}, got {length:,}", argument="length"
         )
     shapes = parameter_shapes(config)
     same = (
@@ -267,7 +267,7 @@ def _parameters(c: ModelConfig, known: str) -> tuple[Parts, list[Section]]:
             mtp.notes.append(
                 "README_WEIGHTS' \"11.5B unique parameters\" leave out eh_proj. The README's "
                 '"14B" is 685 − 671; the file has 13.46B, with the embedding and the head '
-                "that main model and module share in memory. (684.49B is no 685B: that must "
+                "that main model and module share in memory. (684.49B is not 685B: that must "
                 "count the scales of FP8 weights too, one a tile of 128 × 128, about 0.04B.)"
             )
         sections.append(mtp)

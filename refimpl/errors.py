@@ -1,5 +1,28 @@
-"""What the command line turns into one line and exit code 2."""
+"""The error of a command that could not do its work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+__all__ = ["CouldNotRun"]
 
 
 class CouldNotRun(Exception):
-    """The command could not do its work; the message is one line that says why and what to do."""
+    """The work could not be done; the message is one line that says why and what to do.
+
+    Args:
+        argument: the name of the argument that is wrong; the message begins with it.
+        remedy: the name of an argument that helps; the message ends with it.
+    """
+
+    def __init__(self, reason: str, *, argument: str = "", remedy: str = "") -> None:
+        self.reason = reason
+        self.argument = argument
+        self.remedy = remedy
+        super().__init__(self.spelled({}))
+
+    def spelled(self, names: Mapping[str, str]) -> str:
+        """The message with the arguments' names as ``names`` has them (the options of a command
+        line)."""
+        begin, end = names.get(self.argument, self.argument), names.get(self.remedy, self.remedy)
+        return " ".join(part for part in (begin, self.reason, end) if part)

@@ -1,13 +1,11 @@
-"""Peak memory of what has memory as its point: two ops, measured with tracemalloc above their
-inputs, and ``refimpl grads``, by what the operating system says of its process."""
+"""Peak memory of the ops that are written to save it, measured with tracemalloc above their inputs;
+and of a process, as the operating system counts it."""
 
 from __future__ import annotations
 
 import gc
-import json
 import re
 import subprocess
-import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
@@ -26,11 +24,11 @@ from .ops import (
 
 __all__ = [
     "AttentionMemory",
-    "GradsMemory",
     "HeadMemory",
+    "ProcessMemory",
     "attention_memory",
-    "grads_memory",
     "head_memory",
+    "process_memory",
 ]
 
 
@@ -46,10 +44,9 @@ class HeadMemory(NamedTuple):
     logits: int  # bytes of the [T, W] logits that are never made
 
 
-class GradsMemory(NamedTuple):
+class ProcessMemory(NamedTuple):
     peak: int  # bytes that no file backs (RssAnon), the interpreter's included
     seconds: float
-    numbers: int  # of all gradients
 
 
 def _peak(work: Callable[[], object]) -> int:
@@ -104,29 +101,13 @@ def head_memory(
         yield HeadMemory(t, _peak(work) - h.nbytes - w.nbytes, t * vocabulary * 4)
 
 
-def grads_memory(checkpoint: Path, out: Path, *options: str, tokens: int = 256) -> GradsMemory:
-    """Run ``refimpl grads`` on so many random tokens in a process of its own, and watch it every 2
-    ms (on Linux)."""
-    vocabulary = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
-    ids, report = out.with_name(f"{out.name}-tokens.json"), out.with_name(f"{out.name}-report.json")
-    ids.write_text(
-        json.dumps(np.random.default_rng(0).integers(0, vocabulary, (1, tokens)).tolist())
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "refimpl",
-        "grads",
-        "--checkpoint",
-        str(checkpoint),
-        "--out",
-        str(out),
-    ]
-    command += ["--tokens", str(ids), "--json", str(report), *options]
+def process_memory(command: Sequence[str]) -> ProcessMemory:
+    """Run a command in a process of its own, and watch its memory every 2 ms (on Linux).
+
+    CouldNotRun if the command fails, or on another system.
+    """
     if not Path("/proc/self/status").exists():
-        raise CouldNotRun(
-            "the memory of a process can be watched on Linux alone (/proc/self/status)"
-        )
+        raise CouldNotRun("a process's memory can only be watched on Linux (/proc/self/status)")
     peak, start = 0, time.perf_counter()
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -138,7 +119,6 @@ def grads_memory(checkpoint: Path, out: Path, *options: str, tokens: int = 256) 
     _, errors = process.communicate()
     if process.returncode:
         raise CouldNotRun(
-            f"grads ended with exit code {process.returncode}: {errors.strip()[-500:]}"
+            f"the process ended with exit code {process.returncode}: {errors.strip()[-500:]}"
         )
-    numbers = sum(size["elements"] for size in json.loads(report.read_text())["gradients"].values())
-    return GradsMemory(peak, time.perf_counter() - start, numbers)
+    return ProcessMemory(peak, time.perf_counter() - start)

@@ -32,7 +32,8 @@ def load_text(path: Path | None = None) -> Text:
             from pydoc_data.topics import topics
         except ImportError as error:
             raise CouldNotRun(
-                f"this Python has no pydoc_data.topics: give a text with --text FILE ({error})"
+                f"must be a file, since this Python has no pydoc_data.topics ({error})",
+                argument="text",
             ) from error
         name = (
             "pydoc_data.topics of CPython "
@@ -42,11 +43,11 @@ def load_text(path: Path | None = None) -> Text:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise CouldNotRun(f"--text {path} can't be read: {error.strerror}") from error
+        raise CouldNotRun(f"{path} can't be read: {error.strerror}", argument="text") from error
     if len(data) < 64:
-        raise CouldNotRun(f"--text {path} must hold at least 64 bytes, got {len(data)}")
+        raise CouldNotRun(f"{path} must hold at least 64 bytes, got {len(data)}", argument="text")
     if len(set(data)) < 16:
         raise CouldNotRun(
-            f"--text {path} must hold at least 16 different bytes, got {len(set(data))}"
+            f"{path} must hold at least 16 different bytes, got {len(set(data))}", argument="text"
         )
     return Text(str(path), data)

@@ -3,12 +3,12 @@ streams unbroken."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from .errors import CouldNotRun
+from .files import read_json
 
 __all__ = ["Bytes", "HuggingFace", "TextStream", "Tokenizer"]
 
@@ -30,10 +30,10 @@ class HuggingFace:
     DeepSeek's tokenizer.json does not put it there, transformers does on loading
     (swift-transformers#161). Special tokens are not decoded.
 
-    ``instead``: what to give, says the CouldNotRun, where there is none.
+    ``instead``: what to give where there is no tokenizer, as the message of CouldNotRun says it.
     """
 
-    def __init__(self, folder: Path, instead: str = "token ids with --tokens FILE") -> None:
+    def __init__(self, folder: Path, instead: str = "token ids") -> None:
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise CouldNotRun(f"{folder} has no tokenizer.json: give {instead}")
@@ -42,12 +42,14 @@ class HuggingFace:
         except ImportError as error:
             raise CouldNotRun(
                 "text needs the package tokenizers (pip install 'deepseek-refimpl[text]'); or "
-                "give token ids with --tokens FILE"
+                f"give {instead}"
             ) from error
         try:
             self.tokenizer: Any = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises Exception itself
-            raise CouldNotRun(f"{path} is no tokenizer: {' '.join(str(error).split())}") from error
+            raise CouldNotRun(
+                f"{path} is not a tokenizer: {' '.join(str(error).split())}"
+            ) from error
         self.first = self._first(folder / "tokenizer_config.json")
 
     def encode(self, text: str) -> list[int]:
@@ -107,13 +109,3 @@ class TextStream:
         text = self.tokenizer.decode(self.tokens[self.start :])
         self.start, self.read = self.read, len(self.tokens)
         return text[len(shown) :]
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds; CouldNotRun if it can't be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CouldNotRun(f"{path} can't be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CouldNotRun(f"{path} is not JSON: {error}") from error

@@ -67,12 +67,11 @@ class Settings:
 
     def validate(self) -> None:
         """CouldNotRun unless every setting has a meaning here."""
-        if min(self.examples, self.model_examples) < 1:
-            raise CouldNotRun("--examples and --model-examples must be at least 1")
+        for name, least in (("examples", 1), ("model_examples", 1), ("seed", 0)):
+            if (given := getattr(self, name)) < least:
+                raise CouldNotRun(f"must be at least {least}, got {given}", argument=name)
         if self.digits is not None and not 20 <= self.digits <= 1000:
-            raise CouldNotRun(f"--digits must lie in 20…1000, got {self.digits}")
-        if self.seed < 0:
-            raise CouldNotRun(f"--seed must be at least 0, got {self.seed}")
+            raise CouldNotRun(f"must lie in 20…1000, got {self.digits}", argument="digits")
         choices = {
             "implementation": (*IMPLEMENTATIONS, *KERNELS),
             "backend": ("numpy", "cupy"),
@@ -82,13 +81,13 @@ class Settings:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise CouldNotRun(
-                    f"--{name} must be one of {', '.join(allowed)}, got {getattr(self, name)}"
+                    f"must be one of {', '.join(allowed)}, got {getattr(self, name)}", argument=name
                 )
         _placement(self.backend)
         if self.implementation in KERNELS and self.backend != "cupy":
             raise CouldNotRun(
-                f"--implementation {self.implementation} needs a GPU and --backend cupy, got "
-                f"{self.backend}"
+                f"must be cupy for the implementation {self.implementation}, got {self.backend}",
+                argument="backend",
             )
         _table(self.implementation)
 
@@ -204,13 +203,13 @@ def _placement(backend: str) -> Callable[[Any], Any] | None:
         import cupy
     except ImportError as error:
         raise CouldNotRun(
-            f"--backend cupy needs CuPy: pip install 'deepseek-refimpl[cuda13]' ({error})"
+            f"cupy needs CuPy: pip install 'deepseek-refimpl[cuda13]' ({error})", argument="backend"
         ) from error
     try:
         if cupy.cuda.runtime.getDeviceCount() < 1:
-            raise CouldNotRun("--backend cupy needs a GPU, found none")
+            raise CouldNotRun("cupy needs a GPU, found none", argument="backend")
     except cupy.cuda.runtime.CUDARuntimeError as error:
-        raise CouldNotRun(f"--backend cupy needs a GPU: {error}") from error
+        raise CouldNotRun(f"cupy needs a GPU: {error}", argument="backend") from error
     return cupy.asarray  # type: ignore[no-any-return]
 
 

@@ -320,7 +320,7 @@ def test_recomputation_is_half_a_forward_at_equal_widths() -> None:
 
 @pytest.mark.parametrize("length", [-1, 0, 2, 10**10])
 def test_bad_length(length: int) -> None:
-    with pytest.raises(CouldNotRun, match=f"--length must lie in 3…1,000,000,000, got {length:,}"):
+    with pytest.raises(CouldNotRun, match=f"^length must lie in 3…1,000,000,000, got {length:,}"):
         count(preset("tiny"), length=length)
 
 

@@ -74,7 +74,7 @@ def test_stages() -> None:
             "REFIMPL_GPU": "1",
             "REFIMPL_SANITIZER": "1",
         }
-    for name in ("kernels", "test_bench.py"):
+    for name in ("kernels", "bench"):
         assert (ROOT / "tests" / name).exists()
     for stage in checked[:3]:  # so that a log comes every ten minutes
         assert stage.limit < 600

@@ -68,7 +68,7 @@ class CupyDevice:
             return "unknown"
 
     def ceilings(self) -> tuple[float, float]:
-        """(bytes a second, read and written, of a large copy; flop a second of a large bfloat16
+        """(bytes per second, read and written, of a large copy; flop per second of a large bfloat16
         product)."""
         import ml_dtypes
 

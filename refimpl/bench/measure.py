@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from typing import Any, Protocol
 
 import numpy as np
 
-from ..array import Array
-from ..kernels.compile import Module
-from ..kernels.launch import Launch
+from ..kernels.launch import ForwardedLaunch
 from . import RUNS
 
 __all__ = ["Device", "Recorder", "Times", "copies", "measure", "repeats", "summary"]
@@ -53,7 +52,7 @@ class Times:
 
 
 def summary(samples: Sequence[float]) -> Times:
-    """Median and spread; ValueError for fewer than 20 samples, or one that is no positive
+    """Median and spread; ValueError for fewer than 20 samples, or one that is not a positive
     number."""
     if len(samples) < 20:
         raise ValueError(f"samples must be at least 20, got {len(samples)}")
@@ -113,47 +112,27 @@ def _in_turn(calls: Sequence[Call]) -> Call:
     return all_of_them
 
 
-class Recorder:
+class Recorder(ForwardedLaunch):
     """A launch that keeps what it launched, to be launched again without the host code around
     it."""
 
-    def __init__(self, launch: Launch) -> None:
-        self.launch, self.target = launch, launch.target
-        self.launched: list[tuple[Any, ...]] | None = (
-            None  # what is kept stays in memory: only in `record`
-        )
+    # what is kept stays in memory, so only `record` keeps anything
+    launched: list[Call] | None = None
 
-    def __call__(
-        self,
-        module: Module,
-        kernel: str,
-        grid: tuple[int, ...],
-        block: tuple[int, ...],
-        arguments: Sequence[Any],
-        *,
-        shared: int = 0,
-    ) -> None:
+    def __call__(self, *work: Any, **settings: Any) -> None:
         if self.launched is not None:
-            self.launched.append((module, kernel, grid, block, arguments, shared))
-        self.launch(module, kernel, grid, block, arguments, shared=shared)
-
-    def empty(self, shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
-        return self.launch.empty(shape, dtype, like)
+            self.launched.append(partial(self.launch, *work, **settings))
+        super().__call__(*work, **settings)
 
     def record(self, call: Call) -> Call:
         """Make the call; a function that launches the kernels which that launched, on the same
         arrays."""
-        launched: list[tuple[Any, ...]] = []
-        self.launched, launch = launched, self.launch
+        launched: list[Call] = []
+        self.launched = launched
         try:
             call()
         finally:
             self.launched = None
         if not launched:
             raise ValueError("call must launch at least one kernel, got none")
-
-        def again() -> None:
-            for module, kernel, grid, block, arguments, shared in launched:
-                launch(module, kernel, grid, block, arguments, shared=shared)
-
-        return again
+        return _in_turn(launched)

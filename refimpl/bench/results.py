@@ -3,13 +3,13 @@ from all of them."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files import read_json
 from ..kernels.compile import STEMS, STORAGE, TARGETS
 from ..kernels.numba_cuda import NUMBA_STEMS, NUMBA_STORAGE
 from .measure import Times
@@ -22,7 +22,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Measured:
-    """One row on one device. Times are seconds a call; None where there is no baseline, and `notes`
+    """One row on one device. Times are seconds per call; a missing baseline is None, and `notes`
     say why."""
 
     name: str
@@ -40,8 +40,8 @@ class Measured:
     notes: tuple[str, ...] = ()
 
     def floor(self, copy: float, matrix: float) -> float:
-        """Seconds that the bytes take at the rate of the card's own copy, in bytes a second, or, if
-        that is longer, the products at the rate of its own, in flop a second."""
+        """Seconds that the bytes take at the rate of the card's own copy, in bytes per second, or,
+        if that is longer, the products at the rate of its own, in flop per second."""
         return max(self.bytes / copy, self.flops / matrix)
 
     def share(self, copy: float, matrix: float) -> float:
@@ -65,8 +65,8 @@ class Results:
     commit: str
     versions: dict[str, str]
     cache: int  # bytes of the last-level cache
-    copy: float  # bytes a second, read and written, of the card's own copy
-    matrix: float  # flop a second of a bfloat16 matrix product
+    copy: float  # bytes per second, read and written, of the card's own copy
+    matrix: float  # flop per second of a bfloat16 matrix product
     rows: list[Measured] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -111,12 +111,12 @@ def file_name(device: str, date: str) -> str:
 
 
 def read_results(folder: Path) -> list[Results]:
-    """All files of the folder, the latest of each device; ValueError that names a file which is
-    none of ours."""
+    """The results in a folder, the latest per device; ValueError names a file that is not as
+    `refimpl bench` wrote it, CouldNotRun one that is not JSON."""
     latest: dict[str, Results] = {}
     for path in sorted(folder.glob("*.json")):
         try:
-            results = Results.from_json(json.loads(path.read_text()))
+            results = Results.from_json(read_json(path))
         except ValueError as error:
             raise ValueError(f"{path.name}: {error}") from error
         if path.name != file_name(results.device, results.date):

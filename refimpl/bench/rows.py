@@ -4,7 +4,7 @@ its exact answer.
 Letters: T tokens, D width, H heads, I hidden width of a dense feed-forward, E experts, K of them a
 token, R = T·K routed rows, W vocabulary. A row's bytes count each input read once and each output
 written once, in the storage type of the row, without what is smaller by a factor of the width
-(weights of a norm, one number a row).
+(weights of a norm, one number per row).
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def number_type(storage: str) -> Any:
 
 
 def baselines(path: Path = BASELINES) -> tuple[ModuleType | None, str]:
-    """The module of torch's side and its version, or None and why there is none."""
+    """The module of torch's side and its version, or None and why it is missing."""
     if not path.is_file():
         return None, f"{path.name} is not there: run from a checkout"
     if importlib.util.find_spec("torch") is None:
@@ -181,7 +181,7 @@ def measure_row(
             found[how] = _baseline(
                 torch, row, [work.inputs for work in works], how == "compiled", runs
             )
-        except Exception as raised:  # torch's own failure is no reason to lose our numbers
+        except Exception as raised:  # torch's own failure must not lose our numbers
             notes.append(
                 f"torch {how}: {type(raised).__name__}: "
                 f"{(str(raised) or 'no message').splitlines()[0]}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
@@ -11,8 +11,9 @@ from typing import Any
 
 from ..config import PRESETS, Conventions, ModelConfig, Yarn
 from ..errors import CouldNotRun
+from ..files import read_json
 
-__all__ = ["config_dict", "load_config", "read_block_size", "read_config", "read_json"]
+__all__ = ["config_dict", "load_config", "read_block_size", "read_config", "read_object"]
 
 INTEGERS = {
     "vocabulary": "vocab_size",
@@ -55,33 +56,63 @@ BLOCK = (128, 128)  # of FP8 weights, where the file does not say
 def load_config(model: str) -> ModelConfig:
     """The preset called ``model``, or the Hugging Face config.json at that path."""
     if model not in PRESETS and not Path(model).exists():
-        raise CouldNotRun(f"{model} is no preset ({', '.join(PRESETS)}) and no file")
+        raise CouldNotRun(f"{model} is neither a preset ({', '.join(PRESETS)}) nor a file")
     return PRESETS[model] if model in PRESETS else read_config(Path(model))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object without a number that is not finite and without a key given twice; CouldNotRun
-    otherwise."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise CouldNotRun(f"{path}: {json.dumps(key)[:200]} is given twice")
-            found[key] = value
-        return found
-
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except OSError as error:
-        raise CouldNotRun(f"{path} can't be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CouldNotRun(f"{path} is not JSON: {error}") from error
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds; CouldNotRun if it holds anything else, or a number that is
+    not finite."""
+    raw = read_json(path)
     if not isinstance(raw, dict):
         raise CouldNotRun(f"{path}: the file must be a JSON object, got {_shown(raw)}")
     for where, value in _infinite("", raw):
         raise CouldNotRun(f"{path}: {where} must be a finite number, got {_shown(value)}")
     return raw
+
+
+class _Fields:
+    """The fields of a config.json; CouldNotRun names the file and the field that is wrong."""
+
+    def __init__(self, path: Path, raw: dict[str, Any]) -> None:
+        self.path, self.raw = path, raw
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.raw.get(key, default)
+
+    def expect(self, holds: bool, key: str, wanted: str, value: Any) -> None:
+        if not holds:
+            raise CouldNotRun(f"{self.path}: {key} must be {wanted}, got {_shown(value)}")
+
+    def integer(self, key: str) -> int:
+        """An integer in the range that the field can have."""
+        may_be_0 = key in ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
+        least, most = 0 if may_be_0 else 1, 10_000 if key.endswith("layers") else 10**9
+        value: Any = self.get(key)
+        holds = type(value) is int and least <= value <= most
+        self.expect(holds, key, f"an integer in {least}…{most:,}", value)
+        return int(value)
+
+    def number(
+        self, key: str, default: float | None = None, *, rope: dict[str, Any] | None = None
+    ) -> float:
+        """A number of at least 0, of the file or of its ``rope`` scaling."""
+        source = self.raw if rope is None else rope
+        value: Any = default if source.get(key) is None else source[key]
+        shown = key if rope is None else f"rope_scaling's {key}"
+        holds = type(value) in (int, float) and 0 <= value < 1e300
+        self.expect(holds, shown, "a number of at least 0", value)
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.get(key, default)
+        self.expect(type(value) is bool, key, "true or false", value)
+        return bool(value)
+
+    def choice(self, key: str, default: Any, choices: Iterable[str], wanted: str) -> str:
+        value = self.get(key, default)
+        self.expect(isinstance(value, str) and value in choices, key, wanted, value)
+        return str(value)
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -91,131 +122,35 @@ def read_config(path: Path) -> ModelConfig:
     The conventions are the default ones, but for ``rope_layout``: halves if the file says
     rope_interleave = false. λ of MTP is in no config.json: ``mtp_weight`` is the default.
     """
-    raw = read_json(path)
-
-    def expect(holds: bool, key: str, wanted: str, value: Any) -> None:
-        if not holds:
-            raise CouldNotRun(f"{path}: {key} must be {wanted}, got {_shown(value)}")
-
-    def integer(key: str) -> int | None:
-        least = int(
-            key not in ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
-        )
-        value, most = raw.get(key), 10_000 if key.endswith("layers") else 10**9
-        expect(
-            type(value) is int and least <= value <= most,
-            key,
-            f"an integer in {least}…{most:,}",
-            value,
-        )
-        return value
-
-    def number(source: dict[str, Any], key: str, default: float | None) -> float:
-        value: Any = default if source.get(key) is None else source[key]
-        key = key if source is raw else f"rope_scaling's {key}"
-        expect(
-            type(value) in (int, float) and 0 <= value < 1e300, key, "a number of at least 0", value
-        )
-        return float(value)
-
-    def flag(key: str, default: bool) -> bool:
-        value = raw.get(key, default)
-        expect(type(value) is bool, key, "true or false", value)
-        return bool(value)
-
-    kind = raw.get("model_type")
-    expect(
-        isinstance(kind, str) and kind in ARCHITECTURES,
-        "model_type",
-        "deepseek_v2 or deepseek_v3",
-        kind,
-    )
-    assert isinstance(kind, str)
-    wanted = [ARCHITECTURES[kind]]
-    expect(
-        raw.get("architectures") in (None, wanted),
-        "architectures",
-        json.dumps(wanted),
-        raw.get("architectures"),
-    )
-    for key, only in (ONLY | {"num_key_value_heads": raw.get("num_attention_heads")}).items():
-        expect(raw.get(key) is None or raw[key] == only, key, json.dumps(only), raw.get(key))
-    raw = raw | ({"n_shared_experts": 0} if raw.get("n_shared_experts", 0) is None else {})
+    raw = read_object(path)
+    if raw.get("n_shared_experts", 0) is None:
+        raw = raw | {"n_shared_experts": 0}
+    found = _Fields(path, raw)
+    kind = found.choice("model_type", None, ARCHITECTURES, "deepseek_v2 or deepseek_v3")
+    _expect_only(found, [ARCHITECTURES[kind]])
     fields: dict[str, Any] = {
-        ours: None if (ours, raw.get(key, 0)) == ("q_latent", None) else integer(key)
+        ours: None if (ours, raw.get(key, 0)) == ("q_latent", None) else found.integer(key)
         for ours, key in INTEGERS.items()
     }
-    method = raw.get("topk_method", "noaux_tc" if kind == "deepseek_v3" else "greedy")
-    expect(
-        isinstance(method, str) and method in SELECTION,
-        "topk_method",
-        "one of " + ", ".join(SELECTION),
-        method,
-    )
-    fields["group_score"], fields["gate_bias"] = SELECTION[method]
-    fields |= {ours: integer(key) for ours, key in GROUPS.items() if method != "greedy"}
-    fields |= {
-        ours: integer(key) for ours, key in OPTIONAL_INTEGERS.items() if raw.get(key) is not None
-    }
-    fields |= {ours: number(raw, key, None) for ours, key in SCALE.items()}
-    fields |= {
-        ours: number(raw, key, None)
-        for ours, key in OPTIONAL_FLOATS.items()
-        if raw.get(key) is not None
-    }
+    fields |= _selection(found, kind)
+    for ours, key in OPTIONAL_INTEGERS.items():
+        if raw.get(key) is not None:
+            fields[ours] = found.integer(key)
+    fields |= {ours: found.number(key) for ours, key in SCALE.items()}
+    for ours, key in OPTIONAL_FLOATS.items():
+        if raw.get(key) is not None:
+            fields[ours] = found.number(key)
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    expect(isinstance(rope, dict), "rope_scaling", "an object or null", rope)
-    fields["theta"] = number(rope if "rope_theta" in rope else raw, "rope_theta", 1e4)
-    expect(fields["theta"] >= 1, "rope_theta", "a number of at least 1", fields["theta"])
-    if "rope_theta" in raw:
-        same = raw["rope_theta"] == fields["theta"]
-        expect(
-            same or "rope_theta" not in rope,
-            "rope_theta",
-            "that of rope_parameters",
-            raw["rope_theta"],
-        )
-        number(raw, "rope_theta", 1e4)
-    turned = rope.get("rope_type", rope.get("type", "default"))
-    expect(turned in ("default", "yarn"), "rope_scaling's type", "yarn", turned)
-    expect(
-        rope.get("type", turned) == turned,
-        "rope_scaling's type",
-        f"its rope_type, {turned}",
-        rope.get("type"),
-    )
-    if turned == "yarn":
-        for key, only in {
-            "attention_factor": None,
-            "truncate": True,
-            "partial_rotary_factor": 1,
-        }.items():
-            expect(
-                rope.get(key) in (None, only), f"rope_scaling's {key}", _shown(only), rope.get(key)
-            )
-        factor = number(rope, "factor", None)
-        expect(factor >= 1, "rope_scaling's factor", "a number of at least 1", factor)
-        original = number(
-            rope, "original_max_position_embeddings", None
-        )  # DeepSeek's code has 4096, transformers not
-        expect(
-            original >= 1,
-            "rope_scaling's original_max_position_embeddings",
-            "a number of at least 1",
-            original,
-        )
-        alone = bool(rope.get("mscale_all_dim")) and rope.get("mscale") is None
-        told = "given with mscale_all_dim (DeepSeek's code takes 1 for it, transformers 0)"
-        expect(not alone, "rope_scaling's mscale", told, None)
-        settings = {key: number(rope, key, default) for key, default in YARN.items()}
-        fields["yarn"] = Yarn(factor, int(original), **settings)
+    found.expect(isinstance(rope, dict), "rope_scaling", "an object or null", rope)
+    fields["theta"] = _theta(found, rope)
+    fields["yarn"] = _yarn(found, rope)
     fields["gate"] = "sigmoid" if kind == "deepseek_v3" else "softmax"
     scores = raw.get("scoring_func", fields["gate"])
-    expect(scores == fields["gate"], "scoring_func", f"{fields['gate']} in {kind}", scores)
-    fields["tied"] = flag("tie_word_embeddings", False)
-    fields["normalise_weights"] = flag("norm_topk_prob", kind == "deepseek_v3")
+    found.expect(scores == fields["gate"], "scoring_func", f"{fields['gate']} in {kind}", scores)
+    fields["tied"] = found.flag("tie_word_embeddings", False)
+    fields["normalise_weights"] = found.flag("norm_topk_prob", kind == "deepseek_v3")
     fields["conventions"] = Conventions(
-        rope_layout="interleaved" if flag("rope_interleave", True) else "halves"
+        rope_layout="interleaved" if found.flag("rope_interleave", True) else "halves"
     )
     try:
         return ModelConfig(**fields)
@@ -223,10 +158,68 @@ def read_config(path: Path) -> ModelConfig:
         raise CouldNotRun(f"{path}: {error}") from error
 
 
+def _expect_only(found: _Fields, architectures: list[str]) -> None:
+    """CouldNotRun where a field asks for what this model does not have."""
+    wanted, given = json.dumps(architectures), found.get("architectures")
+    found.expect(given in (None, architectures), "architectures", wanted, given)
+    only = ONLY | {"num_key_value_heads": found.get("num_attention_heads")}
+    for key, value in only.items():
+        given = found.get(key)
+        found.expect(given is None or given == value, key, json.dumps(value), given)
+
+
+def _selection(found: _Fields, kind: str) -> dict[str, Any]:
+    """How experts are chosen: our fields."""
+    default = "noaux_tc" if kind == "deepseek_v3" else "greedy"
+    method = found.choice("topk_method", default, SELECTION, "one of " + ", ".join(SELECTION))
+    score, bias = SELECTION[method]
+    fields: dict[str, Any] = {"group_score": score, "gate_bias": bias}
+    if method != "greedy":
+        fields |= {ours: found.integer(key) for ours, key in GROUPS.items()}
+    return fields
+
+
+def _theta(found: _Fields, rope: dict[str, Any]) -> float:
+    """The base of the rotations' frequencies, which newer files have in ``rope`` too."""
+    key = "rope_theta"
+    theta = found.number(key, 1e4, rope=rope if key in rope else None)
+    found.expect(theta >= 1, key, "a number of at least 1", theta)
+    if key in found.raw:
+        same = key not in rope or found.raw[key] == theta
+        found.expect(same, key, "that of rope_parameters", found.raw[key])
+        found.number(key, 1e4)
+    return theta
+
+
+def _yarn(found: _Fields, rope: dict[str, Any]) -> Yarn | None:
+    """What ``rope`` says of YaRN; None without it."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    found.expect(kind in ("default", "yarn"), "rope_scaling's type", "yarn", kind)
+    same = rope.get("type", kind) == kind
+    found.expect(same, "rope_scaling's type", f"its rope_type, {kind}", rope.get("type"))
+    if kind == "default":
+        return None
+    only = {"attention_factor": None, "truncate": True, "partial_rotary_factor": 1}
+    for key, value in only.items():
+        given = rope.get(key)
+        found.expect(given in (None, value), f"rope_scaling's {key}", _shown(value), given)
+    # transformers has no default for the original length, DeepSeek's code has 4096
+    sizes = {}
+    for key in ("factor", "original_max_position_embeddings"):
+        sizes[key] = found.number(key, rope=rope)
+        at_least_1 = sizes[key] >= 1
+        found.expect(at_least_1, f"rope_scaling's {key}", "a number of at least 1", sizes[key])
+    alone = bool(rope.get("mscale_all_dim")) and rope.get("mscale") is None
+    told = "given with mscale_all_dim (DeepSeek's code takes 1 for it, transformers 0)"
+    found.expect(not alone, "rope_scaling's mscale", told, None)
+    settings = {key: found.number(key, default, rope=rope) for key, default in YARN.items()}
+    return Yarn(sizes["factor"], int(sizes["original_max_position_embeddings"]), **settings)
+
+
 def read_block_size(path: Path) -> tuple[int, int]:
     """The block of FP8 weights that has one scale, (rows, columns); CouldNotRun for another
     quantisation."""
-    quantisation = read_json(path).get("quantization_config")
+    quantisation = read_object(path).get("quantization_config")
     if quantisation is None:
         return BLOCK
     if not isinstance(quantisation, dict):

@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 from ..errors import CouldNotRun
-from .config_json import read_json
+from ..files import expect_folder
+from .config_json import read_object
 from .tensor_file import StoredTensor, one_line, open_file
 
 __all__ = ["INDEX", "SINGLE", "open_folder"]
@@ -18,10 +19,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 def open_folder(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint: one model.safetensors, or the files that
     model.safetensors.index.json names."""
-    if not folder.is_dir():
-        raise CouldNotRun(
-            f"{folder} is no folder" if folder.exists() else f"{folder} does not exist"
-        )
+    expect_folder(folder)
     single, index = folder / SINGLE, folder / INDEX
     if single.exists() and index.exists():
         raise CouldNotRun(
@@ -45,7 +43,7 @@ def open_folder(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _open_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(file, str) for file in weight_map.values()
     ):

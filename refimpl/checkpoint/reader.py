@@ -11,6 +11,7 @@ import numpy as np
 
 from ..config import Conventions, ModelConfig
 from ..errors import CouldNotRun
+from ..files import expect_folder
 from ..parameters import MTP_PROJECTION, is_buffer, layer_name, parameter_shapes
 from .config_json import read_block_size, read_config, with_layout
 from .files import open_folder
@@ -77,10 +78,7 @@ class Checkpoint:
         if dtype not in ("float32", "float64"):
             raise CouldNotRun(f"dtype must be float32 or float64, got {dtype}")
         folder = Path(folder)
-        if not folder.is_dir():
-            raise CouldNotRun(
-                f"{folder} is no folder" if folder.exists() else f"{folder} does not exist"
-            )
+        expect_folder(folder)
         config, block = read_config(folder / "config.json"), read_block_size(folder / "config.json")
         if conventions is not None:
             config = replace(config, conventions=with_layout(conventions, config.conventions))

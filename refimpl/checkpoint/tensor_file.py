@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..array import Array
 from ..errors import CouldNotRun
+from ..files import parse_json, replacing
 
 __all__ = [
     "DTYPES",
@@ -31,6 +32,7 @@ __all__ = [
     "one_line",
     "open_file",
     "read_tensor_file",
+    "tensor_writer",
     "write_tensor_file",
 ]
 
@@ -65,21 +67,12 @@ class Spec(NamedTuple):
 
 
 class TensorWriter:
-    """Write ``tensors`` to ``temporary``, which takes its place as ``path`` when all values are
-    there.
-
-    Used in ``with``: on an error nothing appears at ``path``. RuntimeError if values are missing at
-    the end.
-    """
+    """The file that `tensor_writer` writes: the header at once, the values piece by piece."""
 
     def __init__(
-        self,
-        path: Path,
-        temporary: Path,
-        tensors: Mapping[str, Spec],
-        metadata: Mapping[str, str] | None = None,
+        self, file: BinaryIO, tensors: Mapping[str, Spec], metadata: Mapping[str, str] | None
     ) -> None:
-        self.path, self.temporary, self.tensors = path, temporary, tensors
+        self.file, self.tensors = file, tensors
         self.missing = {name: spec.bytes for name, spec in tensors.items()}
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         self.place, end = {}, 0
@@ -93,7 +86,6 @@ class TensorWriter:
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         self.start = 8 + len(text)
-        self.file = temporary.open("wb")
         self.file.write(len(text).to_bytes(8, "little") + text)
         self.file.truncate(self.start + end)
 
@@ -116,36 +108,29 @@ class TensorWriter:
         """All of a tensor is 0, which takes no writing."""
         self.missing[name] = 0
 
-    def __enter__(self) -> TensorWriter:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        missing = [name for name, count in self.missing.items() if count]
-        try:
-            self.file.close()
-            if error is None and missing:
-                raise RuntimeError(f"{self.path.name} lacks values of {', '.join(missing[:5])}")
-            if error is None:
-                os.replace(self.temporary, self.path)
-        finally:
-            self.temporary.unlink(missing_ok=True)
+@contextmanager
+def tensor_writer(
+    path: Path,
+    tensors: Mapping[str, Spec],
+    metadata: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+) -> Iterator[TensorWriter]:
+    """A new safetensors file, which appears at ``path`` when the block ends and all values are
+    there; RuntimeError if some are missing. ``folder``: as in `replacing`."""
+    with replacing(path, folder) as file:
+        writer = TensorWriter(file, tensors, metadata)
+        yield writer
+        if missing := [name for name, count in writer.missing.items() if count]:
+            raise RuntimeError(f"{path.name} lacks values of {', '.join(missing[:5])}")
 
 
 def write_tensor_file(
-    path: Path,
-    temporary: Path,
-    arrays: Mapping[str, np.ndarray],
-    metadata: Mapping[str, str] | None = None,
+    path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write whole arrays at once."""
-    with TensorWriter(
-        path, temporary, {n: Spec(a.shape, a.dtype) for n, a in arrays.items()}, metadata
-    ) as writer:
+    specs = {name: Spec(x.shape, x.dtype) for name, x in arrays.items()}
+    with tensor_writer(path, specs, metadata) as writer:
         for name, values in arrays.items():
             writer.write(name, values)
 
@@ -175,11 +160,11 @@ def open_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
                 if start.startswith(beginning) and not _fits(start, size):
                     raise CouldNotRun(f"{path} is {what}")
             if size < 8:
-                raise CouldNotRun(f"{path} is no safetensors file: it has {size} bytes")
+                raise CouldNotRun(f"{path} is not a safetensors file: it has {size} bytes")
             data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
         if not _fits(start, size):
             raise CouldNotRun(
-                f"{path} is cut off or no safetensors file: its header would end behind its "
+                f"{path} is cut off or not a safetensors file: its header would end behind its "
                 f"{size} bytes"
             )
         with safe_open(
@@ -189,25 +174,21 @@ def open_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     except OSError as error:
         raise CouldNotRun(f"{path} can't be read: {error.strerror or error}") from error
     except SafetensorError as error:
-        raise CouldNotRun(f"{path} is cut off or no safetensors file: {one_line(error)}") from error
+        raise CouldNotRun(
+            f"{path} is cut off or not a safetensors file: {one_line(error)}"
+        ) from error
     end = 8 + int.from_bytes(start[:8], "little")
+    header = parse_json(bytes(data[8:end]), f"{path}'s header")
     tensors: dict[str, StoredTensor] = {}
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len({key for key, _ in pairs}) < len(pairs):
-            raise CouldNotRun(f"{path} names a tensor or a field twice in its header")
-        return dict(pairs)
-
     try:
-        header = json.loads(bytes(data[8:end]), object_pairs_hook=unique)
         metadata = header.pop("__metadata__", {})
         for name, entry in header.items():
             first, last = entry["data_offsets"]
             tensors[name] = StoredTensor(
                 path, entry["dtype"], tuple(entry["shape"]), data[end + first : end + last]
             )
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CouldNotRun(f"{path} is no safetensors file: {one_line(error)}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CouldNotRun(f"{path} is not a safetensors file: {one_line(error)}") from error
     return tensors, metadata
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -14,12 +13,13 @@ import numpy as np
 
 from ..config import ModelConfig
 from ..errors import CouldNotRun
+from ..files import replacing_folder
 from ..parameters import HEAD, is_buffer, misfits, parameter_shapes
 from .config_json import BLOCK, config_dict
 from .files import INDEX, SINGLE
 from .fp8 import narrow, quantise, scale_shape
 from .names import SCALE, copied_names, is_quantised, stored_tensors
-from .tensor_file import DTYPES, Spec, TensorWriter
+from .tensor_file import DTYPES, Spec, tensor_writer
 
 __all__ = ["save_checkpoint", "write_random"]
 
@@ -117,19 +117,15 @@ def _write(rows: Rows, config: ModelConfig, folder: Path, dtype: str, shard_byte
         config, dtype="bfloat16" if dtype in FP8 else dtype, scales=FP8.get(dtype)
     )
     place = Path(os.path.abspath(folder))
-    beside = place.with_name(f"{place.name}.partial-{os.getpid()}")
     try:
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
             raise CouldNotRun(f"{folder} exists and is not an empty folder: nothing is overwritten")
-        beside.mkdir(parents=True)
-        _write_files(rows, config, beside, dtype, shard_bytes)
-        text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
-        (beside / "config.json").write_text(text, encoding="utf-8")
-        beside.rename(place)
+        with replacing_folder(place) as beside:
+            _write_files(rows, config, beside, dtype, shard_bytes)
+            text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
+            (beside / "config.json").write_text(text, encoding="utf-8")
     except OSError as error:
         raise CouldNotRun(f"{folder} can't be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)  # after a success there is none
 
 
 def _write_files(
@@ -186,9 +182,7 @@ def _write_file(path: Path, entries: list[Entry], rows: Rows, *, ue8m0: bool) ->
     """One safetensors file; an FP8 weight is quantised twice, once for its scales and once for its
     numbers."""
     specs = {entry.name: entry.spec for entry in entries}
-    with TensorWriter(
-        path, path.with_name(f"{path.name}.partial"), specs, {"format": "pt"}
-    ) as writer:
+    with tensor_writer(path, specs, {"format": "pt"}) as writer:
         for entry in entries:
             start = 0
             for chunk in _chunks(entry, rows, ue8m0=ue8m0):

@@ -1,13 +1,12 @@
-"""What the commands share: the application, its common options, the console, and files that are
-never half-written."""
+"""What the commands share: the application, its errors, common options, the console, and the file
+of --json."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,14 +14,69 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from typer.core import TyperGroup
 
+from .. import __version__
+from ..config import CONVENTIONS
 from ..errors import CouldNotRun
+from ..files import expect_replaceable, write_json
 
-HELP = "Exit code 0: it holds; 1: it does not hold; 2: it could not run, and one line says why."
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help=HELP)
+ORDER = ["verify", "grade", "grads", "generate", "count", "conventions", "memory", "bench"]
 WIDTH = 118  # of a table that goes to a file or a pipe
 
+CONVENTION = f"One of {', '.join(CONVENTIONS)}: who is followed where implementations disagree."
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")]
+
+# typer does not export the class of all errors of usage
+UsageError: type[Exception] = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError"
+)
+
+
+class Commands(TyperGroup):
+    """The commands. Where one could not run, the line names its options as the user types them:
+    the rest of the package knows the arguments' names alone."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=ORDER.index)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CouldNotRun as error:
+            command = self.get_command(ctx, ctx.invoked_subcommand or "")
+            given = command.params if command is not None else []
+            options = {x.name: x.opts[0] for x in given if x.name and x.opts[0].startswith("--")}
+            raise CouldNotRun(error.spelled(options)) from error
+
+
+app = typer.Typer(cls=Commands, add_completion=False, rich_markup_mode=None)
+
+
+def usage_line(error: Any) -> str:
+    """One line for a `UsageError`: what is wrong, and where to read on."""
+    what = " ".join(error.format_message().split()).rstrip(".")
+    command = error.ctx.command_path if error.ctx else "refimpl"
+    return f"{what[:1].lower()}{what[1:]}; see {command} --help"
+
+
+@app.callback(invoke_without_command=True)
+def refimpl(
+    ctx: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
+    ] = False,
+) -> None:
+    """Check, differentiate, run and measure DeepSeek-V3/R1 in NumPy, without autograd.
+
+    Exit code 0: it holds; 1: it does not hold; 2: it could not run, and one line says why.
+    """
+    if version:
+        print(f"refimpl {__version__}")
+        raise typer.Exit
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+        raise typer.Exit(2)
 
 
 def console() -> Console:
@@ -36,6 +90,29 @@ def console() -> Console:
 def counted(count: int, noun: str) -> str:
     """As in 1 prompt, 2 prompts, 1,000 prompts."""
     return f"{count:,} {noun}" + ("s" if count != 1 else "")
+
+
+@contextmanager
+def refused(said: Mapping[str, str] | None = None) -> Iterator[None]:
+    """CouldNotRun for a ValueError or TypeError whose message begins with the argument that is
+    wrong, as in ``seed must be at least 0``.
+
+    Args:
+        said: how the line begins instead, by argument, for those that are not options.
+    """
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        argument, _, wrong = str(error).partition(" ")
+        if said and argument in said:
+            raise CouldNotRun(f"{said[argument]} {wrong}") from error
+        raise CouldNotRun(wrong, argument=argument) from error
+
+
+def expect_choice(argument: str, value: str, choices: Iterable[str]) -> None:
+    """CouldNotRun unless the value is one of the choices."""
+    if value not in choices:
+        raise CouldNotRun(f"must be one of {', '.join(choices)}, got {value}", argument=argument)
 
 
 @contextmanager
@@ -56,23 +133,22 @@ def progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
         yield move
 
 
-def check_writable(path: Path) -> None:
-    """CouldNotRun, before any work is done, if a file can't be made there."""
-    if path.is_dir() or not path.name or not os.access(path.parent, os.W_OK):
-        raise CouldNotRun(
-            f"--json {path} can't be written: not a file in a folder that can be written to"
-        )
-
-
-def replace_json(path: Path, content: dict[str, Any]) -> None:
-    """Write the results beside their final place, then rename: a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def check_writable(path: Path, option: str = "--json") -> None:
+    """CouldNotRun, before any work is done, if no file can be written there."""
     try:
-        temporary.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
-        temporary.replace(path)
+        expect_replaceable(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CouldNotRun(f"--json {path} can't be written: {error.strerror}") from error
+        raise CouldNotRun(f"{option} {path} can't be written: {error.strerror}") from error
+    if not os.access(path.parent, os.W_OK):
+        raise CouldNotRun(f"{option} {path} can't be written: no folder that can be written to")
+
+
+def replace_json(path: Path, content: dict[str, Any], option: str = "--json") -> None:
+    """Write the results, whole or not at all."""
+    try:
+        write_json(path, _finite(content))
+    except OSError as error:
+        raise CouldNotRun(f"{option} {path} can't be written: {error.strerror}") from error
 
 
 def _finite(x: Any) -> Any:

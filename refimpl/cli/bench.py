@@ -18,29 +18,33 @@ RESULTS = Path("benchmarks/results")
 @app.command()
 def bench(
     rows: Annotated[
-        list[str] | None, typer.Argument(help="Rows, by the names in the table; default: all.")
+        list[str] | None, typer.Argument(help="Names of rows of the table; by default all.")
     ] = None,
     gpu: Annotated[
-        bool, typer.Option("--gpu", help="Measure the kernels on the GPU at hand.")
+        bool, typer.Option("--gpu", help="Measure the kernels on this machine's GPU.")
     ] = False,
     table: Annotated[
-        bool, typer.Option("--table", help="Print kernels/README.md's tables from all results.")
+        bool,
+        typer.Option("--table", help="Print the tables of kernels/README.md, from all results."),
     ] = False,
     results: Annotated[
-        Path, typer.Option(help="Folder of the results of each device and day.")
+        Path, typer.Option(help="Folder of the results, a file per device and day.")
     ] = RESULTS,
-    runs: Annotated[int, typer.Option(help="Samples of each time, at least 20.")] = RUNS,
+    runs: Annotated[int, typer.Option(help="Measurements per time, at least 20.")] = RUNS,
     commit: Annotated[
-        str | None, typer.Option(help="Of this checkout, where git can't say.")
+        str | None, typer.Option(help="Commit of this checkout, where git is missing.")
     ] = None,
     json_file: Json = None,
 ) -> None:
-    """Measure the kernels on a GPU: time, floor, torch if it is there, memory, error; or show what
-    was measured.
+    """Measure the kernels on a GPU, or show what was measured.
+
+    Per row: the time (median and range), the floor (the least time that the row's bytes or products
+    take at this card's own speed), torch's times if it is installed, the memory taken beyond the
+    inputs, and the error against float64.
 
     A run of all rows is kept as <results>/<device>-<date>.json; a run of some rows only with
-    --json. The file grows row by row, with the rows that hold. A row that can't be measured stops
-    no other.
+    --json. The file grows row by row, with the rows that hold. If a row can't be measured, the
+    others still are.
     """
     if gpu == table:
         raise CouldNotRun("bench needs one of --gpu (measure) and --table (what was measured)")
@@ -79,7 +83,7 @@ def _measure(
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CouldNotRun(f"--results {folder} can't be made: {error.strerror}") from error
-        check_writable(folder / "results.json")
+        check_writable(folder / "results.json", "--results")
     torch, version = baselines()
     out = console()
     found = header(device, version if torch else None, commit)
@@ -107,7 +111,7 @@ def _measure(
             continue
         found = replace(found, rows=[*found.rows, measured])
         if path is not None:
-            replace_json(path, found.to_json())
+            replace_json(path, found.to_json(), "--results" if json_file is None else "--json")
     if path is not None and found.rows:
         out.print(f"written: {path}", markup=False)
     if failed and not wrong:

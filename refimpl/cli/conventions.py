@@ -12,24 +12,29 @@ from ..conventions import TRAPS, Trap, markdown, numbers
 from ..errors import CouldNotRun
 from .app import Json, app, check_writable, console, replace_json
 
-AllNumbers = Annotated[list[int] | None, typer.Argument(help=f"Of 1 … {len(TRAPS)}; default: all.")]
+AllNumbers = Annotated[
+    list[int] | None, typer.Argument(help=f"Numbers in 1…{len(TRAPS)}; by default all.")
+]
 
 
 @app.command()
 def conventions(
     traps: AllNumbers = None,
     as_markdown: Annotated[
-        bool, typer.Option("--markdown", help="The page derivations/conventions.md.")
+        bool, typer.Option("--markdown", help="Print the page derivations/conventions.md.")
     ] = False,
     json_file: Json = None,
 ) -> None:
-    """Show where papers and implementations disagree: who does what, our choice, and the number it
-    changes."""
+    """Show where papers and implementations disagree.
+
+    For each place: who does what, the field of ours that decides it with its default, and the
+    numbers that the choice changes.
+    """
     chosen = traps or range(1, len(TRAPS) + 1)
     if wrong := [n for n in chosen if not 1 <= n <= len(TRAPS)]:
         raise CouldNotRun(f"trap must lie in 1 … {len(TRAPS)}, got {wrong[0]}")
     if as_markdown and traps:
-        raise CouldNotRun("--markdown writes the whole page: it takes no numbers of traps")
+        raise CouldNotRun("--markdown prints the whole page: it cannot be combined with numbers")
     if json_file is not None:
         check_writable(json_file)
     if as_markdown:

@@ -18,12 +18,16 @@ from .app import WIDTH, Json, app, check_writable, console, replace_json
 @app.command("count")
 def count_command(
     model: Annotated[
-        str, typer.Argument(help=f"Of {', '.join(PRESETS)}; or a Hugging Face config.json.")
+        str, typer.Argument(help=f"One of {', '.join(PRESETS)}; or the path of a config.json.")
     ] = "v3",
-    length: Annotated[int, typer.Option(help="Tokens of a sequence, for the FLOPs.")] = 4096,
+    length: Annotated[int, typer.Option(help="Tokens per sequence, for the FLOPs.")] = 4096,
     json_file: Json = None,
 ) -> None:
-    """Show how a model's parameters, KV cache, FLOPs and training cost come about, line by line."""
+    """Count a model's parameters, KV cache, FLOPs and cost.
+
+    Each line has four columns: what is counted, the arithmetic, the exact number with its unit, and
+    the same number rounded.
+    """
     if json_file is not None:
         check_writable(json_file)
     config, out = load_config(model), console()

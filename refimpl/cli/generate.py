@@ -13,56 +13,70 @@ import typer
 from ..checkpoint import Checkpoint
 from ..config import CONVENTIONS
 from ..errors import CouldNotRun
+from ..files import read_json, read_text
 from ..generate import Generation, check_request, generate
-from ..tokenizer import Bytes, HuggingFace, TextStream, Tokenizer, read_json
-from .app import Json, app, check_writable, counted, replace_json
+from ..tokenizer import Bytes, HuggingFace, TextStream, Tokenizer
+from .app import (
+    CONVENTION,
+    Json,
+    app,
+    check_writable,
+    counted,
+    expect_choice,
+    refused,
+    replace_json,
+)
 from .inputs import token_lists
 
 
 @app.command("generate")
 def generate_command(
-    checkpoint: Annotated[Path, typer.Option(help="A folder with config.json and safetensors.")],
+    checkpoint: Annotated[Path, typer.Option(help="Folder with config.json and safetensors.")],
     prompt: Annotated[
-        list[str] | None, typer.Option(help="A text to continue; may be given again.")
+        list[str] | None, typer.Option(help="A text to continue; may be given several times.")
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="More texts: a .json file with a list of them, or a line each."),
+        typer.Option(help="More texts: a .json file with a list of them, or one text per line."),
     ] = None,
     tokens: Annotated[
         Path | None,
         typer.Option(
-            help="Prompts as token ids, .json or .npy, one list or several; ids come out too."
+            help="Prompts as token ids: .json or .npy, one list or several. The output is ids too."
         ),
     ] = None,
     bytes_: Annotated[
-        bool, typer.Option("--bytes", help="Bytes are the tokens; no tokenizer.json is read.")
+        bool, typer.Option("--bytes", help="Take bytes as tokens, without a tokenizer.json.")
     ] = False,
-    max_tokens: Annotated[int, typer.Option(help="The most tokens to add to each prompt.")] = 100,
-    temperature: Annotated[float, typer.Option(help="0: always the most probable token.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to add to each prompt.")] = 100,
+    temperature: Annotated[
+        float, typer.Option(help="Divides the logits; 0: always the most probable token.")
+    ] = 0.0,
     top_p: Annotated[
-        float, typer.Option(help="Draw from the fewest tokens with so much probability.")
+        float,
+        typer.Option(help="Draw from the fewest tokens whose probabilities sum to at least this."),
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the first prompt; the next ones count up.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the first prompt; each next one has one more.")
+    ] = 0,
     stop: Annotated[
         list[int] | None,
-        typer.Option(help="A token id to stop at; default: the checkpoint's eos_token_id."),
+        typer.Option(help="Token id to stop at; by default the checkpoint's eos_token_id."),
     ] = None,
     speculate: Annotated[
-        int, typer.Option(help="So many MTP modules draft tokens; the result is the same.")
+        int, typer.Option(help="Number of MTP modules that draft tokens; the result is the same.")
     ] = 0,
-    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
-    convention: Annotated[str, typer.Option(help=f"Of {', '.join(CONVENTIONS)}.")] = "official",
+    dtype: Annotated[str, typer.Option(help="Type to compute in: float32 or float64.")] = "float32",
+    convention: Annotated[str, typer.Option(help=CONVENTION)] = "official",
     json_file: Json = None,
 ) -> None:
-    """Continue prompts: one as its text comes, several as each is finished; a summary goes to
-    standard error."""
-    for name, value, allowed in (
-        ("dtype", dtype, ("float32", "float64")),
-        ("convention", convention, CONVENTIONS),
-    ):
-        if value not in allowed:
-            raise CouldNotRun(f"--{name} must be one of {', '.join(allowed)}, got {value}")
+    """Continue prompts with a checkpoint.
+
+    One prompt is shown token by token, several are shown as each is finished. A summary goes to
+    standard error.
+    """
+    expect_choice("dtype", dtype, ("float32", "float64"))
+    expect_choice("convention", convention, CONVENTIONS)
     if json_file is not None:
         check_writable(json_file)
     source = Checkpoint.open(
@@ -76,7 +90,7 @@ def generate_command(
             else HuggingFace(checkpoint, "token ids with --tokens FILE, or --bytes")
         )
     elif prompt or prompts or bytes_:
-        raise CouldNotRun("--tokens goes without --prompt, --prompts and --bytes")
+        raise CouldNotRun("--tokens cannot be combined with --prompt, --prompts or --bytes")
     texts = (prompt or []) + (read_prompts(prompts) if prompts else [])
     for row, text in enumerate(texts):
         if not text or any("\ud800" <= character <= "\udfff" for character in text):
@@ -98,14 +112,12 @@ def generate_command(
         if stop is None
         else stop,
     }
-    try:
+    with refused({"prompt": "prompt"}):  # of that number, wherever it came from
         check_request(source.config, given, **options)
         params, begin = source.load(), time.perf_counter()
         found = generate(
             params, source.config, given, **options, on_token=Output(tokenizer, len(given))
         )
-    except ValueError as error:
-        raise CouldNotRun(str(error)) from error
     print(summary(found, time.perf_counter() - begin), file=sys.stderr)
     if json_file is not None:
         results = [
@@ -122,8 +134,8 @@ def generate_command(
 
 
 class Output:
-    """Shows one prompt's tokens on standard output as they come, those of several as each prompt is
-    finished."""
+    """Shows the tokens of one prompt on standard output as they come, those of several prompts as
+    each prompt is finished."""
 
     def __init__(self, tokenizer: Tokenizer | None, prompts: int) -> None:
         self.tokenizer, self.prompts = tokenizer, prompts
@@ -151,38 +163,32 @@ class Output:
 
 
 def summary(found: list[Generation], seconds: float) -> str:
-    """How much came, how fast, and what the drafts were worth."""
+    """The numbers of prompts and tokens, the speed, and the share of accepted drafts."""
     tokens, forwards = sum(len(g.tokens) for g in found), sum(g.forwards for g in found)
     drafted, accepted = sum(g.drafted for g in found), sum(g.accepted for g in found)
     line = f"{counted(len(found), 'prompt')}, {counted(tokens, 'token')}, {seconds:.1f} s, "
-    line += f"{tokens / seconds:.1f} tokens a second"
+    line += f"{tokens / seconds:.1f} tokens per second"
     if drafted:
         line += (
             f"; {accepted} of {counted(drafted, 'draft')} accepted "
             f"({100 * accepted / drafted:.1f} %), {(tokens - len(found)) / forwards:.2f} "
-            "tokens a forward of the main model"
+            "tokens per forward of the main model"
         )
     return line
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The texts of a file: a JSON list of strings, or a line each."""
+    """The texts of a file: a JSON list of strings, or one text per line."""
     if path.suffix == ".json":
-        texts = read_json(path)
+        texts = read_json(path, f"--prompts {path}")
         if not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
             raise CouldNotRun(f"--prompts {path} must hold a list of strings")
         return texts
-    try:
-        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except OSError as error:
-        raise CouldNotRun(f"--prompts {path} can't be read: {error.strerror}") from error
-    except ValueError as error:
-        raise CouldNotRun(f"--prompts {path} is not UTF-8: {error}") from error
+    return read_text(path, f"--prompts {path}").removesuffix("\n").split("\n")
 
 
 def stop_tokens(folder: Path) -> list[int]:
-    """eos_token_id of generation_config.json, else of config.json; it may be one, several, or
-    none."""
+    """eos_token_id of generation_config.json, else of config.json, as a list; it may be missing."""
     for path in (folder / "generation_config.json", folder / "config.json"):
         settings = read_json(path) if path.is_file() else {}
         found = settings.get("eos_token_id") if isinstance(settings, dict) else None

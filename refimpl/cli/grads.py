@@ -32,7 +32,18 @@ from ..parameters import (
     is_stacked,
     layer_name,
 )
-from .app import Json, app, check_writable, console, counted, progress, replace_json
+from .app import (
+    CONVENTION,
+    Json,
+    app,
+    check_writable,
+    console,
+    counted,
+    expect_choice,
+    progress,
+    refused,
+    replace_json,
+)
 from .inputs import booleans, integers, numbers, read_routes, text_tokens
 
 File = Path | None
@@ -43,90 +54,91 @@ PARTS = ("attention", "norms", "gate", "experts", "shared, dense")
 def grads(
     checkpoint: Annotated[
         Path,
-        typer.Option(help="Folder with config.json and safetensors, as Hugging Face has them."),
+        typer.Option(help="Folder with config.json and safetensors, in Hugging Face's layout."),
     ],
     out: Annotated[
-        Path,
-        typer.Option(help="Folder for the results: a new or empty one, or an unfinished run's."),
+        Path, typer.Option(help="Folder for the results: new, empty, or of the run to resume.")
     ],
     tokens: Annotated[File, typer.Option(help="Token ids [batch, time]: .npy or .json.")] = None,
     text: Annotated[
-        str | None, typer.Option(help="A file or the text itself, for the checkpoint's tokenizer.")
+        str | None,
+        typer.Option(help="Instead of token ids: a text, or a file of one, to tokenize."),
     ] = None,
     mask: Annotated[
         File,
         typer.Option(
-            help="[batch, time] of 0 and 1: at which positions predicting the next token counts."
+            help="[batch, time] of 0 and 1: 1 where the prediction of the next token counts."
         ),
     ] = None,
     key_mask: Annotated[
-        File, typer.Option(help="[batch, time] of 0 and 1: 0 is padding, which nobody sees.")
+        File, typer.Option(help="[batch, time] of 0 and 1: 0 is padding, which attention skips.")
     ] = None,
     targets: Annotated[
         File,
         typer.Option(
-            help="[batch, time]: what each position predicts (-100: nothing), not the next token."
+            help="[batch, time]: what each position predicts instead of the next token; -100: "
+            "nothing."
         ),
     ] = None,
     dlogits: Annotated[
         File,
         typer.Option(
-            help="[batch, time, vocabulary], .npy: your loss's gradient; the backward alone."
+            help="[batch, time, vocabulary], .npy: the gradient of your own loss; only the "
+            "backward uses it."
         ),
     ] = None,
     routes: Annotated[
         File,
         typer.Option(
-            help=(
-                "Choices of experts to replay: safetensors with aux/routes.L, or a result's folder."
-            )
+            help="Choices of experts to replay: safetensors with aux/routes.L (L: the layer), or "
+            "the folder of a result."
         ),
     ] = None,
     mtp: Annotated[bool, typer.Option("--mtp", help="Add the losses of the MTP modules.")] = False,
-    mtp_weight: Annotated[float | None, typer.Option(help="λ of MTP, by default 0.3.")] = None,
+    mtp_weight: Annotated[
+        float | None, typer.Option(help="λ, the weight of those losses; by default 0.3.")
+    ] = None,
     balance_alpha: Annotated[
-        float, typer.Option(help="α of the balance loss; Hugging Face has none.")
+        float, typer.Option(help="α, the weight of the balance loss; Hugging Face's loss has none.")
     ] = 0.0,
     layers: Annotated[
-        int | None, typer.Option(help="Only so many layers, then final norm and head.")
+        int | None, typer.Option(help="Use only the first layers, this many, then norm and head.")
     ] = None,
     only: Annotated[
-        str, typer.Option(help="Write the gradients whose names match, as *.self_attn.* does.")
+        str, typer.Option(help="Write the gradients whose names match, as in *.self_attn.*.")
     ] = "*",
     activations: Annotated[
         str | None,
-        typer.Option(help=f"Also write activations whose names match: {', '.join(ACTIVATIONS)}."),
+        typer.Option(
+            help=f"Also write the activations whose names match: {', '.join(ACTIVATIONS)}."
+        ),
     ] = None,
     logits: Annotated[bool, typer.Option("--logits/--no-logits", help="Write the logits.")] = True,
-    convention: Annotated[str, typer.Option(help=f"Of {', '.join(CONVENTIONS)}.")] = "official",
+    convention: Annotated[str, typer.Option(help=CONVENTION)] = "official",
     implementation: Annotated[
-        str, typer.Option(help=f"Of {', '.join(IMPLEMENTATIONS)}; flash for long sequences.")
+        str, typer.Option(help=f"One of {', '.join(IMPLEMENTATIONS)}; flash for long sequences.")
     ] = "reference",
-    dtype: Annotated[
-        str, typer.Option(help="The type to compute in: float32 or float64.")
-    ] = "float32",
+    dtype: Annotated[str, typer.Option(help="Type to compute in: float32 or float64.")] = "float32",
     force: Annotated[
-        bool, typer.Option("--force", help="Replace a result that is in the folder.")
+        bool, typer.Option("--force", help="Replace the result that is in the folder.")
     ] = False,
     json_file: Json = None,
 ) -> None:
-    """Compute the loss of a checkpoint and the gradient of every parameter, in the memory of one
-    layer.
+    """Compute the gradient of every parameter of a checkpoint.
 
-    The loss is Hugging Face's: the mean cross-entropy of the next token. Everything goes to files
-    under the checkpoint's own names. A run that was killed goes on when the same command is given
-    again.
+    The loss is Hugging Face's: the mean cross-entropy of the next token. Memory holds one layer at
+    a time. Every gradient goes to a file, under the name that the checkpoint has for its parameter.
+    If interrupted, run the same command again: it resumes where it stopped.
+
+    The table has a row per layer and a column per part of it: the norm of the part's gradient. The
+    last two columns are of the whole layer; |g| is the absolute value of one number of a gradient.
     """
-    for name, value, choices in (
-        ("convention", convention, CONVENTIONS),
-        ("implementation", implementation, IMPLEMENTATIONS),
-        ("dtype", dtype, ("float32", "float64")),
-    ):
-        if value not in choices:
-            raise CouldNotRun(f"--{name} must be one of {', '.join(choices)}, got {value}")
-    for name, number in (("balance-alpha", balance_alpha), ("mtp-weight", mtp_weight or 0.0)):
+    expect_choice("convention", convention, CONVENTIONS)
+    expect_choice("implementation", implementation, IMPLEMENTATIONS)
+    expect_choice("dtype", dtype, ("float32", "float64"))
+    for argument, number in (("balance_alpha", balance_alpha), ("mtp_weight", mtp_weight or 0.0)):
         if not (number >= 0 and math.isfinite(number)):
-            raise CouldNotRun(f"--{name} must be a number of at least 0, got {number}")
+            raise CouldNotRun(f"must be a number of at least 0, got {number}", argument=argument)
     if mtp_weight is not None and not mtp:
         raise CouldNotRun("--mtp-weight weighs the losses of --mtp, which is not given")
     if (tokens is None) == (text is None):
@@ -154,13 +166,8 @@ def grads(
         logits=logits,
         implementation=implementation,
     )
-    try:
+    with refused({} if text is None else {"tokens": "--text: its tokens"}):
         request.check(source)
-    except (ValueError, TypeError) as error:
-        argument, space, wrong = str(error).partition(" ")
-        if argument == "tokens" and text is not None:
-            raise CouldNotRun(f"--text: its tokens {wrong}") from error
-        raise CouldNotRun(f"--{argument.replace('_', '-')}{space}{wrong}") from error
     config, start = request.config(source.config), time.perf_counter()
     result = _write(source, request, checkpoint, out, force)
     seconds = time.perf_counter() - start
@@ -203,9 +210,11 @@ def _predicted(
     if targets is None:
         return None, counts
     found = integers(targets, "--targets")
-    for option, x in (("--targets", found), ("--mask", counts)):
+    for argument, x in (("targets", found), ("mask", counts)):
         if x is not None and x.shape != ids.shape:
-            raise CouldNotRun(f"{option} must have the tokens' shape {ids.shape}, got {x.shape}")
+            raise CouldNotRun(
+                f"must have the tokens' shape {ids.shape}, got {x.shape}", argument=argument
+            )
     counts = (found != -100) if counts is None else counts & (found != -100)
     return np.where(found == -100, 0, found), counts
 
@@ -219,7 +228,9 @@ def _write(source: Source, request: Request, checkpoint: Path, out: Path, force:
                 source, request, out, checkpoint=fingerprint, force=force, progress=move
             )
     except OSError as error:
-        raise CouldNotRun(f"--out {out} can't be written: {error.strerror}") from error
+        raise CouldNotRun(
+            f"{out} can't be written: {error.strerror or error}", argument="out"
+        ) from error
     except MemoryError as error:
         raise CouldNotRun(
             f"not enough memory ({error}): give fewer tokens, or --implementation flash"

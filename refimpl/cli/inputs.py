@@ -1,9 +1,8 @@
-"""Arrays, token ids and routes from files that the user names; CouldNotRun names the option and the
-file."""
+"""Arrays, token ids and routes from the user's files; CouldNotRun names the option and the file."""
 
 from __future__ import annotations
 
-import json
+import errno
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 
 from ..checkpoint.tensor_file import one_line, read_tensor_file
 from ..errors import CouldNotRun
+from ..files import read_json, read_text
 from ..model import Route
 from ..tokenizer import HuggingFace
 
@@ -56,7 +56,7 @@ def numbers(path: Path, option: str) -> np.ndarray:
 
 
 def token_lists(path: Path, option: str) -> list[list[int]]:
-    """Token ids, each prompt as long as it is; a single one need not be in a list."""
+    """Lists of token ids, of any lengths; the file of a single one may hold it alone."""
     rows = _read(path, option)
     rows = rows.tolist() if isinstance(rows, np.ndarray) else rows
     if isinstance(rows, list) and rows and not any(isinstance(row, list) for row in rows):
@@ -70,22 +70,15 @@ def token_lists(path: Path, option: str) -> list[list[int]]:
 
 
 def text_tokens(text: str, checkpoint: Path) -> np.ndarray:
-    """Ids [1, T] by the checkpoint's tokenizer, of the text or of the file that it names."""
-    path = Path(text)
-    try:
-        if len(text) < 4096 and "\0" not in text and path.is_file():
-            text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CouldNotRun(
-            f"--text {path} must be UTF-8: {error.reason} at byte {error.start}"
-        ) from error
-    except OSError as error:
-        raise CouldNotRun(f"--text {path} can't be read: {error.strerror}") from error
-    return np.array([HuggingFace(checkpoint).encode(text)], dtype=np.int64)
+    """Ids [1, T] by the checkpoint's tokenizer, of the text or of the file with that name."""
+    if _is_file(text):
+        text = read_text(Path(text), f"--text {text}")
+    tokenizer = HuggingFace(checkpoint, "token ids with --tokens FILE")
+    return np.array([tokenizer.encode(text)], dtype=np.int64)
 
 
 def read_routes(path: Path) -> dict[int, Route]:
-    """The choices in a file of ours, or of another implementation in the same form."""
+    """The choices of experts in a file of ours, or of another implementation in the same form."""
     file = path / "aux.safetensors" if path.is_dir() else path
     tensors, _ = read_tensor_file(file)
     found = {}
@@ -105,6 +98,15 @@ def read_routes(path: Path) -> dict[int, Route]:
     return found
 
 
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise CouldNotRun(f"--text {name} can't be read: {error.strerror}") from error
+
+
 def _array(content: Any, path: Path, option: str) -> np.ndarray:
     try:
         return np.array(content)
@@ -116,9 +118,9 @@ def _read(path: Path, option: str) -> Any:
     """The array of a .npy file, or what a .json file holds."""
     if path.suffix not in (".npy", ".json"):
         raise CouldNotRun(f"{option} {path} must be a .npy or a .json file")
+    if path.suffix == ".json":
+        return read_json(path, f"{option} {path}")
     try:
-        if path.suffix == ".json":
-            return json.loads(path.read_text(encoding="utf-8"))
         x = np.load(path, allow_pickle=False)
     except OSError as error:
         raise CouldNotRun(f"{option} {path} can't be read: {error.strerror or error}") from error

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
+import numpy as np
 import typer
 
 from ..checkpoint import load_config, write_random
 from ..errors import CouldNotRun
-from ..memory import attention_memory, grads_memory, head_memory
+from ..files import read_json
+from ..memory import attention_memory, head_memory, process_memory
 from .app import app, console
 
 GRADS_BOUND = 6e9  # bytes, of V2-Lite's shape at 256 tokens in float32, however many layers
@@ -21,19 +25,24 @@ GRADS_BOUND = 6e9  # bytes, of V2-Lite's shape at 256 tokens in float32, however
 @app.command()
 def memory(
     grads: Annotated[
-        bool, typer.Option("--grads", help="Of `refimpl grads`, on a random checkpoint.")
+        bool,
+        typer.Option("--grads", help="Measure `refimpl grads` on a random checkpoint instead."),
     ] = False,
     model: Annotated[
-        str, typer.Option(help="With --grads: a preset or a config.json, for the shapes.")
+        str, typer.Option(help="With --grads: preset or config.json that has the shapes.")
     ] = "v2-lite",
-    layers: Annotated[int, typer.Option(help="With --grads: so many layers of it.")] = 4,
-    tokens: Annotated[int, typer.Option(help="With --grads: so many tokens.")] = 256,
+    layers: Annotated[int, typer.Option(help="With --grads: number of its layers to use.")] = 4,
+    tokens: Annotated[int, typer.Option(help="With --grads: number of tokens.")] = 256,
     folder: Annotated[
-        Path | None, typer.Option(help="With --grads: where its files go for the while.")
+        Path | None, typer.Option(help="With --grads: folder for its temporary files.")
     ] = None,
 ) -> None:
-    """Show the peak memory of flash attention, and of the fused output head and cross-entropy,
-    against their bounds."""
+    """Measure the peak memory of two ops, or of `refimpl grads`.
+
+    The ops are flash attention, and output head with cross-entropy in one. Each line has the peak
+    at T tokens, its ratio to the peak at T = 1024, and its share of the array that the op avoids.
+    The last line says whether the bounds hold.
+    """
     if grads:
         raise typer.Exit(_grads(model, layers, tokens, folder))
     out, holds = console(), True
@@ -66,6 +75,26 @@ def memory(
     out.print("  bounds: 10 % of the logits; flat in T (within 5 %)")
     out.print("holds" if holds else "DOES NOT HOLD")
     raise typer.Exit(int(not holds))
+
+
+class GradsMemory(NamedTuple):
+    peak: int  # bytes that no file backs (RssAnon), the interpreter's included
+    seconds: float
+    numbers: int  # of all gradients
+
+
+def grads_memory(checkpoint: Path, out: Path, *options: str, tokens: int = 256) -> GradsMemory:
+    """Run ``refimpl grads`` on random tokens, this many, in a process of its own."""
+    vocabulary = read_json(checkpoint / "config.json")["vocab_size"]
+    ids = np.random.default_rng(0).integers(0, vocabulary, (1, tokens))
+    ids_file = out.with_name(f"{out.name}-tokens.json")
+    report = out.with_name(f"{out.name}-report.json")
+    ids_file.write_text(json.dumps(ids.tolist()))
+    command = [sys.executable, "-m", "refimpl", "grads", "--checkpoint", str(checkpoint)]
+    command += ["--out", str(out), "--tokens", str(ids_file), "--json", str(report), *options]
+    found = process_memory(command)
+    numbers = sum(size["elements"] for size in read_json(report)["gradients"].values())
+    return GradsMemory(found.peak, found.seconds, numbers)
 
 
 def _grads(model: str, layers: int, tokens: int, folder: Path | None) -> int:

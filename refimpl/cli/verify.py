@@ -15,47 +15,56 @@ from rich.table import Table
 
 from .. import __version__
 from ..check import Report, TensorResult
-from ..config import CONVENTIONS
-from ..ops import AnyOp
+from ..ops import IMPLEMENTATIONS, AnyOp
 from ..text import load_text
-from ..verify import MODELS, NAMES, Settings, backward_from_file, plan, run, select
-from .app import Json, app, check_writable, console, progress, replace_json
+from ..verify import KERNELS, MODELS, NAMES, Settings, backward_from_file, plan, run, select
+from .app import CONVENTION, Json, app, check_writable, console, progress, replace_json
 
-Examples = Annotated[int, typer.Option(help="Examples an op, each with its own shapes and inputs.")]
-Seed = Annotated[int, typer.Option(help="Of the first example; the next ones count up.")]
+Examples = Annotated[
+    int, typer.Option(help="Examples per op, each with its own shapes and inputs.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of the first example; each next one has one more.")]
 TextFile = Annotated[
     Path | None,
-    typer.Option(help="Text to take tokens from (bytes); default: CPython's own topics."),
+    typer.Option(help="File to take tokens (bytes) from; by default Python's own help texts."),
 ]
 Digits = Annotated[
-    int | None, typer.Option(help="Also prove every op to so many digits, in exact dual numbers.")
+    int | None,
+    typer.Option(help="Also check every op in exact arithmetic of this many digits, 20…1000."),
 ]
 
 
 @app.command()
 def verify(
     ops: Annotated[
-        list[str] | None, typer.Argument(help=f"Of {', '.join(NAMES)}; default: all.")
+        list[str] | None, typer.Argument(help=f"Any of {', '.join(NAMES)}; by default all.")
     ] = None,
     examples: Examples = 5,
-    model_examples: Annotated[int, typer.Option(help="Examples of each whole model.")] = 1,
+    model_examples: Annotated[int, typer.Option(help="Examples per whole model.")] = 1,
     digits: Digits = None,
     text: TextFile = None,
     seed: Seed = 0,
     implementation: Annotated[
-        str, typer.Option(help="reference, flash, absorbed, cuda or numba_cuda.")
+        str, typer.Option(help=f"One of {', '.join(IMPLEMENTATIONS)}, {', '.join(KERNELS)}.")
     ] = "reference",
-    backend: Annotated[str, typer.Option(help="numpy or cupy.")] = "numpy",
+    backend: Annotated[str, typer.Option(help="numpy, or cupy for a GPU.")] = "numpy",
     dtype: Annotated[
-        str, typer.Option(help="The type under test: float64, or float32 (no differences).")
+        str, typer.Option(help="Type under test: float64, or float32 (without finite differences).")
     ] = "float64",
-    convention: Annotated[
-        str, typer.Option(help=f"For the model: {', '.join(CONVENTIONS)}.")
-    ] = "official",
+    convention: Annotated[str, typer.Option(help=CONVENTION)] = "official",
     json_file: Json = None,
 ) -> None:
-    """Check every hand-derived gradient: each op, then the whole tiny model's loss, on real
-    text."""
+    """Check every hand-derived gradient, on real text.
+
+    Each op is checked, then the loss of the whole tiny model. The table has a row per tensor, with
+    the worst of its examples:
+
+    \b
+    difference: error against finite differences (bound 1e-8; the model's 1e-7)
+    noise: mathematical error over the rounding noise of the same code (bound 1)
+    sharpness: the smallest relative error that could have been seen
+    digits: how many agree with exact arithmetic (with --digits)
+    """
     settings = Settings(
         load_text(text),
         examples,
@@ -72,7 +81,7 @@ def verify(
 
 @app.command()
 def grade(
-    op: Annotated[str, typer.Argument(help="The op whose backward you wrote.")],
+    op: Annotated[str, typer.Argument(help="Name of the op whose backward you wrote.")],
     file: Annotated[
         Path, typer.Argument(help="Python file that defines <op>_backward(dy, saved).")
     ],
@@ -81,7 +90,11 @@ def grade(
     text: TextFile = None,
     digits: Digits = None,
 ) -> None:
-    """Check your own backward of one op (the exercises of derivations/) against our forward."""
+    """Check your own backward of one op.
+
+    It is checked against our forward, as `refimpl verify` checks ours. Every page of derivations/
+    ends with such an exercise.
+    """
     yours = backward_from_file(op, file)
     raise typer.Exit(
         _run([op], Settings(load_text(text), examples, 1, seed, digits=digits), None, {op: yours})

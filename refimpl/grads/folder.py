@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from math import prod
@@ -17,8 +17,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..array import blocks
-from ..checkpoint.tensor_file import Spec, TensorWriter, read_tensor_file, write_tensor_file
+from ..checkpoint.tensor_file import (
+    Spec,
+    TensorWriter,
+    read_tensor_file,
+    tensor_writer,
+    write_tensor_file,
+)
 from ..errors import CouldNotRun
+from ..files import PARTIAL, parse_json, write_json
 from ..model import Gradients
 from ..parameters import layer_name
 from .lazy import Rows, sum_in_blocks
@@ -70,14 +77,17 @@ def read_record(path: Path) -> Record:
     """The record at ``path``; CouldNotRun if it is broken, or if a file of its step has changed
     since."""
     arrays, metadata = read_tensor_file(path)
-    notes = notes_of(path, metadata.get("notes", ""))
+    notes = notes_of(path, metadata.get("notes", "").encode())
     if notes.keys() != {"files", "bytes", "gradients"}:
-        raise CouldNotRun(f"{path} is not as this version writes it: start anew with --force")
+        raise CouldNotRun(
+            f"{path} is not as this version writes it: start anew with", remedy="force"
+        )
     for file, count in notes["bytes"].items():
         left = path.parent.parent / file
         if not left.is_file() or left.stat().st_size != count:
             raise CouldNotRun(
-                f"{left} is gone or changed since its step was done: start anew with --force"
+                f"{left} is gone or changed since its step was done: start anew with",
+                remedy="force",
             )
     sizes = {name: Size(*size) for name, size in notes["gradients"].items()}
     return Record(arrays, notes["files"], sizes)
@@ -136,6 +146,8 @@ class Folder:
         self.path, self.unfinished = path, path / "unfinished"
         self.gradients, self.activations = gradients, activations
         self.dtype = dtype
+        for left in self.unfinished.glob(f"*{PARTIAL}"):  # of a run that was killed
+            left.unlink()
         self.files: dict[str, dict[str, Any]] = {}  # of the step at work
         self.sizes: dict[str, Size] = {}
         self.records: dict[Step, Record] = {}
@@ -149,7 +161,7 @@ class Folder:
             arrays = run(step)
             made = {file: (self.path / file).stat().st_size for file in self.files}
             notes = {"files": self.files, "bytes": made, "gradients": self.sizes}
-            write_tensor_file(path, self._temporary(path), arrays, {"notes": json.dumps(notes)})
+            write_tensor_file(path, arrays, {"notes": json.dumps(notes)})
         self.records[step] = read_record(path)
 
     def finish(self, metadata: dict[str, Any]) -> None:
@@ -159,18 +171,19 @@ class Folder:
         tensors = {
             name: entry for file in sorted(self.files) for name, entry in self.files[file].items()
         }
-        replace_text(
-            self.path / "index.json", {"metadata": metadata, "tensors": tensors}, self.unfinished
-        )
+        index = {"metadata": metadata, "tensors": tensors}
+        write_json(self.path / "index.json", index, self.unfinished)
         shutil.rmtree(self.unfinished)
 
-    def writer(self, file: str, tensors: Mapping[str, Spec]) -> TensorWriter:
+    def writer(
+        self, file: str, tensors: Mapping[str, Spec]
+    ) -> AbstractContextManager[TensorWriter]:
         """A file whose tensors are written a piece at a time."""
         self.files[file] = {
             name: {"dtype": str(spec.dtype), "shape": spec.shape, "file": file}
             for name, spec in tensors.items()
         }
-        return TensorWriter(self.path / file, self._temporary(self.path / file), tensors)
+        return tensor_writer(self.path / file, tensors, folder=self.unfinished)
 
     def write(self, file: str, arrays: Mapping[str, np.ndarray]) -> None:
         """A file of whole arrays."""
@@ -211,9 +224,6 @@ class Folder:
         file = file_name("grad", "layer", layer)
         with self.writer(file, specs) if specs else nullcontext() as writer:
             yield LayerGradients(layer, writer, self.sizes)
-
-    def _temporary(self, path: Path) -> Path:
-        return self.unfinished / f"{path.name}.partial"
 
 
 def file_name(*parts: str | int) -> str:
@@ -276,7 +286,8 @@ def prepare(folder: Path, fingerprint: dict[str, str], force: bool) -> None:
                 unfinished, ignore_errors=True
             )  # of a run that was killed as it removed it
             raise CouldNotRun(
-                f"{folder} holds a finished result: give another folder, or replace it with --force"
+                f"{folder} holds a finished result: give another folder, or replace it with",
+                remedy="force",
             )
         elif state.exists():
             before = notes_of(state, state.read_bytes())
@@ -284,35 +295,30 @@ def prepare(folder: Path, fingerprint: dict[str, str], force: bool) -> None:
             if other:
                 raise CouldNotRun(
                     f"{folder} holds an unfinished run of another request (other "
-                    f"{', '.join(other)}): give another folder, or start anew with --force"
+                    f"{', '.join(other)}): give another folder, or start anew with",
+                    remedy="force",
                 )
             return
         elif set(found) - {"unfinished"}:
             raise CouldNotRun(
-                f"{folder} holds parts of a result: give another folder, or replace them with "
-                "--force"
+                f"{folder} holds parts of a result: give another folder, or replace them with",
+                remedy="force",
             )
         unfinished.mkdir(exist_ok=True)
-        replace_text(state, fingerprint, unfinished)
+        write_json(state, fingerprint)
     except OSError as error:
         raise CouldNotRun(f"{folder} can't be written: {error.strerror}") from error
 
 
-def notes_of(path: Path, text: str | bytes) -> dict[str, Any]:
+def notes_of(path: Path, text: bytes) -> dict[str, Any]:
     """The JSON object that ``path`` holds; CouldNotRun if it holds another thing."""
     try:
-        notes = json.loads(text)
-    except (ValueError, RecursionError):
+        notes = parse_json(text, str(path))
+    except CouldNotRun:
         notes = None
     if not isinstance(notes, dict):
-        raise CouldNotRun(f"{path} is broken: start anew with --force")
+        raise CouldNotRun(f"{path} is broken: start anew with", remedy="force")
     return notes
-
-
-def replace_text(path: Path, content: Any, temporary: Path) -> None:
-    partial_file = temporary / f"{path.name}.partial"
-    partial_file.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial_file, path)
 
 
 def measure(x: np.ndarray, before: Size = NOTHING) -> Size:

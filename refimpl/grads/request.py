@@ -83,8 +83,8 @@ class Request:
         ours = self.mtp or self.balance_alpha or self.mask is not None or self.targets is not None
         if self.dlogits is not None and ours:
             raise ValueError(
-                "dlogits is the gradient of another loss: it goes with none of mtp, "
-                "balance_alpha, mask, targets"
+                "dlogits is the gradient of another loss: it cannot be combined with mtp, "
+                "balance_alpha, mask or targets"
             )
         layers = config.layers if self.layers is None else self.layers
         return replace(

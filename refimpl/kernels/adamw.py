@@ -1,4 +1,4 @@
-"""AdamW on kernels/adamw.cu: `refimpl.optimizer.AdamW`, one launch a tensor; parameters may be
+"""AdamW on kernels/adamw.cu: `refimpl.optimizer.AdamW`, one launch per tensor; parameters may be
 bfloat16."""
 
 from __future__ import annotations

@@ -51,4 +51,4 @@ def numba_cuda_table(launch: Launch) -> Ops:
 
 
 COLUMNS = {"cuda": cuda_table, "numba_cuda": numba_cuda_table}
-"""By the name that ``--implementation`` takes, what makes the table from a `Launch`."""
+"""By the implementation's name, what makes the table from a `Launch`."""

@@ -13,7 +13,6 @@ import importlib
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CouldNotRun
+from ..files import replacing_folder
 from . import SOURCE
 
 __all__ = [
@@ -60,9 +60,9 @@ class Usage:
     """What ptxas says that one kernel takes."""
 
     registers: int  # a thread
-    spills: int  # bytes a thread, stores and loads
-    stack: int  # bytes a thread
-    shared: int  # bytes a block, static
+    spills: int  # bytes per thread, stores and loads
+    stack: int  # bytes per thread
+    shared: int  # bytes per block, static
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,8 @@ def kept(
     """The module from the cache, by the hash of ``all_that_enters``; else what ``make`` gives: PTX,
     cubin and log.
 
-    What is no longer as it was written is made again. CouldNotRun if the cache cannot be written.
+    A cached module whose checksum no longer matches is made again. CouldNotRun if the cache cannot
+    be written.
     """
     number = hashlib.sha256(repr(all_that_enters).encode()).hexdigest()[:32]
     folder = cache_folder() / "kernels" / f"{name}-{number}"
@@ -179,19 +180,15 @@ def _read(folder: Path) -> tuple[bytes, bytes, bytes] | None:
 
 def _write(folder: Path, content: tuple[bytes, bytes, bytes]) -> None:
     """Whole or not at all, though two processes may do it at once."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
-        for name, part in zip(FILES, (*content, _digest(*content)), strict=True):
-            (fresh / name).write_bytes(part)
-        if folder.exists() and _read(folder) is None:
-            shutil.rmtree(folder)
-        fresh.rename(folder)
+        with replacing_folder(folder) as fresh:
+            for name, part in zip(FILES, (*content, _digest(*content)), strict=True):
+                (fresh / name).write_bytes(part)
+            if folder.exists() and _read(folder) is None:
+                shutil.rmtree(folder)
     except OSError:
         if _read(folder) is None:  # else the other process was first
             raise
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _digest(*parts: bytes) -> bytes:

@@ -1,7 +1,7 @@
 """Cross-entropy of given logits on kernels/cross_entropy.cu; as `refimpl.ops.cross_entropy`, and
 for bfloat16.
 
-Saved are the logits and two numbers a row, not the probabilities: nothing of the logits' size is
+Saved are the logits and two numbers per row, not the probabilities: nothing of the logits' size is
 made in the forward.
 """
 
@@ -25,7 +25,7 @@ __all__ = [
     "softmax_statistics",
 ]
 
-ROW_THREADS = 512  # of the forward: a block a row
+ROW_THREADS = 512  # of the forward: a block per row
 THREADS, BATCH = 128, 4  # of the backward: threads of a block, and chunks of a thread
 
 

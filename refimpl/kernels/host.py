@@ -30,7 +30,7 @@ class Numbers:
         self.xp, self.storage, self.dtype = xp, storage, dtype
         self.real: Any = np.dtype(
             WIDE[storage]
-        )  # of sums, weight gradients and whatever is no storage array
+        )  # of sums, weight gradients and whatever is not a storage array
         self.vector = 16 // np.dtype(dtype).itemsize  # elements of 16 bytes
 
     def scalar(self, x: Any) -> np.generic:
@@ -41,7 +41,7 @@ class Numbers:
 def numbers(**arrays: Array | None) -> Numbers:
     """The types that all the named arrays (None entries are skipped) have in common.
 
-    TypeError if one is no array, or they differ in library or dtype, or that is not float64,
+    TypeError if one is not an array, or they differ in library or dtype, or that is not float64,
     float32 or bfloat16.
     """
     first: tuple[str, Any, Any] | None = None

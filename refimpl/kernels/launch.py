@@ -13,7 +13,7 @@ from ..array import Array
 from ..errors import CouldNotRun
 from .compile import TARGETS, Module
 
-__all__ = ["DeviceLaunch", "Launch", "NumbaLaunch"]
+__all__ = ["DeviceLaunch", "ForwardedLaunch", "Launch", "NumbaLaunch"]
 
 
 class Launch(Protocol):
@@ -38,26 +38,21 @@ class Launch(Protocol):
         """An array whose content a kernel will write, on the device of ``like``."""
 
 
-class NumbaLaunch:
-    """Another launch, for the kernels in Numba CUDA: the host side compiles those for it."""
+class ForwardedLaunch:
+    """A launch that passes everything on to another one."""
 
     def __init__(self, launch: Launch) -> None:
         self.launch, self.target = launch, launch.target
 
-    def __call__(
-        self,
-        module: Module,
-        kernel: str,
-        grid: tuple[int, ...],
-        block: tuple[int, ...],
-        arguments: Sequence[Any],
-        *,
-        shared: int = 0,
-    ) -> None:
-        self.launch(module, kernel, grid, block, arguments, shared=shared)
+    def __call__(self, *work: Any, **settings: Any) -> None:
+        self.launch(*work, **settings)
 
     def empty(self, shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
         return self.launch.empty(shape, dtype, like)
+
+
+class NumbaLaunch(ForwardedLaunch):
+    """A launch for the kernels in Numba CUDA: the host side compiles those for it."""
 
 
 class DeviceLaunch:

@@ -154,7 +154,7 @@ def _slots(experts: int, groups: int, top_k: int) -> int:
     slots = WARP * cover(experts // groups, lanes) if lanes else experts
     if lanes == 0 or slots > MOST_SLOTS or top_k > WARP:
         raise ValueError(
-            f"top_k and groups must be at most {WARP}, experts {MOST_SLOTS} (less if groups is no "
-            f"power of two), got {top_k}, {groups} and {experts}"
+            f"top_k and groups must be at most {WARP}, experts {MOST_SLOTS} (less if groups is not "
+            f"a power of two), got {top_k}, {groups} and {experts}"
         )
     return slots

@@ -11,6 +11,7 @@ import pytest
 
 from refimpl.bench.results import Results, file_name, line_of, read_results, render, shape_of
 from refimpl.bench.rows import ROWS
+from refimpl.errors import CouldNotRun
 from refimpl.kernels import SOURCE
 
 from bench.examples import V3, results
@@ -62,7 +63,7 @@ def test_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"x.json: must be called fake-gpu-2-2026-11-30.json"):
         read_results(tmp_path)
     (tmp_path / "x.json").write_text("{")
-    with pytest.raises(ValueError, match=r"x\.json: "):
+    with pytest.raises(CouldNotRun, match=r"x\.json is not JSON: "):
         read_results(tmp_path)
 
 

@@ -61,7 +61,7 @@ def test_tensor_files(tmp_path: Path) -> None:
     ):
         path.write_bytes(broken)
         with pytest.raises(
-            CouldNotRun, match=r"x.safetensors is (cut off or )?no safetensors file"
+            CouldNotRun, match=r"x.safetensors is (cut off or )?not a safetensors file"
         ):
             read_tensor_file(path)
     write_tensor_file(path, beside, {"empty": np.zeros((0, 3)), "scalar": np.array(2.5)})

@@ -4,6 +4,7 @@ written."""
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -131,7 +132,7 @@ def test_a_killed_save_leaves_nothing_half(tmp_path: Path) -> None:
     assert done.returncode == -9, done.stderr
     left = sorted(path.name for path in tmp_path.iterdir())
     assert len(left) == 2
-    assert left[0].startswith("new.partial-")
+    assert re.fullmatch(r"new\.[0-9a-f]{16}\.partial", left[0])
     assert left[1] == "old"
     assert files(tmp_path / "old") == before
     assert len(list((tmp_path / left[0]).iterdir())) >= 2

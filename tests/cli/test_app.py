@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+import refimpl
+from refimpl.cli.app import ORDER, app
+from refimpl.errors import CouldNotRun
 
 from support import refimpl_here, refimpl_process
 
@@ -31,3 +39,91 @@ def test_terminal_without_greek() -> None:
     done = refimpl_process("conventions", "18", env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0, done.stderr
     assert "ln(?_ref/?)" in done.stdout or "KL(?_ref??)" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--bogus"], "no such option: --bogus; see refimpl --help"),
+        (["nothing"], "no such command 'nothing'; see refimpl --help"),
+        (["count", "--lenght", "3"], "no such option: --lenght .*; see refimpl count --help"),
+        (["count", "--length", "x"], "invalid value for '--length': .*; see refimpl count --help"),
+        (["count", "v3", "v2"], "got unexpected extra argument.*v2.*; see refimpl count --help"),
+        (["grads", "--out", "o"], "missing option '--checkpoint'; see refimpl grads --help"),
+        (["grade"], "missing argument 'op'; see refimpl grade --help"),
+        (["verify", "--dtype", "int8"], "--dtype must be one of float64, float32, got int8"),
+    ],
+    ids=lambda a: " ".join(a) if isinstance(a, list) else "",
+)
+def test_usage_errors(arguments: list[str], line: str) -> None:
+    """One line, in lower case as all others, that says where to read on."""
+    done = refimpl_process(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(f"refimpl: {line}\n", done.stderr, re.IGNORECASE), done.stderr
+
+
+def test_usage_errors_of_the_script() -> None:
+    """The installed command says what ``python -m refimpl`` says."""
+    script = Path(sys.executable).with_name("refimpl")
+    if not script.exists():
+        pytest.skip("the package is not installed beside this Python")
+    for arguments in (["--bogus"], ["--version"], ["count", "--length", "0"]):
+        done = subprocess.run([script, *arguments], capture_output=True, text=True)
+        other = refimpl_process(*arguments)
+        assert (done.returncode, done.stdout, done.stderr) == (
+            other.returncode,
+            other.stdout,
+            other.stderr,
+        )
+
+
+def test_version() -> None:
+    done = refimpl_here("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "refimpl 0.1.0\n", "")
+
+
+def test_help() -> None:
+    """Without a command: the help, in reading order; no command's summary is cut off."""
+    done = refimpl_here()
+    assert done.returncode == 2
+    assert done.stdout == refimpl_here("--help").stdout
+    summaries = done.stdout.split("Commands:\n")[1].splitlines()
+    assert [line.split()[0] for line in summaries] == ORDER
+    assert not [line for line in summaries if line.endswith("...")]
+
+
+def _options() -> set[str]:
+    from typer.main import get_command
+
+    commands = get_command(app).commands.values()  # type: ignore[attr-defined]
+    return {x for command in commands for p in command.params for x in p.opts + p.secondary_opts}
+
+
+def test_options_are_named_in_cli_alone() -> None:
+    """The package raises with arguments' names; refimpl/cli alone makes options of them. No string
+    outside names one, docstrings apart."""
+    options = {x for x in _options() if x.startswith("--")}
+    assert {"--digits", "--balance-alpha", "--json", "--no-logits", "--bytes"} <= options
+    named = re.compile(rf"(?<![\w-])(?:{'|'.join(sorted(options))})(?![\w-])")
+    package = Path(refimpl.__file__).parent
+    found = []
+    for path in package.rglob("*.py"):
+        if package / "cli" in path.parents:
+            continue
+        tree = ast.parse(path.read_text())
+        documentation = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        found += [
+            f"{path.relative_to(package)}:{node.lineno}: {node.value!r}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+            if node not in documentation and named.search(node.value)
+        ]
+    assert found == []
+
+
+def test_arguments_become_options() -> None:
+    """At the beginning and at the end of a message, and nowhere else; names of no option stay."""
+    error = CouldNotRun("digits: start anew with", argument="digits", remedy="force")
+    assert str(error) == "digits digits: start anew with force"
+    assert error.spelled({"digits": "--digits"}) == "--digits digits: start anew with force"
+    assert error.spelled({"force": "--force"}) == "digits digits: start anew with --force"

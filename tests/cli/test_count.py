@@ -18,8 +18,8 @@ from support import refimpl_here
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["v4"], "v4 is no preset (tiny, v3, v2, v2-lite, moonlight-16b) and no file"),
-        (["missing.json"], "missing.json is no preset"),
+        (["v4"], "v4 is neither a preset (tiny, v3, v2, v2-lite, moonlight-16b) nor a file"),
+        (["missing.json"], "missing.json is neither a preset"),
         (["."], ". can't be read: Is a directory"),
         (["bad.json"], 'bad.json: model_type must be deepseek_v2 or deepseek_v3, got "llama"'),
         (["v3", "--length", "1"], "--length must lie in 2…1,000,000,000, got 1"),

@@ -52,14 +52,14 @@ def test_one_prompt(
     assert len(shown[0].out) == 21
     assert shown[0].err.startswith("1 prompt, 20 tokens, ")
     assert " drafts accepted (" in shown[1].err
-    assert "tokens a forward of the main model\n" in shown[1].err
+    assert "tokens per forward of the main model\n" in shown[1].err
     written = json.loads((tmp_path / "out.json").read_text())
     (result,) = written["results"]
     assert result["text"] + "\n" == shown[0].out
     assert bytes(result["prompt"]) == b"The value of "
     assert summary([Generation([7], "length", 1, 1, 0)], 1.0) == (
-        "1 prompt, 1 token, 1.0 s, 1.0 tokens a second; 0 of 1 draft accepted (0.0 %), 0.00 "
-        "tokens a forward of the main model"
+        "1 prompt, 1 token, 1.0 s, 1.0 tokens per second; 0 of 1 draft accepted (0.0 %), 0.00 "
+        "tokens per forward of the main model"
     )
     assert written["settings"]["speculate"] == 2
 
@@ -198,7 +198,7 @@ ONE = ["--bytes", "--prompt", "x"]
             ["--bytes", "--prompts", "missing.txt"],
             "--prompts missing.txt can't be read: No such file or directory",
         ),
-        (["--bytes", "--prompts", "latin.txt"], "--prompts latin.txt is not UTF-8: "),
+        (["--bytes", "--prompts", "latin.txt"], "--prompts latin.txt must be UTF-8: "),
         (["--bytes", "--prompts", "broken.json"], "broken.json is not JSON: "),
         (
             ["--bytes", "--prompts", "number.json"],
@@ -227,21 +227,24 @@ ONE = ["--bytes", "--prompt", "x"]
         ),
         (
             ["--tokens", "high.json", "--prompt", "x"],
-            "--tokens goes without --prompt, --prompts and --bytes",
+            "--tokens cannot be combined with --prompt, --prompts or --bytes",
         ),
         (
             [*ONE, "--temperature", "-1"],
-            "temperature must be a finite number of at least 0, got -1.0",
+            "--temperature must be a finite number of at least 0, got -1.0",
         ),
-        ([*ONE, "--top-p", "0"], "top_p must lie in (0, 1], got 0.0"),
-        ([*ONE, "--top-p", "1.1"], "top_p must lie in (0, 1], got 1.1"),
-        ([*ONE, "--max-tokens", "0"], "max_tokens must be at least 1, got 0"),
-        ([*ONE, "--seed", "-1"], "seed must be at least 0, got -1"),
-        ([*ONE, "--stop", "256"], "stop must hold tokens in 0…255, got 256"),
-        ([*ONE, "--speculate", "3"], "speculate must lie in 0…2, the number of MTP modules, got 3"),
+        ([*ONE, "--top-p", "0"], "--top-p must lie in (0, 1], got 0.0"),
+        ([*ONE, "--top-p", "1.1"], "--top-p must lie in (0, 1], got 1.1"),
+        ([*ONE, "--max-tokens", "0"], "--max-tokens must be at least 1, got 0"),
+        ([*ONE, "--seed", "-1"], "--seed must be at least 0, got -1"),
+        ([*ONE, "--stop", "256"], "--stop must hold tokens in 0…255, got 256"),
+        (
+            [*ONE, "--speculate", "3"],
+            "--speculate must lie in 0…2, the number of MTP modules, got 3",
+        ),
         (
             [*ONE, "--speculate", "-1"],
-            "speculate must lie in 0…2, the number of MTP modules, got -1",
+            "--speculate must lie in 0…2, the number of MTP modules, got -1",
         ),
         ([*ONE, "--dtype", "float16"], "--dtype must be one of float32, float64, got float16"),
         (
@@ -314,5 +317,5 @@ def test_broken_tokenizer(
     (folder / "tokenizer.json").write_text("{")
     assert refimpl(monkeypatch, "--checkpoint", folder, "--prompt", "x") == 2
     error = capsys.readouterr().err
-    assert f"{folder / 'tokenizer.json'} is no tokenizer: " in error
+    assert f"{folder / 'tokenizer.json'} is not a tokenizer: " in error
     assert error.count("\n") == 1

@@ -259,6 +259,9 @@ def test_text(folder: Path, run: Any, tmp_path: Path, monkeypatch: pytest.Monkey
         assert run("--out", tmp_path / "a", "--text", "hand derived", tokens=None)[0] == 0
         assert run("--out", tmp_path / "b", "--text", "text.txt", tokens=None)[0] == 0
         assert read(tmp_path / "a")["in/tokens"].tolist() == [[5, 3]]
+        long = "hand " * 60  # too long for the name of a file, so a text
+        assert run("--out", tmp_path / "long", "--text", long, tokens=None)[0] == 0
+        assert read(tmp_path / "long")["in/tokens"].tolist() == [[5] * 60]
         assert read(tmp_path / "b")["in/tokens"].tolist() == [[1, 2, 3, 4, 0]]
         for text, shape in {"": (1, 0), "hand": (1, 1)}.items():
             code, _, error = run("--out", tmp_path / "c", "--text", text, tokens=None)
@@ -273,7 +276,7 @@ def test_text(folder: Path, run: Any, tmp_path: Path, monkeypatch: pytest.Monkey
         Path("checkpoint/tokenizer.json").write_text("{}")
         code, _, error = run("--out", tmp_path / "c", "--text", "by hand", tokens=None)
         assert (code, error.count("\n")) == (2, 1)
-        assert "checkpoint/tokenizer.json is no tokenizer" in error
+        assert "checkpoint/tokenizer.json is not a tokenizer" in error
     finally:
         Path("checkpoint/tokenizer.json").unlink()
 
@@ -427,7 +430,7 @@ BAD = [
     ),
     (["--out", "o"], "tokens.txt", "--tokens tokens.txt must be a .npy or a .json file"),
     (["--out", "o"], "broken.npy", "--tokens broken.npy is not an array"),
-    (["--out", "o"], "broken.json", "--tokens broken.json is not an array"),
+    (["--out", "o"], "broken.json", "--tokens broken.json is not JSON"),
     (["--out", "o"], "ragged.json", "--tokens ragged.json is not an array"),
     (
         ["--out", "o"],
@@ -531,8 +534,8 @@ BAD = [
         (
             ["--out", "o", "--dlogits", "flat.npy", *other],
             "tokens.npy",
-            "--dlogits is the gradient of another loss: it goes with none of mtp, "
-            "balance_alpha, mask, targets",
+            "--dlogits is the gradient of another loss: it cannot be combined with mtp, "
+            "balance_alpha, mask or targets",
         )
         for other in (
             ["--mtp"],
@@ -541,7 +544,11 @@ BAD = [
             ["--targets", "tokens.npy"],
         )
     ),
-    (["--out", "o", "--routes", "broken.npy"], "tokens.npy", "broken.npy is no safetensors file"),
+    (
+        ["--out", "o", "--routes", "broken.npy"],
+        "tokens.npy",
+        "broken.npy is not a safetensors file",
+    ),
     (
         ["--out", "o", "--routes", "none.safetensors"],
         "tokens.npy",

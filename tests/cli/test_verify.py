@@ -133,7 +133,7 @@ def test_the_same_seed_gives_the_same_table() -> None:
             ["verify", "--dtype", "bfloat16"],
             "--dtype must be one of float64, float32, got bfloat16",
         ),
-        (["verify", "--examples", "0"], "--examples and --model-examples must be at least 1"),
+        (["verify", "--examples", "0"], "--examples must be at least 1, got 0"),
         (["verify", "--digits", "5"], "--digits must lie in 20…1000, got 5"),
         (["verify", "linear", "--json", "no/such/file"], "--json no/such/file can't be written"),
         (["verify", "linear", "--json", "."], "--json . can't be written"),

@@ -165,7 +165,7 @@ def test_a_broken_state(content: bytes, tmp_path: Path) -> None:
     resume = unfinished(tmp_path)
     (tmp_path / "unfinished" / "request.json").write_bytes(content)
     with pytest.raises(
-        CouldNotRun, match=r"unfinished/request.json is broken: start anew with --force$"
+        CouldNotRun, match=r"unfinished/request.json is broken: start anew with force$"
     ):
         resume()
     resume(force=True)
@@ -181,7 +181,7 @@ def test_a_file_of_a_finished_step(file: str, tmp_path: Path) -> None:
     for change in (lambda: path.write_bytes(data[:-1]), path.unlink):
         change()
         with pytest.raises(
-            CouldNotRun, match=rf"{path.name} is gone or changed since .*: start anew with --force$"
+            CouldNotRun, match=rf"{path.name} is gone or changed since .*: start anew with force$"
         ):
             resume()
         assert not (tmp_path / "index.json").exists()
@@ -197,7 +197,7 @@ def test_a_record_without_notes(tmp_path: Path) -> None:
     write_tensor_file(
         tmp_path / "unfinished" / "head.safetensors", tmp_path / "new", {"x": np.zeros(3)}
     )
-    with pytest.raises(CouldNotRun, match=r"head.safetensors is broken: start anew with --force$"):
+    with pytest.raises(CouldNotRun, match=r"head.safetensors is broken: start anew with force$"):
         resume()
     write_tensor_file(
         tmp_path / "unfinished" / "head.safetensors",

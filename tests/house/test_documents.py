@@ -103,5 +103,5 @@ def test_tests_that_are_named_exist(file: str) -> None:
     """A test that was moved is named where it stands now; tests/ops/test_<op>.py has a test for
     any op."""
     text = (ROOT / file).read_text().replace("<op>", "rms_norm")
-    for named in re.findall(r"\btests/[\w/.-]*\w", text):
-        assert (ROOT / named).exists(), f"{file} names {named}"
+    for named in re.findall(r"\btests/[\w/.*-]*[\w*]", text):
+        assert any(ROOT.glob(named)), f"{file} names {named}"

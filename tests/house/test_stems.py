@@ -23,7 +23,6 @@ TESTED_ELSEWHERE = {  # a module, or a folder of them, without a test file: what
     "errors": "an exception, which the tests of messages raise",
     "grads/request": "tests/cli/test_grads.py: what can't be asked for; tests/grads: what can",
     "grads/result": "tests/grads/test_steps.py: the model's loss, routes and loads",
-    "kernels/linear": "tests/kernels: against the reference, as every op of a column",
     "verify": "tests/cli/test_verify.py",
 }
 

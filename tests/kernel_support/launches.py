@@ -17,6 +17,7 @@ from refimpl.kernels.columns import COLUMNS
 from refimpl.kernels.compile import STORAGE, Module
 from refimpl.kernels.launch import DeviceLaunch, Launch, NumbaLaunch
 from refimpl.kernels.numba_cuda import NUMBA_STORAGE
+from refimpl.ops import Ops
 from refimpl.verify import placed
 
 import ptx
