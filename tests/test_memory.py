@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from refimpl.cli.memory import grads_memory
 from refimpl.config import preset
-from refimpl.memory import attention_memory, grads_memory, head_memory
+from refimpl.memory import attention_memory, head_memory
 from refimpl.ops import (
     attention_forward,
     cross_entropy_forward,

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from refimpl.memory import AttentionMemory, GradsMemory, HeadMemory
+from refimpl.cli.memory import GradsMemory
+from refimpl.memory import AttentionMemory, HeadMemory
 
 from support import refimpl_here
 
@@ -72,7 +73,7 @@ def test_of_grads(peak: float, code: int, monkeypatch: pytest.MonkeyPatch, tmp_p
     [
         (["--layers", "0"], "--layers must lie in 1…27 and --tokens be at least 2, got 0, 256"),
         (["--tokens", "1"], "--layers must lie in 1…27 and --tokens be at least 2, got 4, 1"),
-        (["--model", "v4"], "v4 is no preset"),
+        (["--model", "v4"], "v4 is neither a preset"),
         (["--model", "tiny", "--layers", "1", "--folder", "no/such"], "--folder no/such can't be"),
     ],
 )

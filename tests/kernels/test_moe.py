@@ -83,7 +83,8 @@ def test_gradient_of_the_experts_weights(column: str, storage: str) -> None:
         assert np.all(np.abs(found - exact) <= 2 * plain + unit), (tokens, top_k, d)
 
 
-def test_arguments_that_a_kernel_would_misread() -> None:
+@pytest.mark.parametrize("column", COLUMNS)
+def test_arguments_that_a_kernel_would_misread(column: str) -> None:
     x, up, down = np.ones((2, 3)), np.ones((4, 5, 3)), np.ones((4, 3, 5))
     shared = {
         "w_shared_gate": np.ones((7, 3)),
@@ -110,9 +111,8 @@ def test_arguments_that_a_kernel_would_misread() -> None:
         ),
     ):
         given = {"indices": np.array([[0, 1], [0, 1]])} | shared | change
-        for column in COLUMNS:
-            with pytest.raises(ValueError, match=message):
-                TABLES[column]["moe"].forward(x, np.ones((2, 2)), up, up, down, **given)
+        with pytest.raises(ValueError, match=message):
+            TABLES[column]["moe"].forward(x, np.ones((2, 2)), up, up, down, **given)
 
 
 @without_a_device

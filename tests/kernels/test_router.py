@@ -162,13 +162,13 @@ def test_errors() -> None:
             )
 
 
-def test_arguments_that_a_kernel_would_misread() -> None:
+@pytest.mark.parametrize("column", COLUMNS)
+def test_arguments_that_a_kernel_would_misread(column: str) -> None:
     bias = np.array([0, 1e-12, 0, 2e-12])  # which float32 scores of 1/2 would lose
-    for column in COLUMNS:
-        found, _ = TABLES[column]["router"].forward(
-            np.zeros((1, 3), np.float32), np.zeros((4, 3), np.float32), top_k=1, bias=bias
-        )
-        assert found.indices.tolist() == [[3]]
+    found, _ = TABLES[column]["router"].forward(
+        np.zeros((1, 3), np.float32), np.zeros((4, 3), np.float32), top_k=1, bias=bias
+    )
+    assert found.indices.tolist() == [[3]]
 
 
 @without_a_device
