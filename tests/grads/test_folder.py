@@ -194,16 +194,11 @@ def test_a_file_of_a_finished_step(file: str, tmp_path: Path) -> None:
 def test_a_record_without_notes(tmp_path: Path) -> None:
     """As another program or an older version leaves it."""
     resume = unfinished(tmp_path)
-    write_tensor_file(
-        tmp_path / "unfinished" / "head.safetensors", tmp_path / "new", {"x": np.zeros(3)}
-    )
+    write_tensor_file(tmp_path / "unfinished" / "head.safetensors", {"x": np.zeros(3)})
     with pytest.raises(CouldNotRun, match=r"head.safetensors is broken: start anew with force$"):
         resume()
     write_tensor_file(
-        tmp_path / "unfinished" / "head.safetensors",
-        tmp_path / "new",
-        {"x": np.zeros(3)},
-        {"notes": '{"files": {}}'},
+        tmp_path / "unfinished" / "head.safetensors", {"x": np.zeros(3)}, {"notes": '{"files": {}}'}
     )
     with pytest.raises(
         CouldNotRun, match=r"head.safetensors is not as this version writes it: start anew with"
