@@ -14,6 +14,7 @@ from refimpl.checkpoint.source import MemorySource
 from refimpl.config import Conventions
 from refimpl.grads import Request, gradient_shapes, write_gradients
 from refimpl.grads.lazy import ROWS
+from refimpl.grads.steps import steps_to
 from refimpl.model import ModelOutput, Route, backward, forward, logits
 from refimpl.ops import IMPLEMENTATIONS
 from refimpl.parameters import parameter_shapes
@@ -209,6 +210,24 @@ def test_some_layers(layers: int, tmp_path: Path) -> None:
     output, saved = forward(fewer, TOKENS, config)
     stream(params, whole, tmp_path / "out", layers=layers)
     expect_equal(tmp_path / "out", output, fewer, backward(saved))
+
+
+def test_the_order_of_the_steps() -> None:
+    """The forward upwards, then the backward downwards, as far as a gradient that is wanted."""
+    forward = [("embedding",), *(("forward", layer) for layer in range(5)), ("head",)]
+    backward = [("backward", 4), ("backward", 3), ("norm",)]
+    backward += [("backward", 2), ("backward", 1), ("backward", 0), ("lookup",)]
+    assert steps_to(TINY, gradient_shapes(TINY)) == forward + backward
+    for name, last in {
+        "model.embed_tokens.weight": 7,
+        "model.layers.1.mlp.gate.weight": 5,
+        "model.norm.weight": 3,
+        "lm_head.weight": 2,  # its last part comes from the first MTP module
+        "model.layers.4.eh_proj.weight": 1,
+    }.items():
+        assert steps_to(TINY, [name]) == forward + backward[:last]
+    alone = replace(TINY, mtp_depth=0)
+    assert steps_to(alone, ["lm_head.weight"])[-1] == ("head",)
 
 
 @pytest.mark.parametrize(
