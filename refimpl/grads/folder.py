@@ -94,8 +94,8 @@ def read_record(path: Path) -> Record:
 
 
 class LayerGradients(Gradients):
-    """The gradients of one layer: those to be written are, as they come, and those of tensors that
-    layers share are kept in ``sums``."""
+    """The gradients of one layer, written when they are added, if the request wants them; those of
+    tensors that layers share are kept in ``sums``."""
 
     def __init__(self, layer: int, writer: TensorWriter | None, sizes: dict[str, Size]) -> None:
         super().__init__({})
