@@ -17,7 +17,15 @@ from typing import NamedTuple
 
 from .config import PRESETS, ModelConfig
 from .errors import CouldNotRun
-from .parameters import is_buffer, parameter_shapes
+from .parameters import (
+    EXPERTS,
+    attention_shapes,
+    block_shapes,
+    dense_names,
+    is_buffer,
+    network_names,
+    parameter_shapes,
+)
 
 __all__ = ["Figure", "Line", "Section", "count"]
 
@@ -200,21 +208,17 @@ def _parameters(c: ModelConfig, known: str) -> tuple[Parts, list[Section]]:
         Section("Parameters of one attention (MLA)"),
         Section("Parameters of one feed-forward layer"),
     )
-    tensors = {
-        name: shape
-        for name, shape in shapes.items()
-        if name.startswith("model.layers.0.self_attn.")
-    }
+    tensors = attention_shapes(c)
     for name, (rows, *columns) in tensors.items():
         product = Figure(rows) * columns[0] if columns else Figure(rows)
-        one.add(name.removeprefix("model.layers.0.self_attn.").removesuffix(".weight"), product)
+        one.add(name.removeprefix("self_attn.").removesuffix(".weight"), product)
     mla = int(one.add_sum("one attention", len(tensors)))
     dense = expert = gate = moe = 0
     if c.dense_layers:
-        hidden = shapes["model.layers.0.mlp.up_proj.weight"][0]
+        hidden, _ = block_shapes(c, 0)[dense_names()[0]]
         dense = int(ffn.add("dense FFN: gate, up, down", Figure(3) * hidden * d))
     if c.dense_layers < c.layers + deep:
-        experts, hidden, _ = shapes[f"model.layers.{c.dense_layers}.mlp.experts.up_proj.weight"]
+        experts, hidden, _ = block_shapes(c, c.dense_layers)[network_names(EXPERTS)[0]]
         expert = int(ffn.add("one expert: gate, up, down", Figure(3) * hidden * d))
         gate = int(ffn.add("gate (router)", Figure(experts) * d))
         moe = int(

@@ -263,7 +263,7 @@ def backward(
             grads.add(head, dw)
             module = saved.mtp[depth - 1]
             dstate = mtp_module_backward(run, depth, dloss, dnormed, dstate, module, grads)
-    dx = final_norm_backward(run, dh, dstate, saved.norm, grads)
+    dx, _ = final_norm_backward(run, dh, dstate, saved.norm, grads)
     for layer in range(config.layers - 1, -1, -1):
         dx = block_backward(run, layer, dx, dloss, saved.blocks[layer], grads)
     grads.add(EMBEDDING, ops.embedding.backward(dx, saved.embedding))
@@ -462,9 +462,9 @@ def final_norm_forward(run: Run, x: Array) -> tuple[Array, Any]:
 
 def final_norm_backward(
     run: Run, dh: Array, dstate: Array | None, saved: Any, grads: Gradients
-) -> Array:
-    """The gradient of the last block's output: ``dh`` of the hidden states, ``dstate`` of what the
-    first MTP module read."""
+) -> tuple[Array, Array]:
+    """The gradients of the last block's output and of the hidden states, from ``dh``, what the head
+    makes of the latter, and ``dstate`` of what the first MTP module read."""
     dx = zeros(dh.shape, dh)
     if dstate is not None and run.config.conventions.mtp_hidden == "normed":
         dh = dh + dstate
@@ -472,7 +472,7 @@ def final_norm_backward(
         dx = dx + dstate
     dx_norm, dw = run.ops.rms_norm.backward(dh, saved)
     grads.add(FINAL_NORM, dw)
-    return dx + dx_norm
+    return dx + dx_norm, dh
 
 
 def logits(params: Parameters, hidden: Array, ops: Ops = REFERENCE) -> Array:

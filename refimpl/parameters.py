@@ -20,11 +20,14 @@ __all__ = [
     "HEAD",
     "Parameters",
     "check_parameters",
+    "depth_of",
     "head_name",
     "init_parameters",
     "is_buffer",
+    "is_stacked",
     "layer_name",
     "misfits",
+    "module_name",
     "mtp_layer",
     "parameter_shapes",
 ]
@@ -42,14 +45,20 @@ GATE = "mlp.gate.weight"
 GATE_BIAS = "mlp.gate.e_score_correction_bias"
 DENSE = "mlp"
 EXPERTS, SHARED = "mlp.experts", "mlp.shared_experts"
-MTP = ("hnorm.weight", "enorm.weight", "eh_proj.weight")  # in the order of `mtp_forward`
+MTP_PROJECTION = "eh_proj.weight"
+MTP = ("hnorm.weight", "enorm.weight", MTP_PROJECTION)  # in the order of `mtp_forward`
 MTP_NORM = "shared_head.norm.weight"
 MOST_MISFITS = 12  # that one error names
 
 
-def layer_name(layer: int, part: str) -> str:
+def layer_name(layer: int | str, part: str) -> str:
     """The full name of a layer's tensor, ``model.layers.3.mlp.gate.weight``."""
     return f"model.layers.{layer}.{part}"
+
+
+def module_name(layer: int | str) -> str:
+    """The name of a layer itself, ``model.layers.3``."""
+    return layer_name(layer, "").removesuffix(".")
 
 
 def mtp_layer(config: ModelConfig, depth: int) -> int:
@@ -57,8 +66,13 @@ def mtp_layer(config: ModelConfig, depth: int) -> int:
     return config.layers + depth - 1
 
 
+def depth_of(config: ModelConfig, layer: int) -> int:
+    """Of which MTP module a layer is, from 1; 0 for the main model's."""
+    return max(layer - config.layers + 1, 0)
+
+
 def mtp_layers(config: ModelConfig) -> range:
-    """Those of all MTP modules, in order."""
+    """The layers of all MTP modules, in order."""
     return range(config.layers, config.layers + config.mtp_depth)
 
 
@@ -75,6 +89,11 @@ def head_name(config: ModelConfig) -> str:
 def is_buffer(name: str) -> bool:
     """True for the gate's selection bias, which `bias_update` moves and no gradient does."""
     return name.endswith(GATE_BIAS)
+
+
+def is_stacked(name: str) -> bool:
+    """True for the weights of the routed experts, which are stacked [E, …]."""
+    return f".{EXPERTS}." in name
 
 
 def attention_shapes(config: ModelConfig) -> Shapes:

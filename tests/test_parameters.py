@@ -11,10 +11,12 @@ from refimpl.config import preset
 from refimpl.parameters import (
     attention_names,
     check_parameters,
+    depth_of,
     experts_names,
     head_name,
     init_parameters,
     is_buffer,
+    is_stacked,
     layer_name,
     misfits,
     moe_layers,
@@ -53,6 +55,18 @@ def test_lists_of_names_are_parameters(name: str) -> None:
             assert part is None or layer_name(layer, part) in shapes
     assert head_name(config) in shapes
     assert head_name(replace(config, tied=True)) == "model.embed_tokens.weight"
+
+
+def test_depths_of_layers() -> None:
+    """0 in the main model, then as MTP's modules are counted."""
+    layers = range(TINY.layers + TINY.mtp_depth)
+    assert [depth_of(TINY, layer) for layer in layers] == [0, 0, 0, 1, 2]
+    assert [mtp_layer(TINY, depth) for depth in (1, 2)] == [3, 4]
+
+
+def test_stacks_are_the_routed_experts() -> None:
+    for name, shape in parameter_shapes(TINY).items():
+        assert is_stacked(name) == (len(shape) == 3)
 
 
 def test_buffers_are_the_gate_biases() -> None:

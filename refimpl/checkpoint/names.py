@@ -2,7 +2,7 @@
 nothing new.
 
 In memory the experts of a layer are stacked [E, …] under ``mlp.experts.gate_proj.weight``; a
-checkpoint has one tensor an expert, ``mlp.experts.0.gate_proj.weight``. All other names are the
+checkpoint has one tensor per expert, ``mlp.experts.0.gate_proj.weight``. All other names are the
 same. derivations/checkpoints.md has the table.
 """
 
@@ -12,7 +12,16 @@ import re
 from collections.abc import Iterable
 
 from ..config import ModelConfig
-from ..parameters import EMBEDDING, HEAD, head_name, layer_name, mtp_layers, parameter_shapes
+from ..parameters import (
+    EMBEDDING,
+    EXPERTS,
+    HEAD,
+    head_name,
+    is_stacked,
+    layer_name,
+    mtp_layers,
+    parameter_shapes,
+)
 
 __all__ = [
     "SCALE",
@@ -25,7 +34,6 @@ __all__ = [
     "stored_tensors",
 ]
 
-EXPERTS = ".mlp.experts."
 SCALE = "_scale_inv"  # what an FP8 weight's name has in addition, for its scales
 MOST_GROUPS = 12  # of names, in one error
 
@@ -33,10 +41,10 @@ MOST_GROUPS = 12  # of names, in one error
 def stored_names(name: str, shape: tuple[int, ...]) -> list[str]:
     """The checkpoint's tensors that make up our parameter ``name`` of that shape: E of them for a
     layer's experts."""
-    if EXPERTS not in name:
+    if not is_stacked(name):
         return [name]
-    before, after = name.split(EXPERTS)
-    return [f"{before}{EXPERTS}{expert}.{after}" for expert in range(shape[0])]
+    before, after = name.split(f".{EXPERTS}.")
+    return [f"{before}.{EXPERTS}.{expert}.{after}" for expert in range(shape[0])]
 
 
 def copied_names(config: ModelConfig) -> dict[str, str]:

@@ -12,7 +12,7 @@ import numpy as np
 from ..config import Conventions, ModelConfig
 from ..errors import CouldNotRun
 from ..files import expect_folder
-from ..parameters import is_buffer, parameter_shapes
+from ..parameters import MTP_PROJECTION, is_buffer, layer_name, parameter_shapes
 from .config_json import read_block_size, read_config, with_layout
 from .files import open_folder
 from .fp8 import dequantise, scale_shape
@@ -182,7 +182,7 @@ def _expect_mtp(folder: Path, config: ModelConfig, tensors: dict[str, StoredTens
     ):
         raise CouldNotRun(
             f"{folder / 'config.json'} names {config.mtp_depth} MTP layer(s) "
-            f"(num_nextn_predict_layers), but no file holds model.layers.{config.layers}.*: "
+            f"(num_nextn_predict_layers), but no file holds {layer_name(config.layers, '*')}: "
             "open it without MTP"
         )
 
@@ -191,7 +191,7 @@ def _without_mtp(config: ModelConfig, tensors: dict[str, StoredTensor]) -> dict[
     """The tensors that belong to no MTP layer; such a layer lies behind the main model's and has an
     ``eh_proj``."""
     modules = set(range(config.layers, config.layers + config.mtp_depth))
-    modules |= {layer_of(name) or 0 for name in tensors if name.endswith(".eh_proj.weight")}
+    modules |= {layer_of(name) or 0 for name in tensors if name.endswith(f".{MTP_PROJECTION}")}
     modules = {layer for layer in modules if layer >= config.layers}
     return {name: tensor for name, tensor in tensors.items() if layer_of(name) not in modules}
 

@@ -1,5 +1,5 @@
-"""Where parameters come from, a piece at a time: a checkpoint on disk, or (`MemorySource`) arrays
-in memory."""
+"""What `refimpl.grads` reads parameters from, a piece at a time: a checkpoint on disk, or arrays in
+memory (`MemorySource`)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..config import ModelConfig
+from ..parameters import EMBEDDING
 
 __all__ = ["MemorySource", "Source"]
 
@@ -41,7 +42,7 @@ class MemorySource:
 
     def __init__(self, params: Mapping[str, np.ndarray], config: ModelConfig) -> None:
         self.params, self.config = params, config
-        self.dtype = params["model.embed_tokens.weight"].dtype
+        self.dtype = params[EMBEDDING].dtype
 
     def tensor(self, name: str) -> np.ndarray:
         return self.params[name]

@@ -14,7 +14,7 @@ import numpy as np
 from ..config import ModelConfig
 from ..errors import CouldNotRun
 from ..files import replacing_folder
-from ..parameters import is_buffer, misfits, parameter_shapes
+from ..parameters import HEAD, is_buffer, misfits, parameter_shapes
 from .config_json import BLOCK, config_dict
 from .files import INDEX, SINGLE
 from .fp8 import narrow, quantise, scale_shape
@@ -159,9 +159,7 @@ def _entries(config: ModelConfig, dtype: str) -> Iterator[Entry]:
     follow the layer."""
     names = stored_tensors(config)
     plain = "BF16" if dtype in FP8 else STORED[dtype]
-    names |= {
-        copy: names[ours] for copy, ours in copied_names(config).items() if copy != "lm_head.weight"
-    }
+    names |= {copy: names[ours] for copy, ours in copied_names(config).items() if copy != HEAD}
     for name, (ours, expert, shape) in names.items():
         stored = (
             "F32"

@@ -16,10 +16,22 @@ from rich.table import Table
 
 from .. import __version__
 from ..checkpoint import Checkpoint
+from ..checkpoint.names import layer_of
+from ..checkpoint.source import Source
 from ..config import CONVENTIONS, Conventions, ModelConfig
 from ..errors import CouldNotRun
+from ..grads import ACTIVATIONS, Request, Result, Size, write_gradients
 from ..ops import IMPLEMENTATIONS
-from ..streaming import ACTIVATIONS, EMBEDDING, Request, Result, Size, Stream
+from ..parameters import (
+    DENSE,
+    EMBEDDING,
+    FINAL_NORM,
+    GATE,
+    HEAD,
+    attention_shapes,
+    is_stacked,
+    layer_name,
+)
 from .app import (
     CONVENTION,
     Json,
@@ -155,15 +167,15 @@ def grads(
         implementation=implementation,
     )
     with refused({} if text is None else {"tokens": "--text: its tokens"}):
-        stream = Stream(source, request)
-    start = time.perf_counter()
-    result = _write(stream, checkpoint, out, force)
+        request.check(source)
+    config, start = request.config(source.config), time.perf_counter()
+    result = _write(source, request, checkpoint, out, force)
     seconds = time.perf_counter() - start
     console().print(
         f"refimpl {__version__}: {checkpoint}, {ids.shape[0]}×{ids.shape[1]} tokens, {dtype}",
         markup=False,
     )
-    _show(result, stream.config, convention)
+    _show(result, config, convention)
     bad = [name for name, size in result.gradients.items() if not math.isfinite(size.largest)]
     console().print(f"{_verdict(result, bad)}; {seconds:.1f} s; in {out}", markup=False)
     if json_file is not None:
@@ -182,7 +194,7 @@ def grads(
             "ok": not bad,
             "seconds": round(seconds, 1),
             "settings": given,
-            "config": asdict(stream.config),
+            "config": asdict(config),
             "versions": {"refimpl": __version__, "numpy": np.__version__},
         }
         replace_json(json_file, about | _content(result))
@@ -207,12 +219,14 @@ def _predicted(
     return np.where(found == -100, 0, found), counts
 
 
-def _write(stream: Stream, checkpoint: Path, out: Path, force: bool) -> Result:
+def _write(source: Source, request: Request, checkpoint: Path, out: Path, force: bool) -> Result:
     """Do the work, with a bar on a terminal."""
     fingerprint = _fingerprint(checkpoint)
     try:
         with progress("gradients") as move:
-            return stream.write(out, checkpoint=fingerprint, force=force, progress=move)
+            return write_gradients(
+                source, request, out, checkpoint=fingerprint, force=force, progress=move
+            )
     except OSError as error:
         raise CouldNotRun(
             f"{out} can't be written: {error.strerror or error}", argument="out"
@@ -326,22 +340,20 @@ def differing(config: ModelConfig, other: Conventions) -> list[str]:
 
 def _place(name: str, config: ModelConfig) -> tuple[str, str]:
     """The row and the column of the summary that a gradient counts in."""
-    if not name.startswith("model.layers."):
-        rows = {
-            EMBEDDING: "embedding, head" if config.tied else "embedding",
-            "lm_head.weight": "head",
-        }
-        return rows.get(name, "final norm"), ""
-    layer, rest = name.removeprefix("model.layers.").split(".", 1)
-    row = f"layer {layer}" if int(layer) < config.layers else f"MTP, layer {layer}"
-    if "norm." in rest:
+    layer = layer_of(name)
+    if layer is None:
+        embedding = "embedding, head" if config.tied else "embedding"
+        return {EMBEDDING: embedding, FINAL_NORM: "final norm", HEAD: "head"}[name], ""
+    row = f"layer {layer}" if layer < config.layers else f"MTP, layer {layer}"
+    part = name.removeprefix(layer_name(layer, ""))
+    if "norm." in part:
         return row, "norms"
-    if rest.startswith("self_attn."):
+    if part in attention_shapes(config):
         return row, "attention"
-    if rest == "mlp.gate.weight":
+    if part == GATE:
         return row, "gate"
-    if rest.startswith("mlp."):
-        return row, "experts" if rest.startswith("mlp.experts.") else "shared, dense"
+    if part.startswith(f"{DENSE}."):
+        return row, "experts" if is_stacked(name) else "shared, dense"
     return row, ""
 
 

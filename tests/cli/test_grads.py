@@ -702,7 +702,7 @@ def test_resume_and_force(
 ) -> None:
     """Ended by a full disk, the same command goes on; finished, it needs --force; another
     checkpoint is another run."""
-    from refimpl.streaming.folder import Folder
+    from refimpl.grads.folder import Folder
 
     out, write = tmp_path / "out", Folder.write_gradient
 

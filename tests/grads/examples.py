@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 
 from refimpl.checkpoint.source import MemorySource
 from refimpl.config import ModelConfig, preset
+from refimpl.grads import Request, Result, write_gradients
 from refimpl.parameters import parameter_shapes
-from refimpl.streaming import Request, Result, Stream
 
 TINY = preset("tiny")
 RNG = np.random.default_rng(5)
@@ -40,7 +40,7 @@ def stream(
     tokens: Any = TOKENS,
     **given: Any,
 ) -> Result:
-    return Stream(MemorySource(params, config), Request(tokens, **given)).write(out)
+    return write_gradients(MemorySource(params, config), Request(tokens, **given), out)
 
 
 def read(out: Path) -> dict[str, np.ndarray]:

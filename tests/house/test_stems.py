@@ -11,7 +11,6 @@ from refimpl.check.cases import CASES, REGIMES
 from support import NOT_OPS, PACKAGE, ROOT, STEMS
 
 TESTS = ROOT / "tests"
-FOLDERS = {"streaming": "grads"}  # a folder of refimpl/ whose tests have another name
 TESTED_ELSEWHERE = {  # a module, or a folder of them, without a test file: what tests it instead
     "__main__": "every process that tests/support.py starts",
     "bench/device": "make gpu; what it hands on, tests/bench on pretended devices",
@@ -22,8 +21,8 @@ TESTED_ELSEWHERE = {  # a module, or a folder of them, without a test file: what
     "conventions/examples": "tests/conventions/test_traps.py: the numbers of every trap",
     "conventions/trap": "tests/conventions/test_traps.py: every field of every trap",
     "errors": "an exception, which the tests of messages raise",
-    "streaming/request": "tests/cli/test_grads.py: what can't be asked for; tests/grads: what can",
-    "streaming/steps": "tests/grads/test_stream.py: what they make is the model's bits",
+    "grads/request": "tests/cli/test_grads.py: what can't be asked for; tests/grads: what can",
+    "grads/result": "tests/grads/test_steps.py: the model's loss, routes and loads",
     "verify": "tests/cli/test_verify.py",
 }
 
@@ -34,7 +33,7 @@ def modules() -> dict[str, str]:
     for path in sorted(PACKAGE.rglob("*.py")):
         folder = path.parent.relative_to(PACKAGE).as_posix()
         if path.stem != "__init__":
-            place = Path(FOLDERS.get(folder, folder), f"test_{path.stem}.py")
+            place = Path(folder, f"test_{path.stem}.py")
             found[path.relative_to(PACKAGE).with_suffix("").as_posix()] = place.as_posix()
     return found
 

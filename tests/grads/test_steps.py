@@ -1,5 +1,4 @@
-"""Streamed gradients: the model's own, bit for bit, in files; a killed run goes on to the same;
-bounded memory."""
+"""The gradients that the steps write: the model's own, bit for bit."""
 
 from __future__ import annotations
 
@@ -13,11 +12,12 @@ import pytest
 from refimpl.check.cases import model_variant
 from refimpl.checkpoint.source import MemorySource
 from refimpl.config import Conventions
+from refimpl.grads import Request, gradient_shapes, write_gradients
+from refimpl.grads.lazy import ROWS
+from refimpl.grads.steps import steps_to
 from refimpl.model import ModelOutput, Route, backward, forward, logits
 from refimpl.ops import IMPLEMENTATIONS
 from refimpl.parameters import parameter_shapes
-from refimpl.streaming import Request, Stream, gradient_shapes
-from refimpl.streaming.pieces import ROWS
 
 from grads.examples import RNG, TINY, TOKENS, parameters, read, stream
 
@@ -212,6 +212,24 @@ def test_some_layers(layers: int, tmp_path: Path) -> None:
     expect_equal(tmp_path / "out", output, fewer, backward(saved))
 
 
+def test_the_order_of_the_steps() -> None:
+    """The forward upwards, then the backward downwards, as far as a gradient that is wanted."""
+    forward = [("embedding",), *(("forward", layer) for layer in range(5)), ("head",)]
+    backward = [("backward", 4), ("backward", 3), ("norm",)]
+    backward += [("backward", 2), ("backward", 1), ("backward", 0), ("lookup",)]
+    assert steps_to(TINY, gradient_shapes(TINY)) == forward + backward
+    for name, last in {
+        "model.embed_tokens.weight": 7,
+        "model.layers.1.mlp.gate.weight": 5,
+        "model.norm.weight": 3,
+        "lm_head.weight": 2,  # its last part comes from the first MTP module
+        "model.layers.4.eh_proj.weight": 1,
+    }.items():
+        assert steps_to(TINY, [name]) == forward + backward[:last]
+    alone = replace(TINY, mtp_depth=0)
+    assert steps_to(alone, ["lm_head.weight"])[-1] == ("head",)
+
+
 @pytest.mark.parametrize(
     ("pattern", "steps"),
     [
@@ -228,8 +246,11 @@ def test_only(pattern: str, steps: int, tmp_path: Path) -> None:
     done = []
     stream(params, config, tmp_path / "all")
     request = Request(TOKENS, only=pattern)
-    Stream(MemorySource(params, config), request).write(
-        tmp_path / "some", progress=lambda step, number, total: done.append((step, total))
+    write_gradients(
+        MemorySource(params, config),
+        request,
+        tmp_path / "some",
+        progress=lambda step, number, total: done.append((step, total)),
     )
     every, some = read(tmp_path / "all"), read(tmp_path / "some")
     wanted = {f"grad/{n}" for n in gradient_shapes(config) if Path(n).match(pattern)}

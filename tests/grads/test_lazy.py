@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from refimpl.checkpoint.source import MemorySource
-from refimpl.streaming import Request, Stream
-from refimpl.streaming.pieces import ROWS, Rows, summed
+from refimpl.grads import Request, write_gradients
+from refimpl.grads.lazy import ROWS, Rows, sum_in_blocks
 
 from grads.examples import RNG, TINY, TOKENS, parameters
 
@@ -30,7 +30,7 @@ def test_no_stack_of_experts_is_read(tmp_path: Path) -> None:
             asked.append((name, index))
             return super().piece(name, index)
 
-    Stream(Watched(params, config), Request(TOKENS)).write(tmp_path / "out")
+    write_gradients(Watched(params, config), Request(TOKENS), tmp_path / "out")
     stacks = [(name, index) for name, index in asked if ".experts." in name]
     assert all(isinstance(index, int) for _, index in stacks)
     assert max(stacks.count(entry) for entry in stacks) == 2
@@ -45,5 +45,7 @@ def test_rows_are_summed_in_order() -> None:
     table = RNG.normal(size=(2 * ROWS + 3, 4))
     whole = table.copy()
     np.add.at(whole, ids, values)
-    found = np.concatenate([block for _, block in summed([table, Rows(ids, values)], len(table))])
+    found = np.concatenate(
+        [block for _, block in sum_in_blocks([table, Rows(ids, values)], len(table))]
+    )
     np.testing.assert_allclose(found, whole, rtol=0, atol=1e-14)

@@ -1,5 +1,4 @@
-"""The folder of a result: files that appear whole, records of the steps that are done, and the
-index."""
+"""The folder of a result: files that appear whole, a record per finished step, and the index."""
 
 from __future__ import annotations
 
@@ -8,9 +7,10 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,9 +26,14 @@ from ..checkpoint.tensor_file import (
 )
 from ..errors import CouldNotRun
 from ..files import PARTIAL, parse_json, write_json
-from .pieces import Sink, summed
+from ..model import Gradients
+from ..parameters import layer_name
+from .lazy import Rows, sum_in_blocks
 
-__all__ = ["Folder", "Record", "Size", "held"]
+__all__ = ["Folder", "LayerGradients", "Record", "Size", "Step", "held", "read_record"]
+
+Step = tuple[str] | tuple[str, int]
+"""A step of the work: ("head",), or with its layer, ("forward", 3)."""
 
 OURS = (
     "index.json",
@@ -42,11 +47,11 @@ OURS = (
     "grad-*.safetensors",
 )
 LOCKS = find_spec("fcntl") is not None
-PIECE = 2**20  # elements whose size is taken at a time
+PIECE = 2**20  # elements measured at a time
 
 
 class Size(NamedTuple):
-    """How large one gradient is."""
+    """The size of one gradient."""
 
     elements: int
     norm: float  # sqrt(Σ g²), in float64; no square of a finite g overflows
@@ -56,76 +61,111 @@ class Size(NamedTuple):
 NOTHING = Size(0, 0.0, 0.0)
 
 
-class Record:
-    """What a step left: arrays, the files it made, their bytes, and the sizes of the gradients in
-    them.
+class Record(NamedTuple):
+    """What a step left."""
 
-    CouldNotRun if the record is broken, or if a file is not as it was left.
-    """
+    arrays: dict[str, np.ndarray]  # mapped, not read
+    files: dict[str, dict[str, Any]]  # that it made, and what the index says of each
+    sizes: dict[str, Size]  # of the gradients in them
 
-    def __init__(self, path: Path) -> None:
-        self.arrays, metadata = read_tensor_file(path)
-        notes = notes_of(path, metadata.get("notes", "").encode())
-        if notes.keys() != {"files", "bytes", "gradients"}:
+    def array(self, name: str) -> Any:
+        """One of the arrays, read; None if the step left none of that name."""
+        return np.array(self.arrays[name]) if name in self.arrays else None
+
+
+def read_record(path: Path) -> Record:
+    """The record at ``path``; CouldNotRun if it is broken, or if a file of its step has changed
+    since."""
+    arrays, metadata = read_tensor_file(path)
+    notes = notes_of(path, metadata.get("notes", "").encode())
+    if notes.keys() != {"files", "bytes", "gradients"}:
+        raise CouldNotRun(
+            f"{path} is not as this version writes it: start anew with", remedy="force"
+        )
+    for file, count in notes["bytes"].items():
+        left = path.parent.parent / file
+        if not left.is_file() or left.stat().st_size != count:
             raise CouldNotRun(
-                f"{path} is not as this version writes it: start anew with", remedy="force"
+                f"{left} is gone or changed since its step was done: start anew with",
+                remedy="force",
             )
-        self.files: dict[str, dict[str, Any]] = notes["files"]
-        self.sizes = {name: Size(*size) for name, size in notes["gradients"].items()}
-        for file, count in notes["bytes"].items():
-            left = path.parent.parent / file
-            if not left.is_file() or left.stat().st_size != count:
-                raise CouldNotRun(
-                    f"{left} is gone or changed since its step was done: start anew with",
-                    remedy="force",
-                )
+    sizes = {name: Size(*size) for name, size in notes["gradients"].items()}
+    return Record(arrays, notes["files"], sizes)
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        return np.array(self.arrays[name])
+
+class LayerGradients(Gradients):
+    """The gradients of one layer, written when they are added, if the request wants them; those of
+    tensors that layers share are kept in ``sums``."""
+
+    def __init__(self, layer: int, writer: TensorWriter | None, sizes: dict[str, Size]) -> None:
+        super().__init__({})
+        self.begin, self.writer = layer_name(layer, ""), writer
+        self.sizes = sizes
+
+    def add(self, name: str, gradient: Any) -> None:
+        if not name.startswith(self.begin):
+            super().add(name, gradient)
+        elif gradient is not None:
+            self.write(name, gradient)
+
+    def write(self, name: str, gradient: np.ndarray | None) -> None:
+        """Write a gradient of the layer; None stands for zeros."""
+        tensor = f"grad/{name}"
+        if self.writer is None or tensor not in self.writer.tensors:
+            return
+        if gradient is None:
+            self.writer.zero(tensor)
+            self.sizes[name] = Size(prod(self.writer.tensors[tensor].shape), 0.0, 0.0)
+        else:
+            self.writer.write(tensor, gradient)
+            self.sizes[name] = measure(gradient)
 
 
 class Folder:
-    """Where the steps of one request leave their files and records; only what is wanted is written.
+    """The files of one request, which its steps write, and the record that each step leaves.
 
     Args:
-        identity: of the request; with ``force`` False, an unfinished run of another one is refused
-            (CouldNotRun).
-        gradients: names and shapes of those that are wanted.
-        activations: names of those that are wanted.
+        fingerprint: of the request. An unfinished run of another one is refused (CouldNotRun)
+            unless ``force``.
+        gradients: names and shapes of those to write.
+        activations: names of those to write.
+        dtype: of the gradients.
     """
 
     def __init__(
         self,
         path: Path,
-        identity: dict[str, str],
+        fingerprint: dict[str, str],
         force: bool,
         *,
         gradients: Mapping[str, tuple[int, ...]],
         activations: Sequence[str],
         dtype: np.dtype[Any],
     ) -> None:
-        prepare(path, identity, force)
+        prepare(path, fingerprint, force)
         self.path, self.unfinished = path, path / "unfinished"
+        self.gradients, self.activations = gradients, activations
+        self.dtype = dtype
         for left in self.unfinished.glob(f"*{PARTIAL}"):  # of a run that was killed
             left.unlink()
-        self.gradients, self.activations, self.dtype = gradients, activations, dtype
         self.files: dict[str, dict[str, Any]] = {}  # of the step at work
         self.sizes: dict[str, Size] = {}
-        self.records: dict[str, Record] = {}
+        self.records: dict[Step, Record] = {}
 
-    def do(self, step: str, run: Callable[[], Mapping[str, np.ndarray]]) -> None:
-        """Run a step that has no record yet, whose arrays ``run`` gives; read its record."""
-        path = self.unfinished / f"{step}.safetensors"
+    def do(self, step: Step, run: Callable[[Step], Mapping[str, np.ndarray]]) -> None:
+        """Read the record of a step; if there is none yet, ``run`` the step first, which gives the
+        record's arrays."""
+        path = self.unfinished / file_name(*step)
         if not path.exists():
             self.files, self.sizes = {}, {}
-            arrays = run()
+            arrays = run(step)
             made = {file: (self.path / file).stat().st_size for file in self.files}
             notes = {"files": self.files, "bytes": made, "gradients": self.sizes}
             write_tensor_file(path, arrays, {"notes": json.dumps(notes)})
-        self.records[step] = Record(path)
+        self.records[step] = read_record(path)
 
     def finish(self, metadata: dict[str, Any]) -> None:
-        """All is there: write the index, and remove the records."""
+        """Write the index, once all steps are done, and remove the records."""
         for record in self.records.values():
             self.files |= record.files
         tensors = {
@@ -138,6 +178,7 @@ class Folder:
     def writer(
         self, file: str, tensors: Mapping[str, Spec]
     ) -> AbstractContextManager[TensorWriter]:
+        """A file whose tensors are written a piece at a time."""
         self.files[file] = {
             name: {"dtype": str(spec.dtype), "shape": spec.shape, "file": file}
             for name, spec in tensors.items()
@@ -145,69 +186,59 @@ class Folder:
         return tensor_writer(self.path / file, tensors, folder=self.unfinished)
 
     def write(self, file: str, arrays: Mapping[str, np.ndarray]) -> None:
-        with self.writer(
-            file, {name: Spec(x.shape, x.dtype) for name, x in arrays.items()}
-        ) as writer:
+        """A file of whole arrays."""
+        specs = {name: Spec(x.shape, x.dtype) for name, x in arrays.items()}
+        with self.writer(file, specs) as writer:
             for name, x in arrays.items():
                 writer.write(name, x)
 
     def write_activations(
-        self, file: str, found: Mapping[str, np.ndarray], prefix: str = "act"
+        self, kind: str, *place: str | int, found: Mapping[str, np.ndarray]
     ) -> None:
-        chosen = {f"{prefix}/{name}": x for name, x in found.items() if name in self.activations}
+        """A file of those among ``found`` that are to be written, if any are. ``kind``: act, or cot
+        for the gradients of activations; with ``place`` the name of the file."""
+        chosen = {f"{kind}/{name}": x for name, x in found.items() if name in self.activations}
         if chosen:
-            self.write(f"{file}.safetensors", chosen)
+            self.write(file_name(kind, *place), chosen)
 
-    def write_gradient(self, file: str, name: str, parts: list[Any]) -> None:
-        """A file of one gradient, the sum of ``parts``."""
+    def write_gradient(self, place: str, name: str, parts: Sequence[np.ndarray | Rows]) -> None:
+        """A file of one gradient, the sum of ``parts``, if it is to be written."""
         if name not in self.gradients:
             return
-        shape, size = self.gradients[name], Size(0, 0.0, 0.0)
-        with self.writer(
-            f"{file}.safetensors", {f"grad/{name}": Spec(shape, self.dtype)}
-        ) as writer:
-            for start, block in summed(parts, shape[0]):
+        shape, size = self.gradients[name], NOTHING
+        specs = {f"grad/{name}": Spec(shape, self.dtype)}
+        with self.writer(file_name("grad", place), specs) as writer:
+            for start, block in sum_in_blocks(parts, shape[0]):
                 writer.write(f"grad/{name}", block, start * (block.size // len(block)))
                 size = measure(block, size)
         self.sizes[name] = size
 
-    def of_layer(self, layer: int) -> tuple[str, ...]:
-        """The gradients that are wanted of a layer."""
-        return tuple(name for name in self.gradients if name.startswith(f"model.layers.{layer}."))
-
     @contextmanager
-    def layer_file(self, layer: int) -> Iterator[Sink]:
-        """A sink for the gradients of one layer."""
+    def layer_gradients(self, layer: int) -> Iterator[LayerGradients]:
+        """The file of a layer's gradients, to which a backward adds them."""
         specs = {
-            f"grad/{name}": Spec(self.gradients[name], self.dtype) for name in self.of_layer(layer)
+            f"grad/{name}": Spec(shape, self.dtype)
+            for name, shape in self.gradients.items()
+            if name.startswith(layer_name(layer, ""))
         }
-        if not specs:
-            yield Sink(lambda name, gradient: None)
-            return
-        with self.writer(f"grad-layer-{layer:05d}.safetensors", specs) as writer:
+        file = file_name("grad", "layer", layer)
+        with self.writer(file, specs) if specs else nullcontext() as writer:
+            yield LayerGradients(layer, writer, self.sizes)
 
-            def write(name: str, gradient: np.ndarray | None) -> None:
-                if name not in self.gradients:
-                    return
-                if gradient is None:
-                    writer.zero(f"grad/{name}")
-                    self.sizes[name] = Size(
-                        specs[f"grad/{name}"].bytes // self.dtype.itemsize, 0.0, 0.0
-                    )
-                else:
-                    writer.write(f"grad/{name}", gradient)
-                    self.sizes[name] = measure(gradient)
 
-            yield Sink(write)
+def file_name(*parts: str | int) -> str:
+    """The parts joined, a layer's number as five digits: ``forward-00003.safetensors``."""
+    words = [part if isinstance(part, str) else f"{part:05d}" for part in parts]
+    return f"{'-'.join(words)}.safetensors"
 
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Make the folder and keep other runs out of it; CouldNotRun if another one has it.
+    """Make the folder and keep other runs out of it; CouldNotRun if another run holds it.
 
-    The lock is the system's, on the folder itself: nothing is left of it when the process ends,
-    however it does. There is none without flock (on Windows), nor where a file system has none for
-    folders (NFS).
+    The lock is the system's, on the folder itself, and ends with the process, even with one that is
+    killed. Without flock (on Windows), and where a file system cannot lock folders (NFS), nothing
+    is locked.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -230,9 +261,9 @@ def held(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def prepare(folder: Path, identity: dict[str, str], force: bool) -> None:
-    """See that the folder is empty, or that what is in it is this very request, unfinished; else
-    empty it by force."""
+def prepare(folder: Path, fingerprint: dict[str, str], force: bool) -> None:
+    """CouldNotRun unless the folder is empty or holds an unfinished run of the same request;
+    ``force`` empties it."""
     unfinished, state = folder / "unfinished", folder / "unfinished" / "request.json"
     try:
         found = sorted(path.name for path in folder.iterdir())
@@ -260,7 +291,7 @@ def prepare(folder: Path, identity: dict[str, str], force: bool) -> None:
             )
         elif state.exists():
             before = notes_of(state, state.read_bytes())
-            other = [key for key in identity | before if identity.get(key) != before.get(key)]
+            other = [key for key in fingerprint | before if fingerprint.get(key) != before.get(key)]
             if other:
                 raise CouldNotRun(
                     f"{folder} holds an unfinished run of another request (other "
@@ -274,7 +305,7 @@ def prepare(folder: Path, identity: dict[str, str], force: bool) -> None:
                 remedy="force",
             )
         unfinished.mkdir(exist_ok=True)
-        write_json(state, identity)
+        write_json(state, fingerprint)
     except OSError as error:
         raise CouldNotRun(f"{folder} can't be written: {error.strerror}") from error
 

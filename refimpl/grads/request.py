@@ -1,0 +1,269 @@
+"""The request, its validation against a model, and its fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+
+from .. import __version__
+from ..array import expect_ids
+from ..batch import Batch, make_batch
+from ..checkpoint.names import stored_names
+from ..checkpoint.source import Source
+from ..config import ModelConfig
+from ..model import Route
+from ..ops import IMPLEMENTATIONS
+from ..parameters import (
+    EMBEDDING,
+    FINAL_NORM,
+    depth_of,
+    is_buffer,
+    layer_name,
+    module_name,
+    moe_layers,
+    parameter_shapes,
+)
+
+__all__ = ["ACTIVATIONS", "Request", "gradient_shapes"]
+
+EMBEDDINGS, HIDDEN = (name.removesuffix(".weight") for name in (EMBEDDING, FINAL_NORM))
+ATTENTION, AFTER_ATTENTION, SCORES = "self_attn", "after_attention", "mlp.gate.scores"
+ACTIVATIONS = {
+    EMBEDDINGS: "the embeddings, what layer 0 reads",
+    module_name("L"): "layer L's output, what the next one reads",
+    layer_name("L", ATTENTION): "attention's output, before it is added to the stream",
+    layer_name("L", AFTER_ATTENTION): (
+        "the stream with attention's output added, what post_attention_layernorm reads"
+    ),
+    layer_name("L", SCORES): "the router's scores [B, T, E], before bias and selection",
+    HIDDEN: "the final hidden states, what the head reads",
+}
+"""The activations, act/…: the name of a module stands for its output, as a forward hook on Hugging
+Face's module sees it."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to compute of a model: losses, layers, and which gradients and activations to write.
+    Arrays are those of `model.forward` and `model.backward`.
+
+    ValueError or TypeError, from `check` and from the method that the argument goes to, begins with
+    the argument that does not fit the model.
+    """
+
+    tokens: np.ndarray  # [B, T]
+    targets: np.ndarray | None = None  # [B, T]
+    mask: np.ndarray | None = None  # [B, T] bool
+    key_mask: np.ndarray | None = None  # [B, T] bool
+    dlogits: np.ndarray | None = None  # [B, T, W]: the backward of another loss, instead of ours
+    routes: Mapping[int, Route] = field(default_factory=dict)  # by layer, to replay
+    mtp: bool = False  # with the losses of the MTP modules
+    mtp_weight: float | None = None  # λ, by default the config's
+    balance_alpha: float = 0.0  # α; 0: no balance loss, as in Hugging Face
+    layers: int | None = None  # only so many of the first
+    only: str = "*"  # pattern of the gradients to write
+    activations: str | None = None  # pattern of the activations to write
+    logits: bool = True  # write them
+    implementation: str = "reference"
+
+    def config(self, config: ModelConfig) -> ModelConfig:
+        """The config of the model that is run: its layers, modules and losses."""
+        if self.layers is not None and not 1 <= self.layers <= config.layers:
+            raise ValueError(f"layers must lie in 1…{config.layers}, got {self.layers}")
+        if self.mtp and not config.mtp_depth:
+            raise ValueError("mtp asks for a loss of modules that the model does not have")
+        if self.mtp and self.layers not in (None, config.layers):
+            raise ValueError("layers leaves out what mtp reads: give one of them")
+        ours = self.mtp or self.balance_alpha or self.mask is not None or self.targets is not None
+        if self.dlogits is not None and ours:
+            raise ValueError(
+                "dlogits is the gradient of another loss: it cannot be combined with mtp, "
+                "balance_alpha, mask or targets"
+            )
+        layers = config.layers if self.layers is None else self.layers
+        return replace(
+            config,
+            layers=layers,
+            dense_layers=min(config.dense_layers, layers),
+            balance_weight=self.balance_alpha,
+            mtp_depth=config.mtp_depth if self.mtp else 0,
+            mtp_weight=config.mtp_weight if self.mtp_weight is None else self.mtp_weight,
+        )
+
+    def check(self, source: Source) -> None:
+        """Validate everything, before any work is done."""
+        config = self.config(source.config)
+        if self.implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got "
+                f"{self.implementation}"
+            )
+        batch = self.batch(config)
+        self.dlogits_as(source.dtype, config)
+        if self.with_loss and not batch.mask.any():
+            given = [
+                name for name in ("mask", "targets", "key_mask") if getattr(self, name) is not None
+            ]
+            raise ValueError(
+                f"{' and '.join(given)} must leave at least one target that counts, got none"
+            )
+        self._check_routes(config, source.config)
+        self.gradients(config)
+        self.activation_names(config)
+
+    @property
+    def with_loss(self) -> bool:
+        """Whether the gradients are those of our loss."""
+        return self.dlogits is None
+
+    def batch(self, config: ModelConfig) -> Batch:
+        """Tokens, targets and masks of the main model."""
+        least = 2 if self.with_loss and self.targets is None else 1
+        if self.tokens.ndim == 2 and self.tokens.shape[1] < least:
+            raise ValueError(
+                f"tokens must have shape (B, T) with T of at least 2, got {self.tokens.shape}"
+            )
+        if self.tokens.size == 0:
+            raise ValueError("tokens must not be empty, got none")
+        batch = make_batch(
+            np.empty(0),
+            self.tokens,
+            config,
+            targets=self.targets,
+            mask=self.mask,
+            key_mask=self.key_mask,
+            with_loss=self.with_loss,
+        )
+        expect_ids("targets", np.where(batch.mask, batch.targets, 0), config.vocabulary)
+        return batch
+
+    def dlogits_as(self, dtype: np.dtype[Any], config: ModelConfig) -> np.ndarray | None:
+        """The given gradient of the logits in the type to compute in."""
+        if self.dlogits is None:
+            return None
+        wanted = (*self.tokens.shape, config.vocabulary)
+        if self.dlogits.shape != wanted:
+            raise ValueError(
+                f"dlogits must have shape (B, T, W)={wanted}, got {self.dlogits.shape}"
+            )
+        if not np.isfinite(self.dlogits).all():
+            raise ValueError("dlogits must be finite, got NaN or infinity")
+        with np.errstate(over="ignore"):
+            dlogits = self.dlogits.astype(dtype)
+        if not np.isfinite(dlogits).all():
+            raise ValueError(f"dlogits has numbers that {dtype} can't hold")
+        return dlogits
+
+    def gradients(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the gradients to write."""
+        wanted = {
+            name: shape
+            for name, shape in gradient_shapes(config).items()
+            if fnmatchcase(name, self.only)
+        }
+        if not wanted:
+            raise ValueError(f"only must match the name of a gradient, got {self.only}")
+        return wanted
+
+    def activation_names(self, config: ModelConfig) -> list[str]:
+        """Names of the activations to write."""
+        pattern = self.activations
+        if pattern is None:
+            return []
+        wanted = [name for name in _activations(config) if fnmatchcase(name, pattern)]
+        if not wanted:
+            raise ValueError(
+                f"activations must match a name such as {', '.join(ACTIVATIONS)}, got {pattern}"
+            )
+        return wanted
+
+    def fingerprint(self, source: Source, checkpoint: str) -> dict[str, str]:
+        """Each part of the request as a word or a digest; a run resumes one that agrees in all."""
+        parts: dict[str, Any] = {
+            "config": asdict(source.config),
+            "dtype": str(source.dtype),
+            "checkpoint": checkpoint,
+        }
+        parts |= {"refimpl": __version__, "numpy": np.__version__}
+        parts |= {name: getattr(self, name) for name in self.__dataclass_fields__}
+        parts["routes"] = {
+            str(layer): digest(route.indices, route.counted) for layer, route in self.routes.items()
+        }
+        for name, value in parts.items():
+            if isinstance(value, np.ndarray):
+                parts[name] = digest(value)
+            elif isinstance(value, dict):
+                parts[name] = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+        return {name: str(value) for name, value in parts.items()}
+
+    def _check_routes(self, config: ModelConfig, whole: ModelConfig) -> None:
+        """ValueError unless the routes fit the layers that are run. Routes of the ``whole`` model
+        do, even where some of its layers are left out."""
+        routes, (b, t) = self.routes, self.tokens.shape
+        strange = sorted(routes.keys() - set(moe_layers(whole)))
+        if strange:
+            given = ", ".join(map(str, strange))
+            raise ValueError(
+                "routes must be of the model's MoE layers, with mtp also of its modules, got "
+                f"layer {given}"
+            )
+        missing = [layer for layer in moe_layers(config) if layer not in routes]
+        if routes and missing:
+            raise ValueError(
+                "routes must have every MoE layer of the model, lacks "
+                f"{', '.join(map(str, missing))}"
+            )
+        for layer in moe_layers(config) if routes else ():
+            shape = (b, t - depth_of(config, layer), config.top_k)
+            for name, x in zip(("routes", "counted"), routes[layer], strict=True):
+                if x is not None and x.shape != shape:
+                    raise ValueError(
+                        f"routes of layer {layer} ({name}) must have shape (B, T, K)={shape}, "
+                        f"got {x.shape}"
+                    )
+                if x is not None:
+                    expect_ids(f"routes of layer {layer}", x, config.experts)
+            in_order = np.sort(routes[layer].indices, axis=-1)
+            if np.any(in_order[..., 1:] == in_order[..., :-1]):
+                raise ValueError(
+                    f"routes of layer {layer} must name an expert once a token, got one twice"
+                )
+
+
+def gradient_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every gradient's name and shape as a checkpoint has them, the experts one by one."""
+    return {
+        stored: shape if stored == name else shape[1:]
+        for name, shape in parameter_shapes(config).items()
+        if not is_buffer(name)
+        for stored in stored_names(name, shape)
+    }
+
+
+def digest(*arrays: np.ndarray | None) -> str:
+    """A digest of the arrays' types, shapes and values."""
+    hashed = hashlib.sha256()
+    for x in arrays:
+        hashed.update(
+            b"none"
+            if x is None
+            else f"{x.dtype}{x.shape}".encode() + np.ascontiguousarray(x).tobytes()
+        )
+    return hashed.hexdigest()
+
+
+def _activations(config: ModelConfig) -> Iterator[str]:
+    """The names of all activations of a model."""
+    every = range(config.layers + config.mtp_depth)
+    for name in ACTIVATIONS:
+        if ".L" not in name:
+            yield name
+            continue
+        for layer in moe_layers(config) if name.endswith(SCORES) else every:
+            yield name.replace(".L", f".{layer}")
