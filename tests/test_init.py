@@ -40,7 +40,7 @@ def test_names() -> None:
 
 def test_in_use() -> None:
     """The loss of the tiny model and a gradient, by public names alone."""
-    from refimpl.model import init_parameters
+    from refimpl.parameters import init_parameters
 
     config = refimpl.preset("tiny")
     params = init_parameters(config, seed=0)

@@ -33,7 +33,9 @@ from ..parameters import (
 __all__ = ["ACTIVATIONS", "Request", "gradient_shapes"]
 
 EMBEDDINGS, HIDDEN = (name.removesuffix(".weight") for name in (EMBEDDING, FINAL_NORM))
-ATTENTION, AFTER_ATTENTION, SCORES = "self_attn", "after_attention", "mlp.gate.scores"
+ATTENTION = "self_attn"
+AFTER_ATTENTION = "after_attention"
+SCORES = "mlp.gate.scores"
 ACTIVATIONS = {
     EMBEDDINGS: "the embeddings, what layer 0 reads",
     module_name("L"): "layer L's output, what the next one reads",

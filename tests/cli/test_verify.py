@@ -134,9 +134,18 @@ def test_the_same_seed_gives_the_same_table() -> None:
             "--dtype must be one of float64, float32, got bfloat16",
         ),
         (["verify", "--examples", "0"], "--examples must be at least 1, got 0"),
+        (["verify", "--model-examples", "0"], "--model-examples must be at least 1, got 0"),
+        (
+            ["verify", "--implementation", "cuda"],
+            "--backend must be cupy for the implementation cuda, got numpy",
+        ),
         (["verify", "--digits", "5"], "--digits must lie in 20…1000, got 5"),
         (["verify", "linear", "--json", "no/such/file"], "--json no/such/file can't be written"),
         (["verify", "linear", "--json", "."], "--json . can't be written"),
+        (
+            ["verify", "linear", "--json", os.devnull],
+            f"--json {os.devnull} can't be written: not a regular file",
+        ),
         (["verify", "--seed", "-1"], "--seed must be at least 0, got -1"),
         (
             ["verify", "embedding", "--text", "dull.txt"],
