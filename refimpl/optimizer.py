@@ -19,6 +19,31 @@ __all__ = ["V3_SCHEDULE", "AdamW", "Schedule", "clip_global_norm"]
 Tensors = Mapping[str, Array]
 
 
+def check_step(
+    params: Tensors,
+    grads: Tensors,
+    learning_rate: float,
+    gradient_type: Callable[[str, Array], Any],
+) -> None:
+    """ValueError unless a step can be taken: each gradient of the shape of its parameter and of
+    the type that ``gradient_type`` (name, parameter) says, the learning rate a finite number of at
+    least 0."""
+    if not (isfinite(learning_rate) and learning_rate >= 0):
+        raise ValueError(
+            f"learning_rate must be a finite number of at least 0, got {learning_rate}"
+        )
+    for name, g in grads.items():
+        p = params.get(name)
+        if p is None:
+            raise ValueError(f"{name} must be a parameter for its gradient, got no such parameter")
+        wanted = gradient_type(name, p)
+        if p.shape != g.shape or wanted != g.dtype:
+            raise ValueError(
+                f"the gradient of {name} must be {wanted} {tuple(p.shape)} for a parameter of "
+                f"{p.dtype}, got {g.dtype} {tuple(g.shape)}"
+            )
+
+
 class AdamW:
     """Adam with decoupled weight decay and bias correction.
 
@@ -62,18 +87,7 @@ class AdamW:
         ValueError if a gradient has no parameter, another shape or dtype, or the learning rate is
         no number ≥ 0; then nothing was changed.
         """
-        if not (isfinite(learning_rate) and learning_rate >= 0):
-            raise ValueError(
-                f"learning_rate must be a finite number of at least 0, got {learning_rate}"
-            )
-        for name, g in grads.items():
-            p = params.get(name)
-            if p is None or p.shape != g.shape or p.dtype != g.dtype:
-                got = "no such parameter" if p is None else f"{p.dtype} {p.shape}"
-                raise ValueError(
-                    f"{name} must be a parameter of {g.dtype} {g.shape} like its gradient, got "
-                    f"{got}"
-                )
+        check_step(params, grads, learning_rate, lambda name, p: p.dtype)
         self.step += 1
         correct1, correct2 = 1 - self.beta1**self.step, 1 - self.beta2**self.step
         for name, g in grads.items():

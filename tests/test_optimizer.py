@@ -87,10 +87,20 @@ def test_in_place_and_allocation_free() -> None:
             {},
             {"w": np.ones(2)},
             0.1,
-            r"w must be a parameter of float64 \(2,\) .*, got no such parameter",
+            "w must be a parameter for its gradient, got no such parameter",
         ),
-        ({"w": np.ones(3)}, {"w": np.ones(2)}, 0.1, r"got float64 \(3,\)"),
-        ({"w": np.ones(2, np.float32)}, {"w": np.ones(2)}, 0.1, "got float32"),
+        (
+            {"w": np.ones(3)},
+            {"w": np.ones(2)},
+            0.1,
+            r"of w must be float64 \(3,\) .*, got float64 \(2,\)",
+        ),
+        (
+            {"w": np.ones(2, np.float32)},
+            {"w": np.ones(2)},
+            0.1,
+            "of w must be float32 .*, got float64",
+        ),
         (
             {"w": np.ones(2)},
             {"w": np.ones(2)},

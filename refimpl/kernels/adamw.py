@@ -4,13 +4,12 @@ bfloat16."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
-from math import isfinite
 from typing import Any
 
 import numpy as np
 
 from ..array import Array
-from ..optimizer import AdamW
+from ..optimizer import AdamW, check_step
 from .host import Kernels, cover, numbers
 from .launch import Launch
 
@@ -33,18 +32,9 @@ def adamw(launch: Launch) -> Callable[..., AdamW]:
         ) -> None:
             """One step on every tensor of ``grads``, in place; a bfloat16 parameter's gradient is
             float32."""
-            if not (isfinite(learning_rate) and learning_rate >= 0):
-                raise ValueError(
-                    f"learning_rate must be a finite number of at least 0, got {learning_rate}"
-                )
+            check_step(params, grads, learning_rate, lambda name, p: numbers(**{name: p}).real)
             for name, g in grads.items():
-                p = params.get(name)
-                if p is None or p.shape != g.shape or numbers(**{name: p}).real != g.dtype:
-                    got = "no such parameter" if p is None else f"{p.dtype} {p.shape}"
-                    raise ValueError(
-                        f"{name} must be a parameter for a gradient of {g.dtype} {g.shape}, "
-                        f"got {got}"
-                    )
+                p = params[name]
                 if not (p.flags.c_contiguous and g.flags.c_contiguous):
                     raise ValueError(
                         f"{name} and its gradient must be contiguous, got strided arrays"
