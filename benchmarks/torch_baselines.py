@@ -18,7 +18,10 @@ from torch.nn import functional
 
 VERSION = torch.__version__
 EPS = 1e-6
-TOP_K, GROUPS, KEEP_GROUPS, SCALE = 8, 8, 4, 2.5
+TOP_K = 8
+GROUPS = 8
+KEEP_GROUPS = 4
+SCALE = 2.5
 CLIP, KL_WEIGHT = 0.2, 0.04
 
 Call = Callable[[], object]

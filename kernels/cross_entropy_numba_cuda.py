@@ -31,7 +31,9 @@ def kernels(real):
         """Of each row: its maximum, Σ e^(z − maximum), and the log of the target's probability.
         Grid: a block a row."""
         part = cuda.shared.array(WARP, real)
-        row, thread, threads = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
+        row = cuda.blockIdx.x
+        thread = cuda.threadIdx.x
+        threads = cuda.blockDim.x
         start = row * vocabulary
         largest = real(-math.inf)
         for w in range(thread, vocabulary, threads):

@@ -22,7 +22,9 @@ def kernels(real):
     def rms_norm_forward(y: reals, r: reals, x: reals, w: reals, width: int32, eps: real):
         """y = x r w and r = 1 / √(mean(x²) + eps). Grid: a block a row."""
         part = cuda.shared.array(WARP, real)
-        row, thread, threads = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
+        row = cuda.blockIdx.x
+        thread = cuda.threadIdx.x
+        threads = cuda.blockDim.x
         start = row * width
         squares = real(0)
         for i in range(thread, width, threads):

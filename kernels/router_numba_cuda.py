@@ -29,7 +29,9 @@ def rank(values, start, stop, i):
 
 def kernels(real):
     """For numbers of type ``real``; the annotations are the types of a kernel's arguments."""
-    reals, ids, sigmoid = CPointer(real), CPointer(int64), make_sigmoid(real)
+    reals = CPointer(real)
+    ids = CPointer(int64)
+    sigmoid = make_sigmoid(real)
 
     def router_forward(
         scores: reals,

@@ -201,7 +201,9 @@ def count(config: ModelConfig, *, length: int = 4096) -> list[Section]:
 
 def _parameters(c: ModelConfig, known: str) -> tuple[Parts, list[Section]]:
     """From the tensors of one layer to the main model, the MTP modules, and the file."""
-    shapes, d, deep = parameter_shapes(c), c.width, c.mtp_depth
+    shapes = parameter_shapes(c)
+    d = c.width
+    deep = c.mtp_depth
     one, ffn = (
         Section("Parameters of one attention (MLA)"),
         Section("Parameters of one feed-forward layer"),

@@ -62,13 +62,11 @@ class Decoder:
         prefill: Ops = REFERENCE,
         decode: Ops = ABSORBED,
     ) -> None:
-        self.params, self.config, self.padding, self.prefill, self.decode = (
-            params,
-            config,
-            padding,
-            prefill,
-            decode,
-        )
+        self.params = params
+        self.config = config
+        self.padding = padding
+        self.prefill = prefill
+        self.decode = decode
         self.length = 0  # S
         self.caches: dict[int, Array] = {}  # by layer [B, S, C + R]
 
@@ -135,7 +133,10 @@ class Chain:
         last T positions up to n − 1: those that came since the last call.
         """
         xp, config = namespace(state=state), self.decoder.config
-        known, end, found, held = list(tokens), len(tokens) - 1, [], {}
+        known = list(tokens)
+        end = len(tokens) - 1
+        found = []
+        held = {}
         for depth in range(1, count + 1):
             layer = mtp_layer(config, depth)
             if depth in self.held:
@@ -172,7 +173,9 @@ class Sampler:
             raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
         if seed < 0:
             raise ValueError(f"seed must be at least 0, got {seed}")
-        self.temperature, self.top_p, self.random = temperature, top_p, np.random.default_rng(seed)
+        self.temperature = temperature
+        self.top_p = top_p
+        self.random = np.random.default_rng(seed)
 
     def choose(self, logits: Array) -> int:
         """A token, from logits [W]; ValueError if one is not a number."""
@@ -317,19 +320,20 @@ class _Row:
         sampler: Sampler,
         on_token: OnToken | None,
     ) -> None:
-        self.index, self.tokens, self.stop, self.sampler, self.on_token = (
-            index,
-            tokens,
-            stop,
-            sampler,
-            on_token,
-        )
+        self.index = index
+        self.tokens = tokens
+        self.stop = stop
+        self.sampler = sampler
+        self.on_token = on_token
         self.prompt = len(tokens)
         self.end = min(
             context, self.prompt + most
         )  # the most tokens there may be, the prompt's included
         self.full = "length" if self.end == self.prompt + most else "context"
-        self.finish, self.forwards, self.drafted, self.accepted = "", 0, 0, 0
+        self.finish = ""
+        self.forwards = 0
+        self.drafted = 0
+        self.accepted = 0
 
     def take(self, logits: Array) -> int:
         """Choose the next token, and see whether it is the last."""

@@ -44,13 +44,11 @@ class AdamW:
                 "beta1 and beta2 must lie in [0, 1), epsilon be positive and weight_decay at "
                 f"least 0, got {beta1}, {beta2}, {epsilon} and {weight_decay}"
             )
-        self.beta1, self.beta2, self.epsilon, self.weight_decay, self.decays = (
-            beta1,
-            beta2,
-            epsilon,
-            weight_decay,
-            decays,
-        )
+        self.beta1 = beta1
+        self.beta2 = beta2
+        self.epsilon = epsilon
+        self.weight_decay = weight_decay
+        self.decays = decays
         self.step = 0
         self.first: dict[str, Array] = {}  # m, mean of the gradient
         self.second: dict[str, Array] = {}  # v, mean of its square

@@ -41,7 +41,9 @@ __all__ = [
     "select",
 ]
 
-MODEL, VARIANT, MODEL_GRPO = "model", "model_variant", "model_grpo"
+MODEL = "model"
+VARIANT = "model_variant"
+MODEL_GRPO = "model_grpo"
 MODELS = (MODEL, VARIANT, MODEL_GRPO)
 NAMES = (*CASES, *MODELS)  # in reading order
 MOST_EXAMPLES = 300  # drawn in search of a regime

@@ -106,7 +106,10 @@ def rms_norm_step(launch: Launch, step: str) -> Op:
         return rms_norm(launch)
 
     def forward(x: Array, w: Array, *, eps: float) -> tuple[Array, Any]:
-        n, width, x, w = numbers(x=x, w=w), x.shape[-1], ready(x), ready(w)
+        n = numbers(x=x, w=w)
+        width = x.shape[-1]
+        x = ready(x)
+        w = ready(w)
         rows = x.size // width
         module = _module(step, launch, n.storage)
         y, r = launch.empty(x.shape, x.dtype, x), launch.empty((rows,), n.real, x)
@@ -127,7 +130,9 @@ def rms_norm_step(launch: Launch, step: str) -> Op:
         return y, (x, w, r)
 
     def backward(dy: Array, saved: Any) -> tuple[Array, Array]:
-        (x, w, r), n, dy, width = saved, numbers(dy=dy), ready(dy), dy.shape[-1]
+        x, w, r = saved
+        n, dy = numbers(dy=dy), ready(dy)
+        width = dy.shape[-1]
         rows, module = r.shape[0], _module(step, launch, n.storage)
         dx, dw = launch.empty(x.shape, x.dtype, x), launch.empty((width,), n.real, x)
         blocks = cover(rows, THREADS) if step.endswith("naive") else rows
@@ -147,7 +152,9 @@ def cross_entropy_step(launch: Launch, step: str) -> Op:
     def forward(
         logits: Array, *, targets: Array, mask: Array | None = None, normaliser: float | None = None
     ) -> tuple[Array, Any]:
-        n, vocabulary, logits = numbers(logits=logits), logits.shape[-1], ready(logits)
+        n = numbers(logits=logits)
+        vocabulary = logits.shape[-1]
+        logits = ready(logits)
         targets, weight = token_weights(
             n.xp.zeros((1,), dtype=n.real), targets, mask, normaliser, vocabulary
         )
@@ -260,7 +267,9 @@ class Cost:
         )
 
 
-ROWS, WIDTH, VOCABULARY = 32, 1024, 16384
+ROWS = 32
+WIDTH = 1024
+VOCABULARY = 16384
 
 
 @cache
@@ -276,7 +285,9 @@ def rms_norm_cost(step: str) -> Cost:
 
 @cache
 def cross_entropy_cost(step: str) -> Cost:
-    rng, launch, rows = np.random.default_rng(0), CountingLaunch(), 2
+    rng = np.random.default_rng(0)
+    launch = CountingLaunch()
+    rows = 2
     logits = rng.normal(size=(rows, VOCABULARY)).astype(ml_dtypes.bfloat16)
     pair = cross_entropy_step(launch, step)
     _, saved = pair.forward(logits, targets=rng.integers(0, VOCABULARY, rows))

@@ -89,13 +89,11 @@ class CuBLAS:
     """As much of ``cupy.cuda.cublas`` as kernels' host side calls; the numbers are those of its
     enumerations."""
 
-    CUBLAS_OP_N, CUBLAS_OP_T, CUBLAS_GEMM_DEFAULT, CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_64F = (
-        0,
-        1,
-        -1,
-        68,
-        70,
-    )
+    CUBLAS_OP_N = 0
+    CUBLAS_OP_T = 1
+    CUBLAS_GEMM_DEFAULT = -1
+    CUBLAS_COMPUTE_32F = 68
+    CUBLAS_COMPUTE_64F = 70
     TYPES: ClassVar = {
         0: np.dtype(np.float32),
         1: np.dtype(np.float64),

@@ -117,7 +117,9 @@ class Done(NamedTuple):
 
 def refimpl_here(*arguments: object, cwd: Path | None = None) -> Done:
     """``refimpl ARGUMENTS`` in this process, which saves the start of another."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
+    out = io.StringIO()
+    err = io.StringIO()
+    code = 0
     given = mock.patch.object(sys, "argv", ["refimpl", *map(str, arguments)])
     with chdir(cwd or "."), redirect_stdout(out), redirect_stderr(err), given:
         try:

@@ -275,7 +275,9 @@ def test_scatter_add_keeps_rows_apart() -> None:
 
 
 def test_scatter_add_of_duals() -> None:
-    rows, added, direction = np.array([2, 0, 2, 2]), whole(4, 2), whole(4, 2, seed=1)
+    rows = np.array([2, 0, 2, 2])
+    added = whole(4, 2)
+    direction = whole(4, 2, seed=1)
     y = scatter_add(rows, dual_array(added, direction), 4)
     for part, x in ((values, added), (tangents, direction)):
         np.testing.assert_array_equal(
@@ -300,11 +302,9 @@ def test_constants_take_the_type_of_the_array(dtype: Any) -> None:
 def test_constants_in_duals() -> None:
     """They are duals too, and stand still."""
     x = dual_array(np.array([1.0, 2.0]), np.array([3.0, 4.0]))
-    filled, nothing, constant = (
-        fill(np.array([True, False]), x, -np.inf),
-        zeros((2, 2), x),
-        cast(np.array([5.0, 6.0]), x),
-    )
+    filled = fill(np.array([True, False]), x, -np.inf)
+    nothing = zeros((2, 2), x)
+    constant = cast(np.array([5.0, 6.0]), x)
     assert all(isinstance(element, Dual) for y in (filled, nothing, constant) for element in y.flat)
     assert values(filled) == [1, Decimal("-Infinity")]
     assert tangents(filled) == [3, 0]

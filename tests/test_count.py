@@ -36,18 +36,16 @@ def figure(model: str | ModelConfig, title: str, line: str, length: int = 4096) 
     return next(x.value for x in section(model, title, length).lines if x.name == line)
 
 
-ATTENTION, FFN, MAIN = (
-    "Parameters of one attention",
-    "Parameters of one feed",
-    "Parameters of the main",
-)
-MTP, ACTIVE, CACHE, CLAIM = (
-    "Parameters of multi",
-    "Active",
-    "KV cache of a token",
-    'KV cache: the "93.3 %"',
-)
-FORWARD, BACKWARD, TRAINING = "Forward", "Backward", "Training"
+ATTENTION = "Parameters of one attention"
+FFN = "Parameters of one feed"
+MAIN = "Parameters of the main"
+MTP = "Parameters of multi"
+ACTIVE = "Active"
+CACHE = "KV cache of a token"
+CLAIM = 'KV cache: the "93.3 %"'
+FORWARD = "Forward"
+BACKWARD = "Backward"
+TRAINING = "Training"
 
 
 @pytest.mark.parametrize(

@@ -73,11 +73,9 @@ def test_same_numbers() -> None:
     np.testing.assert_allclose(
         flash_attention_forward(q, k, v, scale=0.3)[0], o, rtol=0, atol=1e-14
     )
-    h, w, targets = (
-        rng.normal(size=(300, 8)),
-        rng.normal(size=(5000, 8)),
-        rng.integers(0, 5000, 300),
-    )
+    h = rng.normal(size=(300, 8))
+    w = rng.normal(size=(5000, 8))
+    targets = rng.integers(0, 5000, 300)
     loss, _ = cross_entropy_forward(h @ w.T, targets=targets)
     assert abs(head_cross_entropy_forward(h, w, targets=targets)[0] - loss) <= 1e-13 * loss
 

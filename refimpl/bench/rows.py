@@ -73,7 +73,10 @@ class Maker:
     def __init__(
         self, launch: Launch, xp: ModuleType, sizes: Sizes, storage: Any, seed: int
     ) -> None:
-        self.launch, self.xp, self.sizes, self.storage = launch, xp, sizes, storage
+        self.launch = launch
+        self.xp = xp
+        self.sizes = sizes
+        self.storage = storage
         self.rng = xp.random.default_rng(seed)
 
     def normal(self, *shape: int, dtype: Any = None) -> Array:
@@ -126,11 +129,9 @@ def _wide(*arrays: Array) -> tuple[Array, ...]:
 
 def _rms_norm(maker: Maker, *, backward: bool) -> Work:
     s, pair = maker.sizes, rms_norm(maker.launch)
-    x, w, dy = (
-        maker.normal(s.tokens, s.width),
-        maker.normal(s.width),
-        maker.normal(s.tokens, s.width),
-    )
+    x = maker.normal(s.tokens, s.width)
+    w = maker.normal(s.width)
+    dy = maker.normal(s.tokens, s.width)
     _, saved = pair.forward(x, w, eps=EPS)
 
     def check() -> float:
@@ -179,7 +180,9 @@ def _swiglu(maker: Maker, *, backward: bool) -> Work:
 
 def _gate(maker: Maker) -> Work:
     """Logits come as they are: the product that makes them is with the identity, and not timed."""
-    s, pair, xp = maker.sizes, router(maker.launch), maker.xp
+    s = maker.sizes
+    pair = router(maker.launch)
+    xp = maker.xp
     logits, bias = maker.normal(s.tokens, s.experts), maker.normal(s.experts) / 10
     one = xp.eye(s.experts, dtype=logits.dtype)
     groups = {"groups": s.groups, "keep_groups": s.keep_groups}
@@ -236,11 +239,9 @@ def _combine(maker: Maker) -> Work:
 def _cross_entropy(maker: Maker) -> Work:
     """In place. The gradient would be a strange input of the next call (almost uniform), so there
     is a copy."""
-    s, pair, backward = (
-        maker.sizes,
-        cross_entropy(maker.launch),
-        cross_entropy_in_place(maker.launch),
-    )
+    s = maker.sizes
+    pair = cross_entropy(maker.launch)
+    backward = cross_entropy_in_place(maker.launch)
     logits, targets = maker.normal(s.tokens, s.vocabulary), maker.integers(s.vocabulary, s.tokens)
     drawn = logits.copy()
 
@@ -263,7 +264,9 @@ def _cross_entropy(maker: Maker) -> Work:
 
 def _head(maker: Maker) -> Work:
     """The mean loss and both gradients, from hidden states: products included, in blocks."""
-    s, pair, xp = maker.sizes, log_prob(maker.launch), maker.xp
+    s = maker.sizes
+    pair = log_prob(maker.launch)
+    xp = maker.xp
     h, targets = maker.normal(s.tokens, s.width), maker.integers(s.vocabulary, s.tokens)
     w = (maker.normal(s.vocabulary, s.width, dtype=np.float32) / np.float32(s.width**0.5)).astype(
         maker.storage

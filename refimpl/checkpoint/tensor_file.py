@@ -77,7 +77,9 @@ class TensorWriter:
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         self.place, end = {}, 0
         for name, spec in tensors.items():
-            self.place[name], start, end = end, end, end + spec.bytes
+            self.place[name] = end
+            start = end
+            end = end + spec.bytes
             header[name] = {
                 "dtype": NAMES[spec.dtype],
                 "shape": list(spec.shape),

@@ -48,11 +48,9 @@ def cross_entropy(launch: Launch) -> AnyOp:
         expect("targets", targets, "(…)", tuple(logits.shape[:-1]))
         like = n.xp.zeros((1,), dtype=n.real)
         targets, weight = token_weights(like, targets, mask, normaliser, last(logits, "logits"))
-        logits, targets, weight = (
-            ready(logits),
-            ready(targets.reshape(-1)),
-            ready(weight.reshape(-1)),
-        )
+        logits = ready(logits)
+        targets = ready(targets.reshape(-1))
+        weight = ready(weight.reshape(-1))
         largest, total, chosen = softmax_statistics(launch, logits, targets)
         loss = kernels.empty((1,), n.real, logits)
         kernels(

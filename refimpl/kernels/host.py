@@ -27,7 +27,9 @@ class Numbers:
     arithmetic."""
 
     def __init__(self, xp: ModuleType, storage: str, dtype: Any) -> None:
-        self.xp, self.storage, self.dtype = xp, storage, dtype
+        self.xp = xp
+        self.storage = storage
+        self.dtype = dtype
         self.real: Any = np.dtype(
             WIDE[storage]
         )  # of sums, weight gradients and whatever is not a storage array
@@ -110,7 +112,9 @@ def matmul(a: Array, b: Array, out: Array, *, add: bool = False) -> None:
     wider, and rounded once. On a device they are cuBLAS's, on tensor cores for bfloat16; transposed
     arrays are taken as they lie in memory.
     """
-    xp, (n, k), m = library(a), a.shape, b.shape[1]
+    xp = library(a)
+    n, k = a.shape
+    m = b.shape[1]
     types = a.dtype == b.dtype and str(out.dtype) in (str(a.dtype), WIDE[str(a.dtype)])
     if not types or b.shape[0] != k or out.shape != (n, m) or not out.flags.c_contiguous:
         raise ValueError(
@@ -126,7 +130,9 @@ def matmul(a: Array, b: Array, out: Array, *, add: bool = False) -> None:
     else:
         # cuBLAS counts columns first: what it takes for a matrix is the transpose of ours, so outᵀ
         # = bᵀ aᵀ
-        blas, handle, runtime = xp.cuda.cublas, xp.cuda.device.get_cublas_handle(), xp.cuda.runtime
+        blas = xp.cuda.cublas
+        handle = xp.cuda.device.get_cublas_handle()
+        runtime = xp.cuda.runtime
         type_of = {
             "float64": runtime.CUDA_R_64F,
             "float32": runtime.CUDA_R_32F,

@@ -67,7 +67,9 @@ def tools() -> list[object]:
 
 def build_numba(function: Callable[..., None], target: str) -> tuple[bytes, bytes, bytes]:
     """(PTX, cubin, ptxas's log) of a kernel whose annotations are the types of its arguments."""
-    numba, kernel, number = _numba(), function.__name__, int(target.removeprefix("sm_"))
+    numba = _numba()
+    kernel = function.__name__
+    number = int(target.removeprefix("sm_"))
     signature = numba.types.void(*function.__annotations__.values())
     try:
         ptx, _ = importlib.import_module("numba.cuda").compile(

@@ -48,11 +48,15 @@ class DryLaunch:
 class FakeDevice:
     """A device on which a call takes 3 µs, and the very first graph twice that."""
 
-    name, cache, xp = "Fake GPU (2)", 1000, np
+    name = "Fake GPU (2)"
+    cache = 1000
+    xp = np
 
     def __init__(self) -> None:
         self.launch, self.stream = Recorder(InterpreterLaunch()), nullcontext()
-        self.calls, self.captured, self.freed = 0, list[int](), 0
+        self.calls = 0
+        self.captured = list[int]()
+        self.freed = 0
 
     def capture(self, calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
         self.captured.append(len(calls))

@@ -16,7 +16,13 @@ from refimpl.bench.run import most_error, number_type
 from bench.examples import SMALL, V3, DryLaunch, on_interpreter, results
 from kernel_support import ON_DEVICE, InterpreterLaunch, make_launch
 
-T, D, H, F, E, K, W = 4096, 7168, 128, 18432, 256, 8, 129280
+T = 4096
+D = 7168
+H = 128
+F = 18432
+E = 256
+K = 8
+W = 129280
 FLOORS = {  # (bytes, by hand, and the µs of the row at 3.0 TB/s and 798 TFLOP/s)
     "RMSNorm forward": (4 * T * D, 39), "RMSNorm backward": (6 * T * D, 59),
     "RoPE forward": (4 * T * H * 64, 45), "RoPE backward": (4 * T * H * 64, 45),

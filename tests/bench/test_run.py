@@ -122,7 +122,9 @@ def _adamw_baseline(module: Any, torch: Any, work: Any) -> None:
     """The formula that is compiled is a third step of the optimizer that is fused, from zero
     moments."""
     p, g = (torch.from_numpy(x.astype(np.float64)) for x in work.inputs)
-    m, v, q = torch.zeros_like(p), torch.zeros_like(p), p.clone()
+    m = torch.zeros_like(p)
+    v = torch.zeros_like(p)
+    q = p.clone()
     module.adamw(q, g, m, v)
     optimizer = torch.optim.AdamW([p], lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, eps=1e-8)
     optimizer.state[p] = {"step": torch.tensor(2.0), "exp_avg": 0 * p, "exp_avg_sq": 0 * p}

@@ -72,7 +72,9 @@ def test_rounding_twice_would_show() -> None:
 def e4m3(byte: int) -> float:
     """The number an E4M3 byte stands for: sign, four bits of exponent with bias 7, three of
     mantissa."""
-    sign, exponent, mantissa = byte >> 7, byte >> 3 & 15, byte & 7
+    sign = byte >> 7
+    exponent = byte >> 3 & 15
+    mantissa = byte & 7
     size = mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7)
     return -size if sign else size
 

@@ -20,7 +20,9 @@ class Case:
     cotangents."""
 
     def __init__(self, name: str, *, storage: type = np.float64, **settings: Any) -> None:
-        self.name, self.storage, self.settings = name, storage, settings
+        self.name = name
+        self.storage = storage
+        self.settings = settings
         self.rng = np.random.default_rng(zlib.crc32(name.encode()))
         self.inputs: dict[str, Tensor] = {}
         self.tensors: dict[str, np.ndarray] = {}

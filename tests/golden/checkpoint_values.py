@@ -22,7 +22,9 @@ from refimpl.model import backward, forward, logits
 
 GOLDEN = Path(__file__).parent / "checkpoints"
 TRAINED = Path(__file__).parent / "trained"
-LOGITS, GRADIENT, OF_LARGEST = 1e-12, 1e-11, 1e-15
+LOGITS = 1e-12
+GRADIENT = 1e-11
+OF_LARGEST = 1e-15
 
 Arrays = dict[str, np.ndarray]
 

@@ -22,7 +22,11 @@ from refimpl.optimizer import AdamW, clip_global_norm
 from refimpl.parameters import BIAS, init_parameters
 from refimpl.text import load_text
 
-STEPS, WARM_UP, BATCH, LENGTH, PEAK = 2000, 30, 16, 48, 0.01
+STEPS = 2000
+WARM_UP = 30
+BATCH = 16
+LENGTH = 48
+PEAK = 0.01
 
 
 def main(folder: Path) -> None:

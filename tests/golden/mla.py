@@ -83,7 +83,11 @@ def cases() -> Iterable[Case]:
         ),
         ("y_alone", 3, 1, 6, 2, "halves", None, None, True),
     )
-    width, heads, latent, nope, rotated = 8, 2, 5, 3, 4
+    width = 8
+    heads = 2
+    latent = 5
+    nope = 3
+    rotated = 4
     for name, new, cached, q_latent, value, layout, key_mask, segments, y_alone in settings:
         constants = {"heads": heads, "scale": 0.53, "eps": 0.1, "layout": layout, "factor": 1.07}
         case = Case(f"mla/{name}", **constants)

@@ -49,7 +49,9 @@ class Model:
     routes and loads."""
 
     def __init__(self, w: dict[str, Tensor], config: ModelConfig) -> None:
-        self.w, self.config, self.conventions = w, config, config.conventions
+        self.w = w
+        self.config = config
+        self.conventions = config.conventions
         yarn = config.yarn
         if (
             self.conventions.yarn_when != "always"
@@ -74,7 +76,9 @@ class Model:
 
     def experts(self, layer: int, x: Tensor, key_mask: Tensor | None) -> Tensor:
         """Section 2.1.2: gate, experts, and the layer's balance loss on the side."""
-        c, w, at = self.config, self.w, f"model.layers.{layer}.mlp."
+        c = self.config
+        w = self.w
+        at = f"model.layers.{layer}.mlp."
         weights, scores, indices = router(
             x,
             w[at + "gate.weight"],
@@ -146,7 +150,9 @@ class Model:
         key_mask: Any = None,
         segments: Any = None,
     ) -> dict[str, Tensor]:
-        c, table, head = self.config, self.w["model.embed_tokens.weight"], self.w["lm_head.weight"]
+        c = self.config
+        table = self.w["model.embed_tokens.weight"]
+        head = self.w["lm_head.weight"]
         x = embedding(table, tokens)
         for layer in range(c.layers):
             x = self.block(layer, x, positions, key_mask, segments)

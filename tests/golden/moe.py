@@ -15,7 +15,9 @@ from golden.router import repeated
 
 def moe(x: Tensor, weights: Tensor, w: dict[str, Tensor], indices: Tensor) -> Tensor:
     """DeepSeek-V3 eq. 12: a token at a time, an expert at a time; the shared experts unscaled."""
-    rows, gates, chosen = x.flatten(0, -2), weights.flatten(0, -2), indices.flatten(0, -2).tolist()
+    rows = x.flatten(0, -2)
+    gates = weights.flatten(0, -2)
+    chosen = indices.flatten(0, -2).tolist()
     outputs = []
     for m, experts in enumerate(chosen):
         y = torch.zeros_like(rows[m])

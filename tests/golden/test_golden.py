@@ -281,11 +281,9 @@ def test_grpo_regimes() -> None:
     gradient."""
     for name in GRPO_PRESETS:
         case = load("grpo")[name]
-        unclipped, mask, a = (
-            case.golden["out/unclipped"],
-            case.aux["mask"],
-            case.aux["advantages"][:, None],
-        )
+        unclipped = case.golden["out/unclipped"]
+        mask = case.aux["mask"]
+        a = case.aux["advantages"][:, None]
         for sign in (a > 0, a < 0):
             assert np.any(mask & sign & unclipped), name
             assert np.any(mask & sign & ~unclipped), name

@@ -241,7 +241,9 @@ def test_the_order_of_the_steps() -> None:
 )
 def test_only(pattern: str, steps: int, tmp_path: Path) -> None:
     """Some gradients, the same bits; the backward goes no further down than it must."""
-    config, params, done = replace(TINY, mtp_depth=0), parameters(replace(TINY, mtp_depth=0)), []
+    config = replace(TINY, mtp_depth=0)
+    params = parameters(replace(TINY, mtp_depth=0))
+    done = []
     stream(params, config, tmp_path / "all")
     request = Request(TOKENS, only=pattern)
     write_gradients(

@@ -45,7 +45,9 @@ def loads_in_flight(code: str) -> int:
             instructions.append((found[1], 0))
         elif (upper := re.match(r"\s*/\* (0x[0-9a-f]+) \*/", line)) and instructions:
             instructions[-1] = instructions[-1][0], int(upper[1], 16)
-    most, seen, paths = 0, set(), [(0, 0, 0)]
+    most = 0
+    seen = set()
+    paths = [(0, 0, 0)]
     while paths:
         at, raised, loads = paths.pop()
         if at >= len(instructions) or (at, raised, loads) in seen:

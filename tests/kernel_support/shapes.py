@@ -44,7 +44,9 @@ def _cross_entropy(draw: Draw) -> Case:
 
 
 def _log_prob(draw: Draw) -> Case:
-    w, d, (b, t) = draw.choice([2, 33, 100]), draw.choice([1, 8, 33]), (2, draw.integer(4, 7))
+    w = draw.choice([2, 33, 100])
+    d = draw.choice([1, 8, 33])
+    b, t = (2, draw.integer(4, 7))
     mask = draw.choice(
         [None, draw.rng.random((b, t)) < 0.7, draw.rng.choice([0.0, 0.5, 1.5], (b, t))]
     )
@@ -81,12 +83,10 @@ def _router(draw: Draw) -> Case:
 
 
 def _moe(draw: Draw) -> Case:
-    d, f, experts, tokens = (
-        draw.choice([1, 8, 33, 100]),
-        draw.integer(3, 6),
-        draw.integer(4, 7),
-        draw.integer(4, 7),
-    )
+    d = draw.choice([1, 8, 33, 100])
+    f = draw.integer(3, 6)
+    experts = draw.integer(4, 7)
+    tokens = draw.integer(4, 7)
     shared, k = (
         draw.choice([None, 5]),
         draw.choice([1, 2, experts - 1]),

@@ -98,11 +98,9 @@ def test_every_kernel_has_a_budget() -> None:
 def test_ptx(stem: str, storage: str) -> None:
     """16-byte accesses where rows allow them, past L1 where data is read once, and nothing that
     flushes to zero."""
-    code, held, products = (
-        compile_kernel(stem, "sm_90", storage).ptx,
-        HELD[storage],
-        1 if storage == "bfloat16" else 3,
-    )
+    code = compile_kernel(stem, "sm_90", storage).ptx
+    held = HELD[storage]
+    products = 1 if storage == "bfloat16" else 3
     # loads past L1, loads through it (what is read again soon, or is written in place), stores
     accesses = {
         "rms_norm_forward": (held, held, held),

@@ -46,10 +46,15 @@ def test_cross_entropy_in_place(column: str, storage: str) -> None:
 def test_cross_entropy_extremes(column: str, storage: str) -> None:
     """Logits of ±1e4 and −∞, rows with NaN, +∞ or −∞ alone, each of them masked too: finite and NaN
     where the reference is, which multiplies a masked row by 0, and 0 · NaN is NaN."""
-    rng, inf, nan = np.random.default_rng(0), np.inf, np.nan
+    rng = np.random.default_rng(0)
+    inf = np.inf
+    nan = np.nan
     for width in (5, 40, 4100):
         logits = rng.normal(size=(16, width))
-        logits[0, :3], logits[1, 1:], logits[2, -1], logits[3] = (1e4, -1e4, 0), -inf, -inf, -1e4
+        logits[0, :3] = (1e4, -1e4, 0)
+        logits[1, 1:] = -inf
+        logits[2, -1] = -inf
+        logits[3] = -1e4
         for row, strange in enumerate(
             ((nan, 1), (inf, 0), (inf, inf), (-inf, nan), (nan, inf), (1e4, nan)), 4
         ):

@@ -55,11 +55,9 @@ def test_grpo_of_what_is_no_number(dtype: type) -> None:
             for name in ("log_prob", "old_log_prob", "reference_log_prob")
         }
         mask = rng.random((n, t)) < 0.6
-        mask[:, 0], mask[::7], mask[1::3, 2] = (
-            True,
-            False,
-            case % 2 == 0,
-        )  # at 2 stands what is strange
+        mask[:, 0] = True
+        mask[::7] = False
+        mask[1::3, 2] = case % 2 == 0  # at 2 stands what is strange
         for i, x in enumerate(given.values()):
             x[i::3, 2] += [b for _, b in strange][i::3]
         advantages = np.array([a for a, _ in strange])

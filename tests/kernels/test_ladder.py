@@ -50,7 +50,11 @@ def test_every_file_is_a_step() -> None:
 def test_bytes_by_hand() -> None:
     """What the interpreter counts is what the sources say, in bytes an element; a number a row is
     lost in it."""
-    w, y, x, dy, dx = 2, 2, 2, 2, 2  # one read or one write of each, in bfloat16
+    w = 2
+    y = 2
+    x = 2
+    dy = 2
+    dx = 2  # one read or one write of each, in bfloat16
     twice = 2 * x + w + y + 2 * (dy + w + x) + dx
     column, dw = dy + x, 4 / 32  # one dw for 32 rows
     own = (
@@ -65,7 +69,9 @@ def test_bytes_by_hand() -> None:
     )
     for step, bytes_ in zip(RMS_NORM, wanted, strict=True):
         assert ladder.rms_norm_cost(step.name).asked == pytest.approx(bytes_, rel=1e-3)
-    z, p, dz = 2, 4, 2
+    z = 2
+    p = 4
+    dz = 2
     five = 5 * 32 / 1024  # sectors of five numbers, for a warp's 1024 logits
     target = 1  # read again for every logit: a warp's sector for 32
     wanted = (

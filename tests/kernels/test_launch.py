@@ -55,7 +55,9 @@ def _device(capability: str) -> Any:
 
 def test_a_kernel_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of a file's kernels by its name, and started with what CuPy's RawKernel takes."""
-    cupy, loaded, started = _device("90"), list[str](), list[Any]()
+    cupy = _device("90")
+    loaded = list[str]()
+    started = list[Any]()
 
     def raw_module(*, path: str) -> Any:
         assert type(path) is str

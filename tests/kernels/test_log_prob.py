@@ -19,7 +19,9 @@ def test_log_prob_of_masked_rows(column: str) -> None:
     """A masked row without numbers has log-probability 0, and gradients that are NaN where the
     reference's are."""
     rng = np.random.default_rng(0)
-    h, w, dy = rng.normal(size=(4, 3)), rng.normal(size=(6, 3)), rng.normal(size=4)
+    h = rng.normal(size=(4, 3))
+    w = rng.normal(size=(6, 3))
+    dy = rng.normal(size=4)
     h[1] = np.nan
     kwargs = {"targets": np.array([1, -100, 5, 2]), "mask": np.array([True, False, True, True])}
     (wanted, saved), (found, kept) = (

@@ -59,7 +59,9 @@ def test_permute_and_combine(column: str, storage: str) -> None:
 def test_gradient_of_the_experts_weights(column: str, storage: str) -> None:
     """In every type, bfloat16 too, by the rule of `compare`; with more choices than a block has
     warps."""
-    rng, launch, wide = (np.random.default_rng(2), make_launch(0, column), WIDE[storage])
+    rng = np.random.default_rng(2)
+    launch = make_launch(0, column)
+    wide = WIDE[storage]
     for tokens, top_k, d in ((1, 1, 1), (3, 2, 33), (2, 9, 40), (2, 3, 600)):
         dy, rows = (rounded(rng.normal(size=(n, d)), storage) for n in (tokens, tokens * top_k))
         where = rng.permutation(tokens * top_k)
@@ -85,7 +87,9 @@ def test_gradient_of_the_experts_weights(column: str, storage: str) -> None:
 
 @pytest.mark.parametrize("column", COLUMNS)
 def test_arguments_that_a_kernel_would_misread(column: str) -> None:
-    x, up, down = np.ones((2, 3)), np.ones((4, 5, 3)), np.ones((4, 3, 5))
+    x = np.ones((2, 3))
+    up = np.ones((4, 5, 3))
+    down = np.ones((4, 3, 5))
     shared = {
         "w_shared_gate": np.ones((7, 3)),
         "w_shared_up": np.ones((7, 3)),

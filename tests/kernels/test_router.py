@@ -77,7 +77,9 @@ def test_router_with_scores_that_are_no_numbers(column: str, storage: str) -> No
     """NaN in scores, bias, whole groups and all of them: the very ids of `select_experts`, where
     NaN comes after every number, the −∞ of a hidden group too; the scores are NaN where the
     reference's are."""
-    rng, inf, nan = np.random.default_rng(0), np.inf, np.nan
+    rng = np.random.default_rng(0)
+    inf = np.inf
+    nan = np.nan
     for experts, groups, keep, top_k, group_score, hidden in (
         (8, 1, 1, 5, "max", "-inf"),
         (12, 3, 1, 4, "max", "zero"),

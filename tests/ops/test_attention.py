@@ -12,7 +12,11 @@ from refimpl.ops import attention_backward, attention_forward
 from support import property_test
 
 EPS = np.finfo(np.float64).eps
-B, T, H, X, V = 2, 6, 3, 5, 4
+B = 2
+T = 6
+H = 3
+X = 5
+V = 4
 Gradients = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 

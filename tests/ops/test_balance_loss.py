@@ -12,7 +12,10 @@ from refimpl.ops import balance_loss_backward, balance_loss_forward
 from support import property_test
 
 EPS = np.finfo(np.float64).eps
-B, T, E, K = 2, 6, 4, 2
+B = 2
+T = 6
+E = 4
+K = 2
 
 
 def scores() -> np.ndarray:

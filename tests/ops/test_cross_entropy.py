@@ -13,7 +13,9 @@ from refimpl.ops import cross_entropy_backward, cross_entropy_forward
 from support import property_test
 
 EPS = np.finfo(np.float64).eps
-B, T, W = 2, 3, 7
+B = 2
+T = 3
+W = 7
 MASK = np.array([[True, False, True], [True, True, False]])
 
 

@@ -42,11 +42,9 @@ def test_adjoint_identity() -> None:
 
 def test_gradient_is_reproducible_bit_for_bit() -> None:
     rng = np.random.default_rng(0)
-    w, ids, dy = (
-        np.zeros((3, 2), np.float32),
-        rng.integers(0, 3, 1000),
-        rng.normal(size=(1000, 2)).astype(np.float32),
-    )
+    w = np.zeros((3, 2), np.float32)
+    ids = rng.integers(0, 3, 1000)
+    dy = rng.normal(size=(1000, 2)).astype(np.float32)
     first, second = (
         embedding_backward(dy.copy(), embedding_forward(w, ids=ids.copy())[1]) for _ in range(2)
     )

@@ -23,7 +23,10 @@ from refimpl.ops import (
 from support import property_test
 
 EPS = np.finfo(np.float64).eps
-B, T, D, W = 2, 3, 4, 7
+B = 2
+T = 3
+D = 4
+W = 7
 MASK = np.array([[True, False, True], [True, True, False]])
 
 

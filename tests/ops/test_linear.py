@@ -23,11 +23,9 @@ def test_protocol() -> None:
 
 def test_values_of_a_square_map() -> None:
     """With I = O a transposed W fits the shapes; the values tell."""
-    w, x, dy = (
-        np.array([[1.0, 2.0], [3.0, 4.0]]),
-        np.array([[[5.0, 7.0]]]),
-        np.array([[[1.0, 10.0]]]),
-    )
+    w = np.array([[1.0, 2.0], [3.0, 4.0]])
+    x = np.array([[[5.0, 7.0]]])
+    dy = np.array([[[1.0, 10.0]]])
     y, saved = linear_forward(x, w)
     dx, dw = linear_backward(dy, saved)
     np.testing.assert_array_equal(y, [[[19, 43]]])
@@ -37,14 +35,18 @@ def test_values_of_a_square_map() -> None:
 
 def test_adjoint_identity() -> None:
     """y is linear in x and in w, so ⟨dx, x⟩ = ⟨dw, w⟩ = ⟨dy, y⟩, exactly for whole numbers."""
-    x, w, dy = integers(2, 3, 5), integers(4, 5, seed=1), integers(2, 3, 4, seed=2)
+    x = integers(2, 3, 5)
+    w = integers(4, 5, seed=1)
+    dy = integers(2, 3, 4, seed=2)
     y, saved = linear_forward(x, w)
     dx, dw = linear_backward(dy, saved)
     assert np.sum(dx * x) == np.sum(dw * w) == np.sum(dy * y) != 0
 
 
 def test_weight_gradient_sums_over_all_rows() -> None:
-    x, w, dy = integers(2, 3, 5), integers(4, 5, seed=1), integers(2, 3, 4, seed=2)
+    x = integers(2, 3, 5)
+    w = integers(4, 5, seed=1)
+    dy = integers(2, 3, 4, seed=2)
     _, dw = linear_backward(dy, linear_forward(x, w)[1])
     rows = sum(np.outer(dy[b, t], x[b, t]) for b in range(2) for t in range(3))
     np.testing.assert_array_equal(dw, rows)

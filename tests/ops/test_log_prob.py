@@ -13,7 +13,10 @@ from refimpl.ops import log_prob_backward, log_prob_forward
 from support import property_test
 
 EPS = np.finfo(np.float64).eps
-B, T, D, W = 2, 3, 4, 7
+B = 2
+T = 3
+D = 4
+W = 7
 BLOCKS = pytest.mark.parametrize("block", [(1, 1), (2, 3), (4, 7), (6, 2), (256, 4096)])
 MASK = np.array([[True, False, True], [True, True, False]])
 

@@ -13,17 +13,15 @@ from refimpl.ops import mla_backward, mla_forward, rms_norm_forward, rope_forwar
 from support import property_test
 
 EPS = np.finfo(np.float64).eps
-B, T, D, H, N, R, V, C, A = (
-    2,
-    6,
-    7,
-    3,
-    5,
-    4,
-    6,
-    8,
-    9,
-)  # all different, so that no transpose or swap fits
+B = 2
+T = 6
+D = 7
+H = 3
+N = 5
+R = 4
+V = 6
+C = 8
+A = 9  # all different, so that no transpose or swap fits
 NAMES = ["x", "cache", "w_q_a", "w_q_a_norm", "w_q_b", "w_kv_a", "w_kv_a_norm", "w_kv_b", "w_o"]
 Arguments = dict[str, Any]
 
@@ -77,7 +75,9 @@ def test_prefill_and_decode_equal_the_whole(compressed: bool, steps: list[int]) 
     given, rng = arguments(compressed), np.random.default_rng(1)
     dy, dcache = rng.normal(size=(B, T, D)), rng.normal(size=(B, T, C + R))
     whole, grads = attend(given, dy, dcache)
-    cache, pieces, start = None, [], 0
+    cache = None
+    pieces = []
+    start = 0
     for n in steps:
         new = slice(start, start + n)
         step = given | {
@@ -136,7 +136,10 @@ def test_cache_holds_normed_latents_and_rotated_keys() -> None:
 def test_cache_of_v3_is_576_numbers_a_token(heads: int) -> None:
     """However many heads."""
     config = preset("v3")
-    n, r, v, c = config.nope, config.rope, config.value, config.kv_latent
+    n = config.nope
+    r = config.rope
+    v = config.value
+    c = config.kv_latent
     shapes = {
         "w_q_b": (heads * (n + r), 2),
         "w_kv_a": (c + r, 2),

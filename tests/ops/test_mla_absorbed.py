@@ -23,7 +23,14 @@ from refimpl.ops import (
 
 from support import HypothesisDraw, property_test
 
-B, T, D, H, N, R, V, C = 2, 4, 7, 3, 5, 4, 6, 8
+B = 2
+T = 4
+D = 7
+H = 3
+N = 5
+R = 4
+V = 6
+C = 8
 
 
 def test_protocol() -> None:

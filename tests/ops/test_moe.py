@@ -12,7 +12,13 @@ from refimpl.ops import ffn_backward, ffn_forward, moe_backward, moe_forward
 from support import property_test
 
 EPS = np.finfo(np.float64).eps
-B, T, D, F, E, K, S = 2, 4, 5, 3, 6, 3, 7
+B = 2
+T = 4
+D = 5
+F = 3
+E = 6
+K = 3
+S = 7
 NAMES = [
     "x",
     "weights",
@@ -89,11 +95,9 @@ def test_equals_a_loop_over_tokens(shared: bool) -> None:
 
 def test_numbering_of_experts_does_not_matter() -> None:
     """Matrices and indices renumbered alike: the same output, the gradients renumbered."""
-    given, dy, order = (
-        arguments(),
-        cotangent(),
-        np.array([4, 2, 0, 5, 1, 3]),
-    )  # new expert i is old order[i]
+    given = arguments()
+    dy = cotangent()
+    order = np.array([4, 2, 0, 5, 1, 3])  # new expert i is old order[i]
     y, grads = run(given, dy)
     renumbered = {name: given[name][order] for name in NAMES[2:5]} | {
         "indices": np.argsort(order)[given["indices"]]
@@ -105,7 +109,9 @@ def test_numbering_of_experts_does_not_matter() -> None:
 
 
 def test_order_of_slots_does_not_matter() -> None:
-    given, dy, order = arguments(), cotangent(), np.array([2, 0, 1])
+    given = arguments()
+    dy = cotangent()
+    order = np.array([2, 0, 1])
     y, grads = run(given, dy)
     same, moved = run(
         given | {name: given[name][..., order] for name in ("weights", "indices")}, dy

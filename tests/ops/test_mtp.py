@@ -13,7 +13,9 @@ from refimpl.ops import linear_forward, mtp_backward, mtp_forward, mtp_pairs, rm
 from support import property_test
 
 EPS = np.finfo(np.float64).eps
-B, T, D = 2, 3, 5
+B = 2
+T = 3
+D = 5
 NAMES = ["hidden", "embedding", "w_hnorm", "w_enorm", "w_proj"]
 ORDERS = pytest.mark.parametrize("order", ["embedding_hidden", "hidden_embedding"])
 

@@ -45,7 +45,9 @@ def test_a_shift_of_both_changes_nothing() -> None:
     """Rewards count by their difference alone, so a bias of the head would cancel; the gradients
     sum to zero."""
     rng = np.random.default_rng(0)
-    a, b, w = rng.normal(size=(4, 3)), rng.normal(size=(4, 3)), rng.normal(size=(1, 3))
+    a = rng.normal(size=(4, 3))
+    b = rng.normal(size=(4, 3))
+    w = rng.normal(size=(1, 3))
     loss, saved = preference_loss_forward(a, b, w)
     shifted, _ = preference_loss_forward(a + 1, b + 1, w)
     assert abs(loss - shifted) <= 1e-14

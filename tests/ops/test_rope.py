@@ -89,7 +89,9 @@ def test_norm_of_each_pair(layout: str) -> None:
 
 @LAYOUTS
 def test_scores_depend_on_relative_position_alone(layout: str) -> None:
-    q, k, positions = heads(), heads(1), np.array([0, 2, 3, 7, 11])
+    q = heads()
+    k = heads(1)
+    positions = np.array([0, 2, 3, 7, 11])
 
     def scores(shift: int) -> np.ndarray:
         turned = (rope(x, positions + shift, layout)[0] for x in (q, k))
@@ -107,7 +109,9 @@ def test_scores_depend_on_relative_position_alone(layout: str) -> None:
 def test_interleaved_is_permuted_halves() -> None:
     """halves(x with pairs moved apart) = interleaved(x) with pairs moved apart: the same
     arithmetic, the same bits."""
-    x, dy, apart = heads(), heads(1), np.array([0, 2, 4, 6, 1, 3, 5, 7])
+    x = heads()
+    dy = heads(1)
+    apart = np.array([0, 2, 4, 6, 1, 3, 5, 7])
     (y, saved), (moved, moved_saved) = (
         rope(x, np.arange(5)),
         rope(x[..., apart], np.arange(5), "halves"),

@@ -17,7 +17,11 @@ from refimpl.ops import bias_update, expert_load, router_backward, router_forwar
 from support import HypothesisDraw, property_test
 
 EPS = np.finfo(np.float64).eps
-B, T, D, E, K = 2, 5, 4, 8, 3
+B = 2
+T = 5
+D = 4
+E = 8
+K = 3
 SCORES = pytest.mark.parametrize("score", ["sigmoid", "softmax"])
 
 

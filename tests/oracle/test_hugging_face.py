@@ -103,7 +103,10 @@ def configurations(draw: st.DrawFn, family: str) -> dict[str, Any]:
         (lambda low, high: draw(st.integers(low, high))),
         (lambda *options: draw(st.sampled_from(options))),
     )
-    layers, heads, groups, mean = integer(1, 3), integer(1, 4), integer(1, 4), choice(2, 3)
+    layers = integer(1, 3)
+    heads = integer(1, 4)
+    groups = integer(1, 4)
+    mean = choice(2, 3)
     keep = integer(1, groups)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": choice(100.0, 1e4, 5e4)}
     longest = 4096
@@ -166,7 +169,10 @@ def draw_inputs(
     batch, time = data.draw(st.integers(2, 3)), data.draw(st.integers(8, 14))
     tokens = rng.integers(0, vocabulary, (batch, time))
     kind = data.draw(st.sampled_from(["whole", "right", "left", "packed", "masked"]))
-    labels, ours, padding, positions = tokens.copy(), {}, None, None
+    labels = tokens.copy()
+    ours = {}
+    padding = None
+    positions = None
     lengths = rng.integers(3, time + 1, (batch, 1))
     if kind == "right":  # everything else by default
         padding = np.arange(time) < lengths
@@ -199,7 +205,9 @@ def draw_inputs(
 def test_drawn_configurations(family: str) -> None:
     """Logits and loss to 1e-12, every gradient to 1e-11, over drawn configurations, masks and
     implementations."""
-    worst, count, hit = [0.0, 0.0], 0, set()
+    worst = [0.0, 0.0]
+    count = 0
+    hit = set()
 
     @settings(max_examples=CONFIGS)
     @given(st.data())
@@ -327,7 +335,9 @@ def balance_loss(logits: Any, batch: int, top_k: int, alpha: float, family: str)
 def test_training_loss(family: str) -> None:
     """MTP, balance loss and bias update: transformers' modules with the report's losses on top, to
     the same bounds."""
-    worst, count, smallest_step = [0.0, 0.0], 0, 0.001
+    worst = [0.0, 0.0]
+    count = 0
+    smallest_step = 0.001
 
     @settings(max_examples=CONFIGS // 2)
     @given(st.data())

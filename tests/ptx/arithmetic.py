@@ -29,11 +29,9 @@ def fma(a: Any, b: Any, c: Any) -> Any:
 def fma_down(a: Array, b: Array, c: Array) -> Array:
     """a · b + c of float32 arrays, rounded once, downwards (.rm)."""
     nearest = fma(a, b, c)
-    product, addend, result = (
-        a.astype(np.float64) * b,
-        c.astype(np.float64),
-        nearest.astype(np.float64),
-    )
+    product = a.astype(np.float64) * b
+    addend = c.astype(np.float64)
+    result = nearest.astype(np.float64)
     # product is exact; so is the larger of the two minus what is near it, and the sign of the sum
     larger = np.abs(product) > np.abs(addend)
     high, low = np.where(larger, product, addend), np.where(larger, addend, product)

@@ -225,7 +225,9 @@ def copy_asynchronously(m: Machine, opcode: str, operands: tuple[Operand, ...]) 
     )
 
     def step(lanes: Lanes) -> None:
-        target, source, thread = targets(lanes), sources(lanes), m.thread[lanes]
+        target = targets(lanes)
+        source = sources(lanes)
+        thread = m.thread[lanes]
         m.memory.check_read(source, 16, thread, False)
         m.shared.check_write(target, 16, thread)
         m.shared.valid[m.shared.spread(target, 16)] = False
@@ -313,11 +315,9 @@ def shuffle(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
     value, amount, bounds = (m.reader(operand, "u32") for operand in operands[1:4])
 
     def body(lanes: Lanes) -> None:
-        lane, b, c = (
-            m.lane[lanes],
-            amount(lanes).astype(np.int64) & 31,
-            bounds(lanes).astype(np.int64),
-        )
+        lane = m.lane[lanes]
+        b = amount(lanes).astype(np.int64) & 31
+        c = bounds(lanes).astype(np.int64)
         clamp, segment = c & 31, c >> 8 & 31
         last = (lane & segment) | (clamp & ~segment)
         other = {"up": lane - b, "bfly": lane ^ b, "idx": (lane & segment) | (b & ~segment)}[kind]

@@ -64,7 +64,9 @@ class Machine:
         races: bool,
         sectors: bool,
     ) -> None:
-        self.kernel, self.block, self.blocks = kernel, block, blocks
+        self.kernel = kernel
+        self.block = block
+        self.blocks = blocks
         self.counts_sectors = sectors
         self.threads = int(np.prod(block))
         self.warps = -(-self.threads // 32)
@@ -112,7 +114,9 @@ class Machine:
 
     def begin(self, grid: tuple[int, ...], seed: int, limit: int) -> None:
         """A new launch: nothing has run, and no array has a place."""
-        self.grid, self.seed, self.limit = grid, seed, limit
+        self.grid = grid
+        self.seed = seed
+        self.limit = limit
         self.rng, self.report = np.random.default_rng(seed), Report()
         self.total = int(np.prod(grid))
         self.order = Order(self.total, self.warps)

@@ -61,14 +61,12 @@ class Arena:
         races: bool,
         fail: Callable[[Array, Message], None],
     ) -> None:
-        self.name, self.base, self.granule, self.order, self.races, self.fail = (
-            name,
-            base,
-            granule,
-            order,
-            races,
-            fail,
-        )
+        self.name = name
+        self.base = base
+        self.granule = granule
+        self.order = order
+        self.races = races
+        self.fail = fail
         self.clear()
 
     def clear(self) -> None:

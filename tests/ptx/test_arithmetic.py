@@ -49,7 +49,9 @@ def test_fused_multiply_add_rounds_once(dtype: type, mode: str) -> None:
         2.0 ** (-digits - 1),
         1 + rng.choice([0, 2.0**-digits, -(2.0**-digits)], 100),
     )
-    a[300:], b[300:], c[300:] = a[300:] * small, b[300:], c[300:] * small
+    a[300:] = a[300:] * small
+    b[300:] = b[300:]
+    c[300:] = c[300:] * small
     got = (fma_down if mode == "rm" else fma)(a, b, c)
     for x, y, z, g in zip(*(v.tolist() for v in (a, b, c)), got, strict=True):
         exact = Fraction(x) * Fraction(y) + Fraction(z)

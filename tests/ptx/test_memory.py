@@ -70,7 +70,9 @@ def test_races_are_those_of_the_definition() -> None:
     def fail(wrong: np.ndarray, message: Any) -> None:
         raise Race
 
-    rng, warps, found = np.random.default_rng(11), 2, 0
+    rng = np.random.default_rng(11)
+    warps = 2
+    found = 0
     for _ in range(1500):
         order, span = Order(2, warps), rng.choice([64, 128])  # of one block or of two
         arena = Arena("global", 0, 4, order, True, fail)
