@@ -32,8 +32,12 @@ from ..parameters import (
 
 __all__ = ["ACTIVATIONS", "Request", "gradient_shapes"]
 
-EMBEDDINGS, HIDDEN = (name.removesuffix(".weight") for name in (EMBEDDING, FINAL_NORM))
-ATTENTION, AFTER_ATTENTION, SCORES = "self_attn", "after_attention", "mlp.gate.scores"
+# Activations, and parts of their names in a layer:
+EMBEDDINGS = EMBEDDING.removesuffix(".weight")
+HIDDEN = FINAL_NORM.removesuffix(".weight")
+ATTENTION = "self_attn"
+AFTER_ATTENTION = "after_attention"
+SCORES = "mlp.gate.scores"
 ACTIVATIONS = {
     EMBEDDINGS: "the embeddings, what layer 0 reads",
     module_name("L"): "layer L's output, what the next one reads",
