@@ -32,7 +32,9 @@ from ..parameters import (
 
 __all__ = ["ACTIVATIONS", "Request", "gradient_shapes"]
 
-EMBEDDINGS, HIDDEN = (name.removesuffix(".weight") for name in (EMBEDDING, FINAL_NORM))
+# Activations, and parts of their names in a layer:
+EMBEDDINGS = EMBEDDING.removesuffix(".weight")
+HIDDEN = FINAL_NORM.removesuffix(".weight")
 ATTENTION = "self_attn"
 AFTER_ATTENTION = "after_attention"
 SCORES = "mlp.gate.scores"
