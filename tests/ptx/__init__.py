@@ -23,7 +23,7 @@ __all__ = ["PTXError", "Report", "run"]
 # bytes of a block, of a kernel that has not been allowed more by cudaFuncSetAttribute
 MOST_SHARED = 48 << 10
 MOST_LANES = 16384  # at once
-FEW_LANES, FEW_BYTES = 2048, 1 << 18  # of a machine that is kept, and of its launch's arrays
+FEW_LANES, FEW_BYTES = 1024, 1 << 16  # of a machine that is kept, and of its launch's arrays
 
 
 def run(
@@ -104,7 +104,7 @@ def run(
             vars(machine).clear()  # its steps refer to it, and it would wait for the collector
 
 
-kept_machine = lru_cache(maxsize=64)(Machine)
+kept_machine = lru_cache(maxsize=32)(Machine)
 
 
 def allocate(memory: Arena, arguments: Sequence[Any]) -> list[tuple[np.ndarray, int]]:
