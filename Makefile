@@ -3,13 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: digests verify test test-full oracle gpu ladder check bugs memory memory-grads clean
+.PHONY: digests verify test test-full test-newest oracle gpu ladder check bugs memory memory-grads clean
 
 verify: .venv/base  ## prove every gradient on real text
 	$(BIN)/refimpl verify
 
 # Two workers, one BLAS thread each: on two cores, more threads only wait for one another.
-test test-full oracle gpu: export OPENBLAS_NUM_THREADS = 1
+test test-full test-newest oracle gpu: export OPENBLAS_NUM_THREADS = 1
 
 test: .venv/dev  ## prove it harder: properties, identities, golden values, planted bugs
 	$(BIN)/python -m pytest -q -n 2
@@ -17,8 +17,20 @@ test: .venv/dev  ## prove it harder: properties, identities, golden values, plan
 test-full: .venv/dev  ## the same tests with ten times the examples
 	REFIMPL_TEST_FULL=1 $(BIN)/python -m pytest -q -n 2
 
+# What a user gets: no constraints, and the newest Python that runs (pyenv leaves names on PATH that do not).
+# Numba CUDA's tests are left out by their name: NumPy 2.5 breaks numba-cuda 0.30.4.
+test-newest:  ## make test on the newest of python3.14, 3.13, 3.12 on PATH, with the newest packages
+	@for python in python3.14 python3.13 python3.12; do \
+	    if $$python -c '' 2>/dev/null; then \
+	        echo "testing on $$($$python --version), with the newest packages"; \
+	        $$python -m venv --clear .venv-newest && \
+	        .venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' && \
+	        exec .venv-newest/bin/python -m pytest -q -n 2 -k 'not numba'; exit 1; \
+	    fi; \
+	done; echo "no python3.14, python3.13 or python3.12 that runs is on PATH: nothing was tested on a newer Python"
+
 oracle: .venv/oracle  ## compare with Hugging Face's models (torch from the index may bring gigabytes of CUDA)
-	$(BIN)/python -m pytest -q tests/test_oracle.py tests/test_golden_checkpoints.py
+	$(BIN)/python -m pytest -q tests/oracle tests/golden/test_checkpoints.py
 
 # With the Python at hand where that has what is needed (a GPU machine may have no network), else in .venv.
 gpu:  ## the kernels' tests, the benchmark and every gradient on the GPU at hand; says so where there is none
@@ -69,4 +81,4 @@ memory-grads: .venv/base  ## measure the peak memory of `refimpl grads` on V2-Li
 	@touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-newest build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

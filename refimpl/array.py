@@ -23,6 +23,7 @@ Array = Any  # an array of any of the libraries above
 
 __all__ = [
     "Array",
+    "add_to",
     "argsort",
     "blocks",
     "cast",
@@ -35,6 +36,7 @@ __all__ = [
     "library",
     "namespace",
     "number",
+    "put",
     "real",
     "scatter_add",
     "sigmoid",
@@ -107,6 +109,15 @@ CUPY = _CuPy("cupy")
 def is_object(x: Array) -> bool:
     """True for object arrays, which hold the checker's dual numbers."""
     return getattr(x.dtype, "kind", "") == "O"
+
+
+def is_wide(x: Array) -> bool:
+    """True for longdouble, real or complex, where the library has it."""
+    if is_object(x):
+        return False
+    xp = namespace(x=x)
+    names = [name for name in ("longdouble", "clongdouble") if hasattr(xp, name)]
+    return any(x.dtype == getattr(xp, name) for name in names)
 
 
 def itemsize(x: Array) -> int:
@@ -202,6 +213,23 @@ def zeros(shape: tuple[int, ...], like: Array) -> Array:
     if is_object(like):
         return xp.full(shape, 0 * like.reshape(-1)[0], dtype=object)
     return xp.zeros(shape, dtype=like.dtype, device=like.device)
+
+
+def put(x: Array, index: Any, values: Array) -> Array:
+    """``x`` with ``values`` at ``index``.
+
+    JAX makes a new array. Elsewhere ``x`` itself is written to (a copy per block would make the
+    blockwise ops quadratic), so it must be one that the caller has made and nobody else holds.
+    """
+    if hasattr(x, "at"):
+        return x.at[index].set(values)
+    x[index] = values
+    return x
+
+
+def add_to(x: Array, index: Any, values: Array) -> Array:
+    """``x`` with ``values`` added at ``index``; on the terms of `put`."""
+    return put(x, index, x[index] + values)
 
 
 def einsum(letters: str, a: Array, b: Array) -> Array:

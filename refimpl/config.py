@@ -8,11 +8,19 @@ where they differ.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Literal, get_args, get_type_hints
+from typing import Literal, get_origin, get_type_hints
 
+from .ops.choices import GroupScore, Layout, MaskedGroups, MTPOrder, Score, expect_choice
 from .ops.rope import Yarn, yarn_mscale
 
 __all__ = ["CONVENTIONS", "PRESETS", "Conventions", "ModelConfig", "Yarn", "preset"]
+
+
+def _check_choices(record: object) -> None:
+    """ValueError if a field that is a Literal holds anything else."""
+    for name, hint in get_type_hints(type(record)).items():
+        if get_origin(hint) is Literal:
+            expect_choice(name, getattr(record, name), hint)
 
 
 @dataclass(frozen=True)
@@ -21,7 +29,7 @@ class Conventions:
     DeepSeek's inference code and released weights, and the paper where those are silent.
     derivations/conventions.md says who does what."""
 
-    mtp_order: Literal["embedding_hidden", "hidden_embedding"] = "embedding_hidden"
+    mtp_order: MTPOrder = "embedding_hidden"
     """In front of MTP's projection: embedding_hidden (released weights, Megatron, vLLM) or
     hidden_embedding (paper)."""
     mtp_hidden: Literal["normed", "raw", "raw_first"] = "normed"
@@ -34,7 +42,7 @@ class Conventions:
     version)."""
     mtp_zero_first_embedding: bool = False
     """Zero the embedding that MTP reads at RoPE position 0 of a sequence, as vLLM does."""
-    masked_groups: Literal["-inf", "zero"] = "-inf"
+    masked_groups: MaskedGroups = "-inf"
     """Scores of groups left out: -inf, or zero (Hugging Face before transformers#45441)."""
     balance_counts: Literal["unbiased", "routed"] = "unbiased"
     """f_i counts the K best unbiased and ungrouped scores (paper, Megatron) or the routed experts
@@ -56,17 +64,12 @@ class Conventions:
     softmax_normalise: Literal["scaled", "unscaled", "ignored"] = "scaled"
     """What norm_topk_prob does to a softmax gate: as to a sigmoid one; without routed_scale (V2's
     file); none (HF)."""
-    rope_layout: Literal["interleaved", "halves"] = "interleaved"
+    rope_layout: Layout = "interleaved"
     """How a head's rotated pairs lie in the weights: interleaved (released checkpoints) or
     halves."""
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            choices = get_args(hint)
-            if choices and getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
-                )
+        _check_choices(self)
 
 
 CONVENTIONS: dict[str, Conventions] = {
@@ -104,10 +107,8 @@ class ModelConfig:
     top_k: int  # K, num_experts_per_tok, K_r
     groups: int = 1  # G, n_group
     keep_groups: int = 1  # topk_group, M
-    gate: str = "sigmoid"  # scoring_func
-    group_score: str = (
-        "top2"  # noaux_tc: a group's two best; V2 (group_limited_greedy): max; paper: share
-    )
+    gate: Score = "sigmoid"  # scoring_func
+    group_score: GroupScore = "top2"  # V3 (noaux_tc); V2 (group_limited_greedy): max; paper: share
     tied: bool = False  # tie_word_embeddings: the head is the embedding table (V3: False)
     gate_bias: bool = True  # e_score_correction_bias exists
     normalise_weights: bool = True  # norm_topk_prob
@@ -127,25 +128,13 @@ class ModelConfig:
             least = 0 if f.name in ("dense_layers", "shared_experts", "mtp_depth") else 1
             if f.type == "int" and not (isinstance(value, int) and value >= least):
                 raise ValueError(f"{f.name} must be an integer of at least {least}, got {value!r}")
-        for name, choices in {
-            "gate": ("sigmoid", "softmax"),
-            "group_score": ("top2", "share", "max"),
-        }.items():
-            if getattr(self, name) not in choices:
+        _check_choices(self)
+        least_numbers = {"norm_eps": 0.0, "theta": 1.0, "routed_scale": 0.0, "mtp_weight": 0.0}
+        for name, least_number in least_numbers.items():
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and value >= least_number):
                 raise ValueError(
-                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
-                )
-        for name, least_float in {
-            "norm_eps": 0.0,
-            "theta": 1.0,
-            "routed_scale": 0.0,
-            "mtp_weight": 0.0,
-        }.items():
-            if not (
-                isinstance(value := getattr(self, name), (int, float)) and value >= least_float
-            ):
-                raise ValueError(
-                    f"{name} must be a number of at least {least_float}, got {value!r}"
+                    f"{name} must be a number of at least {least_number}, got {value!r}"
                 )
         if self.rope % 2:
             raise ValueError(f"rope must be even, got {self.rope}")
@@ -162,11 +151,6 @@ class ModelConfig:
             raise ValueError(
                 f"top_k must be at most the experts of the kept groups, got {self.top_k}"
             )
-
-    @property
-    def head(self) -> str:
-        """The name of the output head's weights."""
-        return "model.embed_tokens.weight" if self.tied else "lm_head.weight"
 
     @property
     def active_yarn(self) -> Yarn | None:

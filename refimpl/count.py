@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from .config import PRESETS, ModelConfig
 from .errors import CouldNotRun
-from .model import is_buffer, parameter_shapes
+from .parameters import is_buffer, parameter_shapes
 
 __all__ = ["Figure", "Line", "Section", "count"]
 

@@ -22,9 +22,11 @@ from typing import NamedTuple
 import numpy as np
 
 from .array import Array, library, namespace, take_rows
+from .batch import Batch
 from .config import ModelConfig
-from .model import Batch, Run, block_forward, check_parameters, logits, mtp_module_forward
+from .model import Run, block_forward, final_norm_forward, logits, mtp_input, mtp_module_forward
 from .ops import IMPLEMENTATIONS, REFERENCE, Ops
+from .parameters import EMBEDDING, check_parameters, mtp_layer
 
 __all__ = ["Chain", "Decoder", "Generation", "Sampler", "check_request", "generate"]
 
@@ -74,24 +76,22 @@ class Decoder:
         """The states [B, T, D] of ``tokens`` [B, T], which follow what was read: after the final
         norm, and before."""
         run, batch = self.run(self.caches, tokens, self.length)
-        x, _ = run.ops["embedding"].forward(self.params["model.embed_tokens.weight"], ids=tokens)
+        x, _ = run.ops.embedding.forward(self.params[EMBEDDING], ids=tokens)
         for layer in range(self.config.layers):
-            x, _ = block_forward(run, layer, x, batch)
+            x, saved = block_forward(run, layer, x, batch)
+            self.caches[layer] = saved.attention.cache
         self.length += tokens.shape[1]
-        hidden, _ = run.ops["rms_norm"].forward(
-            x, self.params["model.norm.weight"], eps=self.config.norm_eps
-        )
+        hidden, _ = final_norm_forward(run, x)
         return hidden, x
 
     def run(self, caches: dict[int, Array], tokens: Array, past: int) -> tuple[Run, Batch]:
         """What a block needs to read ``tokens`` [B, T] behind ``past`` cached positions."""
         xp, end = library(tokens), past + tokens.shape[1]
-        place = (
-            xp.arange(end, device=tokens.device)[None, :] - self.padding[:, None]
-        )  # negative: padding
+        every = xp.arange(end, device=tokens.device)[None, :]
+        place = every - self.padding[:, None]  # negative: padding
         batch = Batch(tokens, None, None, xp.where(place < 0, 0, place)[:, past:], place >= 0, None)
         ops = self.decode if past else self.prefill
-        return Run(self.params, self.config, ops, {}, False, {}, {}, {}, caches), batch
+        return Run(self.params, self.config, ops, {}, False, caches), batch
 
     def cut(self, length: int) -> None:
         """Forget all positions from ``length`` on."""
@@ -137,17 +137,17 @@ class Chain:
         xp, config = namespace(state=state), self.decoder.config
         known, end, found, held = list(tokens), len(tokens) - 1, [], {}
         for depth in range(1, count + 1):
-            layer = config.layers + depth - 1
+            layer = mtp_layer(config, depth)
             if depth in self.held:
                 state = xp.concat((self.held[depth], state), axis=1)
             start = end - state.shape[1]
             ids = xp.asarray([known[start + depth : end + depth]], device=state.device)
             run, batch = self.decoder.run(self.caches, ids, start)
-            state, normed, _ = mtp_module_forward(run, depth, state, batch)
+            state, normed, module = mtp_module_forward(run, depth, state, batch)
             found.append(self.decoder.logits(normed[:, -1:, :])[0, 0, :])
             known.append(largest(found[-1]))
             sure = max(end - depth + 1, 0)  # positions whose token i + depth was no draft
-            self.caches[layer] = self.caches[layer][:, :sure, :]
+            self.caches[layer] = module.block.attention.cache[:, :sure, :]
             if sure:
                 held[depth + 1] = state[:, sure - 1 - start : sure - start, :]
         self.held = held
@@ -347,7 +347,7 @@ def _together(
     params: Mapping[str, Array], config: ModelConfig, rows: list[_Row], prefill: Ops, decode: Ops
 ) -> None:
     """All rows in one batch, a token each a step; a row that has finished leaves it."""
-    embed = params["model.embed_tokens.weight"]
+    embed = params[EMBEDDING]
     xp, longest = namespace(params=embed), max(row.prompt for row in rows)
     padding = [longest - row.prompt for row in rows]
     tokens = [[0] * pad + row.tokens for pad, row in zip(padding, rows, strict=True)]
@@ -380,18 +380,17 @@ def _speculating(
 ) -> None:
     """One row: the chain drafts, one forward of the main model reads that, and what it would have
     chosen stays."""
-    embed = params["model.embed_tokens.weight"]
+    embed = params[EMBEDDING]
     xp = namespace(params=embed)
     decoder = Decoder(
         params, config, xp.asarray([0], device=embed.device), prefill=prefill, decode=decode
     )
-    chain, normed = Chain(decoder), config.conventions.mtp_hidden == "normed"
+    chain = Chain(decoder)
     hidden, raw = decoder.read(xp.asarray([row.tokens], device=embed.device))
     row.take(decoder.logits(hidden[:, -1:, :])[0, 0, :])
     while not row.finish:
-        drafts, _ = chain.draft(
-            hidden if normed else raw, row.tokens, min(count, row.end - len(row.tokens) - 1)
-        )
+        most = min(count, row.end - len(row.tokens) - 1)
+        drafts, _ = chain.draft(mtp_input(config, hidden, raw), row.tokens, most)
         hidden, raw = decoder.read(xp.asarray([[row.tokens[-1], *drafts]], device=embed.device))
         row.forwards += 1
         row.drafted += len(drafts)

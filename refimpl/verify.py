@@ -25,7 +25,7 @@ from .check.cases import (
 )
 from .config import CONVENTIONS, preset
 from .errors import CouldNotRun
-from .ops import IMPLEMENTATIONS, REFERENCE, Op, Ops
+from .ops import IMPLEMENTATIONS, REFERENCE, AnyOp, Op, Ops
 from .text import Text
 
 __all__ = [
@@ -48,7 +48,7 @@ MOST_EXAMPLES = 300  # drawn in search of a regime
 KERNELS = (
     "cuda",
     "numba_cuda",
-)  # implementations that only a GPU runs: `refimpl.kernels.table.COLUMNS`
+)  # implementations that only a GPU runs: `refimpl.kernels.columns.COLUMNS`
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def plan(names: Sequence[str], settings: Settings) -> list[Step]:
     return steps
 
 
-def run(step: Step, settings: Settings, replaced: Mapping[str, Op] | None = None) -> Report:
+def run(step: Step, settings: Settings, replaced: Mapping[str, AnyOp] | None = None) -> Report:
     """Check one example; ``replaced`` puts other pairs in the place of ops (to grade them)."""
     case, tested, common = _example(step, settings, _table(settings.implementation), replaced or {})
     place = _placement(settings.backend)
@@ -152,8 +152,8 @@ def run(step: Step, settings: Settings, replaced: Mapping[str, Op] | None = None
 
 
 def _example(
-    step: Step, settings: Settings, table: Ops, replaced: Mapping[str, Op]
-) -> tuple[Case, Op, dict[str, Any]]:
+    step: Step, settings: Settings, table: Ops, replaced: Mapping[str, AnyOp]
+) -> tuple[Case, AnyOp, dict[str, Any]]:
     """One example's inputs, the pair under test, and what else `check` is told."""
     name, draw = step.op, RandomDraw(step.seed, settings.text.data)
     common: dict[str, Any] = {"op": name, "dtype": settings.dtype}
@@ -190,8 +190,8 @@ def _table(implementation: str) -> Ops:
     """The ops of an implementation; CouldNotRun for kernels without a GPU."""
     if implementation in IMPLEMENTATIONS:
         return IMPLEMENTATIONS[implementation]
+    from .kernels.columns import COLUMNS
     from .kernels.launch import DeviceLaunch
-    from .kernels.table import COLUMNS
 
     return COLUMNS[implementation](DeviceLaunch())
 
@@ -214,7 +214,7 @@ def _placement(backend: str) -> Callable[[Any], Any] | None:
     return cupy.asarray  # type: ignore[no-any-return]
 
 
-def placed(pair: Op, place: Callable[[Any], Any]) -> Op:
+def placed(pair: AnyOp, place: Callable[[Any], Any]) -> AnyOp:
     """The pair run on another device, to which ``place`` moves an array, from and to NumPy
     arrays."""
 
@@ -241,7 +241,7 @@ def placed(pair: Op, place: Callable[[Any], Any]) -> Op:
     return Op(forward, lambda dy, saved: back(pair.backward(there(dy), saved)))
 
 
-def backward_from_file(op: str, path: Path) -> Op:
+def backward_from_file(op: str, path: Path) -> AnyOp:
     """Our forward of the op with the ``<op>_backward`` of a Python file."""
     if op not in CASES:
         raise CouldNotRun(f"unknown op {op}; there are {', '.join(CASES)}")

@@ -100,9 +100,7 @@ def stages(
             device,
             480,
         ),
-        Stage(
-            "shapes", "V3's shapes, and torch's side", (*pytest, "tests/test_bench.py"), device, 240
-        ),
+        Stage("shapes", "V3's shapes, and torch's side", (*pytest, "tests/bench"), device, 240),
         Stage("bench", "the benchmark", bench, {}, 540),
     ]
     for what, of in names.items():

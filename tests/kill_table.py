@@ -4,10 +4,19 @@ asserts it."""
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from refimpl.check import FD_TOLERANCE, MODEL_FD_TOLERANCE, MODEL_VALIDITY, VALIDITY, Report, check
+from refimpl.check import (
+    FD_TOLERANCE,
+    MODEL_FD_TOLERANCE,
+    MODEL_VALIDITY,
+    RULES,
+    VALIDITY,
+    Report,
+    check,
+)
 from refimpl.check.cases import CASES, RandomDraw, model_case
 from refimpl.check.planted import PLANTED, Planted, plant
 from refimpl.config import ModelConfig, preset
@@ -15,7 +24,7 @@ from refimpl.ops import Op
 from refimpl.text import load_text
 from refimpl.verify import Settings, plan, run
 
-import golden_values
+from golden import values as golden_values
 
 COLUMNS = ("contract", "differences", "noise", "sharpness", "golden")
 EXAMPLES = 10  # of clean code, an op
@@ -27,6 +36,7 @@ class Row:
 
     bug: Planted
     caught: frozenset[str]
+    tensors: tuple[str, ...]  # those whose gradients the checker calls wrong
 
 
 def small_model() -> ModelConfig:
@@ -37,8 +47,8 @@ def small_model() -> ModelConfig:
     )
 
 
-def kill(bug: Planted) -> Row:
-    """Run every check on the bug."""
+def kill(bug: Planted, rules: Sequence[str] = RULES) -> Row:
+    """Run every check on the bug; of the checker's rules, on a bug of the model, these."""
     planted = plant(bug)
     if isinstance(planted, Op):
         settings = Settings(load_text())
@@ -47,13 +57,16 @@ def kill(bug: Planted) -> Row:
         file, way = golden_values.WAYS[bug.op]
         golden = way(planted)
     else:
-        reports = [examine_model(planted)]
+        reports = [examine_model(planted, rules)]
         caught = symptoms(reports, MODEL_FD_TOLERANCE, MODEL_VALIDITY)
         file, golden = "model", golden_values.model(module=planted)
-    return Row(bug, caught | ({"golden"} if golden_differs(file, golden) else frozenset()))
+    wrong = {t.tensor: None for r in reports for t in r.tensors if t.verdict != "PASS"}
+    if golden_differs(file, golden):
+        caught |= {"golden"}
+    return Row(bug, caught, tuple(wrong))
 
 
-def examine_model(module: Any) -> Report:
+def examine_model(module: Any, rules: Sequence[str] = RULES) -> Report:
     """The checker's report on a small model whose forward and backward are those of ``module``."""
     case, names, pair = model_case(RandomDraw(0), config=small_model(), length=7, model=module)
     return check(
@@ -64,6 +77,7 @@ def examine_model(module: Any) -> Report:
         names=names,
         difference_tolerance=MODEL_FD_TOLERANCE,
         validity=MODEL_VALIDITY,
+        rules=rules,
     )
 
 

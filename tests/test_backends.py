@@ -17,7 +17,8 @@ from refimpl.check.cases import CASES, Case, RandomDraw, model_case, pair_of
 from refimpl.check.dual import dual_array, values
 from refimpl.check.rules import Pair
 from refimpl.config import preset
-from refimpl.model import backward, forward, parameter_shapes
+from refimpl.model import backward, forward
+from refimpl.parameters import parameter_shapes
 from refimpl.text import load_text
 from refimpl.verify import placed
 

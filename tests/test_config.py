@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from refimpl.config import CONVENTIONS, PRESETS, Conventions, Yarn, preset
-from refimpl.model import is_buffer, parameter_shapes
+from refimpl.parameters import is_buffer, parameter_shapes
 
 
 def count(name: str, part: str = "") -> int:

@@ -50,7 +50,7 @@ def test_stages() -> None:
     pytest_ = "python -m pytest -v --tb=short -p no:benchmark -W default"
     assert [" ".join(stage.command) for stage in bare] == [
         f"{pytest_} tests/kernels",
-        f"{pytest_} tests/test_bench.py",
+        f"{pytest_} tests/bench",
         "python -m refimpl bench --gpu --results /somewhere",
         *(
             f"python -m refimpl verify --backend cupy{column} {' '.join(names)}"
@@ -74,7 +74,7 @@ def test_stages() -> None:
             "REFIMPL_GPU": "1",
             "REFIMPL_SANITIZER": "1",
         }
-    for name in ("kernels", "test_bench.py"):
+    for name in ("kernels", "bench"):
         assert (ROOT / "tests" / name).exists()
     for stage in checked[:3]:  # so that a log comes every ten minutes
         assert stage.limit < 600

@@ -1,12 +1,17 @@
 """Memory, measured: flash attention is linear in the sequence, the fused head never holds all
-logits."""
+logits, and the streamed gradients do not grow with the layers."""
 
 from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from refimpl.memory import attention_memory, head_memory
+from refimpl.config import preset
+from refimpl.memory import attention_memory, grads_memory, head_memory
 from refimpl.ops import (
     attention_forward,
     cross_entropy_forward,
@@ -74,3 +79,31 @@ def test_same_numbers() -> None:
     )
     loss, _ = cross_entropy_forward(h @ w.T, targets=targets)
     assert abs(head_cross_entropy_forward(h, w, targets=targets)[0] - loss) <= 1e-13 * loss
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is measured on Linux")
+def test_memory_does_not_grow_with_layers(tmp_path: Path) -> None:
+    """8 layers need what 2 need, within 10 %, and a small part of what all gradients take."""
+    from refimpl.checkpoint import write_random
+
+    config = replace(
+        preset("v2-lite"),
+        vocabulary=500,
+        width=1024,
+        layers=8,
+        heads=4,
+        dense_hidden=2048,
+        kv_latent=128,
+        experts=8,
+        expert_hidden=512,
+        top_k=2,
+    )
+    write_random(config, tmp_path / "checkpoint")
+    start = grads_memory(
+        tmp_path / "checkpoint", tmp_path / "none", "--layers", "1", "--only", "lm_head.*", tokens=2
+    )
+    two = grads_memory(tmp_path / "checkpoint", tmp_path / "two", "--layers", "2", tokens=64)
+    eight = grads_memory(tmp_path / "checkpoint", tmp_path / "eight", tokens=64)
+    assert eight.numbers > 3 * two.numbers
+    assert eight.peak <= 1.1 * two.peak
+    assert eight.peak - start.peak < eight.numbers * 4 / 4

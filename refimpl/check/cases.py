@@ -18,9 +18,10 @@ from .. import model as reference_model
 from .. import ops
 from ..array import namespace
 from ..config import CONVENTIONS, Conventions, ModelConfig, preset
-from ..model import Route, is_buffer, parameter_shapes
-from ..ops import Op, Ops, Yarn, rope_frequencies
+from ..model import Route
+from ..ops import AnyOp, Op, Ops, Yarn, rope_frequencies
 from ..ops.attention import visible
+from ..parameters import is_buffer, parameter_shapes
 
 __all__ = [
     "CASES",
@@ -80,7 +81,7 @@ class Case:
     replay: Callable[[Any], Mapping[str, Any]] | None = None
 
 
-def pair_of(op: str, table: Ops | None = None) -> Op:
+def pair_of(op: str, table: Ops | None = None) -> AnyOp:
     """The op's forward and backward: from the table of an implementation, else by name from
     `refimpl.ops`."""
     if table is not None and op in table:
@@ -699,7 +700,7 @@ def _parameters(
 
 def model_grpo_case(
     draw: Draw, *, config: ModelConfig, table: Ops, length: int = 9
-) -> tuple[Case, list[str], Op]:
+) -> tuple[Case, list[str], AnyOp]:
     """GRPO through the whole model as one op: hidden states, log-probabilities in blocks, the loss;
     routes replayed.
 
@@ -795,7 +796,7 @@ def model_case(
     length: int = 12,
     model: Any = reference_model,
     masked: bool = False,
-) -> tuple[Case, list[str], Op]:
+) -> tuple[Case, list[str], AnyOp]:
     """The whole model as one op: (case, the parameters' names, the pair), routes replayed.
 
     Its outputs are the loss, the hidden states and the logits, so cotangents come in by all three

@@ -13,7 +13,7 @@ import inspect
 import types
 from typing import NamedTuple
 
-from ..ops import Op
+from ..ops import AnyOp, Op
 
 __all__ = ["PLANTED", "Planted", "plant"]
 
@@ -79,7 +79,7 @@ PLANTED: tuple[Planted, ...] = (
     _one("mla", "gradient of k_pe from one head", "heads > 1", "xp.sum(dk[..., n:], axis=2)", "dk[:, :, 0, n:]"),
     _one("mla", "mean over heads for k_pe", "heads > 1", "xp.sum(dk[..., n:], axis=2)", "xp.mean(dk[..., n:], axis=2)"),
     _one("mla", "k_pe not rotated back", "position > 0",
-         'dk_pe = ops["rope"].backward(dlatent[..., c:][:, :, None, :], saved.k_pe)[:, :, 0, :]', "dk_pe = dlatent[..., c:]"),
+         'dk_pe = ops.rope.backward(dlatent[..., c:][:, :, None, :], saved.k_pe)[:, :, 0, :]', "dk_pe = dlatent[..., c:]"),
     _one("mla", "gradient of the cache dropped", "a cotangent for the cache", "dlatent = dlatent + dcache", "dlatent = dlatent"),
     _one("mla", "kv split swapped", "N ≠ V or random weights", "xp.concat((dk[..., :n], dv), axis=-1)", "xp.concat((dv, dk[..., :n]), axis=-1)"),
     _one("mla", "dx misses the kv path", "any", "return dx_q + dx_kv,", "return dx_q,"),
@@ -116,7 +116,7 @@ PLANTED: tuple[Planted, ...] = (
     _one("log_prob", "= for += over vocabulary blocks", "several blocks", "dh[m0:m1, :] += xp.matmul", "dh[m0:m1, :] = xp.matmul"),
     _one("head_cross_entropy", "sign", "any", "dlog_p = -number", "dlog_p = number"),
     _one("mtp", "cotangent ignored: an input in its place", "a cotangent that is no input",
-         'ops["linear"].backward(dy, saved.proj)', 'ops["linear"].backward(0 * dy + saved.hnorm.x, saved.proj)'),
+         'ops.linear.backward(dy, saved.proj)', 'ops.linear.backward(0 * dy + saved.hnorm.x, saved.proj)'),
     _one("router", "epsilon missing in the backward", "epsilon off 0", "        total = xp.sum(chosen, axis=-1, keepdims=True) + epsilon\n        dchosen",
          "        total = xp.sum(chosen, axis=-1, keepdims=True)\n        dchosen"),
     _one("mtp", "halves swapped", "any", "de, dh = (first, second) if saved", "dh, de = (first, second) if saved"),
@@ -149,19 +149,19 @@ PLANTED: tuple[Planted, ...] = (
     _one("model", "residual dropped in the backward", "any", "    dx = dx + dx_ffn\n", "    dx = dx_ffn\n"),
     _one("model", "router path missing", "MoE", "        dh = dh + dh_gate\n", ""),
     _one("model", "embedding missing its second user", "MTP",
-         '    grads.add("model.embed_tokens.weight", ops["embedding"].backward(dembedding, saved.embedding))\n', ""),
-    _one("model", "head missing its second user", "MTP", '    dnormed, dw_head = ops["head_cross_entropy"].backward(dmtp, saved.head)\n    grads.add(config.head, dw_head)\n',
-         '    dnormed, dw_head = ops["head_cross_entropy"].backward(dmtp, saved.head)\n'),
+         '    grads.add("model.embed_tokens.weight", ops.embedding.backward(dembedding, saved.embedding))\n', ""),
+    _one("model", "head missing its second user", "MTP", '    dnormed, dw_head = ops.head_cross_entropy.backward(dmtp, saved.head)\n    grads.add(config.head, dw_head)\n',
+         '    dnormed, dw_head = ops.head_cross_entropy.backward(dmtp, saved.head)\n'),
     _one("model", "λ missing in the backward", "MTP", "dmtp = dloss * (config.mtp_weight / config.mtp_depth)", "dmtp = dloss"),
     _one("model", "hidden state detached from MTP", "MTP", "            dh = dh + dstate\n", "            pass\n"),
     _one("model", "MTP's hidden state off by one", "MTP", "concat((dread, last), axis=1)", "concat((last, dread), axis=1)"),
-    _one("model", "balance loss dropped", "α off 0", 'ops["balance_loss"].backward(dloss, saved.balance)', 'ops["balance_loss"].backward(0 * dloss, saved.balance)'),
+    _one("model", "balance loss dropped", "α off 0", 'ops.balance_loss.backward(dloss, saved.balance)', 'ops.balance_loss.backward(0 * dloss, saved.balance)'),
     _one("model", "mscale² missing, both ways", "golden values", " ** -0.5 * yarn_softmax_factor(yarn)", " ** -0.5", shared=True),
     _one("model", "scale from the nope width alone, both ways", "golden values", "scale=(config.nope + config.rope) ** -0.5", "scale=config.nope ** -0.5", shared=True),
 )  # fmt: skip
 
 
-def plant(bug: Planted) -> Op | types.ModuleType:
+def plant(bug: Planted) -> AnyOp | types.ModuleType:
     """The op's pair with the bug in it; for a bug of the model, the whole edited module.
 
     ValueError if the text that the bug replaces does not stand exactly once in the source.

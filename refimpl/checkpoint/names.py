@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 
 from ..config import ModelConfig
-from ..model import parameter_shapes
+from ..parameters import EMBEDDING, HEAD, head_name, layer_name, mtp_layers, parameter_shapes
 
 __all__ = [
     "SCALE",
@@ -42,10 +42,10 @@ def stored_names(name: str, shape: tuple[int, ...]) -> list[str]:
 def copied_names(config: ModelConfig) -> dict[str, str]:
     """Tensors that a checkpoint may have in addition, each with our parameter that it must
     equal."""
-    copies = {"lm_head.weight": config.head} if config.tied else {}
-    for layer in range(config.layers, config.layers + config.mtp_depth):
-        copies[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
-        copies[f"model.layers.{layer}.shared_head.head.weight"] = config.head
+    copies = {HEAD: head_name(config)} if config.tied else {}
+    for layer in mtp_layers(config):
+        copies[layer_name(layer, "embed_tokens.weight")] = EMBEDDING
+        copies[layer_name(layer, "shared_head.head.weight")] = head_name(config)
     return copies
 
 

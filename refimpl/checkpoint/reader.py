@@ -11,7 +11,7 @@ import numpy as np
 
 from ..config import Conventions, ModelConfig
 from ..errors import CouldNotRun
-from ..model import is_buffer, parameter_shapes
+from ..parameters import is_buffer, parameter_shapes
 from .config_json import read_block_size, read_config, with_layout
 from .files import open_folder
 from .fp8 import dequantise, scale_shape

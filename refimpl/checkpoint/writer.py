@@ -14,7 +14,7 @@ import numpy as np
 
 from ..config import ModelConfig
 from ..errors import CouldNotRun
-from ..model import is_buffer, misfits, parameter_shapes
+from ..parameters import is_buffer, misfits, parameter_shapes
 from .config_json import BLOCK, config_dict
 from .files import INDEX, SINGLE
 from .fp8 import narrow, quantise, scale_shape

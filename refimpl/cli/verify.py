@@ -16,7 +16,7 @@ from rich.table import Table
 from .. import __version__
 from ..check import Report, TensorResult
 from ..config import CONVENTIONS
-from ..ops import Op
+from ..ops import AnyOp
 from ..text import load_text
 from ..verify import MODELS, NAMES, Settings, backward_from_file, plan, run, select
 from .app import Json, app, check_writable, console, progress, replace_json
@@ -92,7 +92,7 @@ def _run(
     names: list[str],
     settings: Settings,
     json_file: Path | None,
-    replaced: dict[str, Op] | None = None,
+    replaced: dict[str, AnyOp] | None = None,
 ) -> int:
     """Verify, show the table, write the file; the exit code."""
     settings.validate()

@@ -59,7 +59,7 @@ def markdown() -> str:
         if trap.checkpoint:
             lines.append("- Shows on checkpoints in FP8 alone; the numbers are of one tile.")
         lines += [f"- **It changes** {line}." for line in numbers(trap)]
-        lines.append(f"- **Test:** [`test_trap_{number:02}`](../tests/test_conventions.py).")
+        lines.append(f"- **Test:** [`test_trap_{number:02}`](../tests/conventions/test_traps.py).")
     return "\n".join(lines) + "\n"
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..array import Array
 from ..config import ModelConfig, Yarn, preset
-from ..model import ModelOutput, forward, is_buffer, logits, parameter_shapes
+from ..model import ModelOutput, forward, logits
 from ..ops import (
     GRPO_PRESETS,
     REFERENCE,
@@ -33,6 +33,7 @@ from ..ops import (
     router_forward,
     yarn_softmax_factor,
 )
+from ..parameters import is_buffer, parameter_shapes
 
 Numbers = dict[str, float]  # choice → the number it gives, our default first
 TEXT = b"A reference is right, or it is nothing: "  # 2 rows of 20 tokens
@@ -101,7 +102,7 @@ def masked_groups() -> Numbers:
 def without_norms(*args: Any, ops: Ops, **how: Any) -> Any:
     """MLA as the papers' equations have it: no norm of the latents."""
     identity = Op(lambda x, w, *, eps: (x, None), lambda dy, saved: (dy, None))
-    return mla_forward(*args, ops={**ops, "rms_norm": identity}, **how)
+    return mla_forward(*args, ops=ops | {"rms_norm": identity}, **how)
 
 
 def latent_norms() -> Numbers:

@@ -12,8 +12,8 @@ from math import prod
 from typing import Any, NamedTuple
 
 from ..array import Array, expect, last
+from ..ops import AnyOp, Op
 from ..ops.cross_entropy import token_weights
-from ..ops.table import Op
 from .host import Kernels, cover, numbers, ready
 from .launch import Launch
 
@@ -37,7 +37,7 @@ class CrossEntropySaved(NamedTuple):
     weight: Array  # [rows]: mask / normaliser
 
 
-def cross_entropy(launch: Launch) -> Op:
+def cross_entropy(launch: Launch) -> AnyOp:
     """The op on ``launch``."""
     kernels = Kernels(launch, "cross_entropy")
 

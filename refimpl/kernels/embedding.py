@@ -6,8 +6,8 @@ from __future__ import annotations
 import numpy as np
 
 from ..array import Array, argsort, expect, expect_ids
+from ..ops import AnyOp, Op
 from ..ops.embedding import EmbeddingSaved
-from ..ops.table import Op
 from .host import Kernels, cover, numbers, ready
 from .launch import Launch
 
@@ -17,7 +17,7 @@ THREADS = 128
 LANES = 4  # as in the kernel
 
 
-def embedding(launch: Launch) -> Op:
+def embedding(launch: Launch) -> AnyOp:
     """The op on ``launch``."""
     kernels = Kernels(launch, "embedding")
 

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..array import Array, expect
+from ..ops import AnyOp, Op
+from ..ops.choices import Average, Estimator, Level, Ratio
 from ..ops.grpo import GRPOOutput, check_settings, check_shapes
-from ..ops.table import Op
 from .host import Kernels, numbers, ready
 from .launch import Launch
 
@@ -30,7 +31,7 @@ class GRPOSaved(NamedTuple):
     dtype: Any  # of log_prob
 
 
-def grpo(launch: Launch) -> Op:
+def grpo(launch: Launch) -> AnyOp:
     """The op on ``launch``."""
     kernels = Kernels(launch, "grpo")
 
@@ -43,12 +44,12 @@ def grpo(launch: Launch) -> Op:
         reference_log_prob: Array | None = None,
         clip: tuple[float, float] = (0.2, 0.2),
         dual_clip: float | None = None,
-        ratio: str = "token",
-        average: str = "sequence",
+        ratio: Ratio = "token",
+        average: Average = "sequence",
         length: int | None = None,
         kl_weight: float = 0.04,
-        kl: str = "k3",
-        kl_level: str = "token",
+        kl: Estimator = "k3",
+        kl_level: Level = "token",
         kl_bounds: tuple[float, float] | None = None,
         off_policy: float | None = None,
         unclipped: Array | None = None,

@@ -13,8 +13,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..array import Array, blocks, expect
+from ..ops import AnyOp, Op
 from ..ops.cross_entropy import token_weights
-from ..ops.table import Op
+from ..ops.log_prob import check_log_prob
 from .cross_entropy import softmax_gradient, softmax_statistics
 from .host import matmul, numbers, parts, product, ready
 from .launch import Launch
@@ -36,7 +37,7 @@ class LogProbSaved(NamedTuple):
     block: tuple[int, int]  # tokens, vocabulary
 
 
-def log_prob(launch: Launch) -> Op:
+def log_prob(launch: Launch) -> AnyOp:
     """The op on ``launch``."""
 
     def logits(rows: Array, w: Array, saved: LogProbSaved) -> Array:
@@ -55,13 +56,7 @@ def log_prob(launch: Launch) -> Op:
         block: tuple[int, int] = (256, 4096),
     ) -> tuple[Array, LogProbSaved]:
         n = numbers(h=h, w=w)
-        expect("w", w, "(W, D)", (None, h.shape[-1]))
-        expect("targets", targets, "(…)", tuple(h.shape[:-1]))
-        if not temperature > 0 or min(block) < 1:
-            raise ValueError(
-                f"temperature must be positive and block at least (1, 1), got {temperature}, "
-                f"{block}"
-            )
+        check_log_prob(h, w, targets, temperature, block)
         like = n.xp.zeros((1,), dtype=n.real)
         targets, mask = token_weights(like, targets, mask, 1.0, w.shape[0])
         targets, mask = ready(targets.reshape(-1)), mask.reshape(-1)

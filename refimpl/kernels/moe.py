@@ -12,17 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..array import Array, argsort, expect
-from ..ops.ffn import ffn_backward, ffn_forward
-from ..ops.moe import check_shapes
+from ..ops import AnyOp, Op
+from ..ops.moe import NETWORKS, Expert, Networks, check_shapes, experts_backward, experts_forward
 from ..ops.router import expert_load
-from ..ops.table import LEAVES, Op, Ops
 from .host import Kernels, cover, numbers, place, ready
 from .launch import Launch
 
 __all__ = ["MoESaved", "combine", "moe", "permute", "weight_gradient"]
 
 THREADS = 128
-FFN = Op(ffn_forward, ffn_backward)
 
 
 class MoESaved(NamedTuple):
@@ -30,10 +28,10 @@ class MoESaved(NamedTuple):
     rows: Array  # [M·K, D]: the experts' outputs, in the experts' order
     order: Array  # [M·K]: dispatched row r belongs to slot order[r] of [M, K]
     place: Array  # [M·K]: its inverse
-    ffn: Op
-    experts: list[tuple[int, slice, Any]]  # (expert, its rows, its saved), for experts with tokens
+    experts: list[Expert]
     shared: Any
     shapes: tuple[tuple[int, ...], ...]  # of x, w_gate, w_up, w_down
+    ops: Networks
 
 
 def permute(
@@ -105,7 +103,7 @@ def weight_gradient(launch: Launch, dy: Array, rows: Array, where: Array, top_k:
     return dweights
 
 
-def moe(launch: Launch) -> Op:
+def moe(launch: Launch) -> AnyOp:
     """The op on ``launch``."""
 
     def moe_forward(
@@ -119,7 +117,7 @@ def moe(launch: Launch) -> Op:
         w_shared_down: Array | None,
         *,
         indices: Array,
-        ops: Ops = LEAVES,
+        ops: Networks = NETWORKS,
     ) -> tuple[Array, MoESaved]:
         n = numbers(
             x=x,
@@ -133,48 +131,37 @@ def moe(launch: Launch) -> Op:
         check_shapes(
             x, weights, indices, w_gate, w_up, w_down, w_shared_gate, w_shared_up, w_shared_down
         )
-        (experts, _, d), top_k = w_gate.shape, indices.shape[-1]
-        load, slots = expert_load(indices, experts), ready(indices, np.int64).reshape(-1)
+        d, top_k = x.shape[-1], indices.shape[-1]
         rows, weights = ready(x).reshape(-1, d), ready(weights, n.real).reshape(-1, top_k)
-        order = ready(argsort(slots), np.int64)
+        order = ready(argsort(ready(indices, np.int64).reshape(-1)), np.int64)
         where = place(order)
         dispatched = permute(launch, rows, order, top_k)
-        ffn, blocks, kept, start = ops.get("ffn", FFN), [], [], 0
-        for expert, count in enumerate(map(int, load)):
-            block = slice(start, start := start + count)
-            if count:
-                w = w_gate[expert], w_up[expert], w_down[expert]
-                out, saved = ffn.forward(dispatched[block], *w, ops=ops)
-                blocks.append(out)
-                kept.append((expert, block, saved))
-        outputs = ready(n.xp.concat(blocks, axis=0))
+        load = expert_load(indices, w_gate.shape[0])
+        out, experts = experts_forward(dispatched, load, w_gate, w_up, w_down, ops)
+        outputs = ready(out)
         y, shared = combine(launch, outputs, where, top_k, weights), None
         if w_shared_gate is not None:
-            shared_y, shared = ffn.forward(rows, w_shared_gate, w_shared_up, w_shared_down, ops=ops)
+            shared_weights = w_shared_gate, w_shared_up, w_shared_down
+            shared_y, shared = ops.ffn.forward(rows, *shared_weights, ops=ops)
             y = y + shared_y
         shapes = (tuple(x.shape), w_gate.shape, w_up.shape, w_down.shape)
-        return y.reshape(x.shape), MoESaved(
-            weights, outputs, order, where, ffn, kept, shared, shapes
-        )
+        saved = MoESaved(weights, outputs, order, where, experts, shared, shapes, ops)
+        return y.reshape(x.shape), saved
 
     def moe_backward(dy: Array, saved: MoESaved) -> tuple[Array | None, ...]:
-        weights, outputs, order, where, ffn, experts, shared, (x_shape, *w_shapes) = saved
-        n, top_k, d = numbers(rows=outputs, dy=dy), weights.shape[1], x_shape[-1]
+        weights, outputs, order, where, experts, shared, (x_shape, *w_shapes), ops = saved
+        n = numbers(rows=outputs, dy=dy)
         expect("dy", dy, "(…, D)", x_shape)
+        d, top_k = x_shape[-1], weights.shape[1]
         rows = ready(dy).reshape(-1, d)
         dweights = weight_gradient(launch, rows, outputs, where, top_k)
         dout = permute(launch, rows, order, top_k, weights)
-        dw = [n.xp.zeros(shape, dtype=n.real) for shape in w_shapes]
-        blocks = []
-        for expert, block, ffn_saved in experts:
-            dx_block, *dw_expert = ffn.backward(dout[block], ffn_saved)
-            blocks.append(dx_block)
-            for total, part in zip(dw, dw_expert, strict=True):
-                total[expert] = part
-        dx = combine(launch, ready(n.xp.concat(blocks, axis=0)), where, top_k)
+        zero = [n.xp.zeros(shape, dtype=n.real) for shape in w_shapes]
+        drows, dw = experts_backward(dout, experts, zero, ops)
+        dx = combine(launch, ready(drows), where, top_k)
         dshared: list[Array | None] = [None, None, None]
         if shared is not None:
-            dx_shared, *dshared = ffn.backward(rows, shared)
+            dx_shared, *dshared = ops.ffn.backward(rows, shared)
             dx = dx + dx_shared
         return dx.reshape(x_shape), dweights.reshape(*x_shape[:-1], top_k), *dw, *dshared
 

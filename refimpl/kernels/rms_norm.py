@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..array import Array, expect, last
-from ..ops.table import Op
+from ..array import Array, expect
+from ..ops import AnyOp, Op
+from ..ops.rms_norm import check_rms_norm
 from .host import Kernels, Numbers, cover, numbers, ready
 from .launch import Launch
 
@@ -30,15 +31,13 @@ class RMSNormSaved(NamedTuple):
     r: Array  # [rows]: 1 / rms, in float32 for bfloat16
 
 
-def rms_norm(launch: Launch) -> Op:
+def rms_norm(launch: Launch) -> AnyOp:
     """The op on ``launch``."""
     kernels = Kernels(launch, "rms_norm")
 
     def rms_norm_forward(x: Array, w: Array, *, eps: float) -> tuple[Array, RMSNormSaved]:
         n = numbers(x=x, w=w)
-        expect("w", w, "(D,)", (last(x, "x"),))
-        if not float(eps) >= 0:
-            raise ValueError(f"eps must be at least 0, got {eps}")
+        check_rms_norm(x, w, float(eps))
         d, rows = x.shape[-1], prod(x.shape[:-1])
         x, w = ready(x), ready(w)
         y, r = kernels.empty(x.shape, x.dtype, x), kernels.empty((rows,), n.real, x)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from ..array import Array, expect
-from ..ops.rope import RoPESaved
-from ..ops.table import Op
+from ..ops import AnyOp, Op
+from ..ops.choices import Layout
+from ..ops.rope import RoPESaved, check_rope
 from .host import Kernels, cover, numbers, ready
 from .launch import Launch
 
@@ -15,7 +16,7 @@ __all__ = ["rope"]
 THREADS = 128
 
 
-def rope(launch: Launch) -> Op:
+def rope(launch: Launch) -> AnyOp:
     """The op on ``launch``. Saved: cos and sin [B·T or T, R/2], in float32 for bfloat16."""
     kernels = Kernels(launch, "rope")
 
@@ -52,25 +53,13 @@ def rope(launch: Launch) -> Op:
         *,
         positions: Array,
         inv_freq: Array,
-        layout: str = "interleaved",
+        layout: Layout = "interleaved",
         factor: float = 1.0,
     ) -> tuple[Array, RoPESaved]:
         n = numbers(x=x)
-        if len(x.shape) != 4 or x.shape[-1] != 2 * inv_freq.shape[0]:
-            raise ValueError(
-                "x must have shape (B, T, H, R) with "
-                f"R=2·len(inv_freq)={2 * inv_freq.shape[0]}, got {x.shape}"
-            )
-        if positions.shape not in ((x.shape[1],), tuple(x.shape[:2])):
-            raise ValueError(
-                f"positions must have shape (T,) or (B, T) of x {tuple(x.shape[:2])}, got "
-                f"{positions.shape}"
-            )
-        if layout not in ("interleaved", "halves"):
-            raise ValueError(f"layout must be 'interleaved' or 'halves', got {layout!r}")
-        angle = n.xp.reshape(positions, (-1, 1)).astype(n.xp.float64) * n.xp.asarray(
-            inv_freq, dtype=n.xp.float64
-        )
+        check_rope(x, positions, inv_freq, layout)
+        turns = n.xp.reshape(positions, (-1, 1)).astype(n.xp.float64)
+        angle = turns * n.xp.asarray(inv_freq, dtype=n.xp.float64)
         cos, sin = ((f(angle) * factor).astype(n.real) for f in (n.xp.cos, n.xp.sin))
         saved = RoPESaved(tuple(x.shape), cos, sin, layout)
         return rotate(x, saved, 1), saved

@@ -11,9 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from ..array import Array, expect, expect_ids, last
-from ..ops.router import RouterOutput, RouterSaved, select_experts
-from ..ops.table import Op
+from ..array import Array, expect, expect_ids
+from ..ops import AnyOp, Op
+from ..ops.choices import GroupScore, MaskedGroups, Score
+from ..ops.router import (
+    RouterOutput,
+    RouterSaved,
+    check_router,
+    check_selection,
+    select_experts,
+    summed_scores,
+)
 from .host import Kernels, cover, numbers, product, ready
 from .launch import Launch
 
@@ -24,7 +32,7 @@ MOST_SLOTS = 1024  # for scores, of all lanes
 PAIRS = 8  # so many numbers NumPy adds in pairs, the kernel one by one
 
 
-def router(launch: Launch) -> Op:
+def router(launch: Launch) -> AnyOp:
     """The op on ``launch``, for at most 1024 experts, 32 groups and 32 choices."""
     kernels = Kernels(launch, "router")
 
@@ -36,51 +44,38 @@ def router(launch: Launch) -> Op:
         bias: Array | None = None,
         groups: int = 1,
         keep_groups: int = 1,
-        group_score: str = "top2",
-        score: str = "sigmoid",
+        group_score: GroupScore = "top2",
+        score: Score = "sigmoid",
         normalise: bool = True,
         scale: float = 1.0,
         epsilon: float = 0.0,
-        masked_groups: str = "-inf",
+        masked_groups: MaskedGroups = "-inf",
         routes: Array | None = None,
     ) -> tuple[RouterOutput, RouterSaved]:
-        n, (experts, top_k) = numbers(x=x, w=w), (w.shape[0], int(top_k))
-        expect("w", w, "(E, D)", (None, last(x, "x")))
-        if score not in ("sigmoid", "softmax"):
-            raise ValueError(f"score must be 'sigmoid' or 'softmax', got {score!r}")
-        if bias is not None:
-            expect("bias", bias, "(E,)", (experts,))
-        best = {"top2": 2, "share": top_k // max(keep_groups, 1), "max": 1}.get(group_score, 0)
-        wider = bias is not None and np.result_type(bias.dtype, n.real) != n.real
-        if routes is None and (
-            wider or best >= PAIRS
-        ):  # a bias rounded, scores added otherwise could choose others
-            biased = router_forward(x, w, top_k=top_k, score=score)[0].scores + (
-                0 if bias is None else bias
-            )
-            routes = select_experts(biased, top_k, groups, keep_groups, group_score, masked_groups)
-        if routes is None:  # on no rows at all: raises for a setting without a meaning
-            select_experts(
-                np.zeros((0, experts)), top_k, groups, keep_groups, group_score, masked_groups
-            )
-            indices = kernels.empty((*x.shape[:-1], top_k), n.xp.int64, x)
-        else:
-            expect("routes", routes, "(…, K)", (*x.shape[:-1], top_k))
+        n, experts = numbers(x=x, w=w), w.shape[0]
+        check_router(x, w, bias, score)
+        best = 0
+        if routes is None:
+            selection = (int(top_k), groups, keep_groups, group_score, masked_groups)
+            check_selection(experts, *selection)
+            best = summed_scores(group_score, top_k, keep_groups)
+            wider = bias is not None and np.result_type(bias.dtype, n.real) != n.real
+            if wider or best >= PAIRS:  # a rounded bias, sums in another order could choose others
+                scores = router_forward(x, w, top_k=top_k, score=score)[0].scores
+                biased = scores if bias is None else scores + bias
+                routes = select_experts(biased, *selection)
+        indices = kernels.empty((*x.shape[:-1], top_k), n.xp.int64, x)
+        if routes is not None:
+            expect("routes", routes, "(…, K)", tuple(indices.shape))
             indices = ready(expect_ids("routes", routes, experts))
-        if (
-            not 1 <= keep_groups < groups or experts % groups
-        ):  # nothing is hidden (or, with routes, it doesn't matter)
-            groups = keep_groups = (
-                1  # else a lane's experts are as without routes, and softmax's sum the same bits
-            )
-        size, lanes = experts // groups, WARP >> (groups - 1).bit_length()  # of a group
-        slots = WARP * cover(size, lanes) if lanes else experts
-        if lanes == 0 or slots > MOST_SLOTS or top_k > WARP:
-            raise ValueError(
-                f"top_k and groups must be at most {WARP}, experts {MOST_SLOTS} (less if "
-                f"groups is no power of two), got {top_k}, {groups} and {experts}"
-            )
-        rows, x, w = prod(x.shape[:-1]), ready(x), ready(w)
+        # Where nothing is hidden there is one group, with routes as without: a lane's experts, and
+        # so the bits of softmax's sum, are the same.
+        if not 1 <= keep_groups < groups or experts % groups:
+            groups = keep_groups = 1
+        size = experts // groups
+        slots = _slots(experts, groups, top_k)
+        rows = prod(x.shape[:-1])
+        x, w = ready(x), ready(w)
         logits = ready(product(x.reshape(-1, x.shape[-1]), w.T, n.real))
         scores = kernels.empty((*x.shape[:-1], experts), n.real, x)
         weights = kernels.empty((*x.shape[:-1], top_k), n.real, x)
@@ -115,12 +110,14 @@ def router(launch: Launch) -> Op:
         return RouterOutput(weights, scores, indices), saved
 
     def router_backward(dy: tuple[Array, Array | None], saved: RouterSaved) -> tuple[Array, Array]:
-        (dweights, dscores), (x, w, s, indices, score, normalise, scale, epsilon) = dy, saved
+        dweights, dscores = dy
+        x, w, s, indices, score, normalise, scale, epsilon = saved
         n = numbers(x=x)
         expect("dweights", dweights, "(…, K)", tuple(indices.shape))
         if dscores is not None:
             expect("dscores", dscores, "(…, E)", tuple(s.shape))
-        rows, (top_k, experts) = prod(x.shape[:-1]), (indices.shape[-1], s.shape[-1])
+        rows = prod(x.shape[:-1])
+        experts, top_k = s.shape[-1], indices.shape[-1]
         dlogits: Any = kernels.empty((rows, experts), n.real, x)
         kernels(
             "router_backward",
@@ -146,3 +143,16 @@ def router(launch: Launch) -> Op:
         return dx, dw
 
     return Op(router_forward, router_backward)
+
+
+def _slots(experts: int, groups: int, top_k: int) -> int:
+    """Slots for a row's scores: as many in each lane, a group in lanes of its own. ValueError if
+    that is more than a warp has."""
+    lanes = WARP >> (groups - 1).bit_length()  # of a group
+    slots = WARP * cover(experts // groups, lanes) if lanes else experts
+    if lanes == 0 or slots > MOST_SLOTS or top_k > WARP:
+        raise ValueError(
+            f"top_k and groups must be at most {WARP}, experts {MOST_SLOTS} (less if groups is no "
+            f"power of two), got {top_k}, {groups} and {experts}"
+        )
+    return slots

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from ..array import Array, expect
+from ..ops import AnyOp, Op
 from ..ops.swiglu import SwiGLUSaved
-from ..ops.table import Op
 from .host import Kernels, cover, numbers, ready
 from .launch import Launch
 
@@ -15,7 +15,7 @@ __all__ = ["swiglu"]
 THREADS = 256
 
 
-def swiglu(launch: Launch) -> Op:
+def swiglu(launch: Launch) -> AnyOp:
     """The op on ``launch``."""
     kernels = Kernels(launch, "swiglu")
 

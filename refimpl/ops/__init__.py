@@ -9,6 +9,7 @@ from .ffn import ffn_backward, ffn_forward
 from .flash_attention import flash_attention_backward, flash_attention_forward
 from .grpo import GRPO_PRESETS, GRPOOutput, group_advantages, grpo_backward, grpo_forward
 from .head_cross_entropy import head_cross_entropy_backward, head_cross_entropy_forward
+from .leaves import LEAVES, AnyOp, Leaves, Op, Table
 from .linear import linear_backward, linear_forward
 from .log_prob import log_prob_backward, log_prob_forward
 from .mla import MLAOutput, mla_backward, mla_forward
@@ -16,6 +17,7 @@ from .mla_absorbed import mla_absorbed_backward, mla_absorbed_forward
 from .moe import moe_backward, moe_forward
 from .mtp import mtp_backward, mtp_forward, mtp_pairs
 from .preference_loss import preference_loss_backward, preference_loss_forward
+from .reference import IMPLEMENTATIONS, REFERENCE, Ops
 from .rms_norm import rms_norm_backward, rms_norm_forward
 from .rope import (
     Yarn,
@@ -34,32 +36,20 @@ from .router import (
     select_experts,
 )
 from .swiglu import swiglu_backward, swiglu_forward
-from .table import LEAVES, Op, Ops
-
-REFERENCE: dict[str, Op] = LEAVES | {
-    "ffn": Op(ffn_forward, ffn_backward),
-    "mla": Op(mla_forward, mla_backward),
-    "moe": Op(moe_forward, moe_backward),
-    "head_cross_entropy": Op(head_cross_entropy_forward, head_cross_entropy_backward),
-    "mtp": Op(mtp_forward, mtp_backward),
-}
-
-IMPLEMENTATIONS: dict[str, dict[str, Op]] = {
-    "reference": REFERENCE,
-    "flash": REFERENCE | {"attention": Op(flash_attention_forward, flash_attention_backward)},
-    "absorbed": REFERENCE | {"mla": Op(mla_absorbed_forward, mla_absorbed_backward)},
-}
 
 __all__ = [
+    "AnyOp",
     "GRPOOutput",
     "GRPO_PRESETS",
     "IMPLEMENTATIONS",
     "LEAVES",
+    "Leaves",
     "MLAOutput",
     "Op",
     "Ops",
     "REFERENCE",
     "RouterOutput",
+    "Table",
     "Yarn",
     "attention_backward",
     "attention_forward",

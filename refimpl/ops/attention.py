@@ -126,6 +126,6 @@ def _all_heads(x: Array, heads: int) -> Array:
 
 def sum_heads(dx: Array, x: Array) -> Array:
     """The adjoint of sharing one head: the sum over the heads that used it."""
-    return (
-        dx if x.shape[2] == dx.shape[2] else namespace(dx=dx).sum(dx, axis=2, keepdims=True)
-    )  # (attention.10)
+    if x.shape[2] == dx.shape[2]:
+        return dx
+    return namespace(dx=dx).sum(dx, axis=2, keepdims=True)  # (attention.10)

@@ -50,22 +50,16 @@ def balance_loss_forward(
         counted = expect_ids("counted", counted, e)
     else:
         counted = argsort(-real(scores))[..., :top_k]  # (balance_loss.1)
-    valid = (
-        xp.ones((b, t, 1), dtype=xp.bool, device=scores.device)
-        if mask is None
-        else mask[:, :, None]
-    )
+    valid = xp.ones((b, t, 1), dtype=xp.bool, device=scores.device)
+    if mask is not None:
+        valid = mask[:, :, None]
     length = xp.sum(xp.astype(valid, xp.float64), axis=1, keepdims=True)
     length = xp.where(length > 0, length, 1.0)
     expert = xp.arange(e, device=scores.device)
-    counts = sum(
-        xp.sum(
-            xp.astype((counted[..., k : k + 1] == expert) & valid, xp.float64),
-            axis=1,
-            keepdims=True,
-        )
-        for k in range(counted.shape[-1])
-    )
+    counts = 0
+    for k in range(counted.shape[-1]):
+        counts_k = (counted[..., k : k + 1] == expert) & valid
+        counts = counts + xp.sum(xp.astype(counts_k, xp.float64), axis=1, keepdims=True)
     f = cast(counts * e / (top_k * length), scores)  # (balance_loss.2)
     weight = cast(xp.where(valid, alpha / (b * length), 0.0), scores)
     normalised = scores / xp.sum(scores, axis=-1, keepdims=True)  # (balance_loss.3)

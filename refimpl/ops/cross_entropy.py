@@ -37,13 +37,11 @@ def cross_entropy_forward(
     shifted = logits - cast(xp.max(real(logits), axis=-1, keepdims=True), logits)
     e = xp.exp(shifted)
     total = xp.sum(e, axis=-1, keepdims=True)
-    log_p = xp.take_along_axis(shifted, targets[..., None], axis=-1) - xp.log(
-        total
-    )  # (cross_entropy.1)
+    target = xp.take_along_axis(shifted, targets[..., None], axis=-1)
+    log_p = target - xp.log(total)  # (cross_entropy.1)
     log_p = fill(real(weight) != 0, log_p[..., 0], 0.0)  # a masked token's −inf must not become NaN
-    return -xp.sum(weight * log_p), CrossEntropySaved(
-        e / total, targets, weight
-    )  # (cross_entropy.2)
+    loss = -xp.sum(weight * log_p)  # (cross_entropy.2)
+    return loss, CrossEntropySaved(e / total, targets, weight)
 
 
 def cross_entropy_backward(dloss: Array, saved: CrossEntropySaved) -> Array:
@@ -51,9 +49,8 @@ def cross_entropy_backward(dloss: Array, saved: CrossEntropySaved) -> Array:
     p, targets, weight = saved
     xp = namespace(p=p)
     chosen = xp.arange(p.shape[-1], device=p.device) == targets[..., None]
-    return (
-        number(dloss, p) * weight[..., None] * (p - cast(xp.astype(chosen, real(p).dtype), p))
-    )  # (cross_entropy.3)
+    one_hot = cast(xp.astype(chosen, real(p).dtype), p)
+    return number(dloss, p) * weight[..., None] * (p - one_hot)  # (cross_entropy.3)
 
 
 def token_weights(

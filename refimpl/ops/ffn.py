@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ..array import Array, expect, last
-from .table import LEAVES, Ops
+from .leaves import LEAVES, Leaves
 
 __all__ = ["FFNSaved", "ffn_backward", "ffn_forward"]
 
@@ -19,28 +19,28 @@ class FFNSaved(NamedTuple):
     up: Any
     swiglu: Any
     down: Any
-    ops: Ops
+    ops: Leaves
 
 
 def ffn_forward(
-    x: Array, w_gate: Array, w_up: Array, w_down: Array, *, ops: Ops = LEAVES
+    x: Array, w_gate: Array, w_up: Array, w_down: Array, *, ops: Leaves = LEAVES
 ) -> tuple[Array, FFNSaved]:
     """y […, D] for ``x`` […, D], ``w_gate`` and ``w_up`` [F, D], ``w_down`` [D, F]."""
     expect("w_gate", w_gate, "(F, D)", (None, last(x, "x")))
     expect("w_up", w_up, "(F, D)", tuple(w_gate.shape))
     expect("w_down", w_down, "(D, F)", (x.shape[-1], w_gate.shape[0]))
-    gate, gate_saved = ops["linear"].forward(x, w_gate)  # (ffn.1)
-    up, up_saved = ops["linear"].forward(x, w_up)
-    hidden, swiglu_saved = ops["swiglu"].forward(gate, up)  # (ffn.2)
-    y, down_saved = ops["linear"].forward(hidden, w_down)  # (ffn.3)
+    gate, gate_saved = ops.linear.forward(x, w_gate)  # (ffn.1)
+    up, up_saved = ops.linear.forward(x, w_up)
+    hidden, swiglu_saved = ops.swiglu.forward(gate, up)  # (ffn.2)
+    y, down_saved = ops.linear.forward(hidden, w_down)  # (ffn.3)
     return y, FFNSaved(gate_saved, up_saved, swiglu_saved, down_saved, ops)
 
 
 def ffn_backward(dy: Array, saved: FFNSaved) -> tuple[Array, Array, Array, Array]:
     """Gradients (dx […, D], dw_gate [F, D], dw_up [F, D], dw_down [D, F]) from ``dy`` […, D]."""
     ops = saved.ops
-    dhidden, dw_down = ops["linear"].backward(dy, saved.down)  # (ffn.4)
-    dgate, dup = ops["swiglu"].backward(dhidden, saved.swiglu)  # (ffn.5)
-    dx_gate, dw_gate = ops["linear"].backward(dgate, saved.gate)
-    dx_up, dw_up = ops["linear"].backward(dup, saved.up)
+    dhidden, dw_down = ops.linear.backward(dy, saved.down)  # (ffn.4)
+    dgate, dup = ops.swiglu.backward(dhidden, saved.swiglu)  # (ffn.5)
+    dx_gate, dw_gate = ops.linear.backward(dgate, saved.gate)
+    dx_up, dw_up = ops.linear.backward(dup, saved.up)
     return dx_gate + dx_up, dw_gate, dw_up, dw_down  # (ffn.6)

@@ -10,9 +10,9 @@ positions within a block.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ..array import Array, blocks, cast, einsum, expect, fill, namespace, real, zeros
+from ..array import Array, add_to, blocks, cast, einsum, expect, fill, namespace, put, real, zeros
 from .attention import check_attention, sum_heads, visible
 
 __all__ = ["FlashAttentionSaved", "flash_attention_backward", "flash_attention_forward"]
@@ -66,10 +66,9 @@ def flash_attention_forward(
             largest = larger
         seen = real(total) > 0
         total = fill(seen, total, 1.0)
-        o[:, t0:t1, ...] = xp.permute_dims(numerator / total, (0, 2, 1, 3))
-        lse[:, :, t0:t1, :] = cast(xp.where(seen, largest, 0.0), q) + xp.log(
-            total
-        )  # (flash_attention.4)
+        o = put(o, _positions(t0, t1), xp.permute_dims(numerator / total, (0, 2, 1, 3)))
+        log_sum = cast(xp.where(seen, largest, 0.0), q) + xp.log(total)  # (flash_attention.4)
+        lse = put(lse, (slice(None), *_positions(t0, t1)), log_sum)
     return o, FlashAttentionSaved(q, k, v, o, lse, scale, causal, key_mask, segments, block)
 
 
@@ -78,11 +77,11 @@ def flash_attention_backward(do: Array, saved: FlashAttentionSaved) -> tuple[Arr
     q, k, v, o, lse, scale, causal, key_mask, segments, block = saved
     xp = namespace(do=do, q=q)
     expect("do", do, "(B, T, H, V)", tuple(o.shape))
-    (_, t, _, _), s = q.shape, k.shape[1]
-    dq, dk, dv = zeros(q.shape, q), zeros(k.shape, q), zeros(v.shape, q)
-    row_sum = xp.permute_dims(
-        xp.sum(do * o, axis=-1, keepdims=True), (0, 2, 1, 3)
-    )  # (flash_attention.5)
+    t, s = q.shape[1], k.shape[1]
+    dq = zeros(q.shape, q)
+    dk, dv = zeros(k.shape, q), zeros(v.shape, q)
+    row_sum = xp.sum(do * o, axis=-1, keepdims=True)  # (flash_attention.5)
+    row_sum = xp.permute_dims(row_sum, (0, 2, 1, 3))
     for t0, t1 in blocks(t, block):
         q_block, do_block = q[:, t0:t1, ...], do[:, t0:t1, ...]
         for s0, s1 in blocks(s, block, t1 + s - t if causal else None):
@@ -92,26 +91,29 @@ def flash_attention_backward(do: Array, saved: FlashAttentionSaved) -> tuple[Arr
             p = xp.exp(scores - lse[:, :, t0:t1, :])  # (flash_attention.6)
             dp = _scores(do_block, v_block, 1)
             ds = scale * p * (dp - row_sum[:, :, t0:t1, :])  # (flash_attention.7)
-            dq[:, t0:t1, ...] += xp.permute_dims(
-                _mix(ds, k_block), (0, 2, 1, 3)
-            )  # (flash_attention.8)
-            dk[:, s0:s1, ...] += sum_heads(einsum("bhts,bthx->bshx", ds, q_block), k)
-            dv[:, s0:s1, ...] += sum_heads(einsum("bhts,bthv->bshv", p, do_block), v)
+            dq_block = xp.permute_dims(_mix(ds, k_block), (0, 2, 1, 3))  # (flash_attention.8)
+            dk_block = sum_heads(einsum("bhts,bthx->bshx", ds, q_block), k)
+            dv_block = sum_heads(einsum("bhts,bthv->bshv", p, do_block), v)
+            dq = add_to(dq, _positions(t0, t1), dq_block)
+            dk = add_to(dk, _positions(s0, s1), dk_block)
+            dv = add_to(dv, _positions(s0, s1), dv_block)
     return dq, dk, dv
+
+
+def _positions(start: int, stop: int) -> tuple[Any, ...]:
+    """The index of positions start … stop in an array [B, position, …]."""
+    return slice(None), slice(start, stop), ...
 
 
 def _scores(q: Array, k: Array, scale: float) -> Array:
     """scale · q kᵀ [B, H, t, s], without copying a shared key head to every query head."""
-    shared = k.shape[2] == 1
-    return scale * (
-        einsum("bthx,bsx->bhts", q, k[:, :, 0, :]) if shared else einsum("bthx,bshx->bhts", q, k)
-    )
+    if k.shape[2] == 1:
+        return scale * einsum("bthx,bsx->bhts", q, k[:, :, 0, :])
+    return scale * einsum("bthx,bshx->bhts", q, k)
 
 
 def _mix(p: Array, v: Array) -> Array:
-    """p v [B, H, t, V], for one shared value head or one a query head."""
-    return (
-        einsum("bhts,bsv->bhtv", p, v[:, :, 0, :])
-        if v.shape[2] == 1
-        else einsum("bhts,bshv->bhtv", p, v)
-    )
+    """p v [B, H, t, V], for one shared value head or one per query head."""
+    if v.shape[2] == 1:
+        return einsum("bhts,bsv->bhtv", p, v[:, :, 0, :])
+    return einsum("bhts,bshv->bhtv", p, v)

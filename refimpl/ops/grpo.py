@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ..array import Array, cast, expect, expect_mask, fill, library, namespace, number, real
+from .choices import Average, Estimator, Level, Ratio, expect_choice
 
 __all__ = [
     "GRPO_PRESETS",
@@ -57,7 +58,8 @@ class GRPOSaved(NamedTuple):
     du: Array | None  # [N, T]: in the log-ratio of the reference to the policy; None without KL
     mask: Array  # [N, T]
     count: Array  # [N, 1]: length of each output, at least 1
-    levels: tuple[str, str]  # of ratio and KL
+    ratio: Ratio
+    kl_level: Level
 
 
 def grpo_forward(
@@ -69,12 +71,12 @@ def grpo_forward(
     reference_log_prob: Array | None = None,
     clip: tuple[float, float] = (0.2, 0.2),
     dual_clip: float | None = None,
-    ratio: str = "token",
-    average: str = "sequence",
+    ratio: Ratio = "token",
+    average: Average = "sequence",
     length: int | None = None,
     kl_weight: float = 0.04,
-    kl: str = "k3",
-    kl_level: str = "token",
+    kl: Estimator = "k3",
+    kl_level: Level = "token",
     kl_bounds: tuple[float, float] | None = None,
     off_policy: float | None = None,
     unclipped: Array | None = None,
@@ -130,26 +132,22 @@ def grpo_forward(
     weight = cast(xp.astype(mask, xp.float64) / total, log_prob)  # (grpo.1)
     count, a = cast(count, log_prob), cast(advantages, log_prob)[:, None]
 
-    log_ratio, kl_weight = (
-        _difference(log_prob, old_log_prob, mask, "old_log_prob"),
-        float(kl_weight),
-    )
+    kl_weight = float(kl_weight)
+    log_ratio = _difference(log_prob, old_log_prob, mask, "old_log_prob")
     z = _to_level(log_ratio, mask, count, ratio)  # (grpo.2)
     rho = xp.exp(z)
     low, high = 1 - float(clip[0]), 1 + float(clip[1])
     top = float("inf") if dual_clip is None else float(dual_clip)
     if unclipped is None:
-        up, r = real(a) > 0, real(rho)
-        unclipped = ~xp.where(up, r > high, (r < low) | (r > top)) | (
-            real(a) == 0
-        )  # (grpo.3); NaN stays visible
+        r = real(rho)
+        clipped = xp.where(real(a) > 0, r > high, (r < low) | (r > top))  # (grpo.3)
+        unclipped = ~clipped | (real(a) == 0)  # NaN stays visible
     if kept is None:
         drift = -xp.sum(real(log_ratio), axis=1) / real(count)[:, 0]  # mean ln(π_old/π)
         most = float("inf") if off_policy is None else float(off_policy)
         kept = (real(a)[:, 0] >= 0) | ~(drift > most)
-    bound = xp.where(
-        real(a) > 0, high, xp.full((n, t), low, dtype=xp.float64, device=log_prob.device)
-    )
+    below = xp.full((n, t), low, dtype=xp.float64, device=log_prob.device)
+    bound = xp.where(real(a) > 0, high, below)
     if dual_clip is not None:
         bound = xp.where((real(a) <= 0) & (real(rho) > 1), top, bound)
     keep = cast(xp.astype(kept, xp.float64), log_prob)[:, None]
@@ -158,12 +156,8 @@ def grpo_forward(
     dz = -weight * keep * a * fill(flows, rho, 0.0)  # (grpo.5)
     du = None
     if kl_weight:
-        u = _to_level(
-            -_difference(log_prob, reference_log_prob, mask, "reference_log_prob"),
-            mask,
-            count,
-            kl_level,
-        )
+        away = -_difference(log_prob, reference_log_prob, mask, "reference_log_prob")
+        u = _to_level(away, mask, count, kl_level)
         k, slope = _estimator(xp, u, kl, kl_bounds or (float("inf"), float("inf")))
         if kl == "unbiased":
             objective = objective - kl_weight * rho * k
@@ -173,13 +167,14 @@ def grpo_forward(
             objective = objective - kl_weight * k
             du = weight * kl_weight * slope  # (grpo.7)
     loss = -xp.sum(weight * objective)  # (grpo.9)
-    return GRPOOutput(loss, unclipped, kept), GRPOSaved(dz, du, mask, count, (ratio, kl_level))
+    saved = GRPOSaved(dz, du, mask, count, ratio, kl_level)
+    return GRPOOutput(loss, unclipped, kept), saved
 
 
 def grpo_backward(dy: tuple[Array], saved: GRPOSaved) -> Array:
     """Gradient dlog_prob [N, T], 0 where the mask is False, from the pair's single cotangent
     (dloss,)."""
-    dz, du, mask, count, (ratio, kl_level) = saved
+    dz, du, mask, count, ratio, kl_level = saved
     dlog_prob = _from_level(dz, mask, count, ratio)  # (grpo.10)
     if du is not None:
         dlog_prob = dlog_prob - _from_level(du, mask, count, kl_level)  # (grpo.11)
@@ -223,7 +218,7 @@ def _difference(log_prob: Array, other: Array | None, mask: Array, name: str) ->
     return fill(mask, fill(mask, log_prob, 0.0) - cast(hidden, log_prob), 0.0)
 
 
-def _to_level(x: Array, mask: Array, count: Array, level: str) -> Array:
+def _to_level(x: Array, mask: Array, count: Array, level: Ratio) -> Array:
     """Log-ratios of tokens as those of whole outputs, seen by every token: the sum, or the mean."""
     if level == "token":
         return x
@@ -232,7 +227,7 @@ def _to_level(x: Array, mask: Array, count: Array, level: str) -> Array:
     return fill(mask, xp.broadcast_to(total, x.shape), 0.0)
 
 
-def _from_level(dx: Array, mask: Array, count: Array, level: str) -> Array:
+def _from_level(dx: Array, mask: Array, count: Array, level: Ratio) -> Array:
     """The adjoint of `_to_level`, and of the mask."""
     if level != "token":
         xp = namespace(dx=dx)
@@ -241,7 +236,9 @@ def _from_level(dx: Array, mask: Array, count: Array, level: str) -> Array:
     return fill(mask, dx, 0.0)
 
 
-def _estimator(xp: Any, u: Array, kl: str, bounds: tuple[float, float]) -> tuple[Array, Array]:
+def _estimator(
+    xp: Any, u: Array, kl: Estimator, bounds: tuple[float, float]
+) -> tuple[Array, Array]:
     """The KL estimate at the log-ratio u = ln π_ref − ln π, and its derivative in u."""
     u, inside = _bounded(xp, u, float(bounds[0]))
     if kl == "k1":
@@ -278,12 +275,12 @@ def check_shapes(
 def check_settings(
     clip: tuple[float, float],
     dual_clip: float | None,
-    ratio: str,
-    average: str,
+    ratio: Ratio,
+    average: Average,
     length: int | None,
     kl_weight: float,
-    kl: str,
-    kl_level: str,
+    kl: Estimator,
+    kl_level: Level,
     kl_bounds: tuple[float, float] | None,
     reference: Array | None,
 ) -> None:
@@ -295,15 +292,10 @@ def check_settings(
         )
     if kl_bounds is not None and not (kl_bounds[0] > 0 and kl_bounds[1] > 0):
         raise ValueError(f"kl_bounds must be two numbers above 0 or None, got {kl_bounds}")
-    choices = {
-        "ratio": (ratio, ("token", "sequence", "sequence_mean")),
-        "average": (average, ("sequence", "token", "constant")),
-        "kl": (kl, ("k1", "k2", "k3", "unbiased")),
-        "kl_level": (kl_level, ("token", "sequence")),
-    }
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    expect_choice("ratio", ratio, Ratio)
+    expect_choice("average", average, Average)
+    expect_choice("kl", kl, Estimator)
+    expect_choice("kl_level", kl_level, Level)
     if average == "constant" and not (length and length > 0):
         raise ValueError(f"length must be positive for average='constant', got {length}")
     if kl_weight and reference is None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ..array import Array, expect, namespace, number
 from .cross_entropy import token_weights
-from .table import LEAVES, Ops
+from .leaves import LEAVES, Leaves
 
 __all__ = ["HeadCrossEntropySaved", "head_cross_entropy_backward", "head_cross_entropy_forward"]
 
@@ -19,7 +19,7 @@ __all__ = ["HeadCrossEntropySaved", "head_cross_entropy_backward", "head_cross_e
 class HeadCrossEntropySaved(NamedTuple):
     log_prob: Any
     weight: Array  # […]: mask / normaliser
-    ops: Ops
+    ops: Leaves
 
 
 def head_cross_entropy_forward(
@@ -30,7 +30,7 @@ def head_cross_entropy_forward(
     mask: Array | None = None,
     normaliser: float | None = None,
     block: tuple[int, int] = (256, 4096),
-    ops: Ops = LEAVES,
+    ops: Leaves = LEAVES,
 ) -> tuple[Array, HeadCrossEntropySaved]:
     """The scalar loss of ``targets`` […] for hidden states ``h`` […, D] and the head ``w`` [W, D].
 
@@ -40,14 +40,13 @@ def head_cross_entropy_forward(
     xp = namespace(h=h, w=w)
     expect("targets", targets, "(…)", tuple(h.shape[:-1]))
     targets, weight = token_weights(h, targets, mask, normaliser, w.shape[0])
-    log_p, saved = ops["log_prob"].forward(h, w, targets=targets, block=block)
-    return -xp.sum(weight * log_p), HeadCrossEntropySaved(
-        saved, weight, ops
-    )  # (head_cross_entropy.1)
+    log_p, saved = ops.log_prob.forward(h, w, targets=targets, block=block)
+    loss = -xp.sum(weight * log_p)  # (head_cross_entropy.1)
+    return loss, HeadCrossEntropySaved(saved, weight, ops)
 
 
 def head_cross_entropy_backward(dloss: Array, saved: HeadCrossEntropySaved) -> tuple[Array, Array]:
     """Gradients (dh […, D], dw [W, D]) from the scalar ``dloss``."""
     dlog_p = -number(dloss, saved.weight) * saved.weight  # (head_cross_entropy.2)
-    dh, dw = saved.ops["log_prob"].backward(dlog_p, saved.log_prob)
+    dh, dw = saved.ops.log_prob.backward(dlog_p, saved.log_prob)
     return dh, dw

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..array import Array, blocks, cast, expect, fill, namespace, real, zeros
+from ..array import Array, add_to, blocks, cast, expect, fill, namespace, put, real, zeros
 from .cross_entropy import token_weights
 
 __all__ = ["LogProbSaved", "log_prob_backward", "log_prob_forward"]
@@ -46,12 +46,7 @@ def log_prob_forward(
         block: tokens × vocabulary entries computed at a time: the only memory that logits take.
     """
     xp = namespace(h=h, w=w)
-    expect("w", w, "(W, D)", (None, h.shape[-1]))
-    expect("targets", targets, "(…)", tuple(h.shape[:-1]))
-    if not temperature > 0 or min(block) < 1:
-        raise ValueError(
-            f"temperature must be positive and block at least (1, 1), got {temperature}, {block}"
-        )
+    check_log_prob(h, w, targets, temperature, block)
     targets, mask = token_weights(h, targets, mask, 1.0, w.shape[0])
     temperature = float(temperature)
     targets, mask = xp.reshape(targets, (-1,)), xp.reshape(mask, (-1,))
@@ -61,17 +56,16 @@ def log_prob_forward(
         total = zeros((m1 - m0, 1), rows)
         largest = real(total) - xp.inf
         for w0, w1 in blocks(w.shape[0], block[1]):
-            z = (
-                xp.matmul(rows[m0:m1, :], xp.matrix_transpose(w[w0:w1, :])) / temperature
-            )  # (log_prob.1)
+            logits = xp.matmul(rows[m0:m1, :], xp.matrix_transpose(w[w0:w1, :]))
+            z = logits / temperature  # (log_prob.1)
             larger = xp.maximum(largest, xp.max(real(z), axis=-1, keepdims=True))
             decay = xp.exp(cast(largest, z) - cast(larger, z))
-            total = total * decay + xp.sum(
-                xp.exp(z - cast(larger, z)), axis=-1, keepdims=True
-            )  # (log_prob.2)
-            chosen[m0:m1, :] += _pick(z, targets[m0:m1] - w0)  # (log_prob.3)
+            e = xp.exp(z - cast(larger, z))
+            total = total * decay + xp.sum(e, axis=-1, keepdims=True)  # (log_prob.2)
+            target_logit = _pick(z, targets[m0:m1] - w0)  # (log_prob.3)
+            chosen = add_to(chosen, (slice(m0, m1), ...), target_logit)
             largest = larger
-        lse[m0:m1, :] = cast(largest, rows) + xp.log(total)  # (log_prob.4)
+        lse = put(lse, (slice(m0, m1), ...), cast(largest, rows) + xp.log(total))  # (log_prob.4)
     y = mask * fill(real(mask) != 0, (chosen - lse)[:, 0], 0.0)  # (log_prob.5)
     return xp.reshape(y, h.shape[:-1]), LogProbSaved(h, w, lse, targets, mask, temperature, block)
 
@@ -91,8 +85,10 @@ def log_prob_backward(dy: Array, saved: LogProbSaved) -> tuple[Array, Array]:
             p = xp.exp(z - lse[m0:m1, :])  # (log_prob.6)
             is_target = _is_target(p, targets[m0:m1] - w0)
             dz = weight[m0:m1, :] * xp.where(is_target, 1 - p, -p)  # (log_prob.7)
-            dh[m0:m1, :] += xp.matmul(dz, w[w0:w1, :])  # (log_prob.8)
-            dw[w0:w1, :] += xp.matmul(xp.matrix_transpose(dz), rows[m0:m1, :])  # (log_prob.9)
+            dh_part = xp.matmul(dz, w[w0:w1, :])  # (log_prob.8)
+            dw_part = xp.matmul(xp.matrix_transpose(dz), rows[m0:m1, :])  # (log_prob.9)
+            dh = add_to(dh, (slice(m0, m1), ...), dh_part)
+            dw = add_to(dw, (slice(w0, w1), ...), dw_part)
     return xp.reshape(dh, h.shape), dw
 
 
@@ -105,3 +101,15 @@ def _is_target(z: Array, targets: Array) -> Array:
 def _pick(z: Array, targets: Array) -> Array:
     """Each row's target logit [m, 1], 0 where the target lies in another block."""
     return namespace(z=z).sum(fill(_is_target(z, targets), z, 0.0), axis=-1, keepdims=True)
+
+
+def check_log_prob(
+    h: Array, w: Array, targets: Array, temperature: float, block: tuple[int, int]
+) -> None:
+    """ValueError unless what `log_prob_forward` is given fits together."""
+    expect("w", w, "(W, D)", (None, h.shape[-1]))
+    expect("targets", targets, "(…)", tuple(h.shape[:-1]))
+    if not temperature > 0 or min(block) < 1:
+        raise ValueError(
+            f"temperature must be positive and block at least (1, 1), got {temperature}, {block}"
+        )

@@ -15,7 +15,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ..array import Array, expect, last, namespace
-from .table import LEAVES, Ops
+from .choices import Layout
+from .leaves import LEAVES, Leaves
 
 __all__ = [
     "MLAOutput",
@@ -43,7 +44,7 @@ class ProjectSaved(NamedTuple):
     k_pe: Any
     nope: int  # N
     latent: int  # C
-    ops: Ops
+    ops: Leaves
 
 
 class MLASaved(NamedTuple):
@@ -65,7 +66,7 @@ def project(
     *,
     heads: int,
     eps: float,
-    ops: Ops,
+    ops: Leaves,
     **rope: Any,
 ) -> tuple[tuple[Array, Array], ProjectSaved]:
     """Queries [B, T, H, N + R] and latents [B, T, C + R], both rotated: what both forms of MLA
@@ -76,13 +77,15 @@ def project(
         raise ValueError(
             "w_q_a and w_q_a_norm must both be given, or (without query compression) both be None"
         )
-    (b, t, d), latent = x.shape, last(w_kv_a_norm, "w_kv_a_norm")
-    a, q_a_saved, q_a_norm_saved = x, None, None
+    b, t, d = x.shape
+    latent = last(w_kv_a_norm, "w_kv_a_norm")
+    a = x
+    q_a_saved = q_a_norm_saved = None
     if w_q_a is not None:
         expect("w_q_a", w_q_a, "(A, D)", (None, d))
         expect("w_q_a_norm", w_q_a_norm, "(A,)", tuple(w_q_a.shape[:1]))
-        a, q_a_saved = ops["linear"].forward(x, w_q_a)  # (mla.1)
-        a, q_a_norm_saved = ops["rms_norm"].forward(a, w_q_a_norm, eps=eps)
+        a, q_a_saved = ops.linear.forward(x, w_q_a)  # (mla.1)
+        a, q_a_norm_saved = ops.rms_norm.forward(a, w_q_a_norm, eps=eps)
     expect("w_q_b", w_q_b, "(H·(N+R), A)", (None, a.shape[2]))
     expect("w_kv_a", w_kv_a, "(C+R, D)", (None, d))
     nope = w_q_b.shape[0] // max(heads, 1) - (w_kv_a.shape[0] - latent)
@@ -91,38 +94,42 @@ def project(
             f"w_q_b must have shape (H·(N+R), A) and w_kv_a (C+R, D) with H={heads}, "
             f"C={latent}, all at least 1, got {tuple(w_q_b.shape)} and {tuple(w_kv_a.shape)}"
         )
-    q, q_b_saved = ops["linear"].forward(a, w_q_b)  # (mla.2)
+    q, q_b_saved = ops.linear.forward(a, w_q_b)  # (mla.2)
     q = xp.reshape(q, (b, t, heads, -1))
-    q_pe, q_pe_saved = ops["rope"].forward(q[..., nope:], **rope)  # (mla.3)
-    kv, kv_a_saved = ops["linear"].forward(x, w_kv_a)  # (mla.4)
-    c, kv_a_norm_saved = ops["rms_norm"].forward(kv[..., :latent], w_kv_a_norm, eps=eps)  # (mla.5)
-    k_pe, k_pe_saved = ops["rope"].forward(kv[..., latent:][:, :, None, :], **rope)  # (mla.6)
+    q_pe, q_pe_saved = ops.rope.forward(q[..., nope:], **rope)  # (mla.3)
+    kv, kv_a_saved = ops.linear.forward(x, w_kv_a)  # (mla.4)
+    c, kv_a_norm_saved = ops.rms_norm.forward(kv[..., :latent], w_kv_a_norm, eps=eps)  # (mla.5)
+    k_pe, k_pe_saved = ops.rope.forward(kv[..., latent:][:, :, None, :], **rope)  # (mla.6)
     q = xp.concat((q[..., :nope], q_pe), axis=-1)
-    kept = (
-        q_a_saved,
-        q_a_norm_saved,
-        q_b_saved,
-        kv_a_saved,
-        kv_a_norm_saved,
-        q_pe_saved,
-        k_pe_saved,
+    saved = ProjectSaved(
+        q_a=q_a_saved,
+        q_a_norm=q_a_norm_saved,
+        q_b=q_b_saved,
+        kv_a=kv_a_saved,
+        kv_a_norm=kv_a_norm_saved,
+        q_pe=q_pe_saved,
+        k_pe=k_pe_saved,
+        nope=nope,
+        latent=latent,
+        ops=ops,
     )
-    return (q, xp.concat((c, k_pe[:, :, 0, :]), axis=-1)), ProjectSaved(*kept, nope, latent, ops)
+    return (q, xp.concat((c, k_pe[:, :, 0, :]), axis=-1)), saved
 
 
 def project_backward(dq: Array, dlatent: Array, saved: ProjectSaved) -> tuple[Array | None, ...]:
     """Gradients (dx, dw_q_a, dw_q_a_norm, dw_q_b, dw_kv_a, dw_kv_a_norm) of `project`."""
-    xp, ops, n, c = namespace(dq=dq, dlatent=dlatent), saved.ops, saved.nope, saved.latent
-    dk_pe = ops["rope"].backward(dlatent[..., c:][:, :, None, :], saved.k_pe)[:, :, 0, :]
-    dc, dw_kv_a_norm = ops["rms_norm"].backward(dlatent[..., :c], saved.kv_a_norm)
-    dx_kv, dw_kv_a = ops["linear"].backward(xp.concat((dc, dk_pe), axis=-1), saved.kv_a)
-    dq_pe = ops["rope"].backward(dq[..., n:], saved.q_pe)
+    xp, ops = namespace(dq=dq, dlatent=dlatent), saved.ops
+    n, c = saved.nope, saved.latent
+    dk_pe = ops.rope.backward(dlatent[..., c:][:, :, None, :], saved.k_pe)[:, :, 0, :]
+    dc, dw_kv_a_norm = ops.rms_norm.backward(dlatent[..., :c], saved.kv_a_norm)
+    dx_kv, dw_kv_a = ops.linear.backward(xp.concat((dc, dk_pe), axis=-1), saved.kv_a)
+    dq_pe = ops.rope.backward(dq[..., n:], saved.q_pe)
     dq = xp.reshape(xp.concat((dq[..., :n], dq_pe), axis=-1), (*dq.shape[:2], -1))
-    dx_q, dw_q_b = ops["linear"].backward(dq, saved.q_b)
+    dx_q, dw_q_b = ops.linear.backward(dq, saved.q_b)
     dw_q_a = dw_q_a_norm = None
     if saved.q_a is not None:
-        da, dw_q_a_norm = ops["rms_norm"].backward(dx_q, saved.q_a_norm)
-        dx_q, dw_q_a = ops["linear"].backward(da, saved.q_a)
+        da, dw_q_a_norm = ops.rms_norm.backward(dx_q, saved.q_a_norm)
+        dx_q, dw_q_a = ops.linear.backward(da, saved.q_a)
     return dx_q + dx_kv, dw_q_a, dw_q_a_norm, dw_q_b, dw_kv_a, dw_kv_a_norm  # (mla.12)
 
 
@@ -142,11 +149,11 @@ def mla_forward(
     eps: float,
     positions: Array,
     inv_freq: Array,
-    layout: str = "interleaved",
+    layout: Layout = "interleaved",
     factor: float = 1.0,
     key_mask: Array | None = None,
     segments: Array | None = None,
-    ops: Ops = LEAVES,
+    ops: Leaves = LEAVES,
 ) -> tuple[MLAOutput, MLASaved]:
     """MLA over ``x`` [B, T, D], which follows the tokens of ``cache`` [B, S − T, C + R] (None: T =
     S).
@@ -167,32 +174,34 @@ def mla_forward(
         x, w_q_a, w_q_a_norm, w_q_b, w_kv_a, w_kv_a_norm, heads=heads, eps=eps, ops=ops, **rope
     )
     latent, past = append(cache, latent)
+    xp = namespace(x=x)
+    b, s, _ = latent.shape
     n, c = project_saved.nope, project_saved.latent
-    xp, (b, s, _), v = namespace(x=x), latent.shape, w_o.shape[1] // heads
+    v = w_o.shape[1] // heads
     expect("w_kv_b", w_kv_b, "(H·(N+V), C)", (heads * (n + v), c))
     expect("w_o", w_o, "(D, H·V)", (x.shape[2], heads * v))
-    kv, kv_b_saved = ops["linear"].forward(latent[..., :c], w_kv_b)  # (mla.7)
+    kv, kv_b_saved = ops.linear.forward(latent[..., :c], w_kv_b)  # (mla.7)
     kv = xp.reshape(kv, (b, s, heads, n + v))
     k_pe = xp.broadcast_to(latent[..., c:][:, :, None, :], (b, s, heads, latent.shape[-1] - c))
     k = xp.concat((kv[..., :n], k_pe), axis=-1)  # (mla.8)
-    o, attention_saved = ops["attention"].forward(
+    o, attention_saved = ops.attention.forward(
         q, k, kv[..., n:], scale=scale, key_mask=key_mask, segments=segments
     )
-    y, o_saved = ops["linear"].forward(xp.reshape(o, (*x.shape[:2], -1)), w_o)  # (mla.9)
-    return MLAOutput(y, latent), MLASaved(
-        project_saved, kv_b_saved, attention_saved, o_saved, past, (n, v)
-    )
+    y, o_saved = ops.linear.forward(xp.reshape(o, (*x.shape[:2], -1)), w_o)  # (mla.9)
+    saved = MLASaved(project_saved, kv_b_saved, attention_saved, o_saved, past, (n, v))
+    return MLAOutput(y, latent), saved
 
 
 def mla_backward(dy: tuple[Array, Array | None], saved: MLASaved) -> tuple[Array | None, ...]:
     """Gradients of all nine positional arguments, None for those that were None, from (dy, dcache
     or None)."""
-    (dout, dcache), ops, (n, v) = dy, saved.project.ops, saved.split
-    xp = namespace(dy=dout)
-    do, dw_o = ops["linear"].backward(dout, saved.o)
-    dq, dk, dv = ops["attention"].backward(xp.reshape(do, (*do.shape[:2], -1, v)), saved.attention)
+    dout, dcache = dy
+    xp, ops = namespace(dy=dout), saved.project.ops
+    n, v = saved.split
+    do, dw_o = ops.linear.backward(dout, saved.o)
+    dq, dk, dv = ops.attention.backward(xp.reshape(do, (*do.shape[:2], -1, v)), saved.attention)
     dkv = xp.concat((dk[..., :n], dv), axis=-1)  # (mla.10)
-    dc, dw_kv_b = ops["linear"].backward(xp.reshape(dkv, (*dkv.shape[:2], -1)), saved.kv_b)
+    dc, dw_kv_b = ops.linear.backward(xp.reshape(dkv, (*dkv.shape[:2], -1)), saved.kv_b)
     dlatent = xp.concat((dc, xp.sum(dk[..., n:], axis=2)), axis=-1)  # (mla.11)
     if dcache is not None:
         dlatent = dlatent + dcache

@@ -14,8 +14,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ..array import Array, einsum, expect, namespace
+from .choices import Layout
+from .leaves import LEAVES, Leaves
 from .mla import MLAOutput, ProjectSaved, append, project, project_backward, split_cache
-from .table import LEAVES, Ops
 
 __all__ = ["MLAAbsorbedSaved", "mla_absorbed_backward", "mla_absorbed_forward"]
 
@@ -47,11 +48,11 @@ def mla_absorbed_forward(
     eps: float,
     positions: Array,
     inv_freq: Array,
-    layout: str = "interleaved",
+    layout: Layout = "interleaved",
     factor: float = 1.0,
     key_mask: Array | None = None,
     segments: Array | None = None,
-    ops: Ops = LEAVES,
+    ops: Leaves = LEAVES,
 ) -> tuple[MLAOutput, MLAAbsorbedSaved]:
     """The same as `mla_forward`, argument for argument, without expanding the cache to keys and
     values."""
@@ -60,22 +61,22 @@ def mla_absorbed_forward(
         x, w_q_a, w_q_a_norm, w_q_b, w_kv_a, w_kv_a_norm, heads=heads, eps=eps, ops=ops, **rope
     )
     latent, past = append(cache, latent)
-    n, c, v = project_saved.nope, project_saved.latent, w_o.shape[1] // heads
     xp = namespace(x=x, w_kv_b=w_kv_b)
+    n, c = project_saved.nope, project_saved.latent
+    v = w_o.shape[1] // heads
     expect("w_kv_b", w_kv_b, "(H·(N+V), C)", (heads * (n + v), c))
     expect("w_o", w_o, "(D, H·V)", (x.shape[2], heads * v))
     w = xp.reshape(w_kv_b, (heads, n + v, c))
     w_uk, w_uv = w[:, :n, :], w[:, n:, :]
     q_nope = q[..., :n]
-    q_latent = xp.concat(
-        (einsum("bthn,hnc->bthc", q_nope, w_uk), q[..., n:]), axis=-1
-    )  # (mla_absorbed.1)
+    q_absorbed = einsum("bthn,hnc->bthc", q_nope, w_uk)  # (mla_absorbed.1)
+    q_latent = xp.concat((q_absorbed, q[..., n:]), axis=-1)
     k, values = latent[:, :, None, :], latent[..., :c][:, :, None, :]  # (mla_absorbed.2)
-    u, attention_saved = ops["attention"].forward(
+    u, attention_saved = ops.attention.forward(
         q_latent, k, values, scale=scale, key_mask=key_mask, segments=segments
     )
     o = einsum("bthc,hvc->bthv", u, w_uv)  # (mla_absorbed.3)
-    y, o_saved = ops["linear"].forward(xp.reshape(o, (*x.shape[:2], -1)), w_o)
+    y, o_saved = ops.linear.forward(xp.reshape(o, (*x.shape[:2], -1)), w_o)
     saved = MLAAbsorbedSaved(project_saved, q_nope, w_uk, w_uv, u, attention_saved, o_saved, past)
     return MLAOutput(y, latent), saved
 
@@ -85,13 +86,14 @@ def mla_absorbed_backward(
 ) -> tuple[Array | None, ...]:
     """Gradients of all nine positional arguments, None for those that were None, from (dy, dcache
     or None)."""
-    (dout, dcache), ops, c = dy, saved.project.ops, saved.project.latent
-    xp, (heads, v, _) = namespace(dy=dout), saved.w_uv.shape
-    do, dw_o = ops["linear"].backward(dout, saved.o)
+    dout, dcache = dy
+    xp, ops = namespace(dy=dout), saved.project.ops
+    heads, v, c = saved.w_uv.shape
+    do, dw_o = ops.linear.backward(dout, saved.o)
     do = xp.reshape(do, (*do.shape[:2], heads, v))
     du = einsum("bthv,hvc->bthc", do, saved.w_uv)  # (mla_absorbed.4)
     dw_uv = einsum("bthv,bthc->hvc", do, saved.u)  # (mla_absorbed.5)
-    dq_latent, dk, dvalues = ops["attention"].backward(du, saved.attention)
+    dq_latent, dk, dvalues = ops.attention.backward(du, saved.attention)
     dk, dvalues = dk[:, :, 0, :], dvalues[:, :, 0, :]
     dlatent = xp.concat((dk[..., :c] + dvalues, dk[..., c:]), axis=-1)  # (mla_absorbed.6)
     if dcache is not None:

@@ -10,26 +10,52 @@ their product (tokens), and M·K the rows that are dispatched.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from ..array import Array, argsort, expect, last, namespace, take_rows, zeros
+from ..array import Array, argsort, expect, last, library, namespace, put, take_rows, zeros
 from .ffn import ffn_backward, ffn_forward
+from .leaves import Leaves, Op
 from .router import expert_load
-from .table import LEAVES, Op, Ops
 
-__all__ = ["MoESaved", "moe_backward", "moe_forward"]
+__all__ = [
+    "Expert",
+    "MoESaved",
+    "Networks",
+    "expert_rows",
+    "experts_backward",
+    "experts_forward",
+    "moe_backward",
+    "moe_forward",
+]
 
-FFN = Op(ffn_forward, ffn_backward)  # unless the table has its own
+
+class Networks(Leaves):
+    """The leaves, and the network that every expert is."""
+
+    label = "NETWORKS"
+    ffn = Op(ffn_forward, ffn_backward)
+
+
+NETWORKS = Networks()
+
+
+class Expert(NamedTuple):
+    """One expert that has tokens."""
+
+    expert: int
+    rows: slice  # of the dispatched rows
+    saved: Any  # of its network
 
 
 class MoESaved(NamedTuple):
     weights: Array  # [M, K]
     outputs: Array  # [M, K, D]: each chosen expert's output; times dy, the weight's gradient
     order: Array  # [M·K]: dispatched row r holds token order[r] // K
-    ffn: Op  # what each expert is run with
-    experts: list[tuple[int, slice, Any]]  # (expert, its rows, its saved), for experts with tokens
+    experts: list[Expert]
     shared: Any  # saved of the shared experts, None without
     shapes: tuple[tuple[int, ...], ...]  # of x, w_gate, w_up, w_down
+    ops: Networks
 
 
 def moe_forward(
@@ -43,7 +69,7 @@ def moe_forward(
     w_shared_down: Array | None,
     *,
     indices: Array,
-    ops: Ops = LEAVES,
+    ops: Networks = NETWORKS,
 ) -> tuple[Array, MoESaved]:
     """y = Σ_k weights_k · expert_{indices_k}(x) + shared(x), for each row of ``x`` […, D]; returns
     y […, D].
@@ -57,57 +83,78 @@ def moe_forward(
     check_shapes(
         x, weights, indices, w_gate, w_up, w_down, w_shared_gate, w_shared_up, w_shared_down
     )
-    (experts, _, d), top_k = w_gate.shape, indices.shape[-1]
-    load, rows = expert_load(indices, experts), xp.reshape(x, (-1, d))
+    d, top_k = x.shape[-1], indices.shape[-1]
+    rows = xp.reshape(x, (-1, d))
     order = argsort(xp.reshape(indices, (-1,)))  # (moe.1)
     dispatched = take_rows(rows, order // top_k)  # (moe.2)
-    ffn, blocks, kept, start = ops.get("ffn", FFN), [], [], 0
-    for expert, count in enumerate(map(int, load)):
-        block = slice(start, start := start + count)
-        if count:
-            w = w_gate[expert, ...], w_up[expert, ...], w_down[expert, ...]
-            out, saved = ffn.forward(dispatched[block, :], *w, ops=ops)  # (moe.3)
-            blocks.append(out)
-            kept.append((expert, block, saved))
-    outputs = xp.reshape(
-        take_rows(xp.concat(blocks, axis=0), argsort(order)), (-1, top_k, d)
-    )  # (moe.4)
+    load = expert_load(indices, w_gate.shape[0])
+    out, experts = experts_forward(dispatched, load, w_gate, w_up, w_down, ops)
+    outputs = xp.reshape(take_rows(out, argsort(order)), (-1, top_k, d))  # (moe.4)
     weights = xp.reshape(weights, (-1, top_k))
     y = xp.sum(weights[..., None] * outputs, axis=1)  # (moe.5)
     shared = None
     if w_shared_gate is not None:
-        shared_y, shared = ffn.forward(rows, w_shared_gate, w_shared_up, w_shared_down, ops=ops)
+        shared_y, shared = ops.ffn.forward(rows, w_shared_gate, w_shared_up, w_shared_down, ops=ops)
         y = y + shared_y  # (moe.6)
     shapes = (x.shape, w_gate.shape, w_up.shape, w_down.shape)
-    return xp.reshape(y, x.shape), MoESaved(weights, outputs, order, ffn, kept, shared, shapes)
+    return xp.reshape(y, x.shape), MoESaved(weights, outputs, order, experts, shared, shapes, ops)
 
 
 def moe_backward(dy: Array, saved: MoESaved) -> tuple[Array | None, ...]:
     """Gradients (dx, dweights, dw_gate, dw_up, dw_down, dw_shared_gate, dw_shared_up,
-    dw_shared_down) from ``dy``."""
-    weights, outputs, order, ffn, experts, shared, (x_shape, *w_shapes) = saved
-    xp, top_k = namespace(dy=dy, weights=weights), weights.shape[1]
+    dw_shared_down) from ``dy`` […, D]."""
+    weights, outputs, order, experts, shared, (x_shape, *w_shapes), ops = saved
+    xp = namespace(dy=dy, weights=weights)
     expect("dy", dy, "(…, D)", tuple(x_shape))
-    rows = xp.reshape(dy, (-1, x_shape[-1]))
+    d, top_k = x_shape[-1], weights.shape[1]
+    rows = xp.reshape(dy, (-1, d))
     dweights = xp.sum(rows[:, None, :] * outputs, axis=-1)  # (moe.7)
-    doutputs = xp.reshape(weights[..., None] * rows[:, None, :], (-1, x_shape[-1]))  # (moe.8)
+    doutputs = xp.reshape(weights[..., None] * rows[:, None, :], (-1, d))  # (moe.8)
     dout = take_rows(doutputs, order)  # (moe.9)
-    dw = [zeros(shape, rows) for shape in w_shapes]
-    blocks = []
-    for expert, block, ffn_saved in experts:
-        dx_block, *dw_expert = ffn.backward(dout[block, :], ffn_saved)  # (moe.10)
-        blocks.append(dx_block)
-        for total, part in zip(dw, dw_expert, strict=True):
-            total[expert, ...] = part
-    dslots = xp.reshape(
-        take_rows(xp.concat(blocks, axis=0), argsort(order)), (-1, top_k, x_shape[-1])
-    )
+    zero = [zeros(shape, rows) for shape in w_shapes]
+    dx_dispatched, dw = experts_backward(dout, experts, zero, ops)
+    dslots = xp.reshape(take_rows(dx_dispatched, argsort(order)), (-1, top_k, d))
     dx = xp.sum(dslots, axis=1)  # (moe.11)
-    dshared: list[Array | None] = [None, None, None]
+    dshared: Sequence[Array | None] = [None, None, None]
     if shared is not None:
-        dx_shared, *dshared = ffn.backward(rows, shared)
+        dx_shared, *dshared = ops.ffn.backward(rows, shared)
         dx = dx + dx_shared  # (moe.12)
     return xp.reshape(dx, x_shape), xp.reshape(dweights, (*x_shape[:-1], top_k)), *dw, *dshared
+
+
+def expert_rows(load: Array) -> Iterator[tuple[int, slice]]:
+    """Each expert that has tokens, by ``load`` [E], and its block of the dispatched rows."""
+    start = 0
+    for expert, count in enumerate(map(int, load)):
+        if count:
+            yield expert, slice(start, start + count)
+        start += count
+
+
+def experts_forward(
+    dispatched: Array, load: Array, w_gate: Array, w_up: Array, w_down: Array, ops: Networks
+) -> tuple[Array, list[Expert]]:
+    """The output of each dispatched row [M·K, D], and what the backward needs of each expert."""
+    outputs, experts = [], []
+    for expert, rows in expert_rows(load):
+        w = w_gate[expert, ...], w_up[expert, ...], w_down[expert, ...]
+        out, saved = ops.ffn.forward(dispatched[rows, :], *w, ops=ops)  # (moe.3)
+        outputs.append(out)
+        experts.append(Expert(expert, rows, saved))
+    return library(dispatched).concat(outputs, axis=0), experts
+
+
+def experts_backward(
+    dout: Array, experts: Sequence[Expert], dw: Sequence[Array], ops: Networks
+) -> tuple[Array, list[Array]]:
+    """The gradient of each dispatched row [M·K, D] from that of its output, and ``dw`` (zeros,
+    stacked as the weights) with each expert's gradients put in their place."""
+    drows, dw = [], list(dw)
+    for expert, rows, saved in experts:
+        dx, *dw_expert = ops.ffn.backward(dout[rows, :], saved)  # (moe.10)
+        drows.append(dx)
+        dw = [put(total, (expert, ...), part) for total, part in zip(dw, dw_expert, strict=True)]
+    return library(dout).concat(drows, axis=0), dw
 
 
 def check_shapes(
@@ -121,7 +168,8 @@ def check_shapes(
 ) -> None:
     """ValueError unless what `moe_forward` is given fits together."""
     expect("w_gate", w_gate, "(E, F, D)", (None, None, last(x, "x")))
-    (experts, f, d), slots = w_gate.shape, (*x.shape[:-1], last(indices, "indices"))
+    experts, f, d = w_gate.shape
+    slots = (*x.shape[:-1], last(indices, "indices"))
     expect("indices", indices, "(…, K)", slots)
     expect("weights", weights, "(…, K)", slots)
     expect("w_up", w_up, "(E, F, D)", (experts, f, d))

@@ -13,7 +13,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ..array import Array, expect, expect_mask, last, namespace
-from .table import LEAVES, Ops
+from .choices import MTPOrder, expect_choice
+from .leaves import LEAVES, Leaves
 
 __all__ = ["MTPSaved", "mtp_backward", "mtp_forward", "mtp_pairs"]
 
@@ -22,8 +23,8 @@ class MTPSaved(NamedTuple):
     hnorm: Any
     enorm: Any
     proj: Any
-    order: str
-    ops: Ops
+    order: MTPOrder
+    ops: Leaves
 
 
 def mtp_forward(
@@ -34,8 +35,8 @@ def mtp_forward(
     w_proj: Array,
     *,
     eps: float,
-    order: str = "embedding_hidden",
-    ops: Ops = LEAVES,
+    order: MTPOrder = "embedding_hidden",
+    ops: Leaves = LEAVES,
 ) -> tuple[Array, MTPSaved]:
     """h' […, D] from ``hidden`` and ``embedding`` […, D], ``w_hnorm`` and ``w_enorm`` [D],
     ``w_proj`` [D, 2D].
@@ -46,23 +47,22 @@ def mtp_forward(
     xp, d = namespace(hidden=hidden, embedding=embedding), hidden.shape[-1]
     expect("embedding", embedding, "hidden.shape", tuple(hidden.shape))
     expect("w_proj", w_proj, "(D, 2D)", (d, 2 * d))
-    if order not in ("embedding_hidden", "hidden_embedding"):
-        raise ValueError(f"order must be 'embedding_hidden' or 'hidden_embedding', got {order!r}")
-    h, h_saved = ops["rms_norm"].forward(hidden, w_hnorm, eps=eps)
-    e, e_saved = ops["rms_norm"].forward(embedding, w_enorm, eps=eps)
+    expect_choice("order", order, MTPOrder)
+    h, h_saved = ops.rms_norm.forward(hidden, w_hnorm, eps=eps)
+    e, e_saved = ops.rms_norm.forward(embedding, w_enorm, eps=eps)
     joined = xp.concat((e, h) if order == "embedding_hidden" else (h, e), axis=-1)  # (mtp.1)
-    y, proj_saved = ops["linear"].forward(joined, w_proj)  # (mtp.2)
+    y, proj_saved = ops.linear.forward(joined, w_proj)  # (mtp.2)
     return y, MTPSaved(h_saved, e_saved, proj_saved, order, ops)
 
 
 def mtp_backward(dy: Array, saved: MTPSaved) -> tuple[Array, Array, Array, Array, Array]:
     """Gradients (dhidden, dembedding, dw_hnorm, dw_enorm, dw_proj) from ``dy`` […, D]."""
     ops, d = saved.ops, last(dy, "dy")
-    djoined, dw_proj = ops["linear"].backward(dy, saved.proj)
+    djoined, dw_proj = ops.linear.backward(dy, saved.proj)
     first, second = djoined[..., :d], djoined[..., d:]  # (mtp.3)
     de, dh = (first, second) if saved.order == "embedding_hidden" else (second, first)
-    dhidden, dw_hnorm = ops["rms_norm"].backward(dh, saved.hnorm)
-    dembedding, dw_enorm = ops["rms_norm"].backward(de, saved.enorm)
+    dhidden, dw_hnorm = ops.rms_norm.backward(dh, saved.hnorm)
+    dembedding, dw_enorm = ops.rms_norm.backward(de, saved.enorm)
     return dhidden, dembedding, dw_hnorm, dw_enorm, dw_proj
 
 

@@ -24,9 +24,7 @@ def rms_norm_forward(x: Array, w: Array, *, eps: float) -> tuple[Array, RMSNormS
     """y = w ∘ x r with r = 1 / √(mean(x²) + eps), for ``x`` […, D] and ``w`` [D]; returns y […,
     D]."""
     xp, eps = namespace(x=x, w=w), float(eps)
-    expect("w", w, "(D,)", (last(x, "x"),))
-    if not eps >= 0:
-        raise ValueError(f"eps must be at least 0, got {eps}")
+    check_rms_norm(x, w, eps)
     r = 1 / xp.sqrt(xp.sum(x * x, axis=-1, keepdims=True) / x.shape[-1] + eps)  # (rms_norm.1)
     return x * r * w, RMSNormSaved(x, w, r)  # (rms_norm.2)
 
@@ -41,3 +39,10 @@ def rms_norm_backward(dy: Array, saved: RMSNormSaved) -> tuple[Array, Array]:
     dx = r * (dn - n * (xp.sum(dn * n, axis=-1, keepdims=True) / x.shape[-1]))  # (rms_norm.4)
     dw = xp.sum(xp.reshape(dy * n, (-1, x.shape[-1])), axis=0)  # (rms_norm.5)
     return dx, dw
+
+
+def check_rms_norm(x: Array, w: Array, eps: float) -> None:
+    """ValueError unless what `rms_norm_forward` is given fits together."""
+    expect("w", w, "(D,)", (last(x, "x"),))
+    if not eps >= 0:
+        raise ValueError(f"eps must be at least 0, got {eps}")

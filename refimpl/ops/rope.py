@@ -13,7 +13,8 @@ from __future__ import annotations
 from math import ceil, floor, log, pi
 from typing import Any, NamedTuple
 
-from ..array import Array, cast, expect, is_object, namespace
+from ..array import Array, cast, expect, is_wide, namespace
+from .choices import Layout, expect_choice
 
 __all__ = [
     "RoPESaved",
@@ -41,7 +42,7 @@ class RoPESaved(NamedTuple):
     shape: tuple[int, ...]  # of x
     cos: Array  # [B or 1, T, 1, R/2], already times the factor
     sin: Array  # [B or 1, T, 1, R/2]
-    layout: str
+    layout: Layout
 
 
 def rope_frequencies(width: int, theta: float, yarn: Yarn | None = None) -> Array:
@@ -56,15 +57,12 @@ def rope_frequencies(width: int, theta: float, yarn: Yarn | None = None) -> Arra
     if yarn is None:
         return frequency
 
-    def pair_turning(
-        times: float,
-    ) -> float:  # the (fractional) pair that turns so many times within the context
+    def pair_turning(times: float) -> float:
+        """The (fractional) pair that turns so many times within the original context."""
         return width * log(yarn.original / (2 * pi * times)) / (2 * log(theta))  # (rope.2)
 
-    low, high = (
-        max(floor(pair_turning(yarn.beta_fast)), 0),
-        min(ceil(pair_turning(yarn.beta_slow)), width - 1),
-    )
+    low = max(floor(pair_turning(yarn.beta_fast)), 0)
+    high = min(ceil(pair_turning(yarn.beta_slow)), width - 1)
     ramp = np.clip((pair - low) / (high - low or 0.001), 0, 1)
     return frequency / yarn.factor * ramp + frequency * (1 - ramp)  # (rope.3)
 
@@ -82,7 +80,12 @@ def yarn_softmax_factor(yarn: Yarn | None) -> float:
 
 
 def rope_forward(
-    x: Array, *, positions: Array, inv_freq: Array, layout: str = "interleaved", factor: float = 1.0
+    x: Array,
+    *,
+    positions: Array,
+    inv_freq: Array,
+    layout: Layout = "interleaved",
+    factor: float = 1.0,
 ) -> tuple[Array, RoPESaved]:
     """Turn each pair of ``x`` [B, T, H, R] by its angle.
 
@@ -95,23 +98,8 @@ def rope_forward(
             released models.
     """
     xp = namespace(x=x)
-    if len(x.shape) != 4 or x.shape[-1] != 2 * inv_freq.shape[0]:
-        raise ValueError(
-            f"x must have shape (B, T, H, R) with R=2·len(inv_freq)={2 * inv_freq.shape[0]}, "
-            f"got {x.shape}"
-        )
-    if positions.shape not in ((x.shape[1],), tuple(x.shape[:2])):
-        raise ValueError(
-            f"positions must have shape (T,) or (B, T) of x {tuple(x.shape[:2])}, got "
-            f"{positions.shape}"
-        )
-    if layout not in ("interleaved", "halves"):
-        raise ValueError(f"layout must be 'interleaved' or 'halves', got {layout!r}")
-    wide: Any = xp.float64
-    if not is_object(x) and x.dtype in [
-        getattr(xp, name) for name in ("longdouble", "clongdouble") if hasattr(xp, name)
-    ]:
-        wide = xp.longdouble
+    check_rope(x, positions, inv_freq, layout)
+    wide: Any = xp.longdouble if is_wide(x) else xp.float64
     turns = xp.astype(xp.reshape(positions, (-1, x.shape[1], 1, 1)), wide)
     angle = turns * xp.astype(xp.asarray(inv_freq), wide)
     cos, sin = cast(xp.cos(angle) * factor, x), cast(xp.sin(angle) * factor, x)
@@ -124,12 +112,28 @@ def rope_backward(dy: Array, saved: RoPESaved) -> Array:
     return _rotate(dy, saved.cos, -saved.sin, saved.layout)  # (rope.6)
 
 
-def _rotate(x: Array, cos: Array, sin: Array, layout: str) -> Array:
+def check_rope(x: Array, positions: Array, inv_freq: Array, layout: Layout) -> None:
+    """ValueError unless what `rope_forward` is given fits together."""
+    if len(x.shape) != 4 or x.shape[-1] != 2 * inv_freq.shape[0]:
+        raise ValueError(
+            f"x must have shape (B, T, H, R) with R=2·len(inv_freq)={2 * inv_freq.shape[0]}, "
+            f"got {x.shape}"
+        )
+    if positions.shape not in ((x.shape[1],), tuple(x.shape[:2])):
+        raise ValueError(
+            f"positions must have shape (T,) or (B, T) of x {tuple(x.shape[:2])}, got "
+            f"{positions.shape}"
+        )
+    expect_choice("layout", layout, Layout)
+
+
+def _rotate(x: Array, cos: Array, sin: Array, layout: Layout) -> Array:
     xp = namespace(x=x)
     half = x.shape[-1] // 2
-    a, b = (
-        (x[..., 0::2], x[..., 1::2]) if layout == "interleaved" else (x[..., :half], x[..., half:])
-    )
+    if layout == "interleaved":
+        a, b = x[..., 0::2], x[..., 1::2]
+    else:
+        a, b = x[..., :half], x[..., half:]
     turned = (a * cos - b * sin, a * sin + b * cos)  # (rope.5)
     if layout == "interleaved":
         return xp.reshape(xp.stack(turned, axis=-1), x.shape)

@@ -24,15 +24,18 @@ from ..array import (
     sigmoid,
     zeros,
 )
+from .choices import GroupScore, MaskedGroups, Score, expect_choice
 
 __all__ = [
     "RouterOutput",
     "RouterSaved",
     "bias_update",
+    "check_selection",
     "expert_load",
     "router_backward",
     "router_forward",
     "select_experts",
+    "summed_scores",
 ]
 
 
@@ -47,7 +50,7 @@ class RouterSaved(NamedTuple):
     w: Array  # [E, D]
     scores: Array  # […, E]: the derivative of sigmoid and softmax is made of their values
     indices: Array  # […, K]
-    score: str
+    score: Score
     normalise: bool
     scale: float
     epsilon: float
@@ -61,12 +64,12 @@ def router_forward(
     bias: Array | None = None,
     groups: int = 1,
     keep_groups: int = 1,
-    group_score: str = "top2",
-    score: str = "sigmoid",
+    group_score: GroupScore = "top2",
+    score: Score = "sigmoid",
     normalise: bool = True,
     scale: float = 1.0,
     epsilon: float = 0.0,
-    masked_groups: str = "-inf",
+    masked_groups: MaskedGroups = "-inf",
     routes: Array | None = None,
 ) -> tuple[RouterOutput, RouterSaved]:
     """Choose ``top_k`` of E experts for each row of ``x`` […, D] with the gate ``w`` [E, D].
@@ -82,12 +85,9 @@ def router_forward(
 
     Returns RouterOutput(weights […, K], scores […, E], indices […, K]).
     """
-    xp, scale, epsilon = namespace(x=x, w=w), float(scale), float(epsilon)
-    expect("w", w, "(E, D)", (None, last(x, "x")))
-    if score not in ("sigmoid", "softmax"):
-        raise ValueError(f"score must be 'sigmoid' or 'softmax', got {score!r}")
-    if bias is not None:
-        expect("bias", bias, "(E,)", (w.shape[0],))
+    xp = namespace(x=x, w=w)
+    scale, epsilon = float(scale), float(epsilon)
+    check_router(x, w, bias, score)
     logits = xp.matmul(x, xp.matrix_transpose(w))  # (router.1)
     if score == "sigmoid":
         scores = sigmoid(logits)  # (router.2)
@@ -103,14 +103,14 @@ def router_forward(
     chosen = xp.take_along_axis(scores, indices, axis=-1)
     total = xp.sum(chosen, axis=-1, keepdims=True) + epsilon if normalise else 1
     weights = scale * chosen / total  # (router.6)
-    return RouterOutput(weights, scores, indices), RouterSaved(
-        x, w, scores, indices, score, normalise, scale, epsilon
-    )
+    saved = RouterSaved(x, w, scores, indices, score, normalise, scale, epsilon)
+    return RouterOutput(weights, scores, indices), saved
 
 
 def router_backward(dy: tuple[Array, Array | None], saved: RouterSaved) -> tuple[Array, Array]:
     """Gradients (dx […, D], dw [E, D]) from (dweights […, K], dscores […, E] or None)."""
-    (dweights, dscores), (x, w, s, indices, score, normalise, scale, epsilon) = dy, saved
+    dweights, dscores = dy
+    x, w, s, indices, score, normalise, scale, epsilon = saved
     xp = namespace(dweights=dweights, x=x)
     expect("dweights", dweights, "(…, K)", tuple(indices.shape))
     if dscores is not None:
@@ -119,23 +119,29 @@ def router_backward(dy: tuple[Array, Array | None], saved: RouterSaved) -> tuple
     if normalise:
         chosen = xp.take_along_axis(s, indices, axis=-1)
         total = xp.sum(chosen, axis=-1, keepdims=True) + epsilon
-        dchosen = (
-            dchosen - xp.sum(dchosen * chosen, axis=-1, keepdims=True) / total
-        ) / total  # (router.7)
+        mean = xp.sum(dchosen * chosen, axis=-1, keepdims=True) / total
+        dchosen = (dchosen - mean) / total  # (router.7)
     ds = zeros(s.shape, s) if dscores is None else dscores
     expert = xp.arange(s.shape[-1], device=s.device)
     for k in range(indices.shape[-1]):  # a row's indices differ, so each adds to its own place
-        ds = xp.where(
-            expert == indices[..., k : k + 1], ds + dchosen[..., k : k + 1], ds
-        )  # (router.8)
+        is_chosen = expert == indices[..., k : k + 1]
+        ds = xp.where(is_chosen, ds + dchosen[..., k : k + 1], ds)  # (router.8)
     if score == "sigmoid":
         dlogits = ds * s * (1 - s)  # (router.9)
     else:
         dlogits = s * (ds - xp.sum(ds * s, axis=-1, keepdims=True))  # (router.10)
     rows = xp.reshape(dlogits, (-1, s.shape[-1]))
-    return xp.matmul(dlogits, w), xp.matmul(
-        xp.matrix_transpose(rows), xp.reshape(x, (-1, x.shape[-1]))
-    )  # (router.11)
+    dx = xp.matmul(dlogits, w)  # (router.11)
+    dw = xp.matmul(xp.matrix_transpose(rows), xp.reshape(x, (-1, x.shape[-1])))  # (router.11)
+    return dx, dw
+
+
+def check_router(x: Array, w: Array, bias: Array | None, score: Score) -> None:
+    """ValueError unless what `router_forward` is given fits together."""
+    expect("w", w, "(E, D)", (None, last(x, "x")))
+    expect_choice("score", score, Score)
+    if bias is not None:
+        expect("bias", bias, "(E,)", (w.shape[0],))
 
 
 def select_experts(
@@ -143,8 +149,8 @@ def select_experts(
     top_k: int,
     groups: int = 1,
     keep_groups: int = 1,
-    group_score: str = "top2",
-    masked_groups: str = "-inf",
+    group_score: GroupScore = "top2",
+    masked_groups: MaskedGroups = "-inf",
 ) -> Array:
     """Indices […, K] of the best experts, best first; equal scores go to the lower index.
 
@@ -159,33 +165,47 @@ def select_experts(
             a hidden one.
     """
     xp, experts = namespace(biased=biased), biased.shape[-1]
+    check_selection(experts, top_k, groups, keep_groups, group_score, masked_groups)
+    if keep_groups < groups:
+        grouped = xp.reshape(biased, (*biased.shape[:-1], groups, experts // groups))
+        best = -xp.sort(-grouped, axis=-1)[..., : summed_scores(group_score, top_k, keep_groups)]
+        kept = argsort(-xp.sum(best, axis=-1))[..., :keep_groups]
+        group = xp.arange(groups, device=biased.device)[:, None]
+        is_kept = xp.any(group == kept[..., None, :], axis=-1)
+        hidden = -xp.inf if masked_groups == "-inf" else 0.0
+        masked = xp.where(is_kept[..., None], grouped, hidden)  # (router.5)
+        biased = xp.reshape(masked, biased.shape)
+    return argsort(-biased)[..., :top_k]
+
+
+def summed_scores(group_score: GroupScore, top_k: int, keep_groups: int) -> int:
+    """How many of a group's best scores are summed to the group's own."""
+    return {"top2": 2, "share": top_k // keep_groups, "max": 1}[group_score]
+
+
+def check_selection(
+    experts: int,
+    top_k: int,
+    groups: int,
+    keep_groups: int,
+    group_score: GroupScore,
+    masked_groups: MaskedGroups,
+) -> None:
+    """ValueError for settings of `select_experts` without a meaning."""
     if groups < 1 or experts % groups or not 1 <= keep_groups <= groups:
         raise ValueError(
             f"groups must divide E={experts}, keep_groups lie in 1…groups, got {groups}, "
             f"{keep_groups}"
         )
-    summed = {"top2": 2, "share": top_k // keep_groups, "max": 1}.get(group_score, 0)
-    if summed < 1 or masked_groups not in ("-inf", "zero"):
+    expect_choice("group_score", group_score, GroupScore)
+    expect_choice("masked_groups", masked_groups, MaskedGroups)
+    available = experts // groups * keep_groups
+    if not 1 <= top_k <= available:
+        raise ValueError(f"top_k must lie in 1…{available} (kept experts), got {top_k}")
+    if summed_scores(group_score, top_k, keep_groups) < 1:
         raise ValueError(
-            "group_score is top2, max or (if top_k is at least keep_groups) share, "
-            f"masked_groups -inf or zero, got {group_score}, {masked_groups}"
+            f"top_k must be at least keep_groups={keep_groups} for group_score='share', got {top_k}"
         )
-    if not 1 <= top_k <= experts // groups * keep_groups:
-        raise ValueError(
-            f"top_k must lie in 1…{experts // groups * keep_groups} (kept experts), got {top_k}"
-        )
-    if keep_groups < groups:
-        grouped = xp.reshape(biased, (*biased.shape[:-1], groups, experts // groups))
-        best = -xp.sort(-grouped, axis=-1)[..., :summed]
-        kept = argsort(-xp.sum(best, axis=-1))[..., :keep_groups]
-        is_kept = xp.any(
-            xp.arange(groups, device=biased.device)[:, None] == kept[..., None, :], axis=-1
-        )
-        hidden = -xp.inf if masked_groups == "-inf" else 0.0
-        biased = xp.reshape(
-            xp.where(is_kept[..., None], grouped, hidden), biased.shape
-        )  # (router.5)
-    return argsort(-biased)[..., :top_k]
 
 
 def expert_load(indices: Array, experts: int, mask: Array | None = None) -> Array:
@@ -198,9 +218,8 @@ def expert_load(indices: Array, experts: int, mask: Array | None = None) -> Arra
         indices = xp.where(mask[..., None], indices, experts)
     expert = xp.arange(experts, device=indices.device)
     in_order = xp.sort(xp.reshape(indices, (-1,)))
-    return xp.searchsorted(in_order, expert, side="right") - xp.searchsorted(
-        in_order, expert, side="left"
-    )
+    stop = xp.searchsorted(in_order, expert, side="right")
+    return stop - xp.searchsorted(in_order, expert, side="left")
 
 
 def bias_update(bias: Array, load: Array, gamma: float, *, centre: bool = False) -> Array:

@@ -11,8 +11,9 @@ import numpy as np
 from ..array import argsort, blocks, expect_ids, scatter_add
 from ..checkpoint.source import Source
 from ..config import ModelConfig
-from ..model import Gradients, parameter_shapes
-from ..ops import Op, Ops, expert_load
+from ..model import Gradients
+from ..ops import AnyOp, Op, Ops, expert_load
+from ..parameters import parameter_shapes
 
 EMBEDDING = "model.embed_tokens.weight"
 ROWS = 4096  # of a table of the vocabulary's length, summed and written at a time
@@ -89,7 +90,7 @@ def moe_op(
     sink: Callable[[str, np.ndarray | None], None] = lambda name, gradient: None,
     *,
     output: bool = True,
-) -> Op:
+) -> AnyOp:
     """`ops.moe` with one expert's weights in memory at a time; the same numbers.
 
     The backward runs each expert again and gives the gradient of its weights to ``sink`` (name,
@@ -115,12 +116,12 @@ def moe_op(
         outputs = np.empty((indices.size, x.shape[-1]), x.dtype)
         for expert, slots in dispatch(indices, w_gate.shape[0]):
             if slots.size:
-                outputs[slots] = ops["ffn"].forward(
+                outputs[slots] = ops.ffn.forward(
                     rows[slots // top_k], *experts(saved, expert), ops=ops
                 )[0]
         y = np.sum(weights.reshape(-1, top_k, 1) * outputs.reshape(-1, top_k, x.shape[-1]), axis=1)
         if shared[0] is not None:
-            y = y + ops["ffn"].forward(rows, *shared, ops=ops)[0]
+            y = y + ops.ffn.forward(rows, *shared, ops=ops)[0]
         return y.reshape(x.shape), saved
 
     def backward(dy: np.ndarray, saved: MoESaved) -> tuple[np.ndarray | None, ...]:
@@ -135,16 +136,16 @@ def moe_op(
             dw: list[np.ndarray | None] = [None, None, None]
             if slots.size:
                 token = slots // top_k
-                y, ffn_saved = ops["ffn"].forward(rows[token], *experts(saved, expert), ops=ops)
+                y, ffn_saved = ops.ffn.forward(rows[token], *experts(saved, expert), ops=ops)
                 dweights[slots] = np.sum(dy_rows[token] * y, axis=-1)
-                dslots[slots], *dw = ops["ffn"].backward(flat[slots] * dy_rows[token], ffn_saved)
+                dslots[slots], *dw = ops.ffn.backward(flat[slots] * dy_rows[token], ffn_saved)
             for stack, gradient in zip(stacks, dw, strict=True):
                 sink(stack.name.replace(".experts.", f".experts.{expert}."), gradient)
         dx = np.sum(dslots.reshape(-1, top_k, x.shape[-1]), axis=1)
         dshared: list[np.ndarray | None] = [None, None, None]
         if shared[0] is not None:
-            dx_shared, *dshared = ops["ffn"].backward(
-                dy_rows, ops["ffn"].forward(rows, *shared, ops=ops)[1]
+            dx_shared, *dshared = ops.ffn.backward(
+                dy_rows, ops.ffn.forward(rows, *shared, ops=ops)[1]
             )
             dx = dx + dx_shared
         return dx.reshape(x.shape), dweights.reshape(weights.shape), None, None, None, *dshared

@@ -13,12 +13,14 @@ import numpy as np
 
 from .. import __version__
 from ..array import expect_ids
+from ..batch import make_batch
 from ..checkpoint.names import stored_names
 from ..checkpoint.source import Source
 from ..config import ModelConfig
-from ..model import Route, is_buffer, make_batch, parameter_shapes
+from ..model import Route
 from ..ops import IMPLEMENTATIONS, Op
-from .pieces import LazyParameters, embedding_backward, embedding_forward
+from ..parameters import is_buffer, parameter_shapes
+from .pieces import EMBEDDING, LazyParameters, embedding_backward, embedding_forward
 
 __all__ = ["ACTIVATIONS", "Plan", "Request", "gradient_shapes"]
 
@@ -147,15 +149,13 @@ class Plan:
         if request.tokens.size == 0:
             raise ValueError("tokens must not be empty, got none")
         self.batch = make_batch(
-            self.params,
+            self.params[EMBEDDING],
             request.tokens,
             config,
-            request.targets,
-            request.mask,
-            request.key_mask,
-            None,
-            None,
-            self.with_loss,
+            targets=request.targets,
+            mask=request.mask,
+            key_mask=request.key_mask,
+            with_loss=self.with_loss,
         )
         expect_ids("targets", np.where(self.batch.mask, self.batch.targets, 0), config.vocabulary)
         if request.dlogits is not None and request.dlogits.shape != (

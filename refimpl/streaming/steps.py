@@ -8,19 +8,22 @@ from typing import Any
 import numpy as np
 
 from ..array import blocks
+from ..batch import Batch
 from ..checkpoint.tensor_file import Spec
 from ..model import (
-    Batch,
     BlockSaved,
+    ExpertsSublayerSaved,
     Route,
     Run,
     block_backward,
     block_forward,
     mtp_module_backward,
     mtp_module_forward,
+    mtp_scale,
 )
-from ..ops import Op, Ops
+from ..ops import AnyOp, Op, Ops
 from ..ops.linear import LinearSaved
+from ..parameters import head_name, mtp_layer
 from .folder import Folder
 from .pieces import EMBEDDING, Rows, embedding_backward, moe_op, summed
 from .request import Plan
@@ -47,49 +50,49 @@ class Steps:
     # The forward
 
     def embed(self) -> dict[str, np.ndarray]:
-        x, _ = self.ops["embedding"].forward(self.params[EMBEDDING], ids=self.batch.tokens)
+        x, _ = self.ops.embedding.forward(self.params[EMBEDDING], ids=self.batch.tokens)
         self.folder.write_activations("act-embedding", {"model.embed_tokens": x})
         return {"x": x}
 
     def forward(self, layer: int) -> dict[str, np.ndarray]:
-        run, seen = self._observed(layer)
+        run = self._run(layer, moe_op())
         x, saved = block_forward(run, layer, self._input(layer), self.batch)
-        return self._forward_record(run, layer, x, saved, seen)
+        return self._forward_record(layer, x, saved)
 
     def forward_mtp(self, depth: int) -> dict[str, np.ndarray]:
-        layer = self.config.layers + depth - 1
-        run, seen = self._observed(layer)
+        layer = mtp_layer(self.config, depth)
+        run = self._run(layer, moe_op())
         state, _, saved = mtp_module_forward(run, depth, *self._mtp_input(depth))
-        return self._forward_record(run, layer, saved.norm.x, saved.block, seen) | {"state": state}
+        return self._forward_record(layer, saved.norm.x, saved.block) | {"state": state}
 
     def _forward_record(
-        self, run: Run, layer: int, x: np.ndarray, saved: BlockSaved, seen: dict[str, np.ndarray]
+        self, layer: int, x: np.ndarray, saved: BlockSaved
     ) -> dict[str, np.ndarray]:
-        name = f"model.layers.{layer}"
+        name, network = f"model.layers.{layer}", saved.network
         activations = {
             name: x,
-            f"{name}.after_attention": saved.ffn_norm.x,
-            f"{name}.self_attn": seen["self_attn"],
+            f"{name}.after_attention": network.norm.x,
+            f"{name}.self_attn": saved.attention.y,
         }
-        record = {"x": x}
-        if layer in run.chosen:
-            activations[f"{name}.mlp.gate.scores"] = saved.router.scores
+        record: dict[str, Any] = {"x": x}
+        if isinstance(network, ExpertsSublayerSaved):
+            activations[f"{name}.mlp.gate.scores"] = network.routed.scores
             record |= {
-                "indices": run.chosen[layer].indices,
-                "load": run.loads[layer],
-                "weights": seen["weights"],
+                "indices": network.route.indices,
+                "load": network.load,
+                "weights": network.routed.weights,
             }
-            if run.with_loss and self.config.balance_weight:
-                record |= {"counted": run.chosen[layer].counted, "balance": run.balance[layer]}
+            if network.balance is not None and self.config.balance_weight:
+                record |= {"counted": network.route.counted, "balance": network.balance}
         self.folder.write_activations(f"act-layer-{layer:05d}", activations)
         return {key: np.asarray(value) for key, value in record.items() if value is not None}
 
     def head(self) -> dict[str, np.ndarray]:
         """Logits, the main loss, and the gradient of the hidden states."""
-        config, ops = self.config, dict(self.ops)
+        config, ops = self.config, self.ops
         hidden, _ = self._final_norm()
         self.folder.write_activations("act-norm", {"model.norm": hidden})
-        w = self.source.tensor(config.head)
+        w = self.source.tensor(head_name(config))
         if self.plan.request.logits:
             shape = (*hidden.shape[:2], config.vocabulary)
             with self.folder.writer(
@@ -97,44 +100,44 @@ class Steps:
             ) as writer:
                 rows = hidden.reshape(-1, config.width)
                 for start, stop in blocks(rows.shape[0], TOKENS):
-                    z, _ = ops["linear"].forward(rows[start:stop], w)
+                    z, _ = ops.linear.forward(rows[start:stop], w)
                     writer.write("out/logits", z, start * config.vocabulary)
         record: dict[str, np.ndarray] = {}
         if self.plan.dlogits is not None:
-            dhidden, dw = ops["linear"].backward(self.plan.dlogits, LinearSaved(hidden, w))
+            dhidden, dw = ops.linear.backward(self.plan.dlogits, LinearSaved(hidden, w))
         else:
-            log_prob = ops["log_prob"]
+            log_prob = ops.log_prob
 
             def noted(*args: Any, **kwargs: Any) -> Any:
                 y, saved = log_prob.forward(*args, **kwargs)
                 record["log_prob"] = y
                 return y, saved
 
-            ops["log_prob"] = Op(noted, log_prob.backward)
+            ops = ops | {"log_prob": Op(noted, log_prob.backward)}
             main, saved = self._cross_entropy(hidden, w, self.batch, None, ops)
-            dhidden, dw = ops["head_cross_entropy"].backward(1.0, saved)
+            dhidden, dw = ops.head_cross_entropy.backward(1.0, saved)
             record["main"] = np.asarray(main)
         return record | {"dhidden": dhidden} | self._head_gradient([dw], last=not self.modules)
 
     def _final_norm(self) -> tuple[np.ndarray, Any]:
         x = self._input(self.config.layers)
-        return self.ops["rms_norm"].forward(  # type: ignore[no-any-return]
+        return self.ops.rms_norm.forward(
             x, self.source.tensor("model.norm.weight"), eps=self.config.norm_eps
         )
 
     def _cross_entropy(
         self, hidden: np.ndarray, w: np.ndarray, batch: Any, normaliser: float | None, ops: Ops
     ) -> Any:
-        return ops["head_cross_entropy"].forward(
+        return ops.head_cross_entropy.forward(
             hidden, w, targets=batch.targets, mask=batch.mask, normaliser=normaliser, ops=ops
         )
 
     # The backward
 
     def backward_mtp(self, depth: int) -> dict[str, np.ndarray]:
-        config, layer = self.config, self.config.layers + depth - 1
+        config, layer = self.config, mtp_layer(self.config, depth)
         w, normaliser = (
-            self.source.tensor(config.head),
+            self.source.tensor(head_name(config)),
             self.batch.mtp_normaliser(config.conventions.mtp_normaliser),
         )
         previous = self.records[f"backward-{layer + 1:05d}" if depth < config.mtp_depth else "head"]
@@ -144,11 +147,11 @@ class Steps:
             state, later = self._mtp_input(depth)
             _, normed, saved = mtp_module_forward(run, depth, state, later)
             loss, head_saved = self._cross_entropy(normed, w, later, normaliser, run.ops)
-            dstate = mtp_module_backward(
-                run, depth, 1.0, dstate, saved._replace(head=head_saved), sink
-            )
+            dnormed, dw = run.ops.head_cross_entropy.backward(mtp_scale(config), head_saved)
+            sink.add(head_name(config), dw)
+            dstate = mtp_module_backward(run, depth, 1.0, dnormed, dstate, saved, sink)
         rows = next(x for _, x in sink.shared if isinstance(x, Rows))
-        parts = [x for name, x in sink.shared if name == config.head]
+        parts = [x for name, x in sink.shared if name == head_name(config)]
         record = self._head_gradient([previous.arrays["head"], *parts], last=depth == 1)
         return record | {"dstate": dstate, "loss": np.asarray(loss), **rows._asdict()}
 
@@ -163,7 +166,7 @@ class Steps:
                 dhidden = dhidden + dstate
             else:
                 dx = dx + dstate
-        dx_norm, dw = self.ops["rms_norm"].backward(dhidden, saved)
+        dx_norm, dw = self.ops.rms_norm.backward(dhidden, saved)
         self.folder.write_gradient("grad-norm", "model.norm.weight", [dw])
         dx = dx + dx_norm
         self.folder.write_activations("cot-norm", {"model.norm": dhidden}, "cot")
@@ -206,7 +209,7 @@ class Steps:
 
     # What the steps share
 
-    def _run(self, layer: int, moe: Op) -> Run:
+    def _run(self, layer: int, moe: AnyOp) -> Run:
         """What `model` shares among blocks, for one of them: routes replay those of the request or
         of the forward."""
         routes = {}
@@ -219,27 +222,7 @@ class Steps:
             routes[layer] = Route(
                 route.indices, route.indices if routed and route.counted is None else route.counted
             )
-        return Run(
-            self.params, self.config, self.ops | {"moe": moe}, routes, self.with_loss, {}, {}, {}
-        )
-
-    def _observed(self, layer: int) -> tuple[Run, dict[str, np.ndarray]]:
-        """A run for a forward, and where it notes attention's output and the experts' weights on
-        the way."""
-        run, seen = self._run(layer, moe_op()), dict[str, np.ndarray]()
-        mla, moe = run.ops["mla"], run.ops["moe"]
-
-        def mla_forward(*args: Any, **kwargs: Any) -> Any:
-            output, saved = mla.forward(*args, **kwargs)
-            seen["self_attn"] = output.y
-            return output, saved
-
-        def moe_forward(x: np.ndarray, weights: np.ndarray, *args: Any, **kwargs: Any) -> Any:
-            seen["weights"] = weights
-            return moe.forward(x, weights, *args, **kwargs)
-
-        watched = {"mla": Op(mla_forward, mla.backward), "moe": Op(moe_forward, moe.backward)}
-        return run._replace(ops={**run.ops, **watched}), seen
+        return Run(self.params, self.config, self.ops | {"moe": moe}, routes, self.with_loss)
 
     def _input(self, layer: int) -> np.ndarray:
         return self.records[f"forward-{layer - 1:05d}" if layer else "embedding"]["x"]
@@ -252,12 +235,12 @@ class Steps:
         else:
             normed = self.config.conventions.mtp_hidden == "normed"
             state = self._final_norm()[0] if normed else self._input(self.config.layers)
-        return state[:, : later.tokens.shape[1], :], later
+        return state, later
 
     def _head_gradient(self, parts: list[Any], last: bool) -> dict[str, np.ndarray]:
         """Write the head's gradient if no other will be added to it, else keep their sum in the
         record."""
-        name = self.config.head
+        name = head_name(self.config)
         if last and not self.config.tied:
             self.folder.write_gradient("grad-head", name, parts)
             return {}

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import __version__
+from ..parameters import head_name
 from .folder import Folder, Size, held
 from .pieces import EMBEDDING
 from .request import Plan
@@ -95,7 +96,7 @@ class Stream(Plan):
             Step(f"forward-{config.layers + k - 1:05d}", partial(steps.forward_mtp, k))
             for k in self.modules
         ]
-        head = () if config.tied else (config.head,)
+        head = () if config.tied else (head_name(config),)
         order.append(Step("head", steps.head, () if self.modules else head))
         for k in reversed(self.modules):
             layer = config.layers + k - 1

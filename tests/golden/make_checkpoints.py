@@ -7,7 +7,7 @@ float64.
 A checkpoint is config.json and model.safetensors (float32). Beside it, outputs.safetensors:
 aux/tokens and aux/key_mask [B, T], out/logits and out/loss (the mean over the tokens that have a
 next one), and grad/NAME of every parameter under our names, all by autograd with transformers'
-casts to float32 patched (tests/oracle.py).
+casts to float32 patched (tests/oracle/hugging_face.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[level]) for level in (1, 2)]
 
-from oracle import NarrowNumbers, Routing, build, float64, their_values
+from oracle.hugging_face import NarrowNumbers, Routing, build, float64, their_values
 
 SMALLEST_GAP = (
     1e-5  # a choice decided by less could go the other way in another implementation's rounding

@@ -16,9 +16,10 @@ import numpy as np
 
 from refimpl.checkpoint import save_checkpoint
 from refimpl.config import preset
-from refimpl.model import BIAS, backward, forward, init_parameters
+from refimpl.model import backward, forward
 from refimpl.ops import bias_update
 from refimpl.optimizer import AdamW, clip_global_norm
+from refimpl.parameters import BIAS, init_parameters
 from refimpl.text import load_text
 
 STEPS, WARM_UP, BATCH, LENGTH, PEAK = 2000, 30, 16, 48, 0.01

@@ -13,11 +13,11 @@ import pytest
 
 from refimpl.array import library
 from refimpl.check.cases import pair_of
+from refimpl.kernels.columns import COLUMNS
 from refimpl.kernels.compile import STORAGE, Module
 from refimpl.kernels.launch import DeviceLaunch, Launch, NumbaLaunch
 from refimpl.kernels.numba_cuda import NUMBA_STORAGE
-from refimpl.kernels.table import COLUMNS
-from refimpl.ops import Op
+from refimpl.ops import Ops
 from refimpl.verify import placed
 
 import ptx
@@ -110,10 +110,12 @@ def strided(x: Any) -> Any:
     return room[..., 0]
 
 
-def make_table(launch: Launch, column: str = "cuda") -> dict[str, Op]:
+def make_table(launch: Launch, column: str = "cuda") -> Ops:
     """A column, from and to NumPy arrays wherever it runs."""
     table = COLUMNS[column](launch)
-    return {name: placed(pair, to_device) for name, pair in table.items()} if ON_DEVICE else table
+    if not ON_DEVICE:
+        return table
+    return table | {name: placed(pair, to_device) for name, pair in table.items()}
 
 
 def make_launch(seed: int = 0, column: str = "cuda", target: str = "sm_90") -> Launch:

@@ -10,8 +10,8 @@ import pytest
 
 from refimpl import ops
 from refimpl.check.cases import Case
+from refimpl.kernels.columns import COLUMNS
 from refimpl.kernels.cross_entropy import cross_entropy_in_place
-from refimpl.kernels.table import COLUMNS
 
 from kernel_support import (
     QUICK_TYPES,

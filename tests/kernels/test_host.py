@@ -12,7 +12,7 @@ import pytest
 from refimpl.array import Array
 from refimpl.check.cases import RandomDraw
 from refimpl.kernels import host
-from refimpl.kernels.table import CUDA, cuda_table
+from refimpl.kernels.columns import CUDA, cuda_table
 from refimpl.verify import placed
 
 import pretended_cupy

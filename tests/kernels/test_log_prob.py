@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from refimpl.check.cases import Case, pair_of
+from refimpl.kernels.columns import COLUMNS
 from refimpl.kernels.compile import STORAGE
-from refimpl.kernels.table import COLUMNS
 
 from kernel_support import ALL, TABLE, TABLES, compare, make_launch, rounded, to_device, to_host
 

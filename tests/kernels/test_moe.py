@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from refimpl.kernels import host
+from refimpl.kernels.columns import COLUMNS
 from refimpl.kernels.moe import combine, permute, weight_gradient
-from refimpl.kernels.table import COLUMNS
 
 from kernel_support import (
     DTYPES,

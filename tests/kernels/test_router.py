@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from refimpl import ops
-from refimpl.kernels.table import COLUMNS
+from refimpl.kernels.columns import COLUMNS
 
 from kernel_support import (
     ALL,

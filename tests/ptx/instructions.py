@@ -79,9 +79,6 @@ def leave(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
     return step
 
 
-# Memory
-
-
 def reach(
     m: Machine, operand: Address, arena: Arena, size: int, write: bool
 ) -> Callable[[Lanes], Array]:

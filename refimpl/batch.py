@@ -1,0 +1,99 @@
+"""The batch: tokens and targets, what counts and who sees whom, as each depth meets them.
+
+Letters: B batch, T position.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .array import Array, expect, expect_ids, expect_mask, library, namespace
+from .config import ModelConfig
+from .ops import mtp_pairs
+
+__all__ = ["Batch", "make_batch"]
+
+
+class Batch(NamedTuple):
+    """What a depth reads and predicts, each [B, its positions]: the main model is depth 0, MTP
+    module k depth k.
+
+    With caches, ``takes_part`` is [B, S]: the cached positions, then these.
+    """
+
+    tokens: Array
+    targets: Array
+    mask: Array  # which targets count
+    positions: Array  # for RoPE
+    takes_part: Array | None  # False for padding and, in MTP, where two documents would be joined
+    segments: Array | None
+
+    def at(self, depth: int) -> Batch:
+        """The batch as MTP module ``depth`` meets it."""
+        pairs = mtp_pairs(
+            self.tokens, self.targets, self.mask, depth, self.segments, self.takes_part
+        )
+        cut = self.tokens.shape[1] - depth
+        segments = None if self.segments is None else self.segments[:, :cut]
+        return Batch(*pairs[:3], self.positions[:, :cut], pairs[3], segments)
+
+    def mtp_normaliser(self, convention: str) -> float | None:
+        """What the sum of an MTP loss is divided by (of the main batch); None: by the module's own
+        targets."""
+        if convention == "positions":
+            return (
+                float(self.tokens.size) if self.takes_part is None else count_true(self.takes_part)
+            )
+        return count_true(self.mask) if convention == "main" else None
+
+
+def make_batch(
+    like: Array,
+    tokens: Array,
+    config: ModelConfig,
+    *,
+    targets: Array | None = None,
+    mask: Array | None = None,
+    key_mask: Array | None = None,
+    segments: Array | None = None,
+    positions: Array | None = None,
+    with_loss: bool = True,
+) -> Batch:
+    """The main model's batch, with the defaults that `forward` promises, on the device of ``like``,
+    a parameter."""
+    xp, device = namespace(params=like), like.device
+    expect("tokens", tokens, "(B, T)", (None, None))
+    b, t = tokens.shape
+    if t <= (config.mtp_depth if with_loss else 0):
+        raise ValueError(
+            f"tokens must have shape (B, T) with T > mtp_depth={config.mtp_depth}, got "
+            f"{tokens.shape}"
+        )
+    tokens = expect_ids("tokens", tokens, config.vocabulary)
+    for name, given in (("targets", targets), ("segments", segments)):
+        if given is not None:
+            expect(name, given, "(B, T)", (b, t))
+    for name, given in (("mask", mask), ("key_mask", key_mask)):
+        if given is not None:
+            expect_mask(name, given, "(B, T)", (b, t))
+    real_token = xp.ones((b, t), dtype=xp.bool, device=device) if key_mask is None else key_mask
+    counts = real_token
+    if targets is None:
+        follows = real_token[:, 1:]
+        if segments is not None:
+            follows = follows & (segments[:, 1:] == segments[:, :-1])
+        nothing = xp.zeros((b, 1), dtype=xp.bool, device=device)
+        counts = real_token & xp.concat((follows, nothing), axis=1)
+        targets = xp.concat((tokens[:, 1:], tokens[:, -1:]), axis=1)
+        mask = counts if mask is None else counts & mask
+    if positions is None:
+        positions = xp.arange(t, device=device)
+    elif positions.shape != (t,):
+        expect("positions", positions, "(B, T) or (T,)", (b, t))
+    mask = counts if mask is None else mask
+    return Batch(tokens, targets, mask, xp.broadcast_to(positions, (b, t)), key_mask, segments)
+
+
+def count_true(mask: Array) -> float | None:
+    """How many are True; None if none is, since a sum over none is 0 whatever divides it."""
+    return float(library(mask).count_nonzero(mask)) or None

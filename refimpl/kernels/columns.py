@@ -1,0 +1,54 @@
+"""The kernels' columns beside ``reference`` in the table of implementations."""
+
+from __future__ import annotations
+
+from ..ops import REFERENCE, Op, Ops
+from .cross_entropy import cross_entropy
+from .embedding import embedding
+from .grpo import grpo
+from .launch import Launch, NumbaLaunch
+from .linear import linear_backward, linear_forward
+from .log_prob import log_prob
+from .moe import moe
+from .rms_norm import rms_norm
+from .rope import rope
+from .router import router
+from .swiglu import swiglu
+
+__all__ = ["COLUMNS", "CUDA", "NUMBA_CUDA", "cuda_table", "numba_cuda_table"]
+
+CUDA = {
+    "embedding": embedding,
+    "rms_norm": rms_norm,
+    "swiglu": swiglu,
+    "rope": rope,
+    "router": router,
+    "cross_entropy": cross_entropy,
+    "log_prob": log_prob,
+    "moe": moe,
+    "grpo": grpo,
+}
+"""What makes each op that has kernels in CUDA C from a `Launch`."""
+
+NUMBA_CUDA = {
+    name: CUDA[name]
+    for name in ("rms_norm", "swiglu", "rope", "router", "cross_entropy", "log_prob", "moe")
+}
+"""Those that have kernels in Numba CUDA too: the same host side."""
+
+
+def cuda_table(launch: Launch) -> Ops:
+    """The reference's table with every op that CUDA C does in its place; an op without kernels
+    stays the reference."""
+    kernels = {name: make(launch) for name, make in CUDA.items()}
+    return REFERENCE | {"linear": Op(linear_forward, linear_backward)} | kernels
+
+
+def numba_cuda_table(launch: Launch) -> Ops:
+    """As `cuda_table`, with the kernels in Numba CUDA; without bfloat16."""
+    kernels = {name: make(NumbaLaunch(launch)) for name, make in NUMBA_CUDA.items()}
+    return REFERENCE | {"linear": Op(linear_forward, linear_backward)} | kernels
+
+
+COLUMNS = {"cuda": cuda_table, "numba_cuda": numba_cuda_table}
+"""By the name that ``--implementation`` takes, what makes the table from a `Launch`."""

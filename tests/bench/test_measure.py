@@ -1,0 +1,84 @@
+"""Statistics, repetitions, graphs and records of launches, on a pretended device."""
+
+from __future__ import annotations
+
+import pytest
+
+from refimpl.bench import measure as measuring
+from refimpl.bench.measure import Recorder, Times, copies, measure, repeats, summary
+from refimpl.bench.rows import ROWS
+
+from bench.examples import V3, DryLaunch, FakeDevice
+
+
+def test_summary() -> None:
+    samples = [float(x) for x in range(1, 22)]
+    assert summary(samples) == Times(median=11, low=3, high=19)
+    assert summary(samples[::-1]) == summary(samples)
+    with pytest.raises(ValueError, match="samples must be at least 20, got 19"):
+        summary(samples[:19])
+    for bad in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="samples must be positive numbers"):
+            summary([*samples, bad])
+
+
+def test_copies_pass_the_cache() -> None:
+    assert copies(10**9, 50 * 10**6) == 1
+    assert copies(117_440_512, 50 * 2**20) == 2  # RMSNorm forward on 50 MiB
+    assert copies(ROWS["gate top-k"].bytes(V3), 50 * 2**20) == 38
+    for size in (1, 10, 49, 50, 51, 149, 150, 151):
+        assert copies(size, 50) * size >= measuring.CACHES * 50
+
+
+def test_repeats_fill_a_sample() -> None:
+    assert repeats(2e-3, 1) == 1
+    assert repeats(1e-4, 1) == 10
+    assert repeats(3e-4, 2) == 4
+    assert repeats(1e-9, 4) * 4 == measuring.MOST_CALLS
+
+
+def test_measure_repeats_calls_in_one_graph() -> None:
+    device = FakeDevice()
+
+    def call() -> None:
+        device.calls += 1
+
+    times = measure(device, [call, call], runs=20)
+    assert device.captured == [2, 2 * 167]  # 167 · 6 µs is the first above 1 ms
+    assert times.median == pytest.approx(3e-6)
+    assert device.calls == 2 + 2 + 21 * 334
+
+
+def test_measure_without_a_graph() -> None:
+    device, order = FakeDevice(), list[str]()
+    measure(
+        device, [lambda: order.append("one"), lambda: order.append("two")], runs=20, graph=False
+    )
+    assert device.captured == []
+    assert order[:4] == ["one", "two"] * 2
+    assert len(order) == 2 * 2 + 21 * 2 * 334  # a call that is as short as this is repeated
+
+
+def test_measure_resets_before_each_sample() -> None:
+    device, order = FakeDevice(), list[str]()
+    measure(device, [lambda: order.append("call")], runs=20, reset=lambda: order.append("reset"))
+    assert device.captured == [1]
+    assert (
+        order == ["call"] * 2 + ["reset", "call"] * 20
+        or order == ["call"] * 3 + ["reset", "call"] * 20
+    )
+
+
+def test_recorder_keeps_nothing_outside_record() -> None:
+    recorder = Recorder(DryLaunch())
+    recorder(None, "kernel", (1,), (32,), [])  # type: ignore[arg-type]
+    assert recorder.launched is None
+    with pytest.raises(ValueError, match="call must launch at least one kernel, got none"):
+        recorder.record(lambda: None)
+
+    def fails() -> None:
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        recorder.record(fails)
+    assert recorder.launched is None

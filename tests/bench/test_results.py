@@ -1,0 +1,123 @@
+"""Files of results, and the table made of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from refimpl.bench.results import Results, file_name, line_of, read_results, render, shape_of
+from refimpl.bench.rows import ROWS
+from refimpl.kernels import SOURCE
+
+from bench.examples import V3, results
+
+
+def test_derived_numbers() -> None:
+    (row,) = results().rows
+    assert row.floor(3.0e12, 8e14) == pytest.approx(39.15e-6, rel=1e-4)
+    assert row.share(3.0e12, 8e14) == pytest.approx(0.783, rel=1e-3)
+    assert replace(row, flops=8 * 10**11).floor(3.0e12, 8e14) == 1e-3
+    assert row.ratio == pytest.approx(1.25)  # against the faster of the two
+    assert replace(row, compiled=None).ratio == pytest.approx(0.25)
+    assert replace(row, compiled=None, eager=None).ratio is None
+
+
+def test_json_round_trip(tmp_path: Path) -> None:
+    """What is written is read back; what a hand changed is refused."""
+    found = results()
+    content = json.loads(json.dumps(found.to_json()))
+    assert Results.from_json(content) == found
+    assert content["rows"][0]["share"] == pytest.approx(0.783, rel=1e-3)
+    for change in (
+        lambda c: c["rows"][0].update(share=0.99),
+        lambda c: c.update(schema=0),
+        lambda c: c.pop("commit"),
+        lambda c: c["rows"][0]["ours"].pop("low"),
+        lambda c: c.update(more=1),
+        lambda c: c.update(copy=0.0),
+        lambda c: c["rows"][0].pop("notes"),
+    ):
+        wrong = json.loads(json.dumps(found.to_json()))
+        change(wrong)
+        with pytest.raises(ValueError, match="results must"):
+            Results.from_json(wrong)
+    with pytest.raises(ValueError, match="results must have the fields"):
+        Results.from_json([])
+
+
+def test_files(tmp_path: Path) -> None:
+    """The latest of each device; a name or a content that is not ours is named."""
+    assert (
+        file_name("NVIDIA H100 80GB HBM3", "2026-11-30") == "nvidia-h100-80gb-hbm3-2026-11-30.json"
+    )
+    assert read_results(tmp_path) == []
+    for found in (results(), results(date="2026-12-01", peak=1), results("Other")):
+        (tmp_path / file_name(found.device, found.date)).write_text(json.dumps(found.to_json()))
+    assert read_results(tmp_path) == [results(date="2026-12-01", peak=1), results("Other")]
+    (tmp_path / "x.json").write_text(json.dumps(results().to_json()))
+    with pytest.raises(ValueError, match=r"x.json: must be called fake-gpu-2-2026-11-30.json"):
+        read_results(tmp_path)
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(ValueError, match=r"x\.json: "):
+        read_results(tmp_path)
+
+
+def test_table() -> None:
+    nothing = render([])
+    files, rows = nothing.split("\n\n")
+    lines = [line for line in rows.splitlines() if line.startswith("| [")]
+    assert len(lines) == len(ROWS)
+    assert all("| not measured yet | – | – |" in line for line in lines)
+    assert "| 4096 × 7168 | bfloat16 | 4TD = 117 MB |" in lines[0]
+    assert {line.count("|") for line in rows.splitlines()} == {14}
+    assert {line.count("|") for line in files.splitlines()} == {5}
+    kernels = [
+        *SOURCE.glob("*.cu"),
+        *(path for path in SOURCE.glob("*_numba_cuda.py") if "common" not in path.name),
+    ]
+    assert sorted(re.findall(r"\]\((.*?)\)", files)) == sorted(path.name for path in kernels)
+    assert (
+        "| [rms_norm.cu](rms_norm.cu) | sm_80, sm_90, sm_90a, sm_100 | float64, float32, "
+        "bfloat16 | not yet |" in files
+    )
+    assert (
+        "| [moe_numba_cuda.py](moe_numba_cuda.py) | sm_80, sm_90, sm_90a, sm_100 | float64, "
+        "float32 | no row |" in files
+    )
+    some = render([results(), results("Other", compiled=None, eager=None, eager_peak=None)])
+    assert (
+        "| Fake GPU (2) | 50.0 µs (49.0 µs … 52.0 µs) | 39.1 µs | 78 % | 200 µs (190 µs … 210 "
+        "µs) | 40.0 µs (40.0 µs … 41.0 µs) | 1.25 | 58.7 MB / 1.00 GB / – | 2.5e-03 |"
+    ) in some
+    assert (
+        "| Other | 50.0 µs (49.0 µs … 52.0 µs) | 39.1 µs | 78 % | – | – | – | 58.7 MB / – / – "
+        "| 2.5e-03 |" in some
+    )
+    assert some.count("not measured yet") == len(ROWS) - 1
+    on_both = "RMSNorm forward in bfloat16 on Fake GPU (2), RMSNorm forward in bfloat16 on Other"
+    assert f"| float64, float32, bfloat16 | {on_both} |" in some
+    assert (
+        "Fake GPU (2): its own copy 3.00 TB/s, its bfloat16 product 800 TFLOP/s, driver "
+        "580.1, CuPy 14.2" in some
+    )
+    assert "RMSNorm forward: a note." in some
+
+
+def test_line() -> None:
+    found = results(compiled=None)
+    assert line_of(found.rows[0], found) == (
+        "RMSNorm forward 4096 × 7168 bfloat16: 50.0 µs (49.0 µs … 52.0 µs), floor 39.1 µs "
+        "(4TD), 78 % of it; torch 200 µs (190 µs … 210 µs); 0.25 x the best; memory 58.7 MB / "
+        "1.00 GB / –; error 2.5e-03; a note"
+    )
+
+
+def test_shapes_in_words() -> None:
+    shapes = {name: shape_of(row, V3) for name, row in ROWS.items()}
+    assert shapes["gate top-k"] == "4096 × 256 / 8 / 4 / 8"
+    assert shapes["CE forward + backward in place"] == "4096 × 129280"
+    assert shapes["AdamW step"] == str(2**28)

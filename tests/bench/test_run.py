@@ -1,0 +1,136 @@
+"""A row measured from end to end on a pretended device, and torch's side of it."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refimpl.bench.measure import Recorder
+from refimpl.bench.rows import ROWS, Maker, worst_error
+from refimpl.bench.run import BASELINES, baselines, measure_row, most_error, select_rows
+from refimpl.errors import CouldNotRun
+
+from bench.examples import SMALL, IdleDevice, on_interpreter
+from kernel_support import InterpreterLaunch
+from support import ROOT
+
+
+def test_select_rows() -> None:
+    assert select_rows([]) == list(ROWS.values())
+    assert [row.name for row in select_rows(["AdamW step", "RoPE forward"])] == [
+        "RoPE forward",
+        "AdamW step",
+    ]
+    with pytest.raises(
+        CouldNotRun, match=r"^unknown row softmax; there are RMSNorm forward, [^\n]*$"
+    ):
+        select_rows(["softmax"])
+
+
+class FakeTorch(types.ModuleType):
+    VERSION = "0.0"
+
+    class TorchDevice(IdleDevice):
+        def baseline(
+            self, name: str, arrays: Sequence[Any], compiled: bool
+        ) -> Callable[[], object]:
+            if compiled:
+                raise RuntimeError("no compiler\nand more lines")
+            return lambda: None
+
+
+@on_interpreter
+def test_a_row_from_end_to_end() -> None:
+    """Every piece in its place, on a pretended device; what torch can't do is a note."""
+    device = IdleDevice()
+    found = measure_row(device, ROWS["RMSNorm forward"], FakeTorch("torch"), SMALL, 20)
+    assert device.captured == [4, 4 * 334]  # 4 · 800 bytes are the first above 3 · 1000
+    assert device.freed == 1
+    assert (found.name, found.shape, found.storage, found.bytes) == (
+        "RMSNorm forward",
+        "5 × 40",
+        "bfloat16",
+        800,
+    )
+    assert found.eager is not None
+    assert found.compiled is found.compiled_peak is None
+    assert found.peak == found.eager_peak == 4096
+    assert 0 < found.error <= most_error("bfloat16")
+    assert found.notes == ("torch compiled: RuntimeError: no compiler",)
+    alone = measure_row(device, ROWS["CE forward + backward in place"], None, SMALL, 20)
+    assert alone.eager is alone.ratio is None
+    assert alone.notes == ()
+
+
+def test_baselines_are_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert baselines(tmp_path / "torch_baselines.py") == (
+        None,
+        "torch_baselines.py is not there: run from a checkout",
+    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert baselines() == (None, "torch is not installed")
+
+
+def test_every_row_has_a_baseline() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed: make oracle")
+    module, version = baselines()
+    assert module is not None
+    assert version == torch.__version__
+    assert list(module.BASELINES) == list(ROWS)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_baselines_compute_the_same(name: str) -> None:
+    """On the CPU, eager: a baseline that does less than we do would be no baseline."""
+    torch = pytest.importorskip("torch", reason="torch is not installed: make oracle")
+    module, _ = baselines()
+    assert module is not None
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(module, "TOP_K", SMALL.top_k)
+    monkey.setattr(module, "GROUPS", SMALL.groups)
+    monkey.setattr(module, "KEEP_GROUPS", SMALL.keep_groups)
+    row = ROWS[name]
+    work = row.make(Maker(Recorder(InterpreterLaunch()), np, SMALL, np.dtype(np.float32), 1))
+    tensors = [torch.from_numpy(np.ascontiguousarray(x).copy()) for x in work.inputs]
+    found = module.BASELINES[name](module.eager, *tensors)()
+    ours = work.run()
+    if name == "AdamW step":
+        return _adamw_baseline(module, torch, work)
+    ours = {  # of all that we compute, what the baseline does
+        "RMSNorm forward": lambda y: (y[0],),
+        "RoPE forward": lambda y: (y[0],),
+        "SwiGLU forward": lambda y: (y[0],),
+        "gate top-k": lambda y: (y.weights, y.indices),
+        "CE forward + backward in place": lambda y: (y[1],),
+        "GRPO from log-probabilities": lambda y: (y[1].dlog_prob,),
+        "head + CE": lambda y: y[1:],
+    }.get(name, lambda y: y)(ours)
+    found = found if isinstance(found, tuple) else (found,)
+    ours = ours if isinstance(ours, tuple) else (ours,)
+    assert len(found) == len(ours)
+    for theirs, x in zip(found, ours, strict=True):
+        assert worst_error((theirs.numpy(),), (np.asarray(x, np.float64),)) <= 1e-5
+    monkey.undo()
+
+
+def _adamw_baseline(module: Any, torch: Any, work: Any) -> None:
+    """The formula that is compiled is a third step of the optimizer that is fused, from zero
+    moments."""
+    p, g = (torch.from_numpy(x.astype(np.float64)) for x in work.inputs)
+    m, v, q = torch.zeros_like(p), torch.zeros_like(p), p.clone()
+    module.adamw(q, g, m, v)
+    optimizer = torch.optim.AdamW([p], lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, eps=1e-8)
+    optimizer.state[p] = {"step": torch.tensor(2.0), "exp_avg": 0 * p, "exp_avg_sq": 0 * p}
+    p.grad = g
+    optimizer.step()
+    assert torch.allclose(p, q, rtol=0, atol=1e-12)
+
+
+def test_baselines_lie_outside_the_package() -> None:
+    assert BASELINES == ROOT / "benchmarks" / "torch_baselines.py"
+    assert BASELINES.is_file()

@@ -1,0 +1,224 @@
+"""``refimpl verify`` and ``refimpl grade`` as a user meets them: output, exit codes, and one clear
+line for what could not run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from refimpl.check.planted import PLANTED, plant
+from refimpl.ops import REFERENCE, Op
+
+from support import refimpl_here, refimpl_process
+
+SAMPLE = (
+    "It was a bright cold day in November, and all the gradients were striking thirteen digits. "
+    * 3
+)
+
+
+def test_verify_some_ops() -> None:
+    """In a process of its own, as a user starts it."""
+    done = refimpl_process("verify", "rope", "rms_norm", "--examples", "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert re.search(r"text: pydoc_data.topics of CPython .*, sha256 [0-9a-f]{64}$", lines[1])
+    assert re.match(r"op +tensor +shape +difference +noise +sharpness +digits +verdict", lines[2])
+    assert [line.split()[0] for line in lines[3:6]] == ["rms_norm", "w", "rope"]  # in reading order
+    assert re.search(r"3 tensors, \d+ examples, .* s: every gradient holds", lines[-1])
+
+
+def test_verify_with_everything(tmp_path: Path) -> None:
+    """Own text, digits, another implementation, and a JSON file with what the table shows."""
+    text, out = tmp_path / "sample.txt", tmp_path / "result.json"
+    text.write_text(SAMPLE)
+    done = refimpl_here(
+        "verify",
+        "attention",
+        "--text",
+        str(text),
+        "--digits",
+        "50",
+        "--implementation",
+        "flash",
+        "--seed",
+        "7",
+        "--examples",
+        "1",
+        "--json",
+        str(out),
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert result["ok"] is True
+    assert result["settings"]["implementation"] == "flash"
+    assert result["text"]["name"] == str(text)
+    assert [t["tensor"] for t in result["tensors"]] == ["q", "k", "v"]
+    assert all(
+        t["digits"] >= 40 and t["difference"] <= 1e-8 and t["noise"] <= 1 for t in result["tensors"]
+    )
+    assert list(tmp_path.iterdir()) in ([text, out], [out, text])  # no temporary file is left
+
+
+def test_narrow_terminal_cuts_no_number() -> None:
+    """On 80 columns the table's lines wrap; no cell ends in an ellipsis."""
+    import pty
+
+    main, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "refimpl", "verify", "rope", "model_grpo", "--dtype", "float32"],
+        stdout=terminal,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "COLUMNS": "80", "TERM": "xterm"},
+    )
+    os.close(terminal)
+    shown = b""
+    while True:
+        try:
+            part = os.read(main, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        shown += part
+    os.close(main)
+    assert process.wait() == 0
+    assert b"PASS" in shown
+    assert max(map(len, shown.splitlines())) > 80
+    assert "…".encode() not in shown
+
+
+def test_float32() -> None:
+    done = refimpl_here("verify", "swiglu", "--dtype", "float32", "--examples", "1")
+    assert done.returncode == 0
+    assert re.search(r"gate +\S+ +– ", done.stdout)
+
+
+def test_the_same_seed_gives_the_same_table() -> None:
+    first, second = (
+        refimpl_here("verify", "router", "--examples", "1").stdout.splitlines()[:-1]
+        for _ in range(2)
+    )
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["verify", "rmsnorm"], "unknown op rmsnorm; there are linear, embedding, "),
+        (
+            ["verify", "--text", "missing.txt"],
+            "--text missing.txt can't be read: No such file or directory",
+        ),
+        (["verify", "--text", "empty.txt"], "--text empty.txt must hold at least 64 bytes, got 0"),
+        (["verify", "--text", "."], "--text . can't be read: Is a directory"),
+        (["verify", "--backend", "tpu"], "--backend must be one of numpy, cupy, got tpu"),
+        (
+            ["verify", "--implementation", "magic"],
+            "--implementation must be one of reference, flash, absorbed, cuda, numba_cuda, "
+            "got magic",
+        ),
+        (
+            ["verify", "--convention", "mine"],
+            "--convention must be one of official, paper, hf, got mine",
+        ),
+        (
+            ["verify", "--dtype", "bfloat16"],
+            "--dtype must be one of float64, float32, got bfloat16",
+        ),
+        (["verify", "--examples", "0"], "--examples and --model-examples must be at least 1"),
+        (["verify", "--digits", "5"], "--digits must lie in 20…1000, got 5"),
+        (["verify", "linear", "--json", "no/such/file"], "--json no/such/file can't be written"),
+        (["verify", "linear", "--json", "."], "--json . can't be written"),
+        (["verify", "--seed", "-1"], "--seed must be at least 0, got -1"),
+        (
+            ["verify", "embedding", "--text", "dull.txt"],
+            "dull.txt must hold at least 16 different bytes, got 1",
+        ),
+        (["grade", "rms_norm", "missing.py"], "missing.py is not a file"),
+        (["grade", "rms_norm", "empty.txt"], "empty.txt must be a Python file (.py)"),
+        (["grade", "nothing", "mine.py"], "unknown op nothing; there are linear"),
+        (["grade", "rms_norm", "mine.py"], "mine.py must define rms_norm_backward(dy, saved)"),
+        (["grade", "rms_norm", "broken.py"], "broken.py can't be imported: SyntaxError"),
+        (["grade", "rms_norm", "leaves.py"], "leaves.py can't be imported: SystemExit"),
+        (["grade", "rms_norm", "number.py"], "number.py must define rms_norm_backward(dy, saved)"),
+    ],
+    ids=lambda a: " ".join(a) if isinstance(a, list) else "",
+)
+def test_could_not_run(arguments: list[str], message: str, tmp_path: Path) -> None:
+    """One line on standard error, exit code 2, and no traceback."""
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "dull.txt").write_bytes(b"\x00" * 100)
+    (tmp_path / "mine.py").write_text("x = 1\n")
+    (tmp_path / "broken.py").write_text("def (:\n")
+    (tmp_path / "leaves.py").write_text("raise SystemExit(0)\n")
+    (tmp_path / "number.py").write_text("rms_norm_backward = 1\n")
+    done = refimpl_here(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.startswith("refimpl: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_no_gpu() -> None:
+    """Without CuPy or a device, asking for it is one clear line; with both, this is the place to
+    see it hold."""
+    done = refimpl_here("verify", "linear", "--backend", "cupy", "--examples", "1")
+    if done.returncode == 0:
+        pytest.skip("a GPU is here: make gpu checks it")
+    assert done.returncode == 2
+    assert re.fullmatch(r"refimpl: --backend cupy needs (CuPy|a GPU).*\n", done.stderr)
+
+
+RIGHT = """
+def rms_norm_backward(dy, saved):
+    x, w, r = saved
+    n, dn = x * r, dy * w
+    dx = r * (dn - n * (dn * n).mean(axis=-1, keepdims=True))
+    return dx, (dy * n).reshape(-1, x.shape[-1]).sum(axis=0)
+"""
+
+
+def test_grade(tmp_path: Path) -> None:
+    """A right backward passes; one without the mean term fails, and its tensor is named."""
+    mine = tmp_path / "mine.py"
+    mine.write_text(RIGHT)
+    assert refimpl_here("grade", "rms_norm", str(mine)).returncode == 0
+    mine.write_text(RIGHT.replace("dn - n * (dn * n).mean(axis=-1, keepdims=True)", "dn"))
+    done = refimpl_here("grade", "rms_norm", str(mine))
+    assert done.returncode == 1
+    assert "FAIL rms_norm x: finite-difference error" in done.stdout
+    assert "FAIL rms_norm w" not in done.stdout
+    mine.write_text("def rms_norm_backward(dy, saved):\n    return dy\n")
+    done = refimpl_here("grade", "rms_norm", str(mine))
+    assert done.returncode == 1
+    assert "backward must return 2 gradients" in done.stdout
+    mine.write_text("def rms_norm_backward(dy, saved):\n    return dy[99], dy\n")
+    done = refimpl_here("grade", "rms_norm", str(mine))
+    assert done.returncode == 1
+    assert "IndexError" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_a_broken_op_fails_and_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As if somebody had edited the file: exit code 1, and the tensor in words."""
+    from typer.testing import CliRunner
+
+    from refimpl.cli import app
+
+    broken = plant(next(bug for bug in PLANTED if bug.name == "no mean term"))
+    assert isinstance(broken, Op)
+    table = REFERENCE | {"rms_norm": broken}
+    monkeypatch.setattr("refimpl.verify._table", lambda implementation: table)
+    result = CliRunner().invoke(app, ["verify", "rms_norm", "--examples", "1"])
+    assert result.exit_code == 1
+    assert "FAIL rms_norm x" in result.stdout

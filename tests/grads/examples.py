@@ -1,0 +1,59 @@
+"""A tiny model streamed into a folder, and what is read back from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from refimpl.checkpoint.source import MemorySource
+from refimpl.config import ModelConfig, preset
+from refimpl.parameters import parameter_shapes
+from refimpl.streaming import Request, Result, Stream
+
+TINY = preset("tiny")
+RNG = np.random.default_rng(5)
+TOKENS = RNG.integers(0, TINY.vocabulary, (2, 12))
+
+
+def parameters(config: ModelConfig, dtype: Any = np.float64) -> dict[str, np.ndarray]:
+    """Normal with std 0.15, norms and biases off neutral; gate biases float32 unless all is
+    wider."""
+    rng = np.random.default_rng(0)
+    return {
+        name: (
+            rng.uniform(0.5, 1.5, shape)
+            if name.endswith("norm.weight")
+            else 0.15 * rng.normal(size=shape)
+        ).astype(dtype)
+        for name, shape in parameter_shapes(config).items()
+    }
+
+
+def stream(
+    params: dict[str, np.ndarray],
+    config: ModelConfig,
+    out: Path,
+    tokens: Any = TOKENS,
+    **given: Any,
+) -> Result:
+    return Stream(MemorySource(params, config), Request(tokens, **given)).write(out)
+
+
+def read(out: Path) -> dict[str, np.ndarray]:
+    """Every tensor that the index names, from the file, of the shape and dtype that it names, by
+    safetensors itself."""
+    index = json.loads((out / "index.json").read_text())["tensors"]
+    files = {path.name: load_file(path) for path in out.glob("*.safetensors")}
+    assert {name: entry["file"] for name, entry in index.items()} == {
+        n: f for f, x in files.items() for n in x
+    }
+    found = {name: files[entry["file"]][name] for name, entry in index.items()}
+    assert all(
+        [list(x.shape), str(x.dtype)] == [index[n]["shape"], index[n]["dtype"]]
+        for n, x in found.items()
+    )
+    return found

@@ -1,0 +1,304 @@
+"""Streamed gradients: the model's own, bit for bit, in files; a killed run goes on to the same;
+bounded memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refimpl.check.cases import model_variant
+from refimpl.checkpoint.source import MemorySource
+from refimpl.config import Conventions
+from refimpl.model import ModelOutput, Route, backward, forward, logits
+from refimpl.ops import IMPLEMENTATIONS
+from refimpl.parameters import parameter_shapes
+from refimpl.streaming import Request, Stream, gradient_shapes
+from refimpl.streaming.pieces import ROWS
+
+from grads.examples import RNG, TINY, TOKENS, parameters, read, stream
+
+
+def split(gradients: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A model's gradients under a checkpoint's names, the experts one by one."""
+    found = {}
+    for name, x in gradients.items():
+        if ".experts." in name:
+            found |= {name.replace(".experts.", f".experts.{e}."): part for e, part in enumerate(x)}
+        else:
+            found[name] = x
+    return found
+
+
+def expect_equal(
+    out: Path, output: ModelOutput, params: dict[str, np.ndarray], gradients: dict[str, Any]
+) -> None:
+    """Gradients, logits, loss and routes of the model, bit for bit."""
+    found, wanted = read(out), split(gradients)
+    assert {name.removeprefix("grad/") for name in found if name.startswith("grad/")} == set(wanted)
+    wrong = [name for name, x in wanted.items() if not np.array_equal(found[f"grad/{name}"], x)]
+    assert not wrong
+    assert np.array_equal(found["out/logits"], logits(params, output.hidden))
+    assert {n for n in found if "routes" in n} == {f"aux/routes.{layer}" for layer in output.routes}
+    for layer, route in output.routes.items():
+        assert np.array_equal(found[f"aux/routes.{layer}"], route.indices)
+        assert np.array_equal(found[f"aux/load.{layer}"], output.loads[layer])
+    if output.loss is not None:
+        assert found["out/loss"] == output.loss
+        assert found["out/main"] == output.main
+
+
+UNTIED = replace(TINY, conventions=Conventions(mtp_hidden="raw_first", balance_counts="routed"))
+CONFIGS = {
+    "tiny": TINY,
+    "tied": replace(TINY, tied=True),
+    "variant": model_variant(TINY, Conventions()),
+    "variant, normed": model_variant(TINY, Conventions(), "normed"),
+    "raw first": UNTIED,
+    "no dense layer, no group": replace(TINY, dense_layers=0, groups=1, keep_groups=1),
+    "dense alone": replace(TINY, dense_layers=3, mtp_depth=0),
+    "three modules": replace(TINY, layers=2, mtp_depth=3),
+    "larger than a block": replace(TINY, vocabulary=2 * ROWS + 5, mtp_depth=1),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_whole_loss(name: str, tmp_path: Path) -> None:
+    """With MTP and balance: the model's loss and gradients, bit for bit."""
+    config = CONFIGS[name]
+    params = parameters(config)
+    tokens = RNG.integers(0, config.vocabulary, (2, 12))
+    output, saved = forward(params, tokens, config)
+    result = stream(
+        params,
+        config,
+        tmp_path / "out",
+        tokens,
+        mtp=config.mtp_depth > 0,
+        balance_alpha=config.balance_weight,
+    )
+    gradients = backward(saved)
+    expect_equal(tmp_path / "out", output, params, gradients)
+    assert [result.loss, result.main, result.mtp] == [output.loss, output.main, output.mtp]
+    assert result.balance == output.balance
+    assert not (tmp_path / "out" / "unfinished").exists()
+    for name, x in split(gradients).items():
+        size = result.gradients[name]
+        assert (size.elements, size.largest) == (x.size, np.abs(x).max())
+        np.testing.assert_allclose(size.norm, np.linalg.norm(x), rtol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_default_loss(implementation: str, dtype: Any, tmp_path: Path) -> None:
+    """What Hugging Face computes: no MTP, no balance loss, whatever the config says."""
+    config, params = replace(TINY, mtp_depth=0, balance_weight=0.0), parameters(TINY, dtype)
+    plain = {name: params[name] for name in parameter_shapes(config)}
+    output, saved = forward(plain, TOKENS, config, ops=IMPLEMENTATIONS[implementation])
+    stream(params, TINY, tmp_path / "out", implementation=implementation)
+    expect_equal(tmp_path / "out", output, plain, backward(saved))
+    found = read(tmp_path / "out")
+    z = found["out/logits"].astype(np.float64)
+    log_p = z - np.logaddexp.reduce(z, axis=-1, keepdims=True)
+    each = -np.take_along_axis(log_p[:, :-1], TOKENS[:, 1:, None], axis=-1)[..., 0]
+    np.testing.assert_allclose(
+        found["out/loss_per_token"][:, :-1], each, rtol=0, atol=50 * np.finfo(dtype).eps
+    )
+    assert not found["out/loss_per_token"][:, -1].any()
+    np.testing.assert_allclose(found["out/loss"], each.mean(), rtol=20 * np.finfo(dtype).eps)
+    assert {x.dtype for n, x in found.items() if n[:4] in ("grad", "out/")} == {np.dtype(dtype)}
+
+
+def test_masks_and_targets(tmp_path: Path) -> None:
+    """Loss mask, padding and own targets go where the model puts them."""
+    config, params = TINY, parameters(TINY)
+    given = {
+        "mask": RNG.random(TOKENS.shape) < 0.7,
+        "key_mask": np.arange(12) < np.array([[12], [9]]),
+        "targets": RNG.integers(0, 256, TOKENS.shape),
+    }
+    for number, names in enumerate(
+        (["mask"], ["key_mask"], ["mask", "key_mask"], ["targets"], list(given))
+    ):
+        chosen: Any = {name: given[name] for name in names}
+        output, saved = forward(params, TOKENS, config, **chosen)
+        stream(
+            params,
+            config,
+            tmp_path / str(number),
+            mtp=True,
+            balance_alpha=config.balance_weight,
+            **chosen,
+        )
+        expect_equal(tmp_path / str(number), output, params, backward(saved))
+        found = read(tmp_path / str(number))
+        np.testing.assert_allclose(
+            found["out/loss_per_token"].sum() / found["in/mask"].sum(), output.main, rtol=1e-14
+        )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_from_dlogits(tied: bool, tmp_path: Path) -> None:
+    """The backward alone: of any loss, from its gradient by the logits."""
+    config = replace(TINY, tied=tied, mtp_depth=0)
+    params, dlogits = parameters(config), RNG.normal(size=(*TOKENS.shape, 256))
+    output, saved = forward(params, TOKENS, config, with_loss=False)
+    result = stream(params, config, tmp_path / "out", dlogits=dlogits)
+    expect_equal(tmp_path / "out", output, params, backward(saved, dlogits=dlogits))
+    assert result.loss is None
+    assert not (tmp_path / "out" / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("counts", ["unbiased", "routed"])
+def test_replayed_routes(counts: str, tmp_path: Path) -> None:
+    """Other routes than the model's own are followed, in forward and backward, MTP's too; what
+    counts as well."""
+    config = replace(TINY, conventions=Conventions(balance_counts=counts))
+    params = parameters(config)
+    own, _ = forward(params, TOKENS, config)
+    other = {
+        layer: np.argsort(RNG.random((*r.indices.shape[:2], 8)))[..., :3]
+        for layer, r in own.routes.items()
+    }
+    for name, routes in {
+        "with counts": {layer: Route(x, RNG.permutation(x)) for layer, x in other.items()},
+        "without": {layer: Route(x, None) for layer, x in other.items()},
+    }.items():
+        full = routes
+        if name == "without":  # the balance loss then counts what the convention says
+            full = {
+                layer: Route(x, x if counts == "routed" else None) for layer, x in other.items()
+            }
+        output, saved = forward(params, TOKENS, config, routes=full)
+        assert output.loss != own.loss
+        stream(
+            params,
+            config,
+            tmp_path / name,
+            mtp=True,
+            balance_alpha=config.balance_weight,
+            routes=routes,
+        )
+        expect_equal(tmp_path / name, output, params, backward(saved))
+
+
+def test_the_backward_replays_the_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where recomputation would choose other experts, the routes of the first forward hold."""
+    params, seen = parameters(TINY), []
+    op = IMPLEMENTATIONS["reference"]["router"]
+
+    def noted(*args: Any, routes: Any = None, **kwargs: Any) -> Any:
+        seen.append(routes is not None)
+        return op.forward(*args, routes=routes, **kwargs)
+
+    noting = IMPLEMENTATIONS["reference"] | {"router": op._replace(forward=noted)}
+    monkeypatch.setitem(IMPLEMENTATIONS, "reference", noting)
+    stream(params, TINY, tmp_path / "out", mtp=True)
+    assert seen == [False] * 4 + [True] * 4
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_some_layers(layers: int, tmp_path: Path) -> None:
+    """The first layers, then final norm and head: the model that a config of so many layers has."""
+    whole = replace(TINY, dense_layers=2)
+    config = replace(whole, layers=layers, dense_layers=layers, mtp_depth=0, balance_weight=0.0)
+    params = parameters(whole)
+    fewer = {name: params[name] for name in parameter_shapes(config)}
+    output, saved = forward(fewer, TOKENS, config)
+    stream(params, whole, tmp_path / "out", layers=layers)
+    expect_equal(tmp_path / "out", output, fewer, backward(saved))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "steps"),
+    [
+        ("model.layers.2.*", 7),
+        ("*.experts.5.up_proj.weight", 8),
+        ("lm_head.weight", 5),
+        ("model.embed*", 10),
+    ],
+)
+def test_only(pattern: str, steps: int, tmp_path: Path) -> None:
+    """Some gradients, the same bits; the backward goes no further down than it must."""
+    config, params, done = replace(TINY, mtp_depth=0), parameters(replace(TINY, mtp_depth=0)), []
+    stream(params, config, tmp_path / "all")
+    request = Request(TOKENS, only=pattern)
+    Stream(MemorySource(params, config), request).write(
+        tmp_path / "some", progress=lambda step, number, total: done.append((step, total))
+    )
+    every, some = read(tmp_path / "all"), read(tmp_path / "some")
+    wanted = {f"grad/{n}" for n in gradient_shapes(config) if Path(n).match(pattern)}
+    assert {n for n in some if n.startswith("grad/")} == wanted
+    assert all(np.array_equal(every[name], x) for name, x in some.items())
+    assert done[-1] == ("done", steps)
+
+
+def test_activations(tmp_path: Path) -> None:
+    """Each is what its name says, by way of the model's saved values."""
+    config, params = TINY, parameters(TINY)
+    output, saved = forward(params, TOKENS, config)
+    result = stream(params, config, tmp_path / "out", mtp=True, activations="*", logits=False)
+    found = {name[4:]: x for name, x in read(tmp_path / "out").items() if name.startswith("act/")}
+    assert set(result.activations) == set(found)
+    assert "out/logits" not in read(tmp_path / "out")
+    blocks = [*saved.blocks, *(module.block for module in saved.mtp)]
+    assert np.array_equal(found["model.embed_tokens"], blocks[0].attention.norm.x)
+    assert np.array_equal(found["model.norm"], output.hidden)
+    for layer, block in enumerate(blocks):
+        name = f"model.layers.{layer}"
+        assert np.array_equal(found[f"{name}.after_attention"], block.network.norm.x)
+        attended = found[f"{name}.self_attn"]
+        assert np.array_equal(block.attention.norm.x + attended, block.network.norm.x)
+        if layer:
+            assert np.array_equal(found[f"{name}.mlp.gate.scores"], block.network.router.scores)
+    inputs = [block.attention.norm.x for block in blocks[1:3]] + [saved.norm.x]
+    outputs = inputs + [module.norm.x for module in saved.mtp]
+    assert all(np.array_equal(found[f"model.layers.{layer}"], x) for layer, x in enumerate(outputs))
+    stream(params, config, tmp_path / "some", activations="*.gate.scores")
+    assert sorted(n for n in read(tmp_path / "some") if n.startswith("act/")) == [
+        "act/model.layers.1.mlp.gate.scores",
+        "act/model.layers.2.mlp.gate.scores",
+    ]
+
+
+def test_cotangents(tmp_path: Path) -> None:
+    """Each makes the gradients of what its activation is made of: the table's rows, the norm's
+    weight, and the weights of the last product that joins a layer's output."""
+    config = replace(TINY, mtp_depth=0, balance_weight=0.0)
+    params = parameters(config)
+    stream(params, config, tmp_path / "out", activations="*")
+    found = read(tmp_path / "out")
+    cot = {name[4:]: x for name, x in found.items() if name.startswith("cot/")}
+    assert set(cot) == {
+        "model.embed_tokens",
+        "model.norm",
+        *(f"model.layers.{n}" for n in range(config.layers)),
+    }
+    table = np.zeros_like(params["model.embed_tokens.weight"])
+    np.add.at(table, TOKENS, cot["model.embed_tokens"])
+    np.testing.assert_allclose(table, found["grad/model.embed_tokens.weight"], rtol=0, atol=1e-15)
+    scaled = (
+        np.sum(cot["model.norm"] * found["act/model.norm"], axis=(0, 1))
+        / params["model.norm.weight"]
+    )
+    np.testing.assert_allclose(scaled, found["grad/model.norm.weight"], rtol=1e-12, atol=1e-14)
+    _, saved = forward(params, TOKENS, config)
+    for layer in range(config.layers):
+        last = (
+            saved.blocks[layer].network.ffn
+            if layer < config.dense_layers
+            else saved.blocks[layer].network.moe.shared
+        )
+        name = f"model.layers.{layer}.mlp" + (
+            "" if layer < config.dense_layers else ".shared_experts"
+        )
+        hidden = last.down.x.reshape(
+            -1, last.down.x.shape[-1]
+        )  # what down_proj, whose output joins the layer's, reads
+        dy = cot[f"model.layers.{layer}"].reshape(-1, config.width)
+        np.testing.assert_allclose(
+            dy.T @ hidden, found[f"grad/{name}.down_proj.weight"], rtol=0, atol=1e-15
+        )

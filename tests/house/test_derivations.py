@@ -1,0 +1,90 @@
+"""The derivations: their sections, examples that run, exercises that can be graded, mathematics
+that GitHub renders."""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from refimpl.check.cases import CASES
+
+from support import ROOT
+
+PAGES = sorted(p for p in (ROOT / "derivations").glob("*.md") if p.stem in CASES)
+SECTIONS = [
+    "Setup",
+    "Forward",
+    "Differential",
+    "Adjoint",
+    "What we save",
+    "Checks",
+    "Source map",
+    "Example",
+    "Exercise",
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_sections(page: Path) -> None:
+    assert re.findall(r"^## (.+)$", page.read_text(), re.M) == SECTIONS
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_example_runs(page: Path) -> None:
+    """The code under "Example" stands alone, and asserts something."""
+    example = page.read_text().split("## Example")[1].split("## Exercise")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", example, re.S)
+    assert "assert " in code
+    exec(compile(code, f"{page.name}, example", "exec"), {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_exercise_has_its_command(page: Path) -> None:
+    exercise = page.read_text().split("## Exercise")[1]
+    assert f"refimpl grade {page.stem} mine.py" in exercise
+    assert f"{page.stem}_backward(" in exercise
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_exercise_names_what_is_saved(page: Path) -> None:
+    """Every field of the op's saved record stands in the exercise, so that it can be solved from
+    the page."""
+    op = import_module(f"refimpl.ops.{page.stem}")
+    (record,) = [
+        getattr(op, name)
+        for name in op.__all__
+        if name.lower() == page.stem.replace("_", "") + "saved"
+    ]
+    exercise = page.read_text().split("## Exercise")[1]
+    missing = [name for name in record._fields if f"`{name}`" not in exercise]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_source_map_is_complete(page: Path) -> None:
+    """Every tag of the page stands in its source map (as itself or within a range)."""
+    text = page.read_text().replace(r"\_", "_")
+    numbers = {int(n) for n in re.findall(rf"\\tag\{{{page.stem}\.(\d+)\}}", text)}
+    table = text.split("## Source map")[1].split("## Example")[0]
+    mapped = {int(n) for n in re.findall(rf"\({page.stem}\.(\d+)\)", table)}
+    for first, last in re.findall(
+        rf"\({page.stem}\.(\d+)\)\s*(?:–|…|-|to|through)\s*\({page.stem}\.(\d+)\)", table
+    ):
+        mapped |= set(range(int(first), int(last) + 1))
+    assert numbers == mapped
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_mathematics_survives_markdown(page: Path) -> None:
+    """Inline formulas have no backslash before punctuation, which Markdown would eat; fences and
+    dollars are paired."""
+    text = page.read_text()
+    assert text.count("```") % 2 == 0
+    prose = re.sub(r"```.*?```", "", text, flags=re.S)
+    prose = re.sub(r"`[^`\n]*`", "", prose)
+    assert prose.count("$") % 2 == 0
+    for inline in re.findall(r"\$([^$]+)\$", prose):
+        assert not re.search(r"\\[^a-zA-Z]", inline), f"{page.name}: {inline}"

@@ -1,0 +1,107 @@
+"""README and CONTRIBUTING say what is true: their code runs, their files exist, their figures are
+today's."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import refimpl
+from refimpl.check.cases import CASES
+from refimpl.check.planted import PLANTED
+
+from support import NOT_OPS, ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "code", re.findall(r"```python\n(.*?)```", README, re.S), ids=["rms_norm", "model"]
+)
+def test_code_runs(code: str) -> None:
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_first_line() -> None:
+    first = "DeepSeek-V3/R1 in NumPy and CuPy: every gradient derived by hand and checked"
+    assert README.splitlines()[0] == f"# {first}"
+
+
+def test_file_tree() -> None:
+    """Every name in the annotated tree exists, in the folder it is indented under; every folder of
+    ours is in it."""
+    tree = README.split("## The files")[1].split("```")[1]
+    folders: list[Path] = [ROOT]
+    named = set()
+    for line in tree.strip("\n").splitlines():
+        entry, depth = line.strip().split("  ")[0], (len(line) - len(line.lstrip())) // 2
+        for name in entry.split(", "):
+            path = folders[depth] / name
+            assert path.exists(), f"{path.relative_to(ROOT)} is in README's tree alone"
+            named.add(path.resolve())
+            folders[depth + 1 :] = [path]
+    for path in (ROOT / "refimpl").iterdir():
+        if (
+            not path.name.startswith("_")
+            and path.suffix in ("", ".py")
+            and path.name != "errors.py"
+        ):
+            assert path.resolve() in named, f"{path.name} is missing in README's tree"
+
+
+def test_table_has_every_op() -> None:
+    for op in CASES:
+        code = f"refimpl/ops/{op}.py"
+        assert f"[page](derivations/{op}.md) | [yes]({code}) | [yes]({code})" in README
+
+
+def test_number_of_planted_bugs() -> None:
+    assert f"plants {len(PLANTED)} bugs" in README
+    assert f"{len(PLANTED)} planted bugs" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for document in (README, (ROOT / "CONTRIBUTING.md").read_text()):
+        for target in re.findall(r"`?\bmake ([a-z-]+)\b", document):
+            if target in ("verify", "test", "check", "bugs", "memory", "test-full"):
+                assert f"\n{target}:" in makefile
+
+
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "kernels/README.md",
+    *(f"derivations/{x}.md" for x in sorted(NOT_OPS)),
+]
+
+
+def test_version_is_in_the_changelog() -> None:
+    assert f"## {refimpl.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_of_documents(document: str) -> None:
+    """Every relative link points at something that exists."""
+    path = ROOT / document
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text()):
+        if not target.startswith("http"):
+            assert (path.parent / target).exists(), f"{document} links to {target}"
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        *(".ci/run", "Makefile", "pyproject.toml", "tests/gpu.py"),
+        *("CONTRIBUTING.md", "README.md", "kernels/README.md"),
+        *(p.relative_to(ROOT).as_posix() for p in sorted((ROOT / "derivations").glob("*.md"))),
+    ],
+)
+def test_tests_that_are_named_exist(file: str) -> None:
+    """A test that was moved is named where it stands now; tests/ops/test_<op>.py has a test for
+    any op."""
+    text = (ROOT / file).read_text().replace("<op>", "rms_norm")
+    for named in re.findall(r"\btests/[\w/.*-]*[\w*]", text):
+        assert any(ROOT.glob(named)), f"{file} names {named}"

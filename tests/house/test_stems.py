@@ -1,0 +1,82 @@
+"""One stem, four places: every op has its page, its test, its cases; every module has its test."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from refimpl import ops
+from refimpl.check.cases import CASES, REGIMES
+
+from support import NOT_OPS, PACKAGE, ROOT, STEMS
+
+TESTS = ROOT / "tests"
+FOLDERS = {"streaming": "grads"}  # a folder of refimpl/ whose tests have another name
+TESTED_ELSEWHERE = {  # a module, or a folder of them, without a test file: what tests it instead
+    "__main__": "every process that tests/support.py starts",
+    "bench/device": "make gpu; what it hands on, tests/bench on pretended devices",
+    "check/cases": "tests/ops: each op's property test draws from them and misses no regime",
+    "checkpoint/files": "tests/checkpoint/test_malformed.py",
+    "checkpoint/source": "tests/grads, from memory, and tests/cli/test_grads.py, from files",
+    "cli/inputs": "tests/cli/test_grads.py and test_generate.py: each kind of file",
+    "conventions/examples": "tests/conventions/test_traps.py: the numbers of every trap",
+    "conventions/trap": "tests/conventions/test_traps.py: every field of every trap",
+    "errors": "an exception, which the tests of messages raise",
+    "streaming/request": "tests/cli/test_grads.py: what can't be asked for; tests/grads: what can",
+    "streaming/steps": "tests/grads/test_stream.py: what they make is the model's bits",
+    "verify": "tests/cli/test_verify.py",
+}
+
+
+def modules() -> dict[str, str]:
+    """Each module of the package, as ops/moe, and the test file that it should have."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        folder = path.parent.relative_to(PACKAGE).as_posix()
+        if path.stem != "__init__":
+            place = Path(FOLDERS.get(folder, folder), f"test_{path.stem}.py")
+            found[path.relative_to(PACKAGE).with_suffix("").as_posix()] = place.as_posix()
+    return found
+
+
+def excused(module: str) -> str | None:
+    """The entry of TESTED_ELSEWHERE that a module falls under."""
+    places = [module, *(parent.as_posix() for parent in Path(module).parents)]
+    return next((place for place in places if place in TESTED_ELSEWHERE), None)
+
+
+def test_one_stem_four_places() -> None:
+    """Every op has a derivation, a test, cases with regimes, and an exported pair; and none of
+    these lacks an op."""
+    pages = {path.stem for path in (ROOT / "derivations").glob("*.md")} - NOT_OPS
+    tests = {path.stem.removeprefix("test_") for path in (TESTS / "ops").glob("test_*.py")}
+    assert set(STEMS) == pages == set(CASES) == set(REGIMES)
+    assert set(STEMS) <= tests
+    for stem in STEMS:
+        assert callable(getattr(ops, f"{stem}_forward"))
+        assert callable(getattr(ops, f"{stem}_backward"))
+
+
+def test_every_module_has_its_test() -> None:
+    """refimpl/<folder>/<stem>.py is tested by tests/<folder>/test_<stem>.py, or by what the list
+    above says. A folder's tests may also be one file, tests/test_<folder>.py."""
+    for module, place in modules().items():
+        whole = TESTS / f"test_{Path(place).parent}.py"
+        assert excused(module) or (TESTS / place).exists() or whole.exists(), (
+            f"tests/{place} is missing"
+        )
+
+
+def test_no_excuse_is_stale() -> None:
+    """Each entry of the list names modules, and none of them has a test file of its own."""
+    for entry in TESTED_ELSEWHERE:
+        places = [place for module, place in modules().items() if excused(module) == entry]
+        assert places, f"refimpl/{entry} does not exist"
+        assert not [place for place in places if (TESTS / place).exists()], entry
+
+
+def test_no_test_twice() -> None:
+    """Two tests of one name in a file: the second would hide the first."""
+    for path in TESTS.rglob("test_*.py"):
+        names = re.findall(r"^def (test_\w+)\(", path.read_text(), re.M)
+        assert len(names) == len(set(names)), path.name

@@ -1,0 +1,106 @@
+"""The batch: what `forward` promises when targets, masks and positions are not given, and what an
+MTP module meets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refimpl.batch import Batch, count_true, make_batch
+from refimpl.config import preset
+
+CONFIG = preset("tiny")  # two MTP modules
+LIKE = np.zeros(1)
+TOKENS = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+
+
+def batch(**given: Any) -> Batch:
+    return make_batch(LIKE, TOKENS, CONFIG, **given)
+
+
+def test_nothing_given() -> None:
+    """The target is the next token; the last position has none that counts."""
+    made = batch()
+    assert made.targets[:, :-1].tolist() == TOKENS[:, 1:].tolist()
+    assert made.mask.tolist() == [[True] * 4 + [False]] * 2
+    assert made.positions.tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert made.takes_part is made.segments is None
+
+
+def test_padding_and_documents() -> None:
+    """A target counts if it is a real token of the same document; a given mask takes away."""
+    key_mask = np.array([[True] * 5, [False, False, True, True, True]])
+    segments = np.array([[0, 0, 1, 1, 1], [7] * 5])
+    made = batch(key_mask=key_mask, segments=segments)
+    assert made.mask.tolist() == [
+        [True, False, True, True, False],
+        [False, False, True, True, False],
+    ]
+    mask = np.array([[False, True, True, True, True]] * 2)
+    both = batch(key_mask=key_mask, segments=segments, mask=mask)
+    assert np.array_equal(both.mask, made.mask & mask)
+
+
+def test_given_targets() -> None:
+    """Every position has one then; only a given mask takes away, or padding without one."""
+    assert batch(targets=TOKENS).mask.all()
+    mask = np.array([[True, False, True, False, True]] * 2)
+    assert np.array_equal(batch(targets=TOKENS, mask=mask).mask, mask)
+    key_mask = np.array([[True] * 5, [False] + [True] * 4])
+    assert np.array_equal(batch(targets=TOKENS, key_mask=key_mask).mask, key_mask)
+
+
+def test_positions() -> None:
+    """One row for all, or a row each."""
+    assert batch(positions=np.arange(5) + 11).positions.tolist() == [[11, 12, 13, 14, 15]] * 2
+    rows = np.array([[0, 1, 0, 1, 2], [4, 5, 6, 7, 8]])
+    assert np.array_equal(batch(positions=rows).positions, rows)
+
+
+def test_as_a_module_meets_it() -> None:
+    """Module k reads the token k later and predicts the one after that."""
+    made = batch()
+    for depth in (1, 2):
+        met = made.at(depth)
+        assert np.array_equal(met.tokens, TOKENS[:, depth:])
+        assert np.array_equal(met.targets[:, :-1], TOKENS[:, depth + 1 :])
+        assert met.mask.sum() == made.mask.sum() - 2 * depth
+        assert np.array_equal(met.positions, made.positions[:, : 5 - depth])
+
+
+def test_normalisers() -> None:
+    made = batch()
+    assert made.mtp_normaliser("positions") == 10
+    assert made.mtp_normaliser("main") == 8
+    assert made.mtp_normaliser("valid") is None
+    key_mask = np.array([[True] * 5, [False, False, True, True, True]])
+    assert batch(key_mask=key_mask).mtp_normaliser("positions") == 8
+    assert count_true(np.zeros(3, dtype=bool)) is None  # a sum over none is 0 whatever divides it
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"targets": TOKENS[:, 1:]}, r"targets must have shape \(B, T\)=\(2, 5\), got \(2, 4\)"),
+        ({"segments": TOKENS[0]}, r"segments must have shape \(B, T\)"),
+        ({"mask": TOKENS}, "mask must be"),
+        ({"key_mask": np.ones((1, 5), dtype=bool)}, r"key_mask must have shape \(B, T\)"),
+        ({"positions": np.arange(4)}, r"positions must have shape \(B, T\) or \(T,\)"),
+    ],
+    ids=["targets", "segments", "mask", "key_mask", "positions"],
+)
+def test_errors(given: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        batch(**given)
+
+
+def test_tokens_must_reach_the_last_module() -> None:
+    with pytest.raises(ValueError, match=r"with T > mtp_depth=2, got \(2, 2\)"):
+        make_batch(LIKE, TOKENS[:, :2], CONFIG)
+    make_batch(LIKE, TOKENS[:, :1], CONFIG, with_loss=False)
+    make_batch(LIKE, TOKENS[:, :1], replace(CONFIG, mtp_depth=0))
+    with pytest.raises(ValueError, match="tokens must"):
+        make_batch(LIKE, TOKENS + 250, CONFIG)

@@ -1,0 +1,51 @@
+"""Text to tokens and back: no broken characters, a checkpoint's tokenizer, bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from refimpl.tokenizer import Bytes, HuggingFace, TextStream
+
+from support import byte_level
+
+SAMPLE = "naïve 日本語 🎉 \N{REPLACEMENT CHARACTER} end"
+
+
+def test_no_broken_characters() -> None:
+    """A character's bytes come in several tokens: the pieces hold it whole, and no piece a part of
+    it."""
+    stream = TextStream(Bytes())
+    pieces = [stream.add(byte) for byte in SAMPLE.encode()]
+    assert "".join(pieces) + stream.rest() == SAMPLE
+    assert (
+        sum("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces) == 1
+    )  # the one that stands there
+    assert pieces[:4] == ["n", "a", "", "ï"]
+    for byte in "日".encode()[:2]:
+        assert stream.add(byte) == ""
+    assert (
+        stream.rest() == "\N{REPLACEMENT CHARACTER}"
+    )  # the end of the text, in the middle of a character
+    assert stream.add(ord("a")) == "a"
+
+
+def test_tokenizer(tmp_path: Path) -> None:
+    byte_level(tmp_path)
+    plain = HuggingFace(tmp_path)
+    tokens = plain.encode(SAMPLE)
+    assert len(tokens) == len(SAMPLE.encode())
+    assert plain.decode(tokens) == SAMPLE
+    settings: dict[str, Any] = {"add_bos_token": True, "bos_token": {"content": "<s>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = HuggingFace(tmp_path)
+    assert tokenizer.encode(SAMPLE) == [256, *tokens]
+    assert tokenizer.encode("<s>" + SAMPLE) == [256, *tokens]
+    assert tokenizer.decode([256, *tokens]) == SAMPLE
+    stream = TextStream(tokenizer)
+    pieces = [stream.add(token) for token in tokens]
+    assert "".join(pieces) == SAMPLE
+    assert pieces[:4] == ["n", "a", "", "ï"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": False}))
+    assert HuggingFace(tmp_path).encode(SAMPLE) == tokens
