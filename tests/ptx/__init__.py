@@ -77,10 +77,8 @@ def run(
     room = 1 << (blocks - 1).bit_length()  # for more, so that more launches find their machine
     size = sum(x.nbytes for x in arguments if isinstance(x, np.ndarray))
     keep = room * lanes <= FEW_LANES and size <= FEW_BYTES
-    if keep:
-        machine = kept_machine(entry, sizes[1], room, shared, races=races, sectors=sectors)
-    else:
-        machine = Machine(entry, sizes[1], blocks, shared, races=races, sectors=sectors)
+    make, blocks = (kept_machine, room) if keep else (Machine, blocks)
+    machine = make(entry, sizes[1], blocks, shared, races=races, sectors=sectors)
     machine.begin(sizes[0], seed, limit)
     memory = machine.memory
     arrays = allocate(memory, arguments)
