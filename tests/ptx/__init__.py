@@ -23,7 +23,7 @@ __all__ = ["PTXError", "Report", "run"]
 # bytes of a block, of a kernel that has not been allowed more by cudaFuncSetAttribute
 MOST_SHARED = 48 << 10
 MOST_LANES = 16384  # at once
-FEW_LANES = 2048  # of a machine that is kept
+FEW_LANES, FEW_BYTES = 1024, 1 << 16  # of a machine that is kept, and of its launch's arrays
 
 
 def run(
@@ -72,11 +72,12 @@ def run(
         raise ValueError(
             f"shared memory must be at most {MOST_SHARED} bytes of a block, got {needed}"
         )
-    warps = -(-int(np.prod(sizes[1])) // 32)
-    blocks = max(1, min(int(np.prod(sizes[0])), MOST_LANES // (32 * warps)))
-    # room for more blocks than there are costs little, and more launches find their machine
-    blocks = 1 << (blocks - 1).bit_length()
-    make = machine_of if 32 * warps * blocks <= FEW_LANES else Machine
+    lanes = -(-int(np.prod(sizes[1])) // 32) * 32
+    blocks = max(1, min(int(np.prod(sizes[0])), MOST_LANES // lanes))
+    room = 1 << (blocks - 1).bit_length()  # for more, so that more launches find their machine
+    size = sum(x.nbytes for x in arguments if isinstance(x, np.ndarray))
+    keep = room * lanes <= FEW_LANES and size <= FEW_BYTES
+    make, blocks = (kept_machine, room) if keep else (Machine, blocks)
     machine = make(entry, sizes[1], blocks, shared, races=races, sectors=sectors)
     machine.begin(sizes[0], seed, limit)
     memory = machine.memory
@@ -97,9 +98,11 @@ def run(
                 array.reshape(-1).view(np.uint8)[:] = memory.bytes[address - memory.base :][
                     : array.nbytes
                 ]
+        if not keep:
+            vars(machine).clear()  # its steps refer to it, and it would wait for the collector
 
 
-machine_of = lru_cache(maxsize=64)(Machine)
+kept_machine = lru_cache(maxsize=32)(Machine)
 
 
 def allocate(memory: Arena, arguments: Sequence[Any]) -> list[tuple[np.ndarray, int]]:

@@ -80,13 +80,12 @@ class Machine:
         granule = min(
             [4, *(np.dtype(DTYPES.get(type, np.uint8)).itemsize for type in types)]
         )  # the smallest access
-        nothing = Order(0, self.warps)
-        self.memory = Arena("global", GLOBAL_START, granule, nothing, races, self.fail)
-        self.shared = Arena("shared", 0, granule, nothing, races, self.fail)
+        self.order = Order(0, self.warps)
+        self.memory = Arena("global", GLOBAL_START, granule, self.order, races, self.fail)
+        self.shared = Arena("shared", 0, granule, self.order, races, self.fail)
         self.arenas = {"global": self.memory, "shared": self.shared}
         self.symbols: dict[str, int] = {}
         self.registers: dict[Register, Array] = {}
-        self.views: dict[tuple[Operand, str], Array] = {}
         self.special = {
             f"%{name}.{axis}": np.zeros(self.lanes, np.uint32)
             for name in ("tid", "ntid", "ctaid", "nctaid")
@@ -95,11 +94,7 @@ class Machine:
         self.pc, self.copy_group = np.zeros((2, self.lanes), np.int64)
         self.state = np.zeros(self.lanes, np.int8)
         self.steps: list[instructions.Step] = [self.bind] * len(self.program)
-        self.lay_out(dynamic)
-
-    def lay_out(self, dynamic: int) -> None:
-        """Places of shared variables."""
-        for name, align, size in self.kernel.shared:
+        for name, align, size in kernel.shared:  # places of shared variables
             if size:
                 self.symbols[name] = self.shared.add(name, size, align)
         unsized = [
@@ -114,13 +109,10 @@ class Machine:
 
     def begin(self, grid: tuple[int, ...], seed: int, limit: int) -> None:
         """A new launch: nothing has run, and no array has a place."""
-        self.grid = grid
-        self.seed = seed
-        self.limit = limit
+        self.grid, self.total = grid, int(np.prod(grid))
+        self.seed, self.limit = seed, limit
         self.rng, self.report = np.random.default_rng(seed), Report()
-        self.total = int(np.prod(grid))
-        self.order = Order(self.total, self.warps)
-        self.memory.order = self.shared.order = self.order
+        self.order = self.memory.order = self.shared.order = Order(self.total, self.warps)
         self.memory.clear()
         for name, sizes in (("ntid", self.block), ("nctaid", grid)):
             for axis, size in zip("xyz", sizes, strict=True):
@@ -315,12 +307,6 @@ class Machine:
 
     def view(self, operand: Operand, type: str) -> Array:
         """A register over all lanes."""
-        found = self.views.get((operand, type))
-        if found is None:
-            found = self.views[operand, type] = self.new_view(operand, type)
-        return found
-
-    def new_view(self, operand: Operand, type: str) -> Array:
         if not isinstance(operand, Register):
             raise self.unsupported(f"the operand {operand}")
         if operand.type == "special":

@@ -93,9 +93,8 @@ class Arena:
             self.owner[start : start + size] = number
         self.read_only = np.array([place[2] for place in self.places])
         granules = copies * self.stride // self.granule
-        self.valid, self.atomic, self.constant = np.empty(
-            (3, granules), bool
-        )  # constant: read by .nc
+        self.flags = np.empty((3, granules), bool)
+        self.valid, self.atomic, self.constant = self.flags  # constant: read by .nc
         # [slot, (thread, time), granule]: the last write; the last read, and the last before it
         # from another thread, another warp, another block. If any read races with a write, one of
         # these four does.
@@ -108,8 +107,7 @@ class Arena:
     def reset(self) -> None:
         """All bytes poisoned (0xFF: NaN in every float type) and unwritten."""
         self.bytes.fill(0xFF)
-        for flags in (self.valid, self.atomic, self.constant):
-            flags.fill(False)
+        self.flags.fill(False)
         self.writes[:, 0].fill(-1)  # nobody; their times don't matter
         self.reads[:, 0].fill(-1)
 

@@ -117,7 +117,6 @@ class Parser:
         self.counted = 0  # characters, in whose lines `line` is
         # types of registers; of a family by its name and "<"
         self.scopes: list[dict[str, str]] = []
-        self.known: dict[str, Operand] = {}  # of these scopes
 
     def accept(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
         """The next piece of the text if it is of this form; `line` is where its first word
@@ -171,7 +170,6 @@ class Parser:
             self.scopes.append({})
         elif brace:
             self.scopes.pop()
-            self.known.clear()
         elif label:
             kernel.labels[label] = len(kernel.instructions)
         elif text.startswith(".reg"):
@@ -194,20 +192,14 @@ class Parser:
                 f"line {self.line}: {text}: such a type, or a name that is taken, isn't supported"
             )
         self.scopes[-1][name] = found[1]
-        self.known.clear()
 
     def type_of(self, name: str) -> str:
         """The type of a register in scope, or nothing."""
         family = name.rstrip("0123456789") + "<"
-        found = [scope.get(name) or scope.get(family) for scope in self.scopes]
-        return next(filter(None, found), "")
+        return next(filter(None, (s.get(name) or s.get(family) for s in self.scopes)), "")
 
     def operand(self, text: str) -> Operand:
-        if text not in self.known:
-            self.known[text] = self.new_operand(text.strip())
-        return self.known[text]
-
-    def new_operand(self, text: str) -> Operand:
+        text = text.strip()
         if text[0] == "{":
             return Vector(self.operand(part) for part in text[1:-1].split(","))
         if text[0] == "[":
