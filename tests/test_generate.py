@@ -17,27 +17,16 @@ from refimpl.config import Conventions, ModelConfig, preset
 from refimpl.generate import Chain, Decoder, Generation, Sampler, generate
 from refimpl.model import forward, logits
 from refimpl.ops import IMPLEMENTATIONS
-from refimpl.parameters import parameter_shapes
 from refimpl.text import load_text
 
 from golden.checkpoint_values import TRAINED
+from random_parameters import random_parameters
 from support import FULL
 
 TINY = preset("tiny")
 CONFIGS = {"tiny": TINY, "variant": replace(model_variant(TINY, TINY.conventions), yarn=TINY.yarn)}
 PROMPTS = [[5], [9, 8, 7, 6, 5, 4, 3, 2, 1], [40, 41, 42], [250, 3, 3, 60, 61, 62]]
 FEW = {"max_tokens": 12}
-
-
-def parameters(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """Normal with std 0.3, norms and biases off neutral."""
-    rng = np.random.default_rng(seed)
-    return {
-        name: rng.uniform(0.5, 1.5, shape)
-        if name.endswith("norm.weight")
-        else 0.3 * rng.normal(size=shape)
-        for name, shape in parameter_shapes(config).items()
-    }
 
 
 def whole(params: dict[str, np.ndarray], tokens: Sequence[int], config: ModelConfig) -> np.ndarray:
@@ -64,7 +53,10 @@ def test_decoding_is_the_whole_forward(name: str, prefill: str) -> None:
     """At every position, whatever the pieces that the tokens are read in."""
     config = CONFIGS[name]
     assert config.active_yarn is not None
-    params, tokens = parameters(config), np.random.default_rng(1).integers(0, 256, (2, 40))
+    params, tokens = (
+        random_parameters(config, std=0.3),
+        np.random.default_rng(1).integers(0, 256, (2, 40)),
+    )
     wanted = logits(params, forward(params, tokens, config, with_loss=False)[0].hidden)
     for pieces in ([40], [7] + [1] * 33, [1] * 40, [3, 2, 5, 1, 9, 20]):
         decoder = Decoder(params, config, np.zeros(2, int), prefill=IMPLEMENTATIONS[prefill])
@@ -77,7 +69,7 @@ def test_decoding_is_the_whole_forward(name: str, prefill: str) -> None:
 def test_size_of_the_cache(name: str) -> None:
     """C + R numbers a token and layer, and nothing else grows."""
     config = CONFIGS[name]
-    decoder = Decoder(parameters(config), config, np.zeros(3, int))
+    decoder = Decoder(random_parameters(config, std=0.3), config, np.zeros(3, int))
     for length in (5, 1, 1):
         decoder.read(np.ones((3, length), int))
     assert list(decoder.caches) == list(range(config.layers))
@@ -88,7 +80,10 @@ def test_size_of_the_cache(name: str) -> None:
 
 def test_cut_forgets() -> None:
     """What was read and cut off leaves no trace, to the bit."""
-    params, tokens = parameters(TINY), np.random.default_rng(2).integers(0, 256, (1, 9))
+    params, tokens = (
+        random_parameters(TINY, std=0.3),
+        np.random.default_rng(2).integers(0, 256, (1, 9)),
+    )
     one, other = (Decoder(params, TINY, np.zeros(1, int)) for _ in range(2))
     for decoder in (one, other):
         decoder.read(tokens[:, :5])
@@ -104,7 +99,7 @@ def test_cut_forgets() -> None:
 def test_padding_changes_nothing(name: str) -> None:
     """Each row of a padded batch has the logits that it has alone, in the prompt and behind it."""
     config = CONFIGS[name]
-    params, pads = parameters(config), [9 - len(p) for p in PROMPTS]
+    params, pads = random_parameters(config, std=0.3), [9 - len(p) for p in PROMPTS]
     later = np.random.default_rng(3).integers(0, 256, (4, 5))
     tokens = np.concatenate(
         [[[0] * pad + p for pad, p in zip(pads, PROMPTS, strict=True)], later], axis=1
@@ -258,7 +253,10 @@ def test_drafts_are_those_of_the_whole_chain(name: str) -> None:
     """Each module's logits with its cache are those of `forward` without one, however many tokens
     came at once."""
     config = replace(DEPTH3, conventions=Conventions(**CHAINS[name]))
-    params, tokens = parameters(config), np.random.default_rng(4).integers(0, 256, 40).tolist()
+    params, tokens = (
+        random_parameters(config, std=0.3),
+        np.random.default_rng(4).integers(0, 256, 40).tolist(),
+    )
     decoder, seen = Decoder(params, config, np.zeros(1, int)), 0
     chain = Chain(decoder)
     for new in (1, 1, 4, 1, 2, 3, 1, 9, 1, 1):
@@ -349,7 +347,7 @@ def test_speculation_keeps_samples(trained: Any, speculate: int) -> None:
 
 def test_untrained_modules_change_nothing() -> None:
     """Random weights draft nonsense, which is refused."""
-    params = parameters(TINY)
+    params = random_parameters(TINY, std=0.3)
     plain, found = (generate(params, TINY, PROMPTS, max_tokens=20, speculate=n) for n in (0, 2))
     assert [g.tokens for g in found] == [g.tokens for g in plain]
     assert sum(g.accepted for g in found) < 0.1 * sum(g.drafted for g in found)
@@ -401,6 +399,6 @@ def test_array_api_strict(trained: Any, speculate: int) -> None:
     ],
 )
 def test_errors(change: dict[str, Any], message: str) -> None:
-    given = {"params": parameters(TINY), "config": TINY, "prompts": [[1]]} | change
+    given = {"params": random_parameters(TINY, std=0.3), "config": TINY, "prompts": [[1]]} | change
     with pytest.raises(ValueError, match=message):
         generate(**given)

@@ -25,22 +25,12 @@ from refimpl.ops import (
 )
 from refimpl.parameters import init_parameters, is_buffer, parameter_shapes
 
+from random_parameters import random_parameters
 from support import FULL
 
 SMALL = replace(preset("tiny"), vocabulary=31, width=9, q_latent=5, heads=2, layers=2, mtp_depth=1)
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(0, 31, (2, 9))
-
-
-def parameters(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """Normal with std 0.15, norms and biases off neutral."""
-    rng = np.random.default_rng(seed)
-    return {
-        name: rng.uniform(0.5, 1.5, shape)
-        if name.endswith("norm.weight")
-        else 0.15 * rng.normal(size=shape)
-        for name, shape in parameter_shapes(config).items()
-    }
 
 
 def largest_error(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
@@ -129,7 +119,7 @@ def test_every_convention_changes_the_loss_and_keeps_its_gradient(change: dict[s
     """Each field of the record moves the loss; the directional derivative over all parameters
     follows it."""
     config = replace(SMALL, mtp_depth=2, conventions=Conventions(**change))
-    params = parameters(config)
+    params = random_parameters(config)
     for name in params:
         if is_buffer(name):
             params[name] = params[name] - 1.5  # negative: masking with 0 or -inf differs
@@ -150,7 +140,7 @@ def test_every_convention_changes_the_loss_and_keeps_its_gradient(change: dict[s
 
 
 def test_a_gradient_for_every_parameter() -> None:
-    params = parameters(SMALL)
+    params = random_parameters(SMALL)
     _, saved = forward(params, TOKENS, SMALL)
     grads = backward(saved)
     assert list(grads) == [name for name in parameter_shapes(SMALL) if not is_buffer(name)]
@@ -163,7 +153,7 @@ def test_a_gradient_for_every_parameter() -> None:
 def test_from_dlogits() -> None:
     """The main loss by way of whole logits gives the gradients that the fused head gives."""
     config = replace(SMALL, mtp_depth=0, balance_weight=0.0)
-    params = parameters(config)
+    params = random_parameters(config)
     output, saved = forward(params, TOKENS, config)
     z = logits(params, output.hidden)
     targets = np.concatenate([TOKENS[:, 1:], TOKENS[:, -1:]], axis=1)
@@ -178,7 +168,7 @@ def test_from_dhidden() -> None:
     """log_prob's gradient of the hidden states, and of the head, is all that another loss needs
     (GRPO's way)."""
     config = replace(SMALL, mtp_depth=0, balance_weight=0.0)
-    params = parameters(config)
+    params = random_parameters(config)
     output, saved = forward(params, TOKENS, config, with_loss=False)
     assert output.loss is None
     targets, weight = np.roll(TOKENS, -1, axis=1), RNG.normal(size=TOKENS.shape)
@@ -197,7 +187,7 @@ def test_from_dhidden() -> None:
 def test_gradients_add_up() -> None:
     """dloss, dlogits and dhidden given together are the sum of each alone; the backward is linear
     in them."""
-    params = parameters(SMALL)
+    params = random_parameters(SMALL)
     output, saved = forward(params, TOKENS, SMALL)
     dz, dh = RNG.normal(size=(2, 9, 31)), RNG.normal(size=output.hidden.shape)
     parts = [backward(saved, dloss=0.3), backward(saved, dlogits=dz), backward(saved, dhidden=dh)]
@@ -210,7 +200,7 @@ def test_gradients_add_up() -> None:
 
 @pytest.mark.parametrize("implementation", ["flash", "absorbed"])
 def test_implementations_plug_in_by_name(implementation: str) -> None:
-    params = parameters(SMALL)
+    params = random_parameters(SMALL)
     a, a_saved = forward(params, TOKENS, SMALL)
     b, b_saved = forward(params, TOKENS, SMALL, ops=IMPLEMENTATIONS[implementation])
     assert abs(a.loss - b.loss) <= 1e-14 * abs(a.loss)
@@ -240,7 +230,7 @@ def test_every_op_of_the_table_is_used() -> None:
         return Op(note("forward", pair.forward), note("backward", pair.backward))
 
     _, saved = forward(
-        parameters(SMALL),
+        random_parameters(SMALL),
         TOKENS,
         SMALL,
         ops=REFERENCE | {n: counted(n, pair) for n, pair in REFERENCE.items()},
@@ -250,7 +240,7 @@ def test_every_op_of_the_table_is_used() -> None:
 
 
 def test_replayed_routes_are_bitwise_the_same() -> None:
-    params = parameters(SMALL)
+    params = random_parameters(SMALL)
     first, saved = forward(params, TOKENS, SMALL)
     again, saved_again = forward(params, TOKENS, SMALL, routes=first.routes)
     assert again.loss == first.loss
@@ -261,7 +251,7 @@ def test_replayed_routes_are_bitwise_the_same() -> None:
 
 
 def test_loads_count_every_choice() -> None:
-    output, _ = forward(parameters(SMALL), TOKENS, SMALL)
+    output, _ = forward(random_parameters(SMALL), TOKENS, SMALL)
     assert {layer: int(load.sum()) for layer, load in output.loads.items()} == {
         1: 2 * 9 * 3,
         2: 2 * 8 * 3,
@@ -273,7 +263,7 @@ def test_padding_changes_nothing(side: str) -> None:
     """Losses and all gradients of a padded sequence are those of the sequence alone (each its own
     mean)."""
     config = replace(SMALL, mtp_depth=2, conventions=Conventions(mtp_normaliser="valid"))
-    params, tokens = parameters(config), TOKENS[:1, :7]
+    params, tokens = random_parameters(config), TOKENS[:1, :7]
     pad = ((0, 0), (3, 0) if side == "left" else (0, 3))
     key_mask = np.pad(np.ones((1, 7), dtype=bool), pad)
     positions = np.pad(np.arange(7)[None], pad)
@@ -292,7 +282,7 @@ def test_padding_changes_nothing(side: str) -> None:
 def test_packed_documents_are_separate() -> None:
     """Two documents in one row, with segments and restarted positions, give the states of the two
     alone."""
-    params = parameters(SMALL)
+    params = random_parameters(SMALL)
     segments, positions = np.array([[0] * 4 + [1] * 5]), np.array([[*range(4), *range(5)]])
     packed, _ = forward(params, TOKENS[:1], SMALL, segments=segments, positions=positions)
     first, _ = forward(params, TOKENS[:1, :4], SMALL)
@@ -303,7 +293,7 @@ def test_packed_documents_are_separate() -> None:
 
 
 def test_float32_stays_float32() -> None:
-    params = {n: p.astype(np.float32) for n, p in parameters(SMALL).items()}
+    params = {n: p.astype(np.float32) for n, p in random_parameters(SMALL).items()}
     output, saved = forward(params, TOKENS, SMALL)
     assert output.hidden.dtype == output.loss.dtype == np.float32
     assert {g.dtype for g in backward(saved).values()} == {np.dtype(np.float32)}
@@ -318,7 +308,7 @@ def test_a_step_downhill_lowers_the_loss() -> None:
 
 
 def test_errors() -> None:
-    params = parameters(SMALL)
+    params = random_parameters(SMALL)
     with pytest.raises(
         ValueError,
         match=r"lm_head.weight is missing.*model.norm.weight must have shape \(9,\), got \(3,\)",

@@ -23,6 +23,7 @@ from refimpl.model import backward, forward
 from refimpl.parameters import parameter_shapes
 
 from golden.checkpoint_values import GOLDEN, Values, assert_agree, golden_values
+from random_parameters import random_parameters
 from support import refimpl_here, refimpl_process
 
 CONFIG = preset("tiny")
@@ -33,13 +34,7 @@ TOKENS = np.random.default_rng(3).integers(0, 256, (2, 10))
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of tiny in bfloat16, and inputs beside it."""
     place = tmp_path_factory.mktemp("grads")
-    rng = np.random.default_rng(0)
-    params = {
-        name: rng.uniform(0.5, 1.5, shape)
-        if name.endswith("norm.weight")
-        else 0.15 * rng.normal(size=shape)
-        for name, shape in parameter_shapes(CONFIG).items()
-    }
+    params = random_parameters(CONFIG)
     save_checkpoint(params, CONFIG, place / "checkpoint", dtype="bfloat16", shard_bytes=20_000)
     plain = {
         n: p for n, p in params.items() if not n.startswith(("model.layers.3.", "model.layers.4."))

@@ -12,25 +12,10 @@ from safetensors.numpy import load_file
 from refimpl.checkpoint.source import MemorySource
 from refimpl.config import ModelConfig, preset
 from refimpl.grads import Request, Result, write_gradients
-from refimpl.parameters import parameter_shapes
 
 TINY = preset("tiny")
 RNG = np.random.default_rng(5)
 TOKENS = RNG.integers(0, TINY.vocabulary, (2, 12))
-
-
-def parameters(config: ModelConfig, dtype: Any = np.float64) -> dict[str, np.ndarray]:
-    """Normal with std 0.15, norms and biases off neutral; gate biases float32 unless all is
-    wider."""
-    rng = np.random.default_rng(0)
-    return {
-        name: (
-            rng.uniform(0.5, 1.5, shape)
-            if name.endswith("norm.weight")
-            else 0.15 * rng.normal(size=shape)
-        ).astype(dtype)
-        for name, shape in parameter_shapes(config).items()
-    }
 
 
 def stream(

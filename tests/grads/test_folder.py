@@ -20,7 +20,8 @@ from refimpl.grads import Request, Result, write_gradients
 from refimpl.grads.folder import read_record
 from refimpl.model import Route, forward
 
-from grads.examples import TINY, TOKENS, parameters, read, stream
+from grads.examples import TINY, TOKENS, read, stream
+from random_parameters import random_parameters
 from support import FULL, ROOT
 
 CHILD = """
@@ -28,7 +29,8 @@ import os, signal, sys
 from pathlib import Path
 import numpy as np
 sys.path.insert(0, {tests!r})
-from grads.examples import TINY, TOKENS, parameters
+from grads.examples import TINY, TOKENS
+from random_parameters import random_parameters
 import refimpl.checkpoint.tensor_file as tensor_file
 from refimpl.checkpoint.source import MemorySource
 from refimpl.grads import Request, write_gradients
@@ -44,7 +46,7 @@ def until(self, *args):
 
 tensor_file.TensorWriter.write = until
 request = Request(TOKENS, mtp=True, balance_alpha=0.01, activations="*")
-write_gradients(MemorySource(parameters(TINY), TINY), request, Path({out!r}))
+write_gradients(MemorySource(random_parameters(TINY), TINY), request, Path({out!r}))
 """
 
 
@@ -59,7 +61,7 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     """Killed over and over in the middle of a file, each time as soon; what is done stays, and all
     is as of one run."""
     whole, out = tmp_path / "whole", tmp_path / "out"
-    stream(parameters(TINY), TINY, whole, mtp=True, balance_alpha=0.01, activations="*")
+    stream(random_parameters(TINY), TINY, whole, mtp=True, balance_alpha=0.01, activations="*")
     done: dict[Path, int] = {}
     for writes in (0, 5, *((50,) * 5 if FULL else (110,) * 2)):  # of 262
         assert run_child(out, writes) == -signal.SIGKILL
@@ -73,7 +75,7 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     with pytest.raises(
         CouldNotRun, match="holds an unfinished run of another request \\(other mtp\\)"
     ):
-        stream(parameters(TINY), TINY, out, balance_alpha=0.01, activations="*")
+        stream(random_parameters(TINY), TINY, out, balance_alpha=0.01, activations="*")
     assert run_child(out, 10**9) == 0
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {
         p.name: p.read_bytes() for p in whole.iterdir()
@@ -84,7 +86,7 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
 def test_resumed_at_every_step(tied: bool, tmp_path: Path) -> None:
     """Interrupted at the beginning of every step in turn, what is left is as of one run."""
     config = replace(TINY, tied=tied)
-    source = MemorySource(parameters(config), config)
+    source = MemorySource(random_parameters(config), config)
     request = Request(TOKENS, mtp=True, balance_alpha=0.01, activations="*")
     order: list[str] = []
     write_gradients(
@@ -108,7 +110,7 @@ def test_resumed_at_every_step(tied: bool, tmp_path: Path) -> None:
 def test_another_request_is_refused(tmp_path: Path) -> None:
     """Each part of the request, and the checkpoint, tells an unfinished run from another; --force
     starts anew."""
-    params, config = parameters(TINY), TINY
+    params, config = random_parameters(TINY), TINY
     mask = np.ones_like(TOKENS, dtype=bool)
     routes = {
         layer: Route(r.indices, None)
@@ -147,7 +149,7 @@ def test_another_request_is_refused(tmp_path: Path) -> None:
 
 def unfinished(out: Path) -> Callable[..., Result]:
     """Leave a run that stopped when its first backward was done; the function resumes it."""
-    source, request = MemorySource(parameters(TINY), TINY), Request(TOKENS, activations="*")
+    source, request = MemorySource(random_parameters(TINY), TINY), Request(TOKENS, activations="*")
 
     def stop(step: str, done: int, total: int) -> None:
         if step == "backward 1":
@@ -208,7 +210,7 @@ def test_a_record_without_notes(tmp_path: Path) -> None:
 
 def test_a_finished_result_stays(tmp_path: Path) -> None:
     """Nothing is overwritten without force, nor beside foreign files even with it."""
-    params = parameters(TINY)
+    params = random_parameters(TINY)
     source = MemorySource(params, TINY)
     write_gradients(source, Request(TOKENS), tmp_path)
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()}
@@ -233,7 +235,7 @@ def test_one_run_at_a_time(force: bool, tmp_path: Path) -> None:
     """While a run works in a folder, another is refused and changes nothing, even by force; then
     the folder is free."""
     out, refused = tmp_path / "out", []
-    source = MemorySource(parameters(TINY), TINY)
+    source = MemorySource(random_parameters(TINY), TINY)
     other = partial(write_gradients, source, Request(TOKENS, only="model.norm.*"), out)
 
     def meanwhile(step: str, done: int, total: int) -> None:
@@ -244,7 +246,7 @@ def test_one_run_at_a_time(force: bool, tmp_path: Path) -> None:
 
     write_gradients(source, Request(TOKENS), out, progress=meanwhile)
     assert set(refused) == {f"{out} is in use by another run"}
-    stream(parameters(TINY), TINY, tmp_path / "alone")
+    stream(random_parameters(TINY), TINY, tmp_path / "alone")
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {
         p.name: p.read_bytes() for p in (tmp_path / "alone").iterdir()
     }
@@ -261,7 +263,7 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
         assert child.stdout is not None
         assert child.stdout.readline() == "held\n"
         with pytest.raises(CouldNotRun, match="is in use by another run"):
-            stream(parameters(TINY), TINY, tmp_path)
+            stream(random_parameters(TINY), TINY, tmp_path)
         child.kill()
-    stream(parameters(TINY), TINY, tmp_path)
+    stream(random_parameters(TINY), TINY, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir())[-1] == "out.safetensors"

@@ -12,13 +12,14 @@ from refimpl.checkpoint.source import MemorySource
 from refimpl.grads import Request, write_gradients
 from refimpl.grads.lazy import ROWS, Rows, sum_in_blocks
 
-from grads.examples import RNG, TINY, TOKENS, parameters
+from grads.examples import RNG, TINY, TOKENS
+from random_parameters import random_parameters
 
 
 def test_no_stack_of_experts_is_read(tmp_path: Path) -> None:
     """Experts come one by one, of the embedding only the rows that occur, and in the backward each
     expert once."""
-    config, params = replace(TINY, mtp_depth=0), parameters(replace(TINY, mtp_depth=0))
+    config, params = replace(TINY, mtp_depth=0), random_parameters(replace(TINY, mtp_depth=0))
     asked: list[tuple[str, Any]] = []
 
     class Watched(MemorySource):

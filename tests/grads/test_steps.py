@@ -19,7 +19,8 @@ from refimpl.model import ModelOutput, Route, backward, forward, logits
 from refimpl.ops import IMPLEMENTATIONS
 from refimpl.parameters import parameter_shapes
 
-from grads.examples import RNG, TINY, TOKENS, parameters, read, stream
+from grads.examples import RNG, TINY, TOKENS, read, stream
+from random_parameters import random_parameters
 
 
 def split(gradients: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -69,7 +70,7 @@ CONFIGS = {
 def test_the_whole_loss(name: str, tmp_path: Path) -> None:
     """With MTP and balance: the model's loss and gradients, bit for bit."""
     config = CONFIGS[name]
-    params = parameters(config)
+    params = random_parameters(config)
     tokens = RNG.integers(0, config.vocabulary, (2, 12))
     output, saved = forward(params, tokens, config)
     result = stream(
@@ -95,7 +96,10 @@ def test_the_whole_loss(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_the_default_loss(implementation: str, dtype: Any, tmp_path: Path) -> None:
     """What Hugging Face computes: no MTP, no balance loss, whatever the config says."""
-    config, params = replace(TINY, mtp_depth=0, balance_weight=0.0), parameters(TINY, dtype)
+    config, params = (
+        replace(TINY, mtp_depth=0, balance_weight=0.0),
+        random_parameters(TINY, dtype=dtype),
+    )
     plain = {name: params[name] for name in parameter_shapes(config)}
     output, saved = forward(plain, TOKENS, config, ops=IMPLEMENTATIONS[implementation])
     stream(params, TINY, tmp_path / "out", implementation=implementation)
@@ -114,7 +118,7 @@ def test_the_default_loss(implementation: str, dtype: Any, tmp_path: Path) -> No
 
 def test_masks_and_targets(tmp_path: Path) -> None:
     """Loss mask, padding and own targets go where the model puts them."""
-    config, params = TINY, parameters(TINY)
+    config, params = TINY, random_parameters(TINY)
     given = {
         "mask": RNG.random(TOKENS.shape) < 0.7,
         "key_mask": np.arange(12) < np.array([[12], [9]]),
@@ -144,7 +148,7 @@ def test_masks_and_targets(tmp_path: Path) -> None:
 def test_from_dlogits(tied: bool, tmp_path: Path) -> None:
     """The backward alone: of any loss, from its gradient by the logits."""
     config = replace(TINY, tied=tied, mtp_depth=0)
-    params, dlogits = parameters(config), RNG.normal(size=(*TOKENS.shape, 256))
+    params, dlogits = random_parameters(config), RNG.normal(size=(*TOKENS.shape, 256))
     output, saved = forward(params, TOKENS, config, with_loss=False)
     result = stream(params, config, tmp_path / "out", dlogits=dlogits)
     expect_equal(tmp_path / "out", output, params, backward(saved, dlogits=dlogits))
@@ -157,7 +161,7 @@ def test_replayed_routes(counts: str, tmp_path: Path) -> None:
     """Other routes than the model's own are followed, in forward and backward, MTP's too; what
     counts as well."""
     config = replace(TINY, conventions=Conventions(balance_counts=counts))
-    params = parameters(config)
+    params = random_parameters(config)
     own, _ = forward(params, TOKENS, config)
     other = {
         layer: np.argsort(RNG.random((*r.indices.shape[:2], 8)))[..., :3]
@@ -187,7 +191,7 @@ def test_replayed_routes(counts: str, tmp_path: Path) -> None:
 
 def test_the_backward_replays_the_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where recomputation would choose other experts, the routes of the first forward hold."""
-    params, seen = parameters(TINY), []
+    params, seen = random_parameters(TINY), []
     op = IMPLEMENTATIONS["reference"]["router"]
 
     def noted(*args: Any, routes: Any = None, **kwargs: Any) -> Any:
@@ -205,7 +209,7 @@ def test_some_layers(layers: int, tmp_path: Path) -> None:
     """The first layers, then final norm and head: the model that a config of so many layers has."""
     whole = replace(TINY, dense_layers=2)
     config = replace(whole, layers=layers, dense_layers=layers, mtp_depth=0, balance_weight=0.0)
-    params = parameters(whole)
+    params = random_parameters(whole)
     fewer = {name: params[name] for name in parameter_shapes(config)}
     output, saved = forward(fewer, TOKENS, config)
     stream(params, whole, tmp_path / "out", layers=layers)
@@ -242,7 +246,7 @@ def test_the_order_of_the_steps() -> None:
 def test_only(pattern: str, steps: int, tmp_path: Path) -> None:
     """Some gradients, the same bits; the backward goes no further down than it must."""
     config = replace(TINY, mtp_depth=0)
-    params = parameters(replace(TINY, mtp_depth=0))
+    params = random_parameters(replace(TINY, mtp_depth=0))
     done = []
     stream(params, config, tmp_path / "all")
     request = Request(TOKENS, only=pattern)
@@ -261,7 +265,7 @@ def test_only(pattern: str, steps: int, tmp_path: Path) -> None:
 
 def test_activations(tmp_path: Path) -> None:
     """Each is what its name says, by way of the model's saved values."""
-    config, params = TINY, parameters(TINY)
+    config, params = TINY, random_parameters(TINY)
     output, saved = forward(params, TOKENS, config)
     result = stream(params, config, tmp_path / "out", mtp=True, activations="*", logits=False)
     found = {name[4:]: x for name, x in read(tmp_path / "out").items() if name.startswith("act/")}
@@ -291,7 +295,7 @@ def test_cotangents(tmp_path: Path) -> None:
     """Each makes the gradients of what its activation is made of: the table's rows, the norm's
     weight, and the weights of the last product that joins a layer's output."""
     config = replace(TINY, mtp_depth=0, balance_weight=0.0)
-    params = parameters(config)
+    params = random_parameters(config)
     stream(params, config, tmp_path / "out", activations="*")
     found = read(tmp_path / "out")
     cot = {name[4:]: x for name, x in found.items() if name.startswith("cot/")}
