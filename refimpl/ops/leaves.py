@@ -77,10 +77,9 @@ class Table(Mapping[str, AnyOp]):
         raise AttributeError(f"a table is frozen: write table | {{{name!r}: …}}")
 
     def __repr__(self) -> str:
-        names = [name for name, op in vars(self).items() if op != getattr(type(self), name)]
-        return self.label + (
-            f" | {{{', '.join(f'{name!r}: …' for name in names)}}}" if names else ""
-        )
+        changed = [name for name, op in vars(self).items() if op != getattr(type(self), name)]
+        shown = ", ".join(f"{name!r}: …" for name in changed)
+        return f"{self.label} | {{{shown}}}" if changed else self.label
 
 
 class Leaves(Table):
