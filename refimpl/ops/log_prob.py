@@ -56,12 +56,13 @@ def log_prob_forward(
         total = zeros((m1 - m0, 1), rows)
         largest = real(total) - xp.inf
         for w0, w1 in blocks(w.shape[0], block[1]):
-            logits = xp.matmul(rows[m0:m1, :], xp.matrix_transpose(w[w0:w1, :]))
-            z = logits / temperature  # (log_prob.1)
+            z = xp.matmul(rows[m0:m1, :], xp.matrix_transpose(w[w0:w1, :]))
+            z = z / temperature  # (log_prob.1)
             larger = xp.maximum(largest, xp.max(real(z), axis=-1, keepdims=True))
             decay = xp.exp(cast(largest, z) - cast(larger, z))
-            e = xp.exp(z - cast(larger, z))
-            total = total * decay + xp.sum(e, axis=-1, keepdims=True)  # (log_prob.2)
+            # a block that has a name would still be held while the next is computed
+            block_total = xp.sum(xp.exp(z - cast(larger, z)), axis=-1, keepdims=True)
+            total = total * decay + block_total  # (log_prob.2)
             target_logit = _pick(z, targets[m0:m1] - w0)  # (log_prob.3)
             chosen = add_to(chosen, (slice(m0, m1), ...), target_logit)
             largest = larger

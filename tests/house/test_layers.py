@@ -40,6 +40,14 @@ def imports(module: str) -> set[str]:
         if isinstance(node, ast.ImportFrom) and node.level:
             base = package.split(".")[: len(package.split(".")) - node.level + 1]
             source = ".".join([*base, *([node.module] if node.module else [])])
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            source = node.module
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name in MODULES}
+            continue
+        else:
+            continue
+        if source in MODULES:
             names = [f"{source}.{alias.name}" for alias in node.names]
             found |= {name if name in MODULES else source for name in names}
     return found - {module}
