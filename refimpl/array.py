@@ -1,8 +1,8 @@
 """The only differences between array libraries and number types, kept in one place.
 
 Every op runs unchanged on NumPy float32, float64 and longdouble, on complex numbers (the checker's
-complex step), on object arrays (its exact dual numbers), on array-api-strict, and on CuPy. Three
-rules make that work, and each has its function here:
+complex step), on object arrays (its exact dual numbers), on array-api-strict, on JAX and on
+CuPy. Three rules make that work, and each has its function here:
 
 * a branch, a maximum or a top-k looks at ``real(x)``, so that the infinitesimal part never decides
   anything;

@@ -25,6 +25,7 @@ from .ops import (
     select_experts,
     yarn_softmax_factor,
 )
+from .ops.leaves import expect_table
 from .parameters import (
     ATTENTION_NORM,
     EMBEDDING,
@@ -69,7 +70,6 @@ class ModelOutput(NamedTuple):
 class AttentionSublayerSaved(NamedTuple):
     norm: Any
     mla: Any
-    y: Array  # [B, T, D]: what is added to the stream; no gradient needs it, who looks inside does
     cache: Array  # [B, S, C + R]: for the tokens that follow
 
 
@@ -165,10 +165,7 @@ def forward(
 
     Returns (ModelOutput, saved). ValueError names every tensor that is missing or misshapen.
     """
-    if not isinstance(ops, Ops):
-        raise TypeError(
-            f"ops must be a table, REFERENCE | {{name: Op(…)}}, got {type(ops).__name__}"
-        )
+    expect_table(ops, Ops)
     check_parameters(params, config)
     batch = make_batch(
         params[EMBEDDING],
@@ -349,7 +346,7 @@ def attention_sublayer_forward(
         segments=batch.segments,
         ops=run.ops,
     )
-    return output.y, AttentionSublayerSaved(norm_saved, mla_saved, output.y, output.cache)
+    return output.y, AttentionSublayerSaved(norm_saved, mla_saved, output.cache)
 
 
 def attention_sublayer_backward(

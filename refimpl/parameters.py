@@ -204,26 +204,35 @@ def init_parameters(
 
 
 def misfits(params: Parameters, config: ModelConfig) -> list[str]:
-    """What is missing, misshapen, or no parameter of the config."""
+    """What is missing, misshapen, or not a parameter of the config; a dozen, and how many more."""
     wanted = parameter_shapes(config)
     wrong = [f"{name} is missing" for name in wanted if name not in params]
     for name, shape in wanted.items():
         if name in params and tuple(params[name].shape) != shape:
             wrong.append(f"{name} must have shape {shape}, got {tuple(params[name].shape)}")
-    return wrong + [
-        f"{name} is not a parameter of this config" for name in params if name not in wanted
-    ]
+    wrong += [f"{name} is not a parameter of this config" for name in params if name not in wanted]
+    return _a_dozen(wrong)
 
 
 def check_parameters(params: Parameters, config: ModelConfig) -> None:
-    """ValueError names the tensors that are missing, misshapen or unknown, and those whose type is
-    not the embedding's; at most a dozen."""
+    """ValueError names what `misfits` finds, or else the tensors whose type is not the
+    embedding's."""
     wrong = misfits(params, config)
-    dtype = getattr(params.get(EMBEDDING), "dtype", None)
-    for name in parameter_shapes(config):
-        if name in params and not is_buffer(name) and params[name].dtype != dtype:
-            wrong.append(f"{name} must be {dtype} like {EMBEDDING}, got {params[name].dtype}")
-    if len(wrong) > MOST_MISFITS:
-        wrong[MOST_MISFITS:] = [f"and {len(wrong) - MOST_MISFITS} more"]
+    if not wrong:
+        dtype = params[EMBEDDING].dtype
+        wrong = _a_dozen(
+            [
+                f"{name} must be {dtype} like {EMBEDDING}, got {p.dtype}"
+                for name, p in params.items()
+                if not is_buffer(name) and p.dtype != dtype
+            ]
+        )
     if wrong:
         raise ValueError("params do not fit the config: " + "; ".join(wrong))
+
+
+def _a_dozen(wrong: list[str]) -> list[str]:
+    """The first of them, and how many more there are."""
+    if len(wrong) <= MOST_MISFITS:
+        return wrong
+    return [*wrong[:MOST_MISFITS], f"and {len(wrong) - MOST_MISFITS} more"]

@@ -73,7 +73,7 @@ def save_checkpoint(
     are not in the file.
     """
     if wrong := misfits(params, config):
-        raise ValueError("params do not fit the config: " + "; ".join(wrong[:12]))
+        raise ValueError("params do not fit the config: " + "; ".join(wrong))
 
     def rows(name: str, expert: int | None, first: int, last: int) -> np.ndarray:
         return np.asarray(params[name] if expert is None else params[name][expert])[first:last]

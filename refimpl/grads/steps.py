@@ -146,8 +146,10 @@ class Steps:
         activations = {
             module_name(layer): x,
             layer_name(layer, AFTER_ATTENTION): block.network.norm.x,
-            layer_name(layer, ATTENTION): block.attention.y,
         }
+        if layer_name(layer, ATTENTION) in self.folder.activations:
+            o = block.attention.mla.o  # what the output projection read: its product again
+            activations[layer_name(layer, ATTENTION)] = run.ops.linear.forward(o.x, o.w)[0]
         if isinstance(block.network, ExpertsSublayerSaved):
             activations[layer_name(layer, SCORES)] = block.network.routed.scores
             record |= self._routing(block.network)

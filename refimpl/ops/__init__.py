@@ -14,7 +14,7 @@ from .linear import linear_backward, linear_forward
 from .log_prob import log_prob_backward, log_prob_forward
 from .mla import MLAOutput, mla_backward, mla_forward
 from .mla_absorbed import mla_absorbed_backward, mla_absorbed_forward
-from .moe import moe_backward, moe_forward
+from .moe import NETWORKS, Networks, moe_backward, moe_forward
 from .mtp import mtp_backward, mtp_forward, mtp_pairs
 from .preference_loss import preference_loss_backward, preference_loss_forward
 from .reference import IMPLEMENTATIONS, REFERENCE, Ops
@@ -45,6 +45,8 @@ __all__ = [
     "LEAVES",
     "Leaves",
     "MLAOutput",
+    "NETWORKS",
+    "Networks",
     "Op",
     "Ops",
     "REFERENCE",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ..array import Array, expect, last
-from .leaves import LEAVES, Leaves
+from .leaves import LEAVES, Leaves, expect_table
 
 __all__ = ["FFNSaved", "ffn_backward", "ffn_forward"]
 
@@ -26,6 +26,7 @@ def ffn_forward(
     x: Array, w_gate: Array, w_up: Array, w_down: Array, *, ops: Leaves = LEAVES
 ) -> tuple[Array, FFNSaved]:
     """y […, D] for ``x`` […, D], ``w_gate`` and ``w_up`` [F, D], ``w_down`` [D, F]."""
+    expect_table(ops, Leaves)
     expect("w_gate", w_gate, "(F, D)", (None, last(x, "x")))
     expect("w_up", w_up, "(F, D)", tuple(w_gate.shape))
     expect("w_down", w_down, "(D, F)", (x.shape[-1], w_gate.shape[0]))

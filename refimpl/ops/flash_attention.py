@@ -91,12 +91,11 @@ def flash_attention_backward(do: Array, saved: FlashAttentionSaved) -> tuple[Arr
             p = xp.exp(scores - lse[:, :, t0:t1, :])  # (flash_attention.6)
             dp = _scores(do_block, v_block, 1)
             ds = scale * p * (dp - row_sum[:, :, t0:t1, :])  # (flash_attention.7)
-            dq_block = xp.permute_dims(_mix(ds, k_block), (0, 2, 1, 3))  # (flash_attention.8)
-            dk_block = sum_heads(einsum("bhts,bthx->bshx", ds, q_block), k)
-            dv_block = sum_heads(einsum("bhts,bthv->bshv", p, do_block), v)
-            dq = add_to(dq, _positions(t0, t1), dq_block)
-            dk = add_to(dk, _positions(s0, s1), dk_block)
-            dv = add_to(dv, _positions(s0, s1), dv_block)
+            queries, seen = _positions(t0, t1), _positions(s0, s1)
+            mixed = _mix(ds, k_block)  # (flash_attention.8)
+            dq = add_to(dq, queries, xp.permute_dims(mixed, (0, 2, 1, 3)))
+            dk = add_to(dk, seen, sum_heads(einsum("bhts,bthx->bshx", ds, q_block), k))
+            dv = add_to(dv, seen, sum_heads(einsum("bhts,bthv->bshv", p, do_block), v))
     return dq, dk, dv
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ..array import Array, expect, namespace, number
 from .cross_entropy import token_weights
-from .leaves import LEAVES, Leaves
+from .leaves import LEAVES, Leaves, expect_table
 
 __all__ = ["HeadCrossEntropySaved", "head_cross_entropy_backward", "head_cross_entropy_forward"]
 
@@ -38,6 +38,7 @@ def head_cross_entropy_forward(
     `log_prob_forward`.
     """
     xp = namespace(h=h, w=w)
+    expect_table(ops, Leaves)
     expect("targets", targets, "(…)", tuple(h.shape[:-1]))
     targets, weight = token_weights(h, targets, mask, normaliser, w.shape[0])
     log_p, saved = ops.log_prob.forward(h, w, targets=targets, block=block)

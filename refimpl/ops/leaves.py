@@ -29,7 +29,7 @@ from .rope import rope_backward, rope_forward
 from .router import router_backward, router_forward
 from .swiglu import swiglu_backward, swiglu_forward
 
-__all__ = ["LEAVES", "AnyOp", "Leaves", "Op", "Table"]
+__all__ = ["LEAVES", "AnyOp", "Leaves", "Op", "Table", "expect_table"]
 
 Forward = TypeVar("Forward", bound=Callable[..., Any])
 Backward = TypeVar("Backward", bound=Callable[..., Any])
@@ -80,6 +80,17 @@ class Table(Mapping[str, AnyOp]):
         changed = [name for name, op in vars(self).items() if op != getattr(type(self), name)]
         shown = ", ".join(f"{name!r}: …" for name in changed)
         return f"{self.label} | {{{shown}}}" if changed else self.label
+
+
+def expect_table(ops: object, kind: type[Table]) -> None:
+    """TypeError unless ``ops`` is a table with all that ``kind`` has."""
+    if isinstance(ops, kind):
+        return
+    if not (isinstance(ops, Table) and {*kind()} <= {*ops}):
+        raise TypeError(
+            f"ops must be {kind.label} or a larger table, {kind.label} | {{name: Op(…)}}, got "
+            f"{ops if isinstance(ops, Table) else type(ops).__name__}"
+        )
 
 
 class Leaves(Table):

@@ -86,10 +86,9 @@ def log_prob_backward(dy: Array, saved: LogProbSaved) -> tuple[Array, Array]:
             p = xp.exp(z - lse[m0:m1, :])  # (log_prob.6)
             is_target = _is_target(p, targets[m0:m1] - w0)
             dz = weight[m0:m1, :] * xp.where(is_target, 1 - p, -p)  # (log_prob.7)
-            dh_part = xp.matmul(dz, w[w0:w1, :])  # (log_prob.8)
-            dw_part = xp.matmul(xp.matrix_transpose(dz), rows[m0:m1, :])  # (log_prob.9)
-            dh = add_to(dh, (slice(m0, m1), ...), dh_part)
-            dw = add_to(dw, (slice(w0, w1), ...), dw_part)
+            dh = add_to(dh, (slice(m0, m1), ...), xp.matmul(dz, w[w0:w1, :]))  # (log_prob.8)
+            dz = xp.matrix_transpose(dz)
+            dw = add_to(dw, (slice(w0, w1), ...), xp.matmul(dz, rows[m0:m1, :]))  # (log_prob.9)
     return xp.reshape(dh, h.shape), dw
 
 

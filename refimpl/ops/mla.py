@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from ..array import Array, expect, last, namespace
 from .choices import Layout
-from .leaves import LEAVES, Leaves
+from .leaves import LEAVES, Leaves, expect_table
 
 __all__ = [
     "MLAOutput",
@@ -72,6 +72,7 @@ def project(
     """Queries [B, T, H, N + R] and latents [B, T, C + R], both rotated: what both forms of MLA
     begin with."""
     xp = namespace(x=x, w_q_b=w_q_b, w_kv_a=w_kv_a)
+    expect_table(ops, Leaves)
     expect("x", x, "(B, T, D)", (None, None, None))
     if (w_q_a is None) != (w_q_a_norm is None):
         raise ValueError(

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ..array import Array, argsort, expect, last, library, namespace, put, take_rows, zeros
 from .ffn import ffn_backward, ffn_forward
-from .leaves import Leaves, Op
+from .leaves import Leaves, Op, expect_table
 from .router import expert_load
 
 __all__ = [
@@ -80,6 +80,7 @@ def moe_forward(
         network as wide as all shared experts together, or None for none; added unscaled.
     """
     xp = namespace(x=x, weights=weights, w_gate=w_gate)
+    expect_table(ops, Networks)
     check_shapes(
         x, weights, indices, w_gate, w_up, w_down, w_shared_gate, w_shared_up, w_shared_down
     )

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ..array import Array, expect, expect_mask, last, namespace
 from .choices import MTPOrder, expect_choice
-from .leaves import LEAVES, Leaves
+from .leaves import LEAVES, Leaves, expect_table
 
 __all__ = ["MTPSaved", "mtp_backward", "mtp_forward", "mtp_pairs"]
 
@@ -45,6 +45,7 @@ def mtp_forward(
     weights) or ``hidden_embedding`` (the paper's eq. 21).
     """
     xp, d = namespace(hidden=hidden, embedding=embedding), hidden.shape[-1]
+    expect_table(ops, Leaves)
     expect("embedding", embedding, "hidden.shape", tuple(hidden.shape))
     expect("w_proj", w_proj, "(D, 2D)", (d, 2 * d))
     expect_choice("order", order, MTPOrder)

@@ -6,8 +6,20 @@ import inspect
 
 import pytest
 
-from refimpl.ops import IMPLEMENTATIONS, LEAVES, REFERENCE, Op, mla_forward, rms_norm_forward
-from refimpl.ops.moe import NETWORKS
+from refimpl.check.cases import CASES, RandomDraw, pair_of
+from refimpl.ops import (
+    IMPLEMENTATIONS,
+    LEAVES,
+    NETWORKS,
+    REFERENCE,
+    Leaves,
+    Networks,
+    Op,
+    Ops,
+    mla_forward,
+    rms_norm_forward,
+)
+from refimpl.ops.leaves import expect_table
 
 MINE = Op(lambda x, w, *, eps: (x, None), lambda dy, saved: (dy, None))
 
@@ -62,3 +74,25 @@ def test_help_shows_the_name_of_a_table() -> None:
     assert repr(IMPLEMENTATIONS["absorbed"]) == "REFERENCE | {'mla': …}"
     wanted = "ops: 'Leaves' = LEAVES) -> 'tuple[MLAOutput, MLASaved]'"
     assert str(inspect.signature(mla_forward)).endswith(wanted)
+
+
+@pytest.mark.parametrize(
+    ("table", "wanted", "got"),
+    [
+        ({"linear": REFERENCE.linear}, "LEAVES", "dict"),
+        (LEAVES, "NETWORKS", "LEAVES"),
+        (NETWORKS | {"ffn": REFERENCE.ffn}, "REFERENCE", "NETWORKS"),
+    ],
+)
+def test_a_table_that_lacks_ops(table: object, wanted: str, got: str) -> None:
+    kind = {"LEAVES": Leaves, "NETWORKS": Networks, "REFERENCE": Ops}[wanted]
+    expect_table(REFERENCE, kind)
+    with pytest.raises(TypeError, match=rf"ops must be {wanted} or a larger table, .*, got {got}"):
+        expect_table(table, kind)
+
+
+def test_composite_ops_ask_for_a_table() -> None:
+    for op in ("ffn", "mla", "mla_absorbed", "moe", "head_cross_entropy", "mtp"):
+        case = CASES[op](RandomDraw(0))
+        with pytest.raises(TypeError, match=r"ops must be (LEAVES|NETWORKS) or a larger table"):
+            pair_of(op).forward(*case.inputs, **case.kwargs, ops={})
