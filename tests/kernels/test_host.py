@@ -81,6 +81,23 @@ def test_host_side_does_nothing_that_cupy_refuses(op: str, monkeypatch: pytest.M
     )
 
 
+@pytest.mark.skipif(ON_DEVICE, reason="counted on the pretended CuPy")
+@pytest.mark.parametrize("experts", [4, 32])
+def test_moe_copies_to_the_host_twice(experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward on the kernels: the span of ``indices`` and the loads, however many
+    experts there are."""
+    monkeypatch.setitem(sys.modules, "cupy", pretended_cupy.Pretended("cupy"))
+    monkeypatch.setattr(pretended_cupy, "COPIES", copies := list[str]())
+    table, there = cuda_table(PretendedLaunch()), pretended_cupy.there
+    rng = np.random.default_rng(0)
+    shapes = [(5, 8), (5, 3), (experts, 4, 8), (experts, 4, 8), (experts, 8, 4)]
+    arrays = [there(rng.normal(size=shape).astype(np.float32)) for shape in shapes]
+    indices = there(rng.integers(0, experts, (5, 3)))
+    y, saved = table["moe"].forward(*arrays, None, None, None, indices=indices, ops=table)
+    table["moe"].backward(y, saved)
+    assert copies == ["tolist", "tolist"]
+
+
 PRODUCTS = [
     (a, b, out)
     for a, b, out in (
