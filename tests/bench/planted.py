@@ -96,6 +96,11 @@ def dx_without_the_mean(dx: Any, part: Any, dy: Any, x: Any, w: Any, r: Any, *_:
     return dy * w * r.reshape(-1, 1)
 
 
+def forgets_the_mean(run: Run, arguments: Arguments) -> None:
+    arguments[1][...] = 0
+    run(arguments)
+
+
 def silu_without_its_second_term(dgate: Any, dup: Any, dy: Any, gate: Any, up: Any, *_: Any) -> Any:
     dy, gate, up = wide(dy, gate, up)
     return dy * up / (1 + np.exp(-gate))
@@ -113,6 +118,8 @@ NORM = {
     "1e-5 more of dw": scaled("rms_norm_weight", by=1 + 1e-5),
 }
 ROPE = {
+    "turned back by the forward": given("rope_rotate", 9, lambda sign: -abs(sign)),
+    "turned on by the backward": given("rope_rotate", 9, abs),
     "turned the other way": given("rope_rotate", 9, lambda sign: -sign),
     "the other layout": given("rope_rotate", 8, lambda interleaved: 1 - interleaved),
     "angles of the next position": given("rope_rotate", 2, lambda cos: np.roll(cos, 1, axis=0)),
@@ -194,6 +201,9 @@ ADAMW = {
     "decay left out": given("adamw_update", 10, lambda decay: 0),
     "rates exchanged": Mistake("adamw_update", lambda run, x: run([*x[:5], x[6], x[5], *x[7:]])),
     "learning rate a thousandth more": given("adamw_update", 11, lambda rate: 1.001 * rate),
+    "mean of the gradients forgotten": Mistake("adamw_update", forgets_the_mean),
+    "first rate 2e-5 more": given("adamw_update", 5, lambda rest: (1 + 2e-5) * rest),
+    "second rate 2e-5 more": given("adamw_update", 6, lambda rest: (1 + 2e-5) * rest),
     "last element left out": given("adamw_update", 4, lambda size: size - 1),
 }
 PLANTED: dict[str, dict[str, Mistake]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,8 @@ from refimpl.bench.rows import ROWS, SPREAD, Maker, error_of, most_error, number
 
 from bench.examples import SMALL, V3, DryLaunch, on_interpreter, results
 from bench.planted import PLANTED, PlantedLaunch
-from kernel_support import ON_DEVICE, InterpreterLaunch, make_launch
+from kernel_support import ON_DEVICE, InterpreterLaunch, PretendedLaunch, make_launch
+from pretended_cupy import Pretended, there
 
 T = 4096
 D = 7168
@@ -119,6 +121,46 @@ def test_rows_are_right_and_repeat(name: str) -> None:
         assert work.check() == errors, name
 
 
+RESULTS = {  # what each row checks
+    "RMSNorm forward": {"y", "dx", "dw"}, "RMSNorm backward": {"y", "dx", "dw"},
+    "RoPE forward": {"y", "dx"}, "RoPE backward": {"y", "dx"},
+    "SwiGLU forward": {"y", "dgate", "dup"}, "SwiGLU backward": {"y", "dgate", "dup"},
+    "gate top-k": {"ids", "weights", "scores"}, "MoE permute": {"rows"}, "MoE combine": {"y"},
+    "CE forward + backward in place": {"loss", "dlogits at the targets", "other dlogits"},
+    "head + CE": {"loss", "dh", "dw"}, "AdamW step": {"p", "m", "v"},
+    "GRPO from log-probabilities": {"clips", "loss", "dlog_prob"},
+}  # fmt: skip
+
+
+class PretendedMaker(Maker):
+    """What is drawn lies on the pretended CuPy."""
+
+    def normal(self, *shape: int, dtype: Any = None, scale: float = 1) -> Any:
+        return there(super().normal(*shape, dtype=dtype, scale=scale))
+
+    def integers(self, below: int, *shape: int) -> Any:
+        return there(super().integers(below, *shape))
+
+    def order(self, slots: int) -> Any:
+        return there(np.argsort(self.rng.random(slots, dtype=np.float32)))
+
+
+@on_interpreter
+@pytest.mark.parametrize("name", ROWS)
+def test_checks_do_nothing_that_cupy_refuses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same errors as on NumPy's arrays, up to the order of the reference's sums."""
+    monkeypatch.setitem(sys.modules, "cupy", cupy := Pretended("cupy"))
+    row, storage = ROWS[name], number_type(ROWS[name].storage)
+    on_cupy, on_numpy = (
+        row.make(maker(launch, xp, SMALL, storage, 1))
+        for maker, launch, xp in (
+            (PretendedMaker, PretendedLaunch(), cupy),
+            (Maker, InterpreterLaunch(), np),
+        )
+    )
+    assert on_cupy.check() == pytest.approx(on_numpy.check(), abs=0.01), name
+
+
 @on_interpreter
 @pytest.mark.parametrize("name", ROWS)
 def test_planted_mistakes_show(name: str) -> None:
@@ -133,7 +175,8 @@ def test_planted_mistakes_show(name: str) -> None:
         wrong = {result for result, error in work.check().items() if not error <= 1}
         assert wrong, f"{name}: nothing saw {mistake!r}"
         seen |= wrong
-    assert seen == set(right), f"{name}: no mistake shows in {set(right) - seen}"
+    assert set(right) == RESULTS[name]
+    assert seen == RESULTS[name], f"{name}: no mistake shows in {RESULTS[name] - seen}"
     launch.mistake = None
     for errors in (right, work.check()):
         assert max(errors.values()) <= 1, f"{name}: {errors}"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from refimpl.bench import RUNS
 from refimpl.bench.measure import Times
 from refimpl.bench.results import line_of, read_results, render
 from refimpl.bench.rows import ROWS, Maker
@@ -68,8 +69,12 @@ class Stub(types.ModuleType):
             runtime=runtime,
             using_allocator=lambda _: nullcontext(),
             Device=lambda: types.SimpleNamespace(id=0),
-            get_elapsed_time=lambda before, after: 1.0,
+            get_elapsed_time=self.elapsed,
         )
+
+    def elapsed(self, before: Any, after: Any) -> float:
+        self.said.append("elapsed")
+        return 1.0
 
     def get_default_memory_pool(self) -> Any:
         return types.SimpleNamespace(free_all_blocks=lambda: self.said.append("free"))
@@ -175,6 +180,16 @@ def test_results_are_written_as_they_come(
     monkeypatch.setattr(bench, "select_rows", lambda names: rows)
     CliRunner().invoke(app, ["bench", "--gpu", "--runs", "20", "--results", str(tmp_path)])
     assert [row.name for row in read_results(tmp_path)[0].rows] == ["RMSNorm forward"]
+
+
+@on_interpreter
+def test_ceilings_are_of_warm_clocks(stub: Stub) -> None:
+    """200 times eight copies of 1 ms together before the samples, and as many products: what a
+    row's share and target are of must not be too low."""
+    from refimpl.bench.device import CupyDevice
+
+    CupyDevice().ceilings()
+    assert stub.said == ["elapsed"] * 2 * (200 + RUNS)
 
 
 @on_interpreter

@@ -21,7 +21,7 @@ from kernel_support import (
     ON_DEVICE,
     SHAPES,
     WIDE,
-    InterpreterLaunch,
+    PretendedLaunch,
     compare,
     make_launch,
     ops_of,
@@ -48,26 +48,6 @@ def test_what_a_launch_refuses() -> None:
             host.Kernels(make_launch(), "cross_entropy")(
                 "cross_entropy_forward", "float32", 1, 512, size
             )
-
-
-class PretendedLaunch(InterpreterLaunch):
-    """The interpreter under arrays that are dressed as CuPy's."""
-
-    def __call__(
-        self, module: Any, kernel: str, grid: Any, block: Any, arguments: Any, *, shared: int = 0
-    ) -> None:
-        assert not any(type(x) is np.ndarray for x in arguments), (
-            f"{kernel} was given a NumPy array"
-        )
-        given = {
-            id(x): pretended_cupy.here(x) for x in arguments
-        }  # one object for an array that comes twice
-        super().__call__(
-            module, kernel, grid, block, [given[id(x)] for x in arguments], shared=shared
-        )
-
-    def empty(self, shape: Any, dtype: Any, like: Any) -> Any:
-        return pretended_cupy.there(super().empty(shape, dtype, like))
 
 
 @pytest.mark.skipif(ON_DEVICE, reason="there it is CuPy itself")
