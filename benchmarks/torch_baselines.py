@@ -165,7 +165,8 @@ timed."""
 
 class TorchDevice:
     """`refimpl.bench.measure.Device` by torch: a stream, its graphs, its events, its allocator's
-    own peak."""
+    own peak. `refimpl.bench.measure.measure` warms the clocks that compiling let go cold, as for
+    ours."""
 
     def __init__(self) -> None:
         torch._functorch.config.donated_buffer = (

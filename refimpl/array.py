@@ -32,6 +32,7 @@ __all__ = [
     "expect_ids",
     "expect_mask",
     "fill",
+    "integers",
     "last",
     "library",
     "namespace",
@@ -150,6 +151,12 @@ def last(x: Array, name: str) -> int:
     return int(x.shape[-1])
 
 
+def integers(x: Array) -> list[int]:
+    """A 1-D array of integers as Python's own, in one copy from a device: ``map(int, x)`` would be
+    a copy for each of them, and wait for the device each time."""
+    return x.tolist() if hasattr(x, "tolist") else [int(n) for n in x]
+
+
 def expect_ids(name: str, ids: Array, limit: int) -> Array:
     """``ids`` as int64, since arithmetic on narrow ones would wrap.
 
@@ -159,10 +166,10 @@ def expect_ids(name: str, ids: Array, limit: int) -> Array:
     xp = library(ids, name)
     if not xp.isdtype(ids.dtype, "integral"):
         raise TypeError(f"{name} must be integers, got {ids.dtype}")
-    if ids.size and (int(xp.min(ids)) < 0 or int(xp.max(ids)) >= limit):
-        raise ValueError(
-            f"{name} must lie in 0…{limit - 1}, got {int(xp.min(ids))}…{int(xp.max(ids))}"
-        )
+    if ids.size:
+        lowest, highest = integers(xp.stack((xp.min(ids), xp.max(ids))))
+        if lowest < 0 or highest >= limit:
+            raise ValueError(f"{name} must lie in 0…{limit - 1}, got {lowest}…{highest}")
     return xp.astype(ids, xp.int64, copy=False)
 
 
@@ -320,8 +327,8 @@ def scatter_add(rows: Array, values: Array, length: int) -> Array:
         xp.arange(n, device=values.device) - xp.take(start, rows),
         xp.take(stop - start, rows),
     )
-    span = 1
-    while span < int(xp.max(stop - start)):
+    span, longest = 1, int(xp.max(stop - start))
+    while span < longest:
         later = xp.concat(
             (values[span:, :], values[:span, :]), axis=0
         )  # what wraps around has no partner

@@ -130,16 +130,16 @@ def clip_global_norm(grads: Tensors, max_norm: float, *, epsilon: float = 0.0) -
     norm before.
 
     The factor is min(1, max_norm / (norm + epsilon)); torch and Megatron take epsilon = 1e-6.
-    Squares are summed in float64. A norm that is not finite changes nothing: the caller sees it in
-    the result and skips the step.
+    Squares are summed in float64 where the gradients are; one number is copied from a device. A
+    norm that is not finite changes nothing: the caller sees it in the result and skips the step.
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm must be positive, got {max_norm}")
-    total = 0.0
+    total: Any = 0.0
     for g in grads.values():
         xp = library(g)
-        total += float(xp.sum(xp.square(g, dtype=xp.float64)))
-    norm = sqrt(total)
+        total = total + xp.sum(xp.square(g, dtype=xp.float64))
+    norm = sqrt(float(total))
     if isfinite(norm) and norm + epsilon > max_norm:
         for g in grads.values():
             library(g).multiply(g, max_norm / (norm + epsilon), out=g)

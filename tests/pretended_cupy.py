@@ -3,7 +3,7 @@
 Its arrays don't mix with NumPy's, its functions that make arrays have no ``device``, it has no
 longdouble, sorts take ``kind``, not ``stable``, what NumPy returns as a scalar is an array without
 axes, and sums have another order than NumPy's. Its cuBLAS has one function, on bare addresses, as
-NVIDIA's document defines it.
+NVIDIA's document defines it. Each copy to the host is noted in `COPIES`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ REFUSED = {name: {"device"} for name in ("arange", "asarray", "empty", "full", "
 }
 
 
+COPIES: list[str] = []  # by which method each came about
+
+
 class ndarray(np.ndarray):
     """An array on the pretended device."""
 
@@ -34,7 +37,38 @@ class ndarray(np.ndarray):
         return types.SimpleNamespace(ptr=self.ctypes.data)
 
     def get(self) -> np.ndarray:
+        COPIES.append("get")
         return np.array(self.view(np.ndarray))
+
+    def tolist(self) -> Any:
+        COPIES.append("tolist")
+        return here(self).tolist()
+
+    def item(self, *args: Any) -> Any:
+        COPIES.append("item")
+        return here(self).item(*args)
+
+    def __bool__(self) -> bool:
+        COPIES.append("bool")
+        return bool(here(self))
+
+    def __int__(self) -> int:
+        COPIES.append("int")
+        return int(here(self))
+
+    def __float__(self) -> float:
+        COPIES.append("float")
+        return float(here(self))
+
+    def __index__(self) -> int:
+        COPIES.append("index")
+        return here(self).__index__()
+
+    def __getitem__(self, key: Any) -> Any:
+        return there(here(self)[here(key)])
+
+    def __iter__(self) -> Any:
+        return (self[i] for i in range(len(self)))
 
     def __array__(self, *_: Any, **__: Any) -> Any:
         raise TypeError("Implicit conversion to a NumPy array is not allowed")

@@ -3,6 +3,7 @@ functions."""
 
 from __future__ import annotations
 
+import sys
 from decimal import Decimal
 from typing import Any
 
@@ -21,6 +22,7 @@ from refimpl.array import (
     expect_ids,
     expect_mask,
     fill,
+    integers,
     last,
     namespace,
     number,
@@ -32,6 +34,8 @@ from refimpl.array import (
     zeros,
 )
 from refimpl.check.dual import Dual, dual_array, tangents, values
+
+import pretended_cupy
 
 EPS = np.finfo(np.float64).eps
 WIDE = [np.float32, np.float64, np.longdouble, np.complex64, np.complex128, np.clongdouble, object]
@@ -377,6 +381,28 @@ def test_expect_ids(xp: Any) -> None:
     for dtype in (xp.float64, xp.bool):
         with pytest.raises(TypeError, match=r"^ids must be integers, got .*(float64|bool)"):
             expect_ids("ids", xp.zeros(2, dtype=dtype), 5)
+
+
+@pytest.mark.parametrize("xp", [np, array_api_strict])
+def test_integers(xp: Any) -> None:
+    for numbers in ([], [3, 0, 2**40]):
+        found = integers(xp.asarray(numbers, dtype=xp.int64))
+        assert found == numbers
+        assert all(type(n) is int for n in found)
+
+
+def test_copies_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CuPy each is a wait for the device: one for the span of ids, one for a scatter's longest
+    run."""
+    monkeypatch.setitem(sys.modules, "cupy", pretended_cupy.Pretended("cupy"))
+    monkeypatch.setattr(pretended_cupy, "COPIES", copies := list[str]())
+    expect_ids("ids", pretended_cupy.there(np.array([0, 4])), 5)
+    assert copies == ["tolist"]
+    assert integers(pretended_cupy.there(np.array([3, 1]))) == [3, 1]
+    assert copies == ["tolist", "tolist"]
+    rows, added = np.zeros(100, int), np.ones((100, 1))
+    scatter_add(pretended_cupy.there(rows), pretended_cupy.there(added), 1)
+    assert copies == ["tolist", "tolist", "int"]
 
 
 @pytest.mark.parametrize("xp", [np, array_api_strict])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import tracemalloc
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 
 from refimpl.optimizer import V3_SCHEDULE, AdamW, clip_global_norm
+
+import pretended_cupy
 
 
 def scalar_adamw(
@@ -138,6 +141,16 @@ def test_clip() -> None:
     )
     many = {"w": np.full(10_000, 1e-3, dtype=np.float32)}
     assert abs(clip_global_norm(many, 1.0) - 0.1) <= 1e-8  # summed in float64
+
+
+def test_clip_copies_one_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CuPy: however many tensors there are, and with the same result."""
+    monkeypatch.setitem(sys.modules, "cupy", pretended_cupy.Pretended("cupy"))
+    monkeypatch.setattr(pretended_cupy, "COPIES", copies := list[str]())
+    grads = {name: pretended_cupy.there(np.full(4, 0.5)) for name in "abcd"}
+    assert clip_global_norm(grads, 1.0) == 2.0
+    assert copies == ["float"]
+    assert [float(g[0]) for g in grads.values()] == [0.25] * 4
 
 
 def test_clip_leaves_what_is_not_finite() -> None:

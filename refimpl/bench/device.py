@@ -11,7 +11,7 @@ from typing import Any
 
 from ..kernels.launch import DeviceLaunch
 from . import RUNS
-from .measure import Call, Recorder, summary
+from .measure import Call, Recorder, summary, warm_up
 
 __all__ = ["CupyDevice"]
 
@@ -98,7 +98,7 @@ class CupyDevice:
             for _ in range(several):
                 call()
 
-        self.seconds(all_of_them)
+        warm_up(self, all_of_them)
         return summary([self.seconds(all_of_them) / several for _ in range(RUNS)]).median
 
     def capture(self, calls: Sequence[Call]) -> Call:

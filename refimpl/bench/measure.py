@@ -1,5 +1,5 @@
 """How a row is measured, on whatever `Device` answers: many calls in one graph, inputs that no
-cache holds, a median.
+cache holds, warm clocks, a median.
 
 The kernels of a call are recorded once and then repeated as they were launched, so that Python's
 own time is not in the numbers. A baseline is captured into a graph in the same way.
@@ -18,11 +18,14 @@ import numpy as np
 from ..kernels.launch import ForwardedLaunch
 from . import RUNS
 
-__all__ = ["Device", "Recorder", "Times", "copies", "measure", "repeats", "summary"]
+__all__ = ["Device", "Recorder", "Times", "copies", "measure", "repeats", "summary", "warm_up"]
 
 # seconds that one sample lasts at least: an event's resolution and the launch of a graph are lost
 # in it
 SAMPLE = 1e-3
+# seconds of work before the first sample: a device that had nothing to do, as while torch compiles,
+# has slowed its clocks
+WARM = 0.2
 MOST_CALLS = 2000  # in one graph
 CACHES = 3  # times the cache that pass between two uses of the same input
 
@@ -95,13 +98,20 @@ def measure(
     device.seconds(once)  # the first time is a warm-up
     number = 1 if reset else repeats(device.seconds(once), len(calls))
     all_of_them = once if number == 1 else together([*calls] * number)
-    device.seconds(all_of_them)
+    warm_up(device, all_of_them)
     samples = []
     for _ in range(runs):
         if reset:
             reset()
         samples.append(device.seconds(all_of_them) / (number * len(calls)))
     return summary(samples)
+
+
+def warm_up(device: Device, call: Call) -> None:
+    """Repeat the call until the device has worked for `WARM` seconds."""
+    worked = 0.0
+    while worked < WARM:
+        worked += device.seconds(call)
 
 
 def _in_turn(calls: Sequence[Call]) -> Call:

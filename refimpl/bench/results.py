@@ -6,18 +6,22 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from math import isnan
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..files import read_json
 from ..kernels.compile import STEMS, STORAGE, TARGETS
 from ..kernels.numba_cuda import NUMBA_STEMS, NUMBA_STORAGE
 from .measure import Times
-from .rows import ROWS, Row, Sizes
+from .rows import ROWS, Errors, Row, Sizes, floor_of
 
 __all__ = ["Measured", "Results", "file_name", "line_of", "read_results", "render", "shape_of"]
 
-SCHEMA = 1
+SCHEMA = 2
+DERIVED_BY_RATES = ("floor", "share", "target", "reached")
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,10 @@ class Measured:
     storage: str
     bytes: int  # the least that must move
     flops: int  # the least of dense products, 0 without
+    asked: float | None  # the share of the floor's rate that the first target is, None without one
     ours: Times
     peak: int  # bytes taken beyond the inputs, results included
-    error: float  # against the float64 reference: of the largest value
+    errors: Errors  # of each result, against the float64 reference
     eager: Times | None = None
     eager_peak: int | None = None
     compiled: Times | None = None
@@ -40,13 +45,34 @@ class Measured:
     notes: tuple[str, ...] = ()
 
     def floor(self, copy: float, matrix: float) -> float:
-        """Seconds that the bytes take at the rate of the card's own copy, in bytes per second, or,
-        if that is longer, the products at the rate of its own, in flop per second."""
-        return max(self.bytes / copy, self.flops / matrix)
+        """Seconds of `floor_of`, on the card whose own rates these are."""
+        return floor_of(self.bytes, self.flops, copy, matrix)
 
     def share(self, copy: float, matrix: float) -> float:
         """How much of that rate is reached, 1 being all."""
         return self.floor(copy, matrix) / self.ours.median
+
+    def target(self, copy: float, matrix: float) -> float | None:
+        """Seconds that are asked for on this card: the first target is a time on one card, and
+        scales with the floor."""
+        return None if self.asked is None else self.floor(copy, matrix) / self.asked
+
+    def reached(self, copy: float, matrix: float) -> float | None:
+        """How much of the target's rate is reached; 1 or more meets it."""
+        target = self.target(copy, matrix)
+        return None if target is None else target / self.ours.median
+
+    @property
+    def error(self) -> float:
+        """The worst of the errors; up to 1 the row holds. NaN if one is."""
+        return float(np.max(list(self.errors.values())))
+
+    @property
+    def wrong(self) -> str:
+        """The results whose error is not within what is allowed, in words; empty if the row
+        holds."""
+        beyond = {name: x for name, x in self.errors.items() if not x <= 1}
+        return ", ".join(f"{name} {x:.3g} times" for name, x in beyond.items())
 
     @property
     def ratio(self) -> float | None:
@@ -75,7 +101,8 @@ class Results:
         for row, written in zip(self.rows, content["rows"], strict=True):
             written["notes"] = list(row.notes)
             rates = self.copy, self.matrix
-            written |= {"floor": row.floor(*rates), "share": row.share(*rates), "ratio": row.ratio}
+            written |= {name: getattr(row, name)(*rates) for name in DERIVED_BY_RATES}
+            written |= {"ratio": row.ratio, "error": row.error}
         return content
 
     @classmethod
@@ -99,7 +126,8 @@ class Results:
 
 
 def _measured(row: dict[str, Any]) -> Measured:
-    given = {key: value for key, value in row.items() if key not in ("floor", "share", "ratio")}
+    derived = (*DERIVED_BY_RATES, "ratio", "error")
+    given = {key: value for key, value in row.items() if key not in derived}
     for name in ("ours", "eager", "compiled"):
         given[name] = None if given[name] is None else Times(**given[name])
     return Measured(**given | {"notes": tuple(given["notes"])})
@@ -142,6 +170,8 @@ HEAD = (
     "ours",
     "floor",
     "share",
+    "target",
+    "reached",
     "torch eager",
     "torch.compile",
     "ours ÷ best of torch",
@@ -208,12 +238,14 @@ def _line(cells: Sequence[str]) -> str:
 
 def line_of(m: Measured, run: Results) -> str:
     """One row on a terminal, what has no baseline left out."""
-    ours, floor, share, eager, compiled, ratio, memory, error = _cells(m, run)
+    ours, floor, share, target, reached, eager, compiled, ratio, memory, error = _cells(m, run)
     parts = [f"{ours}, floor {floor} ({ROWS[m.name].formula}), {share} of it"]
+    parts += [f"target {target}, {reached} of it"] if m.asked else []
     parts += [f"torch {eager}"] if m.eager else []
     parts += [f"torch.compile {compiled}"] if m.compiled else []
     parts += [f"{ratio} x the best"] if m.ratio else []
-    parts += [f"memory {memory}", f"error {error}", *m.notes]
+    worst = max(m.errors, key=lambda name: (isnan(m.errors[name]), m.errors[name]))
+    parts += [f"memory {memory}", f"error {error} of what is allowed ({worst})", *m.notes]
     return f"{m.name} {m.shape} {m.storage}: {'; '.join(parts)}"
 
 
@@ -221,15 +253,19 @@ def _cells(m: Measured, run: Results) -> list[str]:
     memory = " / ".join(
         "–" if x is None else _bytes(x) for x in (m.peak, m.eager_peak, m.compiled_peak)
     )
+    rates = run.copy, run.matrix
+    target, reached = m.target(*rates), m.reached(*rates)
     return [
         _time(m.ours),
-        _seconds(m.floor(run.copy, run.matrix)),
-        f"{100 * m.share(run.copy, run.matrix):.0f} %",
+        _seconds(m.floor(*rates)),
+        f"{100 * m.share(*rates):.0f} %",
+        "–" if target is None else _seconds(target),
+        "–" if reached is None else f"{100 * reached:.0f} %",
         _time(m.eager),
         _time(m.compiled),
         "–" if m.ratio is None else f"{m.ratio:.2f}",
         memory,
-        f"{m.error:.1e}",
+        f"{m.error:.2f}",
     ]
 
 

@@ -1,6 +1,10 @@
 """What is measured: each row's inputs, the call that is timed, the least bytes it must move, and
 its exact answer.
 
+Inputs are such that each term of the answer weighs enough to be missed: mean squares as small as
+RMSNorm's eps, logits far enough apart that their softmax is no trifle beside the target's 1,
+gradients not far above AdamW's eps.
+
 Letters: T tokens, D width, H heads, I hidden width of a dense feed-forward, E experts, K of them a
 token, R = T·K routed rows, W vocabulary. A row's bytes count each input read once and each output
 written once, in the storage type of the row, without what is smaller by a factor of the width
@@ -16,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..array import Array
+from ..array import Array, library
 from ..kernels.adamw import adamw
 from ..kernels.cross_entropy import cross_entropy, cross_entropy_in_place
 from ..kernels.grpo import grpo
@@ -31,10 +35,29 @@ from ..kernels.swiglu import swiglu
 from ..ops import REFERENCE, select_experts
 from ..optimizer import AdamW
 
-__all__ = ["ROWS", "Maker", "Row", "Sizes", "Work", "worst_error"]
+__all__ = [
+    "ROWS",
+    "Errors",
+    "Maker",
+    "Row",
+    "Sizes",
+    "Work",
+    "error_of",
+    "floor_of",
+    "most_error",
+    "number_type",
+    "worst_error",
+]
 
 EPS = 1e-6
 LEARNING_RATE = 1e-3
+CLIP = 0.8, 1.2  # GRPO's ratios, by default
+SPREAD = 4  # standard deviation of the head's logits
+UNITS = {"bfloat16": 1, "float32": 64}  # of the type, of the largest value: rounding once, and sums
+# Bytes and flop per second of the card whose times `Row.target` is: an H100 80GB's own copy and
+# bfloat16 product
+TARGET_COPY, TARGET_MATRIX = 3.0e12, 798e12
+Errors = dict[str, float]  # by the name of a result: its error over what is allowed; up to 1 holds
 
 
 @dataclass(frozen=True)
@@ -61,9 +84,7 @@ class Work(NamedTuple):
 
     inputs: tuple[Array, ...]  # what a baseline starts from
     run: Callable[[], object]  # its kernels are what is timed; may be called again and again
-    check: Callable[
-        [], float
-    ]  # runs it once, and returns `worst_error` against the float64 reference
+    check: Callable[[], Errors]  # runs it, and compares each result with the float64 reference
     reset: Callable[[], object] | None = None  # puts the inputs back that ``run`` overwrites
 
 
@@ -79,8 +100,9 @@ class Maker:
         self.storage = storage
         self.rng = xp.random.default_rng(seed)
 
-    def normal(self, *shape: int, dtype: Any = None) -> Array:
+    def normal(self, *shape: int, dtype: Any = None, scale: float = 1.0) -> Array:
         drawn = self.rng.standard_normal(shape, dtype=np.float32)
+        drawn *= np.float32(scale)
         return drawn.astype(self.storage if dtype is None else dtype, copy=False)
 
     def integers(self, below: int, *shape: int) -> Array:
@@ -103,24 +125,66 @@ class Row:
     bytes: Callable[[Sizes], int]
     make: Callable[[Maker], Work]
     storage: str = "bfloat16"
-    flops: Callable[[Sizes], int] | None = (
-        None  # of a row with dense products, which is timed as it is called
-    )
+    # of a row with dense products, which is timed as it is called
+    flops: Callable[[Sizes], int] | None = None
+    # the first target in µs, on the card with TARGET_COPY and TARGET_MATRIX; None if none is set
+    target: float | None = None
+
+    def asked(self) -> float | None:
+        """The share of the floor's rate that the target asks for, on any card."""
+        if self.target is None:
+            return None
+        sizes = Sizes()
+        flops = self.flops(sizes) if self.flops else 0
+        return floor_of(self.bytes(sizes), flops, TARGET_COPY, TARGET_MATRIX) / (1e-6 * self.target)
 
 
-def worst_error(found: tuple[Array, ...], exact: tuple[Array, ...]) -> float:
-    """The largest error of any array, over the largest value of that array; NaN where either has
-    one and inf for another shape."""
-    worst = 0.0
-    for got, wanted in zip(found, exact, strict=True):
-        if tuple(got.shape) != tuple(wanted.shape):
-            return float("inf")
-        difference = float(abs(got.astype(np.float64) - wanted).max())
-        largest = float(abs(wanted).max())
-        if np.isnan(difference) or np.isnan(largest):
-            return float("nan")
-        worst = max(worst, difference / largest if largest else difference)
-    return worst
+def floor_of(moved: int, flops: int, copy: float, matrix: float) -> float:
+    """Seconds that so many bytes take at the rate of a card's own copy, in bytes per second, or, if
+    that is longer, the products at the rate of its own, in flop per second."""
+    return max(moved / copy, flops / matrix)
+
+
+def number_type(storage: str) -> Any:
+    """The dtype of a name."""
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16 if storage == "bfloat16" else storage)
+
+
+def most_error(storage: str) -> float:
+    """What `worst_error` may be for a result of this type; above it a row does not hold, however
+    fast it is."""
+    import ml_dtypes
+
+    information: Any = ml_dtypes.finfo
+    return UNITS[storage] * float(information(number_type(storage)).eps)
+
+
+def worst_error(got: Array, wanted: Array) -> float:
+    """The largest error in any row (of the last axis), over the largest value of that very row.
+
+    NaN where either has one, inf for another shape, and beyond any bound for anything but 0 in a
+    row of zeros.
+    """
+    if tuple(got.shape) != tuple(wanted.shape):
+        return float("inf")
+    rows = wanted.reshape(-1, wanted.shape[-1] if wanted.shape else 1)
+    difference = got.astype(np.float64).reshape(rows.shape)
+    difference -= rows
+    scale = _largest(rows)
+    scale[scale == 0] = 1e-200
+    return abs(float((_largest(difference) / scale).max()))
+
+
+def _largest(rows: Array) -> Array:
+    """The largest absolute value of each row, without an array of their size."""
+    return library(rows).maximum(rows.max(axis=-1), -rows.min(axis=-1))
+
+
+def error_of(got: Array, wanted: Array, storage: str | None = None) -> float:
+    """`worst_error` over `most_error` of the type of ``got``, or of ``storage``."""
+    return worst_error(got, wanted) / most_error(storage or str(got.dtype))
 
 
 def _wide(*arrays: Array) -> tuple[Array, ...]:
@@ -129,15 +193,16 @@ def _wide(*arrays: Array) -> tuple[Array, ...]:
 
 def _rms_norm(maker: Maker, *, backward: bool) -> Work:
     s, pair = maker.sizes, rms_norm(maker.launch)
-    x = maker.normal(s.tokens, s.width)
+    x = maker.normal(s.tokens, s.width, scale=EPS**0.5)
     w = maker.normal(s.width)
     dy = maker.normal(s.tokens, s.width)
     _, saved = pair.forward(x, w, eps=EPS)
 
-    def check() -> float:
-        y, dx_dw = pair.forward(x, w, eps=EPS)[0], pair.backward(dy, saved)
+    def check() -> Errors:
+        y, (dx, dw) = pair.forward(x, w, eps=EPS)[0], pair.backward(dy, saved)
         exact, kept = REFERENCE["rms_norm"].forward(*_wide(x, w), eps=EPS)
-        return worst_error((y, *dx_dw), (exact, *REFERENCE["rms_norm"].backward(*_wide(dy), kept)))
+        exact_dx, exact_dw = REFERENCE["rms_norm"].backward(*_wide(dy), kept)
+        return {"y": error_of(y, exact), "dx": error_of(dx, exact_dx), "dw": error_of(dw, exact_dw)}
 
     if backward:
         return Work((x, w, dy), lambda: pair.backward(dy, saved), check)
@@ -152,10 +217,11 @@ def _rope(maker: Maker, *, backward: bool) -> Work:
     settings = {"positions": positions, "inv_freq": inv_freq}
     _, saved = pair.forward(x, **settings)
 
-    def check() -> float:
+    def check() -> Errors:
         y, dx = pair.forward(x, **settings)[0], pair.backward(dy, saved)
         exact, kept = REFERENCE["rope"].forward(*_wide(x), **settings)
-        return worst_error((y, dx), (exact, REFERENCE["rope"].backward(*_wide(dy), kept)))
+        exact_dx = REFERENCE["rope"].backward(*_wide(dy), kept)
+        return {"y": error_of(y, exact), "dx": error_of(dx, exact_dx)}
 
     run = (lambda: pair.backward(dy, saved)) if backward else (lambda: pair.forward(x, **settings))
     return Work((dy if backward else x, saved.cos, saved.sin), run, check)
@@ -166,12 +232,15 @@ def _swiglu(maker: Maker, *, backward: bool) -> Work:
     gate, up, dy = (maker.normal(s.tokens, s.hidden) for _ in range(3))
     _, saved = pair.forward(gate, up)
 
-    def check() -> float:
-        y, gradients = pair.forward(gate, up)[0], pair.backward(dy, saved)
+    def check() -> Errors:
+        y, (dgate, dup) = pair.forward(gate, up)[0], pair.backward(dy, saved)
         exact, kept = REFERENCE["swiglu"].forward(*_wide(gate, up))
-        return worst_error(
-            (y, *gradients), (exact, *REFERENCE["swiglu"].backward(*_wide(dy), kept))
-        )
+        exact_dgate, exact_dup = REFERENCE["swiglu"].backward(*_wide(dy), kept)
+        return {
+            "y": error_of(y, exact),
+            "dgate": error_of(dgate, exact_dgate),
+            "dup": error_of(dup, exact_dup),
+        }
 
     if backward:
         return Work((gate, up, dy), lambda: pair.backward(dy, saved), check)
@@ -190,11 +259,10 @@ def _gate(maker: Maker) -> Work:
     def run() -> Any:
         return pair.forward(logits, one, bias=bias, top_k=s.top_k, scale=2.5, **groups)[0]
 
-    def check() -> float:
+    def check() -> Errors:
         found = run()
         ids = select_experts(found.scores + bias, s.top_k, s.groups, s.keep_groups, "top2", "-inf")
-        if not bool((ids == found.indices).all()):
-            return float("inf")  # other experts than the reference's on the same scores
+        same = bool((ids == found.indices).all())  # as the reference's on the same scores
         exact, _ = REFERENCE["router"].forward(
             *_wide(logits, one),
             bias=_wide(bias)[0],
@@ -203,7 +271,11 @@ def _gate(maker: Maker) -> Work:
             routes=found.indices,
             **groups,
         )
-        return worst_error((found.weights, found.scores), (exact.weights, exact.scores))
+        return {
+            "ids": 0.0 if same else float("inf"),
+            "weights": error_of(found.weights, exact.weights),
+            "scores": error_of(found.scores, exact.scores),
+        }
 
     return Work((logits, bias), run, check)
 
@@ -212,10 +284,13 @@ def _permute(maker: Maker) -> Work:
     s = maker.sizes
     x, order = maker.normal(s.tokens, s.width), maker.order(s.tokens * s.top_k)
 
-    def run() -> tuple[Array, ...]:
-        return (permute(maker.launch, x, order, s.top_k),)
+    def run() -> Array:
+        return permute(maker.launch, x, order, s.top_k)
 
-    return Work((x, order), run, lambda: worst_error(run(), _wide(x[order // s.top_k])))
+    def check() -> Errors:
+        return {"rows": error_of(run(), _wide(x[order // s.top_k])[0])}
+
+    return Work((x, order), run, check)
 
 
 def _combine(maker: Maker) -> Work:
@@ -223,22 +298,26 @@ def _combine(maker: Maker) -> Work:
     rows, where = maker.normal(s.tokens * s.top_k, s.width), place(maker.order(s.tokens * s.top_k))
     weights = abs(maker.normal(s.tokens, s.top_k, dtype=np.float32))
 
-    def run() -> tuple[Array, ...]:
-        return (combine(maker.launch, rows, where, s.top_k, weights),)
+    def run() -> Array:
+        return combine(maker.launch, rows, where, s.top_k, weights)
 
-    def check() -> float:
+    def check() -> Errors:
         (wide,) = _wide(weights)
         exact = sum(
             wide[:, k : k + 1] * _wide(rows[where[k :: s.top_k]])[0] for k in range(s.top_k)
         )
-        return worst_error(run(), (exact,))
+        return {"y": error_of(run(), exact)}
 
     return Work((rows, where, weights), run, check)
 
 
 def _cross_entropy(maker: Maker) -> Work:
     """In place. The gradient would be a strange input of the next call (almost uniform), so there
-    is a copy."""
+    is a copy.
+
+    Each token's gradient is compared apart at its target, beside which the probabilities are small,
+    and elsewhere, on their own scale.
+    """
     s = maker.sizes
     pair = cross_entropy(maker.launch)
     backward = cross_entropy_in_place(maker.launch)
@@ -252,12 +331,22 @@ def _cross_entropy(maker: Maker) -> Work:
         loss, saved = pair.forward(logits, targets=targets)
         return loss, backward(1.0, saved)
 
-    def check() -> float:
+    def check() -> Errors:
         reset()
         exact, kept = REFERENCE["cross_entropy"].forward(*_wide(logits), targets=targets)
         wanted = REFERENCE["cross_entropy"].backward(1.0, kept)
         del kept  # as large as the logits in float64
-        return worst_error(run(), (exact, wanted))
+        loss, gradient = run()
+        storage, (gradient,) = str(gradient.dtype), _wide(gradient)
+        target = maker.xp.arange(s.tokens), targets
+        errors = {
+            "loss": error_of(loss, exact),
+            "dlogits at the targets": error_of(
+                gradient[target][:, None], wanted[target][:, None], storage
+            ),
+        }
+        gradient[target] = wanted[target] = 0
+        return errors | {"other dlogits": error_of(gradient, wanted, storage)}
 
     return Work((logits, targets), run, check, reset)
 
@@ -268,20 +357,24 @@ def _head(maker: Maker) -> Work:
     pair = log_prob(maker.launch)
     xp = maker.xp
     h, targets = maker.normal(s.tokens, s.width), maker.integers(s.vocabulary, s.tokens)
-    w = (maker.normal(s.vocabulary, s.width, dtype=np.float32) / np.float32(s.width**0.5)).astype(
-        maker.storage
-    )
+    w = maker.normal(s.vocabulary, s.width, scale=SPREAD * s.width**-0.5)
     dy = xp.full((s.tokens,), -1 / s.tokens, dtype=np.float32)
 
     def run() -> tuple[Array, ...]:
         log_p, saved = pair.forward(h, w, targets=targets)
         return -log_p.mean(), *pair.backward(dy, saved)
 
-    def check() -> float:
+    def check() -> Errors:
         exact, kept = REFERENCE["log_prob"].forward(*_wide(h, w), targets=targets)
-        gradients = REFERENCE["log_prob"].backward(*_wide(dy), kept)
+        exact_dh, exact_dw = REFERENCE["log_prob"].backward(*_wide(dy), kept)
         del kept  # the head in float64
-        return worst_error(run(), (-exact.mean(), *gradients))
+        loss, dh, dw = run()
+        storage = str(maker.storage)  # tensor cores truncate sums: their float32 is no float32
+        return {
+            "loss": error_of(loss, -exact.mean(), storage),
+            "dh": error_of(dh, exact_dh, storage),
+            "dw": error_of(dw, exact_dw, storage),
+        }
 
     return Work((h, w, targets), run, check)
 
@@ -289,8 +382,10 @@ def _head(maker: Maker) -> Work:
 def _grpo(maker: Maker) -> Work:
     s, pair = maker.sizes, grpo(maker.launch)
     log_prob = -abs(maker.normal(s.outputs, s.length))
-    old, reference = (log_prob + maker.normal(s.outputs, s.length) / 10 for _ in range(2))
-    advantages = maker.normal(s.outputs)
+    old, reference = (log_prob + maker.normal(s.outputs, s.length, scale=0.3) for _ in range(2))
+    advantages = (
+        maker.normal(s.outputs) + 0.5
+    )  # around 0 the loss would be what is left of rounding
     mask = maker.xp.ones((s.outputs, s.length), dtype=bool)
     given = {
         "advantages": advantages,
@@ -299,16 +394,22 @@ def _grpo(maker: Maker) -> Work:
         "reference_log_prob": reference,
     }
 
-    def check() -> float:
+    def check() -> Errors:
         output, saved = pair.forward(log_prob, **given)
         wide = {name: x if x.dtype == bool else x.astype(np.float64) for name, x in given.items()}
-        same = {
-            "unclipped": output.unclipped,
-            "kept": output.kept,
-        }  # a ratio on the very bound may round to a side
-        exact, kept = REFERENCE["grpo"].forward(*_wide(log_prob), **wide, **same)
+        free = REFERENCE["grpo"].forward(*_wide(log_prob), **wide)[0].unclipped
+        ratio = maker.xp.exp(_wide(log_prob)[0] - wide["old_log_prob"])
+        # a ratio on the very bound may round to a side, which the reference then takes too
+        on_a_bound = (abs(ratio / CLIP[0] - 1) < 1e-5) | (abs(ratio / CLIP[1] - 1) < 1e-5)
+        same = bool(((output.unclipped == free) | on_a_bound).all())
+        replayed = {"unclipped": output.unclipped, "kept": output.kept}
+        exact, kept = REFERENCE["grpo"].forward(*_wide(log_prob), **wide, **replayed)
         gradient = REFERENCE["grpo"].backward((1.0,), kept)
-        return worst_error((output.loss, saved.dlog_prob), (exact.loss, gradient))
+        return {
+            "clips": 0.0 if same else float("inf"),
+            "loss": error_of(output.loss, exact.loss),
+            "dlog_prob": error_of(saved.dlog_prob, gradient),
+        }
 
     return Work(
         (log_prob, old, reference, advantages), lambda: pair.forward(log_prob, **given), check
@@ -316,14 +417,23 @@ def _grpo(maker: Maker) -> Work:
 
 
 def _adamw(maker: Maker) -> Work:
-    p, g = (maker.normal(maker.sizes.parameters) for _ in range(2))
+    """Parameters of V3's initial size; gradients so small that epsilon is seen."""
+    p = maker.normal(maker.sizes.parameters, scale=0.006)
+    g = maker.normal(maker.sizes.parameters, scale=1e-6)
     optimizer = adamw(maker.launch)()
 
-    def check() -> float:
-        exact = {"p": p.astype(np.float64)}
-        AdamW().update(exact, {"p": g.astype(np.float64)}, LEARNING_RATE)
-        adamw(maker.launch)().update({"p": p}, {"p": g}, LEARNING_RATE)
-        return worst_error((p,), (exact["p"],))
+    def check() -> Errors:
+        """Two steps with different gradients: after the first from zero no decay rate shows."""
+        wide = p.astype(np.float64)
+        ours, exact = adamw(maker.launch)(), AdamW()
+        for gradient in (g, -g / 2):
+            exact.update({"p": wide}, {"p": gradient.astype(np.float64)}, LEARNING_RATE)
+            ours.update({"p": p}, {"p": gradient}, LEARNING_RATE)
+        return {
+            "p": error_of(p, wide),
+            "m": error_of(ours.first["p"], exact.first["p"]),
+            "v": error_of(ours.second["p"], exact.second["p"]),
+        }
 
     return Work((p, g), lambda: optimizer.update({"p": p}, {"p": g}, LEARNING_RATE), check)
 
@@ -342,6 +452,7 @@ ROWS = {
             "4TD",
             lambda s: 4 * s.tokens * s.width,
             _of(_rms_norm, backward=False),
+            target=45,
         ),
         Row(
             "RMSNorm backward",
@@ -350,6 +461,7 @@ ROWS = {
             "6TD",
             lambda s: 6 * s.tokens * s.width,
             _of(_rms_norm, backward=True),
+            target=70,
         ),
         Row(
             "RoPE forward",
@@ -358,6 +470,7 @@ ROWS = {
             "4TH·64",
             lambda s: 4 * s.tokens * s.heads * s.rotated,
             _of(_rope, backward=False),
+            target=50,
         ),
         Row(
             "RoPE backward",
@@ -366,6 +479,7 @@ ROWS = {
             "4TH·64",
             lambda s: 4 * s.tokens * s.heads * s.rotated,
             _of(_rope, backward=True),
+            target=50,
         ),
         Row(
             "SwiGLU forward",
@@ -374,6 +488,7 @@ ROWS = {
             "6TI",
             lambda s: 6 * s.tokens * s.hidden,
             _of(_swiglu, backward=False),
+            target=165,
         ),
         Row(
             "SwiGLU backward",
@@ -382,6 +497,7 @@ ROWS = {
             "10TI",
             lambda s: 10 * s.tokens * s.hidden,
             _of(_swiglu, backward=True),
+            target=275,
         ),
         Row(
             "gate top-k",
@@ -391,6 +507,7 @@ ROWS = {
             lambda s: 4 * s.tokens * s.experts,
             _gate,
             "float32",
+            target=7,
         ),
         Row(
             "MoE permute",
@@ -399,6 +516,7 @@ ROWS = {
             "2TD + 2RD",
             lambda s: 2 * s.tokens * s.width * (1 + s.top_k),
             _permute,
+            target=210,
         ),
         Row(
             "MoE combine",
@@ -407,6 +525,7 @@ ROWS = {
             "2TD + 2RD",
             lambda s: 2 * s.tokens * s.width * (1 + s.top_k),
             _combine,
+            target=210,
         ),
         Row(
             "CE forward + backward in place",
@@ -415,6 +534,7 @@ ROWS = {
             "4TW",
             lambda s: 4 * s.tokens * s.vocabulary,
             _cross_entropy,
+            target=1150,
         ),
         Row(
             "head + CE",
@@ -424,6 +544,7 @@ ROWS = {
             lambda s: (4 * s.tokens + 6 * s.vocabulary) * s.width,
             _head,
             flops=lambda s: 6 * s.tokens * s.width * s.vocabulary,
+            target=33_000,
         ),
         Row(
             "GRPO from log-probabilities",
@@ -442,6 +563,7 @@ ROWS = {
             lambda s: 28 * s.parameters,
             _adamw,
             "float32",
+            target=2_740,
         ),
     )
 }

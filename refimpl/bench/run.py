@@ -20,7 +20,7 @@ from ..kernels.compile import nvrtc_version
 from . import RUNS
 from .measure import Times, copies, measure
 from .results import Measured, Results, shape_of
-from .rows import ROWS, Maker, Row, Sizes
+from .rows import ROWS, Maker, Row, Sizes, number_type
 
 __all__ = [
     "BASELINES",
@@ -29,14 +29,12 @@ __all__ = [
     "header",
     "measure_row",
     "measure_rows",
-    "most_error",
     "select_rows",
 ]
 
 BASELINES = (
     SOURCE.parent / "benchmarks" / "torch_baselines.py"
 )  # in a checkout alone: the package names no torch
-UNITS = {"bfloat16": 1, "float32": 64}  # of the type, of the largest value: rounding once, and sums
 
 
 def select_rows(names: Sequence[str]) -> list[Row]:
@@ -46,21 +44,6 @@ def select_rows(names: Sequence[str]) -> list[Row]:
     if unknown:
         raise CouldNotRun(f"unknown row {', '.join(unknown)}; there are {', '.join(ROWS)}")
     return [row for row in ROWS.values() if row.name in names or not names]
-
-
-def most_error(storage: str) -> float:
-    """Above this a row does not hold, however fast it is."""
-    import ml_dtypes
-
-    information: Any = ml_dtypes.finfo
-    return UNITS[storage] * float(information(number_type(storage)).eps)
-
-
-def number_type(storage: str) -> Any:
-    """The dtype of a name."""
-    import ml_dtypes
-
-    return np.dtype(ml_dtypes.bfloat16 if storage == "bfloat16" else storage)
 
 
 def baselines(path: Path = BASELINES) -> tuple[ModuleType | None, str]:
@@ -150,7 +133,7 @@ def measure_rows(
 def measure_row(
     device: Any, row: Row, torch: ModuleType | None, sizes: Sizes, runs: int
 ) -> Measured:
-    """One row: its error first, then our time and memory, then torch's on the same inputs.
+    """One row: its errors first, then our time and memory, then torch's on the same inputs.
 
     What torch can't do becomes a note; whatever our side can't do is an error.
     """
@@ -160,7 +143,7 @@ def measure_row(
             row.make(Maker(device.launch, device.xp, sizes, number_type(row.storage), seed))
             for seed in range(copies(row.bytes(sizes), device.cache))
         ]
-        error = works[0].check()
+        errors = works[0].check()
         resets = [work.reset for work in works if work.reset]
 
         def reset() -> None:
@@ -192,9 +175,10 @@ def measure_row(
         row.storage,
         row.bytes(sizes),
         row.flops(sizes) if row.flops else 0,
+        row.asked(),
         ours,
         peak,
-        error,
+        errors,
         *found["eager"],
         *found["compiled"],
         tuple(notes),

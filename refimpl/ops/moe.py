@@ -13,7 +13,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from ..array import Array, argsort, expect, last, library, namespace, put, take_rows, zeros
+from ..array import (
+    Array,
+    argsort,
+    expect,
+    integers,
+    last,
+    library,
+    namespace,
+    put,
+    take_rows,
+    zeros,
+)
 from .ffn import ffn_backward, ffn_forward
 from .leaves import Leaves, Op, expect_table
 from .router import expert_load
@@ -126,7 +137,7 @@ def moe_backward(dy: Array, saved: MoESaved) -> tuple[Array | None, ...]:
 def expert_rows(load: Array) -> Iterator[tuple[int, slice]]:
     """Each expert that has tokens, by ``load`` [E], and its block of the dispatched rows."""
     start = 0
-    for expert, count in enumerate(map(int, load)):
+    for expert, count in enumerate(integers(load)):
         if count:
             yield expert, slice(start, start + count)
         start += count

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from refimpl.bench import measure as measuring
@@ -46,27 +48,36 @@ def test_measure_repeats_calls_in_one_graph() -> None:
     times = measure(device, [call, call], runs=20)
     assert device.captured == [2, 2 * 167]  # 167 · 6 µs is the first above 1 ms
     assert times.median == pytest.approx(3e-6)
-    assert device.calls == 2 + 2 + 21 * 334
+    warm = 200  # samples of 1.002 ms until 200 ms have passed
+    assert device.calls == 2 + 2 + (warm + 20) * 334
+    assert sum(device.timed[:-20]) >= measuring.WARM
 
 
 def test_measure_without_a_graph() -> None:
     device, order = FakeDevice(), list[str]()
-    measure(
-        device, [lambda: order.append("one"), lambda: order.append("two")], runs=20, graph=False
-    )
+
+    def call(name: str) -> None:
+        device.calls += 1
+        order.append(name)
+
+    measure(device, [partial(call, "one"), partial(call, "two")], runs=20, graph=False)
     assert device.captured == []
     assert order[:4] == ["one", "two"] * 2
-    assert len(order) == 2 * 2 + 21 * 2 * 334  # a call that is as short as this is repeated
+    # a call that is as short as this is repeated
+    assert len(order) == 2 * 2 + (200 + 20) * 2 * 167
 
 
 def test_measure_resets_before_each_sample() -> None:
     device, order = FakeDevice(), list[str]()
-    measure(device, [lambda: order.append("call")], runs=20, reset=lambda: order.append("reset"))
+
+    def call() -> None:
+        device.calls += 334
+        order.append("call")
+
+    measure(device, [call], runs=20, reset=lambda: order.append("reset"))
     assert device.captured == [1]
-    assert (
-        order == ["call"] * 2 + ["reset", "call"] * 20
-        or order == ["call"] * 3 + ["reset", "call"] * 20
-    )
+    assert sum(device.timed[:-20]) >= measuring.WARM
+    assert order == ["call"] * (len(order) - 40) + ["reset", "call"] * 20
 
 
 def test_recorder_keeps_nothing_outside_record() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +23,23 @@ def test_derived_numbers() -> None:
     assert row.floor(3.0e12, 8e14) == pytest.approx(39.15e-6, rel=1e-4)
     assert row.share(3.0e12, 8e14) == pytest.approx(0.783, rel=1e-3)
     assert replace(row, flops=8 * 10**11).floor(3.0e12, 8e14) == 1e-3
+    assert row.target(3.0e12, 8e14) == pytest.approx(45e-6, rel=1e-3)
+    assert row.reached(3.0e12, 8e14) == pytest.approx(0.9, rel=1e-3)
+    assert row.target(1.5e12, 8e14) == pytest.approx(90e-6, rel=1e-3)  # half as fast a card
+    assert row.reached(1.5e12, 8e14) == pytest.approx(1.8, rel=1e-3)
+    without = replace(row, asked=None)
+    assert without.target(3.0e12, 8e14) is without.reached(3.0e12, 8e14) is None
     assert row.ratio == pytest.approx(1.25)  # against the faster of the two
     assert replace(row, compiled=None).ratio == pytest.approx(0.25)
     assert replace(row, compiled=None, eager=None).ratio is None
+
+
+def test_worst_of_the_errors() -> None:
+    (row,) = results().rows
+    assert (row.error, row.wrong) == (0.32, "")
+    wrong = replace(row, errors={"y": 0.9, "dx": 3.25, "dw": float("inf"), "dz": float("nan")})
+    assert wrong.wrong == "dx 3.25 times, dw inf times, dz nan times"
+    assert math.isnan(wrong.error)
 
 
 def test_json_round_trip(tmp_path: Path) -> None:
@@ -35,6 +50,8 @@ def test_json_round_trip(tmp_path: Path) -> None:
     assert content["rows"][0]["share"] == pytest.approx(0.783, rel=1e-3)
     for change in (
         lambda c: c["rows"][0].update(share=0.99),
+        lambda c: c["rows"][0].update(reached=1.2),
+        lambda c: c["rows"][0].update(error=0.1),
         lambda c: c.update(schema=0),
         lambda c: c.pop("commit"),
         lambda c: c["rows"][0]["ours"].pop("low"),
@@ -74,7 +91,7 @@ def test_table() -> None:
     assert len(lines) == len(ROWS)
     assert all("| not measured yet | – | – |" in line for line in lines)
     assert "| 4096 × 7168 | bfloat16 | 4TD = 117 MB |" in lines[0]
-    assert {line.count("|") for line in rows.splitlines()} == {14}
+    assert {line.count("|") for line in rows.splitlines()} == {16}
     assert {line.count("|") for line in files.splitlines()} == {5}
     kernels = [
         *SOURCE.glob("*.cu"),
@@ -91,12 +108,12 @@ def test_table() -> None:
     )
     some = render([results(), results("Other", compiled=None, eager=None, eager_peak=None)])
     assert (
-        "| Fake GPU (2) | 50.0 µs (49.0 µs … 52.0 µs) | 39.1 µs | 78 % | 200 µs (190 µs … 210 "
-        "µs) | 40.0 µs (40.0 µs … 41.0 µs) | 1.25 | 58.7 MB / 1.00 GB / – | 2.5e-03 |"
+        "| Fake GPU (2) | 50.0 µs (49.0 µs … 52.0 µs) | 39.1 µs | 78 % | 45.0 µs | 90 % | 200 "
+        "µs (190 µs … 210 µs) | 40.0 µs (40.0 µs … 41.0 µs) | 1.25 | 58.7 MB / 1.00 GB / – | 0.32 |"
     ) in some
     assert (
-        "| Other | 50.0 µs (49.0 µs … 52.0 µs) | 39.1 µs | 78 % | – | – | – | 58.7 MB / – / – "
-        "| 2.5e-03 |" in some
+        "| Other | 50.0 µs (49.0 µs … 52.0 µs) | 39.1 µs | 78 % | 45.0 µs | 90 % | – | – | – "
+        "| 58.7 MB / – / – | 0.32 |" in some
     )
     assert some.count("not measured yet") == len(ROWS) - 1
     on_both = "RMSNorm forward in bfloat16 on Fake GPU (2), RMSNorm forward in bfloat16 on Other"
@@ -112,8 +129,14 @@ def test_line() -> None:
     found = results(compiled=None)
     assert line_of(found.rows[0], found) == (
         "RMSNorm forward 4096 × 7168 bfloat16: 50.0 µs (49.0 µs … 52.0 µs), floor 39.1 µs "
-        "(4TD), 78 % of it; torch 200 µs (190 µs … 210 µs); 0.25 x the best; memory 58.7 MB / "
-        "1.00 GB / –; error 2.5e-03; a note"
+        "(4TD), 78 % of it; target 45.0 µs, 90 % of it; torch 200 µs (190 µs … 210 µs); 0.25 x the "
+        "best; memory 58.7 MB / 1.00 GB / –; error 0.32 of what is allowed (y); a note"
+    )
+    found = results(compiled=None, eager=None, asked=None, errors={"y": 0.5, "dx": 0.75})
+    assert line_of(found.rows[0], found) == (
+        "RMSNorm forward 4096 × 7168 bfloat16: 50.0 µs (49.0 µs … 52.0 µs), floor 39.1 µs "
+        "(4TD), 78 % of it; memory 58.7 MB / 1.00 GB / –; error 0.75 of what is allowed (dx); "
+        "a note"
     )
 
 

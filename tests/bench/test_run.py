@@ -12,7 +12,7 @@ import pytest
 
 from refimpl.bench.measure import Recorder
 from refimpl.bench.rows import ROWS, Maker, worst_error
-from refimpl.bench.run import BASELINES, baselines, measure_row, most_error, select_rows
+from refimpl.bench.run import BASELINES, baselines, measure_row, select_rows
 from refimpl.errors import CouldNotRun
 
 from bench.examples import SMALL, IdleDevice, on_interpreter
@@ -60,11 +60,29 @@ def test_a_row_from_end_to_end() -> None:
     assert found.eager is not None
     assert found.compiled is found.compiled_peak is None
     assert found.peak == found.eager_peak == 4096
-    assert 0 < found.error <= most_error("bfloat16")
+    assert set(found.errors) == {"y", "dx", "dw"}
+    assert 0 < found.error <= 1
+    assert found.asked == ROWS["RMSNorm forward"].asked()
     assert found.notes == ("torch compiled: RuntimeError: no compiler",)
     alone = measure_row(device, ROWS["CE forward + backward in place"], None, SMALL, 20)
     assert alone.eager is alone.ratio is None
     assert alone.notes == ()
+
+
+@on_interpreter
+def test_clocks_are_warm_before_the_first_sample() -> None:
+    """Ours and torch's alike: 0.2 s of work on the device come before the samples."""
+    ours, torch = IdleDevice(), FakeTorch("torch")
+    theirs = IdleDevice()
+    theirs.baseline = lambda *_: lambda: None  # type: ignore[attr-defined]
+    torch.TorchDevice = lambda: theirs  # type: ignore[assignment,misc,method-assign]
+    measure_row(ours, ROWS["RMSNorm forward"], None, SMALL, 20)
+    assert sum(ours.timed[:-20]) >= 0.2
+    measure_row(IdleDevice(), ROWS["RMSNorm forward"], torch, SMALL, 20)
+    assert sum(theirs.timed[-20:]) == pytest.approx(20 * 334 * 3e-6)
+    eager = len(theirs.timed) // 2  # then compiled
+    assert sum(theirs.timed[: eager - 20]) >= 0.2
+    assert sum(theirs.timed[eager:-20]) >= 0.2
 
 
 def test_baselines_are_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +132,7 @@ def test_baselines_compute_the_same(name: str) -> None:
     ours = ours if isinstance(ours, tuple) else (ours,)
     assert len(found) == len(ours)
     for theirs, x in zip(found, ours, strict=True):
-        assert worst_error((theirs.numpy(),), (np.asarray(x, np.float64),)) <= 1e-5
+        assert worst_error(theirs.numpy(), np.asarray(x, np.float64)) <= 1e-5, name
     monkey.undo()
 
 

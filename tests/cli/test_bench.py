@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from refimpl.bench import RUNS
 from refimpl.bench.measure import Times
 from refimpl.bench.results import line_of, read_results, render
 from refimpl.bench.rows import ROWS, Maker
@@ -68,8 +69,12 @@ class Stub(types.ModuleType):
             runtime=runtime,
             using_allocator=lambda _: nullcontext(),
             Device=lambda: types.SimpleNamespace(id=0),
-            get_elapsed_time=lambda before, after: 1.0,
+            get_elapsed_time=self.elapsed,
         )
+
+    def elapsed(self, before: Any, after: Any) -> float:
+        self.said.append("elapsed")
+        return 1.0
 
     def get_default_memory_pool(self) -> Any:
         return types.SimpleNamespace(free_all_blocks=lambda: self.said.append("free"))
@@ -124,9 +129,8 @@ def test_command_writes_what_it_shows(
     assert found.rows[0].ours == Times(1e-3, 1e-3, 1e-3)
     assert found.rows[0].peak == 512
     assert stub.said.count("begin") == stub.said.count("end") == 2
-    assert (
-        stub.said.count("launch") == 45
-    )  # 20 samples each; 3 warm-ups, and 2 where one graph is enough
+    # 20 samples each, 200 of 1 ms each to warm up, 2 to count by, 1 where nothing is to count
+    assert stub.said.count("launch") == 2 * (20 + 200) + 2 + 1
 
 
 @on_interpreter
@@ -139,7 +143,7 @@ def test_command_on_a_wrong_kernel(
     row = ROWS["AdamW step"]
 
     def inexact(maker: Maker) -> Any:
-        return row.make(maker)._replace(check=lambda: 0.5)
+        return row.make(maker)._replace(check=lambda: {"p": 0.5, "m": 2.5})
 
     def large(maker: Maker) -> Any:
         raise MemoryError("no more")
@@ -149,7 +153,7 @@ def test_command_on_a_wrong_kernel(
     arguments = ["bench", "--gpu", "--runs", "20", "--results", str(tmp_path)]
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert done.exit_code == 1
-    assert "DOES NOT HOLD: AdamW step: its error is above the bound" in done.output
+    assert "DOES NOT HOLD: AdamW step: the error allowed is exceeded: m 2.5 times\n" in done.output
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(
         bench, "select_rows", lambda names: [replace(row, make=large), ROWS["RMSNorm forward"]]
@@ -176,6 +180,16 @@ def test_results_are_written_as_they_come(
     monkeypatch.setattr(bench, "select_rows", lambda names: rows)
     CliRunner().invoke(app, ["bench", "--gpu", "--runs", "20", "--results", str(tmp_path)])
     assert [row.name for row in read_results(tmp_path)[0].rows] == ["RMSNorm forward"]
+
+
+@on_interpreter
+def test_ceilings_are_of_warm_clocks(stub: Stub) -> None:
+    """200 times eight copies of 1 ms together before the samples, and as many products: what a
+    row's share and target are of must not be too low."""
+    from refimpl.bench.device import CupyDevice
+
+    CupyDevice().ceilings()
+    assert stub.said == ["elapsed"] * 2 * (200 + RUNS)
 
 
 @on_interpreter

@@ -20,6 +20,7 @@ from refimpl.kernels.numba_cuda import NUMBA_STORAGE
 from refimpl.ops import Ops
 from refimpl.verify import placed
 
+import pretended_cupy
 import ptx
 from support import FULL
 
@@ -76,6 +77,26 @@ class InterpreterLaunch:
         x.reshape(-1).view(np.uint8)[...] = 0xFF
         self.unwritten.append(x)
         return x
+
+
+class PretendedLaunch(InterpreterLaunch):
+    """The interpreter under arrays that are dressed as CuPy's."""
+
+    def __call__(
+        self, module: Any, kernel: str, grid: Any, block: Any, arguments: Any, *, shared: int = 0
+    ) -> None:
+        assert not any(type(x) is np.ndarray for x in arguments), (
+            f"{kernel} was given a NumPy array"
+        )
+        given = {
+            id(x): pretended_cupy.here(x) for x in arguments
+        }  # one object for an array that comes twice
+        super().__call__(
+            module, kernel, grid, block, [given[id(x)] for x in arguments], shared=shared
+        )
+
+    def empty(self, shape: Any, dtype: Any, like: Any) -> Any:
+        return pretended_cupy.there(super().empty(shape, dtype, like))
 
 
 class PoisonedLaunch(DeviceLaunch):

@@ -21,7 +21,7 @@ from kernel_support import (
     ON_DEVICE,
     SHAPES,
     WIDE,
-    InterpreterLaunch,
+    PretendedLaunch,
     compare,
     make_launch,
     ops_of,
@@ -50,26 +50,6 @@ def test_what_a_launch_refuses() -> None:
             )
 
 
-class PretendedLaunch(InterpreterLaunch):
-    """The interpreter under arrays that are dressed as CuPy's."""
-
-    def __call__(
-        self, module: Any, kernel: str, grid: Any, block: Any, arguments: Any, *, shared: int = 0
-    ) -> None:
-        assert not any(type(x) is np.ndarray for x in arguments), (
-            f"{kernel} was given a NumPy array"
-        )
-        given = {
-            id(x): pretended_cupy.here(x) for x in arguments
-        }  # one object for an array that comes twice
-        super().__call__(
-            module, kernel, grid, block, [given[id(x)] for x in arguments], shared=shared
-        )
-
-    def empty(self, shape: Any, dtype: Any, like: Any) -> Any:
-        return pretended_cupy.there(super().empty(shape, dtype, like))
-
-
 @pytest.mark.skipif(ON_DEVICE, reason="there it is CuPy itself")
 @pytest.mark.parametrize("op", CUDA)
 def test_host_side_does_nothing_that_cupy_refuses(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,6 +59,23 @@ def test_host_side_does_nothing_that_cupy_refuses(op: str, monkeypatch: pytest.M
     compare(
         op, placed(table[op], pretended_cupy.there), SHAPES[op](RandomDraw(1)), "float32", 1, extra
     )
+
+
+@pytest.mark.skipif(ON_DEVICE, reason="counted on the pretended CuPy")
+@pytest.mark.parametrize("experts", [4, 32])
+def test_moe_copies_to_the_host_twice(experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward on the kernels: the span of ``indices`` and the loads, however many
+    experts there are."""
+    monkeypatch.setitem(sys.modules, "cupy", pretended_cupy.Pretended("cupy"))
+    monkeypatch.setattr(pretended_cupy, "COPIES", copies := list[str]())
+    table, there = cuda_table(PretendedLaunch()), pretended_cupy.there
+    rng = np.random.default_rng(0)
+    shapes = [(5, 8), (5, 3), (experts, 4, 8), (experts, 4, 8), (experts, 8, 4)]
+    arrays = [there(rng.normal(size=shape).astype(np.float32)) for shape in shapes]
+    indices = there(rng.integers(0, experts, (5, 3)))
+    y, saved = table["moe"].forward(*arrays, None, None, None, indices=indices, ops=table)
+    table["moe"].backward(y, saved)
+    assert copies == ["tolist", "tolist"]
 
 
 PRODUCTS = [

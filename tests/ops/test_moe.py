@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from refimpl.ops import ffn_backward, ffn_forward, moe_backward, moe_forward
 
+import pretended_cupy
 from support import property_test
 
 EPS = np.finfo(np.float64).eps
@@ -132,6 +134,23 @@ def test_identities() -> None:
         assert (
             abs(np.sum(grads[name] * given[name]) - terms.sum()) <= 100 * EPS * np.abs(dy * y).sum()
         )
+
+
+@pytest.mark.parametrize("experts", [4, 64])
+def test_copies_to_the_host_are_two(experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CuPy each is a wait for the device: the span of ``indices`` and the loads, however many
+    experts there are, and nothing in the backward."""
+    monkeypatch.setitem(sys.modules, "cupy", pretended_cupy.Pretended("cupy"))
+    monkeypatch.setattr(pretended_cupy, "COPIES", copies := list[str]())
+    rng = np.random.default_rng(0)
+    shapes = [(9, D), (9, K), (experts, F, D), (experts, F, D), (experts, D, F)]
+    shapes += [(S, D), (S, D), (D, S)]
+    x, *rest = (pretended_cupy.there(rng.normal(size=shape)) for shape in shapes)
+    indices = pretended_cupy.there(rng.integers(0, experts, (9, K)))
+    y, saved = moe_forward(x, *rest, indices=indices)
+    assert copies == ["tolist", "tolist"]
+    moe_backward(y, saved)
+    assert len(copies) == 2
 
 
 def test_expert_without_tokens_gets_exactly_nothing() -> None:
