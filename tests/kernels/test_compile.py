@@ -50,6 +50,13 @@ HELD = {
 ROUND_NOTHING = ("router", "grpo", "embedding")  # to bfloat16: results are float32, or are copied
 
 
+@pytest.fixture
+def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder of kernels."""
+    monkeypatch.setenv("REFIMPL_KERNELS", str(tmp_path / "kernels"))
+    return tmp_path / "kernels"
+
+
 @without_a_device
 @pytest.mark.parametrize("storage", STORAGE)
 @pytest.mark.parametrize("stem", STEMS)
@@ -192,11 +199,10 @@ def test_a_kernel_that_does_not_compile_is_an_error() -> None:
 
 
 def test_nothing_is_written_into_shared_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kernels: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An empty log is one byte, which NVRTC writes: not into the one b" " that the whole process
     shares."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(compile, "OPTIONS", ())
     module = build("one", "sm_90", "float32", 'extern "C" __global__ void one(int* x) { *x = 1; }')
     assert module.log == ""
@@ -204,86 +210,56 @@ def test_nothing_is_written_into_shared_bytes(
     assert b" " == b"\x20"
 
 
-def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was compiled once is read back; another source, header or option is another entry;
-    nothing half-written."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_what_was_compiled_is_read_back(
+    kernels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another source, header, option or release of NVRTC is another entry."""
     source = (
         '#define STORAGE_FLOAT32 1\n#include "common.cuh"\nextern "C" __global__ void '
         "one(real* x) { *x = 1; }"
     )
     first = build("one", "sm_90", "float32", source)
+    assert first.cubin.parent.parent == kernels
+    assert first.cubin.parent.name.endswith(f"-nvrtc{compile.nvrtc_version()}")
     monkeypatch.setattr(compile, "_run", lambda *_: pytest.fail("compiled again"))
     assert build("one", "sm_90", "float32", source) == first
     monkeypatch.setattr(compile, "_run", lambda *_: (b"ptx", b"cubin", b"log"))
     assert build("one", "sm_80", "float32", source).ptx == "ptx"
     assert build("one", "sm_90", "float32", source + "\n").ptx == "ptx"
-    folder = tmp_path / "refimpl" / "kernels"
-    assert len(list(folder.iterdir())) == 3
-    assert first.cubin.parent.parent == folder
+    assert len(list(kernels.iterdir())) == 3
     changed = tmp_path / "source"
     changed.mkdir()
     (changed / "common.cuh").write_text("// another\n")
-    monkeypatch.setattr(compile, "SOURCE", changed)
+    with monkeypatch.context() as inner:
+        inner.setattr(compile, "SOURCE", changed)
+        assert build("one", "sm_90", "float32", source).ptx == "ptx"
+    assert len(list(kernels.iterdir())) == 4
+    monkeypatch.setattr(compile, "_release", lambda nvrtc: "13.1.2")
     assert build("one", "sm_90", "float32", source).ptx == "ptx"
-    assert len(list(folder.iterdir())) == 4
+    assert sorted(x.name for x in kernels.iterdir() if x.name.endswith("-nvrtc13.1.2"))
+    assert len(list(kernels.iterdir())) == 5
 
 
-@pytest.mark.parametrize("name", compile.FILES)
-def test_a_spoiled_cache_is_made_again(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A file cut short, changed in one bit, empty or gone."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    contents = b"ptx", b"cubin", b"log"
-
-    def build_it() -> tuple[bytes, ...]:
-        module = compile.kept("one", "sm_90", "float32", "all", lambda: contents)
-        return module.ptx.encode(), module.cubin.read_bytes(), module.log.encode()
-
-    build_it()
-    (folder,) = (tmp_path / "refimpl" / "kernels").iterdir()
-    file = folder / name
-    whole = file.read_bytes()
-    for spoiled in (whole[:-1], bytes([whole[0] ^ 1]) + whole[1:], b"", None):
-        file.unlink()
-        if spoiled is not None:
-            file.write_bytes(spoiled)
-        assert build_it() == contents
-        assert file.read_bytes() == whole
-        assert list(folder.parent.iterdir()) == [folder]
+@without_a_device
+def test_compiled_kernels_travel(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one machine compiled, another loads that has no NVRTC; nothing else."""
+    made = compile_kernel.__wrapped__("swiglu", "sm_90", "float32")
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    assert compile_kernel.__wrapped__("swiglu", "sm_90", "float32") == made
+    with pytest.raises(CouldNotRun, match=r"^CUDA C needs NVRTC"):
+        compile_kernel.__wrapped__("swiglu", "sm_80", "float32")
 
 
-@pytest.mark.parametrize("where", ["refimpl", "refimpl/kernels"])
-def test_a_cache_that_cannot_be_written(
-    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    (tmp_path / where).parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / where).write_text("a file")
+def test_release_of_nvrtc() -> None:
+    """To the last number, which nvrtcVersion leaves out."""
+    from cuda.bindings import nvrtc
+
+    _, major, minor = nvrtc.nvrtcVersion()
+    assert re.fullmatch(rf"{major}\.{minor}\.\d+", compile.nvrtc_version())
     with pytest.raises(
-        CouldNotRun,
-        match=r"^compiled kernels are kept in .*refimpl.kernels, which .* XDG_CACHE_HOME",
+        RuntimeError, match=r"PTX that does not name its compiler: b'\.version 9\.0"
     ):
-        compile.kept("one", "sm_90", "float32", "all", lambda: (b"ptx", b"cubin", b"log"))
-    assert (tmp_path / where).read_text() == "a file"
-
-
-def test_a_full_disk_leaves_nothing_half_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    write = Path.write_bytes
-
-    def full(self: Path, data: bytes) -> int:
-        if self.name == "log":
-            raise OSError(28, "No space left on device")
-        return write(self, data)
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(CouldNotRun, match=r"cannot be written \(No space left on device\)"):
-        compile.kept("one", "sm_90", "float32", "all", lambda: (b"ptx", b"cubin", b"log"))
-    assert list((tmp_path / "refimpl" / "kernels").iterdir()) == []
+        compile.release_of(b".version 9.0")
 
 
 def test_no_nvrtc_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
