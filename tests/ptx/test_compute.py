@@ -35,12 +35,39 @@ def answers(instruction: str, types: str, rows: list, result: str) -> np.ndarray
 
 
 B31, ONES = 1 << 31, 0xFFFFFFFF
+# of 64 bits, around the places where a sum of 32-bit halves carries
+PLACES = (0, 1, 3, 2**32 - 1, 2**32, 2**32 + 1, 2**63 - 1, 2**63, 0x123456789ABCDEF0, 2**64 - 1)
+FACTORS = [(a, b) for a in PLACES for b in PLACES]
 
 TABLE: list[tuple[str, str, list, str, list]] = [
     ("add.s32 %d, %a, %b;", "s32 s32", [(1, 2), (2**31 - 1, 1)], "s32", [3, -(2**31)]),
     ("mul.lo.s32 %d, %a, %b;", "s32 s32", [(-3, 5), (1 << 20, 1 << 20)], "s32", [-15, 0]),
     ("mul.wide.s32 %d, %a, %b;", "s32 s32", [(-(2**31), 2), (-3, -4)], "s64", [-(2**32), 12]),
     ("mul.wide.u32 %d, %a, %b;", "u32 u32", [(ONES, ONES)], "u64", [ONES * ONES]),
+    (
+        "mul.hi.u32 %d, %a, %b;",
+        "u32 u32",
+        [(ONES, ONES), (B31, 2), (3, 5)],
+        "u32",
+        [ONES - 1, 1, 0],
+    ),
+    (
+        "mul.hi.s32 %d, %a, %b;",
+        "s32 s32",
+        [(-1, 1), (-(2**31), -(2**31)), (2**31 - 1, 4), (-3, 5)],
+        "s32",
+        [-1, 2**30, 1, -1],
+    ),
+    ("mul.hi.u16 %d, %a, %b;", "u16 u16", [(0xFFFF, 0xFFFF), (0x100, 0x100)], "u16", [0xFFFE, 1]),
+    ("mul.hi.s16 %d, %a, %b;", "s16 s16", [(-1, 1), (0x100, 0x100)], "s16", [-1, 1]),
+    ("mul.hi.u64 %d, %a, %b;", "u64 u64", FACTORS, "u64", [a * b >> 64 for a, b in FACTORS]),
+    (
+        "mul.hi.s64 %d, %a, %b;",
+        "s64 s64",
+        [(a - 2**63, b - 2**63) for a, b in FACTORS],
+        "s64",
+        [(a - 2**63) * (b - 2**63) >> 64 for a, b in FACTORS],
+    ),
     ("mad.lo.s32 %d, %a, %b, %c;", "s32 s32 s32", [(3, -4, 5)], "s32", [-7]),
     (
         "div.s32 %d, %a, %b;",
@@ -103,6 +130,14 @@ TABLE: list[tuple[str, str, list, str, list]] = [
     ),
     ("sqrt.rn.f32 %d, %a;", "f32", [2, -1, -0.0], "f32", [np.sqrt(np.float32(2)), NAN, -0.0]),
     ("rcp.rn.f64 %d, %a;", "f64", [3, 0], "f64", [1 / 3, INF]),
+    (
+        "copysign.f32 %d, %a, %b;",
+        "f32 f32",
+        [(-1, 2), (1, -2), (-0.0, 0), (0, -INF), (-INF, 3), (-1, NAN)],
+        "f32",
+        [-2, 2, -0.0, INF, -3, NAN],
+    ),
+    ("copysign.f64 %d, %a, %b;", "f64 f64", [(-0.0, 1e300), (5, -1)], "f64", [-1e300, 1]),
     ("abs.f32 %d, %a;", "f32", [-0.0, -2], "f32", [0, 2]),
     ("neg.f64 %d, %a;", "f64", [1, -0.0], "f64", [-1, 0.0]),
     ("cvt.rni.f32.f32 %d, %a;", "f32", [0.5, 1.5, -0.2], "f32", [0, 2, -0.0]),
