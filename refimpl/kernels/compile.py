@@ -30,7 +30,8 @@ __all__ = [
     "release_of",
 ]
 
-TARGETS = ("sm_80", "sm_90", "sm_90a", "sm_100")
+# Machine code for sm_80 runs on sm_86 and sm_89 too, for sm_100 on sm_103, for sm_120 on sm_121
+TARGETS = ("sm_80", "sm_90", "sm_90a", "sm_100", "sm_120")
 STORAGE = ("float64", "float32", "bfloat16")
 STEMS = tuple(sorted(path.stem for path in SOURCE.glob("*.cu")))
 OPTIONS = (
