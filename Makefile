@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: digests verify test test-full test-newest oracle gpu ladder check bugs memory memory-grads clean
+.PHONY: digests verify test test-full test-newest oracle kernels gpu ladder check bugs memory memory-grads clean
 
 verify: .venv/base  ## prove every gradient on real text
 	$(BIN)/refimpl verify
@@ -30,6 +30,9 @@ test-newest:  ## make test on the newest of python3.14, 3.13, 3.12 on PATH, with
 
 oracle: .venv/oracle  ## compare with Hugging Face's models, run the ops on JAX (torch may bring gigabytes of CUDA)
 	$(BIN)/python -m pytest -q tests/oracle tests/golden/test_checkpoints.py
+
+kernels: .venv/dev  ## compile every kernel for every target into build/kernels, for machines without compilers
+	REFIMPL_KERNELS=build/kernels $(BIN)/refimpl kernels
 
 # With the Python at hand where that has what is needed (a GPU machine may have no network), else in .venv.
 gpu:  ## the kernels' tests, the benchmark and every gradient on the GPU at hand; says so where there is none

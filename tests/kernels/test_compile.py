@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from refimpl.errors import CouldNotRun
-from refimpl.kernels import SOURCE, compile
+from refimpl.kernels import SOURCE, compile, router
 from refimpl.kernels.compile import STEMS, STORAGE, TARGETS, BuildError, build, compile_kernel
 
 from kernel_support import EXECUTED, without_a_device
@@ -99,6 +99,12 @@ def test_every_kernel_has_a_budget() -> None:
     text = re.sub(r"__launch_bounds__\([\w, ]+\)", "", "".join(sources().values()))
     declared = re.findall(r'extern "C" __global__ void\s+(\w+)\(', text)
     assert sorted(declared) == sorted(BUDGET)
+
+
+def test_every_gpu_has_the_shared_memory() -> None:
+    """48 KB per block, which needs no asking; sm_86, sm_89 and sm_120 have 99 KB at most."""
+    scores = router.WARPS * (2 * router.MOST_SLOTS + router.WARP) * 8  # of float64, in the launch
+    assert max(shared for _, shared in BUDGET.values()) + scores <= 48 * 1024
 
 
 @without_a_device
