@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import arithmetic as fp
-from .parse import DTYPES, Operand, Vector
+from .parse import DTYPES, Operand, Symbol, Vector
 
 if TYPE_CHECKING:
     from .machine import Lanes, Machine
@@ -111,6 +111,7 @@ FORMS: dict[str, tuple[str, Callable[..., Array]]] = {
     "setp.ge": ("t t → pred", np.greater_equal),
     "setp.neu": ("t t → pred", np.not_equal),
     "setp.nan": ("t t → pred", lambda a, b: (a != a) | (b != b)),
+    "setp.equ": ("t t → pred", lambda a, b: ~((a < b) | (a > b))),
     "setp.ltu": ("t t → pred", lambda a, b: ~(a >= b)),
     "setp.leu": ("t t → pred", lambda a, b: ~(a > b)),
     "setp.gtu": ("t t → pred", lambda a, b: ~(a <= b)),
@@ -127,6 +128,9 @@ APPROXIMATE: dict[str, Callable[[Array, int], Array]] = {
     "rcp.approx.ftz.f64": fp.reciprocal,
     "ex2.approx.ftz.f32": lambda a, seed: fp.flush(fp.exponential(fp.flush(a), seed)),
 }
+
+
+DROPPED = Symbol("_")
 
 
 def bind(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
@@ -151,7 +155,8 @@ def bind(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
 
 
 def move_halves(m: Machine, type: str, target: Operand, source: Operand) -> Step:
-    """Pack two registers into one of twice their size, or unpack one; the lowest bits first."""
+    """Pack two registers into one of twice their size, or unpack one; the lowest bits first, and
+    `_` for those that are dropped."""
     half = f"b{int(type[1:]) // 2}"
     whole, parts = (target, source) if isinstance(source, Vector) else (source, target)
     low, high = m.view(whole, type).view(DTYPES[half]).reshape(-1, 2).T
@@ -164,6 +169,7 @@ def move_halves(m: Machine, type: str, target: Operand, source: Operand) -> Step
         pairs = [
             (m.writer(part, half), place.__getitem__)
             for place, part in zip((low, high), parts, strict=True)
+            if part != DROPPED
         ]
 
     def step(lanes: Lanes) -> None:

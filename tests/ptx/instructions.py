@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Array = np.ndarray
 HINTS = r"\.L1::no_allocate\.L2::256B"
 MEMORY = re.compile(
-    rf"((?:ld\.global(?:\.nc(?:{HINTS})?)?)|ld\.shared|ld\.param|st\.global|st\.shared)(?:\.v([24]))?\.([usf]\d+)"
+    rf"((?:ld\.global(?:\.nc(?:{HINTS})?)?)|ld\.shared|ld\.param|st\.global|st\.shared)(?:\.v([24]))?\.([busf]\d+)"
 )
 ADD = re.compile(r"atom\.(global|shared)\.add\.(f32|u32)")
 
