@@ -42,6 +42,7 @@ BUDGET = {
     "swiglu_backward": (48, 0),
     "swiglu_forward": (40, 0),
 }
+ON_SM_120 = {"cross_entropy_loss": 40}  # registers where ptxas takes more there than elsewhere
 SHOWN = TARGETS if FULL else TARGETS[:-1]  # sm_120's PTX is sm_100's: test-full shows it
 HELD = {
     "float64": 7,
@@ -72,6 +73,8 @@ def test_compiles_within_budget(stem: str, storage: str) -> None:
         assert "warning" not in module.log
         for kernel, usage in module.usage.items():
             registers, shared = BUDGET[kernel]
+            if target == "sm_120":
+                registers = ON_SM_120.get(kernel, registers)
             where = f"{kernel} in {storage} for {target}: {usage}"
             assert usage.spills == usage.stack == 0, where
             assert 0 < usage.registers <= registers, where
