@@ -47,12 +47,23 @@ def test_bits_are_extended_by_zeros() -> None:
     assert out.tolist() == [0xFF, 0xFFFF, 0x3F800000]
 
 
-def test_atomics() -> None:
+def test_addresses_of_32_bits_wrap_around() -> None:
+    """A register below zero and an offset above it meet within shared memory."""
+    body = """
+    .shared .align 4 .b8 buffer[128];
+    mov.u32 %r3, buffer; shl.b32 %r4, %r0, 2; add.s32 %r5, %r3, %r4;
+    st.shared.u32 [%r5], %r0; bar.sync 0;
+    sub.s32 %r6, %r5, 512; ld.shared.u32 %r1, [%r6+512];"""
+    np.testing.assert_array_equal(threads(body), np.arange(32))
+
+
+@pytest.mark.parametrize("atom", ["atom", "atom.relaxed.gpu"])
+def test_atomics(atom: str) -> None:
     """Each thread sees another number; threads come in a random order; f32 flushes in global memory
     alone."""
     target, seen = np.zeros(1, np.uint32), np.zeros(32, np.uint32)
     tail = "mul.wide.u32 %rd9, %r0, 4;\nadd.s64 %rd9, %rd9, %rd2;\nst.global.u32 [%rd9], %r3;"
-    run(kernel(f"atom.global.add.u32 %r3, [%rd1], 2;\n{tail}", 2), "k", 1, 32, [target, seen])
+    run(kernel(f"{atom}.global.add.u32 %r3, [%rd1], 2;\n{tail}", 2), "k", 1, 32, [target, seen])
     assert target[0] == 64
     assert seen.tolist() != sorted(seen.tolist()) == [*range(0, 64, 2)]
     out = np.zeros(2, np.float32)
@@ -60,7 +71,7 @@ def test_atomics() -> None:
     mov.u64 %rd2, sum; st.shared.f32 [%rd2], 0f00000000; mov.b32 %f1, 5;
     atom.global.add.f32 %f3, [%rd1], %f1; atom.shared.add.f32 %f3, [%rd2], %f1;
     ld.shared.f32 %f2, [%rd2]; st.global.f32 [%rd1+4], %f2;"""
-    run(kernel(body), "k", 1, 32, [out])
+    run(kernel(body.replace("atom.", f"{atom}.")), "k", 1, 32, [out])
     assert out.view(np.uint32).tolist() == [0, 5]
 
 
