@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: digests verify test test-full test-newest oracle gpu ladder check bugs memory memory-grads clean
+.PHONY: digests verify test test-full test-newest oracle kernels gpu ladder check bugs memory memory-grads clean
 
 verify: .venv/base  ## prove every gradient on real text
 	$(BIN)/refimpl verify
@@ -18,19 +18,21 @@ test-full: .venv/dev  ## the same tests with ten times the examples
 	REFIMPL_TEST_FULL=1 $(BIN)/python -m pytest -q -n 2
 
 # What a user gets: no constraints, and the newest Python that runs (pyenv leaves names on PATH that do not).
-# Numba CUDA's tests are left out by their name: NumPy 2.5 breaks numba-cuda 0.30.4.
 test-newest:  ## make test on the newest of python3.14, 3.13, 3.12 on PATH, with the newest packages
 	@for python in python3.14 python3.13 python3.12; do \
 	    if $$python -c '' 2>/dev/null; then \
 	        echo "testing on $$($$python --version), with the newest packages"; \
 	        $$python -m venv --clear .venv-newest && \
 	        .venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' && \
-	        exec .venv-newest/bin/python -m pytest -q -n 2 -k 'not numba'; exit 1; \
+	        exec .venv-newest/bin/python -m pytest -q -n 2; exit 1; \
 	    fi; \
 	done; echo "no python3.14, python3.13 or python3.12 that runs is on PATH: nothing was tested on a newer Python"
 
 oracle: .venv/oracle  ## compare with Hugging Face's models, run the ops on JAX (torch may bring gigabytes of CUDA)
 	$(BIN)/python -m pytest -q tests/oracle tests/golden/test_checkpoints.py
+
+kernels: .venv/dev  ## compile every kernel for every target into build/kernels, for machines without compilers
+	REFIMPL_KERNELS=build/kernels $(BIN)/refimpl kernels
 
 # With the Python at hand where that has what is needed (a GPU machine may have no network), else in .venv.
 gpu:  ## the kernels' tests, the benchmark and every gradient on the GPU at hand; says so where there is none

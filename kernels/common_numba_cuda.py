@@ -3,11 +3,15 @@
 A block's threads run in warps of 32, which go on together. Numba knows a Python number as 64 bits
 wide, and would do in float64 whatever meets one: so constants are written ``real(1)``, and the
 kernels are made for one type ``real``.
+
+No other file of device code names the package that compiles it, numba-cuda. Its successor,
+numba-cuda-mlir, has the same names under ``numba_cuda_mlir``.
 """
 
 import math
 
 from numba import cuda
+from numba.cuda.types import CPointer, float32, float64, int32, int64  # noqa: F401
 
 WARP = 32  # threads
 ALL_LANES = 0xFFFFFFFF  # one bit a thread of a warp: all take part

@@ -7,10 +7,7 @@ derivations/cross_entropy.md.
 
 import math
 
-from numba import cuda, int32, int64
-from numba.types import CPointer
-
-from .common_numba_cuda import WARP, block_max, block_sum
+from .common_numba_cuda import WARP, CPointer, block_max, block_sum, cuda, int32, int64
 
 
 def kernels(real):

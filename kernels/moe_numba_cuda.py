@@ -5,10 +5,7 @@ Row r of the experts' order belongs to slot order[r] = m K + k, token m's k-th c
 inverse of order. The backward of either is the other. Derivation: derivations/moe.md.
 """
 
-from numba import cuda, int32, int64
-from numba.types import CPointer
-
-from .common_numba_cuda import WARP, warp_sum
+from .common_numba_cuda import WARP, CPointer, cuda, int32, int64, warp_sum
 
 
 def kernels(real):

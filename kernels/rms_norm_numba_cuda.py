@@ -7,10 +7,7 @@ elements: a warp's 32 reads are then a few accesses to memory. Arrays are flat: 
 
 import math
 
-from numba import cuda, int32, int64
-from numba.types import CPointer
-
-from .common_numba_cuda import WARP, block_sum
+from .common_numba_cuda import WARP, CPointer, block_sum, cuda, int32, int64
 
 LANES = 8  # threads that share a column of dw
 

@@ -4,8 +4,7 @@ A thread turns a pair, then one every gridsize-th. Angles are the host's. Deriva
 derivations/rope.md.
 """
 
-from numba import cuda, int32, int64
-from numba.types import CPointer
+from .common_numba_cuda import CPointer, cuda, int32, int64
 
 
 def kernels(real):

@@ -8,10 +8,7 @@ before it. Derivation: derivations/router.md.
 
 import math
 
-from numba import cuda, int32, int64
-from numba.types import CPointer
-
-from .common_numba_cuda import WARP, make_sigmoid, warp_max, warp_sum
+from .common_numba_cuda import WARP, CPointer, cuda, int32, int64, make_sigmoid, warp_max, warp_sum
 
 
 @cuda.jit(device=True, inline="always")

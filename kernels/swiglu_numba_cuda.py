@@ -5,10 +5,7 @@ the element ``cuda.grid(1)``, its number in the grid, then one every ``cuda.grid
 many threads were started. Derivation: derivations/swiglu.md.
 """
 
-from numba import cuda, int64
-from numba.types import CPointer
-
-from .common_numba_cuda import make_sigmoid
+from .common_numba_cuda import CPointer, cuda, int64, make_sigmoid
 
 
 def kernels(real):

@@ -18,12 +18,24 @@ from . import (  # each adds its commands to the app
     count,
     generate,
     grads,
+    kernels,
     memory,
     verify,
 )
 from .app import UsageError, app, usage_line
 
-__all__ = ["app", "bench", "conventions", "count", "generate", "grads", "main", "memory", "verify"]
+__all__ = [
+    "app",
+    "bench",
+    "conventions",
+    "count",
+    "generate",
+    "grads",
+    "kernels",
+    "main",
+    "memory",
+    "verify",
+]
 
 
 def main() -> None:

@@ -21,7 +21,17 @@ from ..config import CONVENTIONS
 from ..errors import CouldNotRun
 from ..files import expect_replaceable, write_json
 
-ORDER = ["verify", "grade", "grads", "generate", "count", "conventions", "memory", "bench"]
+ORDER = [
+    "verify",
+    "grade",
+    "grads",
+    "generate",
+    "count",
+    "conventions",
+    "memory",
+    "kernels",
+    "bench",
+]
 WIDTH = 118  # of a table that goes to a file or a pipe
 
 CONVENTION = f"One of {', '.join(CONVENTIONS)}: who is followed where implementations disagree."

@@ -1,5 +1,4 @@
-"""CUDA C to PTX and machine code by NVRTC, which needs no GPU; kept on disk by the hash of all that
-enters.
+"""CUDA C to PTX and machine code by NVRTC, which needs no GPU; kept on disk (`kept`).
 
 A kernel is compiled for one target (``sm_90``, …) and one storage type; both, and tile sizes if a
 kernel has any, are ``#define`` lines put before the source. PTX is what the tests' interpreter
@@ -8,20 +7,16 @@ executes, the cubin what a device loads.
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import os
 import re
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..errors import CouldNotRun
-from ..files import replacing_folder
 from . import SOURCE
+from .kept import kept
 
 __all__ = [
     "STEMS",
@@ -30,17 +25,15 @@ __all__ = [
     "BuildError",
     "Module",
     "Usage",
-    "cache_folder",
     "compile_kernel",
-    "kept",
-    "library_file",
     "nvrtc_version",
+    "release_of",
 ]
 
-TARGETS = ("sm_80", "sm_90", "sm_90a", "sm_100")
+# Machine code for sm_80 runs on sm_86 and sm_89 too, for sm_100 on sm_103, for sm_120 on sm_121
+TARGETS = ("sm_80", "sm_90", "sm_90a", "sm_100", "sm_120")
 STORAGE = ("float64", "float32", "bfloat16")
 STEMS = tuple(sorted(path.stem for path in SOURCE.glob("*.cu")))
-FILES = ("kernel.ptx", "kernel.cubin", "log", "sha256")
 OPTIONS = (
     "--std=c++17",
     "--ptxas-options=-v",
@@ -101,13 +94,6 @@ def _usage(part: str) -> Usage:
     )
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: ``$XDG_CACHE_HOME/refimpl``, by default
-    ``~/.cache/refimpl``."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "refimpl"
-
-
 @cache
 def compile_kernel(stem: str, target: str, storage: str) -> Module:
     """``kernels/<stem>.cu`` for a target and a storage type.
@@ -127,86 +113,36 @@ def compile_kernel(stem: str, target: str, storage: str) -> Module:
 
 
 def build(stem: str, target: str, storage: str, source: str) -> Module:
-    """Compile ``source``, which may include common.cuh, or take it from the cache."""
-    nvrtc = _nvrtc()
-    header, options = (
-        (SOURCE / "common.cuh").read_text(),
-        (f"--gpu-architecture={target}", *OPTIONS),
+    """Compile ``source``, which may include common.cuh, or take what was compiled before."""
+    header = (SOURCE / "common.cuh").read_text()
+    options = (f"--gpu-architecture={target}", *OPTIONS)
+    found = kept(
+        stem,
+        (__version__, stem, source, header, options),
+        lambda: f"nvrtc{nvrtc_version()}",
+        lambda: _run(_nvrtc(), stem, source, header, options),
     )
-    all_that_enters = library_file("nvrtc"), options, header, source, stem
-    return kept(
-        stem, target, storage, all_that_enters, lambda: _run(nvrtc, stem, source, header, options)
-    )
-
-
-def kept(
-    name: str,
-    target: str,
-    storage: str,
-    all_that_enters: object,
-    make: Callable[[], tuple[bytes, bytes, bytes]],
-) -> Module:
-    """The module from the cache, by the hash of ``all_that_enters``; else what ``make`` gives: PTX,
-    cubin and log.
-
-    A cached module whose checksum no longer matches is made again. CouldNotRun if the cache cannot
-    be written.
-    """
-    number = hashlib.sha256(repr(all_that_enters).encode()).hexdigest()[:32]
-    folder = cache_folder() / "kernels" / f"{name}-{number}"
-    content = _read(folder)
-    if content is None:
-        content = make()
-        try:
-            _write(folder, content)
-        except OSError as error:
-            raise CouldNotRun(
-                f"compiled kernels are kept in {folder.parent}, which cannot be written "
-                f"({error.strerror}): set XDG_CACHE_HOME to a folder that can"
-            ) from error
-    return Module(
-        name, target, storage, content[0].decode(), content[2].decode(), folder / FILES[1]
-    )
-
-
-def _read(folder: Path) -> tuple[bytes, bytes, bytes] | None:
-    """What `_write` wrote; None if it is not there or not whole."""
-    try:
-        ptx, cubin, log, digest = ((folder / name).read_bytes() for name in FILES)
-    except OSError:
-        return None
-    return (ptx, cubin, log) if digest == _digest(ptx, cubin, log) else None
-
-
-def _write(folder: Path, content: tuple[bytes, bytes, bytes]) -> None:
-    """Whole or not at all, though two processes may do it at once."""
-    try:
-        with replacing_folder(folder) as fresh:
-            for name, part in zip(FILES, (*content, _digest(*content)), strict=True):
-                (fresh / name).write_bytes(part)
-            if folder.exists() and _read(folder) is None:
-                shutil.rmtree(folder)
-    except OSError:
-        if _read(folder) is None:  # else the other process was first
-            raise
-
-
-def _digest(*parts: bytes) -> bytes:
-    return "".join(f"{hashlib.sha256(part).hexdigest()}\n" for part in parts).encode()
-
-
-def library_file(name: str) -> tuple[str, int, int]:
-    """What tells one release of a library of CUDA's from another, wherever it was installed from:
-    size and time."""
-    found = importlib.import_module("cuda.pathfinder").load_nvidia_dynamic_lib(name).abs_path
-    status = Path(found).stat()
-    return name, status.st_size, status.st_mtime_ns
+    return Module(stem, target, storage, *found)
 
 
 def nvrtc_version() -> str:
-    """``13.0``; CouldNotRun if there is no NVRTC."""
-    nvrtc = _nvrtc()
-    return "{}.{}".format(*_ok(nvrtc, nvrtc.nvrtcVersion()))
+    """``13.0.88``; CouldNotRun if there is no NVRTC."""
+    return _release(_nvrtc())
+
+
+@cache
+def _release(nvrtc: Any) -> str:
+    """NVRTC's own answer, 13.0, is that of several releases; the PTX of nothing names the very
+    one."""
+    return release_of(_run(nvrtc, "nothing", "", "", ())[0])
+
+
+def release_of(ptx: bytes) -> str:
+    """The release of the compiler that made some PTX, as it says at the top."""
+    found = re.search(rb"release [\d.]+, V([\d.]+)", ptx)
+    if found is None:
+        raise RuntimeError(f"PTX that does not name its compiler: {ptx[:200]!r}")
+    return found[1].decode()
 
 
 def _nvrtc() -> Any:

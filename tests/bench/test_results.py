@@ -99,12 +99,12 @@ def test_table() -> None:
     ]
     assert sorted(re.findall(r"\]\((.*?)\)", files)) == sorted(path.name for path in kernels)
     assert (
-        "| [rms_norm.cu](rms_norm.cu) | sm_80, sm_90, sm_90a, sm_100 | float64, float32, "
+        "| [rms_norm.cu](rms_norm.cu) | sm_80, sm_90, sm_90a, sm_100, sm_120 | float64, float32, "
         "bfloat16 | not yet |" in files
     )
     assert (
-        "| [moe_numba_cuda.py](moe_numba_cuda.py) | sm_80, sm_90, sm_90a, sm_100 | float64, "
-        "float32 | no row |" in files
+        "| [moe_numba_cuda.py](moe_numba_cuda.py) | sm_80, sm_90, sm_90a, sm_100, sm_120 | "
+        "float64, float32 | no row |" in files
     )
     some = render([results(), results("Other", compiled=None, eager=None, eager_peak=None)])
     assert (

@@ -129,6 +129,12 @@ def test_constraints_fit_the_requirements() -> None:
         assert "://" not in line
 
 
+def test_kernels_take_no_numpy_that_numba_cuda_was_not_tried_with() -> None:
+    """Whatever the ops take: NumPy 2.5 is the last that numba_cuda.py knows how to mend."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "numpy<2.6" in project["optional-dependencies"]["kernels"]
+
+
 def test_every_package_is_listed() -> None:
     listed = set(
         tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]

@@ -14,7 +14,8 @@ import pytest
 from refimpl.check.cases import RandomDraw
 from refimpl.kernels import SOURCE, compile, host
 from refimpl.kernels.compile import STEMS, build
-from refimpl.kernels.numba_cuda import build_numba, kernels_of, tools
+from refimpl.kernels.kept import kept
+from refimpl.kernels.numba_cuda import build_numba, kernels_of, numba_versions
 
 from .launches import TABLES, ops_of
 from .rule import compare
@@ -188,10 +189,9 @@ def plant_in_numba(op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         if stem != op:
             return real(stem, kernel, target, storage)
         function = kernels_of(stem, storage)[kernel]
-        all_that_enters = "planted", tools(), texts, kernel, target, storage
-        return compile.kept(
-            kernel, target, storage, all_that_enters, lambda: build_numba(function, target)
-        )
+        all_that_enters = "planted", texts, kernel, target, storage
+        found = kept(kernel, all_that_enters, numba_versions, lambda: build_numba(function, target))
+        return compile.Module(kernel, target, storage, *found)
 
     monkeypatch.setattr(host, "compile_numba", wrong)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from refimpl.errors import CouldNotRun
-from refimpl.kernels import SOURCE, compile
+from refimpl.kernels import SOURCE, compile, router
 from refimpl.kernels.compile import STEMS, STORAGE, TARGETS, BuildError, build, compile_kernel
 
 from kernel_support import EXECUTED, without_a_device
@@ -42,6 +42,8 @@ BUDGET = {
     "swiglu_backward": (48, 0),
     "swiglu_forward": (40, 0),
 }
+ON_SM_120 = {"cross_entropy_loss": 40}  # registers where ptxas takes more there than elsewhere
+SHOWN = TARGETS if FULL else TARGETS[:-1]  # sm_120's PTX is sm_100's: test-full shows it
 HELD = {
     "float64": 7,
     "float32": 6,
@@ -50,12 +52,19 @@ HELD = {
 ROUND_NOTHING = ("router", "grpo", "embedding")  # to bfloat16: results are float32, or are copied
 
 
+@pytest.fixture
+def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder of kernels."""
+    monkeypatch.setenv("REFIMPL_KERNELS", str(tmp_path / "kernels"))
+    return tmp_path / "kernels"
+
+
 @without_a_device
 @pytest.mark.parametrize("storage", STORAGE)
 @pytest.mark.parametrize("stem", STEMS)
 def test_compiles_within_budget(stem: str, storage: str) -> None:
-    """For all four targets: no spills, no stack, registers and shared memory within the budget."""
-    for target in TARGETS:
+    """No spills, no stack, registers and shared memory within the budget."""
+    for target in SHOWN:
         module = compile_kernel(stem, target, storage)
         entries = re.findall(r"\.entry (\w+)\(", module.ptx)
         assert set(module.usage) == set(entries) > set()
@@ -64,6 +73,8 @@ def test_compiles_within_budget(stem: str, storage: str) -> None:
         assert "warning" not in module.log
         for kernel, usage in module.usage.items():
             registers, shared = BUDGET[kernel]
+            if target == "sm_120":
+                registers = ON_SM_120.get(kernel, registers)
             where = f"{kernel} in {storage} for {target}: {usage}"
             assert usage.spills == usage.stack == 0, where
             assert 0 < usage.registers <= registers, where
@@ -79,17 +90,24 @@ def _body(ptx: str) -> str:
 @pytest.mark.parametrize("stem", STEMS)
 def test_what_is_executed_stands_for_all_targets(stem: str, storage: str) -> None:
     """sm_80's and sm_90a's PTX is sm_90's, which these tests execute; so is sm_100's, whose code is
-    other."""
-    for target in set(TARGETS) - set(EXECUTED):
+    other, and which sm_120's is."""
+    for target in set(SHOWN) - set(EXECUTED):
+        executed = "sm_100" if target == "sm_120" else "sm_90"
         assert _body(compile_kernel(stem, target, storage).ptx) == _body(
-            compile_kernel(stem, "sm_90", storage).ptx
-        )
+            compile_kernel(stem, executed, storage).ptx
+        ), target
 
 
 def test_every_kernel_has_a_budget() -> None:
     text = re.sub(r"__launch_bounds__\([\w, ]+\)", "", "".join(sources().values()))
     declared = re.findall(r'extern "C" __global__ void\s+(\w+)\(', text)
     assert sorted(declared) == sorted(BUDGET)
+
+
+def test_every_gpu_has_the_shared_memory() -> None:
+    """48 KB per block, which needs no asking; sm_86, sm_89 and sm_120 have 99 KB at most."""
+    scores = router.WARPS * (2 * router.MOST_SLOTS + router.WARP) * 8  # of float64, in the launch
+    assert max(shared for _, shared in BUDGET.values()) + scores <= 48 * 1024
 
 
 @without_a_device
@@ -131,7 +149,7 @@ def test_machine_code() -> None:
     """What ptxas made of it: 128-bit loads that prefetch 256 bytes (on sm_80 it makes that 128),
     stores, shuffles; in test-full in every type."""
     for storage in STORAGE if FULL else ("bfloat16",):
-        for target in TARGETS:
+        for target in SHOWN:
             code = "".join(machine_code(compile_kernel("rms_norm", target, storage)).values())
             fetched = "LTC128B" if target == "sm_80" else "LTC256B"
             for instruction in (
@@ -178,9 +196,7 @@ def test_readme_of_kernels() -> None:
 
 
 def test_unknown_targets() -> None:
-    with pytest.raises(
-        ValueError, match="target must be one of sm_80, sm_90, sm_90a, sm_100, got sm_70"
-    ):
+    with pytest.raises(ValueError, match=f"target must be one of {', '.join(TARGETS)}, got sm_70"):
         compile_kernel("rope", "sm_70", "float32")
 
 
@@ -192,11 +208,10 @@ def test_a_kernel_that_does_not_compile_is_an_error() -> None:
 
 
 def test_nothing_is_written_into_shared_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kernels: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An empty log is one byte, which NVRTC writes: not into the one b" " that the whole process
     shares."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(compile, "OPTIONS", ())
     module = build("one", "sm_90", "float32", 'extern "C" __global__ void one(int* x) { *x = 1; }')
     assert module.log == ""
@@ -204,86 +219,56 @@ def test_nothing_is_written_into_shared_bytes(
     assert b" " == b"\x20"
 
 
-def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was compiled once is read back; another source, header or option is another entry;
-    nothing half-written."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_what_was_compiled_is_read_back(
+    kernels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another source, header, option or release of NVRTC is another entry."""
     source = (
         '#define STORAGE_FLOAT32 1\n#include "common.cuh"\nextern "C" __global__ void '
         "one(real* x) { *x = 1; }"
     )
     first = build("one", "sm_90", "float32", source)
+    assert first.cubin.parent.parent == kernels
+    assert first.cubin.parent.name.endswith(f"-nvrtc{compile.nvrtc_version()}")
     monkeypatch.setattr(compile, "_run", lambda *_: pytest.fail("compiled again"))
     assert build("one", "sm_90", "float32", source) == first
     monkeypatch.setattr(compile, "_run", lambda *_: (b"ptx", b"cubin", b"log"))
     assert build("one", "sm_80", "float32", source).ptx == "ptx"
     assert build("one", "sm_90", "float32", source + "\n").ptx == "ptx"
-    folder = tmp_path / "refimpl" / "kernels"
-    assert len(list(folder.iterdir())) == 3
-    assert first.cubin.parent.parent == folder
+    assert len(list(kernels.iterdir())) == 3
     changed = tmp_path / "source"
     changed.mkdir()
     (changed / "common.cuh").write_text("// another\n")
-    monkeypatch.setattr(compile, "SOURCE", changed)
+    with monkeypatch.context() as inner:
+        inner.setattr(compile, "SOURCE", changed)
+        assert build("one", "sm_90", "float32", source).ptx == "ptx"
+    assert len(list(kernels.iterdir())) == 4
+    monkeypatch.setattr(compile, "_release", lambda nvrtc: "13.1.2")
     assert build("one", "sm_90", "float32", source).ptx == "ptx"
-    assert len(list(folder.iterdir())) == 4
+    assert sorted(x.name for x in kernels.iterdir() if x.name.endswith("-nvrtc13.1.2"))
+    assert len(list(kernels.iterdir())) == 5
 
 
-@pytest.mark.parametrize("name", compile.FILES)
-def test_a_spoiled_cache_is_made_again(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A file cut short, changed in one bit, empty or gone."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    contents = b"ptx", b"cubin", b"log"
-
-    def build_it() -> tuple[bytes, ...]:
-        module = compile.kept("one", "sm_90", "float32", "all", lambda: contents)
-        return module.ptx.encode(), module.cubin.read_bytes(), module.log.encode()
-
-    build_it()
-    (folder,) = (tmp_path / "refimpl" / "kernels").iterdir()
-    file = folder / name
-    whole = file.read_bytes()
-    for spoiled in (whole[:-1], bytes([whole[0] ^ 1]) + whole[1:], b"", None):
-        file.unlink()
-        if spoiled is not None:
-            file.write_bytes(spoiled)
-        assert build_it() == contents
-        assert file.read_bytes() == whole
-        assert list(folder.parent.iterdir()) == [folder]
+@without_a_device
+def test_compiled_kernels_travel(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one machine compiled, another loads that has no NVRTC; nothing else."""
+    made = compile_kernel.__wrapped__("swiglu", "sm_90", "float32")
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    assert compile_kernel.__wrapped__("swiglu", "sm_90", "float32") == made
+    with pytest.raises(CouldNotRun, match=r"^CUDA C needs NVRTC"):
+        compile_kernel.__wrapped__("swiglu", "sm_80", "float32")
 
 
-@pytest.mark.parametrize("where", ["refimpl", "refimpl/kernels"])
-def test_a_cache_that_cannot_be_written(
-    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    (tmp_path / where).parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / where).write_text("a file")
+def test_release_of_nvrtc() -> None:
+    """To the last number, which nvrtcVersion leaves out."""
+    from cuda.bindings import nvrtc
+
+    _, major, minor = nvrtc.nvrtcVersion()
+    assert re.fullmatch(rf"{major}\.{minor}\.\d+", compile.nvrtc_version())
     with pytest.raises(
-        CouldNotRun,
-        match=r"^compiled kernels are kept in .*refimpl.kernels, which .* XDG_CACHE_HOME",
+        RuntimeError, match=r"PTX that does not name its compiler: b'\.version 9\.0"
     ):
-        compile.kept("one", "sm_90", "float32", "all", lambda: (b"ptx", b"cubin", b"log"))
-    assert (tmp_path / where).read_text() == "a file"
-
-
-def test_a_full_disk_leaves_nothing_half_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    write = Path.write_bytes
-
-    def full(self: Path, data: bytes) -> int:
-        if self.name == "log":
-            raise OSError(28, "No space left on device")
-        return write(self, data)
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(CouldNotRun, match=r"cannot be written \(No space left on device\)"):
-        compile.kept("one", "sm_90", "float32", "all", lambda: (b"ptx", b"cubin", b"log"))
-    assert list((tmp_path / "refimpl" / "kernels").iterdir()) == []
+        compile.release_of(b".version 9.0")
 
 
 def test_no_nvrtc_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,8 @@ from kernel_support import ON_DEVICE
         ("90", "sm_90a"),
         ("100", "sm_100"),
         ("103", "sm_100"),
+        ("120", "sm_120"),
+        ("121", "sm_120"),
     ],
 )
 def test_target_of_a_device(capability: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,7 +36,7 @@ def test_target_of_a_device(capability: str, target: str, monkeypatch: pytest.Mo
     assert DeviceLaunch().target == target
 
 
-@pytest.mark.parametrize("capability", ["75", "120"])
+@pytest.mark.parametrize("capability", ["75", "110"])
 def test_no_target_for_a_device(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", _device(capability))
     with pytest.raises(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import arithmetic as fp
-from .parse import DTYPES, Operand, Vector
+from .parse import DTYPES, Operand, Symbol, Vector
 
 if TYPE_CHECKING:
     from .machine import Lanes, Machine
@@ -52,6 +52,21 @@ def multiply_wide(a: Array, b: Array) -> Array:
     return a.astype(wide) * b.astype(wide)
 
 
+def multiply_high(a: Array, b: Array) -> Array:
+    """The upper half of the product, of twice the width."""
+    bits = 8 * a.dtype.itemsize
+    if bits < 64:
+        return (multiply_wide(a, b) >> bits).astype(a.dtype)
+    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)  # NumPy has no 128 bits: halves of 32
+    (al, ah), (bl, bh) = ((x & low, x >> half) for x in (a.view("u8"), b.view("u8")))
+    middle = ah * bl + (al * bl >> half)
+    other = al * bh + (middle & low)
+    high = (ah * bh + (middle >> half) + (other >> half)).view(a.dtype)
+    if a.dtype.kind == "i":  # read as unsigned, a negative number is 2^64 too large
+        high = high - np.where(a < 0, b, 0) - np.where(b < 0, a, 0)
+    return high
+
+
 # An opcode, whole or but for its last type t: (types of the operands and of the result, function).
 # w: twice t's width.
 FORMS: dict[str, tuple[str, Callable[..., Array]]] = {
@@ -60,6 +75,7 @@ FORMS: dict[str, tuple[str, Callable[..., Array]]] = {
     "sub": ("t t → t", np.subtract),
     "mul": ("t t → t", np.multiply),
     "mul.lo": ("t t → t", np.multiply),
+    "mul.hi": ("t t → t", multiply_high),
     "mul.wide": ("t t → w", multiply_wide),
     "mad.lo": ("t t t → t", lambda a, b, c: a * b + c),
     "fma.rn": ("t t t → t", fp.fma),
@@ -72,6 +88,7 @@ FORMS: dict[str, tuple[str, Callable[..., Array]]] = {
     "min": ("t t → t", fp.minimum),
     "max": ("t t → t", fp.maximum),
     "abs": ("t → t", np.abs),
+    "copysign": ("t t → t", lambda a, b: np.copysign(b, a)),  # the sign of a, the value of b
     "neg": ("t → t", np.negative),
     "not": ("t → t", np.invert),
     "and": ("t t → t", np.bitwise_and),
@@ -94,6 +111,7 @@ FORMS: dict[str, tuple[str, Callable[..., Array]]] = {
     "setp.ge": ("t t → pred", np.greater_equal),
     "setp.neu": ("t t → pred", np.not_equal),
     "setp.nan": ("t t → pred", lambda a, b: (a != a) | (b != b)),
+    "setp.equ": ("t t → pred", lambda a, b: ~((a < b) | (a > b))),
     "setp.ltu": ("t t → pred", lambda a, b: ~(a >= b)),
     "setp.leu": ("t t → pred", lambda a, b: ~(a > b)),
     "setp.gtu": ("t t → pred", lambda a, b: ~(a <= b)),
@@ -110,6 +128,9 @@ APPROXIMATE: dict[str, Callable[[Array, int], Array]] = {
     "rcp.approx.ftz.f64": fp.reciprocal,
     "ex2.approx.ftz.f32": lambda a, seed: fp.flush(fp.exponential(fp.flush(a), seed)),
 }
+
+
+DROPPED = Symbol("_")
 
 
 def bind(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
@@ -134,7 +155,8 @@ def bind(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
 
 
 def move_halves(m: Machine, type: str, target: Operand, source: Operand) -> Step:
-    """Pack two registers into one of twice their size, or unpack one; the lowest bits first."""
+    """Pack two registers into one of twice their size, or unpack one; the lowest bits first, and
+    `_` for those that are dropped."""
     half = f"b{int(type[1:]) // 2}"
     whole, parts = (target, source) if isinstance(source, Vector) else (source, target)
     low, high = m.view(whole, type).view(DTYPES[half]).reshape(-1, 2).T
@@ -147,6 +169,7 @@ def move_halves(m: Machine, type: str, target: Operand, source: Operand) -> Step
         pairs = [
             (m.writer(part, half), place.__getitem__)
             for place, part in zip((low, high), parts, strict=True)
+            if part != DROPPED
         ]
 
     def step(lanes: Lanes) -> None:

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 Array = np.ndarray
 HINTS = r"\.L1::no_allocate\.L2::256B"
 MEMORY = re.compile(
-    rf"((?:ld\.global(?:\.nc(?:{HINTS})?)?)|ld\.shared|ld\.param|st\.global|st\.shared)(?:\.v([24]))?\.([usf]\d+)"
+    rf"((?:ld\.global(?:\.nc(?:{HINTS})?)?)|ld\.shared|ld\.param|st\.global|st\.shared)(?:\.v([24]))?\.([busf]\d+)"
 )
-ADD = re.compile(r"atom\.(global|shared)\.add\.(f32|u32)")
+ADD = re.compile(r"atom(?:\.relaxed\.gpu)?\.(global|shared)\.add\.(f32|u32)")  # what atom means
 
 
 def bind(m: Machine, instruction: Instruction) -> Step:
@@ -86,9 +86,11 @@ def reach(
     and counted."""
     type = "u32" if isinstance(operand.base, Register) and operand.base.type == "b32" else "u64"
     read, offset = m.reader(operand.base, type), np.uint64(operand.offset & (2**64 - 1))
+    within = np.uint64(2 ** int(type[1:]) - 1)  # the sum wraps around in the register's width
 
     def positions(lanes: Lanes) -> Array:
-        address = np.broadcast_to(read(lanes).astype(np.uint64) + offset, m.index[lanes].shape)
+        address = (read(lanes).astype(np.uint64) + offset) & within
+        address = np.broadcast_to(address, m.index[lanes].shape)
         position = arena.locate(address, m.copy[lanes] if arena is m.shared else 0, size, write)
         m.count(arena, lanes, position, size, write)
         return position

@@ -12,8 +12,9 @@ from ptx.memory import Arena, Order
 from ptx.written import kernel, threads
 
 
-def test_shared_memory() -> None:
-    """Static and dynamic, by addresses of 32 and of 64 bits."""
+@pytest.mark.parametrize("kind", ["u32", "b32"])
+def test_shared_memory(kind: str) -> None:
+    """Static and dynamic, by addresses of 32 and of 64 bits, of numbers and of mere bits."""
     body = """
     .shared .align 4 .b8 buffer[256];
     mov.u32 %r3, buffer; shl.b32 %r4, %r0, 2; add.s32 %r5, %r3, %r4;
@@ -23,6 +24,7 @@ def test_shared_memory() -> None:
     bar.sync 0;
     xor.b32 %r6, %r4, 252; add.s32 %r6, %r6, %r3; ld.shared.u32 %r7, [%r6];
     ld.shared.u32 %r8, [%rd3]; add.s32 %r1, %r7, %r8;"""
+    body = body.replace("shared.u32", f"shared.{kind}")
     extra = ".extern .shared .align 16 .b8 dynamic[];"
     np.testing.assert_array_equal(
         threads(body, 64, 2, shared=256, extra=extra), np.tile(163 - np.arange(64), 2)
@@ -34,12 +36,34 @@ def test_shared_memory() -> None:
         threads(body, 64, shared=128, extra=extra)
 
 
-def test_atomics() -> None:
+def test_bits_are_extended_by_zeros() -> None:
+    """From narrow memory into a wide register; from the bits of a float to those of an integer."""
+    body = """ld.global.b8 %h1, [%rd2]; cvt.u32.u16 %r1, %h1; ld.global.b16 %r2, [%rd2];
+    ld.global.nc.b32 %f1, [%rd3]; st.global.b32 [%rd1], %r1; st.global.b32 [%rd1+4], %r2;
+    st.global.b32 [%rd1+8], %f1;"""
+    out = np.zeros(3, np.uint32)
+    narrow = np.full(2, -1, np.int8)
+    run(kernel(body, 3), "k", 1, 1, [out, narrow, np.ones(1, np.float32)])
+    assert out.tolist() == [0xFF, 0xFFFF, 0x3F800000]
+
+
+def test_addresses_of_32_bits_wrap_around() -> None:
+    """A register below zero and an offset above it meet within shared memory."""
+    body = """
+    .shared .align 4 .b8 buffer[128];
+    mov.u32 %r3, buffer; shl.b32 %r4, %r0, 2; add.s32 %r5, %r3, %r4;
+    st.shared.u32 [%r5], %r0; bar.sync 0;
+    sub.s32 %r6, %r5, 512; ld.shared.u32 %r1, [%r6+512];"""
+    np.testing.assert_array_equal(threads(body), np.arange(32))
+
+
+@pytest.mark.parametrize("atom", ["atom", "atom.relaxed.gpu"])
+def test_atomics(atom: str) -> None:
     """Each thread sees another number; threads come in a random order; f32 flushes in global memory
     alone."""
     target, seen = np.zeros(1, np.uint32), np.zeros(32, np.uint32)
     tail = "mul.wide.u32 %rd9, %r0, 4;\nadd.s64 %rd9, %rd9, %rd2;\nst.global.u32 [%rd9], %r3;"
-    run(kernel(f"atom.global.add.u32 %r3, [%rd1], 2;\n{tail}", 2), "k", 1, 32, [target, seen])
+    run(kernel(f"{atom}.global.add.u32 %r3, [%rd1], 2;\n{tail}", 2), "k", 1, 32, [target, seen])
     assert target[0] == 64
     assert seen.tolist() != sorted(seen.tolist()) == [*range(0, 64, 2)]
     out = np.zeros(2, np.float32)
@@ -47,7 +71,7 @@ def test_atomics() -> None:
     mov.u64 %rd2, sum; st.shared.f32 [%rd2], 0f00000000; mov.b32 %f1, 5;
     atom.global.add.f32 %f3, [%rd1], %f1; atom.shared.add.f32 %f3, [%rd2], %f1;
     ld.shared.f32 %f2, [%rd2]; st.global.f32 [%rd1+4], %f2;"""
-    run(kernel(body), "k", 1, 32, [out])
+    run(kernel(body.replace("atom.", f"{atom}.")), "k", 1, 32, [out])
     assert out.view(np.uint32).tolist() == [0, 5]
 
 
