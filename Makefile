@@ -3,13 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: digests verify test test-full test-newest oracle kernels gpu ladder check bugs memory memory-grads clean
+.PHONY: digests verify test test-full test-newest oracle kernels gpu gpu-more ladder check bugs memory memory-grads clean
 
 verify: .venv/base  ## prove every gradient on real text
 	$(BIN)/refimpl verify
 
 # Two workers, one BLAS thread each: on two cores, more threads only wait for one another.
-test test-full test-newest oracle gpu: export OPENBLAS_NUM_THREADS = 1
+test test-full test-newest oracle gpu gpu-more: export OPENBLAS_NUM_THREADS = 1
 
 test: .venv/dev  ## prove it harder: properties, identities, golden values, planted bugs
 	$(BIN)/python -m pytest -q -n 2
@@ -35,10 +35,12 @@ kernels: .venv/dev  ## compile every kernel for every target into build/kernels,
 	REFIMPL_KERNELS=build/kernels $(BIN)/refimpl kernels
 
 # With the Python at hand where that has what is needed (a GPU machine may have no network), else in .venv.
-gpu:  ## the kernels' tests, the benchmark and every gradient on the GPU at hand; says so where there is none
+# gpu-more is the second list of tests/gpu.py: beside torch, compute-sanitizer, the whole model.
+gpu-more: MORE = --more
+gpu gpu-more:  ## the kernels' tests, the benchmark and every gradient on the GPU at hand; says so where there is none
 	@$(PYTHON) tests/gpu.py --only-look; case $$? in 0) ;; 3) exit 0 ;; *) exit 1 ;; esac; \
 	if $(PYTHON) -c 'import cupy, cuda.bindings, hypothesis, ml_dtypes, pytest, safetensors, typer' 2>/dev/null; \
-	then $(PYTHON) tests/gpu.py; else $(MAKE) --no-print-directory .venv/gpu && $(BIN)/python tests/gpu.py; fi
+	then $(PYTHON) tests/gpu.py $(MORE); else $(MAKE) --no-print-directory .venv/gpu && $(BIN)/python tests/gpu.py $(MORE); fi
 
 ladder: .venv/dev  ## what each version of RMSNorm and cross-entropy costs, counted by the interpreter
 	$(BIN)/python tests/ladder.py

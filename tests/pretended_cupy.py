@@ -3,13 +3,16 @@
 Its arrays don't mix with NumPy's, its functions that make arrays have no ``device``, it has no
 longdouble, sorts take ``kind``, not ``stable``, what NumPy returns as a scalar is an array without
 axes, and sums have another order than NumPy's. Its cuBLAS has one function, on bare addresses, as
-NVIDIA's document defines it. Each copy to the host is noted in `COPIES`.
+NVIDIA's document defines it. Each copy to the host is noted in `COPIES`. Streams do all at once, a
+graph launched again does nothing, and every event lies 1 ms after the one before. `Runtime.error`
+is a CUDA error that stays, as after an illegal access: whatever waits for the device raises it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import types
+from collections import Counter
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
@@ -38,6 +41,7 @@ class ndarray(np.ndarray):
 
     def get(self) -> np.ndarray:
         COPIES.append("get")
+        Runtime.deviceSynchronize()
         return np.array(self.view(np.ndarray))
 
     def tolist(self) -> Any:
@@ -78,6 +82,7 @@ class ndarray(np.ndarray):
     ) -> Any:
         if any(type(x) is np.ndarray for x in inputs):
             raise TypeError("Unsupported type <class 'numpy.ndarray'>")
+        count(f"{ufunc.__name__}.{method}", inputs)
         if out is not None:
             kwargs["out"] = tuple(here(x) for x in out)
         result = there(
@@ -90,6 +95,20 @@ class ndarray(np.ndarray):
 
 
 ndarray.__module__ = "cupy"
+# Calls of CuPy's functions, by name and types: CuPy compiles about two kernels for each of these
+CALLS: Counter[str] = Counter()
+NO_KERNELS = (
+    *("asarray", "broadcast_arrays", "broadcast_to", "empty", "empty_like", "expand_dims"),
+    *("finfo", "isdtype", "matrix_transpose", "moveaxis", "permute_dims", "reshape"),
+    *("result_type", "squeeze", "swapaxes", "transpose"),
+)
+
+
+def count(name: str, inputs: Any) -> None:
+    """One call of a function that launches a kernel."""
+    if name not in NO_KERNELS:
+        types_of = (str(x.dtype) if hasattr(x, "dtype") else type(x).__name__ for x in inputs)
+        CALLS[f"{name}({', '.join(types_of)})"] += 1
 
 
 def here(x: Any) -> Any:
@@ -202,18 +221,103 @@ def columns(address: int, dtype: np.dtype[Any], rows: int, width: int, step: int
 HANDLE = 1234
 
 
+class CUDARuntimeError(RuntimeError):
+    """As CuPy raises it."""
+
+
+class Runtime:
+    """As much of ``cupy.cuda.runtime`` as the host side, the benchmark and the tests call."""
+
+    CUDA_R_32F = 0
+    CUDA_R_64F = 1
+    CUDA_R_16BF = 14
+    CUDARuntimeError = CUDARuntimeError
+    error: ClassVar[str | None] = None  # of the process, once there is one
+
+    @classmethod
+    def deviceSynchronize(cls) -> None:
+        if cls.error is not None:
+            raise CUDARuntimeError(cls.error)
+
+    @staticmethod
+    def getDeviceCount() -> int:
+        return 1
+
+    @staticmethod
+    def getDeviceProperties(number: int) -> dict[str, Any]:
+        return {"name": b"Pretended GPU", "l2CacheSize": 1}
+
+    @staticmethod
+    def runtimeGetVersion() -> int:
+        return 13000
+
+    @staticmethod
+    def driverGetVersion() -> int:
+        return 13000
+
+
+class Stream:
+    def __init__(self, non_blocking: bool = False) -> None: ...
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+    def synchronize(self) -> None:
+        Runtime.deviceSynchronize()
+
+    def begin_capture(self) -> None: ...
+    def end_capture(self) -> Any:
+        return types.SimpleNamespace(launch=lambda stream: None)
+
+
+class Event:
+    def record(self, stream: Stream | None = None) -> None: ...
+    def synchronize(self) -> None:
+        Runtime.deviceSynchronize()
+
+
+class MemoryPool:
+    malloc = None
+
+    def total_bytes(self) -> int:
+        return 512
+
+    def free_all_blocks(self) -> None: ...
+
+
+class Generator:
+    """Of ``cupy.random``: NumPy's numbers."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: there(getattr(self.rng, name)(*args, **kwargs))
+
+
 class Pretended(types.ModuleType):
     """The module ``cupy``."""
 
+    __version__ = "14.2.0"
     ndarray = ndarray
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
+        pool = MemoryPool()
         self.cuda = types.SimpleNamespace(
+            Device=lambda: types.SimpleNamespace(id=0, compute_capability="90"),
+            Event=Event,
+            MemoryPool=MemoryPool,
+            Stream=Stream,
             cublas=CuBLAS(),
             device=types.SimpleNamespace(get_cublas_handle=lambda: HANDLE),
-            runtime=types.SimpleNamespace(CUDA_R_32F=0, CUDA_R_64F=1, CUDA_R_16BF=14),
+            get_elapsed_time=lambda before, after: 1.0,
+            runtime=Runtime,
+            set_allocator=lambda allocator: None,
+            using_allocator=lambda allocator: nullcontext(),
         )
+        self.get_default_memory_pool = lambda: pool
+        self.random = types.SimpleNamespace(default_rng=Generator)
 
     def __getattr__(self, name: str) -> Any:
         if name in MISSING or name.startswith("__"):
@@ -227,6 +331,7 @@ class Pretended(types.ModuleType):
                 raise TypeError(f"{name}() got an unexpected keyword argument {refused}")
             if name != "asarray" and any(type(x) is np.ndarray and x.ndim for x in args):
                 raise TypeError(f"{name}: unsupported type <class 'numpy.ndarray'>")
+            count(name, args)
             return there(found(*map(here, args), **{k: here(v) for k, v in kwargs.items()}))
 
         return call

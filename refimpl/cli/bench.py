@@ -31,6 +31,7 @@ def bench(
         Path, typer.Option(help="Folder of the results, a file per device and day.")
     ] = RESULTS,
     runs: Annotated[int, typer.Option(help="Measurements per time, at least 20.")] = RUNS,
+    torch: Annotated[bool, typer.Option(help="Measure torch too, if it is installed.")] = True,
     commit: Annotated[
         str | None, typer.Option(help="Commit of this checkout, where git is missing.")
     ] = None,
@@ -52,7 +53,7 @@ def bench(
     if table:
         print(_table(results), end="")
         return
-    raise typer.Exit(_measure(rows or [], results, runs, commit, json_file))
+    raise typer.Exit(_measure(rows or [], results, runs, torch, commit, json_file))
 
 
 def _table(folder: Path) -> str:
@@ -65,7 +66,12 @@ def _table(folder: Path) -> str:
 
 
 def _measure(
-    names: list[str], folder: Path, runs: int, commit: str | None, json_file: Path | None
+    names: list[str],
+    folder: Path,
+    runs: int,
+    beside_torch: bool,
+    commit: str | None,
+    json_file: Path | None,
 ) -> int:
     """Measure, show each row as it comes, write the file; the exit code."""
     from ..bench.results import file_name, line_of
@@ -85,7 +91,7 @@ def _measure(
         except OSError as error:
             raise CouldNotRun(f"--results {folder} can't be made: {error.strerror}") from error
         check_writable(folder / "results.json", "--results")
-    torch, version = baselines()
+    torch, version = baselines() if beside_torch else (None, "--no-torch")
     out = console()
     found = header(device, version if torch else None, commit)
     out.print(

@@ -25,7 +25,9 @@ import ptx
 from support import FULL
 
 ON_DEVICE = os.environ.get("REFIMPL_GPU") == "1"  # tests/gpu.py: the same suite on the GPU
-ALL = FULL or ON_DEVICE  # on the GPU time is the compiler's, not the kernels'
+PRETENDED = os.environ.get("REFIMPL_PRETEND") == "1"  # tests/gpu.py --pretend: one example each
+LARGE = ON_DEVICE and not PRETENDED
+ALL = FULL or LARGE  # on the GPU time is the compiler's, not the kernels'
 SANITIZED = os.environ.get("REFIMPL_SANITIZER") == "1"  # under compute-sanitizer
 
 

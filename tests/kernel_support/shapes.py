@@ -9,7 +9,7 @@ import numpy as np
 from refimpl.check.cases import CASES, Case, Draw
 from refimpl.ops import Yarn, rope_frequencies
 
-from .launches import ON_DEVICE
+from .launches import LARGE
 
 # Shapes for kernels: sizes around warps and chunks of 16 bytes, and 1.
 WIDTHS = (1, 2, 7, 8, 31, 32, 33, 64, 100, 264)
@@ -133,7 +133,7 @@ def _v3_router(draw: Draw) -> Case:
     return Case((x, w), kwargs, replay=lambda y: {"routes": y.indices})
 
 
-ROWS, FEW = (300, 50) if ON_DEVICE else (2, 2)
+ROWS, FEW = (300, 50) if LARGE else (2, 2)
 
 
 V3: dict[str, Callable[[Draw], Case]] = {  # V3's widths
