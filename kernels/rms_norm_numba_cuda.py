@@ -10,7 +10,7 @@ import math
 from numba import cuda, int32, int64
 from numba.types import CPointer
 
-from .common_numba_cuda import WARP, block_sum
+from .common_numba_cuda import WARP, block_sum, finite
 
 LANES = 8  # threads that share a column of dw
 
@@ -29,7 +29,8 @@ def kernels(real):
         squares = real(0)
         for i in range(thread, width, threads):
             squares += x[start + i] * x[start + i]
-        rms = real(1) / math.sqrt(block_sum(part, squares) / real(width) + eps)  # (rms_norm.1)
+        mean = block_sum(part, squares) / real(width)
+        rms = real(1) / math.sqrt(finite(mean + eps))  # (rms_norm.1)
         if thread == 0:  # all threads have the same number; one writes it
             r[row] = rms
         for i in range(thread, width, threads):
