@@ -117,6 +117,6 @@ def _numba() -> Any:
         return importlib.import_module("numba")
     except (ImportError, RuntimeError) as error:
         raise CouldNotRun(
-            "Numba CUDA needs numba-cuda: pip install 'deepseek-refimpl[kernels]' "
+            "Numba CUDA needs numba-cuda: pip install -e '.[kernels]' "
             f"({str(error).splitlines()[0]})"
         ) from error
