@@ -95,6 +95,28 @@ def test_narrow_terminal_cuts_no_number() -> None:
     assert "…".encode() not in shown
 
 
+def test_a_pipe_gets_the_rows_of_an_op_when_it_is_done() -> None:
+    """Long before the last: whoever reads them sees that it moves, and what was found if it is
+    stopped."""
+    command = ["-m", "refimpl", "verify", "rms_norm", "swiglu", "mla", "--examples", "20"]
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    lines = [process.stdout.readline() for _ in range(5)]
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert [line.split()[0] for line in lines[2:]] == ["op", "rms_norm", "w"]
+
+
+def test_zeros_of_the_mtp_module_are_explained() -> None:
+    shown = refimpl_here("verify", "model_grpo", "rope", "--dtype", "float32").stdout
+    zeros = len(re.findall(r"0\.0e\+00 +0\.0e\+00", shown))
+    assert zeros == 20
+    assert f"the {zeros} rows of 0.0 in model_grpo are its MTP module's" in shown
+    assert "rows of 0.0" not in refimpl_here("verify", "rope", "--examples", "1").stdout
+
+
 def test_float32() -> None:
     done = refimpl_here("verify", "swiglu", "--dtype", "float32", "--examples", "1")
     assert done.returncode == 0
