@@ -13,7 +13,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from ..array import Array, argsort, expect, last, library, namespace, put, take_rows, zeros
+from ..array import (
+    Array,
+    argsort,
+    expect,
+    expect_some,
+    last,
+    library,
+    namespace,
+    put,
+    take_rows,
+    zeros,
+)
 from .ffn import ffn_backward, ffn_forward
 from .leaves import Leaves, Op
 from .router import expert_load
@@ -168,6 +179,7 @@ def check_shapes(
 ) -> None:
     """ValueError unless what `moe_forward` is given fits together."""
     expect("w_gate", w_gate, "(E, F, D)", (None, None, last(x, "x")))
+    expect_some("w_gate", w_gate, "(E, F, D)")
     experts, f, d = w_gate.shape
     slots = (*x.shape[:-1], last(indices, "indices"))
     expect("indices", indices, "(…, K)", slots)
