@@ -68,7 +68,8 @@ def test_verify_with_everything(tmp_path: Path) -> None:
 
 
 def test_narrow_terminal_cuts_no_number() -> None:
-    """On 80 columns the table's lines wrap; no cell ends in an ellipsis."""
+    """On 80 columns the table's lines wrap; no cell ends in an ellipsis. Rows of 0.0, those of the
+    MTP module under GRPO, are explained."""
     import pty
 
     main, terminal = pty.openpty()
@@ -93,6 +94,8 @@ def test_narrow_terminal_cuts_no_number() -> None:
     assert b"PASS" in shown
     assert max(map(len, shown.splitlines())) > 80
     assert "…".encode() not in shown
+    assert len(re.findall(rb"0\.0e\+00 +0\.0e\+00", shown)) == 20
+    assert b"the 20 rows of 0.0 in model_grpo are its MTP module's: GRPO has no MTP" in shown
 
 
 def test_a_pipe_gets_the_rows_of_an_op_when_it_is_done() -> None:
@@ -107,14 +110,6 @@ def test_a_pipe_gets_the_rows_of_an_op_when_it_is_done() -> None:
     process.wait()
     process.stdout.close()
     assert [line.split()[0] for line in lines[2:]] == ["op", "rms_norm", "w"]
-
-
-def test_zeros_of_the_mtp_module_are_explained() -> None:
-    shown = refimpl_here("verify", "model_grpo", "rope", "--dtype", "float32").stdout
-    zeros = len(re.findall(r"0\.0e\+00 +0\.0e\+00", shown))
-    assert zeros == 20
-    assert f"the {zeros} rows of 0.0 in model_grpo are its MTP module's" in shown
-    assert "rows of 0.0" not in refimpl_here("verify", "rope", "--examples", "1").stdout
 
 
 def test_float32() -> None:
