@@ -9,7 +9,7 @@ extern "C" __global__ void adamw_update(storage* p, real* m, real* v, const real
     if (i >= size) return;
     const real gradient = g[i], before = widen(p[i]);
     const real mean = m[i] + rest1 * (gradient - m[i]);
-    const real square = v[i] + rest2 * (gradient * gradient - v[i]);
+    const real square = finite(v[i] + rest2 * (gradient * gradient - v[i]));  // m / ∞ would be no step, unseen
     const real step = mean / correct1 / (root(square / correct2) + epsilon);
     m[i] = mean;
     v[i] = square;

@@ -164,6 +164,9 @@ __device__ __forceinline__ float root(float x) { return sqrtf(x); }
 __device__ __forceinline__ double root(double x) { return sqrt(x); }
 __device__ __forceinline__ real infinity() { return static_cast<real>(INFINITY_); }
 
+// x where it is finite, else NaN: 1 / ∞ would make of an overflow a 0 that nobody can tell from a right one.
+__device__ __forceinline__ real finite(real x) { return x + (x - x); }
+
 // 1 / (1 + e^-x), without overflow on either side.
 __device__ __forceinline__ real sigmoid(real x) {
     const real z = exponential(x < 0 ? x : -x);

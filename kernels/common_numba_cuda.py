@@ -72,6 +72,13 @@ def block_max(part, x):
     return largest
 
 
+@cuda.jit(device=True, inline="always")
+def finite(x):
+    """x where it is finite, else NaN: 1 / ∞ would make of an overflow a 0 that nobody can tell from
+    a right one."""
+    return x + (x - x)
+
+
 def make_sigmoid(real):
     """1 / (1 + e^-x) for numbers of type ``real``, without overflow on either side."""
 

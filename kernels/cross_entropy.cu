@@ -93,6 +93,7 @@ cross_entropy_backward(storage* dlogits, const storage* logits, const real* larg
     load_chunks<false>(chunk, logits + row * vocabulary, first, step, vocabulary, wide);
     const real scale = dloss[0] * weight[row], largest = largest_of_row[row], inverse = 1 / sum_of_row[row];
     const int target = targets[row];
+    const bool counts = weight[row] != 0;  // what stands at the others, NaN included, does not
 #pragma unroll
     for (int k = 0; k < BATCH; k++) {
         const int i = first + k * step;
@@ -100,7 +101,7 @@ cross_entropy_backward(storage* dlogits, const storage* logits, const real* larg
 #pragma unroll
         for (int v = 0; v < VECTOR; v++) {
             const real p = power(chunk[k][v] - largest) * inverse;
-            dz[v] = scale * (i + v == target ? p - 1 : p);  // (cross_entropy.3)
+            dz[v] = counts ? scale * (i + v == target ? p - 1 : p) : real(0);  // (cross_entropy.3)
         }
         store_chunk(dz, dlogits + row * vocabulary, i, vocabulary, wide);
     }

@@ -81,6 +81,7 @@ def kernels(real):
             p = math.exp(logits[start + w] - largest_of_row[row]) / sum_of_row[row]
             if w == targets[row]:
                 p -= real(1)
-            dlogits[start + w] = scale * p  # (cross_entropy.3)
+            counts = weight[row] != real(0)  # what stands at the others, NaN included, does not
+            dlogits[start + w] = scale * p if counts else real(0)  # (cross_entropy.3)
 
     return cross_entropy_forward, cross_entropy_loss, cross_entropy_backward

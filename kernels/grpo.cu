@@ -29,7 +29,6 @@ extern "C" __global__ void grpo_forward(real* part, real* dlog_prob, unsigned ch
                                         int kl_level, real total, real low, real high, real top, real kl_weight,
                                         real most_u, real most_k, real off_policy) {
     const int64 first = int64(blockIdx.x) * length;
-    const real a = advantages[blockIdx.x];
     real size = 0, sum_ratio = 0, sum_u = 0;
     for (int t = threadIdx.x; t < length; t += blockDim.x) {
         const int64 i = first + t;
@@ -42,6 +41,7 @@ extern "C" __global__ void grpo_forward(real* part, real* dlog_prob, unsigned ch
     sum_ratio = block_sum(sum_ratio);
     sum_u = block_sum(sum_u);
     const real count = size > 0 ? size : real(1);
+    const real a = size > 0 ? advantages[blockIdx.x] : real(0);  // an output without tokens has none
     const real weight_of_token = 1 / (average == OF_SEQUENCES ? total * count : total);
     const bool stays = replay_kept ? kept[blockIdx.x] != 0 : a >= 0 || !(-sum_ratio / count > off_policy);
     if (!replay_kept && threadIdx.x == 0) kept[blockIdx.x] = stays;

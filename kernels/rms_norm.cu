@@ -19,7 +19,7 @@ rms_norm_forward(storage* y, real* r, const storage* x, const storage* w, int wi
     for (int k = 0; k < HELD; k++)
 #pragma unroll
         for (int v = 0; v < VECTOR; v++) sum += x_row[k][v] * x_row[k][v];
-    const real rms = 1 / root(block_sum(sum) / width + eps);  // (rms_norm.1)
+    const real rms = 1 / root(finite(block_sum(sum) / width + eps));  // (rms_norm.1)
     if (threadIdx.x == 0) r[row] = rms;
 #pragma unroll
     for (int k = 0; k < HELD; k++) {

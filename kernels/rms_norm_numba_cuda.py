@@ -7,7 +7,7 @@ elements: a warp's 32 reads are then a few accesses to memory. Arrays are flat: 
 
 import math
 
-from .common_numba_cuda import WARP, CPointer, block_sum, cuda, int32, int64
+from .common_numba_cuda import WARP, CPointer, block_sum, cuda, finite, int32, int64
 
 LANES = 8  # threads that share a column of dw
 
@@ -26,7 +26,8 @@ def kernels(real):
         squares = real(0)
         for i in range(thread, width, threads):
             squares += x[start + i] * x[start + i]
-        rms = real(1) / math.sqrt(block_sum(part, squares) / real(width) + eps)  # (rms_norm.1)
+        mean = block_sum(part, squares) / real(width)
+        rms = real(1) / math.sqrt(finite(mean + eps))  # (rms_norm.1)
         if thread == 0:  # all threads have the same number; one writes it
             r[row] = rms
         for i in range(thread, width, threads):

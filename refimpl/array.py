@@ -31,8 +31,10 @@ __all__ = [
     "expect",
     "expect_ids",
     "expect_mask",
+    "expect_some",
     "fill",
     "integers",
+    "finite",
     "last",
     "library",
     "namespace",
@@ -145,9 +147,12 @@ def expect(name: str, x: Array, letters: str, wanted: tuple[Any, ...]) -> None:
 
 
 def last(x: Array, name: str) -> int:
-    """The length of the last axis; ValueError if there is none."""
-    if len(x.shape) < 1:
-        raise ValueError(f"{name} must have at least one axis, got shape ()")
+    """The length of the last axis; ValueError if there is none, or nothing along it."""
+    library(x, name)
+    if len(x.shape) < 1 or x.shape[-1] < 1:
+        raise ValueError(
+            f"{name} must have a last axis of at least 1 entry, got shape {tuple(x.shape)}"
+        )
     return int(x.shape[-1])
 
 
@@ -155,6 +160,15 @@ def integers(x: Array) -> list[int]:
     """A 1-D array of integers as Python's own, in one copy from a device: ``map(int, x)`` would be
     a copy for each of them, and wait for the device each time."""
     return x.tolist() if hasattr(x, "tolist") else [int(n) for n in x]
+
+
+def expect_some(name: str, x: Array, letters: str) -> None:
+    """ValueError if an axis of ``x``, which are ``letters``, is empty."""
+    if 0 in x.shape:
+        raise ValueError(
+            f"{name} must have at least 1 entry along each axis of {letters}, got shape "
+            f"{tuple(x.shape)}"
+        )
 
 
 def expect_ids(name: str, ids: Array, limit: int) -> Array:
@@ -212,6 +226,12 @@ def fill(condition: Array, x: Array, otherwise: float) -> Array:
         0 * x.reshape(-1)[0] + otherwise if is_object(x) else xp.asarray(otherwise, dtype=x.dtype)
     )
     return xp.where(condition, x, constant)
+
+
+def finite(x: Array) -> Array:
+    """``x`` where it is finite, elsewhere NaN: 1 / ∞, e^−∞ or σ(∞) would make of an overflow a 0
+    or a 1 that nobody can tell from a right one."""
+    return fill(namespace(x=x).isfinite(real(x)), x, float("nan"))
 
 
 def zeros(shape: tuple[int, ...], like: Array) -> Array:

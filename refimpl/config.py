@@ -8,10 +8,11 @@ where they differ.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from math import isfinite
 from typing import Literal, get_origin, get_type_hints
 
 from .ops.choices import GroupScore, Layout, MaskedGroups, MTPOrder, Score, expect_choice
-from .ops.rope import Yarn, yarn_mscale
+from .ops.rope import Yarn, check_yarn, yarn_mscale
 
 __all__ = ["CONVENTIONS", "PRESETS", "Conventions", "ModelConfig", "Yarn", "preset"]
 
@@ -129,13 +130,17 @@ class ModelConfig:
             if f.type == "int" and not (isinstance(value, int) and value >= least):
                 raise ValueError(f"{f.name} must be an integer of at least {least}, got {value!r}")
         _check_choices(self)
-        least_numbers = {"norm_eps": 0.0, "theta": 1.0, "routed_scale": 0.0, "mtp_weight": 0.0}
-        for name, least_number in least_numbers.items():
-            value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and value >= least_number):
+        for name in ("norm_eps", "theta", "routed_scale", "mtp_weight", "balance_weight"):
+            value, least_number = getattr(self, name), 1.0 if name == "theta" else 0.0
+            holds = isinstance(value, (int, float)) and value >= least_number and isfinite(value)
+            if not holds:
                 raise ValueError(
-                    f"{name} must be a number of at least {least_number}, got {value!r}"
+                    f"{name} must be a finite number of at least {least_number}, got {value!r}"
                 )
+        if self.yarn is not None:
+            check_yarn(self.yarn)
+            if self.theta == 1:
+                raise ValueError("theta must be above 1 with YaRN, got 1")
         if self.rope % 2:
             raise ValueError(f"rope must be even, got {self.rope}")
         if self.dense_layers > self.layers:

@@ -178,9 +178,13 @@ class Sampler:
         self.random = np.random.default_rng(seed)
 
     def choose(self, logits: Array) -> int:
-        """A token, from logits [W]; ValueError if one is not a number."""
-        if np.isnan(to_numpy(logits)).any():
+        """A token, from logits [W]; ValueError if one is not a number or all are −∞. +∞ is that
+        token, or one of several."""
+        z = to_numpy(logits)
+        if np.isnan(z).any():
             raise ValueError("logits must be numbers, got NaN: did the model overflow?")
+        if z.max() == -np.inf:
+            raise ValueError("logits must not all be −∞: there is nothing to choose")
         if self.temperature == 0:
             return largest(logits)
         ids, mass = self.nucleus(logits)
@@ -192,8 +196,11 @@ class Sampler:
         """The tokens that may be drawn, most probable first, and their probabilities before the
         cut."""
         z = to_numpy(logits).astype(np.float64)
-        with np.errstate(over="ignore", under="ignore"):
-            p = np.exp((z - z.max()) / self.temperature)
+        if z.max() == np.inf:
+            p = (z == np.inf).astype(np.float64)
+        else:
+            with np.errstate(over="ignore", under="ignore"):
+                p = np.exp((z - z.max()) / self.temperature)
         p /= p.sum()
         ids = np.argsort(-p, kind="stable")
         mass = p[ids]

@@ -103,6 +103,8 @@ class AdamW:
             xp.subtract(a, v, out=a)
             xp.multiply(a, 1 - self.beta2, out=a)
             xp.add(v, a, out=v)
+            xp.subtract(v, v, out=b)  # 0, or NaN where g² overflows: m̂ / ∞ would be no step, unseen
+            xp.add(v, b, out=v)
             xp.divide(v, correct2, out=a)  # step = m̂ / (√v̂ + ε)
             xp.sqrt(a, out=a)
             xp.add(a, self.epsilon, out=a)

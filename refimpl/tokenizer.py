@@ -41,8 +41,7 @@ class HuggingFace:
             import tokenizers  # type: ignore[import-not-found, unused-ignore]
         except ImportError as error:
             raise CouldNotRun(
-                "text needs the package tokenizers (pip install 'deepseek-refimpl[text]'); or "
-                f"give {instead}"
+                f"text needs the package tokenizers (pip install -e '.[text]'); or give {instead}"
             ) from error
         try:
             self.tokenizer: Any = tokenizers.Tokenizer.from_file(str(path))

@@ -31,6 +31,7 @@ from .text import Text
 __all__ = [
     "KERNELS",
     "MODELS",
+    "MODEL_GRPO",
     "NAMES",
     "Settings",
     "Step",
@@ -205,7 +206,7 @@ def _placement(backend: str) -> Callable[[Any], Any] | None:
         import cupy
     except ImportError as error:
         raise CouldNotRun(
-            f"cupy needs CuPy: pip install 'deepseek-refimpl[cuda13]' ({error})", argument="backend"
+            f"cupy needs CuPy: pip install -e '.[cuda13]' ({error})", argument="backend"
         ) from error
     try:
         if cupy.cuda.runtime.getDeviceCount() < 1:

@@ -21,7 +21,9 @@ from refimpl.array import (
     expect,
     expect_ids,
     expect_mask,
+    expect_some,
     fill,
+    finite,
     integers,
     last,
     namespace,
@@ -341,8 +343,29 @@ def test_expect() -> None:
 
 def test_last() -> None:
     assert last(np.ones((2, 3)), "x") == 3
-    with pytest.raises(ValueError, match=r"^x must have at least one axis, got shape \(\)$"):
-        last(np.ones(()), "x")
+    for shape in ((), (2, 0)):
+        with pytest.raises(ValueError, match=r"^x must have a last axis of at least 1 entry, got"):
+            last(np.ones(shape), "x")
+
+
+def test_finite() -> None:
+    """Of every number type: the finite as they are, the others NaN; a tangent decides nothing."""
+    x = np.array([1.5, np.inf, -np.inf, np.nan, 0.0])
+    for dtype in WIDE[:-1]:
+        found = finite(x.astype(dtype))
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(np.isnan(found), [False, True, True, True, False])
+        np.testing.assert_array_equal(found[[0, -1]], [1.5, 0.0])
+    (dual,) = finite(dual_array(np.array([2.0]), np.array([3.0])))
+    assert (float(dual.value), float(dual.tangent)) == (2.0, 3.0)
+
+
+def test_expect_some() -> None:
+    expect_some("x", np.ones((2, 3)), "(T, D)")
+    with pytest.raises(
+        ValueError, match=r"^x must have at least 1 entry along each axis of \(T, D"
+    ):
+        expect_some("x", np.ones((0, 3)), "(T, D)")
 
 
 def test_number_widens_nothing() -> None:

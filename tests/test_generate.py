@@ -203,6 +203,22 @@ def test_nan_is_no_token() -> None:
             Sampler(temperature).choose(np.array([0.0, np.nan]))
 
 
+def test_infinite_logits() -> None:
+    """+∞ is that token, or one of several alike; −∞ is none; all −∞ is an error."""
+    inf = np.inf
+    for temperature in (0.0, 1e-300, 1.0):
+        for top_p in (1.0, 0.3):
+            assert Sampler(temperature, top_p).choose(np.array([0.0, inf, -inf, 5.0])) == 1
+            assert Sampler(temperature, top_p).choose(np.array([-inf, -inf, -1e30, -inf])) == 2
+        with pytest.raises(ValueError, match="logits must not all be −∞"):
+            Sampler(temperature).choose(np.full(3, -inf))
+    sampler, n = Sampler(0.7), 20_000
+    several = np.array([inf, 3.0, inf, -inf])
+    counts = np.bincount([sampler.choose(several) for _ in range(n)], minlength=4)
+    assert counts[[1, 3]].tolist() == [0, 0]
+    assert np.all(np.abs(counts[[0, 2]] - n / 2) <= 5 * np.sqrt(n / 4))
+
+
 # Ends
 
 

@@ -335,3 +335,20 @@ def test_errors() -> None:
         backward(saved, dloss=1.0)
     with pytest.raises(ValueError, match="dloss needs a forward with with_loss=True"):
         backward(saved)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@np.errstate(all="ignore")
+def test_an_overflow_is_seen(implementation: str) -> None:
+    """Embeddings × 1e20: float64 has a loss, float32, where their squares overflow, NaN, and no
+    loss of a model whose norms gave zeros."""
+    params = random_parameters(SMALL)
+    params["model.embed_tokens.weight"] = 1e20 * params["model.embed_tokens.weight"]
+    settings: dict[str, Any] = {"ops": IMPLEMENTATIONS[implementation]}
+    right, _ = forward(params, TOKENS, SMALL, **settings)
+    assert np.isfinite(right.loss)
+    narrow = {name: p.astype(np.float32) for name, p in params.items()}
+    found, saved = forward(narrow, TOKENS, SMALL, **settings)
+    assert np.isnan(found.loss)
+    unseen = [name for name, g in backward(saved).items() if not np.isnan(g).any()]
+    assert unseen == []

@@ -64,6 +64,16 @@ def test_decay_is_decoupled_and_chosen_by_name() -> None:
     np.testing.assert_array_equal(params["norm.weight"], 1)
 
 
+@np.errstate(all="ignore")
+def test_range_of_validity() -> None:
+    """A gradient whose square overflows makes its parameter NaN, at once: a step of 0 would go
+    unseen. One whose square underflows makes a step by epsilon, as the formula has it."""
+    params = {"w": np.ones(3, np.float32)}
+    grads = {"w": np.array([1e19, 2e19, 1e-30], np.float32)}
+    AdamW(weight_decay=0.0, beta2=0.5).update(params, grads, 0.25)
+    np.testing.assert_array_equal(params["w"], np.array([0.75, np.nan, 1], np.float32))
+
+
 def test_in_place_and_allocation_free() -> None:
     """The arrays stay the same ones, and after the first step nothing of a tensor's size is
     allocated."""

@@ -9,7 +9,7 @@ extern "C" __global__ void rms_norm_forward(storage* y, real* r, const storage* 
     if (row >= rows) return;
     real sum = 0;
     for (int i = 0; i < width; i++) sum += widen(x[row * width + i]) * widen(x[row * width + i]);
-    const real rms = 1 / root(sum / width + eps);  // (rms_norm.1)
+    const real rms = 1 / root(finite(sum / width + eps));  // (rms_norm.1)
     r[row] = rms;
     for (int i = 0; i < width; i++) y[row * width + i] = narrow(widen(x[row * width + i]) * rms * widen(w[i]));  // (rms_norm.2)
 }

@@ -9,7 +9,7 @@ extern "C" __global__ void rms_norm_forward(storage* y, real* r, const storage* 
     real sum = 0;
     for (int i = threadIdx.x; i < width; i += blockDim.x)
         sum += widen(x[row * width + i]) * widen(x[row * width + i]);
-    const real rms = 1 / root(block_sum(sum) / width + eps);  // (rms_norm.1)
+    const real rms = 1 / root(finite(block_sum(sum) / width + eps));  // (rms_norm.1)
     if (threadIdx.x == 0) r[row] = rms;
     for (int i = threadIdx.x; i < width; i += blockDim.x)
         y[row * width + i] = narrow(widen(x[row * width + i]) * rms * widen(w[i]));  // (rms_norm.2)

@@ -13,7 +13,7 @@ extern "C" __global__ void rms_norm_forward(storage* y, real* r, const storage* 
 #pragma unroll
         for (int v = 0; v < VECTOR; v++) sum += chunk[v] * chunk[v];
     }
-    const real rms = 1 / root(block_sum(sum) / width + eps);  // (rms_norm.1)
+    const real rms = 1 / root(finite(block_sum(sum) / width + eps));  // (rms_norm.1)
     if (threadIdx.x == 0) r[row] = rms;
     for (int i = threadIdx.x * VECTOR; i < width; i += blockDim.x * VECTOR) {
         const Chunk chunk = load_chunk<false>(x + row * width, i, width, wide);

@@ -70,15 +70,26 @@ def save_checkpoint(
     be empty: nothing is overwritten. MTP layers get their copies of embedding and head, as in the
     released files. CouldNotRun for a finite number that the type can't hold, a bias or an FP8
     weight that is not finite, a config that no config.json stands for. λ of MTP and the conventions
-    are not in the file.
+    are not in the file. ValueError for parameters that do not fit the config, or are of
+    another type than float64, float32, float16 or bfloat16.
     """
-    if wrong := misfits(params, config):
+    if wrong := misfits(params, config) or unreal(params):
         raise ValueError("params do not fit the config: " + "; ".join(wrong))
 
     def rows(name: str, expert: int | None, first: int, last: int) -> np.ndarray:
         return np.asarray(params[name] if expert is None else params[name][expert])[first:last]
 
     _write(rows, config, Path(folder), dtype, shard_bytes)
+
+
+def unreal(params: Mapping[str, Any]) -> list[str]:
+    """The tensors of a type that isn't stored: a conversion would drop imaginary parts, take True
+    for 1, read strings, or round twice."""
+    return [
+        f"{name} must be one of {', '.join(STORED)}, got {x.dtype}"
+        for name, x in params.items()
+        if str(x.dtype).rpartition(".")[2] not in STORED
+    ]
 
 
 def write_random(

@@ -133,7 +133,12 @@ def progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
     description = TextColumn("{task.description}")
     shown = sys.stderr.isatty()
     with Progress(
-        *columns, description, console=Console(stderr=True), transient=True, disable=not shown
+        *columns,
+        description,
+        console=Console(stderr=True),
+        transient=True,
+        disable=not shown,
+        redirect_stdout=sys.stdout.isatty(),  # what goes to a file or a pipe goes there
     ) as bar:
         task = bar.add_task("", total=None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 import time
 import traceback
 from dataclasses import asdict
@@ -11,14 +12,27 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
 from ..check import Report, TensorResult
 from ..ops import IMPLEMENTATIONS, AnyOp
 from ..text import load_text
-from ..verify import KERNELS, MODELS, NAMES, Settings, backward_from_file, plan, run, select
+from ..verify import (
+    KERNELS,
+    MODEL_GRPO,
+    MODELS,
+    NAMES,
+    Settings,
+    backward_from_file,
+    plan,
+    run,
+    select,
+)
 from .app import CONVENTION, Json, app, check_writable, console, progress, replace_json
+
+LONGEST = len("layers.0.self_attn.kv_a_proj_with_mqa")  # of the tensors' names, as they are shown
 
 Examples = Annotated[
     int, typer.Option(help="Examples per op, each with its own shapes and inputs.")
@@ -119,9 +133,11 @@ def _run(
         f"{settings.text.sha256}"
     )
     report, broken = Report([]), set[str]()
+    rows = _Rows(out, sys.stdout.isatty())
     with progress("verifying") as move:
         for i, step in enumerate(todo):
             move(step.op, i, len(todo))
+            rows.begin(step.op, report)
             if step.op in broken:
                 continue
             try:
@@ -131,19 +147,25 @@ def _run(
                 place = f"{Path(where.filename).name}:{where.lineno}"
                 report.faults.append(f"{step.op} raised {type(error).__name__} at {place}: {error}")
                 broken.add(step.op)
-    out.print(_table(report))
+    rows.end(report)
     for fault in report.faults:
         out.print(f"contract broken: {fault}", markup=False)
     bad = [t for t in report.tensors if t.verdict != "PASS"]
     for t in bad:
         more = f" (and {len(t.reasons) - 2} more like it)" if len(t.reasons) > 2 else ""
         out.print(f"{t.verdict} {t.op} {t.tensor}: {'; '.join(t.reasons[:2])}{more}", markup=False)
-    for what, rows in (
+    unread = [t for t in report.tensors if t.op == MODEL_GRPO and _is_zero(t)]
+    if unread:
+        out.print(
+            f"the {len(unread)} rows of 0.0 in {MODEL_GRPO} are its MTP module's: GRPO has no MTP "
+            "loss, so their gradients must be exactly 0, and are"
+        )
+    for what, group in (
         ("the ops", [t for t in report.tensors if t.op not in MODELS]),
         ("the model", [t for t in report.tensors if t.op in MODELS]),
     ):
-        if rows:
-            out.print(f"worst of {what}: {_worst(rows)}")
+        if group:
+            out.print(f"worst of {what}: {_worst(group)}")
     seconds = time.perf_counter() - start
     verdict = (
         "every gradient holds"
@@ -156,16 +178,41 @@ def _run(
     return int(not report.ok)
 
 
-def _table(report: Report) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("op", no_wrap=True)
-    table.add_column("tensor", no_wrap=True)
-    table.add_column("shape", no_wrap=True)  # of the first example
+class _Rows:
+    """The table's rows. A file or a pipe gets those of an op as soon as its examples are done;
+    on a terminal, where the bar of progress moves, they come together."""
+
+    def __init__(self, out: Console, together: bool) -> None:
+        self.out = out
+        self.together = together
+        self.op = ""  # whose examples are run
+        self.shown = 0  # rows
+
+    def begin(self, op: str, report: Report) -> None:
+        """The examples of ``op`` come next; those of the op before are done."""
+        if op != self.op and self.op and not self.together:
+            self.end(report)
+        self.op = op
+
+    def end(self, report: Report) -> None:
+        """Show the rows that are not shown yet."""
+        rows = report.tensors[self.shown :]
+        if rows or not self.shown:
+            self.out.print(_table(rows, header=not self.shown))
+        self.shown = len(report.tensors)
+
+
+def _table(rows: list[TensorResult], *, header: bool) -> Table:
+    """The rows under one another, as wide as those of every other op."""
+    table = Table(box=None, header_style="bold", pad_edge=False, show_header=header)
+    table.add_column("op", no_wrap=True, min_width=max(map(len, NAMES)))
+    table.add_column("tensor", no_wrap=True, min_width=LONGEST)
+    table.add_column("shape", no_wrap=True, min_width=7)  # of the first example
     for title in ("difference", "noise", "sharpness", "digits"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
+        table.add_column(title, justify="right", no_wrap=True, min_width=len(title))
+    table.add_column("verdict", no_wrap=True, min_width=len("verdict"))
     previous = ""
-    for t in report.tensors:
+    for t in rows:
         cells = [_number(t.difference), _number(t.noise), _number(t.sharpness)]
         cells.append("–" if t.digits is None else f"{t.digits:.0f}")
         verdict = t.verdict if t.verdict == "PASS" else f"[red]{t.verdict}[/red]"
@@ -173,6 +220,11 @@ def _table(report: Report) -> Table:
         table.add_row(t.op if t.op != previous else "", _short(t), shape, *cells, verdict)
         previous = t.op
     return table
+
+
+def _is_zero(t: TensorResult) -> bool:
+    """Whether every number of the row is 0, which only a gradient that is 0 all over gives."""
+    return t.verdict == "PASS" and {t.difference, t.noise, t.sharpness} <= {0.0, None}
 
 
 def _worst(rows: list[TensorResult]) -> str:

@@ -152,8 +152,7 @@ def _nvrtc() -> Any:
         nvrtc.nvrtcVersion()
     except (ImportError, RuntimeError) as error:  # the bindings, or the library behind them
         raise CouldNotRun(
-            "CUDA C needs NVRTC: pip install 'deepseek-refimpl[kernels]' "
-            f"({str(error).splitlines()[0]})"
+            f"CUDA C needs NVRTC: pip install -e '.[kernels]' ({str(error).splitlines()[0]})"
         ) from error
     return nvrtc
 

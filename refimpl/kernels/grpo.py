@@ -14,7 +14,7 @@ import numpy as np
 from ..array import Array, expect
 from ..ops import AnyOp, Op
 from ..ops.choices import Average, Estimator, Level, Ratio
-from ..ops.grpo import GRPOOutput, check_settings, check_shapes
+from ..ops.grpo import GRPOOutput, check_settings, check_shapes, loss_cotangent
 from .host import Kernels, numbers, ready
 from .launch import Launch
 
@@ -67,6 +67,7 @@ def grpo(launch: Launch) -> AnyOp:
             kl,
             kl_level,
             kl_bounds,
+            off_policy,
             reference_log_prob,
         )
         outputs, t = log_prob.shape
@@ -130,9 +131,10 @@ def grpo(launch: Launch) -> AnyOp:
         output = GRPOOutput(loss.reshape(()), unclipped.view(bool), kept.view(bool))
         return output, GRPOSaved(dlog_prob, n.dtype)
 
-    def grpo_backward(dy: tuple[Array], saved: GRPOSaved) -> Array:
+    def grpo_backward(dy: Array | tuple[Array], saved: GRPOSaved) -> Array:
         dlog_prob, dtype = saved
-        dloss = numbers(log_prob=dlog_prob).xp.asarray(dy[0], dtype=dlog_prob.dtype)
+        xp = numbers(log_prob=dlog_prob).xp
+        dloss = xp.asarray(loss_cotangent(dy), dtype=dlog_prob.dtype)
         return (dloss * dlog_prob).astype(dtype, copy=False)
 
     return Op(grpo_forward, grpo_backward)

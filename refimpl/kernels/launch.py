@@ -63,9 +63,7 @@ class DeviceLaunch:
         try:
             import cupy
         except ImportError as error:
-            raise CouldNotRun(
-                f"kernels need CuPy: pip install 'deepseek-refimpl[cuda13]' ({error})"
-            ) from error
+            raise CouldNotRun(f"kernels need CuPy: pip install -e '.[cuda13]' ({error})") from error
         try:
             count = cupy.cuda.runtime.getDeviceCount()
         except cupy.cuda.runtime.CUDARuntimeError as error:

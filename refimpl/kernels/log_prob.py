@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..array import Array, blocks, expect
+from ..array import Array, blocks, expect, library
 from ..ops import AnyOp, Op
 from ..ops.cross_entropy import token_weights
 from ..ops.log_prob import check_log_prob
@@ -27,7 +27,7 @@ TILE = 128  # rows that a product is best a multiple of
 
 
 class LogProbSaved(NamedTuple):
-    h: Array  # […, D]: logits are recomputed from it
+    h: Array  # […, D]: logits are recomputed from it; 0 for tokens that are left out
     w: Array  # [W, D]
     largest: Array  # [M]: the largest logit of each token
     total: Array  # [M]: Σ e^(z − largest)
@@ -57,13 +57,17 @@ def log_prob(launch: Launch) -> AnyOp:
     ) -> tuple[Array, LogProbSaved]:
         n = numbers(h=h, w=w)
         check_log_prob(h, w, targets, temperature, block)
-        like = n.xp.zeros((1,), dtype=n.real)
+        like, given = n.xp.zeros((1,), dtype=n.real), mask is not None
         targets, mask = token_weights(like, targets, mask, 1.0, w.shape[0])
         targets, mask = ready(targets.reshape(-1)), mask.reshape(-1)
         rows = h.reshape(-1, h.shape[-1])
+        if given:
+            rows = _rows_that_count(rows, mask)
         largest, total, chosen = (n.xp.zeros((targets.size,), dtype=n.real) for _ in range(3))
         block = max(block[0], BLOCK[0]), max(block[1], BLOCK[1])
-        saved = LogProbSaved(h, w, largest, total, targets, mask, float(temperature), block)
+        saved = LogProbSaved(
+            rows.reshape(h.shape), w, largest, total, targets, mask, float(temperature), block
+        )
         for start, stop in blocks(targets.size, _rows(block, w.shape[0])):
             z = logits(rows[start:stop], w, saved)
             part = slice(start, stop)
@@ -94,6 +98,14 @@ def log_prob(launch: Launch) -> AnyOp:
         return dh.reshape(h.shape), dw
 
     return Op(log_prob_forward, log_prob_backward)
+
+
+def _rows_that_count(rows: Array, mask: Array) -> Array:
+    """``rows`` [M, D] with 0 where ``mask`` is 0, whatever stands there, NaN included; by their
+    bits, since CuPy chooses among few types that are not its own."""
+    bits = ready(rows).view(f"u{rows.dtype.itemsize}")
+    zero = bits.dtype.type(0)
+    return library(rows).where(mask[:, None] != 0, bits, zero).view(rows.dtype)
 
 
 def _rows(block: tuple[int, int], vocabulary: int) -> int:

@@ -191,6 +191,5 @@ def as_numba_cuda_knows_numpy() -> Iterator[None]:
 
 def _no_numba(error: Exception) -> CouldNotRun:
     return CouldNotRun(
-        "Numba CUDA needs numba-cuda: pip install 'deepseek-refimpl[kernels]' "
-        f"({str(error).splitlines()[0]})"
+        f"Numba CUDA needs numba-cuda: pip install -e '.[kernels]' ({str(error).splitlines()[0]})"
     )

@@ -53,7 +53,7 @@ def router(launch: Launch) -> AnyOp:
         routes: Array | None = None,
     ) -> tuple[RouterOutput, RouterSaved]:
         n, experts = numbers(x=x, w=w), w.shape[0]
-        check_router(x, w, bias, score)
+        check_router(x, w, bias, score, scale, epsilon)
         best = 0
         if routes is None:
             selection = (int(top_k), groups, keep_groups, group_score, masked_groups)

@@ -12,7 +12,18 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..array import Array, cast, einsum, expect, expect_mask, fill, namespace, real
+from ..array import (
+    Array,
+    cast,
+    einsum,
+    expect,
+    expect_mask,
+    expect_some,
+    fill,
+    finite,
+    namespace,
+    real,
+)
 
 __all__ = ["AttentionSaved", "attention_backward", "attention_forward", "visible"]
 
@@ -56,7 +67,8 @@ def attention_forward(
     largest = xp.max(real(scores), axis=-1, keepdims=True)
     e = xp.exp(scores - cast(xp.where(xp.isfinite(largest), largest, 0.0), q))
     total = xp.sum(e, axis=-1, keepdims=True)
-    p = e / fill(real(total) > 0, total, 1.0)  # (attention.2)
+    seen = xp.any(mask, axis=-1, keepdims=True)
+    p = e / fill(seen, finite(total), 1.0)  # (attention.2); NaN where scores overflow, −∞ in all
     return einsum("bhts,bshv->bthv", p, values), AttentionSaved(q, k, v, p, scale)  # (attention.3)
 
 
@@ -117,6 +129,8 @@ def check_attention(
         expect_mask("key_mask", key_mask, "(B, S)", (b, s))
     if segments is not None:
         expect("segments", segments, "(B, S)", (b, s))
+    expect_some("q", q, "(B, T, H, X)")
+    expect_some("v", v, "(B, S, H or 1, V)")
 
 
 def _all_heads(x: Array, heads: int) -> Array:

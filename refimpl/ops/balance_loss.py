@@ -10,13 +10,26 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..array import Array, argsort, cast, expect, expect_ids, expect_mask, namespace, number, real
+from ..array import (
+    Array,
+    argsort,
+    cast,
+    expect,
+    expect_ids,
+    expect_mask,
+    expect_some,
+    fill,
+    finite,
+    namespace,
+    number,
+    real,
+)
 
 __all__ = ["BalanceLossSaved", "balance_loss_backward", "balance_loss_forward"]
 
 
 class BalanceLossSaved(NamedTuple):
-    scores: Array  # [B, T, E]
+    scores: Array  # [B, T, E], 1 at padding
     f: Array  # [B, 1, E]: E/(K T) times the counts, constant
     weight: Array  # [B, T, 1]: α / (B T) for each token that takes part, else 0
 
@@ -36,10 +49,12 @@ def balance_loss_forward(
         counted: [B, T, K'] integers in 0 … E − 1, the choices that f counts; by default, as the
             paper prints, the K best of the *unbiased and ungrouped* scores. Hugging Face's V2 code
             counts the routed experts: give those.
-        mask: [B, T] bool, False for padding; a sequence of padding alone adds 0.
+        mask: [B, T] bool, False for padding, whatever stands there, NaN included; a sequence of
+            padding alone adds 0.
     """
     xp = namespace(scores=scores)
     expect("scores", scores, "(B, T, E)", (None, None, None))
+    expect_some("scores", scores, "(B, T, E)")
     b, t, e = scores.shape
     if not 1 <= top_k <= e:
         raise ValueError(f"top_k must lie in 1…E={e}, got {top_k}")
@@ -53,6 +68,7 @@ def balance_loss_forward(
     valid = xp.ones((b, t, 1), dtype=xp.bool, device=scores.device)
     if mask is not None:
         valid = mask[:, :, None]
+        scores = fill(valid, scores, 1.0)  # what stands at padding, NaN included, does not count
     length = xp.sum(xp.astype(valid, xp.float64), axis=1, keepdims=True)
     length = xp.where(length > 0, length, 1.0)
     expert = xp.arange(e, device=scores.device)
@@ -62,7 +78,8 @@ def balance_loss_forward(
         counts = counts + xp.sum(xp.astype(counts_k, xp.float64), axis=1, keepdims=True)
     f = cast(counts * e / (top_k * length), scores)  # (balance_loss.2)
     weight = cast(xp.where(valid, alpha / (b * length), 0.0), scores)
-    normalised = scores / xp.sum(scores, axis=-1, keepdims=True)  # (balance_loss.3)
+    total = finite(xp.sum(scores, axis=-1, keepdims=True))
+    normalised = scores / total  # (balance_loss.3)
     return xp.sum(weight * f * normalised), BalanceLossSaved(scores, f, weight)  # (balance_loss.4)
 
 
@@ -70,6 +87,6 @@ def balance_loss_backward(dloss: Array, saved: BalanceLossSaved) -> Array:
     """Gradient dscores [B, T, E] from the scalar ``dloss``."""
     scores, f, weight = saved
     xp = namespace(scores=scores)
-    total = xp.sum(scores, axis=-1, keepdims=True)
+    total = finite(xp.sum(scores, axis=-1, keepdims=True))
     mean_f = xp.sum(f * scores, axis=-1, keepdims=True) / total
     return number(dloss, scores) * weight * (f - mean_f) / total  # (balance_loss.5)

@@ -7,15 +7,16 @@ dimensions.
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import NamedTuple
 
-from ..array import Array, cast, expect, expect_ids, fill, namespace, number, real
+from ..array import Array, cast, expect, expect_ids, fill, last, namespace, number, real
 
 __all__ = ["CrossEntropySaved", "cross_entropy_backward", "cross_entropy_forward"]
 
 
 class CrossEntropySaved(NamedTuple):
-    p: Array  # […, W]: probabilities
+    p: Array  # […, W]: probabilities, 1/W for a token that is left out
     targets: Array  # […] integers
     weight: Array  # […]: mask / normaliser
 
@@ -26,20 +27,21 @@ def cross_entropy_forward(
     """The scalar mean negative log-likelihood of ``targets`` […] under ``logits`` […, W].
 
     Args:
-        mask: […] bool or weights; 0 leaves a token out (its target may then be anything, −100
-            included).
-        normaliser: what the sum is divided by, not 0; by default Σ mask, and the loss is 0 if
-            nothing counts.
+        mask: […] bool or finite weights; 0 leaves a token out (its target may then be anything,
+            −100 included, and so may its logits, NaN included).
+        normaliser: what the sum is divided by, finite and not 0; by default Σ mask, and the loss is
+            0 if nothing counts.
     """
     xp = namespace(logits=logits)
+    vocabulary = last(logits, "logits")
     expect("targets", targets, "(…)", tuple(logits.shape[:-1]))
-    targets, weight = token_weights(logits, targets, mask, normaliser, logits.shape[-1])
+    targets, weight = token_weights(logits, targets, mask, normaliser, vocabulary)
     shifted = logits - cast(xp.max(real(logits), axis=-1, keepdims=True), logits)
+    shifted = fill((real(weight) != 0)[..., None], shifted, 0.0)  # masked: absent, NaN included
     e = xp.exp(shifted)
     total = xp.sum(e, axis=-1, keepdims=True)
     target = xp.take_along_axis(shifted, targets[..., None], axis=-1)
-    log_p = target - xp.log(total)  # (cross_entropy.1)
-    log_p = fill(real(weight) != 0, log_p[..., 0], 0.0)  # a masked token's −inf must not become NaN
+    log_p = (target - xp.log(total))[..., 0]  # (cross_entropy.1)
     loss = -xp.sum(weight * log_p)  # (cross_entropy.2)
     return loss, CrossEntropySaved(e / total, targets, weight)
 
@@ -62,9 +64,14 @@ def token_weights(
     if mask is not None:
         expect("mask", mask, "(…)", tuple(targets.shape))
         weight = xp.astype(mask, xp.float64)
+    total = float(xp.sum(weight))
+    if not isfinite(total):
+        raise ValueError(f"mask must be finite, got a sum of {total}")
     targets = xp.where(weight != 0, targets, 0)
     targets = expect_ids("targets", targets, vocabulary)
-    count = float(xp.sum(weight)) if normaliser is None else float(normaliser)
+    count = total if normaliser is None else float(normaliser)
+    if not isfinite(count):
+        raise ValueError(f"normaliser must be finite, got {count}")
     if count == 0 and (normaliser is not None or bool(xp.any(weight != 0))):
         raise ValueError("normaliser, or the sum of a mask that is not all 0, must not be 0, got 0")
     return targets, cast(weight, like) / (count or 1.0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..array import Array, expect, expect_ids, namespace, scatter_add, take_rows
+from ..array import Array, expect, expect_ids, expect_some, namespace, scatter_add, take_rows
 
 __all__ = ["EmbeddingSaved", "embedding_backward", "embedding_forward"]
 
@@ -25,6 +25,7 @@ def embedding_forward(w: Array, *, ids: Array) -> tuple[Array, EmbeddingSaved]:
     """
     xp = namespace(w=w)
     expect("w", w, "(W, D)", (None, None))
+    expect_some("w", w, "(W, D)")
     ids = expect_ids("ids", ids, w.shape[0])
     y = xp.reshape(take_rows(w, xp.reshape(ids, (-1,))), (*ids.shape, w.shape[1]))  # (embedding.1)
     return y, EmbeddingSaved(ids, tuple(w.shape))

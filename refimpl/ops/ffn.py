@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..array import Array, expect, last
+from ..array import Array, expect, expect_some, last
 from .leaves import LEAVES, Leaves, expect_table
 
 __all__ = ["FFNSaved", "ffn_backward", "ffn_forward"]
@@ -28,6 +28,7 @@ def ffn_forward(
     """y […, D] for ``x`` […, D], ``w_gate`` and ``w_up`` [F, D], ``w_down`` [D, F]."""
     expect_table(ops, Leaves)
     expect("w_gate", w_gate, "(F, D)", (None, last(x, "x")))
+    expect_some("w_gate", w_gate, "(F, D)")
     expect("w_up", w_up, "(F, D)", tuple(w_gate.shape))
     expect("w_down", w_down, "(D, F)", (x.shape[-1], w_gate.shape[0]))
     gate, gate_saved = ops.linear.forward(x, w_gate)  # (ffn.1)

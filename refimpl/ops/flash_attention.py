@@ -12,7 +12,20 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..array import Array, add_to, blocks, cast, einsum, expect, fill, namespace, put, real, zeros
+from ..array import (
+    Array,
+    add_to,
+    blocks,
+    cast,
+    einsum,
+    expect,
+    fill,
+    finite,
+    namespace,
+    put,
+    real,
+    zeros,
+)
 from .attention import check_attention, sum_heads, visible
 
 __all__ = ["FlashAttentionSaved", "flash_attention_backward", "flash_attention_forward"]
@@ -54,8 +67,10 @@ def flash_attention_forward(
         numerator = zeros((b, h, t1 - t0, width), q)
         total = zeros((b, h, t1 - t0, 1), q)
         largest = real(total) - xp.inf
+        seen = xp.zeros((1, 1, t1 - t0, 1), dtype=xp.bool, device=q.device)
         for s0, s1 in blocks(k.shape[1], block, t1 + k.shape[1] - t if causal else None):
             mask = visible((t0, t1), (s0, s1), q, k, causal, key_mask, segments)
+            seen = seen | xp.any(mask, axis=-1, keepdims=True)
             scores = fill(mask, _scores(q[:, t0:t1, ...], k[:, s0:s1, ...], scale), -xp.inf)
             larger = xp.maximum(largest, xp.max(real(scores), axis=-1, keepdims=True))
             shift = xp.where(xp.isfinite(larger), larger, 0.0)
@@ -64,8 +79,7 @@ def flash_attention_forward(
             total = total * decay + xp.sum(e, axis=-1, keepdims=True)  # (flash_attention.2)
             numerator = numerator * decay + _mix(e, v[:, s0:s1, ...])  # (flash_attention.3)
             largest = larger
-        seen = real(total) > 0
-        total = fill(seen, total, 1.0)
+        total = fill(seen, finite(total), 1.0)
         o = put(o, _positions(t0, t1), xp.permute_dims(numerator / total, (0, 2, 1, 3)))
         log_sum = cast(xp.where(seen, largest, 0.0), q) + xp.log(total)  # (flash_attention.4)
         lse = put(lse, (slice(None), *_positions(t0, t1)), log_sum)

@@ -11,9 +11,22 @@ T position in an output, Q questions, G outputs of a question.
 
 from __future__ import annotations
 
+from math import isfinite, isnan
 from typing import Any, NamedTuple
 
-from ..array import Array, cast, expect, expect_mask, fill, library, namespace, number, real
+from ..array import (
+    Array,
+    cast,
+    expect,
+    expect_mask,
+    expect_some,
+    fill,
+    finite,
+    library,
+    namespace,
+    number,
+    real,
+)
 from .choices import Average, Estimator, Level, Ratio, expect_choice
 
 __all__ = [
@@ -119,10 +132,12 @@ def grpo_forward(
         kl,
         kl_level,
         kl_bounds,
+        off_policy,
         reference_log_prob,
     )
     count, weight = _weights(log_prob, mask, average, length)
-    a, kl_weight = cast(advantages, log_prob)[:, None], float(kl_weight)
+    a = cast(library(advantages).where(library(mask).any(mask, axis=1), advantages, 0.0), log_prob)
+    a, kl_weight = a[:, None], float(kl_weight)
     log_ratio = _difference(log_prob, old_log_prob, mask, "old_log_prob")
     z = _to_level(log_ratio, mask, count, ratio)  # (grpo.2)
     rho = xp.exp(z)
@@ -154,14 +169,19 @@ def grpo_forward(
     return GRPOOutput(loss, unclipped, kept), saved
 
 
-def grpo_backward(dy: tuple[Array], saved: GRPOSaved) -> Array:
-    """Gradient dlog_prob [N, T], 0 where the mask is False, from the pair's single cotangent
-    (dloss,)."""
+def grpo_backward(dy: Array | tuple[Array], saved: GRPOSaved) -> Array:
+    """Gradient dlog_prob [N, T], 0 where the mask is False, from the scalar ``dy``, dloss; or from
+    (dloss,), the cotangents of an output that is a tuple."""
     dz, du, mask, count, ratio, kl_level = saved
     dlog_prob = _from_level(dz, mask, count, ratio)  # (grpo.10)
     if du is not None:
         dlog_prob = dlog_prob - _from_level(du, mask, count, kl_level)  # (grpo.11)
-    return number(dy[0], dz) * dlog_prob
+    return number(loss_cotangent(dy), dz) * dlog_prob
+
+
+def loss_cotangent(dy: Array | tuple[Array]) -> Array:
+    """dloss, given as it is or in a tuple."""
+    return dy[0] if isinstance(dy, tuple) else dy
 
 
 def group_advantages(
@@ -174,21 +194,35 @@ def group_advantages(
         ddof: 0 or 1; the paper does not say. TRL, verl and OpenRLHF take 1, with epsilon 1e-4, 1e-6
             and 1e-9.
         alone: what a group of one gets is ``alone`` · R (verl: 1/(1 + epsilon)). Equal rewards get
-            0, never NaN.
+            0, never NaN, and equal but for rounding are equal: a spread of at most 8 units of the
+            largest counts as 0.
+
+    ValueError if a reward is not finite, or no group or no output is there.
     """
     xp = namespace(rewards=rewards)
     expect("rewards", rewards, "(Q, G)", (None, None))
+    expect_some("rewards", rewards, "(Q, G)")
     g = rewards.shape[1]
-    if ddof not in (0, 1) or epsilon < 0:
-        raise ValueError(f"ddof must be 0 or 1 and epsilon at least 0, got {ddof} and {epsilon}")
+    if ddof not in (0, 1) or not (isfinite(epsilon) and epsilon >= 0):
+        raise ValueError(
+            f"ddof must be 0 or 1 and epsilon a finite number of at least 0, got {ddof} and "
+            f"{epsilon}"
+        )
+    broken = ~xp.all(xp.isfinite(rewards), axis=1)
+    if bool(xp.any(broken)):
+        group = int(xp.argmax(xp.astype(broken, xp.int64)))
+        got = [float(r) for r in rewards[group, ...]]
+        raise ValueError(f"rewards must be finite, got {got} in group {group}")
     if g == 1:
         return float(alone) * xp.reshape(rewards, (-1,))
     centred = rewards - xp.sum(rewards, axis=1, keepdims=True) / g
-    equal = xp.max(rewards, axis=1, keepdims=True) == xp.min(rewards, axis=1, keepdims=True)
+    most, least = xp.max(rewards, axis=1, keepdims=True), xp.min(rewards, axis=1, keepdims=True)
+    size = xp.maximum(most, -least)  # max |R|
+    equal = most - least <= 8 * float(xp.finfo(rewards.dtype).eps) * size
     centred = xp.where(equal, 0.0, centred)
     if scale:
         std = xp.sqrt(xp.sum(centred * centred, axis=1, keepdims=True) / (g - ddof))
-        centred = centred / xp.where(equal, 1.0, std + epsilon)  # (grpo.12)
+        centred = centred / xp.where(equal, 1.0, finite(std + epsilon))  # (grpo.12)
     return xp.reshape(centred, (-1,))
 
 
@@ -279,6 +313,7 @@ def check_shapes(
     """ValueError unless all fit ``log_prob`` [N, T]; TypeError unless masks and choices are
     bool."""
     expect("log_prob", log_prob, "(N, T)", (None, None))
+    expect_some("log_prob", log_prob, "(N, T)")
     expect("advantages", advantages, "(N,)", log_prob.shape[:1])
     expect_mask("mask", mask, "(N, T)", log_prob.shape)
     if unclipped is not None:
@@ -297,6 +332,7 @@ def check_settings(
     kl: Estimator,
     kl_level: Level,
     kl_bounds: tuple[float, float] | None,
+    off_policy: float | None,
     reference: Array | None,
 ) -> None:
     """ValueError for a setting without a meaning."""
@@ -311,7 +347,11 @@ def check_settings(
     expect_choice("average", average, Average)
     expect_choice("kl", kl, Estimator)
     expect_choice("kl_level", kl_level, Level)
-    if average == "constant" and not (length and length > 0):
-        raise ValueError(f"length must be positive for average='constant', got {length}")
+    if average == "constant" and not (length and length > 0 and isfinite(length)):
+        raise ValueError(f"length must be positive and finite for average='constant', got {length}")
+    if not isfinite(kl_weight):
+        raise ValueError(f"kl_weight must be finite, got {kl_weight}")
+    if off_policy is not None and isnan(off_policy):
+        raise ValueError(f"off_policy must be a number or None, got {off_policy}")
     if kl_weight and reference is None:
         raise ValueError("reference_log_prob must be given unless kl_weight is 0, got None")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..array import Array, expect, namespace, number
+from ..array import Array, expect, expect_some, last, namespace, number, real
 from .cross_entropy import token_weights
 from .leaves import LEAVES, Leaves, expect_table
 
@@ -39,9 +39,12 @@ def head_cross_entropy_forward(
     """
     xp = namespace(h=h, w=w)
     expect_table(ops, Leaves)
+    expect_some("w", w, "(W, D)")
+    last(h, "h")
     expect("targets", targets, "(…)", tuple(h.shape[:-1]))
     targets, weight = token_weights(h, targets, mask, normaliser, w.shape[0])
-    log_p, saved = ops.log_prob.forward(h, w, targets=targets, block=block)
+    counts = None if mask is None else real(weight) != 0
+    log_p, saved = ops.log_prob.forward(h, w, targets=targets, mask=counts, block=block)
     loss = -xp.sum(weight * log_p)  # (head_cross_entropy.1)
     return loss, HeadCrossEntropySaved(saved, weight, ops)
 

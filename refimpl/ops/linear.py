@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..array import Array, expect, last, namespace
+from ..array import Array, expect, expect_some, last, namespace
 
 __all__ = ["LinearSaved", "linear_backward", "linear_forward"]
 
@@ -25,6 +25,7 @@ def linear_forward(x: Array, w: Array) -> tuple[Array, LinearSaved]:
     """
     xp = namespace(x=x, w=w)
     expect("w", w, "(O, I)", (None, last(x, "x")))
+    expect_some("w", w, "(O, I)")
     return xp.matmul(x, xp.matrix_transpose(w)), LinearSaved(x, w)  # (linear.1)
 
 

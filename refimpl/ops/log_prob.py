@@ -10,16 +10,30 @@ leading dimensions ``…``).
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import NamedTuple
 
-from ..array import Array, add_to, blocks, cast, expect, fill, namespace, put, real, zeros
+from ..array import (
+    Array,
+    add_to,
+    blocks,
+    cast,
+    expect,
+    expect_some,
+    fill,
+    last,
+    namespace,
+    put,
+    real,
+    zeros,
+)
 from .cross_entropy import token_weights
 
 __all__ = ["LogProbSaved", "log_prob_backward", "log_prob_forward"]
 
 
 class LogProbSaved(NamedTuple):
-    h: Array  # […, D]: logits are recomputed from it
+    h: Array  # […, D]: logits are recomputed from it; 0 for tokens that are left out
     w: Array  # [W, D]
     lse: Array  # [M, 1]: log Σ e^z of each token
     targets: Array  # [M]
@@ -38,19 +52,22 @@ def log_prob_forward(
     block: tuple[int, int] = (256, 4096),
 ) -> tuple[Array, LogProbSaved]:
     """log π(targets) […] for hidden states ``h`` […, D] and the output head ``w`` [W, D]; 0 where
-    ``mask`` is 0.
+    ``mask`` is 0, whatever ``h`` is there, NaN included.
 
     Args:
-        targets, mask: […] integers; […] bool or weights that multiply the result.
+        targets, mask: […] integers; […] bool or finite weights that multiply the result.
         temperature: divides the logits; > 0.
         block: tokens × vocabulary entries computed at a time: the only memory that logits take.
     """
     xp = namespace(h=h, w=w)
     check_log_prob(h, w, targets, temperature, block)
+    masked = mask is not None
     targets, mask = token_weights(h, targets, mask, 1.0, w.shape[0])
     temperature = float(temperature)
     targets, mask = xp.reshape(targets, (-1,)), xp.reshape(mask, (-1,))
     rows = xp.reshape(h, (-1, h.shape[-1]))
+    if masked:
+        rows = fill((real(mask) != 0)[:, None], rows, 0.0)  # absent, NaN included
     chosen, lse = zeros((rows.shape[0], 1), rows), zeros((rows.shape[0], 1), rows)
     for m0, m1 in blocks(rows.shape[0], block[0]):
         total = zeros((m1 - m0, 1), rows)
@@ -59,16 +76,18 @@ def log_prob_forward(
             z = xp.matmul(rows[m0:m1, :], xp.matrix_transpose(w[w0:w1, :]))
             z = z / temperature  # (log_prob.1)
             larger = xp.maximum(largest, xp.max(real(z), axis=-1, keepdims=True))
-            decay = xp.exp(cast(largest, z) - cast(larger, z))
+            shift = cast(xp.where(larger > -xp.inf, larger, 0.0), z)  # all −∞ so far: e^−∞ is 0
+            decay = xp.exp(cast(largest, z) - shift)
             # a block that has a name would still be held while the next is computed
-            block_total = xp.sum(xp.exp(z - cast(larger, z)), axis=-1, keepdims=True)
+            block_total = xp.sum(xp.exp(z - shift), axis=-1, keepdims=True)
             total = total * decay + block_total  # (log_prob.2)
             target_logit = _pick(z, targets[m0:m1] - w0)  # (log_prob.3)
             chosen = add_to(chosen, (slice(m0, m1), ...), target_logit)
             largest = larger
         lse = put(lse, (slice(m0, m1), ...), cast(largest, rows) + xp.log(total))  # (log_prob.4)
-    y = mask * fill(real(mask) != 0, (chosen - lse)[:, 0], 0.0)  # (log_prob.5)
-    return xp.reshape(y, h.shape[:-1]), LogProbSaved(h, w, lse, targets, mask, temperature, block)
+    y = mask * (chosen - lse)[:, 0]  # (log_prob.5)
+    saved = LogProbSaved(xp.reshape(rows, h.shape), w, lse, targets, mask, temperature, block)
+    return xp.reshape(y, h.shape[:-1]), saved
 
 
 def log_prob_backward(dy: Array, saved: LogProbSaved) -> tuple[Array, Array]:
@@ -107,9 +126,11 @@ def check_log_prob(
     h: Array, w: Array, targets: Array, temperature: float, block: tuple[int, int]
 ) -> None:
     """ValueError unless what `log_prob_forward` is given fits together."""
-    expect("w", w, "(W, D)", (None, h.shape[-1]))
+    expect("w", w, "(W, D)", (None, last(h, "h")))
+    expect_some("w", w, "(W, D)")
     expect("targets", targets, "(…)", tuple(h.shape[:-1]))
-    if not temperature > 0 or min(block) < 1:
+    if not (isfinite(temperature) and temperature > 0) or min(block) < 1:
         raise ValueError(
-            f"temperature must be positive and block at least (1, 1), got {temperature}, {block}"
+            "temperature must be positive and finite and block at least (1, 1), got "
+            f"{temperature}, {block}"
         )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..array import Array, expect, last, namespace
+from ..array import Array, expect, expect_some, last, namespace
 from .choices import Layout
 from .leaves import LEAVES, Leaves, expect_table
 
@@ -74,6 +74,7 @@ def project(
     xp = namespace(x=x, w_q_b=w_q_b, w_kv_a=w_kv_a)
     expect_table(ops, Leaves)
     expect("x", x, "(B, T, D)", (None, None, None))
+    expect_some("x", x, "(B, T, D)")
     if (w_q_a is None) != (w_q_a_norm is None):
         raise ValueError(
             "w_q_a and w_q_a_norm must both be given, or (without query compression) both be None"

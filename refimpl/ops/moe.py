@@ -17,6 +17,7 @@ from ..array import (
     Array,
     argsort,
     expect,
+    expect_some,
     integers,
     last,
     library,
@@ -180,6 +181,7 @@ def check_shapes(
 ) -> None:
     """ValueError unless what `moe_forward` is given fits together."""
     expect("w_gate", w_gate, "(E, F, D)", (None, None, last(x, "x")))
+    expect_some("w_gate", w_gate, "(E, F, D)")
     experts, f, d = w_gate.shape
     slots = (*x.shape[:-1], last(indices, "indices"))
     expect("indices", indices, "(…, K)", slots)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..array import Array, expect, fill, namespace, number, real, sigmoid
+from ..array import Array, expect, expect_some, fill, finite, namespace, number, real, sigmoid
 
 __all__ = ["PreferenceLossSaved", "preference_loss_backward", "preference_loss_forward"]
 
@@ -35,9 +35,8 @@ def preference_loss_forward(
     expect("h_chosen", h_chosen, "(N, D)", (None, None))
     expect("h_rejected", h_rejected, "(N, D)", tuple(h_chosen.shape))
     expect("w", w, "(1, D)", (1, h_chosen.shape[1]))
-    if h_chosen.shape[0] == 0:
-        raise ValueError("h_chosen must have at least one row, got none")
-    margin = xp.matmul(h_chosen - h_rejected, xp.matrix_transpose(w))  # (preference_loss.1)
+    expect_some("h_chosen", h_chosen, "(N, D)")
+    margin = finite(xp.matmul(h_chosen - h_rejected, xp.matrix_transpose(w)))  # (preference_loss.1)
     negative = fill(real(margin) < 0, margin, 0.0)
     size = xp.where(real(margin) < 0, -margin, margin)
     loss = xp.log1p(xp.exp(-size)) - negative  # (preference_loss.2)

@@ -7,9 +7,10 @@ the root as in DeepSeek's inference code. Derivation: derivations/rms_norm.md. L
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import NamedTuple
 
-from ..array import Array, expect, last, namespace
+from ..array import Array, expect, finite, last, namespace
 
 __all__ = ["RMSNormSaved", "rms_norm_backward", "rms_norm_forward"]
 
@@ -21,11 +22,14 @@ class RMSNormSaved(NamedTuple):
 
 
 def rms_norm_forward(x: Array, w: Array, *, eps: float) -> tuple[Array, RMSNormSaved]:
-    """y = w ∘ x r with r = 1 / √(mean(x²) + eps), for ``x`` […, D] and ``w`` [D]; returns y […,
-    D]."""
+    """y = w ∘ x r with r = 1 / √(mean(x²) + eps), for ``x`` […, D] and ``w`` [D]; returns y […, D].
+
+    Where Σ x² + eps overflows, y and all gradients of the row are NaN.
+    """
     xp, eps = namespace(x=x, w=w), float(eps)
     check_rms_norm(x, w, eps)
-    r = 1 / xp.sqrt(xp.sum(x * x, axis=-1, keepdims=True) / x.shape[-1] + eps)  # (rms_norm.1)
+    mean = xp.sum(x * x, axis=-1, keepdims=True) / x.shape[-1]
+    r = 1 / xp.sqrt(finite(mean + eps))  # (rms_norm.1)
     return x * r * w, RMSNormSaved(x, w, r)  # (rms_norm.2)
 
 
@@ -44,5 +48,5 @@ def rms_norm_backward(dy: Array, saved: RMSNormSaved) -> tuple[Array, Array]:
 def check_rms_norm(x: Array, w: Array, eps: float) -> None:
     """ValueError unless what `rms_norm_forward` is given fits together."""
     expect("w", w, "(D,)", (last(x, "x"),))
-    if not eps >= 0:
-        raise ValueError(f"eps must be at least 0, got {eps}")
+    if not (isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps must be a finite number of at least 0, got {eps}")

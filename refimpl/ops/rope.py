@@ -10,21 +10,25 @@ rotated width.
 
 from __future__ import annotations
 
-from math import ceil, floor, log, pi
+from math import ceil, floor, isfinite, log, pi
 from typing import Any, NamedTuple
 
-from ..array import Array, cast, expect, is_wide, namespace
+from ..array import Array, cast, expect, expect_some, is_wide, namespace
 from .choices import Layout, expect_choice
 
 __all__ = [
     "RoPESaved",
     "Yarn",
+    "check_yarn",
     "rope_backward",
     "rope_forward",
     "rope_frequencies",
     "yarn_mscale",
     "yarn_softmax_factor",
 ]
+
+
+SMALLEST = 2.0**-126  # normal number of float32
 
 
 class Yarn(NamedTuple):
@@ -45,6 +49,23 @@ class RoPESaved(NamedTuple):
     layout: Layout
 
 
+def check_yarn(yarn: Yarn) -> None:
+    """ValueError unless each of YaRN's settings is a number that can be right: the factor and the
+    betas are divided by, and both temperatures multiply softmax's scale squared, in float32 too."""
+    for name in ("factor", "beta_fast", "beta_slow", "original"):
+        value = getattr(yarn, name)
+        if not (isfinite(value) and value >= SMALLEST):
+            raise ValueError(f"yarn.{name} must be a finite number above 0, got {value}")
+    for name in ("mscale", "mscale_all_dim"):
+        value = getattr(yarn, name)
+        temperature = yarn_mscale(yarn.factor, value) if isfinite(value) else value
+        if not SMALLEST**0.5 <= temperature <= SMALLEST**-0.5:
+            raise ValueError(
+                f"yarn.{name} must make 0.1 {name} ln(factor) + 1 positive and its square fit "
+                f"float32, got {value}"
+            )
+
+
 def rope_frequencies(width: int, theta: float, yarn: Yarn | None = None) -> Array:
     """Angles per position, inv_freq [R/2] in float64, for ``width`` R: theta^(−2i/R), slowed down
     by YaRN."""
@@ -52,6 +73,10 @@ def rope_frequencies(width: int, theta: float, yarn: Yarn | None = None) -> Arra
 
     if width % 2 or width < 2:
         raise ValueError(f"width must be even and positive, got {width}")
+    if not (isfinite(theta) and theta > 0) or (yarn is not None and theta == 1):
+        raise ValueError(f"theta must be a finite number above 0, and not 1 with YaRN, got {theta}")
+    if yarn is not None:
+        check_yarn(yarn)
     pair = np.arange(width // 2, dtype=np.float64)
     frequency = theta ** (-2 * pair / width)  # (rope.1)
     if yarn is None:
@@ -119,6 +144,7 @@ def check_rope(x: Array, positions: Array, inv_freq: Array, layout: Layout) -> N
             f"x must have shape (B, T, H, R) with R=2·len(inv_freq)={2 * inv_freq.shape[0]}, "
             f"got {x.shape}"
         )
+    expect_some("x", x, "(B, T, H, R)")
     if positions.shape not in ((x.shape[1],), tuple(x.shape[:2])):
         raise ValueError(
             f"positions must have shape (T,) or (B, T) of x {tuple(x.shape[:2])}, got "

@@ -9,6 +9,7 @@ model, E experts, K top-k, G groups; ``…`` any leading dimensions.
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import NamedTuple
 
 from ..array import (
@@ -17,6 +18,7 @@ from ..array import (
     expect,
     expect_ids,
     expect_mask,
+    expect_some,
     last,
     library,
     namespace,
@@ -87,7 +89,7 @@ def router_forward(
     """
     xp = namespace(x=x, w=w)
     scale, epsilon = float(scale), float(epsilon)
-    check_router(x, w, bias, score)
+    check_router(x, w, bias, score, scale, epsilon)
     logits = xp.matmul(x, xp.matrix_transpose(w))  # (router.1)
     if score == "sigmoid":
         scores = sigmoid(logits)  # (router.2)
@@ -136,9 +138,17 @@ def router_backward(dy: tuple[Array, Array | None], saved: RouterSaved) -> tuple
     return dx, dw
 
 
-def check_router(x: Array, w: Array, bias: Array | None, score: Score) -> None:
+def check_router(
+    x: Array, w: Array, bias: Array | None, score: Score, scale: float, epsilon: float
+) -> None:
     """ValueError unless what `router_forward` is given fits together."""
     expect("w", w, "(E, D)", (None, last(x, "x")))
+    expect_some("w", w, "(E, D)")
+    if not (isfinite(scale) and isfinite(epsilon) and epsilon >= 0):
+        raise ValueError(
+            "scale must be a finite number and epsilon one of at least 0, got "
+            f"{scale} and {epsilon}"
+        )
     expect_choice("score", score, Score)
     if bias is not None:
         expect("bias", bias, "(E,)", (w.shape[0],))

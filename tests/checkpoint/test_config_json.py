@@ -146,6 +146,18 @@ BAD: list[tuple[Any, str]] = [
         "rope_scaling's mscale must be given with mscale_all_dim (DeepSeek's code takes 1 for "
         "it, transformers 0), ",
     ),
+    *(
+        (V3_JSON | {"rope_scaling": dict(V3_JSON["rope_scaling"]) | {key: value}}, f"{key} must ")
+        for key, value in (
+            ("factor", 5e-324),
+            ("beta_fast", 0),
+            ("beta_slow", 0),
+            ("beta_slow", 5e-324),
+            ("mscale", 1e299),
+            ("mscale_all_dim", 1e299),
+        )
+    ),
+    (V3_JSON | {"rope_theta": 1}, "theta must be above 1 with YaRN, got 1"),
     (
         V3_JSON | {"topk_method": "best"},
         "topk_method must be one of noaux_tc, group_limited_greedy, greedy, got ",

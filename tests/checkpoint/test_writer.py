@@ -54,6 +54,19 @@ def test_round_trip(dtype: str, numpy: Any, shard_bytes: int, tmp_path: Path) ->
     }
 
 
+@pytest.mark.parametrize(
+    "dtype", ["complex128", "complex64", "bool", "int64", "U3", "O", "longdouble"]
+)
+def test_only_real_floating_point_numbers_are_saved(dtype: str, tmp_path: Path) -> None:
+    """Imaginary parts would be dropped, True and "1.0" taken for 1; nothing is written."""
+    params = dict(random_parameters(TINY))
+    name = next(iter(params))
+    params[name] = np.ones(params[name].shape).astype(dtype)
+    with pytest.raises(ValueError, match=rf"{name} must be one of float64, .*, got [<a-z]"):
+        save_checkpoint(params, TINY, tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "fp8", "fp8_ue8m0"])
 def test_safetensors_reads_the_files(dtype: str, tmp_path: Path) -> None:
     """The library finds every tensor, aligned, where the index says; a file is no larger than asked

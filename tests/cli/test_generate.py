@@ -302,10 +302,7 @@ def test_no_package_for_text(
     (folder / "tokenizer.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     assert refimpl(monkeypatch, "--checkpoint", folder, "--prompt", "x") == 2
-    assert (
-        "text needs the package tokenizers (pip install 'deepseek-refimpl[text]')"
-        in capsys.readouterr().err
-    )
+    assert "text needs the package tokenizers (pip install -e '.[text]')" in capsys.readouterr().err
 
 
 def test_broken_tokenizer(

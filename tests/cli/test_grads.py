@@ -284,7 +284,7 @@ def test_text_without_the_package(
     code, _, error = run("--out", tmp_path / "x", "--text", "by hand", tokens=None)
     Path("checkpoint/tokenizer.json").unlink()
     assert (code, error.count("\n")) == (2, 1)
-    assert "text needs the package tokenizers (pip install 'deepseek-refimpl[text]')" in error
+    assert "text needs the package tokenizers (pip install -e '.[text]')" in error
 
 
 def test_a_gradient_that_is_not_finite(folder: Path, run: Any, tmp_path: Path) -> None:

@@ -68,7 +68,8 @@ def test_verify_with_everything(tmp_path: Path) -> None:
 
 
 def test_narrow_terminal_cuts_no_number() -> None:
-    """On 80 columns the table's lines wrap; no cell ends in an ellipsis."""
+    """On 80 columns the table's lines wrap; no cell ends in an ellipsis. Rows of 0.0, those of the
+    MTP module under GRPO, are explained."""
     import pty
 
     main, terminal = pty.openpty()
@@ -93,6 +94,22 @@ def test_narrow_terminal_cuts_no_number() -> None:
     assert b"PASS" in shown
     assert max(map(len, shown.splitlines())) > 80
     assert "…".encode() not in shown
+    assert len(re.findall(rb"0\.0e\+00 +0\.0e\+00", shown)) == 20
+    assert b"the 20 rows of 0.0 in model_grpo are its MTP module's: GRPO has no MTP" in shown
+
+
+def test_a_pipe_gets_the_rows_of_an_op_when_it_is_done() -> None:
+    """Long before the last: whoever reads them sees that it moves, and what was found if it is
+    stopped."""
+    command = ["-m", "refimpl", "verify", "rms_norm", "swiglu", "mla", "--examples", "20"]
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    lines = [process.stdout.readline() for _ in range(5)]
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert [line.split()[0] for line in lines[2:]] == ["op", "rms_norm", "w"]
 
 
 def test_float32() -> None:

@@ -20,6 +20,7 @@ SECTIONS = [
     "Differential",
     "Adjoint",
     "What we save",
+    "Range of validity",
     "Checks",
     "Source map",
     "Example",

@@ -26,8 +26,8 @@ from ptx import PTXError
 PLANTED: dict[str, dict[str, tuple[str, str]]] = {
     "rms_norm": {
         "mean of one element less": (
-            "root(block_sum(sum) / width + eps)",
-            "root(block_sum(sum) / (width + 1) + eps)",
+            "root(finite(block_sum(sum) / width + eps))",
+            "root(finite(block_sum(sum) / (width + 1) + eps))",
         ),
         "weight left out of dx": (
             "dn[k][v] = dy_row[k][v] * w_row[k][v];",

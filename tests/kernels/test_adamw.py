@@ -58,6 +58,16 @@ def test_adamw(storage: str) -> None:
     assert np.array_equal(to_host(params["w"]), before)
 
 
+@pytest.mark.parametrize("storage", ["float32", "bfloat16"])
+def test_a_square_that_overflows(storage: str) -> None:
+    """NaN for its parameter alone, as in the reference."""
+    params = {"w": to_device(rounded(np.ones(2), storage))}
+    grads = {"w": to_device(np.array([1.0, 1e20], np.float32))}
+    adamw(make_launch())(weight_decay=0.0).update(params, grads, 0.25)
+    found = to_host(params["w"]).astype(np.float64)
+    np.testing.assert_allclose(found, [0.75, np.nan], rtol=1e-6)
+
+
 @without_a_device
 @pytest.mark.parametrize("name", PLANTED["adamw"])
 def test_planted_mistakes_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -274,6 +274,6 @@ def test_release_of_nvrtc() -> None:
 def test_no_nvrtc_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(
-        CouldNotRun, match=r"^CUDA C needs NVRTC: pip install 'deepseek-refimpl\[kernels\]' [^\n]*$"
+        CouldNotRun, match=r"^CUDA C needs NVRTC: pip install -e '\.\[kernels\]' [^\n]*$"
     ):
         build("one", "sm_90", "float32", "")

@@ -118,8 +118,7 @@ def test_errors_of_numba(monkeypatch: pytest.MonkeyPatch) -> None:
         build_numba(broken, "sm_90")
     monkeypatch.setitem(sys.modules, "numba", None)
     with pytest.raises(
-        CouldNotRun,
-        match=r"^Numba CUDA needs numba-cuda: pip install 'deepseek-refimpl\[kernels\]' [^\n]*$",
+        CouldNotRun, match=r"^Numba CUDA needs numba-cuda: pip install -e '\.\[kernels\]' [^\n]*$"
     ):
         kernels_of("rope", "float32")
 

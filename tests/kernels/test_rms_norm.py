@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kernel_support import TABLE, without_a_device
+from kernel_support import TABLE, TABLES, TYPES, rounded, without_a_device
 from kernel_support.planted import PLANTED, PLANTED_IN_NUMBA, assert_seen, plant, plant_in_numba
 
 
@@ -27,6 +27,22 @@ def test_errors() -> None:
         TABLE["rms_norm"].forward(np.ones((2, 3)), np.ones(2), eps=0.1)
     with pytest.raises(ValueError, match=r"x must be at most 7168 wide in float64, got 7169"):
         TABLE["rms_norm"].forward(np.ones((1, 7169)), np.ones(7169), eps=0.1)
+
+
+@pytest.mark.parametrize(("column", "storage"), [t for t in TYPES if t[1] != "float64"])
+@np.errstate(all="ignore")
+def test_squares_that_overflow(column: str, storage: str) -> None:
+    """The row is NaN, and so are its dx and dw; eps beyond the type makes all rows so. Never a
+    clean 0."""
+    x = rounded(np.array([[3e19, 1.0, 2.0], [1.0, 2.0, 3.0]]), storage)
+    w, pair = rounded(np.ones(3), storage), TABLES[column]["rms_norm"]
+    y, saved = pair.forward(x, w, eps=1e-6)
+    dx, dw = pair.backward(y, saved)
+    for found in (y, dx):
+        np.testing.assert_array_equal(np.isnan(found.astype(np.float64)).all(axis=-1), [1, 0])
+    assert np.isfinite(y[1].astype(np.float64)).all()
+    assert np.isnan(dw).all()
+    assert np.isnan(pair.forward(x, w, eps=1e299)[0].astype(np.float64)).all()
 
 
 @without_a_device

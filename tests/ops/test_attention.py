@@ -266,3 +266,33 @@ ERRORS = [
 def test_errors(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         attention_forward(**(GOOD | change))
+
+
+@np.errstate(all="ignore")
+def test_range_of_validity() -> None:
+    """Scores that overflow to +∞, or all to −∞, give NaN and no clean 0; one −∞ beside a finite
+    score is the probability 0 that it has. Scores that underflow are 0, and weights equal."""
+
+    def run(k: list[float], size: float = 1e25) -> tuple[np.ndarray, list[np.ndarray]]:
+        q = np.full((1, 1, 1, 1), size, np.float32)
+        keys = np.array(k, np.float32).reshape(1, -1, 1, 1)
+        values = np.arange(1, keys.size + 1, dtype=np.float32).reshape(keys.shape)
+        o, saved = attention_forward(q, keys, values, scale=1.0)
+        gradients = attention_backward(np.ones_like(o), saved)
+        return o.reshape(-1), [g.reshape(-1) for g in gradients]
+
+    for overflow in ([-1e25, -2e25], [1e25, 0.0], [0.0, 1e25], [-1e25] * 3):
+        o, gradients = run(overflow)
+        assert np.isnan(o).all(), overflow
+        assert all(np.isnan(g).all() for g in gradients), overflow
+    o, (dq, dk, dv) = run([-1e25, 0.0])
+    assert o.tolist() == [2]
+    assert (dq.tolist(), dk.tolist(), dv.tolist()) == ([0], [0, 0], [0, 1])
+    o, (_, _, dv) = run([1e-30, -1e-30], 1e-30)
+    assert (o.tolist(), dv.tolist()) == ([1.5], [0.5, 0.5])
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 1, 0), (1, 2, 0, 3), (0, 2, 1, 3)])
+def test_nothing_to_attend(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="q must have at least 1 entry along each axis"):
+        attention_forward(*[np.ones(shape)] * 3, scale=1.0)

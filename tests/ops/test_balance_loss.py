@@ -159,3 +159,36 @@ def test_arrays_that_do_not_fit(change: dict[str, Any]) -> None:
 def test_wrong_in_silence(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must"):
         balance_loss_forward(scores(), **({"alpha": 0.7, "top_k": K} | change))
+
+
+@np.errstate(all="ignore")
+def test_range_of_validity() -> None:
+    """Scores of any size have the same loss; where their sum overflows, or is 0, it is NaN."""
+    s = scores().astype(np.float32)
+    settings: Any = {"alpha": 0.1, "top_k": K}
+    right, _ = balance_loss_forward(s, **settings)
+    for scale in (1e-30, 5e37):
+        loss, _ = balance_loss_forward(np.float32(scale) * s, **settings)
+        np.testing.assert_allclose(loss, right, rtol=1e-6)
+    for scale in (3e38, 0):
+        loss, saved = balance_loss_forward(np.float32(scale) * (s / s), **settings)
+        assert np.isnan(loss)
+        assert np.isnan(balance_loss_backward(np.float32(1), saved)).all()
+
+
+def test_what_stands_at_padding_does_not_count() -> None:
+    """NaN included: it is absent from the loss and from every gradient."""
+    s, mask = scores(), np.array([[True] * T, [True] * (T - 1) + [False]])
+    settings: Any = {"alpha": 0.1, "top_k": K, "mask": mask}
+    right, saved = balance_loss_forward(s, **settings)
+    right_ds = balance_loss_backward(1.0, saved)
+    for anything in (np.nan, np.inf, 0.0):
+        loss, saved = balance_loss_forward(np.where(mask[..., None], s, anything), **settings)
+        assert loss == right
+        np.testing.assert_array_equal(balance_loss_backward(1.0, saved), right_ds)
+    assert not right_ds[~mask].any()
+
+
+def test_no_positions() -> None:
+    with pytest.raises(ValueError, match=r"scores must have at least 1 entry along each axis"):
+        balance_loss_forward(np.ones((1, 0, 4)), alpha=1.0, top_k=1)

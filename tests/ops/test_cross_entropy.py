@@ -166,3 +166,57 @@ def test_errors(change: dict[str, Any], error: type[Exception], message: str) ->
     logits, targets = inputs()
     with pytest.raises(error, match=message):
         cross_entropy_forward(**({"logits": logits, "targets": targets} | change))
+
+
+@np.errstate(all="ignore")
+def test_range_of_validity() -> None:
+    """Logits up to the type's largest are right, and −∞ is probability 0; +∞, or −∞ alone, is NaN.
+    A loss beyond the type is ∞. Below, differences that underflow are equal logits."""
+
+    def run(logits: list[float], target: int) -> tuple[float, list[float]]:
+        z = np.array([logits], np.float32)
+        loss, saved = cross_entropy_forward(z, targets=np.array([target]))
+        return float(loss), cross_entropy_backward(np.float32(1), saved)[0].tolist()
+
+    inf = math.inf
+    assert run([3e38, -3e38], 0) == (0, [0, 0])
+    assert run([3e38, -3e38], 1) == (inf, [1, -1])
+    assert run([-inf, 0.0], 1) == (0, [0, 0])
+    for broken in ([inf, 0.0], [-inf, -inf]):
+        loss, gradient = run(broken, 0)
+        assert math.isnan(loss)
+        assert np.isnan(gradient).any()
+    assert run([1e-45, 0.0], 0) == (pytest.approx(math.log(2)), [-0.5, 0.5])
+
+
+@pytest.mark.parametrize("anything", [np.nan, np.inf, -np.inf])
+@np.errstate(all="ignore")
+def test_what_stands_at_a_masked_token_does_not_count(anything: float) -> None:
+    """In the loss and in every gradient, its own included."""
+    logits, targets = np.random.default_rng(0).normal(size=(3, 4)), np.array([1, -100, 2])
+    mask = np.array([True, False, True])
+    right, saved = cross_entropy_forward(logits, targets=targets, mask=mask)
+    right_d = cross_entropy_backward(1.0, saved)
+    logits[1] = anything
+    loss, saved = cross_entropy_forward(logits, targets=targets, mask=mask)
+    assert loss == right
+    np.testing.assert_array_equal(cross_entropy_backward(1.0, saved), right_d)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"normaliser": np.nan}, "normaliser must be finite, got nan"),
+        ({"normaliser": np.inf}, "normaliser must be finite, got inf"),
+        ({"mask": np.array([1.0, np.nan])}, "mask must be finite, got a sum of nan"),
+        ({"mask": np.array([1.0, np.inf])}, "mask must be finite, got a sum of inf"),
+    ],
+)
+def test_weights_that_cannot_be_right(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cross_entropy_forward(np.zeros((2, 3)), targets=np.array([0, 1]), **change)
+
+
+def test_no_vocabulary() -> None:
+    with pytest.raises(ValueError, match="logits must have a last axis of at least 1 entry"):
+        cross_entropy_forward(np.zeros((2, 0)), targets=np.array([0, 1]))

@@ -75,3 +75,16 @@ def test_no_ids() -> None:
 def test_errors(w: np.ndarray, ids: list, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         embedding_forward(w, ids=np.array(ids))
+
+
+@np.errstate(all="ignore")
+def test_range_of_validity() -> None:
+    """Rows are copied bit by bit, whatever they hold; a sum of gradients beyond the type is ∞, and
+    one below its normal numbers is exact."""
+    w = np.array([[3e38, np.inf], [1e-45, np.nan]], np.float32)
+    y, saved = embedding_forward(w, ids=np.array([1, 0, 0]))
+    assert y.tobytes() == w[[1, 0, 0]].tobytes()
+    dy = np.array([[1, 1], [3e38, 1e-45], [3e38, 1e-45]], np.float32)
+    np.testing.assert_array_equal(
+        embedding_backward(dy, saved), np.array([[np.inf, 3e-45], [1, 1]], np.float32)
+    )

@@ -110,3 +110,21 @@ def test_finds_its_ops_in_the_table() -> None:
 def test_errors(change: dict[int, np.ndarray], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         ffn_forward(*[change.get(i, x) for i, x in enumerate(inputs()[:4])])
+
+
+@np.errstate(all="ignore")
+def test_range_of_validity() -> None:
+    """An overflow in any of the four products stays visible in y and in the gradients made of it;
+    underflow errs by less than float32's smallest normal number."""
+    w, w_down = np.ones((3, 2), np.float32), np.ones((2, 3), np.float32)
+    x = np.ones((1, 2), np.float32)
+    for scale in (1e25, 3e38):
+        y, saved = ffn_forward(scale * x, w, w, w_down)
+        assert not np.isfinite(y).any()
+        assert not np.isfinite(ffn_backward(x, saved)[3]).any()  # dw_down, a product with hidden
+    _, saved = ffn_forward(np.float32(1e25) * x, w, w, w_down)
+    dx = ffn_backward(x, saved)[0]  # made without hidden: right
+    np.testing.assert_allclose(dx, np.full((1, 2), 3 * 2 * 4e25), rtol=1e-6)
+    y, saved = ffn_forward(np.float32(1e-30) * x, w, w, w_down)
+    assert np.abs(y).max() < np.finfo(np.float32).tiny  # 6e-60
+    np.testing.assert_allclose(ffn_backward(x, saved)[0], np.full((1, 2), 1.2e-29), rtol=1e-6)

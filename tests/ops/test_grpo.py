@@ -336,7 +336,7 @@ def test_presets_run(name: str) -> None:
         (
             {"average": "constant"},
             ValueError,
-            "length must be positive for average='constant', got None",
+            "length must be positive and finite for average='constant', got None",
         ),
         (
             {"ratio": "word"},
@@ -357,3 +357,100 @@ def test_errors(change: dict[str, Any], error: type[Exception], message: str) ->
     }
     with pytest.raises(error, match=message):
         grpo_forward(new, **(options | change))
+
+
+@np.errstate(all="ignore")
+def test_range_of_validity() -> None:
+    """ρ = e^1000 is ∞: a gain is clipped and right, a loss is ∞ and seen; e^−1000 is 0, and right.
+    Rewards whose squares overflow have NaN for advantages, and no clean 0."""
+    mask = np.ones((1, 1), bool)
+    one = np.ones((1, 1), np.float32)
+
+    def of(log_ratio: float, a: float) -> tuple[float, float]:
+        given = {"advantages": np.array([a], np.float32), "mask": mask}
+        loss, gradient = run(log_ratio * one, old_log_prob=0 * one, **given)
+        return loss, float(gradient[0, 0])
+
+    assert of(1000, 1.0) == (pytest.approx(-1.2), 0)
+    assert of(1000, -1.0) == (np.inf, np.inf)
+    assert of(-1000, 1.0) == (0, 0)
+    assert of(-1000, -1.0) == (pytest.approx(0.8), 0)
+    big = np.array([[1e25, -1e25], [1.0, -1.0]], np.float32)
+    a = group_advantages(big)
+    assert np.isnan(a[:2]).all()
+    np.testing.assert_allclose(a[2:], [0.5**0.5, -(0.5**0.5)], rtol=1e-6)
+    tiny = group_advantages(np.float32(1e-30) * big[1:], epsilon=1e-4)
+    np.testing.assert_allclose(tiny, [1e-26, -1e-26], rtol=1e-6)
+    assert np.isinf(group_advantages(np.float32(1e-30) * big[1:])).all()  # its squares are 0
+
+
+def test_an_output_without_tokens_does_not_count() -> None:
+    """Whatever its advantage and its places hold, NaN included."""
+    new, old, _ = log_probs()
+    mask = np.array([[True, True, True], [False, False, False]])
+    right = run(new, advantages=np.array([0.5, 1.0]), mask=mask, old_log_prob=old)
+    new[1] = old[1] = np.nan
+    loss, gradient = run(new, advantages=np.array([0.5, np.nan]), mask=mask, old_log_prob=old)
+    assert loss == right[0]
+    np.testing.assert_array_equal(gradient, right[1])
+
+
+def test_rewards_that_are_equal_but_for_rounding() -> None:
+    """They get 0 like equal ones; a spread of more than 8 units is one."""
+    rounded = np.array([[0.1 + 0.2, 0.3, 0.3, 0.3], [-(0.1 + 0.2), -0.3, -0.3, -0.3]])
+    assert not group_advantages(rounded).any()
+    assert not group_advantages(rounded, scale=False).any()
+    eps = np.finfo(np.float64).eps
+    assert not group_advantages(np.array([[1.0, 1 + 7 * eps]])).any()
+    assert group_advantages(np.array([[1.0, 1 + 16 * eps]])).all()
+    assert not group_advantages(np.array([[0.1, 0.10000005]], np.float32)).any()
+    assert group_advantages(np.array([[0.1, 0.10000005]])).all()
+    assert not group_advantages(np.zeros((1, 3))).any()
+
+
+@pytest.mark.parametrize("reward", [np.nan, np.inf])
+@pytest.mark.parametrize("size", [1, 2])
+def test_rewards_that_are_no_numbers_name_their_group(reward: float, size: int) -> None:
+    rewards = np.ones((3, size))
+    rewards[1, 0] = reward
+    with pytest.raises(ValueError, match=rf"rewards must be finite, got \[{reward}.* in group 1$"):
+        group_advantages(rewards)
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 2)])
+def test_empty_groups(shape: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=r"rewards must have at least 1 entry along each axis of"):
+        group_advantages(np.ones(shape))
+    with pytest.raises(ValueError, match=r"log_prob must have at least 1 entry along each axis"):
+        run(np.ones(shape), advantages=np.ones(shape[0]), mask=np.ones(shape, bool))
+
+
+def test_backward_takes_the_scalar() -> None:
+    new, old, _ = log_probs()
+    given: Any = {"advantages": np.array([1.0, -1.0]), "mask": MASK, "kl_weight": 0.0}
+    _, saved = grpo_forward(new, old_log_prob=old, **given)
+    wanted = grpo_backward((2.0,), saved)
+    for dloss in (2.0, np.float64(2), np.array(2.0), (2.0, None, None)):
+        np.testing.assert_array_equal(grpo_backward(dloss, saved), wanted)
+    assert wanted.any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"off_policy": np.nan}, "off_policy must be a number or None, got nan"),
+        ({"kl_weight": np.nan}, "kl_weight must be finite, got nan"),
+        ({"kl_weight": np.inf}, "kl_weight must be finite, got inf"),
+        ({"average": "constant", "length": np.inf}, "length must be positive and finite"),
+    ],
+)
+def test_settings_that_cannot_be_right(change: dict[str, Any], message: str) -> None:
+    new, _, reference = log_probs()
+    with pytest.raises(ValueError, match=message):
+        run(new, advantages=np.ones(2), reference_log_prob=reference, **change)
+
+
+@pytest.mark.parametrize("epsilon", [np.nan, np.inf, -1.0])
+def test_epsilon_that_cannot_be_right(epsilon: float) -> None:
+    with pytest.raises(ValueError, match="epsilon a finite number of at least 0"):
+        group_advantages(np.array([[0.0, 1.0]]), epsilon=epsilon)

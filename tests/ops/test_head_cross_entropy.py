@@ -136,3 +136,44 @@ def test_targets_between_two_classes() -> None:
     h, w, _ = inputs()
     with pytest.raises((TypeError, ValueError, IndexError)):
         head_cross_entropy_forward(h, w, targets=np.full((B, T), 1.5))
+
+
+@np.errstate(all="ignore")
+def test_range_of_validity() -> None:
+    """At both ends what cross_entropy says of the logits: −∞ is probability 0, a first block of it
+    too; +∞, or −∞ alone, is NaN; what underflows is 0."""
+    h = np.full((1, 1), 1e25, np.float32)
+    cases = [
+        ([-1e25, -1e25, 0.0], 1),
+        ([1e25, 0.0, 0.0], 1),
+        ([-1e25] * 3, 1),
+        ([1e-30] * 3, 1e-50),
+    ]
+    for w, size in cases:
+        head, rows = np.array(w, np.float32)[:, None], (h.astype(float) * size).astype(np.float32)
+        given: Any = {"targets": np.array([2])}
+        loss, saved = head_cross_entropy_forward(rows, head, **given, block=(1, 2))
+        right, _ = cross_entropy_forward(rows @ head.T, **given)
+        np.testing.assert_allclose(loss, right, rtol=1e-6)
+        dh, dw = head_cross_entropy_backward(np.float32(1), saved)
+        assert np.isnan(dh).any() == np.isnan(dw).any() == np.isnan(right)
+
+
+@pytest.mark.parametrize("anything", [np.nan, np.inf, 1e200])
+@np.errstate(all="ignore")
+def test_what_stands_at_a_masked_token_does_not_count(anything: float) -> None:
+    rng = np.random.default_rng(0)
+    h, w = rng.normal(size=(3, 2)), rng.normal(size=(4, 2))
+    targets, mask = np.array([1, -100, 2]), np.array([1.0, 0.0, 0.5])
+    right, saved = head_cross_entropy_forward(h, w, targets=targets, mask=mask)
+    wanted = head_cross_entropy_backward(1.0, saved)
+    h[1] = anything
+    loss, saved = head_cross_entropy_forward(h, w, targets=targets, mask=mask)
+    assert loss == right
+    for got, one in zip(head_cross_entropy_backward(1.0, saved), wanted, strict=True):
+        np.testing.assert_array_equal(got, one)
+
+
+def test_no_vocabulary() -> None:
+    with pytest.raises(ValueError, match="w must have at least 1 entry along each axis"):
+        head_cross_entropy_forward(np.ones((2, 3)), np.ones((0, 3)), targets=np.zeros(2, int))

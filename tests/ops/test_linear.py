@@ -103,3 +103,18 @@ def test_any_leading_dimensions(shape: tuple[int, ...]) -> None:
 def test_errors(x: object, w: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         linear_forward(x, w)
+
+
+@np.errstate(all="ignore")
+def test_range_of_validity() -> None:
+    """Above, a sum beyond the type is ±∞; below, a product below it is 0, wrong by less than its
+    smallest normal number."""
+    w = np.ones((1, 2), np.float32)
+    y, saved = linear_forward(np.array([[3e38, 3e38], [-3e38, -3e38]], np.float32), w)
+    np.testing.assert_array_equal(y, [[np.inf], [-np.inf]])
+    assert not np.isfinite(linear_backward(np.full((2, 1), 1e38, np.float32), saved)[1]).any()
+    small = np.full((1, 2), 1e-30, np.float32)
+    y, saved = linear_forward(small, small)
+    assert np.abs(np.float64(y) - 2e-60).max() < np.finfo(np.float32).tiny
+    dx, dw = linear_backward(small[:, :1], saved)
+    assert max(np.abs(dx).max(), np.abs(dw).max()) < np.finfo(np.float32).tiny

@@ -141,7 +141,7 @@ def test_huge_logits(block: tuple[int, int], order: int) -> None:
         (
             {"temperature": 0.0},
             ValueError,
-            r"temperature must be positive and block at least \(1, 1\), got 0.0",
+            r"temperature must be positive and finite and block at least \(1, 1\), got 0.0",
         ),
         ({"temperature": float("nan")}, ValueError, "temperature must be positive .* got nan"),
         ({"block": (0, 5)}, ValueError, r"block at least \(1, 1\), got 1.0, \(0, 5\)"),
@@ -160,3 +160,58 @@ def test_targets_between_two_classes() -> None:
     h, w, _ = inputs()
     with pytest.raises((TypeError, ValueError, IndexError)):
         log_prob_forward(h, w, targets=np.full((B, T), 1.5))
+
+
+@pytest.mark.parametrize("block", [(1, 1), (2, 2), (8, 8)])
+@np.errstate(all="ignore")
+def test_range_of_validity(block: tuple[int, int]) -> None:
+    """Logits of −∞ are probability 0, a whole first block of them too; +∞, or −∞ alone, is NaN, as
+    in cross_entropy. Logits that underflow are 0."""
+
+    def run(w: list[float], size: float = 1e25) -> tuple[float, np.ndarray, np.ndarray]:
+        h, head = np.full((1, 1), size, np.float32), np.array(w, np.float32)[:, None]
+        y, saved = log_prob_forward(h, head, targets=np.array([len(w) - 1]), block=block)
+        dh, dw = log_prob_backward(np.ones(1, np.float32), saved)
+        return float(y[0]), dh, dw
+
+    y, dh, dw = run([-1e25, -1e25, 0.0, 0.0])
+    assert y == pytest.approx(np.log(0.5))
+    np.testing.assert_array_equal(dw[:2], 0)
+    assert np.isfinite(dh).all()
+    for broken in ([1e25, 0.0, 0.0], [0.0, 0.0, 1e25], [-1e25] * 3):
+        y, dh, dw = run(broken)
+        assert np.isnan(y)
+        assert np.isnan(dh).all()
+        assert np.isnan(dw).any()
+    assert run([1e-30, -1e-30], 1e-30)[0] == pytest.approx(np.log(0.5))
+
+
+@pytest.mark.parametrize("anything", [np.nan, np.inf, 1e200])
+@np.errstate(all="ignore")
+def test_what_stands_at_a_masked_token_does_not_count(anything: float) -> None:
+    """In the result and in every gradient: dw sums over tokens, and 0 · NaN would be NaN."""
+    rng = np.random.default_rng(0)
+    h, w = rng.normal(size=(3, 2)), rng.normal(size=(4, 2))
+    targets, mask = np.array([1, -100, 2]), np.array([1.0, 0.0, 0.5])
+    right, saved = log_prob_forward(h, w, targets=targets, mask=mask)
+    right_dh, right_dw = log_prob_backward(np.ones(3), saved)
+    h[1] = anything
+    y, saved = log_prob_forward(h, w, targets=targets, mask=mask)
+    dh, dw = log_prob_backward(np.ones(3), saved)
+    np.testing.assert_array_equal(y, right)
+    np.testing.assert_array_equal(dh, right_dh)
+    np.testing.assert_array_equal(dw, right_dw)
+
+
+@pytest.mark.parametrize(("h", "w"), [((2, 3), (0, 3)), ((2, 0), (4, 0)), ((), (4, 1))])
+def test_no_width_or_vocabulary(h: tuple[int, ...], w: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"must have a(t least 1| last axis of at least 1) entry"):
+        log_prob_forward(np.ones(h), np.ones(w), targets=np.zeros(h[:-1], int))
+
+
+@pytest.mark.parametrize("temperature", [np.inf, np.nan, -1.0])
+def test_temperature_that_cannot_be_right(temperature: float) -> None:
+    with pytest.raises(ValueError, match="temperature must be positive and finite"):
+        log_prob_forward(
+            np.ones((1, 2)), np.ones((3, 2)), targets=np.zeros(1, int), temperature=temperature
+        )

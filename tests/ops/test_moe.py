@@ -259,3 +259,19 @@ def test_errors(change: Arguments, error: type[Exception], message: str) -> None
 def test_wrong_in_silence(change: Arguments) -> None:
     with pytest.raises(ValueError, match="must"):
         moe_forward(**(arguments() | change))
+
+
+@np.errstate(all="ignore")
+def test_range_of_validity() -> None:
+    """A token whose experts overflow is not finite, nor the gradient of its weights, and no other
+    token with it. Below, outputs underflow to 0, wrong by less than float32's smallest number."""
+    given = {n: v if n == "indices" else v.astype(np.float32) for n, v in arguments().items()}
+    x = given["x"].copy()
+    x[0, 1] *= np.float32(1e25)
+    y, gradients = run(given | {"x": x}, cotangent().astype(np.float32))
+    bad = ~np.isfinite(y).all(axis=-1)
+    assert bad[0, 1]
+    assert bad.sum() == 1
+    assert (~np.isfinite(gradients["weights"]).all(axis=-1) == bad).all()  # products with outputs
+    y, _ = run(given | {"x": np.float32(1e-30) * given["x"]}, cotangent().astype(np.float32))
+    assert np.abs(y).max() < np.finfo(np.float32).tiny

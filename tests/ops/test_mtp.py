@@ -194,3 +194,18 @@ def test_errors(change: dict[str, Any], error: type[Exception], message: str) ->
 def test_pairs_of_other_shapes(change: dict[str, np.ndarray]) -> None:
     with pytest.raises(ValueError, match="must have shape"):
         mtp_pairs(**({"tokens": TOKENS, "targets": TARGETS, "mask": MASK, "depth": 1} | change))
+
+
+@np.errstate(all="ignore")
+def test_range_of_validity() -> None:
+    """Both inputs are normed: where the squares of one overflow y and all that reaches it are NaN;
+    tiny ones end in eps, and float32 is right."""
+    arrays = {name: x.astype(np.float32) for name, x in inputs().items()}
+    for name in ("hidden", "embedding"):
+        y, gradients = run(arrays | {name: np.float32(1e20) * arrays[name]})
+        assert np.isnan(y).all()
+        assert np.isnan(gradients[name]).all()
+        assert np.isnan(gradients["w_proj"]).any()
+        small = arrays | {name: np.float32(1e-30) * arrays[name]}
+        right, _ = run({n: x.astype(float) for n, x in small.items()})
+        np.testing.assert_allclose(run(small)[0], right, rtol=1e-4, atol=1e-6)

@@ -61,9 +61,30 @@ def test_a_shift_of_both_changes_nothing() -> None:
         (((2, 3), (1, 3), (1, 3)), r"h_rejected must have shape \(N, D\)=\(2, 3\), got \(1, 3\)"),
         (((2, 3), (2, 3), (3,)), r"w must have shape \(1, D\)=\(1, 3\), got \(3,\)"),
         (((3,), (3,), (1, 3)), r"h_chosen must have shape \(N, D\)"),
-        (((0, 3), (0, 3), (1, 3)), "h_chosen must have at least one row"),
+        (((0, 3), (0, 3), (1, 3)), "h_chosen must have at least 1 entry along each axis"),
     ],
 )
 def test_errors(shapes: tuple[tuple[int, ...], ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         preference_loss_forward(*map(np.ones, shapes))
+
+
+@np.errstate(all="ignore")
+def test_range_of_validity() -> None:
+    """Margins up to the type's largest are right; one that overflows is NaN, where +∞ would be a
+    clean loss of 0. Below, margins that underflow are 0: ln 2."""
+
+    def run(margin: float, w: float = 1.0) -> tuple[float, list[np.ndarray]]:
+        h = np.array([[margin]], np.float32)
+        loss, saved = preference_loss_forward(h, 0 * h, np.array([[w]], np.float32))
+        return float(loss), list(preference_loss_backward(np.float32(1), saved))
+
+    assert run(3e38)[0] == 0
+    assert run(-3e38)[0] == np.float32(3e38)
+    for size in (1e25, -1e25):
+        loss, gradients = run(size, 1e25)
+        assert np.isnan(loss)
+        assert all(np.isnan(g).all() for g in gradients)
+    loss, gradients = run(1e-30, 1e-30)
+    assert loss == pytest.approx(np.log(2))
+    np.testing.assert_allclose(gradients[0], [[-0.5e-30]], rtol=1e-6)

@@ -53,3 +53,44 @@ def test_zero_row() -> None:
 def test_errors(x: object, w: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         rms_norm_forward(x, w, eps=1e-6)
+
+
+@np.errstate(all="ignore")
+def test_range_of_validity() -> None:
+    """Where Σ x² overflows the row is NaN, never a clean 0, and no other row with it; up to there,
+    and down to the smallest numbers if eps is not 0, float32 is right."""
+    x, w = np.array([[1.0, 2.0, 3.0], [1.0, -2.0, 3.0]]), np.array([0.5, 1.0, 2.0])
+    for scale, overflows in ((1e18, False), (1e19, True), (1e-30, False), (1e-44, False)):
+        scaled = (x * [[1], [scale]]).astype(np.float32)
+        y, saved = rms_norm_forward(scaled, w.astype(np.float32), eps=1e-6)
+        dx, dw = rms_norm_backward(np.ones((2, 3), np.float32), saved)
+        right, saved = rms_norm_forward(scaled.astype(np.float64), w, eps=1e-6)
+        right_dx, right_dw = rms_norm_backward(np.ones((2, 3)), saved)
+        np.testing.assert_allclose(y[0], right[0], rtol=1e-6)
+        np.testing.assert_allclose(dx[0], right_dx[0], rtol=1e-5, atol=1e-7)
+        if overflows:
+            assert np.isnan(y[1]).all()
+            assert np.isnan(dx[1]).all()
+            assert np.isnan(dw).all()
+        else:
+            np.testing.assert_allclose(y[1], right[1], rtol=1e-6, atol=2e-44)
+            np.testing.assert_allclose(dx[1], right_dx[1], rtol=1e-5, atol=1e-24)
+            np.testing.assert_allclose(dw, right_dw, rtol=1e-6, atol=1e-6)
+    huge, _ = rms_norm_forward(x.astype(np.float32), w.astype(np.float32), eps=1e299)
+    assert np.isnan(huge).all()
+    right, _ = rms_norm_forward(x, w, eps=1e299)
+    np.testing.assert_allclose(right, x * w * 1e299**-0.5, rtol=1e-15)
+    assert np.isnan(rms_norm_forward(1e154 * x, w, eps=1e-6)[0]).all()  # of float64
+    bare, _ = rms_norm_forward((1e-30 * x).astype(np.float32), w.astype(np.float32), eps=0)
+    assert np.isinf(bare).all()  # x² is 0
+
+
+@pytest.mark.parametrize("eps", [-1.0, np.inf, np.nan])
+def test_eps_that_cannot_be_right(eps: float) -> None:
+    with pytest.raises(ValueError, match=f"eps must be a finite number of at least 0, got {eps}"):
+        rms_norm_forward(np.ones((1, 2)), np.ones(2), eps=eps)
+
+
+def test_no_width() -> None:
+    with pytest.raises(ValueError, match=r"x must have a last axis of at least 1 entry, got shape"):
+        rms_norm_forward(np.ones((2, 0)), np.ones(0), eps=1e-6)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from refimpl.check.rules import has_longdouble
 from refimpl.config import preset
 from refimpl.ops import (
     Yarn,
@@ -218,3 +219,55 @@ def test_errors(change: dict[str, Any], error: type[Exception], message: str) ->
 def test_frequencies_of_no_or_odd_width(width: int) -> None:
     with pytest.raises(ValueError, match=f"width must be even and positive, got {width}"):
         rope_frequencies(width, 1e4)
+
+
+@np.errstate(all="ignore")
+def test_range_of_validity() -> None:
+    """A pair may grow by √2, so the last octave overflows to ∞; the smallest numbers turn with an
+    error of one of them. An angle errs by a unit of itself: 1e-16 of the number of radians."""
+    settings: dict[str, Any] = {"positions": np.array([1]), "inv_freq": np.array([np.pi / 4])}
+
+    def turned(size: float) -> np.ndarray:
+        return rope_forward(np.full((1, 1, 1, 2), size, np.float32), **settings)[0].reshape(-1)
+
+    assert np.isinf(turned(3e38)[1])
+    np.testing.assert_allclose(turned(2e38), [0, 2e38 * 2**0.5], rtol=1e-6, atol=2e31)
+    np.testing.assert_allclose(turned(1e-44), [0, 1.4e-44], atol=3e-45)
+    settings["inv_freq"] = np.array([np.inf])
+    assert np.isnan(turned(1.0)).all()
+    if has_longdouble():
+        far = {"positions": np.array([10**12]), "inv_freq": np.array([0.1])}
+        x = np.ones((1, 1, 1, 2))
+        error = rope_forward(x, **far)[0] - rope_forward(x.astype(np.longdouble), **far)[0]
+        assert 0 < np.abs(error).max() < 2 * 1e11 * np.finfo(float).eps
+
+
+@pytest.mark.parametrize("theta", [0.0, -1.0, np.inf, np.nan])
+def test_theta_that_cannot_be_right(theta: float) -> None:
+    with pytest.raises(ValueError, match=f"theta must be a finite number above 0.* got {theta}"):
+        rope_frequencies(4, theta)
+
+
+def test_theta_1_with_yarn() -> None:
+    assert rope_frequencies(4, 1.0).tolist() == [1, 1]
+    with pytest.raises(ValueError, match=r"theta must be .* and not 1 with YaRN, got 1.0"):
+        rope_frequencies(4, 1.0, Yarn())
+
+
+@pytest.mark.parametrize("name", ["factor", "beta_fast", "beta_slow", "original"])
+@pytest.mark.parametrize("value", [0.0, -1.0, 5e-324, np.inf, np.nan])
+def test_yarn_that_cannot_be_right(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"yarn\.{name} must be a finite number above 0, got"):
+        rope_frequencies(4, 1e4, Yarn()._replace(**{name: value}))
+
+
+@pytest.mark.parametrize("name", ["mscale", "mscale_all_dim"])
+@pytest.mark.parametrize("value", [1e299, 1e20, -1e299, -10 / np.log(40), np.inf, np.nan])
+def test_mscale_that_cannot_be_right(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"yarn\.{name} must make .* fit float32, got"):
+        rope_frequencies(4, 1e4, Yarn()._replace(**{name: value}))
+
+
+def test_no_positions() -> None:
+    with pytest.raises(ValueError, match=r"x must have at least 1 entry along each axis of \(B, T"):
+        rope_forward(np.ones((1, 0, 1, 4)), positions=np.arange(0), inv_freq=np.ones(2))

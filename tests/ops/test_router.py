@@ -354,3 +354,42 @@ def test_bias_of_another_shape(shape: tuple[int, ...]) -> None:
 def test_load_of_an_expert_that_does_not_exist(index: int) -> None:
     with pytest.raises(ValueError, match="indices must lie in 0…7"):
         expert_load(np.array([[0, index]]), E)
+
+
+@np.errstate(all="ignore")
+def test_range_of_validity() -> None:
+    """A sigmoid gate's logits that overflow have the scores 1 and 0 of numbers so large; a softmax
+    gate's +∞ is NaN. Where all chosen scores underflow, 0/0 is NaN without ε and 0 with it."""
+    w = np.array([[1e25], [-1e25], [0.0]], np.float32)
+    big = np.full((1, 1), 1e25, np.float32)
+    output, saved = router_forward(big, w, top_k=2)
+    assert output.scores.tolist() == [[1, 0, 0.5]]
+    assert output.indices.tolist() == [[0, 2]]
+    np.testing.assert_allclose(output.weights, [[2 / 3, 1 / 3]], rtol=1e-6)
+    assert np.isfinite(router_backward((np.array([[1, 2]], np.float32), None), saved)[1]).all()
+    output, saved = router_forward(big, w, top_k=2, score="softmax")
+    assert np.isnan(output.weights).all()
+    assert np.isnan(router_backward((np.ones((1, 2), np.float32), None), saved)[0]).all()
+    low = np.full((1, 1), -200, np.float32)
+    for epsilon, wanted in ((0.0, np.nan), (1e-20, 0.0)):
+        output, _ = router_forward(low, np.ones((3, 1), np.float32), top_k=2, epsilon=epsilon)
+        np.testing.assert_array_equal(output.weights, np.full((1, 2), wanted, np.float32))
+    close = np.array([[-100.0], [-101.0]], np.float32)  # their sigmoids have five bits
+    got, right = (
+        router_forward(np.ones((1, 1), t), close.astype(t), top_k=2)[0].weights
+        for t in (np.float32, np.float64)
+    )
+    assert 1e-4 < np.abs(got - right).max() < 0.1
+
+
+@pytest.mark.parametrize("name", ["scale", "epsilon"])
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_settings_that_cannot_be_right(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match="scale must be a finite number and epsilon one of at le"):
+        router_forward(np.ones((2, 3)), np.ones((4, 3)), top_k=1, **{name: value})
+
+
+@pytest.mark.parametrize(("x", "w"), [((2, 0), (4, 0)), ((2, 3), (0, 3))])
+def test_no_width_or_experts(x: tuple[int, ...], w: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"must have a(t least 1| last axis of at least 1) entry"):
+        router_forward(np.ones(x), np.ones(w), top_k=1, score="softmax")

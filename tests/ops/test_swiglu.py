@@ -94,3 +94,22 @@ def test_minimum_of_silu() -> None:
 def test_errors(gate: np.ndarray, up: np.ndarray, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         swiglu_forward(gate, up)
+
+
+@np.errstate(all="ignore")
+def test_range_of_validity() -> None:
+    """Up to the largest gates it is right; −∞ gives NaN. Below −87 the sigmoid has no normal number
+    left in float32: the absolute error stays small, unless `up` is huge."""
+    gate = np.array([3e38, -3e38, 1e-45, np.inf, -np.inf], np.float32)
+    y, saved = swiglu_forward(gate, np.ones(5, np.float32))
+    np.testing.assert_array_equal(y, np.array([3e38, 0, 0, np.inf, np.nan], np.float32))
+    dgate, dup = swiglu_backward(np.ones(5, np.float32), saved)
+    np.testing.assert_array_equal(dgate, np.array([1, 0, 0.5, np.nan, np.nan], np.float32))
+    np.testing.assert_array_equal(dup, y)
+    assert np.isinf(swiglu_forward(gate[:1], np.full(1, 2, np.float32))[0]).all()
+    low, up = np.array([-100.0], np.float32), np.array([1e38], np.float32)
+    wrong, right = (
+        float(swiglu_forward(low.astype(t), up.astype(t))[0][0]) for t in (np.float32, np.float64)
+    )
+    assert 1e-3 < abs(wrong / right - 1) < 0.1
+    assert abs(wrong - right) < 110 * 2.0**-149 * 1e38
