@@ -449,7 +449,7 @@ BAD = [
     ),
     (["--out", "o"], "pickle.npy", "--tokens pickle.npy is not an array"),
     (["--out", "o"], "zip.npy", "--tokens zip.npy must hold one array"),
-    (["--out", "o"], "endless.npy", "--tokens endless.npy is not an array: Unable to allocate"),
+    (["--out", "o"], "endless.npy", "--tokens endless.npy is not an array: it is cut off"),
     (["--out", "o"], "open.npy", "--tokens open.npy is not an array"),
     (["--out", "o"], "large.json", "--tokens must lie in 0…255, got 1…256"),
     (["--out", "o"], "negative.json", "--tokens must lie in 0…255, got -1…3"),
