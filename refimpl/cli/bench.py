@@ -87,33 +87,31 @@ def _measure(
     torch, version = baselines()
     out = console()
     found = header(device, version if torch else None, commit)
-    out.print(
-        f"{found.device}, driver {found.driver}, commit {found.commit}, {found.date}", markup=False
-    )
-    out.print(", ".join(f"{name} {v}" for name, v in found.versions.items()), markup=False)
+    out.print(f"{found.device}, driver {found.driver}, commit {found.commit}, {found.date}")
+    out.print(", ".join(f"{name} {v}" for name, v in found.versions.items()))
     out.print(
         f"its own copy {found.copy / 1e12:.2f} TB/s, bfloat16 product "
         f"{found.matrix / 1e12:.0f} TFLOP/s"
     )
     if torch is None:
-        out.print(f"no baselines: {version}", markup=False)
+        out.print(f"no baselines: {version}")
     path = json_file or (None if names else folder / file_name(found.device, found.date))
     wrong, failed = [], []
     for measured in measure_rows(device, chosen, torch, runs=runs):
         if isinstance(measured, Failed):
             failed.append(measured.name)
-            out.print(f"COULD NOT RUN: {measured.name}: {measured.why}", markup=False)
+            out.print(f"COULD NOT RUN: {measured.name}: {measured.why}")
             continue
-        out.print(line_of(measured, found), markup=False)
+        out.print(line_of(measured, found))
         if not measured.error <= most_error(measured.storage):
             wrong.append(measured.name)
-            out.print(f"DOES NOT HOLD: {measured.name}: its error is above the bound", markup=False)
+            out.print(f"DOES NOT HOLD: {measured.name}: its error is above the bound")
             continue
         found = replace(found, rows=[*found.rows, measured])
         if path is not None:
             replace_json(path, found.to_json(), "--results" if json_file is None else "--json")
     if path is not None and found.rows:
-        out.print(f"written: {path}", markup=False)
+        out.print(f"written: {path}")
     if failed and not wrong:
         raise CouldNotRun(f"not measured on {found.device}: {', '.join(failed)}")
     return int(bool(wrong))
