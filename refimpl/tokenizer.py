@@ -63,10 +63,12 @@ class HuggingFace:
 
     def _first(self, path: Path) -> list[int]:
         """The tokens that every text begins with: bos_token, or none."""
-        if not path.is_file():
+        if not os.path.lexists(path):
             return []
         settings = read_json(path)
-        if not isinstance(settings, dict) or settings.get("add_bos_token") is not True:
+        if not isinstance(settings, dict):
+            raise CouldNotRun(f"{path}: the file must be a JSON object")
+        if settings.get("add_bos_token") is not True:
             return []
         name = settings.get("bos_token")
         name = name.get("content") if isinstance(name, dict) else name

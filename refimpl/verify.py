@@ -26,6 +26,7 @@ from .check.cases import (
 )
 from .config import CONVENTIONS, preset
 from .errors import CouldNotRun
+from .files import read_bytes
 from .ops import IMPLEMENTATIONS, REFERENCE, AnyOp, Op, Ops
 from .text import Text
 
@@ -252,6 +253,7 @@ def backward_from_file(op: str, path: Path) -> AnyOp:
     spec = importlib.util.spec_from_file_location("graded", path)
     if path.suffix != ".py" or spec is None or spec.loader is None:
         raise CouldNotRun(f"{path} must be a Python file (.py)")
+    read_bytes(path, str(path))  # a pipe or a file that fills the memory ends here
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

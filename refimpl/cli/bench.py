@@ -49,6 +49,10 @@ def bench(
     if gpu == table:
         raise CouldNotRun("bench needs one of --gpu (measure) and --table (what was measured)")
     if table:
+        if json_file is not None:
+            raise CouldNotRun(
+                "--json takes what --gpu measures: it cannot be combined with --table"
+            )
         print(_table(results), end="")
         return
     raise typer.Exit(_measure(rows or [], results, runs, commit, json_file))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -261,6 +262,30 @@ def test_what_is_said_to_be_there_is_on_the_disk(
     assert {"grad-head.safetensors", "head.safetensors", "in.safetensors"} <= set(renamed)
     assert told[-1] == ("sync", str(tmp_path / "out"))
     assert ("sync", str(tmp_path)) in told
+
+
+@pytest.mark.parametrize("last", [0, 1, 7, 20, 40, 63])
+def test_a_full_disk(
+    last: int, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That shows when a file is written through: no file is left half, and resuming gives the
+    result of one run, bit for bit."""
+    left = last
+
+    def full(descriptor: int) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises((OSError, CouldNotRun), match="No space left on device"):
+            stream(random_parameters(TINY), TINY, tmp_path, activations="*")
+    assert not (tmp_path / "index.json").exists()
+    assert not list(tmp_path.rglob("*.partial"))
+    stream(random_parameters(TINY), TINY, tmp_path, activations="*")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
 
 
 def test_digests_of_the_index(tmp_path: Path) -> None:
