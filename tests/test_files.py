@@ -4,6 +4,7 @@ failure, what is never replaced, one line per error."""
 from __future__ import annotations
 
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 
 from refimpl.errors import CouldNotRun
 from refimpl.files import parse_json, read_json, read_text, replacing, replacing_folder, write_json
+
+from support import PACKAGE
 
 
 def names(folder: Path) -> list[str]:
@@ -191,3 +194,18 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         with pytest.raises(CouldNotRun) as raised:
             read_json(path)
         assert str(raised.value) == f"{path} can't be read: {why}"
+
+
+def test_all_that_is_written_goes_through_here() -> None:
+    """No other module opens a file to write, but the one of the kernels' cache, which writes into a
+    folder of its own."""
+    writes = re.compile(r"\.write_(text|bytes)\(|open\([^)\n]*[\"'][wxa]b?[\"']|np\.savez?\(")
+    allowed = {"files.py", "kernels/compile.py"}
+    found = {
+        path.relative_to(PACKAGE).as_posix(): line.strip()
+        for path in PACKAGE.rglob("*.py")
+        for line in path.read_text().splitlines()
+        if writes.search(line) and "os.devnull" not in line
+    }
+    assert found.keys() <= allowed, found
+    assert found.keys() == allowed

@@ -199,7 +199,9 @@ def test_blocks_wider_than_the_weight() -> None:
     is the memory."""
     weight = np.arange(6.0).reshape(2, 3).astype(np.float32)
     scale = np.array([[2.0], [3.0]], np.float32)
-    rows, wide, fits = np.arange(2), np.empty((2, 3)), np.empty((2, 3))
+    wide = np.empty((2, 3))
+    fits = np.empty((2, 3))
+    rows = np.arange(2)
     tracemalloc.start()
     dequantise(weight, scale, (1, 10**8), rows, wide)
     peak = tracemalloc.get_traced_memory()[1]

@@ -23,17 +23,11 @@ from refimpl.checkpoint import write_random
 from refimpl.config import preset
 
 from bench.examples import results
-from support import byte_level
+from support import byte_level, refimpl_here
 
 CONFIG = preset("tiny")
 TOKENS = np.random.default_rng(3).integers(0, 256, (2, 10))
-RIGHT = """
-def rms_norm_backward(dy, saved):
-    x, w, r = saved
-    n, dn = x * r, dy * w
-    dx = r * (dn - n * (dn * n).mean(axis=-1, keepdims=True))
-    return dx, (dy * n).reshape(-1, x.shape[-1]).sum(axis=0)
-"""
+RIGHT = "from refimpl.ops import linear_backward\n"
 RESULTS = f"results/{file_name(results().device, results().date)}"
 
 GRADS = "grads --checkpoint one --out out --tokens tokens.npy"
@@ -41,7 +35,7 @@ GENERATE = "generate --checkpoint one --max-tokens 1"
 COMMANDS: dict[str, list[tuple[str, list[str]]]] = {
     # command -> (sound arguments, the files among them)
     "verify": [("verify linear --examples 1 --text text.txt", ["text.txt"])],
-    "grade": [("grade rms_norm mine.py --examples 1 --text text.txt", ["text.txt", "mine.py"])],
+    "grade": [("grade linear mine.py --examples 1 --text text.txt", ["text.txt", "mine.py"])],
     "grads": [
         (GRADS, ["one/config.json", "one/model.safetensors", "tokens.npy"]),
         (GRADS.replace("npy", "json"), ["tokens.json"]),
@@ -360,6 +354,8 @@ def children(folder: Path) -> None:
     that has imported everything: a line with its exit code, errors, seconds and peak bytes."""
     from refimpl.cli import main
 
+    for arguments in (["count", "x"], ["--bogus"]):  # typer imports as it goes
+        refimpl_here(*arguments)
     for number, line in enumerate(sys.stdin):
         place, arguments = json.loads(line)
         errors = folder / f"errors-{number}"
@@ -370,8 +366,11 @@ def children(folder: Path) -> None:
                 os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
             resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
             sys.argv = ["refimpl", *arguments]
-            main()
-            os._exit(0)
+            try:
+                main()
+            except SystemExit as left:
+                sys.stderr.flush()
+                os._exit(int(left.code or 0))
         _, status, used = os.wait4(child, 0)
         seconds = time.perf_counter() - start
         code = os.waitstatus_to_exitcode(status)
