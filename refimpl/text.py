@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .errors import CouldNotRun
+from .files import read_bytes
 
 __all__ = ["Text", "load_text"]
+
+MOST = 2**28  # bytes
 
 
 class Text(NamedTuple):
@@ -41,9 +44,9 @@ def load_text(path: Path | None = None) -> Text:
         )
         return Text(name, "\n\n".join(topics[key] for key in sorted(topics)).encode())
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CouldNotRun(f"{path} can't be read: {error.strerror}", argument="text") from error
+        data = read_bytes(path, str(path), MOST)
+    except CouldNotRun as error:
+        raise CouldNotRun(error.reason, argument="text") from error
     if len(data) < 64:
         raise CouldNotRun(f"{path} must hold at least 64 bytes, got {len(data)}", argument="text")
     if len(set(data)) < 16:

@@ -3,15 +3,18 @@ streams unbroken."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from .errors import CouldNotRun
-from .files import read_json
+from .files import read_bytes, read_json
 
 __all__ = ["Bytes", "HuggingFace", "TextStream", "Tokenizer"]
 
+MOST = 2**28  # bytes of tokenizer.json; DeepSeek's has 8e6
 BROKEN = (
     "\N{REPLACEMENT CHARACTER}"  # what decoding puts where bytes make no character, or none yet
 )
@@ -35,7 +38,7 @@ class HuggingFace:
 
     def __init__(self, folder: Path, instead: str = "token ids") -> None:
         path = folder / "tokenizer.json"
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise CouldNotRun(f"{folder} has no tokenizer.json: give {instead}")
         try:
             import tokenizers  # type: ignore[import-not-found, unused-ignore]
@@ -43,36 +46,60 @@ class HuggingFace:
             raise CouldNotRun(
                 f"text needs the package tokenizers (pip install -e '.[text]'); or give {instead}"
             ) from error
-        try:
-            self.tokenizer: Any = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises Exception itself
-            raise CouldNotRun(
-                f"{path} is not a tokenizer: {' '.join(str(error).split())}"
-            ) from error
+        self.path, text = path, read_bytes(path, str(path), MOST).decode(errors="replace")
+        with refused(f"{path} is not a tokenizer"):
+            self.tokenizer: Any = tokenizers.Tokenizer.from_str(text)
         self.first = self._first(folder / "tokenizer_config.json")
 
     def encode(self, text: str) -> list[int]:
-        tokens: list[int] = self.tokenizer.encode(text).ids
+        with refused(f"{self.path} can't encode the text"):
+            tokens: list[int] = self.tokenizer.encode(text).ids
         return tokens if tokens[:1] == self.first[:1] else self.first + tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+        with refused(f"{self.path} can't decode its tokens"):
+            return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     def _first(self, path: Path) -> list[int]:
         """The tokens that every text begins with: bos_token, or none."""
-        if not path.is_file():
+        if not os.path.lexists(path):
             return []
         settings = read_json(path)
-        if not isinstance(settings, dict) or settings.get("add_bos_token") is not True:
+        if not isinstance(settings, dict):
+            raise CouldNotRun(f"{path}: the file must be a JSON object")
+        if settings.get("add_bos_token") is not True:
             return []
         name = settings.get("bos_token")
         name = name.get("content") if isinstance(name, dict) else name
         token = self.tokenizer.token_to_id(name) if isinstance(name, str) else None
         if token is None:
             raise CouldNotRun(
-                f"{path}: add_bos_token needs a bos_token of tokenizer.json, got {name!r}"
+                f"{path}: add_bos_token needs a bos_token of tokenizer.json, got {str(name)[:40]!r}"
             )
         return [token]
+
+
+@contextmanager
+def refused(what: str) -> Iterator[None]:
+    """CouldNotRun for whatever the package raises: Exception itself, and a panic of Rust, which is
+    none and which also writes lines of its own to standard error. Those are not shown."""
+    try:
+        shown = os.dup(2)
+    except OSError:  # closed
+        shown = None
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise CouldNotRun(f"{what}: {' '.join(str(error).split())}") from error
+    finally:
+        os.close(nowhere)
+        if shown is not None:
+            os.dup2(shown, 2)
+            os.close(shown)
 
 
 class Bytes:

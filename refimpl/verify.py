@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -25,6 +26,7 @@ from .check.cases import (
 )
 from .config import CONVENTIONS, preset
 from .errors import CouldNotRun
+from .files import read_bytes
 from .ops import IMPLEMENTATIONS, REFERENCE, AnyOp, Op, Ops
 from .text import Text
 
@@ -247,15 +249,18 @@ def backward_from_file(op: str, path: Path) -> AnyOp:
     """Our forward of the op with the ``<op>_backward`` of a Python file."""
     if op not in CASES:
         raise CouldNotRun(f"unknown op {op}; there are {', '.join(CASES)}")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CouldNotRun(f"{path} is not a file")
     spec = importlib.util.spec_from_file_location("graded", path)
-    if spec is None or spec.loader is None:
+    if path.suffix != ".py" or spec is None or spec.loader is None:
         raise CouldNotRun(f"{path} must be a Python file (.py)")
+    read_bytes(path, str(path))  # a pipe or a file that fills the memory ends here
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit, too
         raise CouldNotRun(f"{path} can't be imported: {type(error).__name__}: {error}") from error
     backward = getattr(module, f"{op}_backward", None)
     if not callable(backward):

@@ -4,13 +4,16 @@ failure, what is never replaced, one line per error."""
 from __future__ import annotations
 
 import os
+import re
 import stat
 from pathlib import Path
 
 import pytest
 
 from refimpl.errors import CouldNotRun
-from refimpl.files import parse_json, read_json, replacing, replacing_folder, write_json
+from refimpl.files import parse_json, read_json, read_text, replacing, replacing_folder, write_json
+
+from support import PACKAGE
 
 
 def names(folder: Path) -> list[str]:
@@ -132,6 +135,53 @@ def test_what_is_not_json(text: bytes, tmp_path: Path) -> None:
         assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("depth", [64, 65, 900, 10**6])
+def test_depth(depth: int) -> None:
+    """Newer Pythons read JSON deeper than their own recursion follows; brackets in strings do not
+    count."""
+    text = b"[" * (depth - 1) + rb'["]]\"[["]' + b"]" * (depth - 1)
+    if depth <= 64:
+        assert parse_json(text, "x")
+        assert parse_json(b'["' + b"[" * 100 + b'"]', "x") == ["[" * 100]
+        return
+    for brackets in (text, b'{"a":' * depth + b"1" + b"}" * depth):
+        with pytest.raises(CouldNotRun, match=r"^x is not JSON: it nests deeper than 64$"):
+            parse_json(brackets, "x")
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    """A pipe is not waited for, a device not read, a file that would fill the memory neither."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large").touch()
+    os.truncate(tmp_path / "large", 2**33)  # sparse
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        for read in (read_json, lambda path: read_text(path, str(path))):
+            with pytest.raises(CouldNotRun) as raised:
+                read(path)
+            assert str(raised.value) == f"{path} can't be read: not a regular file"
+    with pytest.raises(CouldNotRun, match=r"at most 25,000,000 bytes, got 8,589,934,592$"):
+        read_json(tmp_path / "large")
+    with pytest.raises(CouldNotRun, match=r"n can't be read: File name too long"):
+        read_json(tmp_path / ("n" * 300))
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_what_is_written_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file before it has its name, the name before the block ends."""
+    synced: list[str] = []
+
+    def fsync(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        assert (tmp_path / "x").exists() == (len(synced) == 2)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_json(tmp_path / "x", {})
+    assert len(synced) == 2
+    assert synced[0].endswith(".partial")
+    assert synced[1] == tmp_path.name
+
+
 def test_a_key_given_twice() -> None:
     """At any depth: nobody can say which of the two is meant."""
     for text in (b'{"a": 1, "a": 1}', b'[{"b": {"a": 1, "c": 2, "a": 3}}]'):
@@ -144,3 +194,18 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         with pytest.raises(CouldNotRun) as raised:
             read_json(path)
         assert str(raised.value) == f"{path} can't be read: {why}"
+
+
+def test_all_that_is_written_goes_through_here() -> None:
+    """No other module opens a file to write, but the one of the kernels' cache, which writes into a
+    folder of its own."""
+    writes = re.compile(r"\.write_(text|bytes)\(|open\([^)\n]*[\"'][wxa]b?[\"']|np\.savez?\(")
+    allowed = {"files.py", "kernels/compile.py"}
+    found = {
+        path.relative_to(PACKAGE).as_posix(): line.strip()
+        for path in PACKAGE.rglob("*.py")
+        for line in path.read_text().splitlines()
+        if writes.search(line) and "os.devnull" not in line
+    }
+    assert found.keys() <= allowed, found
+    assert found.keys() == allowed

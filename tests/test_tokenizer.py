@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from refimpl.errors import CouldNotRun
 from refimpl.tokenizer import Bytes, HuggingFace, TextStream
 
 from support import byte_level
@@ -49,3 +53,49 @@ def test_tokenizer(tmp_path: Path) -> None:
     assert pieces[:4] == ["n", "a", "", "ï"]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": False}))
     assert HuggingFace(tmp_path).encode(SAMPLE) == tokens
+
+
+class Panic(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Exception, Panic])
+@pytest.mark.parametrize("call", ["from_str", "encode", "decode"])
+def test_whatever_the_package_raises(
+    call: str,
+    kind: type[BaseException],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Exception itself, or a panic, which is none and writes to standard error before."""
+    tokenizers = pytest.importorskip("tokenizers")
+    byte_level(tmp_path)
+    sound = HuggingFace(tmp_path)
+
+    class Broken:
+        def fail(self, *args: object, **given: object) -> object:
+            os.write(2, b"thread '<unnamed>' panicked at src/lib.rs\n")
+            raise kind("a\nb")
+
+        from_str = encode = decode = fail
+
+    def use() -> object:
+        if call == "from_str":
+            monkeypatch.setattr(tokenizers, "Tokenizer", Broken())
+            return HuggingFace(tmp_path)
+        sound.tokenizer = Broken()
+        return sound.encode("x") if call == "encode" else sound.decode([1])
+
+    with pytest.raises(CouldNotRun, match=r"tokenizer.json .*: a b$"):
+        use()
+    os.write(2, b"after\n")
+    assert capfd.readouterr().err == "after\n"
+
+
+@pytest.mark.parametrize("content", ["7", "[]", "{", '"x"'])
+def test_settings_that_are_none(content: str, tmp_path: Path) -> None:
+    byte_level(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(CouldNotRun, match=r"tokenizer_config.json(:| is not JSON)"):
+        HuggingFace(tmp_path)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -112,8 +113,9 @@ class Results:
             given = {key: value for key, value in content.items() if key != "schema"}
             rows = [_measured(row) for row in given.pop("rows")]
             results = cls(**given, rows=rows)
-            same = results.to_json() == content
-        except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
+            _expect_typed(results)
+            same = results.to_json() == content and type(content["schema"]) is int
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"results must have the fields that refimpl bench writes: {error}"
             ) from error
@@ -131,6 +133,28 @@ def _measured(row: dict[str, Any]) -> Measured:
     for name in ("ours", "eager", "compiled"):
         given[name] = None if given[name] is None else Times(**given[name])
     return Measured(**given | {"notes": tuple(given["notes"])})
+
+
+def _expect_typed(results: Results) -> None:
+    """ValueError unless every field is of its type, and can be measured."""
+    words = [results.device, results.driver, results.commit]
+    words += [word for pair in results.versions.items() for word in pair]
+    times = [t for m in results.rows for t in (m.ours, m.eager, m.compiled) if t is not None]
+    for m in results.rows:
+        words += [m.name, m.shape, m.storage, *m.notes]
+    numbers = [results.copy, results.matrix, *(x for t in times for x in (t.median, t.low, t.high))]
+    counts = [results.cache, *(x for m in results.rows for x in (m.bytes, m.flops, m.peak))]
+    counts += [x for m in results.rows for x in (m.eager_peak, m.compiled_peak) if x is not None]
+    errors = [m.error for m in results.rows]
+    wrong: list[object] = [x for x in words if not isinstance(x, str)]
+    wrong += [x for x in numbers if type(x) not in (int, float) or not 0 < x < 1e300]
+    wrong += [x for x in errors if type(x) not in (int, float) or not 0 <= x < 1e300]
+    wrong += [x for x in counts if type(x) is not int or not 0 <= x < 2**63]
+    wrong += [t for t in times if not t.low <= t.median <= t.high]
+    wrong += [m.name for m in results.rows if m.name not in ROWS]
+    if wrong:
+        raise ValueError(f"a field can't be {str(wrong[0])[:40]!r}")
+    date.fromisoformat(results.date)
 
 
 def file_name(device: str, date: str) -> str:

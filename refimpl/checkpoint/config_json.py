@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from math import isfinite
@@ -55,7 +56,7 @@ BLOCK = (128, 128)  # of FP8 weights, where the file does not say
 
 def load_config(model: str) -> ModelConfig:
     """The preset called ``model``, or the Hugging Face config.json at that path."""
-    if model not in PRESETS and not Path(model).exists():
+    if model not in PRESETS and not os.path.exists(model):  # Path.exists raises for a long name
         raise CouldNotRun(f"{model} is neither a preset ({', '.join(PRESETS)}) nor a file")
     return PRESETS[model] if model in PRESETS else read_config(Path(model))
 

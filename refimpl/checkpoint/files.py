@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def _open_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
             raise CouldNotRun(
                 f"{index}: weight_map must name .safetensors files in the same folder, got {shown}"
             )
-    if missing := [file for file in files if not (folder / file).exists()]:
+    if missing := [abbreviated(x) for x in files if not os.path.exists(folder / x)]:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise CouldNotRun(f"{index} names files that are missing: {', '.join(missing[:3])}{more}")
     tensors: dict[str, StoredTensor] = {}
@@ -75,3 +76,8 @@ def _open_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
         if name not in tensors:
             raise CouldNotRun(f"{index} names {one_line(name)} in {file}, which does not hold it")
     return tensors
+
+
+def abbreviated(name: str) -> str:
+    """A name of a file, which may be longer than any file's."""
+    return name if len(name) <= 80 else f"{name[:77]}..."

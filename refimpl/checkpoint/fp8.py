@@ -37,7 +37,8 @@ def dequantise(
     """
     out[...] = weight
     factors = scale[rows // block[0]].astype(out.dtype)
-    out *= np.repeat(factors, block[1], axis=1)[:, : out.shape[1]]
+    wide = min(block[1], out.shape[1])  # a block of config.json may be wider than any weight
+    out *= np.repeat(factors, wide, axis=1)[:, : out.shape[1]]
 
 
 def quantise(weight: Array, block: tuple[int, int], *, ue8m0: bool = False) -> tuple[Array, Array]:

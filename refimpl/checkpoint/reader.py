@@ -12,7 +12,7 @@ import numpy as np
 from ..config import Conventions, ModelConfig
 from ..errors import CouldNotRun
 from ..files import expect_folder
-from ..parameters import MTP_PROJECTION, is_buffer, layer_name, parameter_shapes
+from ..parameters import MTP_PROJECTION, is_buffer, is_stacked, layer_name, parameter_shapes
 from .config_json import read_block_size, read_config, with_layout
 from .files import open_folder
 from .fp8 import dequantise, scale_shape
@@ -30,6 +30,7 @@ from .tensor_file import StoredTensor
 __all__ = ["Checkpoint"]
 
 CHUNK = 2**18  # numbers that are converted at a time
+MOST_MISSING = 200_000  # tensors that are told by name; DeepSeek-V3 has 91,000, with scales
 
 
 class Checkpoint:
@@ -87,6 +88,7 @@ class Checkpoint:
             _expect_mtp(folder, config, tensors)
         else:
             config, tensors = replace(config, mtp_depth=0), _without_mtp(config, tensors)
+        _expect_count(folder, config, tensors)
         _check(folder, config, tensors, block)
         checkpoint = cls(config, tensors, block, dtype)
         for name in filter(is_buffer, checkpoint.names):
@@ -184,6 +186,18 @@ def _expect_mtp(folder: Path, config: ModelConfig, tensors: dict[str, StoredTens
             f"{folder / 'config.json'} names {config.mtp_depth} MTP layer(s) "
             f"(num_nextn_predict_layers), but no file holds {layer_name(config.layers, '*')}: "
             "open it without MTP"
+        )
+
+
+def _expect_count(folder: Path, config: ModelConfig, tensors: dict[str, StoredTensor]) -> None:
+    """CouldNotRun if the config asks for so many more tensors than the files hold that a list of
+    the names alone would fill the memory."""
+    shapes = parameter_shapes(config).items()
+    wanted = sum(shape[0] if is_stacked(name) else 1 for name, shape in shapes)
+    if wanted - len(tensors) > MOST_MISSING:
+        raise CouldNotRun(
+            f"{folder} does not fit its config.json, which asks for {wanted:,} tensors: the files "
+            f"hold {len(tensors):,}"
         )
 
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..array import Array
 from ..errors import CouldNotRun
-from ..files import parse_json, replacing
+from ..files import LARGEST_TEXT, open_regular, parse_json, replacing
 
 __all__ = [
     "DTYPES",
@@ -101,11 +101,6 @@ class TensorWriter:
         self.file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
         self.missing[name] -= values.nbytes
 
-    def sync(self) -> None:
-        """What was written is on the disk."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-
     def zero(self, name: str) -> None:
         """All of a tensor is 0, which takes no writing."""
         self.missing[name] = 0
@@ -155,7 +150,7 @@ def open_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Every tensor of a safetensors file, by name, and its metadata; CouldNotRun unless the whole
     file is sound."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             start = file.read(32)
             for beginning, what in FOREIGN.items():
@@ -169,6 +164,11 @@ def open_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
                 f"{path} is cut off or not a safetensors file: its header would end behind its "
                 f"{size} bytes"
             )
+        header_size = int.from_bytes(start[:8], "little")
+        if header_size > LARGEST_TEXT:
+            raise CouldNotRun(
+                f"{path}'s header must have at most {LARGEST_TEXT:,} bytes, got {header_size:,}"
+            )
         with safe_open(
             path, "np"
         ):  # its checks: the header's form, offsets without gap or overlap, the file's length
@@ -179,7 +179,7 @@ def open_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         raise CouldNotRun(
             f"{path} is cut off or not a safetensors file: {one_line(error)}"
         ) from error
-    end = 8 + int.from_bytes(start[:8], "little")
+    end = 8 + header_size
     header = parse_json(bytes(data[8:end]), f"{path}'s header")
     tensors: dict[str, StoredTensor] = {}
     try:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..config import ModelConfig
 from ..errors import CouldNotRun
-from ..files import replacing_folder
+from ..files import replacing_folder, write_text
 from ..parameters import HEAD, is_buffer, misfits, parameter_shapes
 from .config_json import BLOCK, config_dict
 from .files import INDEX, SINGLE
@@ -134,7 +134,7 @@ def _write(rows: Rows, config: ModelConfig, folder: Path, dtype: str, shard_byte
         with replacing_folder(place) as beside:
             _write_files(rows, config, beside, dtype, shard_bytes)
             text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
-            (beside / "config.json").write_text(text, encoding="utf-8")
+            write_text(beside / "config.json", text)
     except OSError as error:
         raise CouldNotRun(f"{folder} can't be written: {error.strerror or error}") from error
 
@@ -162,7 +162,7 @@ def _write_files(
         total += sum(entry.spec.bytes for entry in shard)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def _entries(config: ModelConfig, dtype: str) -> Iterator[Entry]:
@@ -199,7 +199,6 @@ def _write_file(path: Path, entries: list[Entry], rows: Rows, *, ue8m0: bool) ->
             for chunk in _chunks(entry, rows, ue8m0=ue8m0):
                 writer.write(entry.name, chunk, start)
                 start += chunk.size
-        writer.sync()
 
 
 def _chunks(entry: Entry, rows: Rows, *, ue8m0: bool) -> Iterator[np.ndarray]:

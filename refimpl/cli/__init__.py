@@ -1,6 +1,8 @@
 """The command line: one file per command.
 
-Exit code 0: it holds; 1: it does not hold; 2: it could not run, and one line says why.
+Exit code 0: it holds; 1: it does not hold; 2: it could not run, and one line says why; 70: a fault
+of ours, and one line asks for a report (REFIMPL_TRACEBACK=1 shows where); 130: Ctrl-C; 141: who
+read the output has stopped.
 """
 
 from __future__ import annotations
@@ -8,10 +10,14 @@ from __future__ import annotations
 import io
 import os
 import sys
+import traceback
+from pathlib import Path
+from typing import NoReturn
 
+import numpy as np
 import typer
 
-from ..errors import CouldNotRun
+from ..errors import CouldNotRun, printable
 from . import (  # each adds its commands to the app
     bench,
     conventions,
@@ -22,7 +28,7 @@ from . import (  # each adds its commands to the app
     memory,
     verify,
 )
-from .app import UsageError, app, usage_line
+from .app import OutputClosed, UsageError, app, usage_line
 
 __all__ = [
     "app",
@@ -39,25 +45,59 @@ __all__ = [
 
 
 def main() -> None:
-    """Run the command line; what could not run becomes one line and exit code 2."""
+    """Run the command line; whatever ends it becomes an exit code, and at most one line."""
+    if sys.stderr is None:  # closed, as by 2>&-
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # of a character that the terminal lacks
     try:
+        if sys.stdout is None:
+            raise CouldNotRun("the output can't be written: standard output is closed")
         try:
-            sys.exit(app(prog_name="refimpl", standalone_mode=False))
+            with np.errstate(all="ignore"):  # what is not finite is found and told by the commands
+                sys.exit(app(prog_name="refimpl", standalone_mode=False))
         finally:
             sys.stdout.flush()
-    except CouldNotRun as error:
-        print(f"refimpl: {error}", file=sys.stderr)
-        sys.exit(2)
-    except UsageError as error:
-        print(f"refimpl: {usage_line(error)}", file=sys.stderr)
-        sys.exit(2)
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except (CouldNotRun, UsageError) as error:
+        leave(2, usage_line(error) if isinstance(error, UsageError) else str(error))
     except typer.Abort:  # Ctrl-C
         sys.exit(130)
-    except OSError as error:  # of files, commands tell themselves
-        if error.filename is not None:
-            raise
-        print(f"refimpl: the output can't be written: {error.strerror}", file=sys.stderr)
-        os._exit(2)  # what is left in the buffer has nowhere to go
+    except (OutputClosed, BrokenPipeError):
+        os._exit(141)  # as a shell calls SIGPIPE; what is left in the buffer has nowhere to go
+    except MemoryError as error:
+        leave(2, f"not enough memory{f' ({error})' if str(error) else ''}")
+    except OSError as error:
+        leave_without_output(error)
+    except BaseException as error:  # a panic of a library in Rust is no Exception
+        leave_with_fault(error)
+
+
+def leave(code: int, line: str) -> NoReturn:
+    print(f"refimpl: {printable(line)}", file=sys.stderr)
+    sys.exit(code)
+
+
+def leave_without_output(error: OSError) -> NoReturn:
+    """Of a file that the command did not tell of itself, or of the output."""
+    if error.filename is not None:
+        leave(2, f"{error.filename} can't be used: {error.strerror}")
+    print(f"refimpl: the output can't be written: {error.strerror}", file=sys.stderr)
+    os._exit(2)  # what is left in the buffer has nowhere to go
+
+
+def leave_with_fault(error: BaseException) -> NoReturn:
+    """A crash never exits 1, which says that something does not hold."""
+    if os.environ.get("REFIMPL_TRACEBACK") == "1":
+        traceback.print_exception(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    place = (
+        f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "an unknown place"
+    )
+    leave(
+        70,
+        f"a fault of refimpl itself, please report it: {type(error).__name__} at {place}: {error} "
+        "(REFIMPL_TRACEBACK=1 shows all of it)",
+    )

@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..config import CONVENTIONS
-from ..errors import CouldNotRun
+from ..errors import CouldNotRun, printable
 from ..files import expect_replaceable, write_json
 
 ORDER = [
@@ -43,6 +43,10 @@ UsageError: type[Exception] = next(
 )
 
 
+class OutputClosed(Exception):
+    """Who reads the output has stopped, as in ``refimpl verify | head``."""
+
+
 class Commands(TyperGroup):
     """The commands. Where one could not run, the line names its options as the user types them:
     the rest of the package knows the arguments' names alone."""
@@ -53,6 +57,10 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError as error:
+            if error.filename is not None:
+                raise
+            raise OutputClosed from error  # typer would make an exit code 1 of it
         except CouldNotRun as error:
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
             given = command.params if command is not None else []
@@ -67,7 +75,7 @@ def usage_line(error: Any) -> str:
     """One line for a `UsageError`: what is wrong, and where to read on."""
     what = " ".join(error.format_message().split()).rstrip(".")
     command = error.ctx.command_path if error.ctx else "refimpl"
-    return f"{what[:1].lower()}{what[1:]}; see {command} --help"
+    return printable(f"{what[:1].lower()}{what[1:]}; see {command} --help")
 
 
 @app.callback(invoke_without_command=True)
@@ -79,7 +87,8 @@ def refimpl(
 ) -> None:
     """Check, differentiate, run and measure DeepSeek-V3/R1 in NumPy, without autograd.
 
-    Exit code 0: it holds; 1: it does not hold; 2: it could not run, and one line says why.
+    Exit code 0: it holds; 1: it does not hold; 2: it could not run, and one line says why; 70: a
+    fault of ours, and one line asks for a report.
     """
     if version:
         print(f"refimpl {__version__}")
@@ -89,10 +98,27 @@ def refimpl(
         raise typer.Exit(2)
 
 
+class PlainConsole(Console):
+    """Standard output. Text is shown as it is: no markup, no emoji, and what a terminal would take
+    as a command is escaped."""
+
+    def __init__(self) -> None:
+        super().__init__(highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+    def print(self, *objects: Any, **given: Any) -> None:
+        shown = [
+            "\n".join(map(printable, x.split("\n"))) if isinstance(x, str) else x for x in objects
+        ]
+        super().print(*shown, **given)
+
+    def on_broken_pipe(self) -> None:
+        raise OutputClosed
+
+
 def console() -> Console:
     """Wide enough for the table: a narrow terminal wraps its lines, since a number that is cut is a
     wrong number."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = PlainConsole()
     console.width = max(console.width, WIDTH) if sys.stdout.isatty() else WIDTH
     return console
 

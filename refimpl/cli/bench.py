@@ -51,6 +51,10 @@ def bench(
     if gpu == table:
         raise CouldNotRun("bench needs one of --gpu (measure) and --table (what was measured)")
     if table:
+        if json_file is not None:
+            raise CouldNotRun(
+                "--json takes what --gpu measures: it cannot be combined with --table"
+            )
         print(_table(results), end="")
         return
     raise typer.Exit(_measure(rows or [], results, runs, torch, commit, json_file))
@@ -94,36 +98,33 @@ def _measure(
     torch, version = baselines() if beside_torch else (None, "--no-torch")
     out = console()
     found = header(device, version if torch else None, commit)
-    out.print(
-        f"{found.device}, driver {found.driver}, commit {found.commit}, {found.date}", markup=False
-    )
-    out.print(", ".join(f"{name} {v}" for name, v in found.versions.items()), markup=False)
+    out.print(f"{found.device}, driver {found.driver}, commit {found.commit}, {found.date}")
+    out.print(", ".join(f"{name} {v}" for name, v in found.versions.items()))
     out.print(
         f"its own copy {found.copy / 1e12:.2f} TB/s, bfloat16 product "
         f"{found.matrix / 1e12:.0f} TFLOP/s"
     )
     if torch is None:
-        out.print(f"no baselines: {version}", markup=False)
+        out.print(f"no baselines: {version}")
     path = json_file or (None if names else folder / file_name(found.device, found.date))
     wrong, failed = [], []
     for measured in measure_rows(device, chosen, torch, runs=runs):
         if isinstance(measured, Failed):
             failed.append(measured.name)
-            out.print(f"COULD NOT RUN: {measured.name}: {measured.why}", markup=False)
+            out.print(f"COULD NOT RUN: {measured.name}: {measured.why}")
             continue
-        out.print(line_of(measured, found), markup=False)
+        out.print(line_of(measured, found))
         if measured.wrong:
             wrong.append(measured.name)
             out.print(
-                f"DOES NOT HOLD: {measured.name}: the error allowed is exceeded: {measured.wrong}",
-                markup=False,
+                f"DOES NOT HOLD: {measured.name}: the error allowed is exceeded: {measured.wrong}"
             )
             continue
         found = replace(found, rows=[*found.rows, measured])
         if path is not None:
             replace_json(path, found.to_json(), "--results" if json_file is None else "--json")
     if path is not None and found.rows:
-        out.print(f"written: {path}", markup=False)
+        out.print(f"written: {path}")
     if failed and not wrong:
         raise CouldNotRun(f"not measured on {found.device}: {', '.join(failed)}")
     return int(bool(wrong))

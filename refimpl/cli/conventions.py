@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..conventions import TRAPS, Trap, markdown, numbers
 from ..errors import CouldNotRun
@@ -48,7 +49,8 @@ def conventions(
 
 
 def _show(out: Console, number: int, trap: Trap) -> None:
-    out.print(f"[bold]{number:>2}. {trap.title}[/bold]: {trap.question}", soft_wrap=False)
+    title = Text.assemble((f"{number:>2}. {trap.title}", "bold"), f": {trap.question}")
+    out.print(title, soft_wrap=False)
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(width=18, no_wrap=True)
     table.add_column(max_width=out.width - 20)

@@ -32,7 +32,7 @@ def count_command(
         check_writable(json_file)
     config, out = load_config(model), console()
     sections = count(config, length=length)
-    out.print(f"refimpl {__version__}: {model}", markup=False)
+    out.print(f"refimpl {__version__}: {model}")
     free = max(min(out.width, WIDTH) - 35, 20)  # what figures leave to names and arithmetic
     for section in sections:
         table = Table(
@@ -51,7 +51,7 @@ def count_command(
             table.add_row(line.name, line.arithmetic, line.text, line.short)
         out.print(table)
         for note in section.notes:
-            out.print(note, markup=False, soft_wrap=False)
+            out.print(note, soft_wrap=False)
     if json_file is not None:
         tables = [
             {**asdict(section), "lines": [line._asdict() for line in section.lines]}

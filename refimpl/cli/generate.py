@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ..checkpoint import Checkpoint
+from ..checkpoint.config_json import read_object
 from ..config import CONVENTIONS
 from ..errors import CouldNotRun
 from ..files import read_json, read_text
@@ -190,13 +192,13 @@ def read_prompts(path: Path) -> list[str]:
 def stop_tokens(folder: Path) -> list[int]:
     """eos_token_id of generation_config.json, else of config.json, as a list; it may be missing."""
     for path in (folder / "generation_config.json", folder / "config.json"):
-        settings = read_json(path) if path.is_file() else {}
-        found = settings.get("eos_token_id") if isinstance(settings, dict) else None
+        found = read_object(path).get("eos_token_id") if os.path.lexists(path) else None
         if found is not None:
             ids = found if isinstance(found, list) else [found]
             if not all(type(token) is int and token >= 0 for token in ids):
                 raise CouldNotRun(
-                    f"{path}: eos_token_id must be a token id or a list of them, got {found!r}"
+                    f"{path}: eos_token_id must be a token id or a list of them, got "
+                    f"{str(found)[:40]!r}"
                 )
             return ids
     return []

@@ -150,12 +150,13 @@ def grads(
         integers(tokens, "--tokens") if tokens is not None else text_tokens(text or "", checkpoint)
     )
     predicted, counted_at = _predicted(targets, mask, ids)
+    logits_shape = (*ids.shape, source.config.vocabulary)
     request = Request(
         ids,
         predicted,
         counted_at,
-        None if key_mask is None else booleans(key_mask, "--key-mask"),
-        None if dlogits is None else numbers(dlogits, "--dlogits"),
+        None if key_mask is None else booleans(key_mask, "--key-mask", ids.shape),
+        None if dlogits is None else numbers(dlogits, "--dlogits", logits_shape),
         {} if routes is None else read_routes(routes),
         mtp=mtp,
         mtp_weight=mtp_weight,
@@ -172,12 +173,11 @@ def grads(
     result = _write(source, request, checkpoint, out, force)
     seconds = time.perf_counter() - start
     console().print(
-        f"refimpl {__version__}: {checkpoint}, {ids.shape[0]}×{ids.shape[1]} tokens, {dtype}",
-        markup=False,
+        f"refimpl {__version__}: {checkpoint}, {ids.shape[0]}×{ids.shape[1]} tokens, {dtype}"
     )
     _show(result, config, convention)
     bad = [name for name, size in result.gradients.items() if not math.isfinite(size.largest)]
-    console().print(f"{_verdict(result, bad)}; {seconds:.1f} s; in {out}", markup=False)
+    console().print(f"{_verdict(result, bad)}; {seconds:.1f} s; in {out}")
     if json_file is not None:
         given = {
             "checkpoint": str(checkpoint),
@@ -206,15 +206,14 @@ def _predicted(
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """The targets, or None for the next tokens, and the mask of what counts; -100 among the targets
     does not."""
-    counts = None if mask is None else booleans(mask, "--mask")
+    counts = None if mask is None else booleans(mask, "--mask", ids.shape)
     if targets is None:
         return None, counts
     found = integers(targets, "--targets")
-    for argument, x in (("targets", found), ("mask", counts)):
-        if x is not None and x.shape != ids.shape:
-            raise CouldNotRun(
-                f"must have the tokens' shape {ids.shape}, got {x.shape}", argument=argument
-            )
+    if found.shape != ids.shape:
+        raise CouldNotRun(
+            f"must have the tokens' shape {ids.shape}, got {found.shape}", argument="targets"
+        )
     counts = (found != -100) if counts is None else counts & (found != -100)
     return np.where(found == -100, 0, found), counts
 
@@ -271,7 +270,7 @@ def _content(result: Result) -> dict[str, Any]:
 def _show(result: Result, config: ModelConfig, convention: str) -> None:
     """The loss, how Hugging Face's conventions differ, and the sizes of the gradients by part."""
     out = console()
-    out.print(f"conventions: {convention}; {_unlike_hf(config)}", markup=False)
+    out.print(f"conventions: {convention}; {_unlike_hf(config)}")
     if result.loss is not None:
         parts = [f"main {result.main:.9g}"] + [
             f"MTP {k} {x:.9g}" for k, x in enumerate(result.mtp, 1)

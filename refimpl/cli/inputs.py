@@ -1,8 +1,9 @@
-"""Arrays, token ids and routes from the user's files; CouldNotRun names the option and the file."""
+"""Arrays, token ids and routes from the user's files; CouldNotRun names the option and the file.
+Type and shape of an array are looked at before its values are read."""
 
 from __future__ import annotations
 
-import errno
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,20 @@ import numpy as np
 
 from ..checkpoint.tensor_file import one_line, read_tensor_file
 from ..errors import CouldNotRun
-from ..files import read_json, read_text
+from ..files import open_regular, read_json, read_text
 from ..model import Route
 from ..tokenizer import HuggingFace
 
 __all__ = ["booleans", "integers", "numbers", "read_routes", "text_tokens", "token_lists"]
+
+MOST_TOKENS = 2**24  # of a file: a hundred texts of the longest context
 
 
 def integers(path: Path, option: str) -> np.ndarray:
     """[batch, time], int64."""
     content = _read(path, option)
     x = _array(content, path, option)
+    _expect_few(option, path, x)
     if x.dtype.kind not in "iu" or x.ndim != 2 or x.size == 0:
         raise CouldNotRun(
             f"{option} {path} must hold integers [batch, time], got {x.dtype} {list(x.shape)}"
@@ -35,9 +39,11 @@ def integers(path: Path, option: str) -> np.ndarray:
     return x.astype(np.int64)
 
 
-def booleans(path: Path, option: str) -> np.ndarray:
-    """[batch, time], bool."""
+def booleans(path: Path, option: str, shape: tuple[int, ...]) -> np.ndarray:
+    """[batch, time], bool; of the tokens' shape."""
     x = _array(_read(path, option), path, option)
+    if x.dtype.kind in "biu" and x.ndim == 2:
+        _expect_shape(option, x, "(B, T)", shape)
     if x.dtype.kind not in "biu" or x.ndim != 2 or not np.isin(x, (0, 1)).all():
         raise CouldNotRun(
             f"{option} {path} must hold 0 and 1 [batch, time], got {x.dtype} {list(x.shape)}"
@@ -45,20 +51,23 @@ def booleans(path: Path, option: str) -> np.ndarray:
     return x.astype(np.bool_)
 
 
-def numbers(path: Path, option: str) -> np.ndarray:
+def numbers(path: Path, option: str, shape: tuple[int, ...]) -> np.ndarray:
     """[batch, time, vocabulary], of the file's type."""
     x = _array(_read(path, option), path, option)
     if x.dtype.kind not in "fiu":
         raise CouldNotRun(
             f"{option} {path} must hold numbers [batch, time, vocabulary], got {x.dtype}"
         )
-    return x
+    _expect_shape(option, x, "(B, T, W)", shape)
+    return np.array(x)
 
 
 def token_lists(path: Path, option: str) -> list[list[int]]:
     """Lists of token ids, of any lengths; the file of a single one may hold it alone."""
     rows = _read(path, option)
-    rows = rows.tolist() if isinstance(rows, np.ndarray) else rows
+    if isinstance(rows, np.ndarray):
+        _expect_few(option, path, rows)
+        rows = rows.tolist()
     if isinstance(rows, list) and rows and not any(isinstance(row, list) for row in rows):
         rows = [rows]
     if not (
@@ -71,7 +80,7 @@ def token_lists(path: Path, option: str) -> list[list[int]]:
 
 def text_tokens(text: str, checkpoint: Path) -> np.ndarray:
     """Ids [1, T] by the checkpoint's tokenizer, of the text or of the file with that name."""
-    if _is_file(text):
+    if os.path.isfile(text):  # Path.is_file raises for a text longer than any name
         text = read_text(Path(text), f"--text {text}")
     tokenizer = HuggingFace(checkpoint, "token ids with --tokens FILE")
     return np.array([tokenizer.encode(text)], dtype=np.int64)
@@ -92,22 +101,34 @@ def read_routes(path: Path) -> dict[int, Route]:
                 f"{one_line(name)}"
             )
         counted = tensors.get(f"aux/counted.{layer}")
+        for part, given in (("routes", x), ("counted", counted)):
+            if given is not None and given.dtype not in (np.int64, np.int32):
+                raise CouldNotRun(
+                    f"--routes {file} must hold aux/{part}.{layer} as int64 or int32, got "
+                    f"{given.dtype}"
+                )
         found[int(layer)] = Route(np.array(x), None if counted is None else np.array(counted))
     if not found:
         raise CouldNotRun(f"--routes {file} must hold aux/routes.L as int64 or int32, holds none")
     return found
 
 
-def _is_file(name: str) -> bool:
-    try:
-        return Path(name).is_file()
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            return False
-        raise CouldNotRun(f"--text {name} can't be read: {error.strerror}") from error
+def _expect_few(option: str, path: Path, x: np.ndarray) -> None:
+    if x.size > MOST_TOKENS:
+        raise CouldNotRun(
+            f"{option} {path} must hold at most {MOST_TOKENS:,} tokens, got {x.size:,}"
+        )
+
+
+def _expect_shape(option: str, x: np.ndarray, letters: str, shape: tuple[int, ...]) -> None:
+    if x.shape != shape:
+        raise CouldNotRun(f"{option} must have shape {letters}={shape}, got {x.shape}")
 
 
 def _array(content: Any, path: Path, option: str) -> np.ndarray:
+    """The content as an array; one that is mapped stays so."""
+    if isinstance(content, np.ndarray):
+        return content
     try:
         return np.array(content)
     except (ValueError, OverflowError) as error:
@@ -115,19 +136,19 @@ def _array(content: Any, path: Path, option: str) -> np.ndarray:
 
 
 def _read(path: Path, option: str) -> Any:
-    """The array of a .npy file, or what a .json file holds."""
+    """The array of a .npy file, mapped, or what a .json file holds."""
     if path.suffix not in (".npy", ".json"):
         raise CouldNotRun(f"{option} {path} must be a .npy or a .json file")
     if path.suffix == ".json":
         return read_json(path, f"{option} {path}")
     try:
-        x = np.load(path, allow_pickle=False)
+        open_regular(path).close()
+        x = np.load(path, allow_pickle=False, mmap_mode="r")
     except OSError as error:
         raise CouldNotRun(f"{option} {path} can't be read: {error.strerror or error}") from error
     except Exception as error:  # a broken header makes NumPy raise nearly anything
-        raise CouldNotRun(
-            f"{option} {path} is not an array: {' '.join(str(error).split())}"
-        ) from error
+        why = str(error).replace("mmap length is greater than file size", "it is cut off")
+        raise CouldNotRun(f"{option} {path} is not an array: {' '.join(why.split())}") from error
     if not isinstance(x, np.ndarray):  # an archive of arrays
         x.close()
         raise CouldNotRun(f"{option} {path} must hold one array")

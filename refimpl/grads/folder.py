@@ -1,4 +1,9 @@
-"""The folder of a result: files that appear whole, a record per finished step, and the index."""
+"""The folder of a result: files that appear whole, a record per finished step, and the index.
+
+A record has the digests of its step's files, and is on the disk after them: what a record or the
+index says is there, even if power was lost. A step whose record or files are not as they were
+written is done again, and so are those after it.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +30,11 @@ from ..checkpoint.tensor_file import (
     write_tensor_file,
 )
 from ..errors import CouldNotRun
-from ..files import PARTIAL, parse_json, write_json
+from ..files import PARTIAL, file_digest, parse_json, read_bytes, sync_folder, write_json
 from ..model import Gradients
 from ..parameters import layer_name
 from .lazy import Rows, sum_in_blocks
+from .request import digest
 
 __all__ = ["Folder", "LayerGradients", "Record", "Size", "Step", "held", "read_record"]
 
@@ -47,6 +53,7 @@ OURS = (
     "grad-*.safetensors",
 )
 LOCKS = find_spec("fcntl") is not None
+MOST_INDEX = 2**28  # bytes; of DeepSeek-V3's gradients, 1.3e7
 PIECE = 2**20  # elements measured at a time
 
 
@@ -61,11 +68,19 @@ class Size(NamedTuple):
 NOTHING = Size(0, 0.0, 0.0)
 
 
+class Stored(NamedTuple):
+    """A file as it was written."""
+
+    bytes: int
+    sha256: str
+
+
 class Record(NamedTuple):
     """What a step left."""
 
     arrays: dict[str, np.ndarray]  # mapped, not read
-    files: dict[str, dict[str, Any]]  # that it made, and what the index says of each
+    files: dict[str, dict[str, Any]]  # that it made, and what the index says of their tensors
+    stored: dict[str, Stored]  # the same files as they were written
     sizes: dict[str, Size]  # of the gradients in them
 
     def array(self, name: str) -> Any:
@@ -74,23 +89,29 @@ class Record(NamedTuple):
 
 
 def read_record(path: Path) -> Record:
-    """The record at ``path``; CouldNotRun if it is broken, or if a file of its step has changed
-    since."""
+    """The record at ``path``; CouldNotRun if it is broken, or if a file of its step is not as it
+    was written."""
     arrays, metadata = read_tensor_file(path)
     notes = notes_of(path, metadata.get("notes", "").encode())
-    if notes.keys() != {"files", "bytes", "gradients"}:
-        raise CouldNotRun(
-            f"{path} is not as this version writes it: start anew with", remedy="force"
-        )
-    for file, count in notes["bytes"].items():
-        left = path.parent.parent / file
-        if not left.is_file() or left.stat().st_size != count:
-            raise CouldNotRun(
-                f"{left} is gone or changed since its step was done: start anew with",
-                remedy="force",
-            )
+    if notes.keys() != {"files", "stored", "gradients", "arrays"}:
+        raise CouldNotRun(f"{path} is not as this version writes it")
+    if notes["arrays"] != digest(*arrays.values()):
+        raise CouldNotRun(f"{path} is broken")
+    stored = {file: Stored(*written) for file, written in notes["stored"].items()}
+    if wrong := changed(path.parent.parent, stored):
+        raise CouldNotRun(f"{wrong} is gone or changed since its step was done")
     sizes = {name: Size(*size) for name, size in notes["gradients"].items()}
-    return Record(arrays, notes["files"], sizes)
+    return Record(arrays, notes["files"], stored, sizes)
+
+
+def changed(folder: Path, stored: Mapping[str, Stored]) -> Path | None:
+    """The first file that is not as it was written; None if all are."""
+    for file, written in stored.items():
+        path = folder / file
+        same = path.is_file() and not path.is_symlink() and path.stat().st_size == written.bytes
+        if not same or file_digest(path) != written.sha256:
+            return path
+    return None
 
 
 class LayerGradients(Gradients):
@@ -151,29 +172,45 @@ class Folder:
         self.files: dict[str, dict[str, Any]] = {}  # of the step at work
         self.sizes: dict[str, Size] = {}
         self.records: dict[Step, Record] = {}
+        self.resuming = True  # as long as the records of an earlier run are sound
 
     def do(self, step: Step, run: Callable[[Step], Mapping[str, np.ndarray]]) -> None:
-        """Read the record of a step; if there is none yet, ``run`` the step first, which gives the
-        record's arrays."""
+        """Read the record of a step; if there is no sound one, ``run`` the step first, which gives
+        the record's arrays. After a step that is done again, all others are."""
         path = self.unfinished / file_name(*step)
-        if not path.exists():
-            self.files, self.sizes = {}, {}
-            arrays = run(step)
-            made = {file: (self.path / file).stat().st_size for file in self.files}
-            notes = {"files": self.files, "bytes": made, "gradients": self.sizes}
-            write_tensor_file(path, arrays, {"notes": json.dumps(notes)})
-        self.records[step] = read_record(path)
+        if self.resuming and (record := sound_record(path)):
+            self.records[step] = record
+            return
+        self.resuming = False
+        self.files, self.sizes = {}, {}
+        arrays = run(step)
+        stored = self.stored()
+        notes = {
+            "files": self.files,
+            "stored": stored,
+            "gradients": self.sizes,
+            "arrays": digest(*arrays.values()),
+        }
+        write_tensor_file(path, arrays, {"notes": json.dumps(notes)})
+        self.records[step] = Record(read_tensor_file(path)[0], self.files, stored, self.sizes)
 
     def finish(self, metadata: dict[str, Any]) -> None:
         """Write the index, once all steps are done, and remove the records."""
+        stored = self.stored()
         for record in self.records.values():
             self.files |= record.files
-        tensors = {
-            name: entry for file in sorted(self.files) for name, entry in self.files[file].items()
-        }
-        index = {"metadata": metadata, "tensors": tensors}
+            stored |= record.stored
+        names = sorted(self.files)
+        tensors = {name: entry for file in names for name, entry in self.files[file].items()}
+        files = {file: stored[file]._asdict() for file in names}
+        index = {"metadata": metadata, "files": files, "tensors": tensors}
         write_json(self.path / "index.json", index, self.unfinished)
         shutil.rmtree(self.unfinished)
+
+    def stored(self) -> dict[str, Stored]:
+        """The files of the step at work as they were written."""
+        paths = [self.path / file for file in self.files]
+        return {path.name: Stored(path.stat().st_size, file_digest(path)) for path in paths}
 
     def writer(
         self, file: str, tensors: Mapping[str, Spec]
@@ -226,6 +263,14 @@ class Folder:
             yield LayerGradients(layer, writer, self.sizes)
 
 
+def sound_record(path: Path) -> Record | None:
+    """The record at ``path``, if it is there and nothing has changed since it was written."""
+    try:
+        return read_record(path)
+    except (CouldNotRun, TypeError, ValueError, AttributeError):  # of notes in another form
+        return None
+
+
 def file_name(*parts: str | int) -> str:
     """The parts joined, a layer's number as five digits: ``forward-00003.safetensors``."""
     words = [part if isinstance(part, str) else f"{part:05d}" for part in parts]
@@ -267,9 +312,7 @@ def prepare(folder: Path, fingerprint: dict[str, str], force: bool) -> None:
     unfinished, state = folder / "unfinished", folder / "unfinished" / "request.json"
     try:
         found = sorted(path.name for path in folder.iterdir())
-        strange = [
-            name for name in found if not any(fnmatchcase(name, pattern) for pattern in OURS)
-        ]
+        strange = [name for name in found if not ours(folder / name)]
         if strange:
             raise CouldNotRun(
                 f"{folder} holds other things ({strange[0]}): give a folder of its own"
@@ -282,15 +325,19 @@ def prepare(folder: Path, fingerprint: dict[str, str], force: bool) -> None:
                     missing_ok=True
                 )
         elif "index.json" in found:
-            shutil.rmtree(
-                unfinished, ignore_errors=True
-            )  # of a run that was killed as it removed it
+            if wrong := changed(folder, stored_of(folder / "index.json")):
+                raise CouldNotRun(
+                    f"{wrong} is not as index.json says: give another folder, or start anew with",
+                    remedy="force",
+                )
+            # of a run that was killed as it removed it
+            shutil.rmtree(unfinished, ignore_errors=True)
             raise CouldNotRun(
                 f"{folder} holds a finished result: give another folder, or replace it with",
                 remedy="force",
             )
         elif state.exists():
-            before = notes_of(state, state.read_bytes())
+            before = notes_of(state, read_bytes(state, str(state)))
             other = [key for key in fingerprint | before if fingerprint.get(key) != before.get(key)]
             if other:
                 raise CouldNotRun(
@@ -306,8 +353,27 @@ def prepare(folder: Path, fingerprint: dict[str, str], force: bool) -> None:
             )
         unfinished.mkdir(exist_ok=True)
         write_json(state, fingerprint)
+        sync_folder(folder)
+        sync_folder(folder.parent)
     except OSError as error:
         raise CouldNotRun(f"{folder} can't be written: {error.strerror}") from error
+
+
+def ours(path: Path) -> bool:
+    """Whether a run of ours may have made this: one of our names, and neither a link nor a
+    device."""
+    if path.is_symlink() or not any(fnmatchcase(path.name, pattern) for pattern in OURS):
+        return False
+    return path.is_dir() if path.name == "unfinished" else path.is_file()
+
+
+def stored_of(index: Path) -> dict[str, Stored]:
+    """The files that an index names, as they were written; CouldNotRun if it is broken."""
+    files = notes_of(index, read_bytes(index, str(index), MOST_INDEX)).get("files")
+    try:
+        return {file: Stored(**written) for file, written in files.items()}  # type: ignore[union-attr]
+    except (AttributeError, TypeError) as error:
+        raise CouldNotRun(f"{index} is broken: start anew with", remedy="force") from error
 
 
 def notes_of(path: Path, text: bytes) -> dict[str, Any]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,6 +67,34 @@ def test_json_round_trip(tmp_path: Path) -> None:
             Results.from_json(wrong)
     with pytest.raises(ValueError, match="results must have the fields"):
         Results.from_json([])
+
+
+def leaves(x: Any) -> Iterator[tuple[Any, Any]]:
+    """Every value inside, as what holds it and its key."""
+    for key in list(x) if isinstance(x, dict) else range(len(x)):
+        yield x, key
+        if isinstance(x[key], dict | list):
+            yield from leaves(x[key])
+
+
+def test_wrong_types_are_refused() -> None:
+    """Each value in turn replaced by one of another type, or one that nobody can have measured."""
+    sound = json.dumps(results().to_json())
+    tried = 0
+    for number in range(len(list(leaves(json.loads(sound))))):
+        for value in (-1, "x", [1], {"a": 1}, True, [], 1e999, None, 10**400, {}):
+            content = json.loads(sound)
+            inside, key = list(leaves(content))[number]
+            if type(inside[key]) is type(value):
+                continue
+            inside[key] = value
+            if key in ("eager", "compiled", "eager_peak", "compiled_peak", "notes", "versions"):
+                if value in (None, [], {}) and value is not False:
+                    continue  # as of a run without
+            with pytest.raises(ValueError, match="results must"):
+                pytest.fail(f"{key} {value}: {Results.from_json(content)}")
+            tried += 1
+    assert tried > 250
 
 
 def test_files(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.numpy import save_file
 
 from refimpl.array import Array
 from refimpl.checkpoint import Checkpoint, save_checkpoint, write_random
-from refimpl.checkpoint.fp8 import narrow, quantise
+from refimpl.checkpoint.fp8 import dequantise, narrow, quantise
 from refimpl.parameters import is_buffer
 
 from checkpoint.examples import WIDE, random_parameters
@@ -191,3 +192,20 @@ def test_fp8_written_and_read(dtype: str, tmp_path: Path) -> None:
     quantisation = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]
     assert quantisation["weight_block_size"] == [128, 128]
     assert quantisation.get("scale_fmt") == ("ue8m0" if dtype == "fp8_ue8m0" else None)
+
+
+def test_blocks_wider_than_the_weight() -> None:
+    """A block of config.json may have any size: the numbers are those of one that just fits, and so
+    is the memory."""
+    weight = np.arange(6.0).reshape(2, 3).astype(np.float32)
+    scale = np.array([[2.0], [3.0]], np.float32)
+    wide = np.empty((2, 3))
+    fits = np.empty((2, 3))
+    rows = np.arange(2)
+    tracemalloc.start()
+    dequantise(weight, scale, (1, 10**8), rows, wide)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    dequantise(weight, scale, (1, 3), rows, fits)
+    assert np.array_equal(wide, fits)
+    assert peak < 10**5

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import struct
 import subprocess
 import sys
+import time
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from refimpl.checkpoint import Checkpoint, write_random
+from refimpl.checkpoint import Checkpoint, load_config, write_random
 from refimpl.config import preset
 from refimpl.errors import CouldNotRun
 
@@ -513,6 +516,60 @@ def test_malformed(
     assert told.isprintable()
     assert "checkpoint" in told or EXPERT in told
     assert len(told) < 2500
+
+
+MANY = {"num_hidden_layers": 10**4, "num_nextn_predict_layers": 0}
+BOMBS = [
+    ({"n_routed_experts": 10**6}, "asks for 12,000,"),
+    (MANY | {"n_routed_experts": 10**9}, "asks for 29,"),
+    (MANY, "asks for "),
+    ({"hidden_size": 10**9}, "must have shape (256, 1000000000)"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BOMBS, ids=range(len(BOMBS)))
+def test_a_config_that_no_machine_holds(
+    changes: dict[str, int], message: str, sound: Path, tmp_path: Path
+) -> None:
+    """A kilobyte of config.json asks for millions of tensors: the files' headers say first that
+    they are not there."""
+    shutil.copytree(sound / "one", tmp_path / "checkpoint")
+    config(**changes)(tmp_path / "checkpoint")
+    tracemalloc.start()
+    start = time.process_time()
+    with pytest.raises(CouldNotRun) as raised:
+        Checkpoint.open(tmp_path / "checkpoint")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert message in str(raised.value)
+    assert peak < 3e8
+    assert time.process_time() - start < 20
+
+
+def test_names_that_no_file_can_have(sound: Path, tmp_path: Path) -> None:
+    name = "n" * 300
+    with pytest.raises(CouldNotRun, match=f"{name} does not exist"):
+        Checkpoint.open(tmp_path / name)
+    with pytest.raises(CouldNotRun, match=f"{name} is neither a preset"):
+        load_config(str(tmp_path / name))
+    shutil.copytree(sound / "three", tmp_path / "checkpoint")
+    index(lambda i: i["weight_map"].update({EXPERT: f"{name}.safetensors"}))(
+        tmp_path / "checkpoint"
+    )
+    with pytest.raises(CouldNotRun, match=r"names files that are missing: n{77}\.\.\.$"):
+        Checkpoint.open(tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize("file", ["config.json", ONE])
+def test_pipes_and_devices(file: str, sound: Path, tmp_path: Path) -> None:
+    """They are refused, not waited for."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(sound / "one", folder)
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        (folder / file).unlink()
+        make(folder / file)
+        with pytest.raises(CouldNotRun, match=f"{file} can't be read: not a regular file"):
+            Checkpoint.open(folder)
 
 
 def test_there_are_enough() -> None:

@@ -18,6 +18,8 @@ from refimpl.errors import CouldNotRun
 
 from support import refimpl_here, refimpl_process
 
+SHELL = ["bash", "-c"]
+
 
 def test_json_is_replaced_whole(tmp_path: Path) -> None:
     """A result that is there already is replaced in one step, never truncated first."""
@@ -33,6 +35,84 @@ def test_output_that_cannot_be_written() -> None:
         done = refimpl_process("conventions", "1", stdout=full)
     assert done.returncode == 2
     assert done.stderr == "refimpl: the output can't be written: No space left on device\n"
+
+
+def test_output_that_is_closed() -> None:
+    command = f"{sys.executable} -m refimpl count v3"
+    done = subprocess.run([*SHELL, f"{command} >&-"], capture_output=True, text=True)
+    wanted = "refimpl: the output can't be written: standard output is closed\n"
+    assert (done.returncode, done.stderr) == (2, wanted)
+    done = subprocess.run([*SHELL, f"{command} --length 0 2>&-"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+
+
+@pytest.mark.parametrize(
+    "arguments", ["verify linear --examples 1", "conventions", "bench --table"]
+)
+def test_who_reads_may_stop(arguments: str) -> None:
+    """As `head` does: nothing is said, and the exit code is that of SIGPIPE."""
+    command = f"{sys.executable} -m refimpl {arguments} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run([*SHELL, command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (141, "", "")
+
+
+CRASH = """
+import sys
+import refimpl.cli.count
+from refimpl.cli import main
+
+class Panic(BaseException):
+    pass
+
+def crash(model):
+    raise {error}
+
+refimpl.cli.count.load_config = crash
+sys.argv = ["refimpl", "count"]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        ("KeyError('a\\n\\x1b[31m')", 70, r"KeyError at <string>:10: 'a\n\x1b[31m' "),
+        ("Panic('of Rust')", 70, "Panic at <string>:10: of Rust "),
+        ("RecursionError", 70, "RecursionError at <string>:10: "),
+        ("MemoryError", 2, "not enough memory\n"),
+        ("OSError(36, 'File name too long', 'x')", 2, "x can't be used: File name too long\n"),
+        ("KeyboardInterrupt", 130, ""),
+    ],
+)
+def test_a_crash_is_no_verdict(error: str, code: int, line: str) -> None:
+    """It never exits 1, which says that something does not hold; one line asks for a report."""
+    for shown in ("0", "1"):
+        environment = os.environ | {"REFIMPL_TRACEBACK": shown}
+        command = [sys.executable, "-c", CRASH.format(error=error)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert (done.returncode, done.stdout) == (code, "")
+        if code == 70:
+            said = done.stderr.splitlines()
+            assert said[-1].startswith("refimpl: a fault of refimpl itself, please report it: ")
+            assert line in said[-1]
+            assert ("Traceback (most recent call last):" in said) == (shown == "1")
+            assert len(said) == 1 or shown == "1"
+        elif code == 2:
+            assert done.stderr == f"refimpl: {line}"
+
+
+def test_text_is_shown_as_it_is(tmp_path: Path) -> None:
+    """No markup, no emoji, and nothing that a terminal would take as a command."""
+    name = "[/red]:smile:\x1b[31m.txt"
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).write_bytes(bytes(range(32, 127)) * 20)
+    done = refimpl_here("verify", "linear", "--examples", "1", "--text", name, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "text: [/red]:smile:\\x1b[31m.txt, 1,900 bytes" in done.stdout
+    done = refimpl_here("count", "a\x1b[31m\nb\u202e")
+    assert done.returncode == 2
+    assert done.stderr.startswith("refimpl: a\\x1b[31m\\nb\\u202e is neither a preset")
+    assert str(CouldNotRun("a\x1b\n\udcffü×")) == "a\\x1b\\n\\udcffü×"
 
 
 def test_terminal_without_greek() -> None:

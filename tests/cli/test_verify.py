@@ -174,6 +174,11 @@ def test_the_same_seed_gives_the_same_table() -> None:
         (["grade", "rms_norm", "mine.py"], "mine.py must define rms_norm_backward(dy, saved)"),
         (["grade", "rms_norm", "broken.py"], "broken.py can't be imported: SyntaxError"),
         (["grade", "rms_norm", "leaves.py"], "leaves.py can't be imported: SystemExit"),
+        (["grade", "rms_norm", "built.so"], "built.so must be a Python file (.py)"),
+        (["grade", "rms_norm", "n" * 300], "nnn is not a file"),
+        (["grade", "rms_norm", "large.py"], "large.py must hold at most 25,000,000 bytes, got"),
+        (["verify", "--text", "/dev/zero"], "--text /dev/zero can't be read: not a regular file"),
+        (["verify", "--text", "pipe"], "--text pipe can't be read: not a regular file"),
         (["grade", "rms_norm", "number.py"], "number.py must define rms_norm_backward(dy, saved)"),
     ],
     ids=lambda a: " ".join(a) if isinstance(a, list) else "",
@@ -181,6 +186,10 @@ def test_the_same_seed_gives_the_same_table() -> None:
 def test_could_not_run(arguments: list[str], message: str, tmp_path: Path) -> None:
     """One line on standard error, exit code 2, and no traceback."""
     (tmp_path / "empty.txt").touch()
+    (tmp_path / "built.so").write_bytes(b"\x7fELF")
+    (tmp_path / "large.py").touch()
+    os.truncate(tmp_path / "large.py", 2**32)
+    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "dull.txt").write_bytes(b"\x00" * 100)
     (tmp_path / "mine.py").write_text("x = 1\n")
     (tmp_path / "broken.py").write_text("def (:\n")
@@ -231,6 +240,11 @@ def test_grade(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "IndexError" in done.stdout
     assert "Traceback" not in done.stderr
+    for left in ("SystemExit(0)", "SystemExit", "GeneratorExit", "BaseException('x')"):
+        mine.write_text(f"def rms_norm_backward(dy, saved):\n    raise {left}\n")
+        done = refimpl_here("grade", "rms_norm", str(mine))
+        assert done.returncode == 1
+        assert f"rms_norm raised {left.split('(')[0]} at mine.py:2" in done.stdout
 
 
 def test_a_broken_op_fails_and_is_named(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -45,6 +49,7 @@ def until(self, *args):
     write(self, *args)
 
 tensor_file.TensorWriter.write = until
+os.fsync = lambda descriptor: None
 request = Request(TOKENS, mtp=True, balance_alpha=0.01, activations="*")
 write_gradients(MemorySource(random_parameters(TINY), TINY), request, Path({out!r}))
 """
@@ -174,38 +179,161 @@ def test_a_broken_state(content: bytes, tmp_path: Path) -> None:
     assert (tmp_path / "index.json").exists()
 
 
-@pytest.mark.parametrize("file", ["act-layer-00001", "cot-norm", "grad-layer-00002", "logits"])
-def test_a_file_of_a_finished_step(file: str, tmp_path: Path) -> None:
-    """Gone or cut off, it can't be made again by going on: no index names it."""
-    resume = unfinished(tmp_path)
-    path = tmp_path / f"{file}.safetensors"
+def zeros(path: Path) -> None:
+    """What power that is lost before the disk has a file leaves of it."""
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def one_bit(path: Path) -> None:
     data = path.read_bytes()
-    for change in (lambda: path.write_bytes(data[:-1]), path.unlink):
-        change()
-        with pytest.raises(
-            CouldNotRun, match=rf"{path.name} is gone or changed since .*: start anew with force$"
-        ):
-            resume()
-        assert not (tmp_path / "index.json").exists()
-    path.write_bytes(data)
-    resume()
-    assert f"{file}.safetensors" in {entry.name for entry in tmp_path.iterdir()}
-    assert read(tmp_path)
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
 
-def test_a_record_without_notes(tmp_path: Path) -> None:
-    """As another program or an older version leaves it."""
+def other_notes(notes: str) -> Callable[[Path], None]:
+    return lambda path: write_tensor_file(path, {"x": np.zeros(3)}, {"notes": notes})
+
+
+RECORD = "unfinished/backward-00002.safetensors"  # the last
+DAMAGES = [
+    *((RECORD, change) for change in (zeros, cut, one_bit, Path.unlink)),
+    *((RECORD, other_notes(notes)) for notes in ("", "[1]", '{"files": {}}')),
+    *(("grad-layer-00002.safetensors", change) for change in (zeros, cut, one_bit, Path.unlink)),
+    ("unfinished/head.safetensors", zeros),
+    ("logits.safetensors", one_bit),
+]
+
+
+@pytest.mark.parametrize(("file", "damage"), DAMAGES, ids=range(len(DAMAGES)))
+def test_a_damaged_step_is_done_again(
+    file: str, damage: Callable[[Path], None], tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    """Whatever a disk does to a record or to a file of its step: resuming does that step and those
+    after it again, none before it, and the result is as of one run, bit for bit."""
     resume = unfinished(tmp_path)
-    write_tensor_file(tmp_path / "unfinished" / "head.safetensors", {"x": np.zeros(3)})
-    with pytest.raises(CouldNotRun, match=r"head.safetensors is broken: start anew with force$"):
-        resume()
-    write_tensor_file(
-        tmp_path / "unfinished" / "head.safetensors", {"x": np.zeros(3)}, {"notes": '{"files": {}}'}
-    )
-    with pytest.raises(
-        CouldNotRun, match=r"head.safetensors is not as this version writes it: start anew with"
-    ):
-        resume()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    damage(tmp_path / file)
+    resume()
+    found = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert found == whole
+    kept = {path for path, time in before.items() if path.exists()}
+    kept = {path for path in kept if path.stat().st_mtime_ns == before[path]}
+    assert tmp_path / "act-layer-00000.safetensors" in kept
+    assert (tmp_path / "logits.safetensors" in kept) == ("00002" in file)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of the run that `unfinished` interrupts, as they are without interruption."""
+    out = tmp_path_factory.mktemp("whole")
+    stream(random_parameters(TINY), TINY, out, activations="*")
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_what_is_said_to_be_there_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a file gets its name it is on the disk; before a record or the index does, so are the
+    names of the files that it tells of."""
+    told: list[tuple[str, str]] = []
+    rename = os.replace
+
+    def fsync(descriptor: int) -> None:
+        told.append(("sync", os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    def replace_file(source: Path, target: Path) -> None:
+        told.append(("rename", str(target)))
+        assert ("sync", str(source)) in told[-3:]
+        if target.parent.name == "unfinished" or target.name == "index.json":
+            named = [place for what, place in told[:-1] if what == "rename"]
+            last = max((n for n, entry in enumerate(told[:-1]) if entry[0] == "rename"), default=0)
+            assert not named or ("sync", str(Path(told[last][1]).parent)) in told[last:]
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace_file)
+    stream(random_parameters(TINY), TINY, tmp_path / "out", activations="*")
+    renamed = [Path(place).name for what, place in told if what == "rename"]
+    assert renamed[0] == "request.json"
+    assert renamed[-1] == "index.json"
+    assert {"grad-head.safetensors", "head.safetensors", "in.safetensors"} <= set(renamed)
+    assert told[-1] == ("sync", str(tmp_path / "out"))
+    assert ("sync", str(tmp_path)) in told
+
+
+@pytest.mark.parametrize("last", [0, 1, 7, 20, 40, 63])
+def test_a_full_disk(
+    last: int, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That shows when a file is written through: no file is left half, and resuming gives the
+    result of one run, bit for bit."""
+    left = last
+
+    def full(descriptor: int) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises((OSError, CouldNotRun), match="No space left on device"):
+            stream(random_parameters(TINY), TINY, tmp_path, activations="*")
+    assert not (tmp_path / "index.json").exists()
+    assert not list(tmp_path.rglob("*.partial"))
+    stream(random_parameters(TINY), TINY, tmp_path, activations="*")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
+
+
+def test_digests_of_the_index(tmp_path: Path) -> None:
+    """Every file's size and SHA-256; a result one of whose files has changed is not a finished
+    one."""
+    source, request = MemorySource(random_parameters(TINY), TINY), Request(TOKENS)
+    write_gradients(source, request, tmp_path)
+    index = json.loads((tmp_path / "index.json").read_text())
+    data = {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
+    assert index["files"] == {
+        name: {"bytes": len(x), "sha256": hashlib.sha256(x).hexdigest()} for name, x in data.items()
+    }
+    zeros(tmp_path / "grad-norm.safetensors")
+    with pytest.raises(CouldNotRun, match=r"grad-norm.safetensors is not as index.json says"):
+        write_gradients(source, request, tmp_path)
+    (tmp_path / "grad-norm.safetensors").write_bytes(data["grad-norm.safetensors"])
+    with pytest.raises(CouldNotRun, match="holds a finished result"):
+        write_gradients(source, request, tmp_path)
+    for content in ("{}", '{"files": [1]}', '{"files": {"a": {"b": 1}}}', "[", "[]"):
+        (tmp_path / "index.json").write_text(content)
+        with pytest.raises(CouldNotRun, match=r"index.json is broken: start anew with force$"):
+            write_gradients(source, request, tmp_path)
+    write_gradients(source, request, tmp_path, force=True)
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("name", ["unfinished", "index.json", "grad-head.safetensors"])
+def test_no_link_is_followed(name: str, force: bool, tmp_path: Path) -> None:
+    """Nothing outside the folder is written or removed through a link in it."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "request.json").write_text("mine")
+    (out := tmp_path / "out").mkdir()
+    (out / name).symlink_to(elsewhere)
+    source = MemorySource(random_parameters(TINY), TINY)
+    with pytest.raises(CouldNotRun, match=rf"out holds other things \({name}\)"):
+        write_gradients(source, Request(TOKENS), out, force=force)
+    assert [path.name for path in elsewhere.iterdir()] == ["request.json"]
+    assert (elsewhere / "request.json").read_text() == "mine"
+
+
+def test_a_pipe_in_the_folder(tmp_path: Path) -> None:
+    """It is not waited for."""
+    source = MemorySource(random_parameters(TINY), TINY)
+    (tmp_path / "unfinished").mkdir()
+    os.mkfifo(tmp_path / "unfinished" / "request.json")
+    with pytest.raises(CouldNotRun, match=r"request.json can't be read: not a regular file"):
+        write_gradients(source, Request(TOKENS), tmp_path)
 
 
 def test_a_finished_result_stays(tmp_path: Path) -> None:

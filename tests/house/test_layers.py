@@ -12,8 +12,8 @@ import refimpl
 PACKAGE = Path(refimpl.__file__).parent
 LAYERS = (  # from the bottom; what stands in one row does not import one another
     {"refimpl", "errors", "array"},
-    {"ops", "files", "text", "optimizer"},
-    {"config", "tokenizer"},
+    {"ops", "files", "optimizer"},
+    {"config", "text", "tokenizer"},
     {"parameters", "batch"},
     {"model", "checkpoint", "kernels", "count"},
     {"check", "generate", "grads", "bench", "conventions"},
