@@ -19,8 +19,8 @@ __all__ = ["booleans", "integers", "numbers", "read_routes", "text_tokens", "tok
 
 
 def integers(path: Path, option: str) -> np.ndarray:
-    """[batch, time], int64."""
-    content = _read(path, option)
+    """[batch, time], int64; the file of a single row may hold it alone."""
+    content = _one_row(_read(path, option))
     x = _array(content, path, option)
     if x.dtype.kind not in "iu" or x.ndim != 2 or x.size == 0:
         raise CouldNotRun(
@@ -36,8 +36,8 @@ def integers(path: Path, option: str) -> np.ndarray:
 
 
 def booleans(path: Path, option: str) -> np.ndarray:
-    """[batch, time], bool."""
-    x = _array(_read(path, option), path, option)
+    """[batch, time], bool; the file of a single row may hold it alone."""
+    x = _array(_one_row(_read(path, option)), path, option)
     if x.dtype.kind not in "biu" or x.ndim != 2 or not np.isin(x, (0, 1)).all():
         raise CouldNotRun(
             f"{option} {path} must hold 0 and 1 [batch, time], got {x.dtype} {list(x.shape)}"
@@ -58,9 +58,7 @@ def numbers(path: Path, option: str) -> np.ndarray:
 def token_lists(path: Path, option: str) -> list[list[int]]:
     """Lists of token ids, of any lengths; the file of a single one may hold it alone."""
     rows = _read(path, option)
-    rows = rows.tolist() if isinstance(rows, np.ndarray) else rows
-    if isinstance(rows, list) and rows and not any(isinstance(row, list) for row in rows):
-        rows = [rows]
+    rows = _one_row(rows.tolist() if isinstance(rows, np.ndarray) else rows)
     if not (
         isinstance(rows, list)
         and all(isinstance(row, list) and all(type(token) is int for token in row) for row in rows)
@@ -96,6 +94,15 @@ def read_routes(path: Path) -> dict[int, Route]:
     if not found:
         raise CouldNotRun(f"--routes {file} must hold aux/routes.L as int64 or int32, holds none")
     return found
+
+
+def _one_row(content: Any) -> Any:
+    """Rows: a list or an array of numbers becomes the only one."""
+    if isinstance(content, np.ndarray):
+        return content[None] if content.ndim == 1 else content
+    if isinstance(content, list) and content and not any(isinstance(x, list) for x in content):
+        return [content]
+    return content
 
 
 def _is_file(name: str) -> bool:
