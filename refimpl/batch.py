@@ -64,6 +64,11 @@ def make_batch(
     xp, device = namespace(params=like), like.device
     expect("tokens", tokens, "(B, T)", (None, None))
     b, t = tokens.shape
+    if config.index_topk is not None and t > config.index_topk:
+        raise ValueError(
+            f"tokens must have shape (B, T) with T at most index_topk={config.index_topk}: beyond, "
+            f"the model's indexer, left out here, chooses keys, got {tokens.shape}"
+        )
     if t <= (config.mtp_depth if with_loss else 0):
         raise ValueError(
             f"tokens must have shape (B, T) with T > mtp_depth={config.mtp_depth}, got "
@@ -79,19 +84,46 @@ def make_batch(
     real_token = xp.ones((b, t), dtype=xp.bool, device=device) if key_mask is None else key_mask
     counts = real_token
     if targets is None:
+        predicts = real_token[:, :-1]
+        if config.conventions.target_after_padding:
+            predicts = xp.ones((b, t - 1), dtype=xp.bool, device=device)
         follows = real_token[:, 1:]
         if segments is not None:
             follows = follows & (segments[:, 1:] == segments[:, :-1])
         nothing = xp.zeros((b, 1), dtype=xp.bool, device=device)
-        counts = real_token & xp.concat((follows, nothing), axis=1)
+        counts = xp.concat((predicts & follows, nothing), axis=1)
         targets = xp.concat((tokens[:, 1:], tokens[:, -1:]), axis=1)
-        mask = counts if mask is None else counts & mask
+        if mask is not None:
+            expect_countable(mask, counts)
     if positions is None:
         positions = xp.arange(t, device=device)
+        if key_mask is not None and config.conventions.blind_query == "mean":
+            positions = from_first_token(key_mask)
     elif positions.shape != (t,):
         expect("positions", positions, "(B, T) or (T,)", (b, t))
     mask = counts if mask is None else mask
     return Batch(tokens, targets, mask, xp.broadcast_to(positions, (b, t)), key_mask, segments)
+
+
+def from_first_token(key_mask: Array) -> Array:
+    """Positions [B, T] that count from the first token behind the padding in front of a row, which
+    has position 0 throughout."""
+    xp = library(key_mask)
+    first = xp.argmax(xp.astype(key_mask, xp.int32), axis=1)[:, None]
+    place = xp.arange(key_mask.shape[1], device=key_mask.device)[None, :] - first
+    return xp.where(place < 0, 0, place)
+
+
+def expect_countable(mask: Array, counts: Array) -> None:
+    """ValueError unless ``mask`` [B, T] is False wherever ``counts`` is."""
+    xp = library(mask)
+    wrong = xp.reshape(mask & ~counts, (-1,))
+    if xp.any(wrong):
+        row, position = divmod(int(xp.argmax(xp.astype(wrong, xp.int32))), mask.shape[1])
+        raise ValueError(
+            "mask must be False where no target can count (behind the last token, at padding, at "
+            f"the end of a document), got True in row {row}, position {position}"
+        )
 
 
 def count_true(mask: Array) -> float | None:

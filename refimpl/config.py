@@ -11,7 +11,15 @@ from dataclasses import dataclass, field, fields
 from math import isfinite
 from typing import Literal, get_origin, get_type_hints
 
-from .ops.choices import GroupScore, Layout, MaskedGroups, MTPOrder, Score, expect_choice
+from .ops.choices import (
+    BlindQuery,
+    GroupScore,
+    Layout,
+    MaskedGroups,
+    MTPOrder,
+    Score,
+    expect_choice,
+)
 from .ops.rope import Yarn, check_yarn, yarn_mscale
 
 __all__ = ["CONVENTIONS", "PRESETS", "Conventions", "ModelConfig", "Yarn", "preset"]
@@ -65,6 +73,13 @@ class Conventions:
     softmax_normalise: Literal["scaled", "unscaled", "ignored"] = "scaled"
     """What norm_topk_prob does to a softmax gate: as to a sigmoid one; without routed_scale (V2's
     file); none (HF)."""
+    target_after_padding: bool = False
+    """The first token behind left padding counts as a target, predicted from padding, as where
+    labels are shifted (HF)."""
+    blind_query: BlindQuery = "zero"
+    """What attention gives a query that sees no key, such as padding in front of a row: 0 (flash
+    attention; transformers with sdpa), or the mean of all values (transformers, eager), at position
+    0."""
     rope_layout: Layout = "interleaved"
     """How a head's rotated pairs lie in the weights: interleaved (released checkpoints) or
     halves."""
@@ -76,13 +91,15 @@ class Conventions:
 CONVENTIONS: dict[str, Conventions] = {
     "official": Conventions(),
     "paper": Conventions(mtp_order="hidden_embedding"),
-    # transformers 5.23; its MTP drafts tokens, without a loss that runs; no balance loss
+    # transformers 5.24; its MTP drafts tokens, without a loss that runs; no balance loss
     "hf": Conventions(
         gate_epsilon=1e-20,
         latent_eps="class_default",
         yarn_when="always",
         yarn_factor="if_both",
         softmax_normalise="ignored",
+        target_after_padding=True,
+        blind_query="mean",
     ),
 }
 
@@ -118,6 +135,7 @@ class ModelConfig:
     norm_eps: float = 1e-6  # rms_norm_eps
     theta: float = 1e4  # rope_theta
     max_positions: int = 4096  # max_position_embeddings
+    index_topk: int | None = None  # keys that V3.2's indexer chooses; all, up to so many tokens
     yarn: Yarn | None = None  # rope_scaling
     mtp_weight: float = 0.3  # λ: 0.3 for the first 10T tokens, then 0.1
     balance_weight: float = 1e-4  # α, aux_loss_alpha
@@ -152,10 +170,23 @@ class ModelConfig:
                 f"groups must divide experts={self.experts} and keep_groups lie in 1…groups, "
                 f"got {self.groups} and {self.keep_groups}"
             )
-        if self.top_k > self.experts // self.groups * self.keep_groups:
+        reach = self.experts // self.groups * self.keep_groups
+        if self.top_k > reach:
             raise ValueError(
-                f"top_k must be at most the experts of the kept groups, got {self.top_k}"
+                f"top_k must be at most {reach}, experts / groups × keep_groups, got {self.top_k}"
             )
+        if not (self.index_topk is None or self.index_topk >= 1):
+            raise ValueError(f"index_topk must be at least 1 or None, got {self.index_topk}")
+
+    @property
+    def context(self) -> int:
+        """The most tokens that the model can read here: max_positions, and where an indexer was
+        left out, those of which it would choose all."""
+        return (
+            self.max_positions
+            if self.index_topk is None
+            else min(self.max_positions, self.index_topk)
+        )
 
     @property
     def active_yarn(self) -> Yarn | None:
@@ -223,6 +254,19 @@ PRESETS: dict[str, ModelConfig] = {
         kv_latent=512, nope=128, rope=64, value=128, dense_hidden=11264, expert_hidden=1408,
         experts=64, shared_experts=2, top_k=6, routed_scale=2.446, norm_eps=1e-5, theta=5e4,
         max_positions=8192, balance_weight=1e-3,
+    ),
+    "kimi-k2": ModelConfig(
+        vocabulary=163840, width=7168, layers=61, dense_layers=1, heads=64, q_latent=1536,
+        kv_latent=512, nope=128, rope=64, value=128, dense_hidden=18432, expert_hidden=2048,
+        experts=384, shared_experts=1, top_k=8, routed_scale=2.827, theta=5e4,
+        max_positions=131072, yarn=Yarn(factor=32.0, beta_fast=1.0, beta_slow=1.0),
+        balance_weight=1e-3,
+    ),
+    "glm-4.7-flash": ModelConfig(
+        vocabulary=154880, width=2048, layers=47, dense_layers=1, heads=20, q_latent=768,
+        kv_latent=512, nope=192, rope=64, value=256, dense_hidden=10240, expert_hidden=1536,
+        experts=64, shared_experts=1, top_k=4, routed_scale=1.8, mtp_depth=1, norm_eps=1e-5,
+        theta=1e6, max_positions=202752,
     ),
 }  # fmt: skip
 

@@ -12,13 +12,14 @@ derivations/README.md.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import prod
+from math import ceil, prod
 from typing import NamedTuple
 
 from .config import PRESETS, ModelConfig
 from .errors import CouldNotRun
 from .parameters import (
     EXPERTS,
+    SHARED,
     attention_shapes,
     block_shapes,
     dense_names,
@@ -261,21 +262,41 @@ def _parameters(c: ModelConfig, known: str) -> tuple[Parts, list[Section]]:
             Figure(unique) + Figure(deep) * tables * embedding,
         )
         file = Figure(total) + copies
-        mtp.add(
+        whole = mtp.add(
             "whole file: main, MTP, biases",
             file + (Figure(moe_layers) + deep) * c.experts if biases else file,
         )
         if known == "v3":
-            mtp.notes.append(
-                "README_WEIGHTS' \"11.5B unique parameters\" leave out eh_proj. The README's "
-                '"14B" is 685 − 671; the file has 13.46B, with the embedding and the head '
-                "that main model and module share in memory. (684.49B is not 685B: that must "
-                "count the scales of FP8 weights too, one a tile of 128 × 128, about 0.04B.)"
-            )
+            _released(mtp, c, whole)
         sections.append(mtp)
     return Parts(
         mla, _matrices(tensors), dense, expert, gate, moe_layers, embedding, eh_proj
     ), sections
+
+
+def _released(mtp: Section, c: ModelConfig, whole: Number) -> None:
+    """What V3's file, in FP8, has in addition, and what its README says of it."""
+    scales = mtp.add("apart: scales of its FP8 weights", _scales(c))
+    file = mtp.add("… with them", Figure(whole) + scales)
+    mtp.notes.append(
+        "README_WEIGHTS' \"11.5B unique parameters\" leave out eh_proj. The README's "
+        '"14B" is 685 − 671; the file has 13.46B, with the embedding and the head '
+        "that main model and module share in memory. 685B counts the scales of FP8 weights too, "
+        f"one per tile of 128 × 128: {file:,}."
+    )
+
+
+def _scales(c: ModelConfig) -> int:
+    """Of DeepSeek's FP8 files: one per tile of 128 × 128 of the projections of attention and
+    networks."""
+    networks = [*dense_names(), *network_names(EXPERTS), *network_names(SHARED)]
+    names = {*attention_shapes(c), *networks}
+    return sum(
+        prod(shape[:-2]) * ceil(shape[-2] / 128) * ceil(shape[-1] / 128)
+        for layer in range(c.layers + c.mtp_depth)
+        for name, shape in block_shapes(c, layer).items()
+        if name in names and len(shape) > 1
+    )
 
 
 def _matrices(tensors: dict[str, tuple[int, ...]]) -> int:

@@ -38,7 +38,7 @@ class Generation(NamedTuple):
     """What came after one prompt."""
 
     tokens: list[int]  # the stop token, if one came, is the last
-    finish: str  # stop: a stop token; length: max_tokens; context: max_positions
+    finish: str  # stop: a stop token; length: max_tokens; context: config.context
     forwards: int  # of the main model after the prompt's, which gives the first token
     drafted: int  # tokens that the MTP modules proposed
     accepted: int  # of these, what the main model chose too
@@ -114,6 +114,9 @@ class Chain:
     known and the main model's states of positions 0 … n − 1, module k at position n − 1 predicts
     token n + k, from the drafts before it. A position whose token i + k was a draft is forgotten,
     and read again when that token is known.
+
+    Drafts beyond the number of modules are the last one's, as in engines: it goes on from its own
+    state and draft, at the next position.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -137,7 +140,8 @@ class Chain:
         end = len(tokens) - 1
         found = []
         held = {}
-        for depth in range(1, count + 1):
+        modules = min(count, config.mtp_depth)
+        for depth in range(1, modules + 1):
             layer = mtp_layer(config, depth)
             if depth in self.held:
                 state = xp.concat((self.held[depth], state), axis=1)
@@ -148,10 +152,18 @@ class Chain:
             found.append(self.decoder.logits(normed[:, -1:, :])[0, 0, :])
             known.append(largest(found[-1]))
             sure = max(end - depth + 1, 0)  # positions whose token i + depth was no draft
-            self.caches[layer] = module.block.attention.cache[:, :sure, :]
+            cache = module.block.attention.cache
+            self.caches[layer] = cache[:, :sure, :]
             if sure:
                 held[depth + 1] = state[:, sure - 1 - start : sure - start, :]
         self.held = held
+        for place in range(end, end + count - modules):  # of the last module, once more
+            ids = xp.asarray([known[-1:]], device=state.device)
+            run, batch = self.decoder.run({layer: cache}, ids, place)
+            state, normed, module = mtp_module_forward(run, depth, state[:, -1:, :], batch)
+            cache = module.block.attention.cache
+            found.append(self.decoder.logits(normed)[0, 0, :])
+            known.append(largest(found[-1]))
         return known[end + 1 :], found
 
 
@@ -225,14 +237,15 @@ def generate(
     decode: Ops = ABSORBED,
     on_token: OnToken | None = None,
 ) -> list[Generation]:
-    """Continue each prompt until a stop token, ``max_tokens``, or ``config.max_positions`` with the
-    prompt.
+    """Continue each prompt until a stop token, ``max_tokens``, or ``config.context`` tokens with
+    the prompt.
 
     Args:
         prompts: token ids, of any lengths; one batch.
         temperature, top_p: as in `Sampler`. seed: of the first prompt; the next ones count up, so
             that row b alone with ``seed + b`` gives what it gives in the batch.
-        speculate: so many MTP modules draft tokens. The prompts are then read one at a time, since
+        speculate: so many tokens are drafted, one per MTP module, and by the last one those beyond
+            the number of modules. The prompts are then read one at a time, since
             each accepts its own number of drafts.
         prefill, decode: tables of ops, for the prompt and for what follows.
         on_token: called as each token comes with its row, the token, and, if it was the last,
@@ -255,7 +268,7 @@ def generate(
         _Row(
             row,
             [int(t) for t in prompt],
-            config.max_positions,
+            config.context,
             max_tokens,
             frozenset(stop),
             Sampler(temperature, top_p, seed + row),
@@ -290,11 +303,8 @@ def check_request(
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
     if speculate > 0 and not config.mtp_depth:
         raise ValueError(f"speculate={speculate} needs an MTP module, and the model has none")
-    if not 0 <= speculate <= config.mtp_depth:
-        raise ValueError(
-            f"speculate must lie in 0…{config.mtp_depth}, the number of MTP modules, got "
-            f"{speculate}"
-        )
+    if speculate < 0:
+        raise ValueError(f"speculate must be at least 0, got {speculate}")
     if not prompts:
         raise ValueError("prompts must hold at least one prompt, got none")
     for name, tokens in [
@@ -307,10 +317,10 @@ def check_request(
                     f"{name} must hold tokens in 0…{config.vocabulary - 1}, got {token}"
                 )
     for row, prompt in enumerate(prompts):
-        if not 0 < len(prompt) < config.max_positions:
+        if not 0 < len(prompt) < config.context:
             raise ValueError(
                 f"prompt {row} must hold at least 1 token and leave room for one in the context of "
-                f"{config.max_positions}, got {len(prompt)}"
+                f"{config.context}, got {len(prompt)}"
             )
 
 

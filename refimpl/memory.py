@@ -27,6 +27,7 @@ __all__ = [
     "HeadMemory",
     "ProcessMemory",
     "attention_memory",
+    "available_memory",
     "head_memory",
     "process_memory",
 ]
@@ -99,6 +100,33 @@ def head_memory(
             return head_cross_entropy_backward(np.ones_like(loss), saved)
 
         yield HeadMemory(t, _peak(work) - h.nbytes - w.nbytes, t * vocabulary * 4)
+
+
+def available_memory() -> int | None:
+    """How many bytes this process can still fill without swapping: the least of what the system has
+    at hand, its control group allows, and its own limit; None where nothing says so (off Linux)."""
+    found = []
+    meminfo = _numbers(Path("/proc/meminfo"), r"MemAvailable:\s+(\d+) kB")
+    found += [1024 * kilobytes for kilobytes in meminfo]
+    group = Path("/sys/fs/cgroup")
+    most, used = (_numbers(group / f"memory.{name}", r"^(\d+)$") for name in ("max", "current"))
+    cached = _numbers(group / "memory.stat", r"(?m)^inactive_file (\d+)$") or [0]
+    if most and used:
+        found.append(most[0] - used[0] + cached[0])
+    held = _numbers(Path("/proc/self/status"), r"VmSize:\s+(\d+) kB")
+    limit = _numbers(Path("/proc/self/limits"), r"Max address space\s+(\d+)")
+    if held and limit:
+        found.append(limit[0] - 1024 * held[0])
+    return max(min(found), 0) if found else None
+
+
+def _numbers(path: Path, pattern: str) -> list[int]:
+    """The number in a file of the system; none where there is no such file or it says "max"."""
+    try:
+        found = re.search(pattern, path.read_text())
+    except OSError:
+        return []
+    return [int(found[1])] if found else []
 
 
 def process_memory(command: Sequence[str]) -> ProcessMemory:

@@ -11,15 +11,19 @@ model".
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
-from .array import Array, expect, namespace, number, real, zeros
+from .array import Array, expect, library, namespace, number, real, zeros
 from .batch import Batch, make_batch
 from .config import ModelConfig
 from .ops import (
     REFERENCE,
+    Op,
     Ops,
     RouterOutput,
+    attention_backward,
+    attention_forward,
     expert_load,
     rope_frequencies,
     select_experts,
@@ -155,7 +159,7 @@ def forward(
             last: give it here.
         mask: [B, T] bool, which positions' targets count; by default all but padding. Without
             ``targets``, only those whose next token exists, is no padding and lies in the same
-            document.
+            document; True elsewhere is a ValueError.
         key_mask: [B, T] bool, False for padding, which nobody sees and no loss or load counts.
         segments: [B, T] integers, the document of each position; attention stays within one, and an
             MTP module leaves out the positions whose later token lies in another.
@@ -178,7 +182,7 @@ def forward(
         positions=positions,
         with_loss=with_loss,
     )
-    run = Run(params, config, ops, routes or {}, with_loss)
+    run = Run(params, config, ops_for(batch, config, ops), routes or {}, with_loss)
     x, embedding_saved = ops.embedding.forward(params[EMBEDDING], ids=batch.tokens)
     blocks = []
     for layer in range(config.layers):
@@ -505,6 +509,15 @@ def total_loss(
 def mtp_scale(config: ModelConfig) -> float:
     """λ/depth, the weight of one MTP module's loss."""
     return config.mtp_weight / config.mtp_depth if config.mtp_depth else 0.0
+
+
+def ops_for(batch: Batch, config: ModelConfig, ops: Ops) -> Ops:
+    """The table of ops, with another attention if the convention gives a query that sees no key the
+    mean of the values and the batch has such a query."""
+    first = None if batch.takes_part is None else batch.takes_part[:, 0]
+    if config.conventions.blind_query == "zero" or first is None or library(first).all(first):
+        return ops
+    return ops | {"attention": Op(partial(attention_forward, blind="mean"), attention_backward)}
 
 
 def mtp_input(config: ModelConfig, hidden: Array, x: Array) -> Array:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from refimpl.batch import Batch, count_true, make_batch
-from refimpl.config import preset
+from refimpl.config import CONVENTIONS, preset
 
 CONFIG = preset("tiny")  # two MTP modules
 LIKE = np.zeros(1)
@@ -39,9 +39,31 @@ def test_padding_and_documents() -> None:
         [True, False, True, True, False],
         [False, False, True, True, False],
     ]
-    mask = np.array([[False, True, True, True, True]] * 2)
-    both = batch(key_mask=key_mask, segments=segments, mask=mask)
-    assert np.array_equal(both.mask, made.mask & mask)
+    mask = made.mask & np.array([[False, True, True, False, True]] * 2)
+    assert np.array_equal(batch(key_mask=key_mask, segments=segments, mask=mask).mask, mask)
+    for row, position in ((0, 1), (0, 4), (1, 1)):
+        mask = made.mask.copy()
+        mask[row, position] = True
+        with pytest.raises(ValueError, match=f"got True in row {row}, position {position}"):
+            batch(key_mask=key_mask, segments=segments, mask=mask)
+
+
+def test_left_padding_as_hugging_face_counts() -> None:
+    """Under hf the first token behind padding is a target, and positions count from it."""
+    key_mask = np.array([[True] * 5, [False, False, True, True, True]])
+    hf = replace(CONFIG, conventions=CONVENTIONS["hf"])
+    made = make_batch(np.empty(0), TOKENS, hf, key_mask=key_mask)
+    assert made.mask.tolist() == [[True] * 4 + [False], [False, True, True, True, False]]
+    assert made.positions.tolist() == [[0, 1, 2, 3, 4], [0, 0, 0, 1, 2]]
+    mask = np.array([[True] * 4 + [False], [True] * 4 + [False]])
+    with pytest.raises(ValueError, match="got True in row 1, position 0"):
+        make_batch(np.empty(0), TOKENS, hf, key_mask=key_mask, mask=mask)
+
+
+def test_no_more_tokens_than_the_indexer_chooses() -> None:
+    make_batch(np.empty(0), TOKENS, replace(CONFIG, index_topk=5))
+    with pytest.raises(ValueError, match="T at most index_topk=4"):
+        make_batch(np.empty(0), TOKENS, replace(CONFIG, index_topk=4))
 
 
 def test_given_targets() -> None:

@@ -15,7 +15,7 @@ from refimpl.check.cases import model_variant
 from refimpl.checkpoint import Checkpoint
 from refimpl.config import Conventions, ModelConfig, preset
 from refimpl.generate import Chain, Decoder, Generation, Sampler, generate
-from refimpl.model import forward, logits
+from refimpl.model import forward, logits, mtp_input, mtp_module_forward
 from refimpl.ops import IMPLEMENTATIONS
 from refimpl.text import load_text
 
@@ -290,6 +290,33 @@ def test_drafts_are_those_of_the_whole_chain(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CHAINS)
+def test_the_last_module_goes_on(name: str) -> None:
+    """Drafts beyond the modules: the last one reads its own states and drafts at the next
+    positions, as without a cache."""
+    config = replace(DEPTH3, mtp_depth=1, conventions=Conventions(**CHAINS[name]))
+    params, tokens = (
+        random_parameters(config, std=0.3),
+        np.random.default_rng(4).integers(0, 256, 20).tolist(),
+    )
+    decoder, seen = Decoder(params, config, np.zeros(1, int)), 0
+    chain, states = Chain(decoder), np.empty((1, 0, config.width))
+    for new in (1, 4, 2, 9):
+        hidden, raw = decoder.read(np.array([tokens[seen : seen + new]]))
+        seen += new
+        state = mtp_input(config, hidden, raw)
+        states = np.concatenate((states, state), axis=1)
+        drafts, found = chain.draft(state, tokens[: seen + 1], 4)
+        known, whole = tokens[1 : seen + 1], states
+        for draft, z in zip(drafts, found, strict=True):
+            run, batch = decoder.run({}, np.array([known]), 0)
+            after, normed, _ = mtp_module_forward(run, 1, whole, batch)
+            assert close(z, logits(params, normed[0, -1]))
+            assert draft == int(np.argmax(z))
+            known, whole = [*known, draft], np.concatenate((whole, after[:, -1:]), axis=1)
+        assert chain.caches[config.layers].shape[1] == seen
+
+
+@pytest.mark.parametrize("name", CHAINS)
 def test_what_generate_drafts(name: str, trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """In each round, after as many accepted drafts as there were, the chain gets the right states
     of the main model."""
@@ -322,7 +349,7 @@ def windows(count: int) -> list[bytes]:
     ]
 
 
-@pytest.mark.parametrize("speculate", [1, 2])
+@pytest.mark.parametrize("speculate", [1, 2, 5])
 def test_speculation_is_plain_greedy(trained: Any, speculate: int) -> None:
     """The same tokens (if not, the two best logits differ by rounding), with a useful number of
     drafts accepted."""
@@ -349,7 +376,7 @@ def test_speculation_is_plain_greedy(trained: Any, speculate: int) -> None:
     assert {g.forwards for g in plain} == {15}
 
 
-@pytest.mark.parametrize("speculate", [1, 2])
+@pytest.mark.parametrize("speculate", [1, 2, 5])
 def test_speculation_keeps_samples(trained: Any, speculate: int) -> None:
     """A seed gives the same tokens with drafts as without, so their law is the same."""
     params, config = trained
@@ -398,7 +425,7 @@ def test_array_api_strict(trained: Any, speculate: int) -> None:
         ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
         ({"top_p": float("nan")}, r"top_p must lie in \(0, 1\], got nan"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"speculate": 3}, "speculate must lie in 0…2, the number of MTP modules, got 3"),
+        ({"speculate": -1}, "speculate must be at least 0, got -1"),
         ({"stop": [256]}, "stop must hold tokens in 0…255, got 256"),
         ({"prompts": []}, "prompts must hold at least one prompt, got none"),
         (

@@ -12,7 +12,7 @@ import pytest
 
 from refimpl.cli.memory import grads_memory
 from refimpl.config import preset
-from refimpl.memory import attention_memory, head_memory
+from refimpl.memory import attention_memory, available_memory, head_memory
 from refimpl.ops import (
     attention_forward,
     cross_entropy_forward,
@@ -21,6 +21,35 @@ from refimpl.ops import (
 )
 
 from support import FULL
+
+
+def test_available_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least of what system, control group and the process's own limit leave; None where nothing
+    says so."""
+    status = {
+        "/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   7000 kB\n",
+        "/proc/self/status": "VmSize:\t 1000 kB\n",
+        "/proc/self/limits": "Max address space         unlimited            unlimited  bytes\n",
+        "/sys/fs/cgroup/memory.max": "max\n",
+        "/sys/fs/cgroup/memory.current": "1000000\n",
+        "/sys/fs/cgroup/memory.stat": "anon 5\ninactive_file 200000\n",
+    }
+
+    def read(path: Path) -> str:
+        if str(path) not in status:
+            raise FileNotFoundError(path)
+        return status[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert available_memory() == 7_168_000
+    status["/sys/fs/cgroup/memory.max"] = "6000000\n"
+    assert available_memory() == 5_200_000
+    status["/proc/self/limits"] = "Max address space         4024000              5000000  bytes\n"
+    assert available_memory() == 3_000_000
+    status["/proc/self/limits"] = "Max address space         1                    1        bytes\n"
+    assert available_memory() == 0
+    status.clear()
+    assert available_memory() is None
 
 
 def test_flash_attention_is_linear() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from math import isfinite
@@ -50,15 +51,38 @@ SELECTION = {
     "greedy": ("max", False),
 }
 ONLY = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "moe_layer_freq": 1}
-ARCHITECTURES = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
+ROTATED = "partial_rotary_factor"  # how much of the rotated key is rotated: all
+ARCHITECTURES = {  # by model_type; all but deepseek_v2 are V3's model
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "kimi_k2": "DeepseekV3ForCausalLM",
+    "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
+    "deepseek_v32": "DeepseekV32ForCausalLM",
+    "glm_moe_dsa": "GlmMoeDsaForCausalLM",
+}
+INDEXED = ("deepseek_v32", "glm_moe_dsa")  # with an indexer that chooses index_topk keys
+NESTED = "text_config"  # where a model that also sees has its language model
+OURS = {  # the file's key for a field of ours, in the messages of `ModelConfig`
+    **INTEGERS,
+    **GROUPS,
+    **SCALE,
+    **OPTIONAL_INTEGERS,
+    **OPTIONAL_FLOATS,
+    "theta": "rope_theta",
+    "yarn": "rope_scaling",
+}
 BLOCK = (128, 128)  # of FP8 weights, where the file does not say
 
 
 def load_config(model: str) -> ModelConfig:
-    """The preset called ``model``, or the Hugging Face config.json at that path."""
-    if model not in PRESETS and not os.path.exists(model):  # Path.exists raises for a long name
+    """The preset called ``model``, or the Hugging Face config.json at that path or in that folder.
+    The model may be nested in the file's text_config."""
+    if model in PRESETS:
+        return PRESETS[model]
+    path = Path(model)
+    if not os.path.exists(model):  # Path.exists raises for a long name
         raise CouldNotRun(f"{model} is neither a preset ({', '.join(PRESETS)}) nor a file")
-    return PRESETS[model] if model in PRESETS else read_config(Path(model))
+    return read_config(path / "config.json" if path.is_dir() else path, nested=True)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -75,15 +99,18 @@ def read_object(path: Path) -> dict[str, Any]:
 class _Fields:
     """The fields of a config.json; CouldNotRun names the file and the field that is wrong."""
 
-    def __init__(self, path: Path, raw: dict[str, Any]) -> None:
+    def __init__(self, path: Path, raw: dict[str, Any], inside: str = "") -> None:
         self.path, self.raw = path, raw
+        self.inside = inside  # how messages name the place: nothing, or text_config's
 
     def get(self, key: str, default: Any = None) -> Any:
         return self.raw.get(key, default)
 
     def expect(self, holds: bool, key: str, wanted: str, value: Any) -> None:
         if not holds:
-            raise CouldNotRun(f"{self.path}: {key} must be {wanted}, got {_shown(value)}")
+            raise CouldNotRun(
+                f"{self.path}: {self.inside}{key} must be {wanted}, got {_shown(value)}"
+            )
 
     def integer(self, key: str) -> int:
         """An integer in the range that the field can have."""
@@ -116,27 +143,31 @@ class _Fields:
         return str(value)
 
 
-def read_config(path: Path) -> ModelConfig:
-    """A Hugging Face config.json of ``deepseek_v2`` or ``deepseek_v3``; CouldNotRun names the field
-    that is wrong.
+def read_config(path: Path, *, nested: bool = False) -> ModelConfig:
+    """A Hugging Face config.json whose ``model_type`` is one of `ARCHITECTURES`; CouldNotRun names
+    the field that is wrong, as the file calls it.
 
     The conventions are the default ones, but for ``rope_layout``: halves if the file says
     rope_interleave = false. λ of MTP is in no config.json: ``mtp_weight`` is the default.
+
+    Args:
+        nested: take the model that the file's text_config describes, if there is one.
     """
-    raw = read_object(path)
-    if raw.get("n_shared_experts", 0) is None:
-        raw = raw | {"n_shared_experts": 0}
-    found = _Fields(path, raw)
-    kind = found.choice("model_type", None, ARCHITECTURES, "deepseek_v2 or deepseek_v3")
-    _expect_only(found, [ARCHITECTURES[kind]])
+    found = _fields(path, nested)
+    raw = found.raw
+    kind = found.choice("model_type", None, ARCHITECTURES, "one of " + ", ".join(ARCHITECTURES))
+    _expect_only(found, kind)
     fields: dict[str, Any] = {
         ours: None if (ours, raw.get(key, 0)) == ("q_latent", None) else found.integer(key)
         for ours, key in INTEGERS.items()
     }
+    fields["dense_layers"] = min(fields["dense_layers"], fields["layers"])
     fields |= _selection(found, kind)
     for ours, key in OPTIONAL_INTEGERS.items():
         if raw.get(key) is not None:
             fields[ours] = found.integer(key)
+    if kind in INDEXED:
+        fields["index_topk"] = found.integer("index_topk")
     fields |= {ours: found.number(key) for ours, key in SCALE.items()}
     for ours, key in OPTIONAL_FLOATS.items():
         if raw.get(key) is not None:
@@ -145,36 +176,77 @@ def read_config(path: Path) -> ModelConfig:
     found.expect(isinstance(rope, dict), "rope_scaling", "an object or null", rope)
     fields["theta"] = _theta(found, rope)
     fields["yarn"] = _yarn(found, rope)
-    fields["gate"] = "sigmoid" if kind == "deepseek_v3" else "softmax"
-    scores = raw.get("scoring_func", fields["gate"])
-    found.expect(scores == fields["gate"], "scoring_func", f"{fields['gate']} in {kind}", scores)
     fields["tied"] = found.flag("tie_word_embeddings", False)
-    fields["normalise_weights"] = found.flag("norm_topk_prob", kind == "deepseek_v3")
+    fields["normalise_weights"] = found.flag("norm_topk_prob", fields["gate"] == "sigmoid")
     fields["conventions"] = Conventions(
         rope_layout="interleaved" if found.flag("rope_interleave", True) else "halves"
     )
     try:
         return ModelConfig(**fields)
     except ValueError as error:
-        raise CouldNotRun(f"{path}: {error}") from error
+        told = re.sub(r"\w+", lambda word: OURS.get(word[0], word[0]), str(error))
+        raise CouldNotRun(f"{path}: {found.inside}{told}") from error
 
 
-def _expect_only(found: _Fields, architectures: list[str]) -> None:
+def _fields(path: Path, nested: bool) -> _Fields:
+    """The fields of the model that the file describes, with what newer files leave out."""
+    raw, inside = read_object(path), ""
+    if raw.get("model_type") not in [*ARCHITECTURES] and isinstance(raw.get(NESTED), dict):
+        if not nested:
+            stored = {**raw, **raw[NESTED]}.get("quantization_config")
+            method = stored.get("quant_method") if isinstance(stored, dict) else None
+            told = "" if method is None else f" (quant_method {_shown(method)})"
+            raise CouldNotRun(
+                f"{path} nests the model in {NESTED} (model_type {_shown(raw.get('model_type'))}): "
+                f"its parameters can be counted, but weights of such a file{told} can't be read"
+            )
+        raw, inside = raw[NESTED], f"{NESTED}'s "
+    raw = dict(raw)
+    if raw.get("n_shared_experts", 0) is None:
+        raw["n_shared_experts"] = 0
+    found, key = _Fields(path, raw, inside), "first_k_dense_replace"
+    types = raw.get("mlp_layer_types")
+    if types is not None:
+        dense = types.count("dense") if isinstance(types, list) else 0
+        rest = len(types) - dense if isinstance(types, list) else 0
+        told = "a list of dense layers, then sparse ones"
+        found.expect(types == ["dense"] * dense + ["sparse"] * rest, "mlp_layer_types", told, types)
+        layers = raw.get("num_hidden_layers")
+        found.expect(
+            len(types) == layers,
+            "num_hidden_layers",
+            f"{len(types)}, as long as mlp_layer_types",
+            layers,
+        )
+        given = raw.setdefault(key, dense)
+        same = type(given) is int and min(given, len(types)) == dense
+        found.expect(same, key, f"{dense}, as in mlp_layer_types", given)
+    elif raw.get("model_type") == "glm4_moe_lite":
+        raw.setdefault(key, 1)  # transformers' default
+    return found
+
+
+def _expect_only(found: _Fields, kind: str) -> None:
     """CouldNotRun where a field asks for what this model does not have."""
+    architectures = [ARCHITECTURES[kind]]
     wanted, given = json.dumps(architectures), found.get("architectures")
     found.expect(given in (None, architectures), "architectures", wanted, given)
-    only = ONLY | {"num_key_value_heads": found.get("num_attention_heads")}
+    only = ONLY | {"num_key_value_heads": found.get("num_attention_heads"), ROTATED: 1}
+    if kind in INDEXED:
+        only["rope_interleave"] = True  # whatever the file says, transformers reads it so
     for key, value in only.items():
         given = found.get(key)
         found.expect(given is None or given == value, key, json.dumps(value), given)
 
 
 def _selection(found: _Fields, kind: str) -> dict[str, Any]:
-    """How experts are chosen: our fields."""
-    default = "noaux_tc" if kind == "deepseek_v3" else "greedy"
+    """How experts are scored and chosen: our fields."""
+    gate, default = ("softmax", "greedy") if kind == "deepseek_v2" else ("sigmoid", "noaux_tc")
+    scores = found.get("scoring_func", gate)
+    found.expect(scores == gate, "scoring_func", f"{gate} in {kind}", scores)
     method = found.choice("topk_method", default, SELECTION, "one of " + ", ".join(SELECTION))
     score, bias = SELECTION[method]
-    fields: dict[str, Any] = {"group_score": score, "gate_bias": bias}
+    fields: dict[str, Any] = {"gate": gate, "group_score": score, "gate_bias": bias}
     if method != "greedy":
         fields |= {ours: found.integer(key) for ours, key in GROUPS.items()}
     return fields
@@ -198,12 +270,13 @@ def _yarn(found: _Fields, rope: dict[str, Any]) -> Yarn | None:
     found.expect(kind in ("default", "yarn"), "rope_scaling's type", "yarn", kind)
     same = rope.get("type", kind) == kind
     found.expect(same, "rope_scaling's type", f"its rope_type, {kind}", rope.get("type"))
-    if kind == "default":
-        return None
-    only = {"attention_factor": None, "truncate": True, "partial_rotary_factor": 1}
+    only: dict[str, Any] = {"attention_factor": None, "truncate": True} if kind == "yarn" else {}
+    only |= {ROTATED: 1}
     for key, value in only.items():
         given = rope.get(key)
         found.expect(given in (None, value), f"rope_scaling's {key}", _shown(value), given)
+    if kind == "default":
+        return None
     # transformers has no default for the original length, DeepSeek's code has 4096
     sizes = {}
     for key in ("factor", "original_max_position_embeddings"):
@@ -234,6 +307,11 @@ def read_block_size(path: Path) -> tuple[int, int]:
                 f"{_shown(quantisation[key])}"
             )
     block = quantisation.get("weight_block_size", list(BLOCK))
+    if block is None:
+        raise CouldNotRun(
+            f"{path}: weight_block_size is null, which stands for one scale per tensor "
+            f"(weight_scale): only one per block (weight_scale_inv) can be read"
+        )
     if not (
         isinstance(block, list)
         and len(block) == 2
@@ -252,6 +330,10 @@ def config_dict(config: ModelConfig, *, dtype: str, scales: str | None = None) -
     or "ue8m0", says that the others are FP8. CouldNotRun if no config.json can say what the config
     says. λ of MTP and the conventions, except for the layout of the rotated pairs, are lost.
     """
+    if config.index_topk is not None:
+        raise CouldNotRun(
+            f"no config.json stands for index_topk={config.index_topk} without indexers' weights"
+        )
     kind = "deepseek_v3" if config.gate == "sigmoid" else "deepseek_v2"
     if (config.group_score, config.gate_bias) != (
         ("top2", True) if kind == "deepseek_v3" else ("max", False)

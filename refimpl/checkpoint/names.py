@@ -19,22 +19,30 @@ from ..parameters import (
     head_name,
     is_stacked,
     layer_name,
+    moe_layers,
     mtp_layers,
+    network_names,
     parameter_shapes,
 )
 
 __all__ = [
+    "FUSED",
     "SCALE",
     "abbreviate",
     "copied_names",
+    "fused_names",
     "is_ignorable",
+    "is_of_indexer",
     "is_quantised",
     "layer_of",
     "stored_names",
     "stored_tensors",
+    "tensor_scales",
 ]
 
 SCALE = "_scale_inv"  # what an FP8 weight's name has in addition, for its scales
+FUSED = ("gate_up_proj", "down_proj")  # a layer's experts, as transformers 5 may save them
+OF_TENSOR = ("weight_scale", "input_scale")  # beside FP8 weights with one scale per tensor
 MOST_GROUPS = 12  # of names, in one error
 
 
@@ -45,6 +53,17 @@ def stored_names(name: str, shape: tuple[int, ...]) -> list[str]:
         return [name]
     before, after = name.split(f".{EXPERTS}.")
     return [f"{before}.{EXPERTS}.{expert}.{after}" for expert in range(shape[0])]
+
+
+def fused_names(config: ModelConfig) -> dict[str, list[str]]:
+    """The tensors that may hold all experts of a layer, gate above up [E, 2F, D], and down
+    [E, D, F], each with our parameters that make it up."""
+    found = {}
+    for layer in moe_layers(config):
+        gate, up, down = (layer_name(layer, name) for name in network_names(EXPERTS))
+        found[layer_name(layer, f"{EXPERTS}.{FUSED[0]}")] = [gate, up]
+        found[layer_name(layer, f"{EXPERTS}.{FUSED[1]}")] = [down]
+    return found
 
 
 def copied_names(config: ModelConfig) -> dict[str, str]:
@@ -60,6 +79,16 @@ def copied_names(config: ModelConfig) -> dict[str, str]:
 def is_ignorable(name: str) -> bool:
     """True for buffers that old versions of transformers wrote and that the config determines."""
     return name.endswith("rotary_emb.inv_freq")
+
+
+def is_of_indexer(name: str) -> bool:
+    """True for the weights that choose the keys of V3.2's sparse attention."""
+    return re.match(r"model\.layers\.\d{1,9}\.self_attn\.indexer\.", name) is not None
+
+
+def tensor_scales(name: str) -> list[str]:
+    """What the scales of an FP8 weight are called where it has one per tensor."""
+    return [name.removesuffix("weight") + scale for scale in OF_TENSOR]
 
 
 def is_quantised(name: str) -> bool:

@@ -20,10 +20,13 @@ from .names import (
     SCALE,
     abbreviate,
     copied_names,
+    fused_names,
     is_ignorable,
+    is_of_indexer,
     layer_of,
     stored_names,
     stored_tensors,
+    tensor_scales,
 )
 from .tensor_file import StoredTensor
 
@@ -83,7 +86,9 @@ class Checkpoint:
         config, block = read_config(folder / "config.json"), read_block_size(folder / "config.json")
         if conventions is not None:
             config = replace(config, conventions=with_layout(conventions, config.conventions))
-        tensors = open_folder(folder)
+        tensors = _split_experts(config, open_folder(folder))
+        if config.index_topk is not None:
+            tensors = {name: x for name, x in tensors.items() if not is_of_indexer(name)}
         if mtp:
             _expect_mtp(folder, config, tensors)
         else:
@@ -120,6 +125,14 @@ class Checkpoint:
             for slot, expert in enumerate(rows.reshape(-1)):
                 self._read(stored[expert], every, flat[slot])
         return out
+
+    @property
+    def bytes(self) -> int:
+        """Of the arrays that `load` gives."""
+        return sum(
+            prod(shape) * (4 if is_buffer(name) else self.dtype.itemsize)
+            for name, shape in self._shapes.items()
+        )
 
     def load(self) -> dict[str, np.ndarray]:
         """Every parameter. Peak memory: the arrays themselves and one chunk."""
@@ -175,6 +188,28 @@ class Checkpoint:
                     )
 
 
+def _split_experts(
+    config: ModelConfig, tensors: dict[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """The tensors, those that hold all experts of a layer taken apart: of each expert the rows of
+    gate, up and down, which lie together in the file."""
+    shapes = parameter_shapes(config) if fused_names(config).keys() & tensors.keys() else {}
+    for fused, ours in fused_names(config).items() if shapes else ():
+        count, rows, columns = shapes[ours[0]]
+        stored = tensors.get(fused)
+        if stored is None or stored.shape != (count, rows * len(ours), columns):
+            continue  # `_check` says that it is not a tensor of this config
+        tensors = {name: tensor for name, tensor in tensors.items() if name != fused}
+        parts = stored.data.reshape(count, len(ours), -1)
+        for place, name in enumerate(ours):
+            for expert, stored_name in enumerate(stored_names(name, shapes[name])):
+                part = StoredTensor(
+                    stored.path, stored.dtype, (rows, columns), parts[expert, place]
+                )
+                tensors[stored_name] = part
+    return tensors
+
+
 def _expect_mtp(folder: Path, config: ModelConfig, tensors: dict[str, StoredTensor]) -> None:
     """CouldNotRun if the config names MTP layers and the files hold nothing of them."""
     if (
@@ -219,12 +254,17 @@ def _check(
     copies = {name: wanted[ours] for name, ours in copied_names(config).items() if name in tensors}
     problems = [(name, "is missing") for name in wanted if name not in tensors]
     scales: dict[str, tuple[int, ...]] = {}
+    told = set()  # that a message is about already
     for name, shape in (wanted | copies).items():
         if name not in tensors:
             continue
         found = tensors[name]
         if found.shape != shape:
             problems.append((name, f"must have shape {shape}, got {found.shape}"))
+        elif found.dtype == "F8_E4M3" and tensors.keys() & tensor_scales(name):
+            told |= {name + SCALE, *tensor_scales(name)}
+            what = "is FP8 with one scale per tensor (weight_scale): only one per block"
+            problems.append((name, f"{what} (weight_scale_inv) can be read"))
         elif found.dtype == "F8_E4M3" and len(shape) == 2:
             scales[name + SCALE] = scale_shape(shape, block)
         elif found.dtype not in ("F64", "F32", "F16", "BF16"):
@@ -239,7 +279,7 @@ def _check(
             problems.append((name, f"must have shape {shape} ({sizes}), got {tensors[name].shape}"))
         elif tensors[name].dtype not in ("F32", "BF16", "F16", "F8_E8M0"):
             problems.append((name, f"must be F32 or F8_E8M0, got {tensors[name].dtype}"))
-    known = wanted.keys() | copies.keys() | scales.keys()
+    known = wanted.keys() | copies.keys() | scales.keys() | told
     for name, tensor in tensors.items():
         weight = name.removesuffix(SCALE)
         if 0 in tensor.shape:  # transformers writes such for shared experts where there are none

@@ -18,7 +18,10 @@ from .app import WIDTH, Json, app, check_writable, console, replace_json
 @app.command("count")
 def count_command(
     model: Annotated[
-        str, typer.Argument(help=f"One of {', '.join(PRESETS)}; or the path of a config.json.")
+        str,
+        typer.Argument(
+            help=f"One of {', '.join(PRESETS)}; or the path of a config.json or of its folder."
+        ),
     ] = "v3",
     length: Annotated[int, typer.Option(help="Tokens per sequence, for the FLOPs.")] = 4096,
     json_file: Json = None,

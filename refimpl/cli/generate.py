@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from ..checkpoint import Checkpoint
@@ -17,6 +18,7 @@ from ..config import CONVENTIONS
 from ..errors import CouldNotRun
 from ..files import read_json, read_text
 from ..generate import Generation, check_request, generate
+from ..memory import available_memory
 from ..tokenizer import Bytes, HuggingFace, TextStream, Tokenizer
 from .app import (
     CONVENTION,
@@ -66,7 +68,11 @@ def generate_command(
         typer.Option(help="Token id to stop at; by default the checkpoint's eos_token_id."),
     ] = None,
     speculate: Annotated[
-        int, typer.Option(help="Number of MTP modules that draft tokens; the result is the same.")
+        int,
+        typer.Option(
+            help="Number of tokens that the MTP modules draft, the last module those beyond their "
+            "number; the result is the same."
+        ),
     ] = 0,
     dtype: Annotated[str, typer.Option(help="Type to compute in: float32 or float64.")] = "float32",
     convention: Annotated[str, typer.Option(help=CONVENTION)] = "official",
@@ -116,9 +122,18 @@ def generate_command(
     }
     with refused({"prompt": "prompt"}):  # of that number, wherever it came from
         check_request(source.config, given, **options)
-        params, begin = source.load(), time.perf_counter()
-        found = generate(
-            params, source.config, given, **options, on_token=Output(tokenizer, len(given))
+        params, begin = load(source), time.perf_counter()
+        try:
+            found = generate(
+                params, source.config, given, **options, on_token=Output(tokenizer, len(given))
+            )
+        except MemoryError as error:
+            raise CouldNotRun(f"not enough memory for so many tokens ({error})") from error
+    if source.config.index_topk is not None:
+        print(
+            f"indexers left out: of up to {source.config.index_topk:,} tokens they choose every "
+            "key",
+            file=sys.stderr,
         )
     print(summary(found, time.perf_counter() - begin), file=sys.stderr)
     if json_file is not None:
@@ -133,6 +148,18 @@ def generate_command(
             "convention": convention,
         }
         replace_json(json_file, {"settings": settings, "results": results})
+
+
+def load(source: Checkpoint) -> dict[str, np.ndarray]:
+    """All parameters; CouldNotRun, before any is read, if they do not fit in memory."""
+    at_hand = available_memory()
+    needed = f"the parameters need {source.bytes / 1e9:.3g} GB of memory in {source.dtype}"
+    if at_hand is not None and source.bytes > at_hand:
+        raise CouldNotRun(f"{needed}, {at_hand / 1e9:.3g} GB are at hand")
+    try:
+        return source.load()
+    except MemoryError as error:
+        raise CouldNotRun(f"{needed}, more than is at hand ({error})") from error
 
 
 class Output:

@@ -59,7 +59,9 @@ def grads(
     out: Annotated[
         Path, typer.Option(help="Folder for the results: new, empty, or of the run to resume.")
     ],
-    tokens: Annotated[File, typer.Option(help="Token ids [batch, time]: .npy or .json.")] = None,
+    tokens: Annotated[
+        File, typer.Option(help="Token ids [batch, time] or [time]: .npy or .json.")
+    ] = None,
     text: Annotated[
         str | None,
         typer.Option(help="Instead of token ids: a text, or a file of one, to tokenize."),
@@ -175,7 +177,8 @@ def grads(
     console().print(
         f"refimpl {__version__}: {checkpoint}, {ids.shape[0]}×{ids.shape[1]} tokens, {dtype}"
     )
-    _show(result, config, convention)
+    after_padding = request.targets_after_padding(config)
+    _show(result, config, convention, after_padding)
     bad = [name for name, size in result.gradients.items() if not math.isfinite(size.largest)]
     console().print(f"{_verdict(result, bad)}; {seconds:.1f} s; in {out}")
     if json_file is not None:
@@ -267,10 +270,13 @@ def _content(result: Result) -> dict[str, Any]:
     }
 
 
-def _show(result: Result, config: ModelConfig, convention: str) -> None:
+def _show(result: Result, config: ModelConfig, convention: str, after_padding: bool) -> None:
     """The loss, how Hugging Face's conventions differ, and the sizes of the gradients by part."""
     out = console()
-    out.print(f"conventions: {convention}; {_unlike_hf(config)}")
+    unlike = _unlike_hf(config, after_padding)
+    out.print(f"conventions: {convention}; {unlike}")
+    if config.index_topk is not None:
+        out.print(f"indexers left out: of up to {config.index_topk:,} tokens they choose every key")
     if result.loss is not None:
         parts = [f"main {result.main:.9g}"] + [
             f"MTP {k} {x:.9g}" for k, x in enumerate(result.mtp, 1)
@@ -297,18 +303,18 @@ def _show(result: Result, config: ModelConfig, convention: str) -> None:
     out.print(table)
 
 
-def _unlike_hf(config: ModelConfig) -> str:
+def _unlike_hf(config: ModelConfig, after_padding: bool) -> str:
     ours, hf = config.conventions, CONVENTIONS["hf"]
     other = [
         f"{name} {getattr(ours, name)!r}, hf {getattr(hf, name)!r}"
-        for name in differing(config, hf)
+        for name in differing(config, hf, after_padding=after_padding)
     ]
     return "other than hf: " + "; ".join(other) if other else "the same as hf here"
 
 
-def differing(config: ModelConfig, other: Conventions) -> list[str]:
+def differing(config: ModelConfig, other: Conventions, *, after_padding: bool = False) -> list[str]:
     """The fields of the config's conventions that ``other`` has otherwise and that change this
-    model's gradients."""
+    model's gradients; ``after_padding``: of a batch that has targets right behind padding."""
     ours = config.conventions
 
     def derived(conventions: Conventions) -> list[object]:
@@ -324,6 +330,8 @@ def differing(config: ModelConfig, other: Conventions) -> list[str]:
         f.name: config.mtp_depth > 0 for f in fields(Conventions) if f.name.startswith("mtp_")
     }
     matters |= {
+        "target_after_padding": after_padding,
+        "blind_query": False,  # matters where a target behind padding counts
         "gate_epsilon": config.weight_rule[0],
         "masked_groups": config.keep_groups < config.groups,
         "balance_counts": config.balance_weight > 0,

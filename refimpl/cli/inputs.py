@@ -22,8 +22,8 @@ MOST_TOKENS = 2**24  # of a file: a hundred texts of the longest context
 
 
 def integers(path: Path, option: str) -> np.ndarray:
-    """[batch, time], int64."""
-    content = _read(path, option)
+    """[batch, time], int64; the file of a single row may hold it alone."""
+    content = _one_row(_read(path, option))
     x = _array(content, path, option)
     _expect_few(option, path, x)
     if x.dtype.kind not in "iu" or x.ndim != 2 or x.size == 0:
@@ -40,8 +40,8 @@ def integers(path: Path, option: str) -> np.ndarray:
 
 
 def booleans(path: Path, option: str, shape: tuple[int, ...]) -> np.ndarray:
-    """[batch, time], bool; of the tokens' shape."""
-    x = _array(_read(path, option), path, option)
+    """[batch, time], bool; of the tokens' shape. The file of a single row may hold it alone."""
+    x = _array(_one_row(_read(path, option)), path, option)
     if x.dtype.kind in "biu" and x.ndim == 2:
         _expect_shape(option, x, "(B, T)", shape)
     if x.dtype.kind not in "biu" or x.ndim != 2 or not np.isin(x, (0, 1)).all():
@@ -68,8 +68,7 @@ def token_lists(path: Path, option: str) -> list[list[int]]:
     if isinstance(rows, np.ndarray):
         _expect_few(option, path, rows)
         rows = rows.tolist()
-    if isinstance(rows, list) and rows and not any(isinstance(row, list) for row in rows):
-        rows = [rows]
+    rows = _one_row(rows)
     if not (
         isinstance(rows, list)
         and all(isinstance(row, list) and all(type(token) is int for token in row) for row in rows)
@@ -123,6 +122,15 @@ def _expect_few(option: str, path: Path, x: np.ndarray) -> None:
 def _expect_shape(option: str, x: np.ndarray, letters: str, shape: tuple[int, ...]) -> None:
     if x.shape != shape:
         raise CouldNotRun(f"{option} must have shape {letters}={shape}, got {x.shape}")
+
+
+def _one_row(content: Any) -> Any:
+    """Rows: a list or an array of numbers becomes the only one."""
+    if isinstance(content, np.ndarray):
+        return content[None] if content.ndim == 1 else content
+    if isinstance(content, list) and content and not any(isinstance(x, list) for x in content):
+        return [content]
+    return content
 
 
 def _array(content: Any, path: Path, option: str) -> np.ndarray:

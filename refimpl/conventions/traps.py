@@ -9,7 +9,7 @@ __all__ = ["READ", "TRAPS"]
 
 READ = (
     "DeepSeek-V3 9b4e978, DeepSeek-V3.2-Exp 3b99a53, TileKernels 36d9e45, transformers "
-    "5.23.0, Megatron-LM d98e8a6, torchtitan b5bcd76, TRL 1.16.0, verl 0.9.1, OpenRLHF "
+    "5.24.0, Megatron-LM d98e8a6, torchtitan b5bcd76, TRL 1.16.0, verl 0.9.1, OpenRLHF "
     "3c3be62, SGLang 0.5.23, vLLM of about September 2025; of the modelling files beside "
     "DeepSeek's weights only DeepSeek-VL2's copy, 8ed2d7f"
 )

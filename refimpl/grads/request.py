@@ -147,6 +147,14 @@ class Request:
         expect_ids("targets", np.where(batch.mask, batch.targets, 0), config.vocabulary)
         return batch
 
+    def targets_after_padding(self, config: ModelConfig) -> bool:
+        """Whether the loss depends on ``target_after_padding``: a row has padding in front of a
+        token, and no mask or targets say whether that counts."""
+        given = self.targets is not None or self.mask is not None
+        if self.key_mask is None or given or not self.with_loss:
+            return False
+        return bool((~self.key_mask[:, :-1] & self.key_mask[:, 1:]).any())
+
     def dlogits_as(self, dtype: np.dtype[Any], config: ModelConfig) -> np.ndarray | None:
         """The given gradient of the logits in the type to compute in."""
         if self.dlogits is None:

@@ -41,6 +41,7 @@ from ..model import (
     mtp_module_backward,
     mtp_module_forward,
     mtp_scale,
+    ops_for,
 )
 from ..ops import IMPLEMENTATIONS, AnyOp, Op
 from ..ops.linear import LinearSaved
@@ -115,7 +116,8 @@ class Steps:
         self.batch = request.batch(config)
         self.params = LazyParameters(source, config)
         embedding = Op(embedding_forward, embedding_backward)
-        self.ops = IMPLEMENTATIONS[request.implementation] | {"embedding": embedding}
+        ops = IMPLEMENTATIONS[request.implementation] | {"embedding": embedding}
+        self.ops = ops_for(self.batch, config, ops)
         self.model = Run(self.params, config, self.ops, {}, request.with_loss)
 
     def run(self, step: Step) -> Arrays:

@@ -24,6 +24,7 @@ from ..array import (
     namespace,
     real,
 )
+from .choices import BlindQuery, expect_choice
 
 __all__ = ["AttentionSaved", "attention_backward", "attention_forward", "visible"]
 
@@ -45,6 +46,7 @@ def attention_forward(
     causal: bool = True,
     key_mask: Array | None = None,
     segments: Array | None = None,
+    blind: BlindQuery = "zero",
 ) -> tuple[Array, AttentionSaved]:
     """o [B, T, H, V] for ``q`` [B, T, H, X], ``k`` [B, S, H or 1, X], ``v`` [B, S, H or 1, V].
 
@@ -54,20 +56,27 @@ def attention_forward(
         key_mask: [B, S] bool, False for padding, which nobody sees.
         segments: [B, S] integers, the document of each position; a query sees its own document
             alone.
+        blind: what a query that sees no key gives: 0, and its gradient is 0, or the mean of all
+            values, hidden ones too, as where a large finite number is added to hidden scores and
+            swallows them (transformers, eager). The backward is then its autograd's, which knows
+            nothing of the rounding: that of a softmax over equal scores.
 
-    A query that sees no key gives 0, and its gradient is 0. Hidden keys and values must be finite:
-    0 · NaN is NaN.
+    Hidden keys and values must be finite: 0 · NaN is NaN.
     """
     xp, scale = namespace(q=q, k=k, v=v), float(scale)
     check_attention(q, k, v, key_mask, segments)
+    expect_choice("blind", blind, BlindQuery)
     keys, values = _all_heads(k, q.shape[2]), _all_heads(v, q.shape[2])
     scores = scale * einsum("bthx,bshx->bhts", q, keys)  # (attention.1)
     mask = visible((0, q.shape[1]), (0, k.shape[1]), q, k, causal, key_mask, segments)
     scores = fill(mask, scores, -xp.inf)
+    seen = xp.any(mask, axis=-1, keepdims=True)
+    if blind == "mean":
+        scores = fill(seen, scores, 0.0)  # (attention.11)
+        seen = xp.ones_like(seen)
     largest = xp.max(real(scores), axis=-1, keepdims=True)
     e = xp.exp(scores - cast(xp.where(xp.isfinite(largest), largest, 0.0), q))
     total = xp.sum(e, axis=-1, keepdims=True)
-    seen = xp.any(mask, axis=-1, keepdims=True)
     p = e / fill(seen, finite(total), 1.0)  # (attention.2); NaN where scores overflow, −∞ in all
     return einsum("bhts,bshv->bthv", p, values), AttentionSaved(q, k, v, p, scale)  # (attention.3)
 

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 __all__ = [
     "Average",
+    "BlindQuery",
     "Estimator",
     "GroupScore",
     "Layout",
@@ -20,6 +21,7 @@ __all__ = [
 Layout = Literal["interleaved", "halves"]
 Score = Literal["sigmoid", "softmax"]
 GroupScore = Literal["top2", "share", "max"]
+BlindQuery = Literal["zero", "mean"]
 MaskedGroups = Literal["-inf", "zero"]
 MTPOrder = Literal["embedding_hidden", "hidden_embedding"]
 Ratio = Literal["token", "sequence", "sequence_mean"]

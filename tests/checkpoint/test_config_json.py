@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from refimpl.checkpoint import load_config, read_config
-from refimpl.checkpoint.config_json import config_dict
+from refimpl.checkpoint.config_json import ARCHITECTURES, config_dict
 from refimpl.config import PRESETS, ModelConfig, Yarn, preset
 from refimpl.count import count
 from refimpl.errors import CouldNotRun
 
-from checkpoint.examples import TINY, V2_LITE_JSON, V3_JSON, written
+from checkpoint.examples import GLM_JSON, KIMI_JSON, TINY, V2_LITE_JSON, V3_JSON, written
 
 
 def configs() -> Iterator[ModelConfig]:
@@ -28,7 +28,7 @@ def configs() -> Iterator[ModelConfig]:
     yield replace(TINY, conventions=replace(TINY.conventions, rope_layout="halves"), norm_eps=1 / 3)
 
 
-@pytest.mark.parametrize("config", list(configs()), ids=range(8))
+@pytest.mark.parametrize("config", list(configs()), ids=range(len(list(configs()))))
 @pytest.mark.parametrize("scales", [None, "float32", "ue8m0"])
 def test_config_round_trip(config: ModelConfig, scales: str | None, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
@@ -77,20 +77,50 @@ def test_config_json_as_transformers_writes_it(tmp_path: Path) -> None:
     assert config == preset("v2-lite")
 
 
+def test_model_types(tmp_path: Path) -> None:
+    """Kimi-K2 and GLM-4.7-Flash as their files describe them; V3.2 is V3 up to index_topk
+    tokens."""
+    for content, name in ((KIMI_JSON, "kimi-k2"), (GLM_JSON, "glm-4.7-flash")):
+        assert read_config(written(tmp_path / "config.json", content)) == preset(name)
+    indexed = {"model_type": "deepseek_v32", "index_topk": 2048}
+    config = read_config(written(tmp_path / "config.json", V3_JSON | indexed))
+    assert config == replace(preset("v3"), index_topk=2048)
+    assert (config.context, preset("v3").context) == (2048, 163840)
+    with pytest.raises(CouldNotRun, match=r"no config\.json stands for index_topk=2048"):
+        config_dict(config, dtype="bfloat16")
+
+
+def test_dense_layers(tmp_path: Path) -> None:
+    """As transformers reads them: all layers, if there are more dense ones; else by their types."""
+
+    def read(content: dict[str, Any]) -> int:
+        return read_config(written(tmp_path / "config.json", content)).dense_layers
+
+    assert read(V3_JSON | {"first_k_dense_replace": 62}) == 61
+    bare = {key: value for key, value in GLM_JSON.items() if key != "first_k_dense_replace"}
+    assert read(bare) == 1
+    assert read(bare | {"mlp_layer_types": ["dense"] * 3 + ["sparse"] * 44}) == 3
+    assert read(GLM_JSON | {"mlp_layer_types": ["dense"] + ["sparse"] * 46}) == 1
+
+
+def test_nested(tmp_path: Path) -> None:
+    """`count` takes the language model of one that also sees; its weights are not read."""
+    path = written(tmp_path / "config.json", {"model_type": "kimi_k25", "text_config": KIMI_JSON})
+    assert load_config(str(path)) == load_config(str(tmp_path)) == preset("kimi-k2")
+    with pytest.raises(CouldNotRun, match="nests the model in text_config"):
+        read_config(path)
+
+
+KINDS = "one of " + ", ".join(ARCHITECTURES)
+
 BAD: list[tuple[Any, str]] = [
     ("{", "is not JSON: "),
     ("", "is not JSON: "),
     ("[" * 100_000, "is not JSON: "),
     ("[]", "the file must be a JSON object, got []"),
-    ({}, "model_type must be deepseek_v2 or deepseek_v3, got nothing"),
-    (
-        V3_JSON | {"model_type": "llama"},
-        'model_type must be deepseek_v2 or deepseek_v3, got "llama"',
-    ),
-    (
-        V3_JSON | {"model_type": ["deepseek_v3"]},
-        'model_type must be deepseek_v2 or deepseek_v3, got ["deepseek_v3"]',
-    ),
+    ({}, f"model_type must be {KINDS}, got nothing"),
+    (V3_JSON | {"model_type": "llama"}, f'model_type must be {KINDS}, got "llama"'),
+    (V3_JSON | {"model_type": ["deepseek_v3"]}, f'model_type must be {KINDS}, got ["deepseek_v3"]'),
     (
         {k: v for k, v in V3_JSON.items() if k != "hidden_size"},
         "hidden_size must be an integer in 1…",
@@ -124,8 +154,42 @@ BAD: list[tuple[Any, str]] = [
         V3_JSON | {"num_nextn_predict_layers": -1},
         "num_nextn_predict_layers must be an integer in 0…10,000, got -1",
     ),
-    (V3_JSON | {"first_k_dense_replace": 62}, "dense_layers must be at most layers=61, got 62"),
-    (V3_JSON | {"n_group": 7}, "groups must divide experts=256"),
+    (
+        V3_JSON | {"n_group": 7},
+        "n_group must divide n_routed_experts=256 and topk_group lie in 1…n_group, got 7 and 4",
+    ),
+    (
+        V3_JSON | {"num_experts_per_tok": 129},
+        "num_experts_per_tok must be at most 128, n_routed_experts / n_group × topk_group, got 129",
+    ),
+    (V3_JSON | {"qk_rope_head_dim": 63}, "qk_rope_head_dim must be even, got 63"),
+    (V3_JSON | {"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1, got 0.5"),
+    (
+        {k: v for k, v in V3_JSON.items() if k != "rope_scaling"}
+        | {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        "rope_scaling's partial_rotary_factor must be 1, got 0.5",
+    ),
+    (
+        {"model_type": "kimi_k25", "text_config": V3_JSON | {"hidden_size": 0}},
+        "text_config's hidden_size must be an integer in 1…1,000,000,000, got 0",
+    ),
+    (
+        GLM_JSON | {"mlp_layer_types": ["sparse", "dense"] + ["sparse"] * 45},
+        "mlp_layer_types must be a list of dense layers, then sparse ones",
+    ),
+    (
+        GLM_JSON | {"mlp_layer_types": ["dense"] * 2},
+        "num_hidden_layers must be 2, as long as mlp_layer_types, got 47",
+    ),
+    (
+        GLM_JSON | {"mlp_layer_types": ["dense"] * 2 + ["sparse"] * 45},
+        "first_k_dense_replace must be 2, as in mlp_layer_types, got 1",
+    ),
+    (GLM_JSON | {"model_type": "glm_moe_dsa"}, 'architectures must be ["GlmMoeDsaForCausalLM"]'),
+    (
+        V3_JSON | {"model_type": "deepseek_v32", "index_topk": 8, "rope_interleave": False},
+        "rope_interleave must be true, got false",
+    ),
     (V3_JSON | {"rope_theta": "big"}, 'rope_theta must be a number of at least 0, got "big"'),
     (V3_JSON | {"rms_norm_eps": float("nan")}, "rms_norm_eps must be a finite number, got NaN"),
     (V3_JSON | {"rope_scaling": "yarn"}, 'rope_scaling must be an object or null, got "yarn"'),

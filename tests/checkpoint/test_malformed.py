@@ -113,6 +113,14 @@ def header(change: Callable[[Header], Any], file: str = ONE) -> Callable[[Path],
     return apply
 
 
+def nested(folder: Path) -> None:
+    """As Kimi-K2.5: a model that also sees, its language model's weights in int4."""
+    content = json.loads((folder / "config.json").read_text())
+    content["quantization_config"] = {"quant_method": "compressed-tensors"}
+    whole = {"model_type": "kimi_k25", "text_config": content}
+    (folder / "config.json").write_text(json.dumps(whole))
+
+
 def index(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         content = json.loads((folder / INDEX).read_text())
@@ -200,6 +208,7 @@ def not_finite(x: np.ndarray) -> np.ndarray:
 
 
 SCALE = MATRIX + "_scale_inv"
+TENSOR_SCALE = MATRIX + "_scale"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4300\n"
 
 # (which sound checkpoint, what is done to it, what the message must hold)
@@ -211,15 +220,11 @@ BAD: list[tuple[str, Callable[[Path], None], str]] = [
     ("one", written("config.json", "[1]"), "config.json: the file must be a JSON object, got [1]"),
     ("one", written("config.json", '{"a": 1, "a": 2}'), 'config.json: "a" is given twice'),
     ("one", written("config.json", LFS), "config.json is not JSON"),
+    ("one", config(model_type="llama"), "model_type must be one of deepseek_v2, "),
     (
         "one",
-        config(model_type="llama"),
-        'model_type must be deepseek_v2 or deepseek_v3, got "llama"',
-    ),
-    (
-        "one",
-        config(model_type="deepseek_v32"),
-        'model_type must be deepseek_v2 or deepseek_v3, got "deepseek_v32"',
+        config(model_type="deepseek_v32", architectures=["DeepseekV32ForCausalLM"]),
+        "index_topk must be an integer in 1…1,000,000,000, got nothing",
     ),
     (
         "one",
@@ -307,7 +312,8 @@ BAD: list[tuple[str, Callable[[Path], None], str]] = [
     (
         "one",
         config(quantization_config={"weight_block_size": None}),
-        "weight_block_size must be two integers",
+        "weight_block_size is null, which stands for one scale per tensor (weight_scale): only "
+        "one per block (weight_scale_inv) can be read",
     ),
     (
         "one",
@@ -390,6 +396,18 @@ BAD: list[tuple[str, Callable[[Path], None], str]] = [
     ),
     ("fp8", tensors(lambda found: found.pop(SCALE)), f"{SCALE} is missing"),
     ("fp8", tensors(lambda found: found.pop(MATRIX)), f"{MATRIX} is missing"),
+    (
+        "fp8",
+        tensors(lambda found: found.update({TENSOR_SCALE: found.pop(SCALE)[:1, 0]})),
+        f"{MATRIX} is FP8 with one scale per tensor (weight_scale): only one per block "
+        "(weight_scale_inv) can be read",
+    ),
+    (
+        "one",
+        nested,
+        'nests the model in text_config (model_type "kimi_k25"): its parameters can be counted, '
+        'but weights of such a file (quant_method "compressed-tensors") can\'t be read',
+    ),
     (
         "fp8",
         put(SCALE, np.ones((2, 1), np.float32)),

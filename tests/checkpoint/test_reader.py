@@ -10,16 +10,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from refimpl.array import Array
 from refimpl.checkpoint import Checkpoint, write_random
+from refimpl.checkpoint.config_json import ARCHITECTURES
 from refimpl.config import CONVENTIONS
 from refimpl.errors import CouldNotRun
 from refimpl.parameters import parameter_shapes
 
 from checkpoint.examples import TINY, same
+from golden.checkpoint_values import LEFT
 
 INDICES = [
     0,
@@ -32,6 +36,67 @@ INDICES = [
     [3, 1, 1],
     np.array([[0, 2], [5, 4]]),
 ]
+
+
+def variant(folder: Path, changes: dict[str, Any], tensors: dict[str, np.ndarray]) -> Path:
+    """A checkpoint of these tensors, with the left-padded one's config.json changed."""
+    folder.mkdir()
+    content = json.loads((LEFT / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(content))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_other_model_types(tmp_path: Path) -> None:
+    """The same tensors under each name of the architecture are the same parameters; an indexer's
+    are left out."""
+    stored = load_file(LEFT / "model.safetensors")
+    wanted = Checkpoint.open(LEFT, mtp=False).load()
+    indexer = {
+        f"model.layers.{layer}.self_attn.indexer.{name}": np.ones((2, 2), np.float32)
+        for layer in range(3)
+        for name in ("wq_b.weight", "k_norm.bias")
+    }
+    for kind, more in {
+        "kimi_k2": {},
+        "glm4_moe_lite": {},
+        "deepseek_v32": {"index_topk": 16},
+        "glm_moe_dsa": {"index_topk": 16},
+    }.items():
+        changes = {"model_type": kind, "architectures": [ARCHITECTURES[kind]], **more}
+        tensors = stored | (indexer if more else {})
+        checkpoint = Checkpoint.open(variant(tmp_path / kind, changes, tensors), mtp=False)
+        assert same(checkpoint.load(), wanted)
+        assert checkpoint.config.index_topk == more.get("index_topk")
+    with pytest.raises(CouldNotRun, match=r"indexer.* is not a tensor of this config"):
+        Checkpoint.open(variant(tmp_path / "v3", {}, stored | indexer), mtp=False)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fused_experts(dtype: str, tmp_path: Path) -> None:
+    """All experts of a layer in two tensors, as transformers 5 may save them, are those one by one;
+    a piece is read alone."""
+    stored = {
+        name: x.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
+        for name, x in load_file(LEFT / "model.safetensors").items()
+    }
+    wanted = Checkpoint.open(variant(tmp_path / "apart", {}, stored), mtp=False)
+    fused = {name: x for name, x in stored.items() if ".experts." not in name}
+    for layer in (1, 2):
+        experts = f"model.layers.{layer}.mlp.experts"
+        gate, up, down = (
+            np.stack([stored[f"{experts}.{expert}.{part}_proj.weight"] for expert in range(8)])
+            for part in ("gate", "up", "down")
+        )
+        fused[f"{experts}.gate_up_proj"] = np.concatenate((gate, up), axis=1)
+        fused[f"{experts}.down_proj"] = down
+    checkpoint = Checkpoint.open(variant(tmp_path / "fused", {}, fused), mtp=False)
+    assert same(checkpoint.load(), wanted.load())
+    name = "model.layers.2.mlp.experts.up_proj.weight"
+    assert np.array_equal(checkpoint.piece(name, 5), wanted.tensor(name)[5])
+    fused["model.layers.1.mlp.experts.down_proj"] = down[:7]
+    with pytest.raises(CouldNotRun, match=r"experts\.down_proj is not a tensor of this config"):
+        Checkpoint.open(variant(tmp_path / "short", {}, fused), mtp=False)
 
 
 @pytest.mark.parametrize("index", INDICES, ids=str)

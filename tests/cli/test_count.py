@@ -18,10 +18,14 @@ from support import refimpl_here
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["v4"], "v4 is neither a preset (tiny, v3, v2, v2-lite, moonlight-16b) nor a file"),
+        (
+            ["v4"],
+            "v4 is neither a preset (tiny, v3, v2, v2-lite, moonlight-16b, kimi-k2, "
+            "glm-4.7-flash) nor a file",
+        ),
         (["missing.json"], "missing.json is neither a preset"),
-        (["."], ". can't be read: Is a directory"),
-        (["bad.json"], 'bad.json: model_type must be deepseek_v2 or deepseek_v3, got "llama"'),
+        (["."], "config.json can't be read: No such file"),
+        (["bad.json"], "bad.json: model_type must be one of deepseek_v2, deepseek_v3, "),
         (["v3", "--length", "1"], "--length must lie in 2…1,000,000,000, got 1"),
         (["v3", "--json", "no/such/file"], "--json no/such/file can't be written"),
     ],
@@ -57,6 +61,8 @@ def test_printed_text() -> None:
         "11.507B",
         "13.46B",
         "684,489,845,504",
+        "41,540,496",
+        "684,531,386,000",
         "70,272 B",
         "98.24 %",
         "93.34 %",
@@ -73,7 +79,14 @@ def test_printed_text() -> None:
 
 @pytest.mark.parametrize(
     ("model", "wanted"),
-    [("v2", "235.741B"), ("v2-lite", "15.706B"), ("moonlight-16b", "15.960B"), ("tiny", "26,714")],
+    [
+        ("v2", "235.741B"),
+        ("v2-lite", "15.706B"),
+        ("moonlight-16b", "15.960B"),
+        ("tiny", "26,714"),
+        ("kimi-k2", "1,026,408,209,408"),
+        ("glm-4.7-flash", "31,221,488,576"),
+    ],
 )
 def test_printed_text_of_the_others(model: str, wanted: str) -> None:
     done = refimpl_here("count", model, "--length", "100")
@@ -97,6 +110,8 @@ def test_json(tmp_path: Path) -> None:
         8192,
         7168,
     )
+    folder = refimpl_here("count", ".", "--length", "8192", cwd=tmp_path)
+    assert folder.stdout.splitlines()[1:] == done.stdout.splitlines()[1:]
     tables = count(preset("v3"), length=8192)
     assert [table["title"] for table in result["sections"]] == [table.title for table in tables]
     lines = [line._asdict() for table in tables for line in table.lines]

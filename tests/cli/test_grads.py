@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from refimpl.config import CONVENTIONS, Conventions, Yarn, preset
 from refimpl.model import backward, forward
 from refimpl.parameters import parameter_shapes
 
-from golden.checkpoint_values import GOLDEN, Values, assert_agree, golden_values
+from golden.checkpoint_values import GOLDEN, LEFT, Values, assert_agree, golden_values
 from random_parameters import random_parameters
 from support import refimpl_here, refimpl_process
 
@@ -360,6 +361,77 @@ def test_what_hf_does_otherwise(run: Any, tmp_path: Path) -> None:
     assert "other than hf: yarn_when 'beyond_original', hf 'always'\n" in printed
 
 
+def test_left_padding_as_hugging_face(tmp_path: Path) -> None:
+    """transformers 5.24 (eager, labels of −100 at padding, position_ids from the first real token)
+    counts that token, predicted from padding; otherwise the mask is an error that names the place.
+    """
+    given = [f"--{name.replace('_', '-')}" for name in ("tokens", "key_mask", "mask")]
+    files = [LEFT / f"{name}.npy" for name in ("tokens", "key_mask", "mask")]
+    inputs = [argument for pair in zip(given, files, strict=True) for argument in pair]
+    base = ["grads", "--checkpoint", LEFT]
+    done = refimpl_here(*base, *inputs, "--out", tmp_path / "o", "--convention", "hf")
+    assert done.returncode == 0, done.stderr
+    assert "conventions: hf; the same as hf here\nloss 4.87113762\n" in done.stdout
+    theirs = load_file(LEFT / "outputs.safetensors")
+    ours = {}
+    for file in (tmp_path / "o").glob("*.safetensors"):
+        ours |= load_file(file)
+    for name, x in theirs.items():
+        if name.startswith("grad/"):
+            assert np.abs(ours[name] - x).max() <= 2e-6 * np.abs(x).max(), name
+    done = refimpl_here(*base, *inputs, "--out", tmp_path / "p")
+    assert done.returncode == 2
+    assert done.stderr.startswith("refimpl: --mask must be False where no target can count")
+    assert done.stderr.endswith("got True in row 1, position 7\n")
+    hidden = np.load(files[2])
+    hidden[1, 7] = False
+    np.save(tmp_path / "mask.npy", hidden)
+    for number, convention in enumerate(("official", "hf")):
+        inputs[-1], out = tmp_path / "mask.npy", tmp_path / f"hidden{number}"
+        done = refimpl_here(*base, *inputs, "--out", out, "--convention", convention)
+        assert "loss 4.89847" in done.stdout
+    done = refimpl_here(*base, *inputs[:-2], "--out", tmp_path / "q")
+    assert "target_after_padding False, hf True" in done.stdout
+
+
+def test_one_row_of_tokens(tmp_path: Path) -> None:
+    """A list of tokens stands for a batch of one, as in `generate`; its masks too."""
+    (tmp_path / "flat.json").write_text("[3, 1, 4, 1, 5]")
+    (tmp_path / "mask.json").write_text("[0, 1, 1, 1, 0]")
+    np.save(tmp_path / "row.npy", np.array([[3, 1, 4, 1, 5]]))
+    np.save(tmp_path / "mask.npy", np.array([[0, 1, 1, 1, 0]]))
+    losses = []
+    for tokens, mask in (("flat.json", "mask.json"), ("row.npy", "mask.npy")):
+        inputs = ["--tokens", tokens, "--mask", mask, "--out", tokens[:3]]
+        done = refimpl_here("grads", "--checkpoint", LEFT, *inputs, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        losses.append([line for line in done.stdout.splitlines() if line.startswith("loss")])
+    assert losses[0] == losses[1] != []
+
+
+def test_indexers_are_left_out_and_said(tmp_path: Path) -> None:
+    """V3.2's checkpoint is V3's up to index_topk tokens; a longer text is refused."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(LEFT, folder)
+    content = json.loads((LEFT / "config.json").read_text())
+    content |= {"model_type": "deepseek_v32", "architectures": ["DeepseekV32ForCausalLM"]}
+    tokens = ["--tokens", LEFT / "tokens.npy", "--out", tmp_path / "out"]
+    for most, code in ((19, 2), (20, 0)):
+        (folder / "config.json").write_text(json.dumps(content | {"index_topk": most}))
+        done = refimpl_here("grads", "--checkpoint", folder, *tokens)
+        assert done.returncode == code
+        if code == 0:
+            assert "indexers left out: of up to 20 tokens they choose every key" in done.stdout
+        else:
+            assert "--tokens must have shape (B, T) with T at most index_topk=19" in done.stderr
+    prompt = ["--tokens", tmp_path / "prompt.json", "--max-tokens", 100]
+    (tmp_path / "prompt.json").write_text("[1, 2, 3]")
+    done = refimpl_here("generate", "--checkpoint", folder, *prompt, "--stop", 119)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) <= 17
+    assert "indexers left out: of up to 20 tokens" in done.stderr
+
+
 def test_conventions_that_matter() -> None:
     """Each field that changes a model's loss is named, and none that can't change it. A new field
     fails here until `differing` considers it."""
@@ -403,7 +475,10 @@ def test_conventions_that_matter() -> None:
                 assert named or not changed or name == "rope_layout", (name, value)
                 assert not named or config is not neutral, (name, value)
                 found |= {name for _ in named if changed}
-    assert found == {f.name for f in fields(Conventions)} - {"bias_centre", "rope_layout"}
+    of_padding = {"target_after_padding", "blind_query"}  # which this batch does not have
+    never = {"bias_centre", "rope_layout"} | of_padding
+    assert found == {f.name for f in fields(Conventions)} - never
+    assert "target_after_padding" in differing(CONFIG, CONVENTIONS["hf"], after_padding=True)
     within = replace(neutral, yarn=half_given._replace(mscale=1.0), max_positions=16)
     assert differing(within, CONVENTIONS["hf"]) == [
         "yarn_when"
@@ -451,8 +526,8 @@ BAD = [
     ),
     (
         ["--out", "o"],
-        "flat.json",
-        "--tokens flat.json must hold integers [batch, time], got int64 [3]",
+        "deep.json",
+        "--tokens deep.json must hold integers [batch, time], got int64 [1, 1, 3]",
     ),
     (
         ["--out", "o"],
@@ -493,9 +568,15 @@ BAD = [
         "--key-mask must leave at least one target that counts",
     ),
     (
-        ["--out", "o", "--mask", "ones.npy", "--key-mask", "zeros.npy"],
+        ["--out", "o", "--mask", "zeros.npy", "--key-mask", "zeros.npy"],
         "tokens.npy",
         "--mask and key_mask must leave at least one target that counts",
+    ),
+    (
+        ["--out", "o", "--mask", "ones.npy"],
+        "tokens.npy",
+        "--mask must be False where no target can count (behind the last token, at padding, at the "
+        "end of a document), got True in row 0, position 9",
     ),
     (
         ["--out", "o"],
@@ -666,6 +747,7 @@ def test_could_not_run(
         "object.json": '{"a": 1}',
         "empty.json": "[]",
         "flat.json": "[1, 2, 3]",
+        "deep.json": "[[[1, 2, 3]]]",
         "large.json": "[[1, 256]]",
         "negative.json": "[[3, -1]]",
         "one.json": "[[1]]",

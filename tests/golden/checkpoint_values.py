@@ -21,6 +21,7 @@ from refimpl.config import CONVENTIONS, ModelConfig
 from refimpl.model import backward, forward, logits
 
 GOLDEN = Path(__file__).parent / "checkpoints"
+LEFT = Path(__file__).parent / "left_padding"  # transformers' float32 on a batch padded in front
 TRAINED = Path(__file__).parent / "trained"
 LOGITS = 1e-12
 GRADIENT = 1e-11

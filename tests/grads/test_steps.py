@@ -120,7 +120,7 @@ def test_masks_and_targets(tmp_path: Path) -> None:
     """Loss mask, padding and own targets go where the model puts them."""
     config, params = TINY, random_parameters(TINY)
     given = {
-        "mask": RNG.random(TOKENS.shape) < 0.7,
+        "mask": (RNG.random(TOKENS.shape) < 0.7) & (np.arange(12) < np.array([[11], [8]])),
         "key_mask": np.arange(12) < np.array([[12], [9]]),
         "targets": RNG.integers(0, 256, TOKENS.shape),
     }

@@ -41,6 +41,33 @@ def assert_close(got: np.ndarray, wanted: np.ndarray) -> None:
     np.testing.assert_allclose(got, wanted, rtol=0, atol=50 * EPS * max(np.abs(wanted).max(), 1))
 
 
+def test_blind_queries_take_the_mean() -> None:
+    """blind = "mean": a query that sees no key averages all values, hidden ones too; its backward
+    is that of a softmax over equal scores. Queries that see a key are as before."""
+    rng = np.random.default_rng(0)
+    q, k, v, do = (rng.normal(size=(2, 4, 3, 5)) for _ in range(4))
+    key_mask = np.array([[True] * 4, [False, False, True, True]])
+    o, saved = attention_forward(q, k, v, scale=0.4, key_mask=key_mask, blind="mean")
+    plain, zero = attention_forward(q, k, v, scale=0.4, key_mask=key_mask)
+    np.testing.assert_allclose(o[1, :2], np.broadcast_to(v[1].mean(0), (2, 3, 5)), rtol=1e-14)
+    assert np.array_equal(o[0], plain[0])
+    assert np.array_equal(o[1, 2:], plain[1, 2:])
+    assert not plain[1, :2].any()
+    added = [
+        x - y
+        for x, y in zip(attention_backward(do, saved), attention_backward(do, zero), strict=True)
+    ]
+    dp = np.einsum("thv,shv->ths", do[1, :2], v[1])
+    ds = (dp - dp.mean(-1, keepdims=True)) / 4
+    dq = 0.4 * np.einsum("ths,shx->thx", ds, k[1])
+    dk = 0.4 * np.einsum("ths,thx->shx", ds, q[1, :2])
+    dv = np.broadcast_to(do[1, :2].sum(0) / 4, (4, 3, 5))
+    for got, wanted in zip((added[0][1, :2], added[1][1], added[2][1]), (dq, dk, dv), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-12, atol=1e-14)
+    with pytest.raises(ValueError, match="blind must be one of zero, mean"):
+        attention_forward(q, k, v, scale=0.4, blind="max")  # type: ignore[arg-type]
+
+
 def test_protocol() -> None:
     property_test("attention")
 

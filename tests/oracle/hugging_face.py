@@ -24,17 +24,29 @@ from transformers import (
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    DeepseekV32Config,
+    DeepseekV32ForCausalLM,
+    Glm4MoeLiteConfig,
+    Glm4MoeLiteForCausalLM,
+    GlmMoeDsaConfig,
+    GlmMoeDsaForCausalLM,
 )
 from transformers import modeling_rope_utils as rope_utils
 from transformers.modeling_layers import MtpModel
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
+from transformers.models.deepseek_v32 import modeling_deepseek_v32 as v32
+from transformers.models.glm4_moe_lite import modeling_glm4_moe_lite as glm4
+from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as dsa
 
 from golden.checkpoint_values import Arrays, Values
 
 FAMILIES = {
     "v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
     "v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
+    "glm4": (Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM),
+    "v32": (DeepseekV32Config, DeepseekV32ForCausalLM),
+    "dsa": (GlmMoeDsaConfig, GlmMoeDsaForCausalLM),
 }
 NARROW = (torch.float32, torch.float16, torch.bfloat16, torch.complex64)
 
@@ -57,7 +69,7 @@ def float64() -> Iterator[None]:
     """Inside, transformers casts to float64 instead of float32. Build the model inside, too: it
     makes frequencies."""
     with ExitStack() as stack:
-        for module in (v2, v3, rope_utils):
+        for module in (v2, v3, v32, glm4, dsa, rope_utils):
             stack.enter_context(mock.patch.object(module, "torch", WideTorch()))
         # as a cast would, this makes a copy without gaps: V2 views pairs of it as complex numbers
         stack.enter_context(
@@ -101,6 +113,8 @@ def build(
     config._attn_implementation, config._experts_implementation = attention, experts
     with no_shared_experts_allowed():
         model = model_class(config)
+    for tensor in drawn_tensors(model).values():
+        tensor.data = tensor.data.to(torch.float32)  # of gates `float64` makes them float64
     randomise(model, seed)
     if folder is not None:
         model.save_pretrained(folder)
@@ -141,13 +155,17 @@ def load(family: str, folder: Path, dtype: str) -> Any:
     return model
 
 
+def drawn_tensors(model: Any) -> dict[str, Any]:
+    """Every parameter, then every gate bias, by name."""
+    buffers = model.named_buffers()
+    biases = {name: b for name, b in buffers if name.endswith("e_score_correction_bias")}
+    return dict(model.named_parameters()) | biases
+
+
 def randomise(model: Any, seed: int) -> None:
     """Draw every parameter and every gate bias anew."""
     rng = np.random.default_rng(seed)
-    biases = [
-        (name, b) for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")
-    ]
-    for name, parameter in [*model.named_parameters(), *biases]:
+    for name, parameter in drawn_tensors(model).items():
         drawn = rng.standard_normal(tuple(parameter.shape))
         if name.endswith("bias"):
             drawn = 0.4 * drawn - 0.5  # a score is in 0…1, so the biased score is often negative
