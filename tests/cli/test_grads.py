@@ -20,13 +20,14 @@ from safetensors.numpy import load_file, save_file
 from refimpl.checkpoint import Checkpoint, save_checkpoint
 from refimpl.checkpoint.names import stored_names
 from refimpl.cli.grads import differing
+from refimpl.cli.inputs import text_tokens
 from refimpl.config import CONVENTIONS, Conventions, Yarn, preset
 from refimpl.model import backward, forward
 from refimpl.parameters import parameter_shapes
 
 from golden.checkpoint_values import GOLDEN, LEFT, Values, assert_agree, golden_values
 from random_parameters import random_parameters
-from support import refimpl_here, refimpl_process
+from support import byte_level, refimpl_here, refimpl_process
 
 CONFIG = preset("tiny")
 TOKENS = np.random.default_rng(3).integers(0, 256, (2, 10))
@@ -276,6 +277,13 @@ def test_text(folder: Path, run: Any, tmp_path: Path, monkeypatch: pytest.Monkey
         assert "checkpoint/tokenizer.json is not a tokenizer" in error
     finally:
         Path("checkpoint/tokenizer.json").unlink()
+
+
+def test_long_text_is_text(tmp_path: Path) -> None:
+    """Longer than a file's name or a path may be, it is no file's name."""
+    byte_level(tmp_path)
+    for length in (255, 256, 4095, 4096, 100_000):
+        assert text_tokens("x" * length, tmp_path).shape == (1, length)
 
 
 def test_text_without_the_package(
