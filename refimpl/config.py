@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Literal, get_origin, get_type_hints
 
-from .ops.choices import GroupScore, Layout, MaskedGroups, MTPOrder, Score, expect_choice
+from .ops.choices import GroupScore, Layout, MaskedGroups, MTPOrder, Ranking, Score, expect_choice
 from .ops.rope import Yarn, yarn_mscale
 
 __all__ = ["CONVENTIONS", "PRESETS", "Conventions", "ModelConfig", "Yarn", "preset"]
@@ -32,10 +32,10 @@ class Conventions:
     mtp_order: MTPOrder = "embedding_hidden"
     """In front of MTP's projection: embedding_hidden (released weights, Megatron, vLLM) or
     hidden_embedding (paper)."""
-    mtp_hidden: Literal["normed", "raw", "raw_first"] = "normed"
+    mtp_hidden: Literal["normed", "raw", "raw_first", "normed_first"] = "normed"
     """An MTP module reads the previous depth's state normed (after the final norm, or the previous
-    module's own norm; Megatron, vLLM) or raw (before it). raw_first: module 1 reads raw, later ones
-    normed (torchtitan)."""
+    module's own norm) or raw (before it). raw_first, normed_first: module 1 as it says, later ones
+    the other."""
     mtp_normaliser: Literal["positions", "valid", "main"] = "positions"
     """MTP's loss is a sum divided by: all B·T positions (paper: 1/T over T−k terms; padding left
     out), valid (its own targets; Megatron), or main (the main loss's targets; torchtitan's first
@@ -64,6 +64,8 @@ class Conventions:
     softmax_normalise: Literal["scaled", "unscaled", "ignored"] = "scaled"
     """What norm_topk_prob does to a softmax gate: as to a sigmoid one; without routed_scale (V2's
     file); none (HF)."""
+    softmax_ranking: Ranking = "scores"
+    """What a softmax gate ranks, and adds over a group, to choose its experts: scores or logits."""
     rope_layout: Layout = "interleaved"
     """How a head's rotated pairs lie in the weights: interleaved (released checkpoints) or
     halves."""
@@ -153,6 +155,16 @@ class ModelConfig:
             )
 
     @property
+    def mtp_starts_normed(self) -> bool:
+        """Whether MTP module 1 reads the main model's hidden states after the final norm."""
+        return self.conventions.mtp_hidden in ("normed", "normed_first")
+
+    @property
+    def mtp_hands_on_raw(self) -> bool:
+        """Whether an MTP module hands its state on before its own norm."""
+        return self.conventions.mtp_hidden in ("raw", "normed_first")
+
+    @property
     def active_yarn(self) -> Yarn | None:
         """YaRN's settings if they apply under the conventions, else None."""
         if self.yarn is None or self.conventions.yarn_when == "always":
@@ -175,6 +187,11 @@ class ModelConfig:
         rule = self.conventions.softmax_normalise if self.gate == "softmax" else "scaled"
         normalise = self.normalise_weights and rule != "ignored"
         return normalise, 1.0 if normalise and rule == "unscaled" else self.routed_scale
+
+    @property
+    def ranking(self) -> Ranking:
+        """What the gate ranks to choose its experts."""
+        return self.conventions.softmax_ranking if self.gate == "softmax" else "scores"
 
     @property
     def latent_eps(self) -> float:

@@ -327,6 +327,7 @@ def differing(config: ModelConfig, other: Conventions) -> list[str]:
     matters |= {
         "gate_epsilon": config.weight_rule[0],
         "masked_groups": config.keep_groups < config.groups,
+        "softmax_ranking": config.gate == "softmax" and config.keep_groups < config.groups,
         "balance_counts": config.balance_weight > 0,
         "bias_centre": False,  # nothing updates the biases
         "rope_layout": False,  # the weights', which the checkpoint says

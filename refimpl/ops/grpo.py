@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ..array import Array, cast, expect, expect_mask, fill, library, namespace, number, real
-from .choices import Average, Estimator, Level, Ratio, expect_choice
+from .choices import Average, Empty, Estimator, Level, Ratio, expect_choice
 
 __all__ = [
     "GRPO_PRESETS",
@@ -74,6 +74,7 @@ def grpo_forward(
     ratio: Ratio = "token",
     average: Average = "sequence",
     length: int | None = None,
+    empty: Empty = "counted",
     kl_weight: float = 0.04,
     kl: Estimator = "k3",
     kl_level: Level = "token",
@@ -97,6 +98,7 @@ def grpo_forward(
             |o|-th root; GSPO).
         average: sequence (mean over outputs of the mean over tokens), token (mean over all tokens;
             DAPO), constant (sum over tokens by N·length; Dr. GRPO).
+        empty: an output without tokens is counted in N, or left_out of it.
         kl_weight, kl, kl_level: β; k1, k2, k3, or unbiased (ρ·k3, V3.2); token or sequence.
         kl_bounds: of |ln π_ref/π| and of |k|, which stop there, and with them the gradient; verl
             has (20, 10).
@@ -115,13 +117,14 @@ def grpo_forward(
         ratio,
         average,
         length,
+        empty,
         kl_weight,
         kl,
         kl_level,
         kl_bounds,
         reference_log_prob,
     )
-    count, weight = _weights(log_prob, mask, average, length)
+    count, weight = _weights(log_prob, mask, average, length, empty)
     a, kl_weight = cast(advantages, log_prob)[:, None], float(kl_weight)
     log_ratio = _difference(log_prob, old_log_prob, mask, "old_log_prob")
     z = _to_level(log_ratio, mask, count, ratio)  # (grpo.2)
@@ -192,11 +195,19 @@ def group_advantages(
     return xp.reshape(centred, (-1,))
 
 
+def counted_outputs(mask: Array, empty: Empty) -> int:
+    """N of the loss's divisor: all outputs of ``mask`` [N, T], or those that have a token."""
+    if empty == "counted":
+        return int(mask.shape[0])
+    xp = library(mask, "mask")
+    return int(xp.sum(xp.astype(xp.any(mask, axis=1), xp.int64))) or 1
+
+
 def _weights(
-    log_prob: Array, mask: Array, average: Average, length: int | None
+    log_prob: Array, mask: Array, average: Average, length: int | None, empty: Empty
 ) -> tuple[Array, Array]:
     """Each output's length [N, 1], at least 1, and each token's share [N, T] in the loss."""
-    xp, n = namespace(log_prob=log_prob), mask.shape[0]
+    xp, n = namespace(log_prob=log_prob), counted_outputs(mask, empty)
     size = xp.sum(xp.astype(mask, xp.float64), axis=1, keepdims=True)
     count = xp.where(size > 0, size, 1.0)
     total = {
@@ -293,6 +304,7 @@ def check_settings(
     ratio: Ratio,
     average: Average,
     length: int | None,
+    empty: Empty,
     kl_weight: float,
     kl: Estimator,
     kl_level: Level,
@@ -309,6 +321,7 @@ def check_settings(
         raise ValueError(f"kl_bounds must be two numbers above 0 or None, got {kl_bounds}")
     expect_choice("ratio", ratio, Ratio)
     expect_choice("average", average, Average)
+    expect_choice("empty", empty, Empty)
     expect_choice("kl", kl, Estimator)
     expect_choice("kl_level", kl_level, Level)
     if average == "constant" and not (length and length > 0):

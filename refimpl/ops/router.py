@@ -24,7 +24,7 @@ from ..array import (
     sigmoid,
     zeros,
 )
-from .choices import GroupScore, MaskedGroups, Score, expect_choice
+from .choices import GroupScore, MaskedGroups, Ranking, Score, expect_choice
 
 __all__ = [
     "RouterOutput",
@@ -70,6 +70,7 @@ def router_forward(
     scale: float = 1.0,
     epsilon: float = 0.0,
     masked_groups: MaskedGroups = "-inf",
+    ranking: Ranking = "scores",
     routes: Array | None = None,
 ) -> tuple[RouterOutput, RouterSaved]:
     """Choose ``top_k`` of E experts for each row of ``x`` […, D] with the gate ``w`` [E, D].
@@ -80,6 +81,8 @@ def router_forward(
         score: ``sigmoid`` (V3) or ``softmax`` (V2).
         normalise: divide the chosen scores by their sum + ``epsilon`` (V3); V2 does not.
         scale: multiplies the weights (routed_scaling_factor).
+        ranking: what the selection ranks, and the bias is added to: ``scores`` or ``logits``. The
+            order of a row's experts is the same; sums over groups, and those with a bias, are not.
         routes: […, K] integers to use instead of a selection: replay of another run's or
             implementation's choice.
 
@@ -87,7 +90,7 @@ def router_forward(
     """
     xp = namespace(x=x, w=w)
     scale, epsilon = float(scale), float(epsilon)
-    check_router(x, w, bias, score)
+    check_router(x, w, bias, score, ranking)
     logits = xp.matmul(x, xp.matrix_transpose(w))  # (router.1)
     if score == "sigmoid":
         scores = sigmoid(logits)  # (router.2)
@@ -95,7 +98,8 @@ def router_forward(
         e = xp.exp(logits - xp.max(real(logits), axis=-1, keepdims=True))
         scores = e / xp.sum(e, axis=-1, keepdims=True)  # (router.3)
     if routes is None:
-        biased = real(scores) if bias is None else real(scores) + bias  # (router.4)
+        ranked = real(scores if ranking == "scores" else logits)
+        biased = ranked if bias is None else ranked + bias  # (router.4)
         indices = select_experts(biased, top_k, groups, keep_groups, group_score, masked_groups)
     else:
         expect("routes", routes, "(…, K)", (*x.shape[:-1], top_k))
@@ -136,10 +140,11 @@ def router_backward(dy: tuple[Array, Array | None], saved: RouterSaved) -> tuple
     return dx, dw
 
 
-def check_router(x: Array, w: Array, bias: Array | None, score: Score) -> None:
+def check_router(x: Array, w: Array, bias: Array | None, score: Score, ranking: Ranking) -> None:
     """ValueError unless what `router_forward` is given fits together."""
     expect("w", w, "(E, D)", (None, last(x, "x")))
     expect_choice("score", score, Score)
+    expect_choice("ranking", ranking, Ranking)
     if bias is not None:
         expect("bias", bias, "(E,)", (w.shape[0],))
 
