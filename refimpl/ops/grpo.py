@@ -93,15 +93,14 @@ def grpo_forward(
         reference_log_prob: [N, T], for the KL; needed unless kl_weight is 0.
         clip: (ε_low, ε_high); R1's first stage has (10, 10), of which only the upper one acts. On a
             bound is within.
-        dual_clip: verl's bound of ρ from above where A < 0.
+        dual_clip: a bound of ρ from above where A < 0.
         ratio: token, sequence (product over the output; V3's and R1's print), sequence_mean (its
             |o|-th root; GSPO).
         average: sequence (mean over outputs of the mean over tokens), token (mean over all tokens;
             DAPO), constant (sum over tokens by N·length; Dr. GRPO).
         empty: an output without tokens is counted in N, or left_out of it.
         kl_weight, kl, kl_level: β; k1, k2, k3, or unbiased (ρ·k3, V3.2); token or sequence.
-        kl_bounds: of |ln π_ref/π| and of |k|, which stop there, and with them the gradient; verl
-            has (20, 10).
+        kl_bounds: of |ln π_ref/π| and of |k|, which stop there, and with them the gradient.
         off_policy: V3.2's δ: the ratio term of an output with A < 0 and mean ln(π_old/π) > δ is
             dropped.
         unclipped, kept: choices of an earlier run to replay.
@@ -174,10 +173,8 @@ def group_advantages(
 
     Args:
         scale: divide by the standard deviation (Dr. GRPO does not).
-        ddof: 0 or 1; the paper does not say. TRL, verl and OpenRLHF take 1, with epsilon 1e-4, 1e-6
-            and 1e-9.
-        alone: what a group of one gets is ``alone`` · R (verl: 1/(1 + epsilon)). Equal rewards get
-            0, never NaN.
+        ddof, epsilon: 0 or 1, and what is added; the paper says neither.
+        alone: what a group of one gets is ``alone`` · R. Equal rewards get 0, never NaN.
     """
     xp = namespace(rewards=rewards)
     expect("rewards", rewards, "(Q, G)", (None, None))

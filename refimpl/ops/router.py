@@ -164,10 +164,9 @@ def select_experts(
         groups, keep_groups: experts form ``groups`` equal groups in order; only the best
             ``keep_groups`` take part.
         group_score: the sum of a group's best: ``top2`` two (V3's code), ``share`` K / keep_groups
-            of them (V3's paper, Megatron), ``max`` one (V2).
-        masked_groups: ``-inf`` hides the other groups; ``zero`` sets their scores to 0, as Hugging
-            Face did until transformers#45441: an expert with a negative biased score then loses to
-            a hidden one.
+            of them (V3's paper), ``max`` one (V2).
+        masked_groups: ``-inf`` hides the other groups; ``zero`` sets their scores to 0: an expert
+            with a negative biased score then loses to a hidden one.
     """
     xp, experts = namespace(biased=biased), biased.shape[-1]
     check_selection(experts, top_k, groups, keep_groups, group_score, masked_groups)
@@ -232,7 +231,7 @@ def bias_update(bias: Array, load: Array, gamma: float, *, centre: bool = False)
     section 2.1.2).
 
     ``load`` [E] counts the whole batch, once (a recomputed forward must not count twice).
-    ``centre`` subtracts the mean change, as torchtitan does; DeepSeek and Megatron do not.
+    ``centre`` subtracts the mean change.
     """
     xp = namespace(bias=bias)
     expect("load", load, "(E,)", tuple(bias.shape))
