@@ -540,7 +540,8 @@ def late_angles() -> Numbers:
     narrow = inv_freq.astype(np.float32)
 
     def error(t: int) -> float:
-        return float(np.max(np.abs(np.cos(t * inv_freq) - np.cos(np.float32(t) * narrow))))
+        angle = (np.float32(t) * narrow).astype(np.float64)
+        return float(np.max(np.abs(np.cos(t * inv_freq) - np.cos(angle))))
 
     return {f"position {t}": error(t) for t in (100, 32_000, 163_000)}
 

@@ -235,7 +235,7 @@ TRAPS = (
                 "0.001, others nothing, which reads as 0",
                 at=BESIDE,
             ),
-            "HF": run("none for these models", test=TRAINING),
+            "HF": run("none for these models", test=DRAWN),
             "Megatron": run(
                 "as the paper (`compute_routing_scores_for_aux_loss`), with 1e-20 added to the sum "
                 "of the scores; α = 0 and a batch-wise loss by default. Of padded sequences each "
@@ -266,9 +266,7 @@ TRAPS = (
             "paper": read(
                 "no: b_i += γ sign(mean load − load_i) (V3 2.1.2), γ 0.001 for 14.3T tokens, then 0"
             ),
-            "HF": run(
-                "never updated: a buffer; an export that zeroes it loses the routing", test=TRAINING
-            ),
+            "HF": read("never updated: a buffer; an export that zeroes it loses the routing"),
             "Megatron": read(
                 "no; once an optimiser step (`get_updated_expert_bias`); counts where "
                 "gradients are recorded, so re-entrant recomputation counts once"
@@ -586,7 +584,7 @@ TRAPS = (
         "Does MTP module k run over the T − k positions that have a token to read, or over all T?",
         {
             "paper": read("1 … T − k (V3 eq. 21–24)"),
-            "HF": run("drafts alone, over what it is given (`MtpModel`)", test=TRAINING),
+            "HF": read("drafts alone, over what it is given (`MtpModel`)"),
             "Megatron": run(
                 "T: it rolls the tokens, and the last k positions read token 0 "
                 "(`roll_tensor`, `_get_embeddings`). The tail has no loss, but it counts in "
@@ -667,14 +665,11 @@ TRAPS = (
             "HF": run(
                 "yes, if its label is not −100: labels of −100 at padding leave it in "
                 "(`ForCausalLMLoss`). What the padding position computes is attention without a "
-                "key, which differs between its attention implementations",
+                "key, whose value differs between `eager` and `sdpa`",
                 test=ORACLE("test_left_padding_counts_the_first_token"),
             ),
             "DeepSeek": read("pads on the right (inference/generate.py)"),
-            "TRL": run(
-                "no question for it: the loss is of the completion, which is padded on the right",
-                test=TRL("test_loss_types"),
-            ),
+            "TRL": read("GRPO: the loss is of the completion alone, which is padded on the right"),
         },
         "`forward(mask=)`: by default no",
         "left out",

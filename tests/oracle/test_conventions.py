@@ -13,9 +13,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the extra oracle")
 pytest.importorskip("transformers", reason="needs the extra oracle")
 
-from refimpl.config import CONVENTIONS
 from refimpl.model import forward, logits
-from refimpl.ops import cross_entropy_forward
 
 from golden.checkpoint_values import read_checkpoint
 from oracle.hugging_face import build, build_mtp, float64
@@ -58,29 +56,24 @@ def test_float64_is_not(tmp_path: Path) -> None:
 
 
 def test_left_padding_counts_the_first_token(tmp_path: Path) -> None:
-    """Row 26: with −100 on padding alone the first real token counts; with −100 on it too, the loss
-    is ours, which leaves it out."""
+    """Row 26: with −100 on padding alone the first real token counts, and the loss is one in
+    `eager` and another in `sdpa`; with −100 on it too, both have ours, which leaves it out."""
     real = np.arange(9) >= np.array([[0], [3]])
+    positions = np.maximum(np.cumsum(real, axis=1) - 1, 0)
+    given = {"attention_mask": torch.tensor(real), "position_ids": torch.tensor(positions)}
+
+    def loss(counts: np.ndarray, attention: str) -> float:
+        labels = torch.tensor(np.where(counts, TOKENS, -100))
+        with float64(), torch.no_grad():
+            model = build("v3", SMALL, 3, attention=attention)
+            return float(model(torch.tensor(TOKENS), labels=labels, use_cache=False, **given).loss)
+
     with float64():
-        model = build("v3", SMALL, 3, tmp_path)
-        config, params = read_checkpoint(tmp_path)
-        positions = np.maximum(np.cumsum(real, axis=1) - 1, 0)
-        given = {"attention_mask": torch.tensor(real), "position_ids": torch.tensor(positions)}
-
-        def loss(counts: np.ndarray) -> float:
-            labels = torch.tensor(np.where(counts, TOKENS, -100))
-            with torch.no_grad():
-                out = model(torch.tensor(TOKENS), labels=labels, use_cache=False, **given)
-            return float(out.loss)
-
-        counted = loss(real)
-        left_out = loss(real & np.roll(real, 1, axis=1))
+        build("v3", SMALL, 3, tmp_path)
+    config, params = read_checkpoint(tmp_path)
     config = replace(config, balance_weight=0.0, mtp_depth=0)
-    output, _ = forward(params, TOKENS, config, key_mask=real, positions=positions)
-    assert abs(float(output.main) - left_out) < 1e-12 * left_out
-    assert abs(counted - left_out) > 1e-4
-    z = logits(params, output.hidden)[:, :-1]
-    targets = TOKENS[:, 1:]
-    without, _ = cross_entropy_forward(z, targets=targets, mask=real[:, 1:] & real[:, :-1])
-    assert abs(float(without) - left_out) < 1e-12 * left_out
-    assert CONVENTIONS["hf"].yarn_when == "always"
+    ours = float(forward(params, TOKENS, config, key_mask=real, positions=positions)[0].main)
+    counted = [loss(real, attention) for attention in ("eager", "sdpa")]
+    left_out = [loss(real & np.roll(real, 1, axis=1), how) for how in ("eager", "sdpa")]
+    np.testing.assert_allclose(left_out, ours, rtol=1e-12)
+    assert len({round(value, 4) for value in [*counted, ours]}) == 3
