@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: digests verify test test-full test-newest oracle kernels gpu gpu-more ladder check bugs memory memory-grads clean
+.PHONY: digests verify test test-full test-newest oracle peers kernels gpu gpu-more ladder check bugs memory memory-grads clean
 
 verify: .venv/base  ## prove every gradient on real text
 	$(BIN)/refimpl verify
@@ -33,6 +33,10 @@ oracle: .venv/oracle  ## compare with Hugging Face's models, run the ops on JAX 
 
 kernels: .venv/dev  ## compile every kernel for every target into build/kernels, for machines without compilers
 	REFIMPL_KERNELS=build/kernels $(BIN)/refimpl kernels
+
+# In an environment of its own, without the constraints: verl needs an older transformers than the oracle.
+peers: .venv-peers  ## compare with TRL's and verl's own losses (torch may bring gigabytes of CUDA)
+	.venv-peers/bin/python -m pytest -q tests/peers
 
 # With the Python at hand where that has what is needed (a GPU machine may have no network), else in .venv.
 # gpu-more is the second list of tests/gpu.py: beside torch, compute-sanitizer, the whole model.
@@ -84,5 +88,11 @@ memory-grads: .venv/base  ## measure the peak memory of `refimpl grads` on V2-Li
 	@$(PIP) -e '.[oracle,jax]'
 	@touch $@
 
+.venv-peers: pyproject.toml
+	@echo "installing torch, TRL and verl into .venv-peers"
+	@test -x $@/bin/python || $(PYTHON) -m venv $@
+	@$@/bin/python -m pip install --quiet --disable-pip-version-check -e '.[peers]' pytest
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-newest build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-newest .venv-peers build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

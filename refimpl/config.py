@@ -17,6 +17,7 @@ from .ops.choices import (
     Layout,
     MaskedGroups,
     MTPOrder,
+    Ranking,
     Score,
     expect_choice,
 )
@@ -34,52 +35,49 @@ def _check_choices(record: object) -> None:
 
 @dataclass(frozen=True)
 class Conventions:
-    """Where papers and implementations disagree: one field a choice. The default is `official`:
+    """Where papers and implementations disagree: one field per choice. The default is `official`:
     DeepSeek's inference code and released weights, and the paper where those are silent.
-    derivations/conventions.md says who does what."""
+    derivations/conventions.md alone says who else does what."""
 
     mtp_order: MTPOrder = "embedding_hidden"
-    """In front of MTP's projection: embedding_hidden (released weights, Megatron, vLLM) or
-    hidden_embedding (paper)."""
-    mtp_hidden: Literal["normed", "raw", "raw_first"] = "normed"
+    """In front of MTP's projection: embedding_hidden (released weights) or hidden_embedding
+    (paper)."""
+    mtp_hidden: Literal["normed", "raw", "raw_first", "normed_first"] = "normed"
     """An MTP module reads the previous depth's state normed (after the final norm, or the previous
-    module's own norm; Megatron, vLLM) or raw (before it). raw_first: module 1 reads raw, later ones
-    normed (torchtitan)."""
+    module's own norm) or raw (before it). raw_first, normed_first: module 1 as it says, later ones
+    the other."""
     mtp_normaliser: Literal["positions", "valid", "main"] = "positions"
     """MTP's loss is a sum divided by: all B·T positions (paper: 1/T over T−k terms; padding left
-    out), valid (its own targets; Megatron), or main (the main loss's targets; torchtitan's first
-    version)."""
+    out), valid (its own targets), or main (the main loss's targets)."""
     mtp_zero_first_embedding: bool = False
-    """Zero the embedding that MTP reads at RoPE position 0 of a sequence, as vLLM does."""
+    """Zero the embedding that MTP reads at RoPE position 0 of a sequence."""
     masked_groups: MaskedGroups = "-inf"
-    """Scores of groups left out: -inf, or zero (Hugging Face before transformers#45441)."""
+    """Scores of groups left out: -inf, or zero."""
     balance_counts: Literal["unbiased", "routed"] = "unbiased"
-    """f_i counts the K best unbiased and ungrouped scores (paper, Megatron) or the routed experts
-    (HF's V2 code)."""
+    """f_i counts the K best unbiased and ungrouped scores (paper) or the routed experts."""
     bias_centre: bool = False
-    """Subtract the mean from the bias update, as torchtitan does."""
+    """Subtract the mean from the bias update."""
     gate_epsilon: float = 0.0
-    """Added to the sum of the chosen scores: 0 (DeepSeek's inference code) or 1e-20 (HF, Megatron,
-    torchtitan)."""
+    """Added to the sum of the chosen scores: 0 (DeepSeek's inference code), or 1e-20 elsewhere."""
     latent_eps: Literal["config", "class_default"] = "config"
-    """eps of the two latent norms: the config's, or class_default (1e-6; Hugging Face). They differ
-    on Moonlight."""
+    """eps of the two latent norms: the config's, or class_default (1e-6). They differ on
+    Moonlight."""
     yarn_when: Literal["beyond_original", "always"] = "beyond_original"
-    """YaRN applies only if max_positions exceeds the original context (DeepSeek), or always
-    (Hugging Face)."""
+    """YaRN applies only if max_positions exceeds the original context (DeepSeek), or always."""
     yarn_factor: Literal["ratio", "if_both"] = "ratio"
-    """What multiplies cos and sin: m(mscale) / m(mscale_all_dim), always, or (HF) if both are
-    given, else m(1)."""
+    """What multiplies cos and sin: m(mscale) / m(mscale_all_dim), always, or if both are given,
+    else m(1)."""
     softmax_normalise: Literal["scaled", "unscaled", "ignored"] = "scaled"
     """What norm_topk_prob does to a softmax gate: as to a sigmoid one; without routed_scale (V2's
-    file); none (HF)."""
+    file); none."""
     target_after_padding: bool = False
     """The first token behind left padding counts as a target, predicted from padding, as where
-    labels are shifted (HF)."""
+    labels are shifted."""
     blind_query: BlindQuery = "zero"
-    """What attention gives a query that sees no key, such as padding in front of a row: 0 (flash
-    attention; transformers with sdpa), or the mean of all values (transformers, eager), at position
-    0."""
+    """What attention gives a query that sees no key, such as padding in front of a row: 0, or the
+    mean of all values, at position 0."""
+    softmax_ranking: Ranking = "scores"
+    """What a softmax gate ranks, and adds over a group, to choose its experts: scores or logits."""
     rope_layout: Layout = "interleaved"
     """How a head's rotated pairs lie in the weights: interleaved (released checkpoints) or
     halves."""
@@ -189,6 +187,16 @@ class ModelConfig:
         )
 
     @property
+    def mtp_starts_normed(self) -> bool:
+        """Whether MTP module 1 reads the main model's hidden states after the final norm."""
+        return self.conventions.mtp_hidden in ("normed", "normed_first")
+
+    @property
+    def mtp_hands_on_raw(self) -> bool:
+        """Whether an MTP module hands its state on before its own norm."""
+        return self.conventions.mtp_hidden in ("raw", "normed_first")
+
+    @property
     def active_yarn(self) -> Yarn | None:
         """YaRN's settings if they apply under the conventions, else None."""
         if self.yarn is None or self.conventions.yarn_when == "always":
@@ -211,6 +219,11 @@ class ModelConfig:
         rule = self.conventions.softmax_normalise if self.gate == "softmax" else "scaled"
         normalise = self.normalise_weights and rule != "ignored"
         return normalise, 1.0 if normalise and rule == "unscaled" else self.routed_scale
+
+    @property
+    def ranking(self) -> Ranking:
+        """What the gate ranks to choose its experts."""
+        return self.conventions.softmax_ranking if self.gate == "softmax" else "scores"
 
     @property
     def latent_eps(self) -> float:

@@ -404,6 +404,7 @@ def experts_sublayer_forward(
         scale=scale,
         epsilon=config.conventions.gate_epsilon,
         masked_groups=config.conventions.masked_groups,
+        ranking=config.ranking,
         routes=None if replay is None else replay.indices,
     )
     counted = _counted(config, routed) if replay is None else replay.counted
@@ -467,7 +468,7 @@ def final_norm_backward(
     """The gradients of the last block's output and of the hidden states, from ``dh``, what the head
     makes of the latter, and ``dstate`` of what the first MTP module read."""
     dx = zeros(dh.shape, dh)
-    if dstate is not None and run.config.conventions.mtp_hidden == "normed":
+    if dstate is not None and run.config.mtp_starts_normed:
         dh = dh + dstate
     elif dstate is not None:
         dx = dx + dstate
@@ -522,7 +523,7 @@ def ops_for(batch: Batch, config: ModelConfig, ops: Ops) -> Ops:
 
 def mtp_input(config: ModelConfig, hidden: Array, x: Array) -> Array:
     """What MTP module 1 reads of the main model: its hidden states, or the last block's output."""
-    return hidden if config.conventions.mtp_hidden == "normed" else x
+    return hidden if config.mtp_starts_normed else x
 
 
 def mtp_module_forward(
@@ -549,7 +550,7 @@ def mtp_module_forward(
     x, block = block_forward(run, layer, x, batch)
     norm = run.weight(layer, MTP_NORM)
     normed, norm_saved = ops.rms_norm.forward(x, norm, eps=config.norm_eps)
-    state = x if config.conventions.mtp_hidden == "raw" else normed
+    state = x if config.mtp_hands_on_raw else normed
     return state, normed, MTPModuleSaved(embedding_saved, keep, mtp_saved, block, norm_saved)
 
 
@@ -565,7 +566,7 @@ def mtp_module_backward(
     """The gradient of what module ``depth`` read of the previous depth, from those of its normed
     output and of what it handed to the next."""
     ops, layer = run.ops, mtp_layer(run.config, depth)
-    handed_on_raw = run.config.conventions.mtp_hidden == "raw"
+    handed_on_raw = run.config.mtp_hands_on_raw
     if dstate is not None and not handed_on_raw:
         dnormed = dnormed + dstate
     dx, dw_norm = ops.rms_norm.backward(dnormed, saved.norm)

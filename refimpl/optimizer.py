@@ -131,7 +131,7 @@ def clip_global_norm(grads: Tensors, max_norm: float, *, epsilon: float = 0.0) -
     """Scale all gradients in place so that their common norm is at most ``max_norm``; returns the
     norm before.
 
-    The factor is min(1, max_norm / (norm + epsilon)); torch and Megatron take epsilon = 1e-6.
+    The factor is min(1, max_norm / (norm + epsilon)); torch takes epsilon = 1e-6.
     Squares are summed in float64 where the gradients are; one number is copied from a device. A
     norm that is not finite changes nothing: the caller sees it in the result and skips the step.
     """

@@ -261,6 +261,7 @@ CHAINS = {
     "paper": {"mtp_order": "hidden_embedding"},
     "raw": {"mtp_hidden": "raw", "mtp_zero_first_embedding": True},
     "raw_first": {"mtp_hidden": "raw_first"},
+    "normed_first": {"mtp_hidden": "normed_first"},
 }
 
 
@@ -278,7 +279,7 @@ def test_drafts_are_those_of_the_whole_chain(name: str) -> None:
     for new in (1, 1, 4, 1, 2, 3, 1, 9, 1, 1):
         hidden, raw = decoder.read(np.array([tokens[seen : seen + new]]))
         seen += new
-        state = hidden if config.conventions.mtp_hidden == "normed" else raw
+        state = hidden if config.conventions.mtp_hidden.startswith("normed") else raw
         drafts, found = chain.draft(state, tokens[: seen + 1], 3)
         _, saved = forward(params, np.array([tokens[: seen + 1] + drafts]), config)
         for depth, (draft, z) in enumerate(zip(drafts, found, strict=True), 1):

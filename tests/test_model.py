@@ -103,6 +103,7 @@ OTHER = [
     {"mtp_order": "hidden_embedding"},
     {"mtp_hidden": "raw"},
     {"mtp_hidden": "raw_first"},
+    {"mtp_hidden": "normed_first"},
     {"mtp_normaliser": "valid"},
     {"mtp_normaliser": "main"},
     {"mtp_zero_first_embedding": True},
@@ -137,6 +138,35 @@ def test_every_convention_changes_the_loss_and_keeps_its_gradient(change: dict[s
     h = 1e-4
     difference = (8 * (loss(h) - loss(-h)) - (loss(2 * h) - loss(-2 * h))) / (12 * h)
     assert abs(difference - slope) <= 1e-8 * abs(slope)
+
+
+def test_normed_first_is_normed_for_one_module_and_raw_for_the_later_ones() -> None:
+    """Module 1 reads what it reads under `normed`; the state that module 2 reads is none of the
+    other chains'."""
+    config = replace(SMALL, mtp_depth=2)
+    params = random_parameters(config)
+    losses = {
+        chain: forward(params, TOKENS, replace(config, conventions=Conventions(mtp_hidden=chain)))[
+            0
+        ].mtp
+        for chain in ("normed", "raw", "raw_first", "normed_first")
+    }
+    assert losses["normed_first"][0] == losses["normed"][0] != losses["raw"][0]
+    assert len({float(mtp[1]) for mtp in losses.values()}) == 4
+
+
+def test_softmax_ranking_is_the_softmax_gates_alone() -> None:
+    """It moves the routes of a softmax gate with groups; a sigmoid gate does not know it."""
+    params = random_parameters(SMALL, std=1.0)
+    logits_ranked = Conventions(softmax_ranking="logits")
+    for gate, same in (("sigmoid", True), ("softmax", False)):
+        config = replace(SMALL, gate=gate)
+        routes = [
+            forward(params, TOKENS, replace(config, conventions=c))[0].routes
+            for c in (Conventions(), logits_ranked)
+        ]
+        equal = [np.array_equal(routes[0][i].indices, routes[1][i].indices) for i in routes[0]]
+        assert all(equal) == same
 
 
 def test_a_gradient_for_every_parameter() -> None:

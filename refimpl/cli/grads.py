@@ -334,6 +334,7 @@ def differing(config: ModelConfig, other: Conventions, *, after_padding: bool = 
         "blind_query": False,  # matters where a target behind padding counts
         "gate_epsilon": config.weight_rule[0],
         "masked_groups": config.keep_groups < config.groups,
+        "softmax_ranking": config.gate == "softmax" and config.keep_groups < config.groups,
         "balance_counts": config.balance_weight > 0,
         "bias_centre": False,  # nothing updates the biases
         "rope_layout": False,  # the weights', which the checkpoint says

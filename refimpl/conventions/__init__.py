@@ -1,5 +1,5 @@
-"""Where papers and implementations of DeepSeek-V3 and R1 disagree: 22 `TRAPS`, each with the number
-it changes.
+"""Where papers and implementations of DeepSeek-V3 and R1 disagree: 29 `TRAPS`, each with the number
+it changes. The one place that says who does what; configuration, ops and pages link here.
 
 `refimpl conventions` prints them; `refimpl conventions --markdown` writes
 derivations/conventions.md.
@@ -9,12 +9,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import isnan
-from textwrap import fill
 
-from .trap import WHO, Trap
-from .traps import READ, TRAPS
+from .symptoms import SYMPTOMS, rows
+from .trap import HOW, WHO, Statement, Trap
+from .traps import TRAPS
 
-__all__ = ["TRAPS", "WHO", "Trap", "markdown", "numbers", "show"]
+__all__ = [
+    "HOW",
+    "SYMPTOMS",
+    "TRAPS",
+    "WHO",
+    "Statement",
+    "Trap",
+    "find",
+    "markdown",
+    "numbers",
+    "rows",
+    "show",
+]
+
+
+def find(word: str) -> list[int]:
+    """The numbers of the traps that a word, or a part of one, stands in; or that a symptom with it
+    leads to."""
+    named = {n for n, trap in enumerate(TRAPS, 1) if trap.is_about(word)}
+    if named:
+        return sorted(named)
+    return sorted({n for s in SYMPTOMS if word.lower() in s.lower() for n in rows(s)})
 
 
 def show(value: float) -> str:
@@ -32,12 +53,18 @@ def numbers(trap: Trap) -> Iterator[str]:
 
 def markdown() -> str:
     """The page derivations/conventions.md."""
-    lines = [HEAD.format(fill(READ, 118)), "| | trap | ours | default |", "|---|---|---|---|"]
+    marks = [f"- *{how}*: {what}." for how, what in HOW.items()]
+    lines = [HEAD.format("\n".join(marks)), "| | trap | ours | default |", "|---|---|---|---|"]
     for number, trap in enumerate(TRAPS, 1):
         lines.append(
             f"| {number} | [{trap.title}](#{anchor(number, trap)}) | {trap.field} | "
             f"{trap.default} |"
         )
+    lines += ["", "## By symptom", "", "| what you see | look at, in this order |", "|---|---|"]
+    lines += [
+        f"| {symptom} | " + " · ".join(f"{link(number)}" for number in rows(symptom)) + " |"
+        for symptom in SYMPTOMS
+    ]
     for number, trap in enumerate(TRAPS, 1):
         lines += [
             "",
@@ -45,12 +72,14 @@ def markdown() -> str:
             "",
             trap.question,
             "",
-            "| who | what |",
-            "|---|---|",
+            "| who | what | how we know |",
+            "|---|---|---|",
         ]
-        lines += [f"| {name} | {what} |" for name, what in trap.who.items()]
+        lines += [
+            f"| {name} | {what.text} | {tested(what, name)} |" for name, what in trap.who.items()
+        ]
         if trap.absent:
-            lines.append(f"| – | no such part, or not read: {', '.join(trap.absent)} |")
+            lines.append(f"| – | no such part, or not read: {', '.join(trap.absent)} | |")
         lines += [
             "",
             f"- **Ours:** {trap.field}; default: {trap.default}.",
@@ -61,6 +90,18 @@ def markdown() -> str:
         lines += [f"- **It changes** {line}." for line in numbers(trap)]
         lines.append(f"- **Test:** [`test_trap_{number:02}`](../tests/conventions/test_traps.py).")
     return "\n".join(lines) + "\n"
+
+
+def tested(what: Statement, name: str) -> str:
+    """How a statement is known, with a link to its test."""
+    if not what.test:
+        return what.source(name)
+    return f"[{what.source(name)}](../{what.test.partition('::')[0]})"
+
+
+def link(number: int) -> str:
+    trap = TRAPS[number - 1]
+    return f"[{trap.title}](#{anchor(number, trap)})"
 
 
 def anchor(number: int, trap: Trap) -> str:
@@ -79,8 +120,16 @@ this page (as Markdown, to a file) and computes its numbers: those of the model 
 
 **What to do with it.** Two implementations disagree: find the traps that touch the tensor where
 they part, compare *from outside*, and set ours to theirs; if the gradients agree then, both are
-right and a convention differed. `Conventions` and `ModelConfig` are the records of
-[`refimpl/config.py`](../refimpl/config.py); three presets of the first exist: `official` (the
-default: DeepSeek's code and weights, and the paper where those are silent), `paper`, `hf`. Projects
-change; what is said of them holds for the versions that were read: {}.
+right and a convention differed. [By symptom](#by-symptom) says where to begin; so does
+`refimpl conventions rope` (any word) on the command line. `Conventions` and `ModelConfig` are the
+records of [`refimpl/config.py`](../refimpl/config.py); three presets of the first exist: `official`
+(the default: DeepSeek's code and weights, and the paper where those are silent), `paper`, `hf`.
+
+**How we know.** This page is the one place that says who does what. Projects change: each statement
+carries the version that it is about, and one of
+
+{}
+
+`make oracle` repeats the statements about transformers that name a test, `make peers` those about
+TRL and verl. No code of theirs is copied.
 """

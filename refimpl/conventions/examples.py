@@ -16,24 +16,37 @@ import ml_dtypes
 import numpy as np
 
 from ..array import Array
+from ..batch import make_batch
 from ..config import ModelConfig, Yarn, preset
-from ..model import ModelOutput, forward, logits
+from ..model import ModelOutput, Run, backward, forward, logits, mtp_module_forward
 from ..ops import (
     GRPO_PRESETS,
     REFERENCE,
     Op,
     Ops,
+    balance_loss_forward,
     bias_update,
     group_advantages,
     grpo_backward,
     grpo_forward,
     mla_forward,
     moe_forward,
+    mtp_backward,
     rms_norm_forward,
+    rope_frequencies,
     router_forward,
     yarn_softmax_factor,
 )
-from ..parameters import is_buffer, parameter_shapes
+from ..parameters import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    MTP_NORM,
+    is_buffer,
+    layer_name,
+    mtp_layer,
+    parameter_shapes,
+)
 
 Numbers = dict[str, float]  # choice → the number it gives, our default first
 TEXT = b"A reference is right, or it is nothing: "  # 2 rows of 20 tokens
@@ -52,9 +65,14 @@ def parameters(bias: float = 0.0) -> dict[str, Array]:
     }
 
 
+def text() -> Array:
+    """[2, 20]: the text's bytes."""
+    return np.frombuffer(TEXT, np.uint8).astype(int).reshape(2, -1)
+
+
 def run(config: ModelConfig = TINY, *, bias: float = 0.0, ops: Ops = REFERENCE) -> ModelOutput:
     """The model on the text."""
-    tokens = np.frombuffer(TEXT, np.uint8).astype(int).reshape(2, -1)
+    tokens = text()
     params = {name: parameters(bias)[name] for name in parameter_shapes(config)}
     return forward(params, tokens, config, ops=ops)[0]
 
@@ -83,7 +101,7 @@ def mtp_order() -> Numbers:
 
 def mtp_hidden() -> Numbers:
     return by_convention(
-        "mtp_hidden", ("normed", "raw", "raw_first"), lambda c: float(run(c).mtp[1])
+        "mtp_hidden", ("normed", "raw", "raw_first", "normed_first"), lambda c: float(run(c).mtp[1])
     )
 
 
@@ -154,6 +172,21 @@ def balance_counts() -> Numbers:
     return by_convention(
         "balance_counts", ("unbiased", "routed"), lambda c: float(sum(run(c).balance.values()))
     )
+
+
+def padded_balance() -> Numbers:
+    """Sequences of 11, 7 and 4 tokens: each divided by the squares of its own length, or of the
+    mean of the three."""
+    rng = np.random.default_rng(0)
+    scores, lengths = rng.uniform(size=(3, 11, 8)), np.array([11, 7, 4])
+    each = [
+        float(balance_loss_forward(scores[i : i + 1, :length], alpha=1.0, top_k=2)[0])
+        for i, length in enumerate(lengths)
+    ]
+    return {
+        "own length": float(np.mean(each)),
+        "mean length": float(np.mean(each * (lengths / lengths.mean()) ** 2)),
+    }
 
 
 def bias_centre() -> Numbers:
@@ -254,6 +287,157 @@ def active_parameters() -> Numbers:
     }
 
 
+def mtp_tail() -> Numbers:
+    """The balance loss of MTP module 1 over the T − 1 positions that have a token to read, or over
+    T, the last of which reads token 0."""
+    config, tokens = TINY, text()
+    run_ = Run(parameters(), config, REFERENCE)
+    hidden = forward(parameters(), tokens, config)[0].hidden
+    batch = make_batch(parameters()[EMBEDDING], tokens, config)
+    short, cut = batch.at(1), np.zeros((2, 1), int)
+    long = batch._replace(
+        tokens=np.concatenate((short.tokens, cut), axis=1),
+        targets=np.concatenate((short.targets, cut), axis=1),
+        mask=np.concatenate((short.mask, cut > 0), axis=1),
+    )
+    losses = {}
+    for name, depth in {"T − k": short, "T": long}.items():
+        _, _, saved = mtp_module_forward(run_, 1, hidden, depth)
+        losses[name] = float(saved.block.network.balance)  # type: ignore[union-attr, arg-type]
+    return losses
+
+
+def largest(gradient: Array) -> float:
+    return float(np.max(np.abs(gradient)))
+
+
+@cache
+def detached_gradients() -> dict[str, dict[str, Array]]:
+    """All gradients, by what the MTP losses do not reach."""
+    met: list[int] = []
+
+    def without_state(every: bool) -> Ops:
+        """`mtp` whose state is a constant in every module, or in the first alone."""
+
+        def cut(dy: Array, saved: Any) -> Any:
+            dstate, *others = mtp_backward(dy, saved)
+            met.append(1)
+            is_first = len(met) % TINY.mtp_depth == 0  # the last that a backward meets
+            return (0 * dstate if every or is_first else dstate, *others)
+
+        return REFERENCE | {"mtp": REFERENCE["mtp"]._replace(backward=cut)}
+
+    def gradients(config: ModelConfig, ops: Ops = REFERENCE) -> dict[str, Array]:
+        given = {name: parameters()[name] for name in parameter_shapes(config)}
+        return backward(forward(given, text(), config, ops=ops)[1])
+
+    trunk = gradients(TINY, without_state(every=False))
+    return {
+        "nothing": gradients(TINY),
+        "heads": trunk | gradients(replace(TINY, mtp_depth=0)),
+        "trunk": trunk,
+        "every depth": gradients(TINY, without_state(every=True)),
+    }
+
+
+def mtp_detach(name: str) -> Numbers:
+    """The largest gradient of a tensor."""
+    return {
+        choice: float(np.max(np.abs(grads[name]))) for choice, grads in detached_gradients().items()
+    }
+
+
+def mtp_detach_norm() -> Numbers:
+    return mtp_detach(FINAL_NORM)
+
+
+def mtp_detach_head() -> Numbers:
+    return mtp_detach(HEAD)
+
+
+def mtp_detach_module() -> Numbers:
+    return mtp_detach(layer_name(mtp_layer(TINY, 1), MTP_NORM))
+
+
+def empty_outputs() -> Numbers:
+    """Four outputs, the last with all tokens masked."""
+    mask = LENGTHS & (np.arange(4) < 3)[:, None]
+    return {empty: grpo(mask=mask, empty=empty) for empty in ("counted", "left_out")}
+
+
+def left_padding() -> Numbers:
+    """The second row is padded on the left; its first real token is a target, or is not, and what
+    predicts it gives 0 or the mean of all values in attention."""
+    real = np.arange(20) >= np.array([[0], [6]])
+    given = {name: parameters()[name] for name in parameter_shapes(replace(TINY, mtp_depth=0))}
+
+    def main_loss(**fields: Any) -> float:
+        config = replace(convention(**fields), mtp_depth=0)
+        return float(forward(given, text(), config, key_mask=real)[0].main)
+
+    return {
+        "left out": main_loss(),
+        "counted": main_loss(target_after_padding=True),
+        "counted, mean": main_loss(target_after_padding=True, blind_query="mean"),
+    }
+
+
+def rope_layout() -> Numbers:
+    return by_convention("rope_layout", ("interleaved", "halves"), main)
+
+
+def biased_weights() -> Numbers:
+    """The chosen experts' weights from their scores, or from what they were chosen by."""
+
+    def biased(x: Array, w: Array, *, bias: Array, scale: float, **how: Any) -> Any:
+        y, saved = router_forward(x, w, bias=bias, scale=scale, **how)
+        chosen = np.take_along_axis(y.scores + bias, y.indices, axis=-1)
+        return y._replace(weights=scale * chosen / chosen.sum(axis=-1, keepdims=True)), saved
+
+    wrong = REFERENCE | {"router": REFERENCE["router"]._replace(forward=biased)}
+    return {"scores": main(), "biased scores": main(ops=wrong)}
+
+
+def softmax_ranking() -> Numbers:
+    """Gates ten times as steep, so that scores are not nearly linear in logits."""
+    steep = {
+        name: 10 * p if name.endswith("mlp.gate.weight") else p for name, p in parameters().items()
+    }
+
+    def loss(config: ModelConfig) -> float:
+        config = replace(config, gate="softmax", gate_bias=False, normalise_weights=False)
+        given = {name: steep[name] for name in parameter_shapes(config)}
+        return float(forward(given, text(), config)[0].main)  # type: ignore[arg-type]
+
+    return by_convention("softmax_ranking", ("scores", "logits"), loss)
+
+
+def vespo_weight() -> Numbers:
+    """One output of four tokens, each a tenth likelier than before: its ratio as the product and as
+    the root of the product."""
+    log_ratio = np.full(4, 0.1)
+    return {"product": float(np.exp(log_ratio.sum())), "root": float(np.exp(log_ratio.mean()))}
+
+
+def log_ratio_bound() -> Numbers:
+    """One token with A = −1 that is e¹² times likelier than when it was sampled."""
+
+    def loss(most: float) -> float:
+        z = np.full((1, 1), min(12.0, most))
+        how: dict[str, Any] = {"advantages": np.array([-1.0]), "mask": z > 0, "kl_weight": 0.0}
+        return float(grpo_forward(z - 20, old_log_prob=0 * z - 20, **how)[0].loss)
+
+    return {"none": loss(np.inf), "±10": loss(10.0)}
+
+
+def delta() -> Numbers:
+    """One token with A = 1 and ρ = 1.15: a bound of 1.1 on ρ where A < 0, and on ρ everywhere."""
+    z = np.full((1, 1), np.log(1.15))
+    how: dict[str, Any] = {"advantages": np.ones(1), "mask": z > 0, "kl_weight": 0.0}
+    ours = grpo_forward(z - 2, old_log_prob=0 * z - 2, dual_clip=1.1, **how)[0].loss
+    return {"dual_clip 1.1": float(ours), "δ 1.1": -min(1.15, 1.1)}
+
+
 LOG_PROB = -np.array(
     [[0.5, 1.25, 0.75, 2.0], [1.5, 0.25, 1.0, 0.5], [0.75, 0.5, 0.0, 0.0], [1.0, 2.5, 0.25, 0.0]]
 )
@@ -349,6 +533,19 @@ def latent_eps() -> Numbers:
         name: float(np.sqrt(np.mean(rms_norm_forward(latent, np.ones(512), eps=eps)[0] ** 2)))
         for name, eps in {"config": 1e-5, "class_default": 1e-6}.items()
     }
+
+
+def late_angles() -> Numbers:
+    """The largest error of cos(t·θ_i) if angles are float32, V3's frequencies."""
+    v3 = preset("v3")
+    inv_freq = rope_frequencies(v3.rope, v3.theta, v3.yarn)
+    narrow = inv_freq.astype(np.float32)
+
+    def error(t: int) -> float:
+        angle = (np.float32(t) * narrow).astype(np.float64)
+        return float(np.max(np.abs(np.cos(t * inv_freq) - np.cos(angle))))
+
+    return {f"position {t}": error(t) for t in (100, 32_000, 163_000)}
 
 
 def hidden_float32() -> Numbers:

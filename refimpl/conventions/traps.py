@@ -1,18 +1,19 @@
-"""The 22 traps: who does what. `READ` says in which versions."""
+"""The 29 traps: who does what, how that is known, and of which version (`VERSIONS`)."""
 
 from __future__ import annotations
 
 from . import examples as ex
-from .trap import Trap
+from .trap import Trap, read, run, told
 
-__all__ = ["READ", "TRAPS"]
+__all__ = ["TRAPS"]
 
-READ = (
-    "DeepSeek-V3 9b4e978, DeepSeek-V3.2-Exp 3b99a53, TileKernels 36d9e45, transformers "
-    "5.24.0, Megatron-LM d98e8a6, torchtitan b5bcd76, TRL 1.16.0, verl 0.9.1, OpenRLHF "
-    "3c3be62, SGLang 0.5.23, vLLM of about September 2025; of the modelling files beside "
-    "DeepSeek's weights only DeepSeek-VL2's copy, 8ed2d7f"
-)
+DRAWN = "tests/oracle/test_hugging_face.py::test_drawn_configurations"
+TRAINING = "tests/oracle/test_hugging_face.py::test_training_loss"
+ORACLE = "tests/oracle/test_conventions.py::{}".format
+TRL = "tests/peers/test_trl.py::{}".format
+VERL = "tests/peers/test_verl.py::{}".format
+V3_2 = "DeepSeek-V3.2-Exp 3b99a53"
+BESIDE = "DeepSeek-VL2 8ed2d7f"  # its copy of the modelling file beside DeepSeek's weights
 MAIN = "main loss"
 RECORD = "`Conventions.{}`".format
 
@@ -21,14 +22,19 @@ TRAPS = (
         "MTP's order",
         "Which comes first in front of the MTP module's projection `eh_proj`?",
         {
-            "DeepSeek": "the embedding: the released weights expect it (sglang#6423)",
-            "paper": "the hidden state (V3 eq. 21)",
-            "HF": "the embedding (`MtpLayer`, modeling_layers.py)",
-            "Megatron": (
+            "DeepSeek": told("the embedding: the released weights expect it (sglang#6423)"),
+            "paper": read("the hidden state (V3 eq. 21)"),
+            "HF": run(
+                "the embedding, unless the config has `mtp_hidden_states_first`: DeepSeek's have "
+                "not, Inkling's has (`MtpLayer`, modeling_layers.py)",
+                test=TRAINING,
+            ),
+            "Megatron": read(
                 "the embedding (`_concat_embeddings`, multi_token_prediction.py; Megatron-LM#1588)"
             ),
-            "torchtitan": "the embedding (deepseek_v3/mtp.py)",
-            "vLLM, SGLang": "the embedding (deepseek_mtp.py, deepseek_nextn.py)",
+            "torchtitan": read("the embedding (deepseek_v3/mtp.py)"),
+            "vLLM": read("the embedding (deepseek_mtp.py)"),
+            "SGLang": read("the embedding (deepseek_nextn.py)"),
         },
         RECORD("mtp_order"),
         "embedding_hidden",
@@ -40,18 +46,24 @@ TRAPS = (
         "MTP's hidden state",
         "Does an MTP module read the previous depth's state before or after its norm?",
         {
-            "paper": "does not say (DeepSeek-V3#839)",
-            "HF": "after: the main model's final norm, then each module's own (`MtpModel`)",
-            "Megatron": (
+            "DeepSeek": told("before it, at every depth (llama.cpp#24025)"),
+            "paper": read("does not say (DeepSeek-V3#839)"),
+            "HF": run(
+                "after: the main model's final norm, then each module's own (`MtpModel`)",
+                test=TRAINING,
+            ),
+            "Megatron": read(
                 "after, as HF (transformer_block.py; `_postprocess`, multi_token_prediction.py)"
             ),
-            "torchtitan": (
+            "torchtitan": read(
                 "before it for module 1, deliberately; after it for later ones "
                 "(`MTPDecoder.forward`)"
             ),
-            "SGLang": "after, as far as its callers show",
-            "vLLM": (
-                "after the final norm for module 1 (second-hand); hands on the raw state from there"
+            "SGLang": read("after its own norm (deepseek_nextn.py)", at="SGLang 0114f9c"),
+            "vLLM": read(
+                "the model file hands on the raw state, after a start that its callers take behind "
+                "the final norm: `normed_first` (deepseek_mtp.py). Since vllm#45895 normed "
+                "throughout, its description says"
             ),
         },
         RECORD("mtp_hidden"),
@@ -60,22 +72,26 @@ TRAPS = (
         "(raw). With norm weights of one the states differ in size alone, which the module's "
         "`hnorm` takes out again.",
         (("loss of MTP module 2", ex.mtp_hidden),),
+        words="chain vLLM raw normed_first drafts",
     ),
     Trap(
         "MTP's normaliser",
         "Module k has T − k targets. What is the sum of their losses divided by?",
         {
-            "paper": (
+            "paper": read(
                 "T, the positions that predict, where token T + 1 is known (V3 eq. 24); λ "
                 "0.3 for 10T tokens, then 0.1"
             ),
-            "Megatron": "the module's own valid targets (`process_mtp_loss`); λ 0.1 by default",
-            "torchtitan": "the main loss's valid targets (`MTPLoss`), λ 0.3",
-            "HF": (
-                "sums the modules' losses without λ (`MtpModel`); as written, labels raise "
-                "(read, not run)"
+            "Megatron": read(
+                "the module's own valid targets (`process_mtp_loss`); λ 0.1 by default"
             ),
-            "verl": "Megatron's (mtp_patch.py)",
+            "torchtitan": read("the main loss's valid targets, still (`MTPLoss`); λ 0.3"),
+            "HF": run(
+                "nothing: with labels it raises TypeError, adding a loss to None "
+                "(`MtpModel.forward`)",
+                test=ORACLE("test_labels_of_mtp_raise"),
+            ),
+            "verl": read("Megatron's (mtp_patch.py)"),
         },
         RECORD("mtp_normaliser"),
         "positions",
@@ -88,12 +104,12 @@ TRAPS = (
         "MTP at position 0",
         "Is the embedding that an MTP module reads zeroed where the position is 0?",
         {
-            "paper": "no",
-            "HF": "no",
-            "Megatron": "no",
-            "torchtitan": "no",
-            "SGLang": "no",
-            "vLLM": "yes",
+            "paper": read("no"),
+            "HF": run("no", test=TRAINING),
+            "Megatron": read("no"),
+            "torchtitan": read("no"),
+            "SGLang": read("no", at="SGLang 0114f9c"),
+            "vLLM": read("yes (deepseek_mtp.py)"),
         },
         RECORD("mtp_zero_first_embedding"),
         "False",
@@ -105,15 +121,19 @@ TRAPS = (
         "Hidden groups",
         "What do the experts of the groups that were not chosen score: −∞ or 0?",
         {
-            "DeepSeek": "−∞ (`Gate`, inference/model.py); early versions 0 (DeepSeek-V3#741)",
-            "paper": "they take no part",
-            "HF": (
+            "DeepSeek": read("−∞ (`Gate`, inference/model.py); early versions 0 (DeepSeek-V3#741)"),
+            "paper": read("they take no part"),
+            "HF": run(
                 "−∞ since transformers#45441, 0 before; V2 still 0, on softmax scores, "
-                "where it is harmless"
+                "where it is harmless",
+                test=DRAWN,
             ),
-            "Megatron": "−∞ (moe_utils.py)",
-            "torchtitan": "−∞ (common/moe.py)",
-            "SGLang": "−∞ with a bias; 0 before sglang#3705 (vLLM: vllm#13474)",
+            "Megatron": read("−∞ (`group_limited_topk`, moe_utils.py)"),
+            "torchtitan": read("−∞ (common/moe.py)"),
+            "SGLang": read(
+                "−∞ with a bias; 0 before sglang#3705 (moe/topk.py)", at="SGLang 000328a"
+            ),
+            "vLLM": told("0 before vllm#13474"),
         },
         RECORD("masked_groups"),
         "-inf",
@@ -125,16 +145,16 @@ TRAPS = (
         "The latents' norms",
         "Are the query and key-value latents normed?",
         {
-            "DeepSeek": "yes, both; never the rotated key",
-            "paper": (
+            "DeepSeek": read("yes, both; never the rotated key"),
+            "paper": read(
                 "not in the equations (V3 eq. 1–11); section 4.2 mentions them. No value "
                 'is published for the "scaling at the width bottlenecks" beside them, and '
                 "no code has any"
             ),
-            "HF": "yes",
-            "Megatron": "yes",
-            "torchtitan": "yes",
-            "SGLang": "yes",
+            "HF": run("yes", test=DRAWN),
+            "Megatron": read("yes"),
+            "torchtitan": read("yes"),
+            "SGLang": read("yes"),
         },
         "fixed: yes",
         "normed",
@@ -146,48 +166,53 @@ TRAPS = (
         "When YaRN applies",
         "With a configured length within the original context, is YaRN on?",
         {
-            "DeepSeek": (
+            "DeepSeek": read(
                 "no: only if max_seq_len exceeds the original context, frequencies and "
                 "mscale alike; the file beside the weights: yes"
             ),
-            "HF": "yes, whenever it is configured (`_compute_yarn_parameters`)",
-            "Megatron": (
+            "HF": run("yes, whenever it is configured (`_compute_yarn_parameters`)", test=DRAWN),
+            "Megatron": read(
                 "yes; MLA's default is YaRN with factor 40, so even unasked (transformer_config.py)"
             ),
-            "torchtitan": "yes since 2026-08-11 (torchtitan#4117), no before",
-            "SGLang": "yes",
+            "torchtitan": read(
+                "yes, whenever it is configured with a factor above 1 (common/rope.py), since "
+                "2026-08-11 (torchtitan#4117); before, as DeepSeek with the training length"
+            ),
+            "SGLang": read("yes"),
         },
         RECORD("yarn_when"),
         "beyond_original",
         "the logits of a short prompt with `max_position_embeddings` 4096 and 8192: equal "
         "(always, or never), or not.",
         ((f"{MAIN}, max_positions = original", ex.yarn_when),),
+        words="RoPE rotary frequencies context",
     ),
     Trap(
         "YaRN's mscale",
         "What does YaRN's temperature multiply, and by which constant?",
         {
-            "DeepSeek": (
+            "DeepSeek": read(
                 "the softmax scale, by (0.1 m ln 40 + 1)²; m is 1.0 for V3 and the 236B "
                 "config, 0.707 for the 16B"
             ),
-            "paper": (
+            "paper": read(
                 "YaRN on the rotated key alone; all code rotates queries too. V2: √t = "
                 "0.0707 ln 40 + 1"
             ),
-            "HF": (
+            "HF": run(
                 "as DeepSeek, m = `mscale_all_dim`; deepseek_v2 ignored it before "
                 "transformers#47435. Cos and sin are multiplied by m(mscale) / "
                 "m(mscale_all_dim), or by m(1) if one of them is 0. V2's config.json has "
-                "0.707 for all sizes (llama.cpp#7118)"
+                "0.707 for all sizes (llama.cpp#7118), V2.5's is said to have 1.0",
+                test=DRAWN,
             ),
-            "Megatron": (
+            "Megatron": run(
                 "m = `mscale_all_dim`, 0 by default, and cos and sin by the ratio of the "
                 "two mscales, 1.369 by default: the rotated part of a score is 1.874 "
-                "times larger, the rest is not (multi_latent_attention.py; worked out "
-                "from its code, not run)"
+                "times larger, the rest is not (multi_latent_attention.py); ours with these "
+                "numbers agrees with it to 8e-15"
             ),
-            "torchtitan": "as DeepSeek; its 16B has 0.70, not 0.707",
+            "torchtitan": read("as DeepSeek; its 16B has 0.70, not 0.707"),
         },
         "`Yarn.mscale`, `Yarn.mscale_all_dim`, " + RECORD("yarn_factor"),
         "1.0, 1.0, ratio",
@@ -197,24 +222,29 @@ TRAPS = (
             (MAIN, ex.mscale_default),
             (f"{MAIN}, mscale 0.5, mscale_all_dim 0", ex.yarn_factor),
         ),
+        words="RoPE rotary softmax scale temperature",
     ),
     Trap(
         "The balance loss's counts",
         "What does f_i of the sequence-wise balance loss count?",
         {
-            "paper": "the K best unbiased scores, without groups (V3 eq. 18); α = 1e-4",
-            "DeepSeek": (
+            "paper": read("the K best unbiased scores, without groups (V3 eq. 18); α = 1e-4"),
+            "DeepSeek": read(
                 "the modelling file beside the weights counts the routed experts, and "
                 "does not normalise the scores. One config of V3-0324 is said to have α = "
-                "0.001, others nothing, which reads as 0"
+                "0.001, others nothing, which reads as 0",
+                at=BESIDE,
             ),
-            "HF": "none",
-            "Megatron": (
-                "as the paper (`compute_routing_scores_for_aux_loss`); α = 0 and a "
-                "batch-wise loss by default"
+            "HF": run("none for these models", test=DRAWN),
+            "Megatron": run(
+                "as the paper (`compute_routing_scores_for_aux_loss`), with 1e-20 added to the sum "
+                "of the scores; α = 0 and a batch-wise loss by default. Of padded sequences each "
+                "is divided by the square of the batch's *mean* length "
+                "(`get_tokens_per_expert_and_token_count`): with lengths 11, 7 and 4 the loss is "
+                "13 % off, its gradient 120 %"
             ),
-            "torchtitan": "no balance loss, the bias alone",
-            "TileKernels": (
+            "torchtitan": read("no balance loss, the bias alone"),
+            "TileKernels": read(
                 "the ids that it is given; −1 is left out of the counts and not of the "
                 "divisor (aux_fi_kernel.py)"
             ),
@@ -222,23 +252,28 @@ TRAPS = (
         RECORD("balance_counts"),
         "unbiased",
         "give one expert a large bias: under `unbiased` the loss does not change.",
-        (("sum of the balance losses", ex.balance_counts),),
+        (
+            ("sum of the balance losses", ex.balance_counts),
+            ("mean of three sequences of 11, 7 and 4 tokens", ex.padded_balance),
+        ),
+        words="padding padded aux_loss auxiliary",
     ),
     Trap(
         "The bias's update",
         "Is the mean subtracted from the change of the gate's biases?",
         {
-            "DeepSeek": "no code",
-            "paper": (
+            "DeepSeek": read("no code"),
+            "paper": read(
                 "no: b_i += γ sign(mean load − load_i) (V3 2.1.2), γ 0.001 for 14.3T tokens, then 0"
             ),
-            "HF": "never updated: a buffer; an export that zeroes it loses the routing",
-            "Megatron": (
+            "HF": read("never updated: a buffer; an export that zeroes it loses the routing"),
+            "Megatron": read(
                 "no; once an optimiser step (`get_updated_expert_bias`); counts where "
                 "gradients are recorded, so re-entrant recomputation counts once"
             ),
-            "torchtitan": (
-                "yes (`_update_expert_bias`); counts recomputed forwards, and halves the loads then"
+            "torchtitan": read(
+                "yes (`_update_expert_bias`); counts recomputed forwards, and halves the loads "
+                "then; evaluation batches leaked in (torchtitan#4148)"
             ),
         },
         "`bias_update(centre=…)`, " + RECORD("bias_centre"),
@@ -251,20 +286,25 @@ TRAPS = (
         "The gate's precision",
         "In which type is the gate computed, and what is added to the sum of the chosen scores?",
         {
-            "DeepSeek": (
+            "DeepSeek": read(
                 "the model's type, bfloat16, scores too (the bias is float32 since "
-                "2025-08-26); V3.2-Exp: float32. V3's adds nothing. TileKernels: float32, "
-                "its sum starts at 1e-20 (top2_sum_gate_kernel.py)"
+                "2025-08-26); V3.2-Exp (3b99a53): float32. V3's adds nothing"
             ),
-            "HF": "float32; adds 1e-20 (`DeepseekV3TopkRouter`)",
-            "Megatron": (
+            "HF": run("float32; adds 1e-20 (`DeepseekV3TopkRouter`)", test=DRAWN),
+            "Megatron": read(
                 "the input's type unless `moe_router_dtype` is set, scores float32; adds "
                 "1e-20 unless top-k is 1 (moe_utils.py)"
             ),
-            "torchtitan": (
-                "float32 (before 2026-04-02: product in the model's type); adds 1e-20 "
-                "(common/moe.py)"
+            "torchtitan": read(
+                "float32 by autocast, which leaves float64 as it is (before 2026-04-02: product in "
+                "the model's type); adds 1e-20 (common/moe.py)"
             ),
+            "SGLang": read(
+                "its kernel without groups adds 1e-20 (grouped_topk.cuh), its fused gate with "
+                "groups and its PyTorch code nothing (moe_fused_gate.cuh, moe/topk.py)",
+                at="SGLang 517d0ca, 0470ac6, 000328a",
+            ),
+            "TileKernels": read("float32; its sum starts at 1e-20 (top2_sum_gate_kernel.py)"),
         },
         RECORD("gate_epsilon") + "; the type is the arrays'",
         "0",
@@ -280,20 +320,24 @@ TRAPS = (
         "The gate's switches",
         "When does the gate have a bias, how is a group scored, what does norm_topk_prob do?",
         {
-            "DeepSeek": (
+            "DeepSeek": read(
                 "a bias only if the width is 7168, so a shrunken config silently loses "
                 "it; groups by their two best with a bias, by the best without (`Gate`, "
                 "inference/model.py)"
             ),
-            "paper": "the sum of a group's best K / kept groups",
-            "HF": (
+            "paper": read("the sum of a group's best K / kept groups"),
+            "HF": run(
                 "V3: always a bias, two best. V2: none, the best, and norm_topk_prob does "
                 "nothing (the file beside V2's weights: normalised, then not scaled); no "
-                "released V2 sets it"
+                "released V2 sets it",
+                test=DRAWN,
             ),
-            "Megatron": "the best K // kept groups, bias or not",
-            "torchtitan": "the two best, bias or not",
-            "TileKernels": "the two best",
+            "Megatron": read(
+                "the best K // kept groups, bias or not; a sigmoid gate of top-k 1 is not "
+                "normalised"
+            ),
+            "torchtitan": read("the two best, bias or not"),
+            "TileKernels": read("the two best"),
         },
         "`ModelConfig.gate_bias`, `.group_score`, " + RECORD("softmax_normalise"),
         "True, top2, scaled",
@@ -304,14 +348,14 @@ TRAPS = (
         "The routed experts that don't run",
         "Does the modelling code in DeepSeek's checkpoints run the experts in training?",
         {
-            "DeepSeek": (
+            "DeepSeek": told(
                 "the file beside the V3 weights asserts that it is not training; with "
                 "that line patched out only the shared expert runs (LLaMA-Factory#6829; "
                 "the same assert is in DeepSeek-VL2's file)"
             ),
-            "HF": "native code runs both",
-            "Megatron": "both",
-            "torchtitan": "both",
+            "HF": run("native code runs both", test=DRAWN),
+            "Megatron": read("both"),
+            "torchtitan": read("both"),
         },
         "fixed: both",
         "both",
@@ -322,14 +366,15 @@ TRAPS = (
         "FP8's scales",
         "How is a stored FP8 weight read?",
         {
-            "DeepSeek": (
+            "DeepSeek": read(
                 "`weight_scale_inv` multiplies, in spite of its name (`weight_dequant`); "
                 "`act_quant` had no floor under amax before 2025-08-28, so a tile of "
                 "zeros was 0/0"
             ),
-            "paper": "an online amax a tile, 1 × 128 and 128 × 128 (V3 3.3)",
-            "HF": "multiplies",
-            "vLLM, SGLang": "multiply",
+            "paper": read("an online amax a tile, 1 × 128 and 128 × 128 (V3 3.3)"),
+            "HF": read("multiplies"),
+            "vLLM": told("multiplies"),
+            "SGLang": read("multiplies"),
         },
         "fixed: multiplies; floor 1e-4",
         "–",
@@ -344,10 +389,10 @@ TRAPS = (
         "Active parameters",
         'What do the "37B active" count?',
         {
-            "DeepSeek": (
+            "DeepSeek": read(
                 "README_WEIGHTS: 36.7B with embedding and head, 0.9B each, which is neither sum"
             ),
-            "paper": "37B",
+            "paper": read("37B"),
         },
         "`refimpl count v3`",
         "both are printed",
@@ -358,38 +403,54 @@ TRAPS = (
         "GRPO's level",
         "Is the ratio a token's or an output's, and how are tokens averaged?",
         {
-            "paper": (
+            "paper": read(
                 "DeepSeekMath: tokens, mean over each output, then over outputs. V3 and "
-                "R1 print a ratio of whole outputs and no 1/|o|"
+                "R1 print a ratio of whole outputs and no 1/|o|; nobody below computes that"
             ),
-            "TRL": (
+            "TRL": run(
                 "`loss_type` dapo (all tokens alike), β 0; ratio of tokens, or the |o|-th "
-                "root of the output's (GSPO); grpo_config.py, `_compute_loss`"
+                "root of the output's (GSPO); vespo weights its log-probabilities by a function of "
+                "the product over the output. `delta` bounds ρ whatever A's sign: it is our "
+                "`dual_clip` for δ ≥ 1 + ε_high alone (`_compute_loss`)",
+                test=TRL("test_loss_types"),
             ),
-            "verl": (
+            "verl": run(
                 "mean over all tokens, dual clip at 3, no KL loss unless asked; others by "
-                "`loss_agg_mode` (core_algos.py)"
+                "`loss_agg_mode` (core_algos.py). Log-ratios stop at ±20",
+                test=VERL("test_loss_modes"),
             ),
-            "torchtitan": "its GRPO is DAPO with a symmetric clip, no KL (experiments/rl/losses)",
-            "OpenRLHF": "mean over all tokens, no dual clip (`PolicyLoss`)",
-            "nobody": "the product over an output, which V3 and R1 print, is in none of them",
+            "torchtitan": read(
+                "its GRPO is DAPO with a symmetric clip, no KL; log-ratios stop at ±10, and tokens "
+                "whose sampler's log-probability is not finite are dropped "
+                "(experiments/rl/losses): give them `mask=False`"
+            ),
+            "OpenRLHF": read("mean over all tokens, no dual clip (`PolicyLoss`)"),
         },
         "`grpo_forward(ratio=, average=)`, `GRPO_PRESETS`",
         "token, sequence",
         "outputs of 1 and 9 tokens with opposite advantages, on-policy: 0 if outputs weigh "
         "alike, not if tokens do.",
-        (("loss of four outputs", ex.grpo_level),),
+        (
+            ("loss of four outputs", ex.grpo_level),
+            ("ratio of an output whose four tokens have ρ = e^0.1", ex.vespo_weight),
+            ("loss of a token with A = −1 and ln ρ = 12", ex.log_ratio_bound),
+            ("loss of a token with A = 1 and ρ = 1.15", ex.delta),
+        ),
+        words="GRPO DAPO GSPO vespo delta dual_clip loss_type ratio",
     ),
     Trap(
         "The advantage's deviation",
         "Divided by G or G − 1, plus which ε, and what does a group of one get?",
         {
-            "paper": '"std", nothing more',
-            "TRL": "G − 1, ε 1e-4; a group of one gets 0 (`nanstd`)",
-            "verl": "G − 1, ε 1e-6; a group of one gets its reward: mean 0, deviation 1 "
-            "(`compute_grpo_outcome_advantage`)",
-            "torchtitan": "no deviation by default; if asked, G, ε 1e-6",
-            "OpenRLHF": "G − 1, ε 1e-9; refuses a group of one (train_ppo_ray.py)",
+            "paper": read('"std", nothing more'),
+            "TRL": read("G − 1, ε 1e-4; a group of one gets 0 (`nanstd`)"),
+            "verl": run(
+                "G − 1, ε 1e-6; a group of one gets its reward: mean 0, deviation 1 "
+                "(`compute_grpo_outcome_advantage`)",
+                test=VERL("test_advantages"),
+            ),
+            "torchtitan": read("no deviation by default; if asked, G, ε 1e-6"),
+            "OpenRLHF": read("G − 1, ε 1e-9; refuses a group of one (train_ppo_ray.py)"),
         },
         "`group_advantages(ddof=, epsilon=, alone=)`",
         "1, 0, 0",
@@ -403,20 +464,23 @@ TRAPS = (
         "k3 and its bounds",
         "Is the KL estimate clamped, and is its gradient the KL's?",
         {
-            "paper": (
+            "paper": read(
                 "DeepSeekMath: r − ln r − 1, unclamped; its mean gradient is that of "
                 "KL(π_ref‖π), not of KL(π‖π_ref). V3.2 multiplies it by the ratio, and it "
                 "is"
             ),
-            "TRL": (
+            "TRL": run(
                 "unclamped, so it can be infinite (trl#3015, trl#6637); times the ratio by "
-                "default in 1.16 (`use_bias_correction_kl`, trl#6503)"
+                "default in 1.16 (`use_bias_correction_kl`, trl#6503). Without that its gradient "
+                "is not the KL's (trl#4967)",
+                test=TRL("test_kl"),
             ),
-            "verl": (
+            "verl": run(
                 "clamps the log-ratio to ±20 and k3 to 10: beyond ln r ≈ 2.6 no gradient "
-                "is left (`kl_penalty_forward`)"
+                "is left (`kl_penalty_forward`)",
+                test=VERL("test_kl"),
             ),
-            "OpenRLHF": (
+            "OpenRLHF": read(
                 "clamps the value to ±10; by default k1 in the reward, not in the loss "
                 "(`compute_approx_kl`)"
             ),
@@ -430,14 +494,14 @@ TRAPS = (
         "The clip's width",
         "How far may the ratio move?",
         {
-            "paper": (
+            "paper": told(
                 "R1's first stage is reported to have ε = 10; 1 − ε is negative, so only "
                 "A > 0 with a ratio above 11 is clipped"
             ),
-            "TRL": "0.2",
-            "verl": "0.2, and ratios above 3 where A < 0",
-            "torchtitan": "0.2",
-            "OpenRLHF": "0.2",
+            "TRL": run("0.2", test=TRL("test_loss_types")),
+            "verl": run("0.2, and ratios above 3 where A < 0", test=VERL("test_loss_modes")),
+            "torchtitan": read("0.2"),
+            "OpenRLHF": read("0.2"),
         },
         "`grpo_forward(clip=)`",
         "0.2, 0.2",
@@ -448,16 +512,16 @@ TRAPS = (
         "MLA as it is taught",
         "Does MLA have a rotated part, latent norms, and compressed queries at inference?",
         {
-            "DeepSeek": (
+            "DeepSeek": read(
                 "rotated part and norms always; compressed queries in V2 and V3, not in V2-Lite"
             ),
-            "paper": (
+            "paper": read(
                 "rotated part and compressed queries (V2 eq. 9–19), at inference too; norms: see 6"
             ),
-            "HF": "as DeepSeek",
-            "Megatron": "as DeepSeek",
-            "torchtitan": "as DeepSeek",
-            "teaching code": (
+            "HF": run("as DeepSeek", test=DRAWN),
+            "Megatron": read("as DeepSeek"),
+            "torchtitan": read("as DeepSeek"),
+            "teaching code": read(
                 "rasbt/LLMs-from-scratch (ch04/05_mla) has no RoPE, no norm of the latent "
                 "and whole queries, and says that queries are compressed in training alone"
             ),
@@ -466,18 +530,19 @@ TRAPS = (
         "as the config says",
         "without the rotated part attention does not know the order of the tokens before it.",
         ((MAIN, ex.rotation),),
+        words="RoPE rotary latent",
     ),
     Trap(
         "The latent norms' eps",
         "Do the two latent norms take the config's `rms_norm_eps`?",
         {
-            "DeepSeek": (
+            "DeepSeek": read(
                 "its inference code has 1e-6 for every norm; the file beside the weights as HF"
             ),
-            "HF": "no: their class's default of 1e-6 (`DeepseekV2Attention`)",
-            "Megatron": "yes",
-            "torchtitan": "no: 1e-5 for every norm, whatever the checkpoint says",
-            "SGLang": "yes",
+            "HF": run("no: their class's default of 1e-6 (`DeepseekV2Attention`)", test=DRAWN),
+            "Megatron": read("yes"),
+            "torchtitan": read("no: 1e-5 for every norm, whatever the checkpoint says"),
+            "SGLang": read("yes"),
         },
         RECORD("latent_eps"),
         "config",
@@ -489,13 +554,190 @@ TRAPS = (
         "float64 that is not",
         "Is a model in float64 computed in float64?",
         {
-            "HF": "no: norms, gate, softmax, rotation and loss cast to float32 inside",
-            "Megatron": "the gate's scores are float32",
-            "torchtitan": "the gate is float32",
+            "DeepSeek": read("its rotation and its softmax are float32 (inference/model.py)"),
+            "HF": run(
+                "no: norms, gate, softmax, rotation and loss cast to float32 inside. At late "
+                "positions float32 angles move logits by 1.2e-4 (position 32,000) and 7.9e-4 "
+                "(163,000)",
+                test=ORACLE("test_float64_is_not"),
+            ),
+            "Megatron": run(
+                "the gate's scores, YaRN's angles (1.3e-7 of them) and the vocabulary-parallel "
+                "loss (8e-8) are float32"
+            ),
+            "torchtitan": run(
+                "the gate stays float64 (common/moe.py); the routed experts are cast to bfloat16, "
+                "rotation and loss to float32: logits are off by 7e-3, gradients by 2e-2"
+            ),
         },
         "fixed: float64 stays float64",
         "–",
         "a difference of 1e-7 that does not shrink from float32 to float64.",
-        (("largest relative change of a logit", ex.hidden_float32),),
+        (
+            ("largest relative change of a logit, norms and gate", ex.hidden_float32),
+            ("largest error of a cosine by float32 angles, V3", ex.late_angles),
+        ),
+        words="bfloat16 precision autocast angles RoPE",
+    ),
+    Trap(
+        "MTP's tail",
+        "Does MTP module k run over the T − k positions that have a token to read, or over all T?",
+        {
+            "paper": read("1 … T − k (V3 eq. 21–24)"),
+            "HF": read("drafts alone, over what it is given (`MtpModel`)"),
+            "Megatron": run(
+                "T: it rolls the tokens, and the last k positions read token 0 "
+                "(`roll_tensor`, `_get_embeddings`). The tail has no loss, but it counts in "
+                "balance loss and loads: with its balance loss 79 of 87 gradients differ, by 4e-2. "
+                "Its modules' gates have their biases moved (`_update_router_expert_bias`)"
+            ),
+            "torchtitan": run(
+                "T, the tail reads token 0 with its state zeroed (`roll_mtp_sequence`). The hook "
+                "that moves the gates' biases walks `layers` and leaves the MTP modules' gates as "
+                "they are (components/optimizer)"
+            ),
+        },
+        "fixed: T − k; `model.mtp_module_forward` on a batch of T positions gives the other. "
+        "`bias_update` moves the gates that it is called for",
+        "T − k",
+        "the losses agree and the gradients of the MTP module's gate do not; loads add up to K T "
+        "or K (T − k) per sequence.",
+        (("balance loss of MTP module 1", ex.mtp_tail),),
+        words="roll shift positions bias",
+    ),
+    Trap(
+        "What MTP's gradient reaches",
+        "Does the MTP losses' gradient go into the main model, the shared tensors, the depth "
+        "before?",
+        {
+            "paper": read("everything: nothing is said to be detached"),
+            "Megatron": read(
+                "everything; with `mtp_detach_heads` the main model's state, the embedding and the "
+                "head's weight are constants, and the chain between depths is not "
+                "(`process_mtp_loss`, `_get_embeddings`)"
+            ),
+            "torchtitan": read("everything (`MTPDecoder.forward`)"),
+            "HF": run("everything, if a loss is put on top (`MtpModel`)", test=TRAINING),
+            "verl": read(
+                "as Megatron, but with an older one not the head's weight; with `detach_encoder` "
+                "not the embedding nor the main model's state (models/mcore/mtp_patch.py)"
+            ),
+        },
+        "fixed: everything. *heads*: the gradients of `mtp_depth=0` for the main model's tensors, "
+        "ours for the modules'. *trunk* (the state that module 1 reads) and *every depth* (those "
+        "that all read): `ops=` with an `mtp` whose backward gives 0 for the state",
+        "nothing is detached",
+        "losses agree to the last bit, gradients do not: the final norm's moves under all three, "
+        "the head's under heads, that of module 1's own norm under every depth.",
+        (
+            ("largest gradient of the final norm", ex.mtp_detach_norm),
+            ("of the head", ex.mtp_detach_head),
+            ("of MTP module 1's own norm", ex.mtp_detach_module),
+        ),
+        words="mtp_detach detach heads trunk encoder",
+    ),
+    Trap(
+        "Outputs with all tokens masked",
+        "Does an output without a token that counts count in the mean over outputs?",
+        {
+            "paper": read("does not say: an output has a token"),
+            "TRL": run(
+                "yes: 0 in the numerator, 1 in the denominator", test=TRL("test_empty_outputs")
+            ),
+            "verl": run(
+                "no (`agg_loss`: seq-mean-*), unless the caller gives `global_batch_size`",
+                test=VERL("test_empty_outputs"),
+            ),
+            "OpenRLHF": read("no (`aggregate_loss`)"),
+            "torchtitan": read("has the mean over tokens alone"),
+        },
+        "`grpo_forward(empty=)`",
+        "counted",
+        "mask all tokens of one of N outputs: the loss shrinks by (N − 1)/N if the others' part "
+        "stays, and does not if N is now N − 1.",
+        (("loss of four outputs, one empty", ex.empty_outputs),),
+        words="GRPO truncated overlong mask N",
+    ),
+    Trap(
+        "Left padding",
+        "Is the first real token of a left-padded row a target, predicted from padding?",
+        {
+            "HF": run(
+                "yes, if its label is not −100: labels of −100 at padding leave it in "
+                "(`ForCausalLMLoss`). What the padding position computes is attention without a "
+                "key, whose value differs between `eager` and `sdpa`",
+                test=ORACLE("test_left_padding_counts_the_first_token"),
+            ),
+            "DeepSeek": read("pads on the right (inference/generate.py)"),
+            "TRL": read("GRPO: the loss is of the completion alone, which is padded on the right"),
+        },
+        f"{RECORD('target_after_padding')} and {RECORD('blind_query')}",
+        "False, zero",
+        "put −100 on the label of each row's first real token too: the losses agree then.",
+        (("mean loss, one row with six padding tokens on the left", ex.left_padding),),
+        words="padding attention_mask labels −100 batch",
+    ),
+    Trap(
+        "RoPE's layout",
+        "Do a head's rotated pairs lie next to each other in the weights, or in two halves?",
+        {
+            "DeepSeek": read("next to each other: 0 with 1, 2 with 3 (`apply_rotary_emb`)"),
+            "HF": run(
+                "as DeepSeek in the weights; it permutes q and k to halves before it rotates, so "
+                "its q and k differ in order and its scores do not (`rope_interleave`)",
+                test=DRAWN,
+            ),
+            "Megatron": read(
+                "as DeepSeek for MLA (`rotary_interleaved`, multi_latent_attention.py)"
+            ),
+            "torchtitan": read("as DeepSeek (`ComplexRoPE`)"),
+        },
+        RECORD("rope_layout"),
+        "interleaved",
+        "right at position 0, wrong from the second token on; with all tokens alike still wrong. "
+        "Permute the rows of one head's rotated part, even ones first, and compare again.",
+        ((MAIN, ex.rope_layout),),
+        words="rotary rotate_half interleave pairs halves convert",
+    ),
+    Trap(
+        "The bias in the weights",
+        "Are the chosen experts weighted by their scores, or by the scores with the bias?",
+        {
+            "DeepSeek": read("scores: `original_scores` (`Gate`, inference/model.py)"),
+            "paper": read("scores: the bias is used for routing alone (V3 eq. 16)"),
+            "HF": run("scores; biased ones before transformers#41647", test=DRAWN),
+            "Megatron": read("scores (`topk_routing_with_score_function`)"),
+            "torchtitan": read("scores (common/moe.py)"),
+            "TileKernels": read("scores (top2_sum_gate_kernel.py)"),
+            "SGLang": read("scores (moe/topk.py)", at="SGLang 000328a"),
+            "vLLM": told("scores; biased ones before vllm#12002"),
+        },
+        "fixed: scores",
+        "scores",
+        "add one constant to all biases: routes and weights do not change, if they are the "
+        "scores'.",
+        ((MAIN, ex.biased_weights),),
+        words="e_score_correction_bias router gate experts",
+    ),
+    Trap(
+        "What a softmax gate ranks",
+        "Are experts and groups of a softmax gate chosen by scores or by logits?",
+        {
+            "DeepSeek": read("scores (`Gate`, inference/model.py)"),
+            "paper": read("scores (V2 section 2.1.2)"),
+            "HF": run("scores (`DeepseekV2Moe`)", test=DRAWN),
+            "Megatron": read(
+                "logits, unless `moe_router_pre_softmax`: a group's score is a sum of logits, and "
+                "the softmax is over the chosen (`topk_routing_with_score_function`)"
+            ),
+            "torchtitan": read("scores (common/moe.py)"),
+            "TileKernels": read("logits, the bias added to them (top2_sum_gate_kernel.py)"),
+        },
+        RECORD("softmax_ranking"),
+        "scores",
+        "without groups and bias nothing changes; with groups a token whose best group has one "
+        "large and one tiny score goes elsewhere.",
+        (("main loss, steep softmax gate with groups", ex.softmax_ranking),),
+        words="router groups pre_softmax",
     ),
 )

@@ -13,8 +13,8 @@ import numpy as np
 
 from ..array import Array, expect
 from ..ops import AnyOp, Op
-from ..ops.choices import Average, Estimator, Level, Ratio
-from ..ops.grpo import GRPOOutput, check_settings, check_shapes, loss_cotangent
+from ..ops.choices import Average, Empty, Estimator, Level, Ratio
+from ..ops.grpo import GRPOOutput, check_settings, check_shapes, counted_outputs, loss_cotangent
 from .host import Kernels, numbers, ready
 from .launch import Launch
 
@@ -47,6 +47,7 @@ def grpo(launch: Launch) -> AnyOp:
         ratio: Ratio = "token",
         average: Average = "sequence",
         length: int | None = None,
+        empty: Empty = "counted",
         kl_weight: float = 0.04,
         kl: Estimator = "k3",
         kl_level: Level = "token",
@@ -63,6 +64,7 @@ def grpo(launch: Launch) -> AnyOp:
             ratio,
             average,
             length,
+            empty,
             kl_weight,
             kl,
             kl_level,
@@ -82,10 +84,11 @@ def grpo(launch: Launch) -> AnyOp:
                 expect(name, other, "(N, T)", (outputs, t))
             others.append(ready(log_prob if other is None else other, n.real))
         tokens = float(mask.sum())
+        counted = counted_outputs(mask, empty)
         total = {
-            "sequence": outputs,
+            "sequence": counted,
             "token": tokens or 1.0,
-            "constant": outputs * float(length or 1),
+            "constant": counted * float(length or 1),
         }[average]
         replayed = unclipped is not None, kept is not None
         unclipped = _bytes(kernels, unclipped, (outputs, t), log_prob)

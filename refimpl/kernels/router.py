@@ -13,7 +13,7 @@ import numpy as np
 
 from ..array import Array, expect, expect_ids
 from ..ops import AnyOp, Op
-from ..ops.choices import GroupScore, MaskedGroups, Score
+from ..ops.choices import GroupScore, MaskedGroups, Ranking, Score
 from ..ops.router import (
     RouterOutput,
     RouterSaved,
@@ -50,18 +50,24 @@ def router(launch: Launch) -> AnyOp:
         scale: float = 1.0,
         epsilon: float = 0.0,
         masked_groups: MaskedGroups = "-inf",
+        ranking: Ranking = "scores",
         routes: Array | None = None,
     ) -> tuple[RouterOutput, RouterSaved]:
         n, experts = numbers(x=x, w=w), w.shape[0]
-        check_router(x, w, bias, score, scale, epsilon)
+        check_router(x, w, bias, score, ranking, scale, epsilon)
         best = 0
         if routes is None:
             selection = (int(top_k), groups, keep_groups, group_score, masked_groups)
             check_selection(experts, *selection)
             best = summed_scores(group_score, top_k, keep_groups)
-            if best >= PAIRS or _is_wider(bias, n.real):  # rounded, or in another order: others
-                scores = router_forward(x, w, top_k=top_k, score=score)[0].scores
-                routes = select_experts(scores if bias is None else scores + bias, *selection)
+            # the kernel ranks scores; rounded, or in another order, they would choose others
+            if ranking == "logits" or best >= PAIRS or _is_wider(bias, n.real):
+                ranked = (
+                    product(x, w.T, n.real)
+                    if ranking == "logits"
+                    else router_forward(x, w, top_k=top_k, score=score)[0].scores
+                )
+                routes = select_experts(ranked if bias is None else ranked + bias, *selection)
         indices = kernels.empty((*x.shape[:-1], top_k), n.xp.int64, x)
         if routes is not None:
             expect("routes", routes, "(…, K)", tuple(indices.shape))

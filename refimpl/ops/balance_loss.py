@@ -47,8 +47,8 @@ def balance_loss_forward(
     Args:
         alpha, top_k: α (1e-4 in V3) and K.
         counted: [B, T, K'] integers in 0 … E − 1, the choices that f counts; by default, as the
-            paper prints, the K best of the *unbiased and ungrouped* scores. Hugging Face's V2 code
-            counts the routed experts: give those.
+            paper prints, the K best of the *unbiased and ungrouped* scores. Where the routed
+            experts are counted, give those.
         mask: [B, T] bool, False for padding, whatever stands there, NaN included; a sequence of
             padding alone adds 0.
     """

@@ -7,12 +7,14 @@ from typing import Any, Literal, get_args
 __all__ = [
     "Average",
     "BlindQuery",
+    "Empty",
     "Estimator",
     "GroupScore",
     "Layout",
     "Level",
     "MTPOrder",
     "MaskedGroups",
+    "Ranking",
     "Ratio",
     "Score",
     "expect_choice",
@@ -23,9 +25,11 @@ Score = Literal["sigmoid", "softmax"]
 GroupScore = Literal["top2", "share", "max"]
 BlindQuery = Literal["zero", "mean"]
 MaskedGroups = Literal["-inf", "zero"]
+Ranking = Literal["scores", "logits"]
 MTPOrder = Literal["embedding_hidden", "hidden_embedding"]
 Ratio = Literal["token", "sequence", "sequence_mean"]
 Average = Literal["sequence", "token", "constant"]
+Empty = Literal["counted", "left_out"]
 Estimator = Literal["k1", "k2", "k3", "unbiased"]
 Level = Literal["token", "sequence"]
 

@@ -27,7 +27,7 @@ from ..array import (
     number,
     real,
 )
-from .choices import Average, Estimator, Level, Ratio, expect_choice
+from .choices import Average, Empty, Estimator, Level, Ratio, expect_choice
 
 __all__ = [
     "GRPO_PRESETS",
@@ -87,6 +87,7 @@ def grpo_forward(
     ratio: Ratio = "token",
     average: Average = "sequence",
     length: int | None = None,
+    empty: Empty = "counted",
     kl_weight: float = 0.04,
     kl: Estimator = "k3",
     kl_level: Level = "token",
@@ -105,14 +106,14 @@ def grpo_forward(
         reference_log_prob: [N, T], for the KL; needed unless kl_weight is 0.
         clip: (ε_low, ε_high); R1's first stage has (10, 10), of which only the upper one acts. On a
             bound is within.
-        dual_clip: verl's bound of ρ from above where A < 0.
+        dual_clip: a bound of ρ from above where A < 0.
         ratio: token, sequence (product over the output; V3's and R1's print), sequence_mean (its
             |o|-th root; GSPO).
         average: sequence (mean over outputs of the mean over tokens), token (mean over all tokens;
             DAPO), constant (sum over tokens by N·length; Dr. GRPO).
+        empty: an output without tokens is counted in N, or left_out of it.
         kl_weight, kl, kl_level: β; k1, k2, k3, or unbiased (ρ·k3, V3.2); token or sequence.
-        kl_bounds: of |ln π_ref/π| and of |k|, which stop there, and with them the gradient; verl
-            has (20, 10).
+        kl_bounds: of |ln π_ref/π| and of |k|, which stop there, and with them the gradient.
         off_policy: V3.2's δ: the ratio term of an output with A < 0 and mean ln(π_old/π) > δ is
             dropped.
         unclipped, kept: choices of an earlier run to replay.
@@ -128,6 +129,7 @@ def grpo_forward(
         ratio,
         average,
         length,
+        empty,
         kl_weight,
         kl,
         kl_level,
@@ -135,7 +137,7 @@ def grpo_forward(
         off_policy,
         reference_log_prob,
     )
-    count, weight = _weights(log_prob, mask, average, length)
+    count, weight = _weights(log_prob, mask, average, length, empty)
     a = cast(library(advantages).where(library(mask).any(mask, axis=1), advantages, 0.0), log_prob)
     a, kl_weight = a[:, None], float(kl_weight)
     log_ratio = _difference(log_prob, old_log_prob, mask, "old_log_prob")
@@ -191,11 +193,9 @@ def group_advantages(
 
     Args:
         scale: divide by the standard deviation (Dr. GRPO does not).
-        ddof: 0 or 1; the paper does not say. TRL, verl and OpenRLHF take 1, with epsilon 1e-4, 1e-6
-            and 1e-9.
-        alone: what a group of one gets is ``alone`` · R (verl: 1/(1 + epsilon)). Equal rewards get
-            0, never NaN, and equal but for rounding are equal: a spread of at most 8 units of the
-            largest counts as 0.
+        ddof, epsilon: 0 or 1, and what is added; the paper says neither.
+        alone: what a group of one gets is ``alone`` · R. Equal rewards get 0, never NaN, and equal
+            but for rounding are equal: a spread of at most 8 units of the largest counts as 0.
 
     ValueError if a reward is not finite, or no group or no output is there.
     """
@@ -226,11 +226,19 @@ def group_advantages(
     return xp.reshape(centred, (-1,))
 
 
+def counted_outputs(mask: Array, empty: Empty) -> int:
+    """N of the loss's divisor: all outputs of ``mask`` [N, T], or those that have a token."""
+    if empty == "counted":
+        return int(mask.shape[0])
+    xp = library(mask, "mask")
+    return int(xp.sum(xp.astype(xp.any(mask, axis=1), xp.int64))) or 1
+
+
 def _weights(
-    log_prob: Array, mask: Array, average: Average, length: int | None
+    log_prob: Array, mask: Array, average: Average, length: int | None, empty: Empty
 ) -> tuple[Array, Array]:
     """Each output's length [N, 1], at least 1, and each token's share [N, T] in the loss."""
-    xp, n = namespace(log_prob=log_prob), mask.shape[0]
+    xp, n = namespace(log_prob=log_prob), counted_outputs(mask, empty)
     size = xp.sum(xp.astype(mask, xp.float64), axis=1, keepdims=True)
     count = xp.where(size > 0, size, 1.0)
     total = {
@@ -328,6 +336,7 @@ def check_settings(
     ratio: Ratio,
     average: Average,
     length: int | None,
+    empty: Empty,
     kl_weight: float,
     kl: Estimator,
     kl_level: Level,
@@ -345,6 +354,7 @@ def check_settings(
         raise ValueError(f"kl_bounds must be two numbers above 0 or None, got {kl_bounds}")
     expect_choice("ratio", ratio, Ratio)
     expect_choice("average", average, Average)
+    expect_choice("empty", empty, Empty)
     expect_choice("kl", kl, Estimator)
     expect_choice("kl_level", kl_level, Level)
     if average == "constant" and not (length and length > 0 and isfinite(length)):

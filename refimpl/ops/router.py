@@ -26,7 +26,7 @@ from ..array import (
     sigmoid,
     zeros,
 )
-from .choices import GroupScore, MaskedGroups, Score, expect_choice
+from .choices import GroupScore, MaskedGroups, Ranking, Score, expect_choice
 
 __all__ = [
     "RouterOutput",
@@ -72,6 +72,7 @@ def router_forward(
     scale: float = 1.0,
     epsilon: float = 0.0,
     masked_groups: MaskedGroups = "-inf",
+    ranking: Ranking = "scores",
     routes: Array | None = None,
 ) -> tuple[RouterOutput, RouterSaved]:
     """Choose ``top_k`` of E experts for each row of ``x`` […, D] with the gate ``w`` [E, D].
@@ -82,6 +83,8 @@ def router_forward(
         score: ``sigmoid`` (V3) or ``softmax`` (V2).
         normalise: divide the chosen scores by their sum + ``epsilon`` (V3); V2 does not.
         scale: multiplies the weights (routed_scaling_factor).
+        ranking: what the selection ranks, and the bias is added to: ``scores`` or ``logits``. The
+            order of a row's experts is the same; sums over groups, and those with a bias, are not.
         routes: […, K] integers to use instead of a selection: replay of another run's or
             implementation's choice.
 
@@ -89,7 +92,7 @@ def router_forward(
     """
     xp = namespace(x=x, w=w)
     scale, epsilon = float(scale), float(epsilon)
-    check_router(x, w, bias, score, scale, epsilon)
+    check_router(x, w, bias, score, ranking, scale, epsilon)
     logits = xp.matmul(x, xp.matrix_transpose(w))  # (router.1)
     if score == "sigmoid":
         scores = sigmoid(logits)  # (router.2)
@@ -97,7 +100,8 @@ def router_forward(
         e = xp.exp(logits - xp.max(real(logits), axis=-1, keepdims=True))
         scores = e / xp.sum(e, axis=-1, keepdims=True)  # (router.3)
     if routes is None:
-        biased = real(scores) if bias is None else real(scores) + bias  # (router.4)
+        ranked = real(scores if ranking == "scores" else logits)
+        biased = ranked if bias is None else ranked + bias  # (router.4)
         indices = select_experts(biased, top_k, groups, keep_groups, group_score, masked_groups)
     else:
         expect("routes", routes, "(…, K)", (*x.shape[:-1], top_k))
@@ -139,7 +143,13 @@ def router_backward(dy: tuple[Array, Array | None], saved: RouterSaved) -> tuple
 
 
 def check_router(
-    x: Array, w: Array, bias: Array | None, score: Score, scale: float, epsilon: float
+    x: Array,
+    w: Array,
+    bias: Array | None,
+    score: Score,
+    ranking: Ranking,
+    scale: float,
+    epsilon: float,
 ) -> None:
     """ValueError unless what `router_forward` is given fits together."""
     expect("w", w, "(E, D)", (None, last(x, "x")))
@@ -150,6 +160,7 @@ def check_router(
             f"{scale} and {epsilon}"
         )
     expect_choice("score", score, Score)
+    expect_choice("ranking", ranking, Ranking)
     if bias is not None:
         expect("bias", bias, "(E,)", (w.shape[0],))
 
@@ -169,10 +180,9 @@ def select_experts(
         groups, keep_groups: experts form ``groups`` equal groups in order; only the best
             ``keep_groups`` take part.
         group_score: the sum of a group's best: ``top2`` two (V3's code), ``share`` K / keep_groups
-            of them (V3's paper, Megatron), ``max`` one (V2).
-        masked_groups: ``-inf`` hides the other groups; ``zero`` sets their scores to 0, as Hugging
-            Face did until transformers#45441: an expert with a negative biased score then loses to
-            a hidden one.
+            of them (V3's paper), ``max`` one (V2).
+        masked_groups: ``-inf`` hides the other groups; ``zero`` sets their scores to 0: an expert
+            with a negative biased score then loses to a hidden one.
     """
     xp, experts = namespace(biased=biased), biased.shape[-1]
     check_selection(experts, top_k, groups, keep_groups, group_score, masked_groups)
@@ -237,7 +247,7 @@ def bias_update(bias: Array, load: Array, gamma: float, *, centre: bool = False)
     section 2.1.2).
 
     ``load`` [E] counts the whole batch, once (a recomputed forward must not count twice).
-    ``centre`` subtracts the mean change, as torchtitan does; DeepSeek and Megatron do not.
+    ``centre`` subtracts the mean change.
     """
     xp = namespace(bias=bias)
     expect("load", load, "(E,)", tuple(bias.shape))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from refimpl.conventions import TRAPS, WHO
+from refimpl.conventions import SYMPTOMS, TRAPS, WHO
 
 from support import refimpl_here
 
@@ -20,7 +20,7 @@ def test_command(tmp_path: Path) -> None:
         for measure, _ in trap.measures:
             assert measure in done.stdout
     rows = json.loads(file.read_text())["traps"]
-    assert [row["number"] for row in rows] == list(range(1, 23))
+    assert [row["number"] for row in rows] == list(range(1, 30))
     assert (
         rows[17]["measured"]["pull on a token that the reference finds e³ times likelier"]["k3"]
         > 19
@@ -28,13 +28,37 @@ def test_command(tmp_path: Path) -> None:
     assert max(map(len, done.stdout.splitlines())) <= 118
     for name in WHO:
         assert name in done.stdout
+    said = rows[1]["who"]["vLLM"]
+    assert (said["how"], said["version"]) == ("read", "vLLM 03356f8")
+    assert rows[2]["who"]["HF"]["test"].startswith("tests/oracle/")
+    assert done.stdout.count("    from outside") == len(TRAPS)
+    for line in ("(read, vLLM 03356f8)", "(run, transformers 5.24.0)", "(told)"):
+        assert line in " ".join(done.stdout.split())
     one = refimpl_here("conventions", "18").stdout
     assert one.startswith("18. k3")
     assert "17." not in one
 
 
+def test_by_word_and_by_symptom() -> None:
+    found = refimpl_here("conventions", "rope", "2").stdout
+    starts = [line.split(".")[0].strip() for line in found.splitlines() if line[:2].strip()]
+    assert starts == ["7", "8", "20", "22", "27", "2"]
+    index = " ".join(refimpl_here("conventions", "--symptoms").stdout.split())
+    assert "27. RoPE's layout; 8. YaRN's mscale" in index
+    assert all(symptom.split()[0] in index for symptom in SYMPTOMS)
+
+
 @pytest.mark.parametrize(
-    "arguments", [["0"], ["23"], ["3", "--markdown"], ["--json", "/nowhere/file.json"]]
+    "arguments",
+    [
+        ["0"],
+        ["30"],
+        ["quantum"],
+        ["3", "--markdown"],
+        ["3", "--symptoms"],
+        ["--symptoms", "--markdown"],
+        ["--json", "/nowhere/file.json"],
+    ],
 )
 def test_errors(arguments: list[str]) -> None:
     done = refimpl_here("conventions", *arguments)

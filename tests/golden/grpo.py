@@ -46,6 +46,7 @@ def deepseekmath(
     ratio: str = "token",
     average: str = "sequence",
     length: int = 0,
+    empty: str = "counted",
     beta: float = 0.04,
     kl: str = "k3",
     kl_level: str = "token",
@@ -63,6 +64,7 @@ def deepseekmath(
     n, width = batch.log_prob.shape
     rows = [[t for t in range(width) if bool(batch.mask[i, t])] for i in range(n)]
     tokens = sum(map(len, rows))
+    counted = n if empty == "counted" else sum(map(bool, rows))
     unclipped, kept = torch.zeros(n, width, dtype=torch.bool), torch.ones(n, dtype=torch.bool)
     loss = (0 * batch.log_prob).sum()
     for i, row in enumerate(rows):
@@ -74,7 +76,9 @@ def deepseekmath(
         moved = [p - q for p, q in zip(now, then, strict=True)]
         if delta is not None and a < 0:
             kept[i] = -sum(float(m.detach()) for m in moved) / len(row) <= delta
-        divisor = {"sequence": n * len(row), "token": tokens, "constant": n * length}[average]
+        divisor = {"sequence": counted * len(row), "token": tokens, "constant": counted * length}[
+            average
+        ]
         for k, t in enumerate(row):
             rho = {
                 "token": moved[k],
@@ -159,8 +163,9 @@ def verl(
     itself.
 
     It writes costs, so the pessimistic choice is a maximum; the dual clip bounds the cost of a
-    negative advantage. ``clamped``: its bounds of ±20 on log-ratios and ±10 on the estimator. Left
-    out: the 1e-8 in its divisors.
+    negative advantage, and outputs with all tokens masked are left out of the mean over outputs.
+    ``clamped``: its bounds of ±20 on log-ratios and ±10 on the estimator. Left out: the 1e-8 in its
+    divisors.
     """
     real = batch.mask.to(torch.float64)
     now, then = (torch.where(batch.mask, p, 0.0) for p in (batch.log_prob, batch.old))
@@ -175,7 +180,7 @@ def verl(
             return sums.sum() / real.sum()
         if loss_agg_mode == "seq-mean-token-mean":
             sums = torch.where(batch.mask.any(-1), sums / real.sum(-1).clamp(min=1), 0.0)
-        return sums.mean()
+        return sums.sum() / batch.mask.any(-1).sum()
 
     rho = torch.exp(bound(now - then, 20.0))
     cost = torch.maximum(-a * rho, -a * torch.clamp(rho, 1 - clip_ratio_low, 1 + clip_ratio_high))
@@ -450,34 +455,40 @@ def cases() -> Iterable[Case]:
         ),
         (
             "verl_token_sum",
-            {"average": "constant", "length": 1, "dual_clip": 1.5, "kl_weight": 0.0},
+            {
+                "empty": "left_out",
+                "average": "constant",
+                "length": 1,
+                "dual_clip": 1.5,
+                "kl_weight": 0.0,
+            },
             "verl",
             {"loss_agg_mode": "seq-mean-token-sum", "clip_ratio_c": 1.5},
-            {"average": "constant", "length": 1, "top": 1.5},
+            {"empty": "left_out", "average": "constant", "length": 1, "top": 1.5},
             no_kl,
         ),
         (
             "verl_in_range",
-            {"dual_clip": 3.0, "kl_weight": 0.2},
+            {"empty": "left_out", "dual_clip": 3.0, "kl_weight": 0.2},
             "verl",
             {"loss_agg_mode": "seq-mean-token-mean", "kl_loss_coef": 0.2, "clamped": True},
-            {"top": 3.0, "beta": 0.2},
+            {"empty": "left_out", "top": 3.0, "beta": 0.2},
             {},
         ),
         (
             "verl_out_of_range",
-            {"dual_clip": 3.0, "kl_weight": 0.2},
+            {"empty": "left_out", "dual_clip": 3.0, "kl_weight": 0.2},
             "verl",
             {"loss_agg_mode": "seq-mean-token-mean", "kl_loss_coef": 0.2},
-            {"top": 3.0, "beta": 0.2},
+            {"empty": "left_out", "top": 3.0, "beta": 0.2},
             {"reference": 6.0},
         ),
         (
             "verl_clamped",
-            {"dual_clip": 3.0, "kl_weight": 0.2, "kl_bounds": (20.0, 10.0)},
+            {"empty": "left_out", "dual_clip": 3.0, "kl_weight": 0.2, "kl_bounds": (20.0, 10.0)},
             "verl",
             {"loss_agg_mode": "seq-mean-token-mean", "kl_loss_coef": 0.2, "clamped": True},
-            {"top": 3.0, "beta": 0.2, "kl_bounds": (20.0, 10.0)},
+            {"empty": "left_out", "top": 3.0, "beta": 0.2, "kl_bounds": (20.0, 10.0)},
             {"reference": 12.0},
         ),
         # combinations without a counterpart: the loops alone

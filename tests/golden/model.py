@@ -92,6 +92,7 @@ class Model:
             scale=c.routed_scale,
             epsilon=self.conventions.gate_epsilon,
             masked_groups=self.conventions.masked_groups,
+            ranking=self.conventions.softmax_ranking if c.gate == "softmax" else "scores",
         )
         counted = indices if self.conventions.balance_counts == "routed" else None
         self.balance[layer] = balance_loss(scores, c.balance_weight, c.top_k, counted, key_mask)
@@ -160,7 +161,7 @@ class Model:
         logits = linear(hidden, head)
         main = cross_entropy(logits, targets, mask)
 
-        state = hidden if self.conventions.mtp_hidden == "normed" else x
+        state = hidden if self.conventions.mtp_hidden in ("normed", "normed_first") else x
         depth_losses = []
         for depth in range(1, c.mtp_depth + 1):
             layer, length = c.layers + depth - 1, tokens.shape[1] - depth
@@ -187,7 +188,7 @@ class Model:
             divisor = {"positions": real, "valid": int(counts.sum()), "main": int(mask.sum())}
             normaliser = float(divisor[self.conventions.mtp_normaliser])
             depth_losses.append(cross_entropy(linear(normed, head), predicted, counts, normaliser))
-            state = raw if self.conventions.mtp_hidden == "raw" else normed
+            state = raw if self.conventions.mtp_hidden in ("raw", "normed_first") else normed
         loss = main + sum(self.balance.values())
         if depth_losses:
             loss = loss + c.mtp_weight / c.mtp_depth * sum(depth_losses)
@@ -198,9 +199,9 @@ class Model:
         return outputs | {f"load.{layer}": value for layer, value in self.loads.items()}
 
 
-def model_parameters(case: Case, config: ModelConfig) -> dict[str, Tensor]:
-    """Normal weights; norms, and biases that make most biased scores negative, off their neutral
-    values."""
+def model_parameters(case: Case, config: ModelConfig, gate: float) -> dict[str, Tensor]:
+    """Normal weights, the gates' of std ``gate``; norms, and biases that make most biased scores
+    negative, off their neutral values."""
     w = {}
     for name, shape in parameter_shapes(config).items():
         if name.endswith("e_score_correction_bias"):
@@ -208,6 +209,8 @@ def model_parameters(case: Case, config: ModelConfig) -> dict[str, Tensor]:
             w[name] = case.aux(name, bias).to(torch.float64)
         else:
             mean, std = (0.8, 0.3) if len(shape) == 1 else (0.0, 0.15)
+            if name.endswith("gate.weight"):
+                std = gate
             w[name] = case.input(name, *shape, std=std, mean=mean)
     return w
 
@@ -279,6 +282,18 @@ def cases() -> Iterable[Case]:
         ),
         ("logits_alone", replace(one_layer, mtp_depth=0), "key_mask offset", ("logits",)),
         (
+            "vllm_megatron",  # vLLM's chain of hidden states, Megatron's softmax gate
+            replace(
+                one_layer,
+                mtp_depth=2,
+                gate="softmax",
+                gate_bias=False,
+                conventions=Conventions(mtp_hidden="normed_first", softmax_ranking="logits"),
+            ),
+            "",
+            ("loss",),
+        ),
+        (
             "left_padded",
             replace(one_layer, conventions=Conventions(mtp_normaliser="valid")),
             "left",
@@ -288,7 +303,7 @@ def cases() -> Iterable[Case]:
     for name, config, given, cotangents in settings:
         gives = given.split()
         case = Case(f"model/{name}", storage=np.float16, config=asdict(config))
-        w = model_parameters(case, config)
+        w = model_parameters(case, config, 1.0 if name == "vllm_megatron" else 0.15)
         length = 9
         values = case.rng.integers(0, config.vocabulary, (2, length))
         values[0, 5] = values[1, 2] = values[0, 1]

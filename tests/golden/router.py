@@ -59,12 +59,14 @@ def router(
     scale: float = 1.0,
     epsilon: float = 0.0,
     masked_groups: str = "-inf",
+    ranking: str = "scores",
     routes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """DeepSeek-V3 eq. 13-16, or V2's softmax gate: (weights, unbiased scores, indices), a token at
     a time."""
     z = linear(x, w)
     scores = torch.sigmoid(z) if score == "sigmoid" else torch.softmax(z, -1)
+    ranked = (scores if ranking == "scores" else z).flatten(0, -2)
     rows, flat_routes = (
         scores.flatten(0, -2),
         None if routes is None else routes.flatten(0, -2).tolist(),
@@ -72,7 +74,7 @@ def router(
     weights, indices = [], []
     for m in range(len(rows)):
         if flat_routes is None:
-            biased = (rows[m] if bias is None else rows[m] + bias).tolist()
+            biased = (ranked[m] if bias is None else ranked[m] + bias).tolist()
             chosen = select(biased, top_k, groups, keep_groups, group_score, masked_groups)
         else:
             chosen = flat_routes[m]
@@ -105,6 +107,7 @@ def cases() -> Iterable[Case]:
         ("v3_scores_alone", 8, v3),
         ("v2", 9, v2 | {"top_k": 4, "scale": 1.7}),
         ("softmax_normalised", 7, {"top_k": 2, "score": "softmax", "epsilon": 0.1, "scale": 0.6}),
+        ("softmax_logits", 8, v3 | {"score": "softmax", "ranking": "logits"}),
         ("epsilon", 8, v3 | {"epsilon": 0.2}),
         ("one_choice", 5, {"top_k": 1, "normalise": True, "epsilon": 0.3}),
         ("ties", 8, v3),
@@ -140,6 +143,9 @@ def cases() -> Iterable[Case]:
                 raise ValueError(
                     "zeros for -inf must change the choice, and all experts but 4 be in use"
                 )
+        if name == "softmax_logits":
+            if (router(x, w, **(options | {"ranking": "scores"}), **given)[2] == indices).all():
+                raise ValueError("the ranking must change the choice")
         if name == "v2":
             for mistake in ({"groups": 1, "keep_groups": 1}, {"group_score": "top2"}):
                 if (router(x, w, **(options | mistake))[2] == indices).all():

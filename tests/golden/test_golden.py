@@ -145,6 +145,7 @@ MISTAKES: list[tuple[str, str, dict[str, Any], str]] = [
     ("router", "v3", {"score": "softmax"}, "out/scores"),
     ("router", "v3", {"scale": 1.0}, "out/weights"),
     ("router", "v2", {"group_score": "top2"}, "out/indices"),
+    ("router", "softmax_logits", {"ranking": "scores"}, "out/indices"),
     ("router", "epsilon", {"epsilon": 0.0}, "grad/x"),
     ("router", "bias_update", {"centre": True}, "out/bias"),
     ("router", "bias_update", {"mask": None}, "out/load"),
@@ -180,6 +181,8 @@ MISTAKES: list[tuple[str, str, dict[str, Any], str]] = [
     ("grpo", "verl_token_mean", {"dual_clip": None}, "grad/log_prob"),
     ("grpo", "verl_token_mean", {"kl": "k1"}, "out/loss"),
     ("grpo", "verl_token_sum", {"dual_clip": 3.0}, "out/unclipped"),
+    ("grpo", "verl_token_sum", {"empty": "counted"}, "out/loss"),
+    ("grpo", "verl_in_range", {"empty": "counted"}, "grad/log_prob"),
     ("grpo", "k1_sequence", {"kl_level": "token"}, "grad/log_prob"),
     ("grpo", "sequence_dual_clip", {"off_policy": None}, "out/loss"),
     ("grpo", "on_both_bounds", {"clip": (0.2, 0.2)}, "grad/log_prob"),
@@ -218,6 +221,9 @@ WRONG_MODELS: list[tuple[str, dict[str, Any], str]] = [
     ("conventions", {"mtp_normaliser": "positions"}, "out/mtp.2"),
     ("conventions", {"balance_counts": "unbiased"}, "out/balance.1"),
     ("all_cotangents", {"masked_groups": "-inf"}, "out/hidden"),
+    ("vllm_megatron", {"mtp_hidden": "normed"}, "out/mtp.2"),
+    ("vllm_megatron", {"mtp_hidden": "raw"}, "out/mtp.1"),
+    ("vllm_megatron", {"softmax_ranking": "scores"}, "out/indices.0"),
     ("all_cotangents", {"mtp_normaliser": "positions"}, "out/mtp.1"),
 ]
 

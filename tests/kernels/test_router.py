@@ -73,6 +73,29 @@ def test_router_chooses_exactly_the_same(column: str, storage: str) -> None:
 
 
 @pytest.mark.parametrize(("column", "storage"), ROUTED)
+def test_router_ranks_logits(column: str, storage: str) -> None:
+    """Of multiples of 1/4, which no type rounds: the ids of `select_experts` on logits and bias,
+    and the weights of those experts' scores."""
+    rng = np.random.default_rng(0)
+    x, w = np.eye(5)[rng.integers(0, 5, 6)], rng.integers(-20, 21, (16, 5)) / 4.0
+    bias = (rng.integers(-3, 4, 16) / 4.0).astype(WIDE[storage])
+    selection = {"top_k": 3, "groups": 4, "keep_groups": 2}
+    forward = partial(
+        TABLES[column]["router"].forward,
+        *(rounded(a, storage) for a in (x, w)),
+        bias=bias,
+        score="softmax",
+        **selection,
+    )
+    found, _ = forward(ranking="logits")
+    wanted = ops.select_experts(x @ w.T + bias, **selection)
+    assert np.array_equal(found.indices, wanted)
+    assert not np.array_equal(forward()[0].indices, wanted)
+    replayed, _ = forward(routes=found.indices)
+    assert [a.tobytes() for a in replayed] == [a.tobytes() for a in found]
+
+
+@pytest.mark.parametrize(("column", "storage"), ROUTED)
 def test_router_with_scores_that_are_no_numbers(column: str, storage: str) -> None:
     """NaN in scores, bias, whole groups and all of them: the very ids of `select_experts`, where
     NaN comes after every number, the −∞ of a hidden group too; the scores are NaN where the

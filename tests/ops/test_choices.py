@@ -30,4 +30,5 @@ def test_defaults_of_the_conventions_are_choices() -> None:
     record = Conventions()
     expect_choice("rope_layout", record.rope_layout, choices.Layout)
     expect_choice("masked_groups", record.masked_groups, choices.MaskedGroups)
+    expect_choice("softmax_ranking", record.softmax_ranking, choices.Ranking)
     expect_choice("mtp_order", record.mtp_order, choices.MTPOrder)

@@ -174,6 +174,32 @@ def test_averages() -> None:
     np.testing.assert_allclose(constant, MASK / 20.0, rtol=1e-15)
 
 
+def test_outputs_without_tokens_are_counted_or_left_out() -> None:
+    """Of four outputs one has no token: N is 4 or 3. Left out, the loss is that of the other three
+    alone; the mean over tokens does not know outputs; and a batch without a token gives 0."""
+    rng = np.random.default_rng(3)
+    new, mask = -rng.uniform(0.2, 2, (4, 3)), np.ones((4, 3), bool)
+    mask[1] = False
+    a = rng.normal(size=4)
+    others = np.array([0, 2, 3])
+    for how in ({"average": "sequence"}, {"average": "constant", "length": 5}):
+        counted, left_out = (
+            run(new, mask=mask, advantages=a, empty=empty, **how)
+            for empty in ("counted", "left_out")
+        )
+        alone = run(new[others], mask=mask[others], advantages=a[others], **how)
+        np.testing.assert_allclose(left_out[0], alone[0], rtol=1e-15)
+        np.testing.assert_array_equal(left_out[1][others], alone[1])
+        np.testing.assert_allclose(counted[0], 0.75 * left_out[0], rtol=1e-15)
+        np.testing.assert_allclose(counted[1], 0.75 * left_out[1], rtol=1e-15)
+        assert run(new, mask=mask & False, advantages=a, empty="left_out", **how)[0] == 0
+    by_token = [
+        run(new, mask=mask, advantages=a, average="token", empty=empty)[0]
+        for empty in ("counted", "left_out")
+    ]
+    assert by_token[0] == by_token[1]
+
+
 def test_ratio_levels() -> None:
     """A sequence's ratio is the product of its tokens', or its geometric mean; the gradient spreads
     over all."""
@@ -343,6 +369,7 @@ def test_presets_run(name: str) -> None:
             ValueError,
             "ratio must be one of token, sequence, sequence_mean, got 'word'",
         ),
+        ({"empty": "no"}, ValueError, "empty must be one of counted, left_out, got 'no'"),
         ({"kl": "k4"}, ValueError, "kl must be one of k1, k2, k3, unbiased, got 'k4'"),
         ({"kl_level": "group"}, ValueError, "kl_level must be one of token, sequence, got 'group'"),
     ],

@@ -22,6 +22,7 @@ T = 5
 D = 4
 E = 8
 K = 3
+RANKINGS = "scores", "logits"
 SCORES = pytest.mark.parametrize("score", ["sigmoid", "softmax"])
 
 
@@ -109,6 +110,29 @@ def test_group_score_decides() -> None:
         select_experts(scores, 1, 2, 1, group_score="share"), [[0]]
     )  # K / kept groups = 1
     np.testing.assert_array_equal(select_experts(scores, 2, 2, 1, group_score="share"), [[2, 3]])
+
+
+def test_ranking_decides_where_scores_are_added() -> None:
+    """Scores (0.7, 0 | 0.15, 0.15): the pair of group 0 is the best, the product of group 1's is.
+    Without groups both rankings give the same, and the weights are the scores' in both."""
+    x, w = np.eye(1), np.log([[0.7], [1e-9], [0.15], [0.15]])
+    how = {"top_k": 2, "score": "softmax", "normalise": False}
+    grouped = {"groups": 2, "keep_groups": 1}
+    by_scores, by_logits = (
+        router_forward(x, w, ranking=ranking, **grouped, **how)[0] for ranking in RANKINGS
+    )
+    np.testing.assert_array_equal(by_scores.indices, [[0, 1]])
+    np.testing.assert_array_equal(by_logits.indices, [[2, 3]])
+    np.testing.assert_array_equal(by_logits.scores, by_scores.scores)
+    np.testing.assert_array_equal(by_logits.weights, by_scores.scores[:, 2:])
+    plain = [router_forward(x, w, ranking=ranking, **how)[0] for ranking in RANKINGS]
+    np.testing.assert_array_equal(plain[0].indices, plain[1].indices)
+    bias = np.array([0.0, 0.0, 0.9, 0.9])  # beside logits of −1.9 it moves less than beside scores
+    biased = [
+        router_forward(x, w, ranking=ranking, bias=bias, top_k=1, score="softmax")[0].indices
+        for ranking in RANKINGS
+    ]
+    np.testing.assert_array_equal(biased, [[[2]], [[0]]])
 
 
 @pytest.mark.parametrize(
@@ -328,6 +352,7 @@ def test_bias_update() -> None:
             ValueError,
             "masked_groups must be one of -inf, zero, got 'nan'",
         ),
+        ({"ranking": "bias"}, ValueError, "ranking must be one of scores, logits, got 'bias'"),
         ({"top_k": 0}, ValueError, r"top_k must lie in 1…8 \(kept experts\), got 0"),
         ({"groups": 4, "top_k": 3}, ValueError, r"top_k must lie in 1…2 \(kept experts\), got 3"),
         ({"x": np.ones((B, T, D), int)}, TypeError, "x must be float32 or wider"),

@@ -24,6 +24,7 @@ REGIMES = {
     "zero_advantage",
     "padded",
     "empty",
+    "left_out",
     "dropped",
     "dual_clipped",
     "ratio_token",
@@ -86,6 +87,7 @@ def case(draw: Draw) -> Case:
         "kl_level": kl_level,
         "kl_bounds": kl_bounds,
         "off_policy": off_policy,
+        "empty": draw.choice(["counted", "left_out"]),
     }
     regimes = _regimes(log_ratio, **kwargs)
     return Case((log_prob,), kwargs, regimes, lambda y: {"unclipped": y.unclipped, "kept": y.kept})
@@ -124,6 +126,7 @@ def _regimes(
     kl_level: str,
     kl_bounds: tuple[float, float] | None,
     off_policy: float | None,
+    empty: str,
     **_: Any,
 ) -> set[str]:
     """The regimes of `REGIMES` that a case with these arguments hits."""
@@ -143,6 +146,7 @@ def _regimes(
         zero_advantage=(advantages == 0).any(),
         padded=not mask.all(),
         empty=not mask.any(axis=1).all(),
+        left_out=empty == "left_out" and average != "token" and not mask.any(axis=1).all(),
         dropped=(dropped & mask & (rho >= 0.8)).any(),
         dual_clipped=dual_clip is not None and (down & (rho > 2.0) & mask).any(),
         kl_of_outputs=kl_weight and kl_level == "sequence",

@@ -18,6 +18,7 @@ REGIMES = {
     "raw",
     "epsilon",
     "one_choice",
+    "by_logits",
 }
 
 
@@ -56,4 +57,6 @@ def case(draw: Draw) -> Case:
         one_choice=top_k == 1,
     )
     inputs = (activations(draw, b, t, d), weight(draw, experts, d))
+    kwargs["ranking"] = draw.choice(["scores", "logits"])
+    regimes |= flags(by_logits=kwargs["ranking"] == "logits" and keep < groups)
     return Case(inputs, kwargs, regimes, lambda y: {"routes": y.indices})
