@@ -16,7 +16,7 @@ from refimpl.bench.rows import ROWS, SPREAD, Maker, error_of, most_error, number
 from bench.examples import SMALL, V3, DryLaunch, on_interpreter, results
 from bench.planted import PLANTED, PlantedLaunch
 from kernel_support import ON_DEVICE, InterpreterLaunch, PretendedLaunch, make_launch
-from pretended_cupy import Pretended, there
+from pretended_cupy import Pretended, here, there
 
 T = 4096
 D = 7168
@@ -142,7 +142,7 @@ class PretendedMaker(Maker):
         return there(super().integers(below, *shape))
 
     def order(self, slots: int) -> Any:
-        return there(np.argsort(self.rng.random(slots, dtype=np.float32)))
+        return there(np.argsort(here(self.rng.random(slots, dtype=np.float32))))
 
 
 @on_interpreter

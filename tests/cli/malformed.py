@@ -117,7 +117,9 @@ def sound_inputs(folder: Path) -> None:
     (folder / "one" / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
     np.save(folder / "tokens.npy", TOKENS)
     np.save(folder / "targets.npy", TOKENS)
-    np.save(folder / "mask.npy", np.ones(TOKENS.shape, bool))
+    counts = np.arange(TOKENS.shape[1]) < TOKENS.shape[1] - 1  # the last token predicts nothing
+    counts = np.broadcast_to(counts, TOKENS.shape)
+    np.save(folder / "mask.npy", counts)
     np.save(folder / "dlogits.npy", np.zeros((*TOKENS.shape, CONFIG.vocabulary), np.float32))
     (folder / "mask.json").write_text(json.dumps(np.ones(TOKENS.shape, int).tolist()))
     (folder / "tokens.json").write_text(json.dumps(TOKENS.tolist()))

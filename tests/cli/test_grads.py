@@ -553,7 +553,11 @@ BAD = [
         "one.json",
         "--tokens must have shape (B, T) with T of at least 2, got (1, 1)",
     ),
-    (["--out", "o", "--mask", "flat.json"], "tokens.npy", "--mask flat.json must hold 0 and 1"),
+    (
+        ["--out", "o", "--mask", "flat.json"],
+        "tokens.npy",
+        "--mask must have shape (B, T)=(2, 10), got (1, 3)",
+    ),
     (["--out", "o", "--mask", "tokens.npy"], "tokens.npy", "--mask tokens.npy must hold 0 and 1"),
     (
         ["--out", "o", "--mask", "ones.json"],
