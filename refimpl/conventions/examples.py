@@ -40,6 +40,7 @@ from ..ops import (
 from ..parameters import (
     EMBEDDING,
     FINAL_NORM,
+    GATE,
     HEAD,
     MTP_NORM,
     is_buffer,
@@ -373,7 +374,7 @@ def left_padding() -> Numbers:
 
     def main_loss(**fields: Any) -> float:
         config = replace(convention(**fields), mtp_depth=0)
-        return float(forward(given, text(), config, key_mask=real)[0].main)
+        return float(np.asarray(forward(given, text(), config, key_mask=real)[0].main))
 
     return {
         "left out": main_loss(),
@@ -400,9 +401,7 @@ def biased_weights() -> Numbers:
 
 def softmax_ranking() -> Numbers:
     """Gates ten times as steep, so that scores are not nearly linear in logits."""
-    steep = {
-        name: 10 * p if name.endswith("mlp.gate.weight") else p for name, p in parameters().items()
-    }
+    steep = {name: 10 * p if name.endswith(GATE) else p for name, p in parameters().items()}
 
     def loss(config: ModelConfig) -> float:
         config = replace(config, gate="softmax", gate_bias=False, normalise_weights=False)

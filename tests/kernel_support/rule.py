@@ -49,6 +49,14 @@ def results(
     return floating + [np.asarray(g) for g in gradients if g is not None]
 
 
+def moved(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Each element moved by up to half a unit in its last place and rounded up or down at random,
+    more often to the nearer: to the nearest would undo every move."""
+    by = rng.uniform(-0.5, 0.5, x.shape)
+    goes = rng.random(x.shape) < np.abs(by)
+    return np.where(goes, np.nextafter(x, np.copysign(np.inf, by).astype(x.dtype)), x)
+
+
 def compare(
     op: str,
     pair: Op,
@@ -62,7 +70,7 @@ def compare(
     (rounded to the storage type), and one unit: of the element in the type that it is stored in,
     and of the largest in the type that arithmetic is done in. One small example may round luckily,
     so the reference's error is the largest of LUCK runs, in all but one of which float32 inputs and
-    cotangents are moved by up to half a unit. For float64 kernels, whose reference is no better,
+    cotangents are `moved`. For float64 kernels, whose reference is no better,
     its error is taken as 64 units. Cotangents are drawn around ``mean``."""
     reference, wide = REFERENCE[op] if op in REFERENCE else pair_of(op), WIDE[storage]
     inputs, constants = (
@@ -89,13 +97,9 @@ def compare(
     )
     plain = []
     for run in range(LUCK if storage != "float64" else 1):
-        moved = [
-            x
-            if x is None
-            else widened(x, wide) * (1 + bool(run) * rng.uniform(-HALF_UNIT, HALF_UNIT, x.shape))
-            for x in (*inputs, *cotangents)
-        ]
-        low = [x if x is None else np.asarray(x, wide) for x in moved]
+        low = [x if x is None else widened(x, wide) for x in (*inputs, *cotangents)]
+        if run:
+            low = [x if x is None else moved(x, rng) for x in low]
         plain.append(
             results(reference, low[: len(inputs)], widened(constants, wide), low[len(inputs) :])
         )
