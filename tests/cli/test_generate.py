@@ -27,6 +27,25 @@ def refimpl(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return int(left.value.code or 0)
 
 
+def test_report_of_a_temperature(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The JSON says with what was sampled, so that the same tokens can be had again."""
+    prompt = "--checkpoint", TRAINED, "--bytes", "--prompt", "The value of ", "--max-tokens", 12
+    found = {}
+    for name, asked in {
+        "greedy": (),
+        "sampled": ("--temperature", 1.5, "--top-p", 0.9, "--seed", 4),
+        "again": ("--temperature", 1.5, "--top-p", 0.9, "--seed", 4),
+    }.items():
+        report = tmp_path / f"{name}.json"
+        assert not refimpl(monkeypatch, *prompt, *asked, "--json", report)
+        found[name] = json.loads(report.read_text())
+    settings = found["sampled"]["settings"]
+    assert (settings["temperature"], settings["top_p"], settings["seed"]) == (1.5, 0.9, 4)
+    assert found["greedy"]["settings"]["temperature"] == 0
+    assert found["sampled"] == found["again"]
+    assert found["sampled"]["results"][0]["tokens"] != found["greedy"]["results"][0]["tokens"]
+
+
 def test_one_prompt(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

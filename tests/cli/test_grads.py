@@ -315,6 +315,19 @@ def test_a_gradient_that_is_not_finite(folder: Path, run: Any, tmp_path: Path) -
     assert json.loads((tmp_path / "r.json").read_text())["ok"] is False
 
 
+def test_report_of_a_balance_loss(run: Any, tmp_path: Path) -> None:
+    """The JSON has each layer's part, which the loss has beside the main one."""
+    report = tmp_path / "report.json"
+    asked = ("--balance-alpha", "0.5", "--json", report)
+    code, _, error = run("--out", tmp_path / "out", *asked, checkpoint="plain")
+    assert (code, error) == (0, "")
+    result = json.loads(report.read_text())
+    assert list(result["balance"]) == ["1", "2"]
+    parts = list(result["balance"].values())
+    assert min(parts) > 0.1
+    assert abs(result["loss"] - result["main"] - sum(parts)) <= 1e-6 * result["loss"]
+
+
 def test_no_warnings_before_the_line(folder: Path, tmp_path: Path) -> None:
     """Weights that overflow: NumPy says nothing of its own, the table and exit code 1 say all."""
     params = random_parameters(CONFIG)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import array_api_strict as strict
 import numpy as np
 import pytest
 
@@ -271,3 +272,27 @@ def test_mscale_that_cannot_be_right(name: str, value: float) -> None:
 def test_no_positions() -> None:
     with pytest.raises(ValueError, match=r"x must have at least 1 entry along each axis of \(B, T"):
         rope_forward(np.ones((1, 0, 1, 4)), positions=np.arange(0), inv_freq=np.ones(2))
+
+
+@pytest.mark.skipif(not has_longdouble(), reason="longdouble is no wider than float64 here")
+def test_angles_are_as_wide_as_longdouble() -> None:
+    """cos and sin at a far position, against those of the angle in longdouble."""
+    position, frequency = 163_000, np.array([0.7])
+    x = np.array([[[[1, 0]]]], dtype=np.longdouble)
+    y, _ = rope_forward(x, positions=np.array([position]), inv_freq=frequency)
+    angle = np.longdouble(position) * np.longdouble(frequency[0])
+    wanted = np.array([np.cos(angle), np.sin(angle)])
+    assert np.max(np.abs(y.reshape(-1) - wanted)) <= 4 * np.finfo(np.longdouble).eps
+    in_float64 = np.array([np.cos(position * frequency[0]), np.sin(position * frequency[0])])
+    assert np.max(np.abs(in_float64 - wanted)) > 1e-13
+
+
+def test_numpy_frequencies_beside_another_library() -> None:
+    """`rope_frequencies` makes NumPy's; the op takes them into the library of ``x``."""
+    x, frequencies = heads(), rope_frequencies(8, 100.0)
+    given = {"inv_freq": frequencies}
+    y, saved = rope_forward(strict.asarray(x), positions=strict.arange(5), **given)
+    wanted, _ = rope_forward(x, positions=np.arange(5), **given)
+    np.testing.assert_array_equal(np.asarray(y), wanted)
+    dx = rope_backward(strict.asarray(x), saved)
+    assert "array_api_strict" in type(dx).__module__
