@@ -664,8 +664,8 @@ TRAPS = (
         {
             "HF": run(
                 "yes, if its label is not −100: labels of −100 at padding leave it in "
-                "(`ForCausalLMLoss`). What the padding position computes is attention without a "
-                "key, whose value differs between `eager` and `sdpa`",
+                "(`ForCausalLMLoss`). It is predicted from padding, whose attention sees no key: "
+                "`eager` gives the mean of all values (`blind_query` mean), `sdpa` 0 (zero)",
                 test=ORACLE("test_left_padding_counts_the_first_token"),
             ),
             "DeepSeek": read("pads on the right (inference/generate.py)"),

@@ -72,8 +72,16 @@ def test_left_padding_counts_the_first_token(tmp_path: Path) -> None:
         build("v3", SMALL, 3, tmp_path)
     config, params = read_checkpoint(tmp_path)
     config = replace(config, balance_weight=0.0, mtp_depth=0)
-    ours = float(forward(params, TOKENS, config, key_mask=real, positions=positions)[0].main)
-    counted = [loss(real, attention) for attention in ("eager", "sdpa")]
+
+    def ours(**fields: Any) -> float:
+        other = replace(config, conventions=replace(config.conventions, **fields))
+        output, _ = forward(params, TOKENS, other, key_mask=real, positions=positions)
+        return float(output.main)
+
+    without = ours(target_after_padding=False)
+    eager, sdpa = loss(real, "eager"), loss(real, "sdpa")
     left_out = [loss(real & np.roll(real, 1, axis=1), how) for how in ("eager", "sdpa")]
-    np.testing.assert_allclose(left_out, ours, rtol=1e-12)
-    assert len({round(value, 4) for value in [*counted, ours]}) == 3
+    np.testing.assert_allclose(left_out, without, rtol=1e-12)
+    assert ours(target_after_padding=True, blind_query="mean") == pytest.approx(eager, rel=1e-12)
+    assert ours(target_after_padding=True, blind_query="zero") == pytest.approx(sdpa, rel=1e-12)
+    assert len({round(value, 4) for value in (eager, sdpa, without)}) == 3
