@@ -121,9 +121,10 @@ def build_numba(function: Callable[..., None], target: str) -> tuple[bytes, byte
     number = int(target.removeprefix("sm_"))
     signature = numba.types.void(*function.__annotations__.values())
     try:
-        ptx, _ = importlib.import_module("numba.cuda").compile(
-            function, signature, cc=divmod(number, 10), device=False, abi="numba", output="ptx"
-        )
+        with as_numba_cuda_knows_numpy():  # some of it is imported when something is compiled
+            ptx, _ = importlib.import_module("numba.cuda").compile(
+                function, signature, cc=divmod(number, 10), device=False, abi="numba", output="ptx"
+            )
     except numba.core.errors.NumbaError as error:
         raise BuildError(f"{kernel} does not compile for {target}:\n{error}") from error
     (mangled,) = re.findall(r"\.entry (\w+)\(", ptx)

@@ -14,6 +14,8 @@ from refimpl.ops import REFERENCE, Op
 
 DTYPES = {"float64": np.float64, "float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 LUCK, HALF_UNIT = 8, 2.0**-24
+# Arrays that are constants of the derivative and data all the same: what moves with the inputs
+DATA = {"grpo": ("advantages", "old_log_prob", "reference_log_prob")}
 WIDE = {"float64": np.float64, "float32": np.float32, "bfloat16": np.float32}
 
 
@@ -53,7 +55,7 @@ def moved(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Each element moved by up to half a unit in its last place and rounded up or down at random,
     more often to the nearer: to the nearest would undo every move."""
     by = rng.uniform(-0.5, 0.5, x.shape)
-    goes = rng.random(x.shape) < np.abs(by)
+    goes = (rng.random(x.shape) < np.abs(by)) & (x != 0)
     return np.where(goes, np.nextafter(x, np.copysign(np.inf, by).astype(x.dtype)), x)
 
 
@@ -70,7 +72,7 @@ def compare(
     (rounded to the storage type), and one unit: of the element in the type that it is stored in,
     and of the largest in the type that arithmetic is done in. One small example may round luckily,
     so the reference's error is the largest of LUCK runs, in all but one of which float32 inputs and
-    cotangents are `moved`. For float64 kernels, whose reference is no better,
+    cotangents (and `DATA`) are `moved`. For float64 kernels, whose reference is no better,
     its error is taken as 64 units. Cotangents are drawn around ``mean``."""
     reference, wide = REFERENCE[op] if op in REFERENCE else pair_of(op), WIDE[storage]
     inputs, constants = (
@@ -98,11 +100,13 @@ def compare(
     plain = []
     for run in range(LUCK if storage != "float64" else 1):
         low = [x if x is None else widened(x, wide) for x in (*inputs, *cotangents)]
+        low_constants = widened(constants, wide)
         if run:
             low = [x if x is None else moved(x, rng) for x in low]
-        plain.append(
-            results(reference, low[: len(inputs)], widened(constants, wide), low[len(inputs) :])
-        )
+            data = {name: low_constants[name] for name in DATA.get(op, ())}
+            data = {name: moved(x, rng) for name, x in data.items() if x is not None}
+            low_constants = low_constants | data
+        plain.append(results(reference, low[: len(inputs)], low_constants, low[len(inputs) :]))
     found = results(pair, inputs, constants | extra, cotangents)
     assert len(found) == len(exact)
     for i, (got, wanted) in enumerate(zip(found, exact, strict=True)):
