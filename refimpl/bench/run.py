@@ -67,9 +67,11 @@ def header(device: Any, torch_version: str | None, commit: str | None) -> Result
         "Python": platform.python_version(),
         "NumPy": np.__version__,
     }
-    versions |= {"NVRTC": nvrtc_version(), **device.versions()} | (
-        {"torch": torch_version} if torch_version else {}
-    )
+    try:
+        versions["NVRTC"] = nvrtc_version()
+    except CouldNotRun:  # the kernels came compiled: `refimpl kernels`
+        versions["NVRTC"] = "none"
+    versions |= device.versions() | ({"torch": torch_version} if torch_version else {})
     copy, matrix = device.ceilings()
     date = datetime.now(UTC).strftime("%Y-%m-%d")
     return Results(

@@ -12,7 +12,7 @@ import pytest
 
 from refimpl.bench.measure import Recorder
 from refimpl.bench.rows import ROWS, Maker, worst_error
-from refimpl.bench.run import BASELINES, baselines, measure_row, select_rows
+from refimpl.bench.run import BASELINES, baselines, header, measure_row, select_rows
 from refimpl.errors import CouldNotRun
 
 from bench.examples import SMALL, IdleDevice, on_interpreter
@@ -154,3 +154,22 @@ def _adamw_baseline(module: Any, torch: Any, work: Any) -> None:
 def test_baselines_lie_outside_the_package() -> None:
     assert BASELINES == ROOT / "benchmarks" / "torch_baselines.py"
     assert BASELINES.is_file()
+
+
+def test_header_without_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled kernels may have come from elsewhere: the run says that no compiler is here."""
+    device = types.SimpleNamespace(
+        name="Fake GPU",
+        driver=lambda: "580.1",
+        versions=lambda: {"CuPy": "14.2"},
+        ceilings=lambda: (3e12, 8e14),
+        cache=1,
+    )
+    assert header(device, None, "0123abc").versions["NVRTC"].startswith("13.0")
+
+    def missing() -> str:
+        raise CouldNotRun("CUDA C needs NVRTC")
+
+    monkeypatch.setattr("refimpl.bench.run.nvrtc_version", missing)
+    found = header(device, "2.13.0", "0123abc")
+    assert (found.versions["NVRTC"], found.versions["torch"]) == ("none", "2.13.0")
