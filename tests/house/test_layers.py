@@ -18,6 +18,7 @@ LAYERS = (  # from the bottom; what stands in one row does not import one anothe
     {"model", "checkpoint", "kernels", "count"},
     {"check", "generate", "grads", "bench", "conventions"},
     {"verify", "memory"},
+    {"port"},
     {"cli"},
     {"__main__"},
 )
