@@ -40,8 +40,8 @@ __all__ = ["PermutedSource", "measure_units", "reruns_of", "roundoff", "units_of
 
 SINGLE = 4
 """So many times larger is the unit of a single number. By chance all reruns may come near: where
-errors are normal, one more errs k times as much as the largest of 4 with probability 1.2/k⁴. That is
-0.5 % at the 4 units that a port may err, and 2e-5 at 16. A tensor's largest error is that of many
+errors are normal, one more errs k times as much as the largest of 4 with probability 1.2/k⁴, 0.4 %
+at the 4 units that a port may err, and 2e-5 at 16. A tensor's largest error is that of many
 numbers."""
 PREFIXES = ("act/", "cot/", "out/", "grad/", "aux/")  # of what a rerun makes anew
 Progress = Callable[[str, int], None]
