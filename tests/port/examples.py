@@ -16,11 +16,10 @@ from safetensors.numpy import load_file, save_file
 
 from refimpl.check.planted import PLANTED, plant
 from refimpl.checkpoint.source import MemorySource
-from refimpl.config import ModelConfig, Yarn, preset
+from refimpl.config import ModelConfig, preset
 from refimpl.grads import Request, write_gradients
 from refimpl.model import Route
 from refimpl.ops import IMPLEMENTATIONS, Ops
-from refimpl.parameters import parameter_shapes
 
 from random_parameters import random_parameters
 
@@ -150,6 +149,3 @@ def save(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
     kept = {name: np.ascontiguousarray(x) for name, x in arrays.items() if name[:3] != "in/"}
     save_file(kept, path)
     return path
-
-
-__all__ = ["TINY", "TOKENS", "Yarn", "clean", "parameters", "parameter_shapes", "planted", "run"]
