@@ -162,7 +162,8 @@ def _alternative(told: Any, ours: str) -> Alternative:
         raise ValueError(f"theirs may hold {{L}}, {{E}}, {{M}} and {{R}}, got {{{min(strange)}}}")
     if type(ranks) is int and 1 <= ranks <= MOST_RANKS:
         ranks = list(range(ranks))
-    if not all(type(n) is int and n >= 0 for n in ranks) or ranks == []:
+    few = isinstance(ranks, list) and 1 <= len(ranks) <= MOST_RANKS
+    if ranks != () and not (few and all(type(n) is int and n >= 0 for n in ranks)):
         raise ValueError(f"ranks must be their number, or a list of numbers, got {ranks}")
     if type(local) is not int or local < 0 or type(split) is not int or split not in (0, 1, 2):
         raise ValueError("local_experts and split must be numbers, split 0, 1 or 2")
@@ -223,15 +224,17 @@ def _plain(name: str) -> Iterator[str]:
 def _by_layout(name: str, theirs: Theirs, layout: Layout, config: ModelConfig) -> Iterator[Found]:
     prefix, _, rest = name.partition("/")
     layer, expert = layer_of(f"{rest}."), _expert_of(rest)
-    pattern = rest
-    if layer is not None:
-        pattern = f"{rest}.".replace(layer_name(layer, ""), layer_name("{L}", ""), 1)[:-1]
+    of_layer = rest
     if expert is not None:
-        pattern = pattern.replace(f".{EXPERTS}.{expert}.", f".{EXPERTS}.{{E}}.")
+        of_layer = rest.replace(f".{EXPERTS}.{expert}.", f".{EXPERTS}.{{E}}.")
+    of_any = of_layer
+    if layer is not None:
+        begin = layer_name(layer, "")
+        of_any = f"{of_layer}.".replace(begin, layer_name("{L}", ""), 1)[:-1]
     module = None if layer is None else depth_of(config, layer) - 1
     turned = rotated_rows(rest, config)
-    for ours in dict.fromkeys((name, f"{prefix}/{pattern}")):
-        for how in layout.get(ours, ()):
+    for ours in dict.fromkeys((rest, of_layer, of_any)):
+        for how in layout.get(f"{prefix}/{ours}", ()):
             if "{M}" in how.theirs and (module is None or module < 0):
                 continue
             if how.rotated and turned is None:
