@@ -25,7 +25,7 @@ class Cut(NamedTuple):
     """One way to cut an axis into blocks."""
 
     axis: int
-    what: str  # of a block with a number, as in head 3; or empty
+    what: tuple[str, str]  # of blocks with numbers, as in head 3, heads 3, 4
     labels: tuple[str, ...]  # of blocks with names, as in "latent rows"; or empty
     block: np.ndarray  # [size]: which block an index of the axis is in
     blocks: int  # how many
@@ -34,7 +34,8 @@ class Cut(NamedTuple):
 def cuts_of(name: str, shape: tuple[int, ...], config: ModelConfig | None) -> list[Cut]:
     """The cuts of a tensor, those with names first."""
     if config is None:
-        return [_number(axis, f"index of axis {axis}:", size) for axis, size in enumerate(shape)]
+        axes = [(axis, f"index of axis {axis}:", size) for axis, size in enumerate(shape)]
+        return [_number(*axis, several=axis[1]) for axis in axes]
     prefix, _, rest = name.partition("/")
     of = _of_gradient(rest, config) if prefix == "grad" else _of_activation(rest, shape, config)
     return [cut for cut in of if cut.axis < len(shape) and len(cut.block) == shape[cut.axis]]
@@ -62,40 +63,38 @@ def told(cuts: list[Cut], wrong: list[np.ndarray]) -> str:
 def _numbers(cut: Cut, blocks: np.ndarray) -> str:
     """The numbered blocks that are wrong, and how many are not."""
     bad, good = np.flatnonzero(blocks), int((~blocks).sum())
-    plural = cut.what if len(bad) == 1 else _plural(cut.what)
+    one, several = cut.what
     if len(bad) <= MOST_TOLD:
         shown = ", ".join(map(str, bad))
     elif len(bad) == bad[-1] - bad[0] + 1:
         shown = f"{bad[0]}…{bad[-1]}"
     elif good <= MOST_TOLD:
-        return f"all {_plural(cut.what)} wrong but {', '.join(map(str, np.flatnonzero(~blocks)))}"
+        return f"{several}: all wrong but {', '.join(map(str, np.flatnonzero(~blocks)))}"
     else:
         shown = f"{', '.join(map(str, bad[:MOST_TOLD]))}, … ({len(bad)} of {cut.blocks})"
-    return f"{plural} {shown}: wrong, the other {good} ok"
+    return f"{one if len(bad) == 1 else several} {shown}: wrong, the other {good} ok"
 
 
-def _plural(what: str) -> str:
-    return what if what.endswith(":") else f"{what}s"
-
-
-def _number(axis: int, what: str, size: int, width: int = 1) -> Cut:
+def _number(axis: int, what: str, size: int, width: int = 1, *, several: str = "") -> Cut:
     """``size`` blocks of ``width`` each."""
-    return Cut(axis, what, (), np.repeat(np.arange(size), width), size)
+    return Cut(axis, (what, several or f"{what}s"), (), np.repeat(np.arange(size), width), size)
 
 
 def _parts(axis: int, heads: int, parts: Mapping[str, int]) -> Cut:
     """The parts of each head, those of all heads together."""
     one = np.repeat(np.arange(len(parts)), list(parts.values()))
-    return Cut(axis, "", tuple(parts), np.tile(one, heads), len(parts))
+    return Cut(axis, ("", ""), tuple(parts), np.tile(one, heads), len(parts))
 
 
 def _of_gradient(name: str, c: ModelConfig) -> list[Cut]:
     layer = layer_of(name)
     if layer is None:
-        return [_number(0, "vocabulary row", c.vocabulary)] if name in (EMBEDDING, HEAD) else []
+        row, rows = "row of the vocabulary", "rows of the vocabulary"
+        words = [_number(0, row, c.vocabulary, several=rows)]
+        return words if name in (EMBEDDING, HEAD) else []
     part = name.removeprefix(layer_name(layer, ""))
     if part == GATE:
-        return [_number(0, "row of expert", c.experts)]
+        return [_number(0, "row of expert", c.experts, several="rows of experts")]
     if part == MTP[-1]:
         order = ["columns that read the embedding", "columns that read the hidden state"]
         if c.conventions.mtp_order == "hidden_embedding":
@@ -116,7 +115,8 @@ def _of_attention(c: ModelConfig) -> list[list[Cut]]:
         _number(0, "head", c.heads, c.nope + c.value),
     ]
     latent = [_parts(0, 1, {"latent rows": c.kv_latent, "rotated key rows": c.rope})]
-    return [*queries, latent, [], pair, [_number(1, "columns of head", c.heads, c.value)]]
+    outputs = [_number(1, "columns of head", c.heads, c.value, several="columns of heads")]
+    return [*queries, latent, [], pair, outputs]
 
 
 def _of_activation(name: str, shape: tuple[int, ...], c: ModelConfig) -> list[Cut]:

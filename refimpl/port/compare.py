@@ -16,7 +16,7 @@ from .blocks import Cut
 __all__ = ["FACTOR", "Difference", "Heat", "difference", "errors_along", "heat"]
 
 FACTOR = 4  # units that a port may have: clean ones were seen to have at most 3.3
-PIECE = 2**20  # numbers that are compared at a time
+PIECE = 2**16  # numbers that are compared at a time: they fit into a core's cache
 MOST_CELLS = 48  # of a heat map, along an axis
 
 
@@ -53,16 +53,18 @@ def difference(theirs: np.ndarray, truth: np.ndarray, scale: float = math.nan) -
     error, worst, unlike = -1.0, 0, 0
     largest, own, other, both = 0.0, 0.0, 0.0, 0.0
     for start, x, y in pieces(theirs, truth):
-        finite = np.isfinite(x) & np.isfinite(y)
         wrong = errors(x, y)
-        unlike += int(np.isinf(wrong).sum())
         place = int(wrong.argmax())
         if wrong[place] > error:
             error, worst = float(wrong[place]), start + place
-        u, v = x[finite] / size, y[finite] / size
-        largest = max(largest, float(np.abs(v).max(initial=0.0)) * size)
-        own, other = own + float(u @ u), other + float(v @ v)
-        both += float(u @ v)
+        if not np.isfinite(wrong[place]) or not np.isfinite(y).all():
+            unlike += int(np.isinf(wrong).sum())
+            finite = np.isfinite(x) & np.isfinite(y)
+            x, y = x[finite], y[finite]
+        largest = max(largest, float(np.abs(y).max(initial=0.0)))
+        u, v = x / size, y / size
+        own, other = own + float((u * u).sum()), other + float((v * v).sum())
+        both += float((u * v).sum())
     place_of = tuple(int(n) for n in np.unravel_index(worst, truth.shape)) if truth.size else ()
     product = math.sqrt(own) * math.sqrt(other)
     return Difference(
@@ -81,7 +83,9 @@ def errors(theirs: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """|theirs − truth|: 0 where both are the same infinity or NaN, inf where one is not finite and
     the other is another."""
     with np.errstate(all="ignore"):
-        wrong = np.abs(theirs - truth)
+        wrong = np.asarray(np.abs(theirs - truth))
+    if np.isfinite(wrong).all():
+        return wrong
     same = (theirs == truth) | (np.isnan(theirs) & np.isnan(truth))
     finite = np.isfinite(theirs) & np.isfinite(truth)
     return np.where(same, 0.0, np.where(finite, wrong, np.inf))

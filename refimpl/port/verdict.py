@@ -13,7 +13,10 @@ of a port that has no others. Of conformance vectors it gives all cases of an op
 
 Experts are chosen by comparing scores, and a tie within rounding is decided either way. So behind
 the first layer where a port chose other experts than the truth, wrong tensors say nothing. Below
-float32 the same holds behind the first choice if the port does not give its routes.
+float32 the same holds behind the first choice if the port does not give its routes. A choice that
+no rounding explains is wrong; whether one does is known if the truth holds the gate's scores.
+
+Where tokens are padding, activations and routes are nobody's and are not compared.
 """
 
 from __future__ import annotations
@@ -27,11 +30,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..checkpoint.names import fold
+from ..checkpoint.names import fold, layer_of
 from ..checkpoint.tensor_file import one_line
 from ..errors import CouldNotRun
+from ..grads.request import SCORES
 from ..ops import rope_frequencies
+from ..parameters import GATE_BIAS, depth_of, layer_name
 from .blocks import cuts_of, told
+from .choices import explained
 from .compare import FACTOR, difference, errors_along, heat
 from .diagnose import diagnose
 from .exclude import not_excluded
@@ -71,6 +77,8 @@ def compare_folders(
     opened = Truth.open(truth)
     port = open_theirs(theirs)
     names = None if layout is None else read_layout(Path(layout))
+    if names is not None and opened.config is None:
+        raise CouldNotRun("names a model's tensors, and the truth has vectors", argument="layout")
     return _Judge(opened, port, names, only, dtype, progress).verdict()
 
 
@@ -256,7 +264,7 @@ class _Judge:
         if place.what:
             return replace(made, status="unreadable")
         truth = self.truth.array(name)
-        theirs = place.found.array().reshape(truth.shape)
+        theirs = self._unpadded(name, place.found.array().reshape(truth.shape), truth)
         if _is_exact(entry.dtype):
             return self._judge_exact(made, theirs, truth)
         unit = entry.units.get(self.dtype, np.inf)
@@ -290,12 +298,49 @@ class _Judge:
                 self.orders[f"aux/weights.{layer}"] = np.take_along_axis(other, back, axis=-1)
                 return replace(made, status="ok", units=0.0)
             what = f"other experts for {int((~tokens).sum()):,} of {tokens.size:,} tokens"
+            if kind == "aux/routes" and (sure := self._wrong_choices(layer, theirs)):
+                what += f", for {sure:,} of them against scores that differ by more than rounding"
+                return replace(made, status="wrong", units=np.inf, what=what)
             return replace(made, status="other", what=what)
         wrong = theirs != truth
         if not wrong.any():
             return replace(made, status="ok", units=0.0)
         what = f"{int(wrong.sum()):,} of {wrong.size:,} numbers differ"
         return replace(made, status="wrong", units=np.inf, what=what)
+
+    def _wrong_choices(self, layer: str, routes: np.ndarray) -> int:
+        """How many tokens' experts no rounding explains, as far as the truth can tell."""
+        config = self.truth.config
+        scores = f"act/{layer_name(layer, SCORES)}"
+        if config is None or scores not in self.truth:
+            return 0
+        unit = self.truth.entries[scores].units.get(self.dtype, np.inf)
+        ranked = np.asarray(self.truth.array(scores), np.float64)
+        if config.gate_bias:
+            try:
+                ranked = ranked + self.truth.checkpoint().tensor(layer_name(layer, GATE_BIAS))
+            except CouldNotRun:
+                return 0
+        if routes.min() < 0 or routes.max() >= config.experts:
+            return int(((routes < 0) | (routes >= config.experts)).any(axis=-1).sum())
+        return int((~explained(ranked, routes, FACTOR * unit, config)).sum())
+
+    def _unpadded(self, name: str, theirs: np.ndarray, truth: np.ndarray) -> np.ndarray:
+        """A port's activations and routes, the truth's in the place of what is padding."""
+        prefix, _, rest = name.partition("/")
+        whole = prefix in ("act", "aux") or name == "out/logits"
+        if not whole or "in/key_mask" not in self.truth or self.truth.config is None:
+            return theirs
+        real = self.truth.array("in/key_mask").astype(bool)
+        layer = layer_of(f"{rest}.") if prefix == "act" else _last_number(rest)
+        depth = 0 if layer is None else depth_of(self.truth.config, layer)
+        real = real[:, : real.shape[1] - depth] & real[:, depth:]
+        axis = 2 if rest.endswith(".probabilities") else 1
+        if truth.ndim <= axis or (truth.shape[0], truth.shape[axis]) != real.shape:
+            return theirs
+        shape = [1] * truth.ndim
+        shape[0], shape[axis] = real.shape
+        return np.where(real.reshape(shape), theirs, truth)
 
     def _without_what_is_no_fault(
         self, results: dict[str, TensorResult]
@@ -439,6 +484,11 @@ class _Judge:
         if len(stored) > 1:
             types = ", ".join(sorted(stored))
             notes.append(f"stored as {types}, judged as {self.dtype}")
+        if coarser := self._coarser(results):
+            notes.append(
+                f"each wrong tensor is within {FACTOR} units of {coarser}: name that type if it is "
+                "what you compute in"
+            )
         if config is not None and config.top_k >= config.experts:
             notes.append("every token goes to every expert: the choice of experts isn't judged")
         if (self.truth.metadata.get("request") or {}).get("routes_given"):
@@ -450,6 +500,24 @@ class _Judge:
         if gradients and all(x.status == "missing" for x in gradients):
             notes.append("no gradient is given: the backward isn't judged")
         return notes
+
+    def _coarser(self, results: Mapping[str, TensorResult]) -> str:
+        """A coarser type by whose units nothing would be wrong; empty if there is none."""
+        wrong = [x for x in results.values() if x.status == "wrong"]
+        for dtype in TYPES[TYPES.index(self.dtype) + 1 :]:
+            units = {x.name: self.truth.entries[x.name].units.get(dtype, 0.0) for x in wrong}
+            if wrong and all(
+                x.difference is not None and x.difference.units(units[x.name]) <= FACTOR
+                for x in wrong
+            ):
+                return dtype
+        return ""
+
+
+def _last_number(name: str) -> int | None:
+    """The layer of aux/routes.3."""
+    number = name.rpartition(".")[2]
+    return int(number) if number.isdecimal() else None
 
 
 def _is_exact(dtype: str) -> bool:
