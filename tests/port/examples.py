@@ -4,6 +4,7 @@ mistake."""
 from __future__ import annotations
 
 import json
+import shutil
 import types
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -149,3 +150,41 @@ def save(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
     kept = {name: np.ascontiguousarray(x) for name, x in arrays.items() if name[:3] != "in/"}
     save_file(kept, path)
     return path
+
+
+def edited(truth: Path, tmp_path: Path, change: Any) -> Path:
+    """A copy of a truth's folder, its index changed."""
+    folder = tmp_path / "truth"
+    shutil.copytree(truth, folder, dirs_exist_ok=True)
+    index = json.loads((folder / "index.json").read_text())
+    change(index)
+    (folder / "index.json").write_text(json.dumps(index))
+    return folder
+
+
+def write_vectors(folder: Path) -> Arrays:
+    """Conformance vectors of three cases, one of them wrong on purpose; their tensors."""
+    rng, arrays = np.random.default_rng(1), {}
+    for case in ("linear-1", "linear-2", "swiglu-1"):
+        for name in ("in/x", "cot/y", "out/y", "grad/x", "grad/w"):
+            arrays[f"{case}/{name}"] = rng.normal(size=(2, 3))
+    folder.mkdir()
+    save_file(arrays, folder / "small.safetensors")
+    tensors = {
+        name: {
+            "dtype": "float64",
+            "shape": [2, 3],
+            "file": "small.safetensors",
+            "scale": float(np.abs(x).max()),
+        }
+        | ({"units": {"float64": 1e-15, "float32": 1e-7}} if "/in/" not in name else {})
+        for name, x in arrays.items()
+    }
+    cases = {
+        case: {"op": case[:-2], "valid": case != "linear-2", "regimes": [], "settings": {}}
+        for case in ("linear-1", "linear-2", "swiglu-1")
+    }
+    units = {"types": ["float64", "float32"], "reruns": 4, "seed": 0}
+    metadata = {"format": 1, "kind": "vectors", "config": None, "cases": cases, "units": units}
+    (folder / "index.json").write_text(json.dumps({"metadata": metadata, "tensors": tensors}))
+    return arrays

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from refimpl.errors import CouldNotRun
 from refimpl.port.truth import Truth, config_from
 
 from port.conftest import Example
-from port.examples import TINY
+from port.examples import TINY, edited
 
 NAME = "grad/model.norm.weight"
 
@@ -42,22 +41,12 @@ def test_it_reads_what_was_written(example: Example) -> None:
     assert "grad/no" not in truth
 
 
-def edited(example: Example, tmp_path: Path, change: Any) -> Path:
-    """A copy of the folder, its index changed."""
-    folder = tmp_path / "truth"
-    shutil.copytree(example.truth, folder, dirs_exist_ok=True)
-    index = json.loads((folder / "index.json").read_text())
-    change(index)
-    (folder / "index.json").write_text(json.dumps(index))
-    return folder
-
-
 def test_a_tensor_that_is_stored_once(example: Example, tmp_path: Path) -> None:
     def change(index: Any) -> None:
         index["tensors"]["cot/other"] = {"same_as": NAME}
         index["tensors"][NAME] |= {"scale": None, "units": {"float32": None}}
 
-    truth = Truth.open(edited(example, tmp_path, change))
+    truth = Truth.open(edited(example.truth, tmp_path, change))
     np.testing.assert_array_equal(truth.array("cot/other"), example.arrays[NAME])
     assert np.isnan(truth.entries["cot/other"].scale)
     assert truth.entries["cot/other"].units == {"float32": np.inf}
@@ -87,7 +76,7 @@ def test_a_tensor_that_is_stored_once(example: Example, tmp_path: Path) -> None:
     ],
 )
 def test_an_index_that_is_broken(example: Example, tmp_path: Path, change: Any, line: str) -> None:
-    folder = edited(example, tmp_path, change)
+    folder = edited(example.truth, tmp_path, change)
     with pytest.raises(CouldNotRun) as caught:
         Truth.open(folder)
     assert line in str(caught.value)
@@ -97,7 +86,7 @@ def test_an_index_that_is_broken(example: Example, tmp_path: Path, change: Any, 
 def test_a_file_that_is_not_as_the_index_says(example: Example, tmp_path: Path) -> None:
     for key, value in (("shape", [3]), ("dtype", "float32")):
         folder = edited(
-            example, tmp_path, lambda x, k=key, v=value: x["tensors"][NAME].update({k: v})
+            example.truth, tmp_path, lambda x, k=key, v=value: x["tensors"][NAME].update({k: v})
         )
         with pytest.raises(CouldNotRun, match=r"is not as index.json says: grad/model\.norm"):
             Truth.open(folder).array(NAME)
