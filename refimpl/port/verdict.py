@@ -154,7 +154,9 @@ class _Judge:
             return _Located(part, name, found, f"is in {files[0]} and in {files[1]}")
         if len(places) > 1:
             return _Located(part, name, found, f"is given twice, as {keys[0]} and {keys[-1]}")
-        return _Located(part, name, found, self._misfit(name, found))
+        if what := self._misfit(name, found):
+            self.truth.array(name)  # the truth itself is as its index says
+        return _Located(part, name, found, what)
 
     def _find(self, name: str) -> list[Found]:
         return find(name, self.theirs, self.truth.config, self.known, self.given)
