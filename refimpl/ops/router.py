@@ -36,6 +36,7 @@ __all__ = [
     "expert_load",
     "router_backward",
     "router_forward",
+    "scores_backward",
     "select_experts",
     "summed_scores",
 ]
@@ -115,14 +116,29 @@ def router_forward(
 
 def router_backward(dy: tuple[Array, Array | None], saved: RouterSaved) -> tuple[Array, Array]:
     """Gradients (dx […, D], dw [E, D]) from (dweights […, K], dscores […, E] or None)."""
+    xp, x, w, s = namespace(dweights=dy[0], x=saved.x), saved.x, saved.w, saved.scores
+    ds = scores_backward(dy, saved)
+    if saved.score == "sigmoid":
+        dlogits = ds * s * (1 - s)  # (router.9)
+    else:
+        dlogits = s * (ds - xp.sum(ds * s, axis=-1, keepdims=True))  # (router.10)
+    rows = xp.reshape(dlogits, (-1, s.shape[-1]))
+    dx = xp.matmul(dlogits, w)  # (router.11)
+    dw = xp.matmul(xp.matrix_transpose(rows), xp.reshape(x, (-1, x.shape[-1])))  # (router.11)
+    return dx, dw
+
+
+def scores_backward(dy: tuple[Array, Array | None], saved: RouterSaved) -> Array:
+    """The scores' whole gradient […, E], by way of the weights and their own: from the same as
+    `router_backward`."""
     dweights, dscores = dy
-    x, w, s, indices, score, normalise, scale, epsilon = saved
-    xp = namespace(dweights=dweights, x=x)
+    s, indices, epsilon = saved.scores, saved.indices, saved.epsilon
+    xp = namespace(dweights=dweights, scores=s)
     expect("dweights", dweights, "(…, K)", tuple(indices.shape))
     if dscores is not None:
         expect("dscores", dscores, "(…, E)", tuple(s.shape))
-    dchosen = scale * dweights
-    if normalise:
+    dchosen = saved.scale * dweights
+    if saved.normalise:
         chosen = xp.take_along_axis(s, indices, axis=-1)
         total = xp.sum(chosen, axis=-1, keepdims=True) + epsilon
         mean = xp.sum(dchosen * chosen, axis=-1, keepdims=True) / total
@@ -132,14 +148,7 @@ def router_backward(dy: tuple[Array, Array | None], saved: RouterSaved) -> tuple
     for k in range(indices.shape[-1]):  # a row's indices differ, so each adds to its own place
         is_chosen = expert == indices[..., k : k + 1]
         ds = xp.where(is_chosen, ds + dchosen[..., k : k + 1], ds)  # (router.8)
-    if score == "sigmoid":
-        dlogits = ds * s * (1 - s)  # (router.9)
-    else:
-        dlogits = s * (ds - xp.sum(ds * s, axis=-1, keepdims=True))  # (router.10)
-    rows = xp.reshape(dlogits, (-1, s.shape[-1]))
-    dx = xp.matmul(dlogits, w)  # (router.11)
-    dw = xp.matmul(xp.matrix_transpose(rows), xp.reshape(x, (-1, x.shape[-1])))  # (router.11)
-    return dx, dw
+    return ds
 
 
 def check_router(
