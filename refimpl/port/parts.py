@@ -43,7 +43,7 @@ INTERNALS = ("latent", "q", "k", "v", "probabilities")  # of attention, as the f
 OPS: dict[Kind, tuple[str, ...]] = {  # whose mistakes can show in a part
     "embedding": ("embedding", "model"),
     "attention": ("mla", "attention", "flash_attention", "rope", "rms_norm", "linear", "model"),
-    "gate": ("router", "balance_loss", "rms_norm", "model"),
+    "gate": ("router", "expert_load", "balance_loss", "rms_norm", "model"),
     "network": ("moe", "ffn", "swiglu", "router", "balance_loss", "rms_norm", "linear", "model"),
     "norm": ("rms_norm", "model"),
     "head": ("head_cross_entropy", "cross_entropy", "log_prob", "grpo", "linear", "model"),
@@ -125,15 +125,15 @@ def _layer_backward(
     gradient is not stored."""
     grad = f"grad/{layer_name(layer, '')}"
     shapes = block_shapes(config, layer)
-    network: list[str] = []
+    told: list[str] = []
     for prefix in (SHARED, EXPERTS, DENSE):
         for name in reversed(network_names(prefix)):
-            network += stored_names(name, shapes[name]) if name in shapes else []
-    names = [*network, GATE, NETWORK_NORM]
+            if name in shapes:
+                told += stored_names(f"{grad}{name}", shapes[name])
     after = f"cot/{layer_name(layer, 'after_attention')}"
     scores = f"cot/{layer_name(layer, 'mlp.gate.scores')}"
-    told = [f"{grad}{name}" for name in names]
-    yield "network", layer, True, [*told[:-2], scores, *told[-2:], after]
+    above = [f"{grad}{name}" for name in (GATE, NETWORK_NORM)]
+    yield "network", layer, True, [*told, scores, *above, after]
     attention = f"cot/{layer_name(layer, 'self_attn')}"
     inside = [f"{attention}.{part}" for part in reversed(INTERNALS)]
     weights = [f"{grad}{name}" for name in [*reversed(attention_shapes(config)), ATTENTION_NORM]]
