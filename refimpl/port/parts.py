@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 from ..checkpoint.names import stored_names
 from ..config import ModelConfig
+from ..errors import CouldNotRun
 from ..parameters import (
     ATTENTION_NORM,
     DENSE,
@@ -146,8 +147,11 @@ def _cases(truth: Truth) -> Iterator[Part]:
     by_case: dict[str, list[str]] = {}
     for name in truth.entries:
         by_case.setdefault(name.partition("/")[0], []).append(name)
+    cases = truth.metadata.get("cases", {})
     for case, names in by_case.items():
-        op = truth.metadata["cases"][case]["op"]
+        if case not in cases:
+            raise CouldNotRun(f"{truth.folder / 'index.json'} does not say what {case} is")
+        op = cases[case]["op"]
         for prefix, backward in (("out", False), ("grad", True)):
             tensors = _of(names, f"{case}/{prefix}/")
             if tensors:
