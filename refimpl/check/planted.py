@@ -358,9 +358,14 @@ def plant_module(bug: Planted) -> types.ModuleType:
     original = sys.modules[name]
     sys.modules[name] = module  # the op's own module, executed anew, imports from it
     try:
-        return _execute(own, ast.parse(_source(own)))
+        return fresh_module(own)
     finally:
         sys.modules[name] = original
+
+
+def fresh_module(name: str) -> types.ModuleType:
+    """A copy of a module of the package, without a bug, that may be changed."""
+    return _execute(name, ast.parse(_source(name)))
 
 
 def home(op: str) -> str:
