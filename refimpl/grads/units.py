@@ -93,7 +93,8 @@ class PermutedSource:
     """A `Source` with the width in the order ``order`` [D], in the type ``type`` of `UNITS`."""
 
     def __init__(self, source: Source, order: np.ndarray, type: str) -> None:
-        self.source, self.order, self.type = source, order, type
+        self.source, self.order = source, order
+        self.type = type
         self.config: ModelConfig = source.config
         self.dtype = np.dtype("float64" if type == "float64" else "float32")
         self.shapes = parameter_shapes(source.config)
