@@ -258,7 +258,7 @@ PLANTED: tuple[Planted, ...] = (
          "ops.linear.backward(dy, saved.proj)",
          "ops.linear.backward(0 * dy + saved.hnorm.x, saved.proj)"),
     _one("router", "epsilon missing in the backward", "epsilon off 0",
-         "total = xp.sum(chosen, axis=-1, keepdims=True) + epsilon",
+         "total = xp.sum(chosen, axis=-1, keepdims=True) + saved.epsilon",
          "total = xp.sum(chosen, axis=-1, keepdims=True)"),
     _one("mtp", "halves swapped", "any",
          "de, dh = (first, second) if saved.order == 'embedding_hidden' else (second, first)",
