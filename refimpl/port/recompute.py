@@ -407,7 +407,9 @@ def above_of(truth: Truth, setting: Setting, *, backward: bool) -> Arrays:
     last, head = module_name(config.layers - 1), head_name(config)
     shapes = parameter_shapes(config)
     modules = [f"{module_name(layer)}." for layer in mtp_layers(config)]
-    names = [n for n in shapes if n in (EMBEDDING, FINAL_NORM, head) or n.startswith(tuple(modules))]
+    names = [
+        n for n in shapes if n in (EMBEDDING, FINAL_NORM, head) or n.startswith(tuple(modules))
+    ]
     if not modules and not config.tied:
         names.remove(EMBEDDING)
     run = given.run(names)
@@ -416,7 +418,10 @@ def above_of(truth: Truth, setting: Setting, *, backward: bool) -> Arrays:
     calls: dict[str, list[Any]] = {"rms_norm": [], "moe": []}
     run = run._replace(ops=run.ops | {n: noting_dy(run.ops[n], calls[n]) for n in calls})
     hidden, norm = model.final_norm_forward(run, given.stream(config.layers))
-    found: Arrays = {f"act/{HIDDEN}": hidden, "out/logits": model.logits(run.params, hidden, run.ops)}
+    found: Arrays = {
+        f"act/{HIDDEN}": hidden,
+        "out/logits": model.logits(run.params, hidden, run.ops),
+    }
     hidden = given.tensor(f"act/{HIDDEN}") if f"act/{HIDDEN}" in truth else hidden
     if given.loss != "cross_entropy":
         return found | other_loss(given, run, hidden, norm, calls["rms_norm"])
@@ -528,7 +533,9 @@ def case_of(truth: Truth, case: str, setting: Setting) -> Arrays:
     cot = {x[4:]: place(truth.array(full)) for x, full in given.items() if x.startswith("cot/")}
     if not cot:
         return found
-    dy: Any = tuple(cot.get(x) for x in outputs) if hasattr(y, "_asdict") else next(iter(cot.values()))
+    dy: Any = (
+        tuple(cot.get(x) for x in outputs) if hasattr(y, "_asdict") else next(iter(cot.values()))
+    )
     if name == "router":
         weights = cot.get("weights", np.zeros_like(outputs["weights"]))
         dy = (weights, cot.get("scores"))
