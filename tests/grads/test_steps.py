@@ -294,8 +294,9 @@ def test_activations(tmp_path: Path) -> None:
 
 
 def test_cotangents(tmp_path: Path) -> None:
-    """Those between the parts; each makes the gradients of what its activation is made of: the table's rows, the norm's
-    weight, and the weights of the last product that joins a layer's output."""
+    """Of those between the parts, each makes the gradients of what its activation is made of: the
+    table's rows, the norm's weight, and the weights of the last product that joins a layer's
+    output."""
     config = replace(TINY, mtp_depth=0, balance_weight=0.0)
     params = random_parameters(config)
     stream(params, config, tmp_path / "out", activations="*")
