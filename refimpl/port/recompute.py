@@ -9,7 +9,7 @@ that it hands on, and back from the gradient of what it hands on. All that lies 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from math import prod
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -23,24 +23,21 @@ from ..checkpoint.names import stored_names
 from ..config import ModelConfig
 from ..errors import CouldNotRun
 from ..grads.cotangents import Calls, activations_of
-from ..grads.request import EMBEDDINGS, HIDDEN, INNER, LOG_PROB, SCORES
+from ..grads.request import EMBEDDINGS, HIDDEN, INNER, SCORES
 from ..grads.rounded import round_bfloat16, rounded
-from ..ops import IMPLEMENTATIONS, AnyOp, Op, Ops, cross_entropy_forward
+from ..ops import IMPLEMENTATIONS, AnyOp, Op, Ops
 from ..parameters import (
     EMBEDDING,
-    EXPERTS,
     FINAL_NORM,
     MTP,
     MTP_NORM,
     block_shapes,
     depth_of,
     head_name,
-    is_buffer,
     layer_name,
     module_name,
     mtp_layer,
     mtp_layers,
-    network_names,
     parameter_shapes,
 )
 from .orders import shuffled
@@ -62,7 +59,7 @@ class Code(NamedTuple):
     router: ModuleType
 
 
-@lru_cache(maxsize=None)
+@cache
 def planted_code(bug: Planted | None) -> Code:
     """The code with the bug in it, made once for each bug."""
     router = fresh_module("refimpl.ops.router")

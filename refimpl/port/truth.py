@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..checkpoint import Checkpoint
+from ..checkpoint.files import content_fingerprint
 from ..checkpoint.tensor_file import StoredTensor, one_line, open_file
 from ..config import Conventions, ModelConfig, Yarn
 from ..errors import CouldNotRun
@@ -119,11 +120,12 @@ class Truth:
         told = self.metadata.get("checkpoint") or {}
         if self.config is None or "path" not in told:
             raise CouldNotRun(f"{self.folder} names no checkpoint")
+        folder = Path(str(told["path"]))
+        expect_folder(folder)
+        if content_fingerprint(folder) != told.get("fingerprint"):
+            raise CouldNotRun(f"{folder} is not the checkpoint that {self.folder} was made from")
         return Checkpoint.open(
-            told["path"],
-            dtype=dtype,
-            conventions=self.config.conventions,
-            mtp=self.config.mtp_depth > 0,
+            folder, dtype=dtype, conventions=self.config.conventions, mtp=self.config.mtp_depth > 0
         )
 
 
