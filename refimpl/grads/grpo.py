@@ -47,7 +47,7 @@ class GRPO:
         a name of `GRPO_PRESETS` whose settings hold unless given."""
         given = dict(settings)
         temperature, preset = given.pop("temperature", 1.0), given.pop("preset", "deepseekmath")
-        if preset not in GRPO_PRESETS:
+        if not isinstance(preset, str) or preset not in GRPO_PRESETS:
             raise ValueError(
                 f"preset must be one of {', '.join(GRPO_PRESETS)}, got {json.dumps(preset)}"
             )

@@ -43,9 +43,9 @@ SPREAD = 3
 """So much of the spread of the reruns' errors is added to the largest. Few reruns say little where
 one rounding decides: errors then scatter like one random number, and by chance all may be small.
 On the trained test model in float32 the largest of 4 reruns alone put 1.2 % of right runs more than
-4 units off somewhere, that of 8 still 0.15 %; that of 6 with 3 times the spread none of 69,000
-(drawn from 250 reruns; float64 likewise). Where errors hardly scatter, as in bfloat16, this adds
-nothing."""
+4 units off somewhere, that of 8 still 0.15 %; that of 6 with 3 times the spread 2 in 100,000 (drawn
+from 250 reruns; in float64 the same, on tiny fewer). Where errors hardly scatter, as in bfloat16,
+this adds nothing."""
 PREFIXES = ("act/", "cot/", "out/", "grad/", "aux/")  # of what a rerun makes anew
 Progress = Callable[[str, int], None]
 Axes = dict[int, int]  # by axis, how many times the width it is long
