@@ -20,7 +20,7 @@ from ..errors import CouldNotRun
 from ..grads.units import roundoff
 from ..model import mtp_scale
 from ..ops import yarn_softmax_factor
-from ..parameters import attention_shapes, layer_name, network_names
+from ..parameters import MTP, MTP_PROJECTION, attention_shapes, network_names
 from .blocks import Cut, cuts_of, told
 from .compare import FACTOR
 from .parts import Part
@@ -124,7 +124,7 @@ def factor_hint(truth: Truth, pair: Pair) -> str:
     could = [
         what for what, value in factors_of(truth).items() if abs(value - factor) <= spread
     ] or small_ratio(factor, spread)
-    shown = f"a factor of {factor:.7g}"
+    shown = f"a factor of {factor:.4g}"
     if not could:
         return f"{shown}, which no number of this run gives"
     tail = "" if len(could) == 1 else ": these agree here, and another run tells them apart"
@@ -153,7 +153,7 @@ def factors_of(truth: Truth) -> dict[str, float]:
     for name in ("temperature", "kl_weight", "length"):
         if isinstance(settings.get(name), int | float) and settings[name]:
             numbers[name] = float(settings[name])
-    found = {}
+    found: dict[str, float] = {}
     for what, value in numbers.items():
         if value not in (0.0, 1.0) and isfinite(value):
             found |= {
@@ -203,6 +203,7 @@ def of_batch(truth: Truth) -> dict[str, float]:
         for depth in range(1, (truth.config.mtp_depth if truth.config else 0) + 1):
             later = float(masks[0][:, depth:].sum())
             found[f"N/N of MTP module {depth}"] = n / later if later else 1.0
+            found[f"B·(T − {depth})/N of MTP module {depth}"] = b * (t - depth) / (later or 1.0)
     return found
 
 
@@ -251,15 +252,9 @@ def moves(config: ModelConfig | None, name: str) -> Iterator[tuple[str, Move]]:
         )
         yield "all heads' key rows before all value rows", lambda x: x[parts]
         yield "all heads' key rows taken for heads of both", lambda x: x[np.argsort(parts)]
-    if prefix == "grad" and part.endswith(projection_of_mtp()):
+    if prefix == "grad" and part.endswith(MTP_PROJECTION):
         d = c.width
         yield "embedding's and hidden state's columns changed places", lambda x: np.roll(x, d, 1)
-
-
-def projection_of_mtp() -> str:
-    from ..parameters import MTP_PROJECTION
-
-    return MTP_PROJECTION
 
 
 def rotated(c: ModelConfig, prefix: str, rest: str) -> Iterator[tuple[int, int, int, int]]:
@@ -298,14 +293,12 @@ def exchanged(truth: Truth, name: str, pair: Pair) -> Iterator[str]:
 
 
 def neighbours(config: ModelConfig | None) -> list[tuple[str, str]]:
-    if config is None:
-        return [("/gate", "/up"), ("/w_gate", "/w_up"), ("/k", "/v"), ("/hidden", "/embedding"),
-                ("/w_hnorm", "/w_enorm"), ("/w_shared_gate", "/w_shared_up")]  # fmt: skip
-    from ..parameters import MTP
-
+    """Ends of names that stand side by side, and are alike."""
     gate, up, _ = network_names("")
-    return [(gate, up), (layer_name(0, MTP[0])[len(layer_name(0, "")) - 1 :],
-                         layer_name(0, MTP[1])[len(layer_name(0, "")) - 1 :])]  # fmt: skip
+    if config is not None:
+        return [(gate, up), (MTP[0], MTP[1])]
+    shared = ("w_shared_gate", "w_shared_up")
+    return [("/gate", "/up"), ("w_gate", "w_up"), shared, ("w_hnorm", "w_enorm"), ("/k", "/v")]
 
 
 # What is missing
@@ -321,7 +314,7 @@ def left_out(truth: Truth, part: Part, wrong: Mapping[str, Any]) -> list[str]:
         "balance": bool(c.balance_weight) and part.kind in ("gate", "network"),
         "shared": bool(c.shared_experts) and part.kind == "network",
     }
-    lines = []
+    lines: list[str] = []
     for what, is_there in present.items():
         if not is_there:
             continue

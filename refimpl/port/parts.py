@@ -48,7 +48,10 @@ OPS: dict[Kind, tuple[str, ...]] = {  # whose mistakes can show in a part
     "network": ("moe", "ffn", "swiglu", "router", "balance_loss", "rms_norm", "linear", "model"),
     "norm": ("rms_norm", "model"),
     "head": ("head_cross_entropy", "cross_entropy", "log_prob", "grpo", "linear", "model"),
-    "mtp": ("mtp", "head_cross_entropy", "log_prob", "rms_norm", "linear", "embedding", "model"),
+    "mtp": (
+        *("mtp", "head_cross_entropy", "cross_entropy", "log_prob"),
+        *("rms_norm", "linear", "embedding", "model"),
+    ),
     "loss": ("model",),
 }
 
@@ -77,7 +80,9 @@ def parts_of(truth: Truth) -> list[Part]:
     for kind, layer, backward, names in _model(truth.config):
         present = tuple(name for name in names if name in truth)
         if present:
-            found.append(Part(kind, layer, backward, present, OPS[kind]))
+            joins = kind == "attention" and not backward and layer in mtp_layers(truth.config)
+            ops = (*OPS[kind], "mtp") if joins else OPS[kind]  # what a module's block reads
+            found.append(Part(kind, layer, backward, present, ops))
     return found
 
 

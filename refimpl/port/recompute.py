@@ -1,5 +1,5 @@
-"""One part of a run again, alone, from what the truth holds: its inputs, cotangents, choices and the
-weights of the checkpoint; clean, or with a planted bug; in float64, float32 or bfloat16.
+"""One part of a run again, alone, from what the truth holds (inputs, cotangents, choices) and the
+weights of the checkpoint: clean, or with a planted bug; in float64, float32 or bfloat16.
 
 The parts of a layer are computed together, its block from the stream that it reads to the stream
 that it hands on, and back from the gradient of what it hands on. All that lies above the blocks
@@ -8,7 +8,9 @@ that it hands on, and back from the gradient of what it hands on. All that lies 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache, lru_cache
 from math import prod
 from types import ModuleType
@@ -18,7 +20,8 @@ import numpy as np
 
 from .. import model as reference_model
 from ..batch import Batch, make_batch
-from ..check.planted import FUNCTIONS, Planted, fresh_module, plant, plant_module
+from ..check.cases import CASES, pair_of
+from ..check.planted import FUNCTIONS, Planted, fresh_module, plant_module
 from ..checkpoint.names import stored_names
 from ..config import ModelConfig
 from ..errors import CouldNotRun
@@ -74,10 +77,11 @@ def planted_code(bug: Planted | None) -> Code:
         return Code(module, {}, router)
     if bug.op == "router":
         router = plant_module(bug)
-        return Code(
-            reference_model, {"router": Op(router.router_forward, router.router_backward)}, router
-        )
-    return Code(reference_model, {bug.op: plant(bug)}, router)
+        pair = Op(router.router_forward, router.router_backward)
+        return Code(reference_model, {"router": pair}, router)
+    module = plant_module(bug)
+    pair = Op(getattr(module, f"{bug.op}_forward"), getattr(module, f"{bug.op}_backward"))
+    return Code(reference_model, {bug.op: pair}, router)
 
 
 class Setting(NamedTuple):
@@ -217,7 +221,7 @@ class Inputs:
         """What a layer of the main model reads, or, behind the last, the final norm."""
         return self.tensor(f"act/{module_name(layer - 1) if layer else EMBEDDINGS}")
 
-    def state(self, depth: int, final_norm: Any) -> Any:
+    def state(self, depth: int) -> Any:
         """What MTP module ``depth`` reads of the depth before it, made by the right code."""
         config, before = self.config, mtp_layer(self.config, depth - 1)
         if depth == 1:
@@ -238,8 +242,6 @@ class Inputs:
 
 def left_out(config: ModelConfig, what: str) -> ModelConfig:
     """The config of the run without one of its parts."""
-    from dataclasses import replace
-
     changed: dict[str, dict[str, Any]] = {
         "": {},
         "mtp": {"mtp_weight": 0.0},
@@ -259,7 +261,8 @@ def stored(truth: Truth, name: str) -> np.ndarray:
 @lru_cache(maxsize=64)
 def weight(truth: Truth, name: str) -> np.ndarray:
     """A weight of the checkpoint in float64."""
-    return opened(truth).tensor(name)
+    x: np.ndarray = opened(truth).tensor(name)
+    return x
 
 
 @lru_cache(maxsize=2)
@@ -277,11 +280,7 @@ def batch_of(truth: Truth) -> Batch:
     if "in/grpo_mask" in truth:
         given["mask"] = truth.array("in/grpo_mask")
     return make_batch(
-        np.empty(0),
-        stored(truth, "in/tokens"),
-        truth.config,
-        with_loss="targets" in given,
-        **given,  # type: ignore[arg-type]
+        np.empty(0), stored(truth, "in/tokens"), truth.config, with_loss="targets" in given, **given
     )
 
 
@@ -302,7 +301,7 @@ def block_of(truth: Truth, layer: int, setting: Setting, *, backward: bool) -> A
     outputs: list[Any] = []
     run = run._replace(ops=calls.ops | {"mla": noting_outputs(calls.ops["mla"], outputs)})
     if depth:
-        state, batch = given.state(depth, None), given.batch.at(depth)
+        state, batch = given.state(depth), given.batch.at(depth)
         _, _, module = code.model.mtp_module_forward(run, depth, state, batch)
         y, block = module.norm.x, module.block
     else:
@@ -346,10 +345,11 @@ def gate_of(layer: int, network: Any) -> Arrays:
 
 def cotangents_of(calls: Calls, block: Any, code: Code) -> Arrays:
     """The cotangents of a block's activations by name; the scores' by the code's own gate."""
-    kept = hasattr(block.attention.mla, "kv_b") and hasattr(block.attention.mla.attention, "p")
-    if not kept:
-        calls.calls.pop("attention", None)
-    found = calls.cotangents(block)
+    try:
+        found = calls.cotangents(block)
+    except (AttributeError, StopIteration):  # another attention, or a bug that leaves out a step
+        calls.calls.pop("attention", None)  # what stands inside is then unknown
+        found = calls.cotangents(block)
     if hasattr(block.network, "routed"):
         dy, saved, _ = calls.calls["router"][0]
         found[layer_name(calls.layer, SCORES)] = code.router.scores_backward(dy, saved)
@@ -390,7 +390,8 @@ def embedding_of(truth: Truth, setting: Setting, *, backward: bool) -> Arrays:
         return {f"act/{EMBEDDINGS}": x}
     gradient = run.ops.embedding.backward(given.tensor(f"cot/{EMBEDDINGS}"), saved)
     if given.config.mtp_depth or given.config.tied:  # its other users
-        gradient = gradient + above_of(truth, setting, backward=True)[f"grad/{EMBEDDING}"]
+        above = above_of(truth, setting, backward=True)
+        gradient = gradient + above.get(f"grad/{EMBEDDING}", 0)
     return {f"grad/{EMBEDDING}": gradient}
 
 
@@ -428,7 +429,7 @@ def above_of(truth: Truth, setting: Setting, *, backward: bool) -> Arrays:
     normaliser = given.batch.mtp_normaliser(config.conventions.mtp_normaliser)
     for depth, layer in enumerate(mtp_layers(config), 1):
         later = given.batch.at(depth)
-        _, normed, module = model.mtp_module_forward(run, depth, given.state(depth, norm), later)
+        _, normed, module = model.mtp_module_forward(run, depth, given.state(depth), later)
         loss, saved = model.head_forward(run, normed, later, normaliser)
         passes.append(module)
         heads.append(saved)
@@ -492,7 +493,9 @@ def other_loss(given: Inputs, run: Any, hidden: Any, norm: Any, dys: list[Any]) 
         dlog_prob = run.ops.grpo.backward(1.0, grpo_saved)
         dhidden, dw = run.ops.log_prob.backward(dlog_prob, saved)
         found = {"act/log_prob": log_prob, "cot/log_prob": dlog_prob}
-        found |= {"out/loss": output.loss, "out/main": output.loss}
+        balance = {n: given.tensor(n) for n in given.truth.entries if n.startswith("out/balance.")}
+        total = model.total_loss(config, output.loss, [], balance)
+        found |= {"out/loss": total, "out/main": output.loss}
     else:
         _, linear_saved = run.ops.linear.forward(hidden, run.params[head])
         dhidden, dw = run.ops.linear.backward(given.tensor("in/dlogits"), linear_saved)
@@ -507,21 +510,22 @@ def other_loss(given: Inputs, run: Any, hidden: Any, norm: Any, dys: list[Any]) 
 
 def case_of(truth: Truth, case: str, setting: Setting) -> Arrays:
     """Outputs and gradients of one case."""
-    import inspect
-
     told = truth.metadata["cases"][case]
     place, name = setting.placing(), told["op"]
+    if name not in CASES:
+        raise CouldNotRun(f"{name} has no pair of forward and backward that could have a bug")
+    right = pair_of(name)
     table = setting.table("reference")
-    op = setting.code.ops.get(name) or op_pair(name)
+    op = setting.code.ops.get(name, right)
     if setting.dtype == "bfloat16":
         op = rounded(op)
-    parameters = inspect.signature(op_pair(name).forward).parameters.values()
+    parameters = inspect.signature(right.forward).parameters.values()
     order = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     given = {x.removeprefix(f"{case}/"): x for x in truth.entries if x.startswith(f"{case}/")}
     inputs = [place(truth.array(given[f"in/{x}"])) if f"in/{x}" in given else None for x in order]
     aux = {x[4:]: place(truth.array(full)) for x, full in given.items() if x.startswith("aux/")}
     settings = {k: tuple(x) if isinstance(x, list) else x for k, x in told["settings"].items()}
-    if "ops" in inspect.signature(op_pair(name).forward).parameters:
+    if "ops" in inspect.signature(right.forward).parameters:
         settings["ops"] = table
     y, saved = op.forward(*inputs, **settings, **aux)
     plain = [x[4:] for x in given if x.startswith("out/")]
@@ -542,12 +546,3 @@ def case_of(truth: Truth, case: str, setting: Setting) -> Arrays:
     gradients = gradients if isinstance(gradients, tuple) else (gradients,)
     named = zip(order, gradients, strict=True)
     return found | {f"{case}/grad/{x}": g for x, g in named if g is not None}
-
-
-def op_pair(name: str) -> AnyOp:
-    """The op's own forward and backward; CouldNotRun if it is no pair."""
-    from .. import ops
-
-    if not hasattr(ops, f"{name}_backward"):
-        raise CouldNotRun(f"{name} is no forward and backward")
-    return Op(getattr(ops, f"{name}_forward"), getattr(ops, f"{name}_backward"))
