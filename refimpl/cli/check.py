@@ -53,7 +53,7 @@ def check(
     ] = None,
     json_file: Json = None,
 ) -> None:
-    """Judge a port by its tensors: which part is wrong first, and which mistake that is.
+    """Judge a port: the first wrong part, and the mistake.
 
     THEIRS holds what your code computed: gradients under their parameters' names, or with the
     prefixes grad/, act/, cot/, out/ and aux/ under the names of the truth. Known are the names of

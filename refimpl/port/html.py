@@ -14,11 +14,11 @@ from .report import HEADER, MOST_ROWS, TensorResult, Verdict, diagnosed, listed,
 __all__ = ["page"]
 
 STYLE = """
-:root { color-scheme: light dark; --text: #1a1a1a; --paper: #fff; --line: #d0d0d0; --soft: #666;
+:root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fff; --line: #d0d0d0; --soft: #666;
   --good: #0a7a33; --bad: #b3261e; --open: #8a5a00; --zero: #eef1f4; }
-@media (prefers-color-scheme: dark) { :root { --text: #e6e6e6; --paper: #161618; --line: #3a3a3e;
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #161618; --line: #3a3a3e;
   --soft: #a0a0a6; --good: #57c97f; --bad: #ff8a80; --open: #f0b860; --zero: #25262a; } }
-body { color: var(--text); background: var(--paper); font: 15px/1.5 system-ui, sans-serif;
+body { color: var(--ink); background: var(--paper); font: 15px/1.5 system-ui, sans-serif;
   max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
 .PASS { color: var(--good); } .FAIL { color: var(--bad); } .INCONCLUSIVE { color: var(--open); }
@@ -27,11 +27,12 @@ table { border-collapse: collapse; } td, th { padding: .2rem .8rem .2rem 0; text
   border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; vertical-align: top; }
 code, pre, td:first-child { font-family: ui-monospace, monospace; font-size: .87em; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; }
-svg text { fill: var(--text); font: 11px system-ui, sans-serif; } .zero { fill: var(--zero); }
+svg text { fill: var(--ink); font: 11px system-ui, sans-serif; } .zero { fill: var(--zero); }
 .frame { fill: none; stroke: var(--line); }
 """
 COLOURS = ("#2b6cb0", "#3f9d8f", "#c9b037", "#dd7a26", "#b3261e")  # from ok to the largest error
-CELL, LEFT, TOP = 16, 120, 26
+CELL = 16  # pixels
+LEFT, TOP = 120, 26  # where the cells begin
 LABELS = 24  # that an axis shows
 
 

@@ -146,7 +146,8 @@ def cut(file: str, size: int) -> Callable[[Path], None]:
     return lambda folder: write(folder / file, (folder / file).read_bytes()[:size])
 
 
-PORT, INDEX, NORM_FILE = "port.safetensors", "truth/index.json", "truth/grad-norm.safetensors"
+PORT, INDEX = "port.safetensors", "truth/index.json"
+NORM_FILE = "truth/grad-norm.safetensors"
 ENTRY: Callable[[Any], Any] = lambda x: x["tensors"][NORM]  # noqa: E731
 DAMAGED: dict[str, Callable[[Path], object]] = {
     "port missing": absent(PORT),
