@@ -120,7 +120,7 @@ def _again(truth: Truth, verdict: Verdict) -> str:
     words = ["refimpl", "grads", "--checkpoint", checkpoint, "--tokens", "TOKENS"]
     words += ["--mtp"] if request.get("mtp") else []
     for name in ("mtp_weight", "balance_alpha", "layers", "only", "activations", "convention"):
-        if request.get(name) not in (None, "*", 0, 0.0):
+        if request.get(name) not in (None, 0.0) and (name, request[name]) != ("only", "*"):
             words += [f"--{name.replace('_', '-')}", str(request[name])]
     words += ["--dtype", str(truth.metadata.get("dtype", "float64"))]
     words += ["--units", ",".join(truth.types), "--routes", str(verdict.routes), "--out", "NEW"]

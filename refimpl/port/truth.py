@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..checkpoint import Checkpoint
+from ..checkpoint.files import content_fingerprint
 from ..checkpoint.tensor_file import StoredTensor, one_line, open_file
 from ..config import Conventions, ModelConfig, Yarn
 from ..errors import CouldNotRun
@@ -26,6 +27,7 @@ __all__ = ["FORMAT", "KINDS", "Entry", "Truth", "config_from"]
 FORMAT = 1  # of index.json
 KINDS = ("model", "vectors")
 MOST_INDEX = 2**28  # bytes; of DeepSeek-V3's gradients, 1.3e7
+MOST_EXPERTS = 10**6  # of all layers; of DeepSeek-V3, 15,872
 
 
 class Entry(NamedTuple):
@@ -44,14 +46,16 @@ class Entry(NamedTuple):
 class Truth:
     """A folder of results.
 
-    ``kind`` is model or vectors; ``config`` is that of the run (None for vectors); ``entries`` are
-    the tensors, those included that are stored under another name.
+    ``kind`` is model or vectors; ``config`` is that of the run (None for vectors); ``types`` are
+    those that units were measured for; ``entries`` are the tensors, those included that are stored
+    under another name.
     """
 
     def __init__(self, folder: Path, metadata: dict[str, Any], entries: dict[str, Entry]) -> None:
         self.folder, self.metadata = folder, metadata
         self.entries = entries
         self.kind: str = metadata["kind"]
+        self.types = tuple(map(str, (metadata.get("units") or {}).get("types", ())))
         config = metadata.get("config")
         self.config = None if config is None else config_from(config)
         self._open: dict[str, dict[str, StoredTensor]] = {}
@@ -75,20 +79,28 @@ class Truth:
                 )
             if metadata["kind"] not in KINDS:
                 raise ValueError(f"kind must be one of {', '.join(KINDS)}")
+            for name in ("units", "request", "checkpoint", "cases"):
+                if not isinstance(metadata.get(name) or {}, dict):
+                    raise TypeError(f"{name} must be an object")
             if (metadata["kind"] == "model") != (metadata.get("config") is not None):
                 raise ValueError("a config belongs to kind model alone")
-            return cls(folder, metadata, _entries(tensors))
+            truth = cls(folder, metadata, _entries(tensors))
+            truth.expect_size()
+            return truth
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             why = one_line(f"{type(error).__name__} {error}")
             raise CouldNotRun(f"{path} is broken: {why}") from error
 
+    def expect_size(self) -> None:
+        """ValueError for a config of more parts than could be walked through."""
+        config = self.config
+        if config is not None:
+            experts = (config.layers + config.mtp_depth) * config.experts
+            if experts > MOST_EXPERTS:
+                raise ValueError(f"config has {experts:,} experts")
+
     def __contains__(self, name: str) -> bool:
         return name in self.entries
-
-    @property
-    def types(self) -> tuple[str, ...]:
-        """The types that units were measured for."""
-        return tuple((self.metadata.get("units") or {}).get("types", ()))
 
     def array(self, name: str) -> np.ndarray:
         """A tensor, mapped from its file; CouldNotRun if the file is not as the index says."""
@@ -108,11 +120,12 @@ class Truth:
         told = self.metadata.get("checkpoint") or {}
         if self.config is None or "path" not in told:
             raise CouldNotRun(f"{self.folder} names no checkpoint")
+        folder = Path(str(told["path"]))
+        expect_folder(folder)
+        if content_fingerprint(folder) != told.get("fingerprint"):
+            raise CouldNotRun(f"{folder} is not the checkpoint that {self.folder} was made from")
         return Checkpoint.open(
-            told["path"],
-            dtype=dtype,
-            conventions=self.config.conventions,
-            mtp=self.config.mtp_depth > 0,
+            folder, dtype=dtype, conventions=self.config.conventions, mtp=self.config.mtp_depth > 0
         )
 
 

@@ -39,7 +39,7 @@ from ..parameters import GATE_BIAS, depth_of, layer_name
 from .blocks import cuts_of, told
 from .choices import explained
 from .compare import FACTOR, difference, errors_along, heat
-from .diagnose import diagnose
+from .diagnose import Diagnosis, diagnose
 from .exclude import not_excluded
 from .names import Found, Layout, find, known_layout, read_layout
 from .parts import Part, parts_of
@@ -154,7 +154,9 @@ class _Judge:
             return _Located(part, name, found, f"is in {files[0]} and in {files[1]}")
         if len(places) > 1:
             return _Located(part, name, found, f"is given twice, as {keys[0]} and {keys[-1]}")
-        return _Located(part, name, found, self._misfit(name, found))
+        if what := self._misfit(name, found):
+            self.truth.array(name)  # the truth itself is as its index says
+        return _Located(part, name, found, what)
 
     def _find(self, name: str) -> list[Found]:
         return find(name, self.theirs, self.truth.config, self.known, self.given)
@@ -226,12 +228,17 @@ class _Judge:
             made = replace(made, verdict="FAIL", reason=self._count(wrong, results))
             return self._with_first_wrong(made, wrong[0])
         if reasons := self._reasons(results, bound if wrong else None):
-            found = next((x.found for x in self.located if wrong and x.name == bound), None)
+            other = wrong and bound is not None and results[bound].status == "other"
+            found = next((x.found for x in self.located if other and x.name == bound), None)
             path = None if found is None else found.path
             return replace(made, verdict="INCONCLUSIVE", reason="; ".join(reasons), routes=path)
         judged = [x for x in self.located if results[x.name].status == "ok"]
         parts = list(dict.fromkeys(x.part for x in judged))
-        bugs = not_excluded(self.truth, parts, [x.name for x in judged], self.dtype)
+        try:
+            bugs = not_excluded(self.truth, parts, [x.name for x in judged], self.dtype)
+        except CouldNotRun as error:
+            note = f"which mistakes would not show here is not known: {error}"
+            return replace(made, notes=[*made.notes, note])
         return replace(made, not_excluded=[f"{bug.op}: {bug.name}" for bug in bugs])
 
     def _verdict_of(self, results: Mapping[str, TensorResult]) -> Verdict:
@@ -465,7 +472,10 @@ class _Judge:
         if truth.ndim and not _is_exact(entry.dtype):
             shown = heat(arrays[first], truth, cuts)
         named = PartResult(part.name, tuple(made.tensors[x.name] for x in mine))
-        diagnosis = diagnose(self.truth, part, arrays, self.dtype)
+        try:
+            diagnosis = diagnose(self.truth, part, arrays, self.dtype)
+        except CouldNotRun as error:
+            diagnosis = Diagnosis([], [], f"no planted bug was tried: {error}")
         return replace(made, first_wrong=named, diagnosis=diagnosis, heat=shown)
 
     def _extra(self) -> list[str]:

@@ -7,26 +7,33 @@ import json
 import shutil
 import types
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+import pytest
 from safetensors.numpy import load_file, save_file
 
 from refimpl.check.planted import PLANTED, plant
+from refimpl.checkpoint import Checkpoint, save_checkpoint
 from refimpl.checkpoint.source import MemorySource
 from refimpl.config import ModelConfig, preset
-from refimpl.grads import Request, write_gradients
+from refimpl.grads import Request, gradient_shapes, write_gradients
+from refimpl.grads.units import permute, width_axes
 from refimpl.model import Route
 from refimpl.ops import IMPLEMENTATIONS, Ops
+from refimpl.parameters import parameter_shapes
+from refimpl.port import verdict
+from refimpl.port.diagnose import Diagnosis
 
 from random_parameters import random_parameters
 
 TINY = replace(preset("tiny"), mtp_depth=1, experts=4, groups=2, keep_groups=1, top_k=2)
 TOKENS = np.random.default_rng(7).integers(0, TINY.vocabulary, (2, 9))
-ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8}
+TYPES = ("float64", "float32", "bfloat16")
 Arrays = dict[str, np.ndarray]
 
 
@@ -34,20 +41,6 @@ def parameters(config: ModelConfig = TINY) -> Arrays:
     """Random ones that every type holds."""
     found = random_parameters(config, seed=3)
     return {name: x.astype(ml_dtypes.bfloat16).astype(np.float64) for name, x in found.items()}
-
-
-def permuted(arrays: Mapping[str, np.ndarray], order: np.ndarray) -> Arrays:
-    """Parameters, or their gradients, with the model width in another order."""
-    width, found = len(order), {}
-    for name, x in arrays.items():
-        if name.endswith("eh_proj.weight"):
-            x = x[..., order, :][..., np.concatenate([order, order + width])]
-        elif name.endswith(("o_proj.weight", "down_proj.weight")):
-            x = x[..., order, :]
-        elif x.shape[-1] == width and not name.endswith(("q_b_proj.weight", "kv_b_proj.weight")):
-            x = x[..., order]
-        found[name] = x
-    return found
 
 
 def run(
@@ -65,31 +58,31 @@ def run(
         write_gradients(MemorySource(params, config), request, out)
     finally:
         IMPLEMENTATIONS.pop(name, None)
+    return read(out)
+
+
+def read(out: Path) -> Arrays:
+    """Every tensor of a result by its name."""
     index = json.loads((out / "index.json").read_text())["tensors"]
     files = {path.name: load_file(path) for path in out.glob("*.safetensors")}
     names = {name: x.get("same_as", name) for name, x in index.items()}
     return {name: files[index[stored]["file"]][stored] for name, stored in names.items()}
 
 
-def clean(
-    tmp: Path, params: Arrays, config: ModelConfig, dtype: str, seed: int, routes: Any
-) -> Arrays:
+def clean(tmp: Path, params: Arrays, dtype: str, seed: int, routes: Any) -> Arrays:
     """The reference in another type, the model width in another order."""
-    order = np.random.default_rng(seed).permutation(config.width)
-    back = np.argsort(order)
-    cast = {name: x.astype(dtype) for name, x in permuted(params, order).items()}
-    found = run(tmp, cast, config, routes=routes)
-    width = config.width
-    return {
-        name: permuted({name.removeprefix("grad/"): x}, back)[name.removeprefix("grad/")]
-        if name.startswith("grad/")
-        else (x[..., back] if _is_stream(name) and x.shape[-1] == width else x)
-        for name, x in found.items()
-    }
-
-
-def _is_stream(name: str) -> bool:
-    return name.startswith(("act/", "cot/")) and not name.endswith(".scores")
+    order = np.random.default_rng(seed).permutation(TINY.width)
+    back, axes = np.argsort(order), width_axes(parameter_shapes, TINY)
+    moved = {name: permute(x, axes[name], order) for name, x in params.items()}
+    cast = {name: x.astype(dtype) for name, x in moved.items()}
+    found, axes = run(tmp, cast, TINY, routes=routes), width_axes(gradient_shapes, TINY)
+    for name, x in found.items():
+        prefix, _, rest = name.partition("/")
+        if prefix == "grad":
+            found[name] = permute(x, axes[rest], back)
+        elif prefix in ("act", "cot") and not name.endswith(".scores"):
+            found[name] = x[..., back]
+    return found
 
 
 def routes_of(arrays: Arrays) -> dict[int, Route]:
@@ -100,41 +93,14 @@ def routes_of(arrays: Arrays) -> dict[int, Route]:
     }
 
 
-def write_truth(folder: Path, config: ModelConfig = TINY) -> Arrays:
-    """A truth folder with units of float64 and float32; its tensors."""
-    params = parameters(config)
-    arrays = run(folder, params, config)
-    path = folder / "index.json"
-    index = json.loads(path.read_text())
-    units: dict[str, dict[str, float]] = {name: {} for name in arrays}
-    routes = routes_of(arrays)
-    for dtype in ("float64", "float32"):
-        reruns = [
-            clean(folder.parent / f"{dtype}-{n}", params, config, dtype, n, routes)
-            for n in range(4)
-        ]
-        for name, x in arrays.items():
-            if x.dtype.kind == "f":
-                least = ROUNDOFF[dtype] * np.abs(x).max()
-                worst = max(np.abs(y[name] - x).max() for y in reruns)
-                units[name][dtype] = float(max(worst, least))
-    for name, x in arrays.items():
-        if x.dtype.kind == "f":
-            index["tensors"][name] |= {"units": units[name], "scale": float(np.abs(x).max())}
-    index["metadata"] |= {
-        "format": 1,
-        "kind": "model",
-        "config": asdict(_as_run(config)),
-        "checkpoint": None,
-        "request": {"mtp": config.mtp_depth > 0, "balance_alpha": 0.02, "routes_given": False},
-        "units": {"types": ["float64", "float32"], "reruns": 4, "seed": 0},
-    }
-    path.write_text(json.dumps(index))
-    return arrays
-
-
-def _as_run(config: ModelConfig) -> ModelConfig:
-    return replace(config, balance_weight=0.02)
+def write_truth(folder: Path) -> Arrays:
+    """A truth folder with units of every type, and its checkpoint beside it; its tensors."""
+    save_checkpoint(parameters(), TINY, folder.parent / "checkpoint", dtype="float64")
+    source = Checkpoint.open(folder.parent / "checkpoint", dtype="float64")
+    source.config = replace(source.config, mtp_weight=TINY.mtp_weight)
+    request = Request(TOKENS, mtp=True, balance_alpha=0.02, activations="*", units=TYPES)
+    write_gradients(source, request, folder, origin=folder.parent / "checkpoint")
+    return read(folder)
 
 
 def planted(op: str, name: str) -> Ops:
@@ -188,3 +154,30 @@ def write_vectors(folder: Path) -> Arrays:
     metadata = {"format": 1, "kind": "vectors", "config": None, "cases": cases, "units": units}
     (folder / "index.json").write_text(json.dumps({"metadata": metadata, "tensors": tensors}))
     return arrays
+
+
+class Example(NamedTuple):
+    folder: Path
+    truth: Path
+    arrays: Arrays  # of the truth
+    ports: dict[str, Arrays]  # clean ones, by type
+
+
+@cache
+def example_of(base: Path) -> Example:
+    """A truth and a clean port of each type, made once in a folder of all tests."""
+    folder = base / "example-of-a-port"
+    folder.mkdir()
+    arrays = write_truth(folder / "truth")
+    ports = {
+        dtype: clean(folder / dtype, parameters(), dtype, 17, routes_of(arrays))
+        for dtype in ("float64", "float32")
+    }
+    return Example(folder, folder / "truth", arrays, ports)
+
+
+def without_catalogue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verdicts without planted bugs computed again, which takes seconds and has tests of its
+    own."""
+    monkeypatch.setattr(verdict, "diagnose", lambda *given: Diagnosis([], [], ""))
+    monkeypatch.setattr(verdict, "not_excluded", lambda *given: [])

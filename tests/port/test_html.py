@@ -16,8 +16,7 @@ from refimpl.port.html import COLOURS, page
 from refimpl.port.report import Verdict
 from refimpl.port.verdict import compare_folders
 
-from port.conftest import Example
-from port.examples import save
+from port.examples import Example, save
 
 NAME = "grad/model.layers.1.self_attn.kv_a_proj_with_mqa.weight"
 SINGLE = {"meta", "rect"}  # elements without an end
@@ -50,8 +49,13 @@ class Elements(HTMLParser):
         self.text.append(data)
 
 
-@pytest.fixture(scope="module")
-def failed(example: Example, tmp_path_factory: pytest.TempPathFactory) -> Verdict:
+pytestmark = pytest.mark.usefixtures("no_catalogue")
+
+
+@pytest.fixture
+def failed(
+    no_catalogue: None, example: Example, tmp_path_factory: pytest.TempPathFactory
+) -> Verdict:
     """Rotated key rows that are wrong, and a name that would be code."""
     x = example.arrays[NAME].copy()
     x[7:] *= 2

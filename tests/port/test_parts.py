@@ -11,7 +11,7 @@ from refimpl.errors import CouldNotRun
 from refimpl.port.parts import parts_of
 from refimpl.port.truth import Entry, Truth
 
-from port.conftest import Example
+from port.examples import Example
 
 
 def test_every_tensor_is_in_one_part(example: Example) -> None:
@@ -47,6 +47,7 @@ def test_order_within_a_part(example: Example) -> None:
     parts = {p.name: p.tensors for p in parts_of(Truth.open(example.truth))}
     last = [name.rpartition("model.layers.1.")[2] for name in parts["layer 1, attention, backward"]]
     assert [name for name in last if "norm" not in name] == [
+        "self_attn",
         *(f"self_attn.{x}.weight" for x in ("o_proj", "kv_b_proj", "kv_a_proj_with_mqa")),
         *(f"self_attn.{x}.weight" for x in ("q_b_proj", "q_a_proj")),
         "cot/model.layers.0",
@@ -54,6 +55,7 @@ def test_order_within_a_part(example: Example) -> None:
     experts = parts["layer 1, network, backward"]
     assert experts[0].endswith("shared_experts.down_proj.weight")
     assert experts[3].endswith("mlp.experts.0.down_proj.weight")
+    assert experts[-1] == "cot/model.layers.1.after_attention"
 
 
 def vectors(cases: dict[str, Any]) -> Truth:

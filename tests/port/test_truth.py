@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,7 @@ from refimpl.config import preset
 from refimpl.errors import CouldNotRun
 from refimpl.port.truth import Truth, config_from
 
-from port.conftest import Example
-from port.examples import TINY, edited
+from port.examples import TINY, Example, edited, parameters
 
 NAME = "grad/model.norm.weight"
 
@@ -33,7 +33,7 @@ def test_it_reads_what_was_written(example: Example) -> None:
     assert truth.kind == "model"
     assert truth.config == replace(TINY, balance_weight=0.02)
     assert truth.entries.keys() == example.arrays.keys()
-    assert truth.types == ("float64", "float32")
+    assert truth.types == ("float64", "float32", "bfloat16")
     for name, x in example.arrays.items():
         np.testing.assert_array_equal(truth.array(name), x)
     assert truth.entries[NAME].scale == np.abs(example.arrays[NAME]).max()
@@ -105,6 +105,23 @@ def test_a_folder_without_a_result(tmp_path: Path) -> None:
         Truth.open(tmp_path)
 
 
-def test_a_truth_without_a_checkpoint(example: Example) -> None:
+def test_the_checkpoint_is_the_one_it_was(example: Example, tmp_path: Path) -> None:
+    """By its content: a copy elsewhere is the same, one that was changed is not."""
+    name, x = next(iter(parameters().items()))
+    found = Truth.open(example.truth).checkpoint()
+    np.testing.assert_array_equal(found.tensor(name), x)
+    assert found.config.conventions == TINY.conventions
+    copy = shutil.copytree(example.truth.parent / "checkpoint", tmp_path / "copy")
+    there = {"path": str(copy)}
+    truth = edited(example.truth, tmp_path, lambda x: x["metadata"]["checkpoint"].update(there))
+    np.testing.assert_array_equal(Truth.open(truth).checkpoint().tensor(name), x)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"rope_theta": 101.0}))
+    with pytest.raises(CouldNotRun, match=r"copy is not the checkpoint that .* was made from"):
+        Truth.open(truth).checkpoint()
+    shutil.rmtree(copy)
+    with pytest.raises(CouldNotRun, match="copy does not exist"):
+        Truth.open(truth).checkpoint()
+    truth = edited(example.truth, tmp_path, lambda x: x["metadata"].update(checkpoint=None))
     with pytest.raises(CouldNotRun, match="names no checkpoint"):
-        Truth.open(example.truth).checkpoint()
+        Truth.open(truth).checkpoint()

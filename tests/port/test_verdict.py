@@ -18,10 +18,10 @@ from refimpl.port.report import Verdict
 from refimpl.port.truth import Truth
 from refimpl.port.verdict import compare_folders, expected
 
-from port.conftest import Example
 from port.examples import (
     TINY,
     Arrays,
+    Example,
     edited,
     parameters,
     planted,
@@ -34,6 +34,7 @@ from port.examples import (
 NORM = "grad/model.norm.weight"
 O_PROJ = "grad/model.layers.1.self_attn.o_proj.weight"
 TIE = "aux/routes.1"
+pytestmark = pytest.mark.usefixtures("no_catalogue")
 
 
 def judge(example: Example, tmp_path: Path, arrays: Arrays, **given: Any) -> Verdict:
@@ -181,7 +182,7 @@ def test_only_selects_what_is_judged(example: Example, tmp_path: Path) -> None:
 
 
 def test_nothing_that_is_expected(example: Example, tmp_path: Path) -> None:
-    with pytest.raises(CouldNotRun, match=r"holds none of the 136 tensors .* it holds a, b"):
+    with pytest.raises(CouldNotRun, match=r"holds none of the 148 tensors .* it holds a, b"):
         judge(example, tmp_path, {"a": np.zeros(2), "b": np.zeros(2)})
 
 
@@ -246,9 +247,11 @@ def test_types_that_cannot_be_judged(example: Example, tmp_path: Path) -> None:
     half = example.arrays | {NORM: example.arrays[NORM].astype(np.float16)}
     with pytest.raises(CouldNotRun, match=r"norm.weight must be float64, .*, got float16"):
         judge(example, tmp_path, half)
-    rounded = {NORM: example.arrays[NORM].astype(ml_dtypes.bfloat16)}
-    with pytest.raises(CouldNotRun, match=r"has no units of bfloat16 \(it has float64, float32\)"):
-        judge(example, tmp_path, rounded)
+    truth = edited(
+        example.truth, tmp_path, lambda x: x["metadata"]["units"].update(types=["float64"])
+    )
+    with pytest.raises(CouldNotRun, match=r"has no units of float32 \(it has float64\): write it"):
+        judge(example, tmp_path, example.ports["float32"], truth=truth)
     with pytest.raises(CouldNotRun, match=r"^dtype must be one of float64, float32, bfloat16"):
         judge(example, tmp_path, example.arrays, dtype="int8")
 
@@ -304,49 +307,40 @@ def test_other_experts(example: Example, tmp_path: Path) -> None:
     """Without the gate's biases, nothing says whether it was a tie."""
     changed = {TIE: other_routes(example)}
     behind = {O_PROJ: 2 * example.arrays[O_PROJ]}
-    verdict = judge(example, tmp_path, example.arrays | changed | behind)
+    truth = edited(example.truth, tmp_path, lambda x: x["metadata"].update(checkpoint=None))
+    verdict = judge(example, tmp_path, example.arrays | changed | behind, truth=truth)
     assert verdict.verdict == "INCONCLUSIVE"
     assert "aux/routes.1 has other experts for 1 of 18 tokens, and what follows" in verdict.reason
     assert verdict.routes == tmp_path / "port.safetensors"
     before = {"act/model.layers.0": 2 * example.arrays["act/model.layers.0"]}
-    verdict = judge(example, tmp_path, example.arrays | changed | before)
+    verdict = judge(example, tmp_path, example.arrays | changed | before, truth=truth)
     assert verdict.verdict == "FAIL"
     assert verdict.first_wrong is not None
     assert verdict.first_wrong.name == "layer 0, network, forward"
 
 
-def test_other_experts_that_no_rounding_explains(
-    example: Example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Weights:
-        def tensor(self, name: str) -> np.ndarray:
-            return parameters()[name]
-
-    monkeypatch.setattr(Truth, "checkpoint", lambda self, dtype="float64": Weights())
+def test_other_experts_that_no_rounding_explains(example: Example, tmp_path: Path) -> None:
+    """With the gate's scores in the truth and its biases in the checkpoint, that is known."""
     verdict = judge(example, tmp_path, example.arrays | {TIE: other_routes(example)})
     assert verdict.verdict == "FAIL"
     assert verdict.first_wrong is not None
     assert verdict.first_wrong.name == "layer 1, gate, forward"
     assert "for 1 of them against scores that differ by more than rounding" in str(verdict)
+    strange = example.arrays[TIE] + 4
+    verdict = judge(example, tmp_path, example.arrays | {TIE: strange})
+    assert (verdict.verdict, verdict.tensors[TIE].status) == ("FAIL", "wrong")
 
 
 def test_routes_below_float32(example: Example, tmp_path: Path) -> None:
     """Behind the first choice wrong tensors say nothing without the port's routes; right ones
     do."""
-
-    def change(index: Any) -> None:
-        index["metadata"]["units"]["types"].append("bfloat16")
-        for x in index["tensors"].values():
-            if "units" in x:
-                x["units"]["bfloat16"] = 0.01 * x["scale"]
-
-    truth = edited(example.truth, tmp_path, change)
     arrays = {
         name: x.astype(ml_dtypes.bfloat16) if x.dtype.kind == "f" else x
         for name, x in example.arrays.items()
     }
     without = {name: x for name, x in arrays.items() if not name.startswith("aux/")}
     wrong = {O_PROJ: (2 * example.arrays[O_PROJ]).astype(ml_dtypes.bfloat16)}
+    most = "*"
     early = "act/model.layers.0.self_attn"
     first = {early: (2 * example.arrays[early]).astype(ml_dtypes.bfloat16)}
     for given, word in (
@@ -356,11 +350,12 @@ def test_routes_below_float32(example: Example, tmp_path: Path) -> None:
         (without | wrong, "INCONCLUSIVE"),
         (without | first, "FAIL"),
     ):
-        verdict = judge(example, tmp_path, given, truth=truth)
-        assert (verdict.dtype, verdict.verdict) == ("bfloat16", word)
-    verdict = judge(example, tmp_path, without | wrong, truth=truth)
+        verdict = judge(example, tmp_path, given, only=most)
+        assert (verdict.dtype, verdict.verdict) == ("bfloat16", word), str(verdict)
+        assert verdict.routes is None
+    verdict = judge(example, tmp_path, without | wrong, only=most)
     assert "a tie within rounding may choose others: give aux/routes.L" in verdict.reason
-    verdict = judge(example, tmp_path, without | wrong, truth=truth, only="*.layers.1.*")
+    verdict = judge(example, tmp_path, without | wrong, only="*.layers.1.*")
     assert verdict.verdict == "INCONCLUSIVE"
 
 
