@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from .. import __version__
-from ..checkpoint.names import fold
+from ..checkpoint.names import fold, layer_of
 from ..checkpoint.tensor_file import one_line
+from ..parameters import layer_name, module_name
 from .compare import Difference, Heat
 from .diagnose import Diagnosis
 
@@ -130,7 +132,7 @@ def text(verdict: Verdict) -> str:
     lines += listed("can't be judged", [(x.name, x.what) for x in verdict.those("unjudged")])
     lines += listed("can't be compared", [(x.name, x.what) for x in verdict.those("unreadable")])
     lines += listed("routes", [(x.name, x.what) for x in verdict.those("other")])
-    lines += listed("not given", [(x.name, "") for x in verdict.those("missing")])
+    lines += not_given(verdict)
     lines += listed("in the port alone", [(one_line(name), "") for name in verdict.extra])
     lines += [f"note: {note}" for note in verdict.notes]
     if verdict.ok:
@@ -171,12 +173,33 @@ def beside(part: PartResult) -> str:
     """Which tensors of a part are wrong and which are right, in one line."""
     said = []
     for status in ("wrong", "ok"):
-        names = [(one_line(x.name), "") for x in part.tensors if x.status == status]
+        names = [(short(x.name), "") for x in part.tensors if x.status == status]
         lines = [line.strip() for line in fold(names)]
         more = [f"and {len(lines) - MOST_BESIDE} more"] if len(lines) > MOST_BESIDE else []
         if lines:
             said.append(f"{status}: {', '.join([*lines[:MOST_BESIDE], *more])}")
     return "; ".join(said)
+
+
+def short(name: str) -> str:
+    """The name of a tensor within its layer; a gradient's without its prefix."""
+    prefix, _, rest = name.partition("/")
+    layer = layer_of(f"{rest}.")
+    if layer is not None:
+        rest = rest.removeprefix(layer_name(layer, "")).removeprefix(module_name(layer))
+    return one_line(rest if prefix == "grad" else f"{prefix}/{rest}")
+
+
+def not_given(verdict: Verdict) -> list[str]:
+    """The gradients that the port does not have, and of all else, how many tensors."""
+    names = [x.name for x in verdict.those("missing")]
+    kinds = Counter(name.split("/")[-2] for name in names)
+    if kinds.get("grad") == sum("grad/" in name for name in verdict.tensors):
+        lines = []  # a note says it
+    else:
+        lines = listed("no gradient of", [(name, "") for name in names if "grad/" in name])
+    others = [f"{count} of {kind}/" for kind, count in kinds.items() if kind != "grad"]
+    return lines + ([f"not given: {', '.join(others)}"] if others else [])
 
 
 def diagnosed(verdict: Verdict) -> list[str]:

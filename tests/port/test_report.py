@@ -50,12 +50,12 @@ def test_the_verdict_is_first_and_the_rest_is_short(failed: Verdict) -> None:
     )
     assert lines[2].startswith("  error 1.7e+13 units, 0.108 of the largest number; worst at [9, 1")
     assert lines[3].startswith(
-        f"  wrong: {first}, grad/model.layers.3.input_layernorm.weight; ok: "
+        "  wrong: self_attn.kv_a_proj_with_mqa.weight, input_layernorm.weight; ok: cot/self_attn, "
     )
     assert len(lines) < MOST_LINES
     assert "and 56 more" in lines
     text = str(failed)
-    assert "not given:\n  act/model.embed_tokens\n  act/model.layers.0…3.self_attn (4 te" in text
+    assert "not given: 17 of act/" in lines
     assert "in the port alone:\n  grad/mine\\x1b[31m" in text
     assert all(line.isprintable() for line in lines)
 
@@ -78,6 +78,19 @@ def test_a_pass_says_what_it_does_not_exclude(example: Example, tmp_path: Path) 
     assert text.startswith("PASS: 148 tensors within 4 units of float32; the furthest, ")
     assert "not excluded by these inputs and this type:\n  rope: backward in the" in text
     assert len(text.splitlines()) < 5
+
+
+def test_what_is_missing(example: Example, tmp_path: Path) -> None:
+    """Gradients by name, all else by kind; no gradient at all is a note."""
+    some = {n: x for n, x in example.arrays.items() if n.startswith("grad/") and ".0." not in n}
+    lines = str(compare_folders(save(tmp_path / "a.safetensors", some), example.truth)).splitlines()
+    assert "no gradient of:" in lines
+    assert "  grad/model.layers.0.mlp.down_proj.weight" in lines
+    assert lines[-1].startswith("not given: 17 of act/, 12 of aux/, ")
+    none = {"out/loss": example.arrays["out/loss"]}
+    lines = str(compare_folders(save(tmp_path / "a.safetensors", none), example.truth)).splitlines()
+    assert len(lines) == 3
+    assert lines[1].startswith("not given: 17 of act/, ")
 
 
 def test_json_is_as_its_schema_says(failed: Verdict, example: Example, tmp_path: Path) -> None:
