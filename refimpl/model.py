@@ -236,38 +236,15 @@ def backward(
     Given together, they add up. The gate's bias, a buffer, is left out.
     """
     run = saved.run
-    config, ops = run.config, run.ops
     if dloss is None and dlogits is None and dhidden is None:
         dloss = 1.0
     if dloss is not None and saved.head is None:
         raise ValueError("dloss needs a forward with with_loss=True, got one without a loss")
     grads = Gradients(run.params)
-    hidden, head = saved.hidden, head_name(config)
-    dh = zeros(hidden.shape, hidden)
-    if dhidden is not None:
-        expect("dhidden", dhidden, "(B, T, D)", tuple(hidden.shape))
-        dh = dh + number(dhidden, hidden)
-    if dlogits is not None:
-        expect("dlogits", dlogits, "(B, T, W)", (*hidden.shape[:2], config.vocabulary))
-        _, linear_saved = ops.linear.forward(hidden, run.params[head])
-        dh_logits, dw = ops.linear.backward(number(dlogits, hidden), linear_saved)
-        dh = dh + dh_logits
-        grads.add(head, dw)
-    dstate = None
-    if dloss is not None:
-        dh_head, dw = ops.head_cross_entropy.backward(dloss, saved.head)
-        dh = dh + dh_head
-        grads.add(head, dw)
-        dmtp = dloss * mtp_scale(config)  # (mtp.6)
-        for depth in range(config.mtp_depth, 0, -1):
-            dnormed, dw = ops.head_cross_entropy.backward(dmtp, saved.mtp_heads[depth - 1])
-            grads.add(head, dw)
-            module = saved.mtp[depth - 1]
-            dstate = mtp_module_backward(run, depth, dloss, dnormed, dstate, module, grads)
-    dx, _ = final_norm_backward(run, dh, dstate, saved.norm, grads)
-    for layer in range(config.layers - 1, -1, -1):
+    dx = above_backward(saved, dloss, dlogits, dhidden, grads)
+    for layer in range(run.config.layers - 1, -1, -1):
         dx = block_backward(run, layer, dx, dloss, saved.blocks[layer], grads)
-    grads.add(EMBEDDING, ops.embedding.backward(dx, saved.embedding))
+    grads.add(EMBEDDING, run.ops.embedding.backward(dx, saved.embedding))
     return grads.complete()
 
 
@@ -475,6 +452,43 @@ def final_norm_backward(
     dx_norm, dw = run.ops.rms_norm.backward(dh, saved)
     grads.add(FINAL_NORM, dw)
     return dx + dx_norm, dh
+
+
+def above_backward(
+    saved: ModelSaved,
+    dloss: Array | None,
+    dlogits: Array | None,
+    dhidden: Array | None,
+    grads: Gradients,
+) -> Array:
+    """The gradient of the last block's output, from what `backward` is given; adds those of the
+    parameters above the blocks to ``grads``."""
+    run = saved.run
+    config, ops = run.config, run.ops
+    hidden, head = saved.hidden, head_name(config)
+    dh = zeros(hidden.shape, hidden)
+    if dhidden is not None:
+        expect("dhidden", dhidden, "(B, T, D)", tuple(hidden.shape))
+        dh = dh + number(dhidden, hidden)
+    if dlogits is not None:
+        expect("dlogits", dlogits, "(B, T, W)", (*hidden.shape[:2], config.vocabulary))
+        _, linear_saved = ops.linear.forward(hidden, run.params[head])
+        dh_logits, dw = ops.linear.backward(number(dlogits, hidden), linear_saved)
+        dh = dh + dh_logits
+        grads.add(head, dw)
+    dstate = None
+    if dloss is not None:
+        dh_head, dw = ops.head_cross_entropy.backward(dloss, saved.head)
+        dh = dh + dh_head
+        grads.add(head, dw)
+        dmtp = dloss * mtp_scale(config)  # (mtp.6)
+        for depth in range(config.mtp_depth, 0, -1):
+            dnormed, dw = ops.head_cross_entropy.backward(dmtp, saved.mtp_heads[depth - 1])
+            grads.add(head, dw)
+            module = saved.mtp[depth - 1]
+            dstate = mtp_module_backward(run, depth, dloss, dnormed, dstate, module, grads)
+    dx, _ = final_norm_backward(run, dh, dstate, saved.norm, grads)
+    return dx
 
 
 def logits(params: Parameters, hidden: Array, ops: Ops = REFERENCE) -> Array:

@@ -34,13 +34,14 @@ __all__ = ["PLANTED", "Planted", "plant"]
 
 
 class Planted(NamedTuple):
-    op: str  # an op, or "model"
+    op: str  # an op, a function that is no pair (of `FUNCTIONS`), or "model"
     name: str
     exposed_by: str
     edits: tuple[tuple[str, str], ...]  # (old, new): expressions or statements
     shared: bool = False  # forward and backward agree on the mistake
     within: str = ""  # the only function to edit, if the old piece stands in others too
     module: str = ""  # the module to edit, if not the op's own: one that the op's imports from
+    of_checker: bool = False  # right but for one number type: it tests the checker, not a port
 
 
 def _one(
@@ -53,8 +54,15 @@ def _one(
     shared: bool = False,
     within: str = "",
     module: str = "",
+    of_checker: bool = False,
 ) -> Planted:
-    return Planted(op, name, exposed_by, ((old, new),), shared, within, module)
+    return Planted(op, name, exposed_by, ((old, new),), shared, within, module, of_checker)
+
+
+FUNCTIONS = {  # what has no pair of its own, and its module: judged by golden values alone
+    "expert_load": "refimpl.ops.router",
+    "bias_update": "refimpl.ops.router",
+}
 
 
 PLANTED: tuple[Planted, ...] = (
@@ -69,10 +77,12 @@ PLANTED: tuple[Planted, ...] = (
          "dn - n * (xp.sum(dn * n, axis=-1, keepdims=True) / x.shape[-1])", "dn"),
     _one("rms_norm", "no mean term, in float64 alone", "a wider type beside float64",
          "n * (xp.sum(dn * n, axis=-1, keepdims=True) / x.shape[-1])",
-         "n * (xp.sum(dn * n, axis=-1, keepdims=True) / x.shape[-1]) * (dy.dtype != xp.float64)"),
+         "n * (xp.sum(dn * n, axis=-1, keepdims=True) / x.shape[-1]) * (dy.dtype != xp.float64)",
+         of_checker=True),
     _one("rms_norm", "float32 cast inside", "the sharpness bound",
          "n = x * r",
-         "n = (x * r).astype(xp.float32).astype(x.dtype) if x.dtype == xp.float64 else x * r"),
+         "n = (x * r).astype(xp.float32).astype(x.dtype) if x.dtype == xp.float64 else x * r",
+         of_checker=True),
     _one("rms_norm", "sum for mean", "width > 1",
          "xp.sum(dn * n, axis=-1, keepdims=True) / x.shape[-1]",
          "xp.sum(dn * n, axis=-1, keepdims=True)"),
@@ -137,6 +147,22 @@ PLANTED: tuple[Planted, ...] = (
          "xp.sum(dk[..., n:], axis=2)", "dk[:, :, 0, n:]"),
     _one("mla", "mean over heads for k_pe", "heads > 1",
          "xp.sum(dk[..., n:], axis=2)", "xp.mean(dk[..., n:], axis=2)"),
+    _one("mla", "gradient of k_pe halved", "any",
+         "xp.sum(dk[..., n:], axis=2)", "xp.sum(dk[..., n:], axis=2) / 2"),
+    _one("mla", "per-head slices on the wrong axis", "heads > 1, V > 1",
+         "xp.reshape(do, (*do.shape[:2], -1, v))",
+         "xp.matrix_transpose(xp.reshape(do, (*do.shape[:2], v, -1)))"),
+    _one("mla", "dq from an unrotated k", "position > 0",
+         "dq, dk, dv = ops.attention.backward(\n"
+         "    xp.reshape(do, (*do.shape[:2], -1, v)), saved.attention)",
+         "k, new = saved.attention.k, dout.shape[1]\n"
+         "k_pe = ops.rope.backward(k[:, -new:, :1, n:], saved.project.k_pe)\n"
+         "k_pe = xp.concat((k[:, :-new, :1, n:], k_pe), axis=1)\n"
+         "k_pe = xp.broadcast_to(k_pe, (*k.shape[:3], k_pe.shape[3]))\n"
+         "do = xp.reshape(do, (*do.shape[:2], -1, v))\n"
+         "_, dk, dv = ops.attention.backward(do, saved.attention)\n"
+         "unrotated = saved.attention._replace(k=xp.concat((k[..., :n], k_pe), axis=-1))\n"
+         "dq = ops.attention.backward(do, unrotated)[0]"),
     _one("mla", "k_pe not rotated back", "position > 0",
          "ops.rope.backward(dlatent[..., c:][:, :, None, :], saved.k_pe)[:, :, 0, :]",
          "dlatent[..., c:]"),
@@ -167,6 +193,27 @@ PLANTED: tuple[Planted, ...] = (
     Planted("router", "routed scale missing, both ways", "golden values",
             (("scale * chosen", "chosen"),
              ("saved.scale * dweights", "dweights")), shared=True),
+    _one("router", "softmax's gradient from zeroed probabilities", "softmax scores, K < E",
+         "s * (ds - xp.sum(ds * s, axis=-1, keepdims=True))",
+         "xp.where(ds != 0, s, 0 * s) * (ds - xp.sum(ds * s, axis=-1, keepdims=True))"),
+    _one("router", "mean over tokens in the gate", "tokens > 1",
+         "dw = xp.matmul(xp.matrix_transpose(rows), xp.reshape(x, (-1, x.shape[-1])))",
+         "dw = xp.matmul(xp.matrix_transpose(rows), xp.reshape(x, (-1, x.shape[-1])))\n"
+         "dw = dw / rows.shape[0]"),
+    Planted("router", "weights not normalised, both ways",  # pytorch/torchtitan#1448
+            "normalised weights, golden values",
+            (("xp.sum(chosen, axis=-1, keepdims=True) + epsilon if normalise else 1", "1"),
+             ("RouterSaved(x, w, scores, indices, score, normalise, scale, epsilon)",
+              "RouterSaved(x, w, scores, indices, score, False, scale, epsilon)")), shared=True),
+    _one("expert_load", "load counted twice", "golden values",
+         "stop - xp.searchsorted(in_order, expert, side='left')",
+         "2 * (stop - xp.searchsorted(in_order, expert, side='left'))", shared=True),
+    _one("bias_update", "bias moved by shares", "golden values",
+         "xp.sign(xp.mean(load) - load)", "(xp.mean(load) - load) / xp.sum(load)", shared=True),
+    _one("balance_loss", "gradient times the tokens",  # NVIDIA-NeMo/Automodel#1408
+         "B T > 1",
+         "number(dloss, scores) * weight * (f - mean_f) / total",
+         "number(dloss, scores) * weight * (f - mean_f) / total * scores[:, :, 0].size"),
     _one("balance_loss", "normaliser ignored", "sigmoid scores", "f - mean_f", "f"),
     _one("balance_loss", "normaliser missing", "sigmoid scores",
          "number(dloss, scores) * weight * (f - mean_f) / total",
@@ -184,6 +231,10 @@ PLANTED: tuple[Planted, ...] = (
     _one("moe", "last expert lost", "last expert has tokens",
          "dout[rows, :]", "dout[rows, :] * (expert != experts[-1].expert)"),
     _one("moe", "shared path missing", "shared experts", "dx + dx_shared", "dx"),
+    _one("moe", "dw of the shared experts times K", "shared experts, K ≥ 2",
+         "dx_shared, *dshared = ops.ffn.backward(rows, shared)",
+         "dx_shared, *dshared = ops.ffn.backward(rows, shared)\n"
+         "dshared = [top_k * dw_shared for dw_shared in dshared]"),
     _one("cross_entropy", "normaliser over all tokens, in the backward", "masked targets",
          "weight[..., None]", "weight[..., None] * xp.mean(xp.astype(weight != 0, p.real.dtype))"),
     _one("cross_entropy", "chosen logit only", "any",
@@ -193,6 +244,9 @@ PLANTED: tuple[Planted, ...] = (
     _one("log_prob", "temperature missing", "temperature off 1",
          "(xp.reshape(dy, (-1,)) * mask)[:, None] / temperature",
          "(xp.reshape(dy, (-1,)) * mask)[:, None]"),
+    Planted("log_prob", "temperature missing, both ways",  # huggingface/trl#3029
+            "temperature off 1, golden values",
+            (("temperature = float(temperature)", "temperature = 1.0"),), shared=True),
     _one("log_prob", "mask missing", "masked targets",
          "xp.reshape(dy, (-1,)) * mask", "xp.reshape(dy, (-1,))"),
     _one("log_prob", "= for += over vocabulary blocks", "several blocks",
@@ -204,7 +258,7 @@ PLANTED: tuple[Planted, ...] = (
          "ops.linear.backward(dy, saved.proj)",
          "ops.linear.backward(0 * dy + saved.hnorm.x, saved.proj)"),
     _one("router", "epsilon missing in the backward", "epsilon off 0",
-         "total = xp.sum(chosen, axis=-1, keepdims=True) + epsilon",
+         "total = xp.sum(chosen, axis=-1, keepdims=True) + saved.epsilon",
          "total = xp.sum(chosen, axis=-1, keepdims=True)"),
     _one("mtp", "halves swapped", "any",
          "de, dh = (first, second) if saved.order == 'embedding_hidden' else (second, first)",
@@ -273,29 +327,50 @@ PLANTED: tuple[Planted, ...] = (
     _one("model", "mscale² missing, both ways", "golden values",
          "(config.nope + config.rope) ** -0.5 * yarn_softmax_factor(yarn)",
          "(config.nope + config.rope) ** -0.5", shared=True),
+    _one("model", "softmax scale from mscale, not mscale_all_dim, both ways",
+         "mscale ≠ mscale_all_dim, golden values",  # NVIDIA/Megatron-LM#1429
+         "yarn_softmax_factor(yarn)",
+         "yarn_softmax_factor(yarn and yarn._replace(mscale_all_dim=yarn.mscale))", shared=True),
     _one("model", "scale from the nope width alone, both ways", "golden values",
          "(config.nope + config.rope) ** -0.5", "config.nope ** -0.5", shared=True),
 )  # fmt: skip
 
 
 def plant(bug: Planted) -> AnyOp | types.ModuleType:
-    """The op's pair with the bug in it; for a bug of the model, the whole edited module.
+    """The op's pair with the bug in it; for a bug of the model, or of one of `FUNCTIONS`, the whole
+    edited module.
 
     ValueError unless each piece that the bug replaces stands exactly once in the source.
     """
-    own = "refimpl.model" if bug.op == "model" else f"refimpl.ops.{bug.op}"
-    name = bug.module or own
-    module = _execute(name, edited(_source(name), bug))
-    if name != own:
-        original = sys.modules[name]
-        sys.modules[name] = module  # the op's own module, executed anew, imports from it
-        try:
-            module = _execute(own, ast.parse(_source(own)))
-        finally:
-            sys.modules[name] = original
-    if bug.op == "model":
+    module = plant_module(bug)
+    if bug.op == "model" or bug.op in FUNCTIONS:
         return module
     return Op(getattr(module, f"{bug.op}_forward"), getattr(module, f"{bug.op}_backward"))
+
+
+def plant_module(bug: Planted) -> types.ModuleType:
+    """The module of the bug's op, with the bug in it or in what it imports."""
+    own = home(bug.op)
+    name = bug.module or own
+    module = _execute(name, edited(_source(name), bug))
+    if name == own:
+        return module
+    original = sys.modules[name]
+    sys.modules[name] = module  # the op's own module, executed anew, imports from it
+    try:
+        return fresh_module(own)
+    finally:
+        sys.modules[name] = original
+
+
+def fresh_module(name: str) -> types.ModuleType:
+    """A copy of a module of the package, without a bug, that may be changed."""
+    return _execute(name, ast.parse(_source(name)))
+
+
+def home(op: str) -> str:
+    """The module in which an op, a function or the model stands."""
+    return "refimpl.model" if op == "model" else FUNCTIONS.get(op, f"refimpl.ops.{op}")
 
 
 def edited(source: str, bug: Planted) -> ast.Module:

@@ -30,6 +30,7 @@ __all__ = [
     "SCALE",
     "abbreviate",
     "copied_names",
+    "fold",
     "fused_names",
     "is_ignorable",
     "is_of_indexer",
@@ -44,6 +45,7 @@ SCALE = "_scale_inv"  # what an FP8 weight's name has in addition, for its scale
 FUSED = ("gate_up_proj", "down_proj")  # a layer's experts, as transformers 5 may save them
 OF_TENSOR = ("weight_scale", "input_scale")  # beside FP8 weights with one scale per tensor
 MOST_GROUPS = 12  # of names, in one error
+NUMBER = re.compile(r"(?<=\.)\d{1,9}(?=\.|$)")  # a part of a name that is one
 
 
 def stored_names(name: str, shape: tuple[int, ...]) -> list[str]:
@@ -103,24 +105,28 @@ def layer_of(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def abbreviate(problems: Iterable[tuple[str, str]]) -> str:
-    """One line of (tensor, what is wrong with it): names that differ in their numbers alone are
-    told as one."""
+def fold(problems: Iterable[tuple[str, str]]) -> list[str]:
+    """A line per (tensor, what is said of it): names that differ in their numbers alone are told as
+    one."""
     groups: dict[tuple[str, str], list[list[int]]] = {}
     for name, what in problems:
         name = name.encode("ascii", "backslashreplace").decode()[
             :200
         ]  # names come from the file: keep them on one line
-        pattern = re.sub(r"(?<=\.)\d{1,9}(?=\.)", "\0", re.sub(r"[\0-\x1f\x7f]", "?", name))
-        groups.setdefault((pattern, what), []).append(
-            [int(n) for n in re.findall(r"(?<=\.)\d{1,9}(?=\.)", name)]
-        )
+        pattern = NUMBER.sub("\0", re.sub(r"[\0-\x1f\x7f]", "?", name))
+        groups.setdefault((pattern, what), []).append([int(n) for n in NUMBER.findall(name)])
     told = []
     for (pattern, what), numbers in groups.items():
         for column in zip(*numbers, strict=True):
             least, most = min(column), max(column)
             pattern = pattern.replace("\0", str(least) if least == most else f"{least}…{most}", 1)
         told.append(f"{pattern}{f' ({len(numbers)} tensors)' if len(numbers) > 1 else ''} {what}")
+    return told
+
+
+def abbreviate(problems: Iterable[tuple[str, str]]) -> str:
+    """The lines of `fold` as one."""
+    told = fold(problems)
     if len(told) > MOST_GROUPS:
         told[MOST_GROUPS - 1 :] = [f"and {len(told) - MOST_GROUPS + 1} more like these"]
     return "; ".join(told)

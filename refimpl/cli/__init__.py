@@ -20,6 +20,7 @@ import typer
 from ..errors import CouldNotRun, printable
 from . import (  # each adds its commands to the app
     bench,
+    check,
     conventions,
     count,
     generate,
@@ -33,6 +34,7 @@ from .app import OutputClosed, UsageError, app, usage_line
 __all__ = [
     "app",
     "bench",
+    "check",
     "conventions",
     "count",
     "generate",

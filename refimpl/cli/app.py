@@ -25,6 +25,7 @@ ORDER = [
     "verify",
     "grade",
     "grads",
+    "check",
     "generate",
     "count",
     "conventions",

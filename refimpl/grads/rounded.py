@@ -20,7 +20,7 @@ def round_bfloat16(x: Any) -> Any:
         parts = [round_bfloat16(part) for part in x]
         return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
     if isinstance(x, np.ndarray | np.floating) and x.dtype.kind == "f":
-        return np.asarray(x).astype(ml_dtypes.bfloat16).astype(x.dtype)
+        return np.asanyarray(x).astype(ml_dtypes.bfloat16).astype(x.dtype)
     return x
 
 

@@ -192,13 +192,13 @@ class Steps:
 
     def _policy(self, run: Run, hidden: np.ndarray) -> tuple[Arrays, np.ndarray, np.ndarray]:
         """GRPO's loss and choices, and the gradients of the hidden states and of the head."""
-        given, ops, batch = self.request.grpo, run.ops, self.batch
+        given, ops = self.request.grpo, run.ops
         assert given is not None
         log_prob, log_prob_saved = ops.log_prob.forward(
             hidden,
             run.params[head_name(self.config)],
-            targets=batch.targets,
-            mask=batch.mask,
+            targets=self.batch.targets,
+            mask=self.batch.mask,
             temperature=given.temperature,
         )
         output, saved = ops.grpo.forward(log_prob, **given.arguments(self.source.dtype))

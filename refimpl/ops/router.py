@@ -116,7 +116,8 @@ def router_forward(
 
 def router_backward(dy: tuple[Array, Array | None], saved: RouterSaved) -> tuple[Array, Array]:
     """Gradients (dx […, D], dw [E, D]) from (dweights […, K], dscores […, E] or None)."""
-    xp, x, w, s = namespace(dweights=dy[0], x=saved.x), saved.x, saved.w, saved.scores
+    x, w, s = saved[:3]
+    xp = namespace(dweights=dy[0], x=x)
     ds = scores_backward(dy, saved)
     if saved.score == "sigmoid":
         dlogits = ds * s * (1 - s)  # (router.9)
@@ -132,7 +133,7 @@ def scores_backward(dy: tuple[Array, Array | None], saved: RouterSaved) -> Array
     """The scores' whole gradient […, E], by way of the weights and their own: from the same as
     `router_backward`."""
     dweights, dscores = dy
-    s, indices, epsilon = saved.scores, saved.indices, saved.epsilon
+    s, indices = saved.scores, saved.indices
     xp = namespace(dweights=dweights, scores=s)
     expect("dweights", dweights, "(…, K)", tuple(indices.shape))
     if dscores is not None:
@@ -140,7 +141,7 @@ def scores_backward(dy: tuple[Array, Array | None], saved: RouterSaved) -> Array
     dchosen = saved.scale * dweights
     if saved.normalise:
         chosen = xp.take_along_axis(s, indices, axis=-1)
-        total = xp.sum(chosen, axis=-1, keepdims=True) + epsilon
+        total = xp.sum(chosen, axis=-1, keepdims=True) + saved.epsilon
         mean = xp.sum(dchosen * chosen, axis=-1, keepdims=True) / total
         dchosen = (dchosen - mean) / total  # (router.7)
     ds = zeros(s.shape, s) if dscores is None else dscores

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 from ..checkpoint.names import stored_names
 from ..config import ModelConfig
+from ..errors import CouldNotRun
 from ..parameters import (
     ATTENTION_NORM,
     DENSE,
@@ -43,11 +44,14 @@ INTERNALS = ("latent", "q", "k", "v", "probabilities")  # of attention, as the f
 OPS: dict[Kind, tuple[str, ...]] = {  # whose mistakes can show in a part
     "embedding": ("embedding", "model"),
     "attention": ("mla", "attention", "flash_attention", "rope", "rms_norm", "linear", "model"),
-    "gate": ("router", "balance_loss", "rms_norm", "model"),
+    "gate": ("router", "expert_load", "balance_loss", "rms_norm", "model"),
     "network": ("moe", "ffn", "swiglu", "router", "balance_loss", "rms_norm", "linear", "model"),
     "norm": ("rms_norm", "model"),
     "head": ("head_cross_entropy", "cross_entropy", "log_prob", "grpo", "linear", "model"),
-    "mtp": ("mtp", "head_cross_entropy", "log_prob", "rms_norm", "linear", "embedding", "model"),
+    "mtp": (
+        *("mtp", "head_cross_entropy", "cross_entropy", "log_prob"),
+        *("rms_norm", "linear", "embedding", "model"),
+    ),
     "loss": ("model",),
 }
 
@@ -76,7 +80,9 @@ def parts_of(truth: Truth) -> list[Part]:
     for kind, layer, backward, names in _model(truth.config):
         present = tuple(name for name in names if name in truth)
         if present:
-            found.append(Part(kind, layer, backward, present, OPS[kind]))
+            joins = kind == "attention" and not backward and layer in mtp_layers(truth.config)
+            ops = (*OPS[kind], "mtp") if joins else OPS[kind]  # what a module's block reads
+            found.append(Part(kind, layer, backward, present, ops))
     return found
 
 
@@ -125,15 +131,15 @@ def _layer_backward(
     gradient is not stored."""
     grad = f"grad/{layer_name(layer, '')}"
     shapes = block_shapes(config, layer)
-    network: list[str] = []
+    told: list[str] = []
     for prefix in (SHARED, EXPERTS, DENSE):
         for name in reversed(network_names(prefix)):
-            network += stored_names(name, shapes[name]) if name in shapes else []
-    names = [*network, GATE, NETWORK_NORM]
+            if name in shapes:
+                told += stored_names(f"{grad}{name}", shapes[name])
     after = f"cot/{layer_name(layer, 'after_attention')}"
     scores = f"cot/{layer_name(layer, 'mlp.gate.scores')}"
-    told = [f"{grad}{name}" for name in names]
-    yield "network", layer, True, [*told[:-2], scores, *told[-2:], after]
+    above = [f"{grad}{name}" for name in (GATE, NETWORK_NORM)]
+    yield "network", layer, True, [*told, scores, *above, after]
     attention = f"cot/{layer_name(layer, 'self_attn')}"
     inside = [f"{attention}.{part}" for part in reversed(INTERNALS)]
     weights = [f"{grad}{name}" for name in [*reversed(attention_shapes(config)), ATTENTION_NORM]]
@@ -146,8 +152,11 @@ def _cases(truth: Truth) -> Iterator[Part]:
     by_case: dict[str, list[str]] = {}
     for name in truth.entries:
         by_case.setdefault(name.partition("/")[0], []).append(name)
+    cases = truth.metadata.get("cases", {})
     for case, names in by_case.items():
-        op = truth.metadata["cases"][case]["op"]
+        if case not in cases:
+            raise CouldNotRun(f"{truth.folder / 'index.json'} does not say what {case} is")
+        op = cases[case]["op"]
         for prefix, backward in (("out", False), ("grad", True)):
             tensors = _of(names, f"{case}/{prefix}/")
             if tensors:

@@ -168,14 +168,16 @@ def mla(op: Op, **more: Any) -> Run:
     return run
 
 
-def router(op: Op) -> Run:
+def router(op: Op, load: Any = expert_load, update: Any = bias_update) -> Run:
+    """``load`` and ``update``: what stands in the place of `expert_load` and `bias_update`."""
+
     def run(case: Case) -> Tensors:
         s = case.settings
         if "gamma" in s:
-            load = expert_load(case.aux["indices"], s["experts"], case.aux.get("mask"))
+            counted = load(case.aux["indices"], s["experts"], case.aux.get("mask"))
             return {
-                "out/load": load,
-                "out/bias": bias_update(case.aux["bias"], load, s["gamma"], centre=s["centre"]),
+                "out/load": counted,
+                "out/bias": update(case.aux["bias"], counted, s["gamma"], centre=s["centre"]),
             }
         output, saved = op.forward(*case.order("x", "w"), **s, **case.aux)
         dweights = case.cot.get("weights", np.zeros_like(output.weights))

@@ -1,0 +1,70 @@
+"""What a PASS does not exclude: the planted bugs of its parts that change no judged number by more
+than a right port's rounding may."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from ..check.planted import Planted
+from ..errors import CouldNotRun
+from .compare import FACTOR
+from .diagnose import bugs_of, largest, unit_of
+from .parts import Part
+from .recompute import recompute
+from .truth import Truth
+
+__all__ = ["not_excluded"]
+
+MOST_PARTS = 4  # of a kind and direction that a bug is tried on: the first, the last, and between
+
+
+def not_excluded(
+    truth: Truth, parts: Sequence[Part], names_checked: Collection[str], dtype: str
+) -> list[Planted]:
+    """The bugs of ``parts`` that would not have shown in the tensors ``names_checked``; each is
+    tried on up to `MOST_PARTS` parts of a kind. CouldNotRun if a part can't be computed again."""
+    judged, hidden = frozenset(names_checked), []
+    tried = some_of_each(parts)
+    for bug in dict.fromkeys(bug for part in tried for bug in bugs_of(truth, part)):
+        where = [part for part in tried if bug in bugs_of(truth, part)]
+        if not any(shows(truth, part, bug, judged, dtype) for part in reversed(where)):
+            hidden.append(bug)
+    return hidden
+
+
+def some_of_each(parts: Sequence[Part]) -> list[Part]:
+    """At most `MOST_PARTS` of each kind and direction, spread over the layers."""
+    groups: dict[tuple[str, bool, str], list[Part]] = {}
+    for part in parts:
+        groups.setdefault((part.kind, part.backward, part.case), []).append(part)
+    found = []
+    for group in groups.values():
+        places = np.linspace(0, len(group) - 1, min(len(group), MOST_PARTS)).round()
+        found += [group[int(place)] for place in places]
+    return found
+
+
+def shows(truth: Truth, part: Part, bug: Planted, judged: frozenset[str], dtype: str) -> bool:
+    """Whether the bug changes a judged tensor of the part by more than a right port may differ."""
+    try:
+        found = recompute(truth, part, bug)
+    except CouldNotRun:
+        raise
+    except Exception:  # of the bug's own: then no port has it and runs
+        return True
+    return any(
+        name in judged and differs(found.get(name), truth, name, dtype) for name in part.tensors
+    )
+
+
+def differs(found: np.ndarray | None, truth: Truth, name: str, dtype: str) -> bool:
+    if found is None:
+        return False
+    right = truth.array(name)
+    if found.shape != right.shape:
+        return True
+    if right.dtype.kind != "f":
+        return not np.array_equal(found, right)
+    return not largest(found - right) <= FACTOR * unit_of(truth, name, dtype)
