@@ -17,7 +17,7 @@ LAYERS = (  # from the bottom; what stands in one row does not import one anothe
     {"parameters", "batch"},
     {"model", "checkpoint", "kernels", "count"},
     {"check", "generate", "grads", "bench", "conventions"},
-    {"verify", "memory"},
+    {"verify", "memory", "port"},
     {"cli"},
     {"__main__"},
 )
