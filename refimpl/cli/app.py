@@ -25,6 +25,7 @@ ORDER = [
     "verify",
     "grade",
     "grads",
+    "vectors",
     "generate",
     "count",
     "conventions",
