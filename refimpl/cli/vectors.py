@@ -27,10 +27,10 @@ def vectors(
         ),
     ] = "small",
 ) -> None:
-    """Write conformance vectors of every op, for ports in any language.
+    """Write conformance vectors: inputs, outputs, gradients.
 
-    The folder has one safetensors file per op, and index.json, which has a JSON Schema. A tensor is
-    called CASE/PREFIX/NAME:
+    They are of every op, for ports in any language. The folder has one safetensors file per op, and
+    index.json, which has a JSON Schema. A tensor is called CASE/PREFIX/NAME:
 
     \b
     in: differentiable inputs

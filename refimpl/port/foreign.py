@@ -124,8 +124,10 @@ class Foreign:
 
 def to_numpy(x: Any) -> np.ndarray:
     """A copy as a NumPy array; TheirError if that can't be."""
-    if hasattr(x, "detach"):  # torch: one that records gradients exports nothing
-        x = x.detach()
+    if hasattr(
+        x, "detach"
+    ):  # torch: one that records gradients, or is on a device, exports nothing
+        x = x.detach().cpu()
     if isinstance(x, (np.ndarray, np.generic, float, int, bool)):
         return np.array(x)
     tries: list[Callable[[Any], Any]] = []

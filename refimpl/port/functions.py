@@ -237,8 +237,8 @@ def check(
 
     Args:
         op: the op's name.
-        array: their array from a NumPy array (torch.from_dlpack, jax.dlpack.from_dlpack,
-            mlx.core.array); None for NumPy.
+        array: their array from a NumPy array (torch.from_dlpack, jax.dlpack.from_dlpack); None for
+            NumPy.
         examples: drawn cases, more if these miss a regime. seed: of the first.
         types: of float64 and float32, those to check.
         text: where tokens come from; random ones by default.
@@ -288,7 +288,10 @@ def _types(pair: Foreign, types: Sequence[str], result: Result) -> list[str]:
         raise CouldNotRun(f"no type can be checked: {'; '.join(result.not_run)}")
     if "float64" not in can:
         result.not_run.append("finite differences, which float32 is too coarse for")
-    result.not_run.append("longdouble, complex step and exact digits: NumPy's alone")
+    result.not_run += [
+        "longdouble, complex step and exact digits: NumPy's alone",
+        "read-only, strided and shared memory: what crosses over is a copy",
+    ]
     if not has_longdouble():
         result.not_run.append("a truth in longdouble: none is wider than float64 here")
     return can

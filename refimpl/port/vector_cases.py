@@ -154,8 +154,16 @@ def attention(size: str, new: Callable[..., Vector]) -> Iterator[Vector]:
     v.real("k", 2, t, h, x)
     v.real("v", 2, t, h, v_width)
     yield v
-    v = new("causal", "cached", "shared_key", "shared_value", "padding", "documents",
-            scale=0.4375, causal=True)  # fmt: skip
+    v = new(
+        "causal",
+        "cached",
+        "shared_key",
+        "shared_value",
+        "padding",
+        "documents",
+        scale=0.4375,
+        causal=True,
+    )
     v.real("q", 2, 3, h, x)
     v.real("k", 2, 5, 1, x)
     v.real("v", 2, 5, 1, v_width)
@@ -178,8 +186,15 @@ def mla(size: str, new: Callable[..., Vector]) -> Iterator[Vector]:
     for q_latent, past, layout, factor in ((a, 0, "interleaved", 1.0), (None, 2, "halves", 1.25)):
         t = 4 if small else 10
         regimes = ("prefill", "compressed") if q_latent else ("cached", "uncompressed", "padding")
-        v = new(*regimes, "many_heads", heads=h, scale=0.40625 if small else 0.134765625,
-                eps=0.125 if small else 2.0**-20, layout=layout, factor=factor)  # fmt: skip
+        v = new(
+            *regimes,
+            "many_heads",
+            heads=h,
+            scale=0.40625 if small else 0.134765625,
+            eps=0.125 if small else 2.0**-20,
+            layout=layout,
+            factor=factor,
+        )
         v.real("x", 2, t, d)
         v.inputs |= {"cache": None, "w_q_a": None, "w_q_a_norm": None}
         if past:
@@ -204,18 +219,45 @@ def router(size: str, new: Callable[..., Vector]) -> Iterator[Vector]:
     """V3's gate, with the routes given and without, and V2's."""
     d, t = (5, 4) if size == "small" else (256, 12)
     for replayed in (True, False):
-        v = new("sigmoid", "grouped", "biased", "normalised", "epsilon", top_k=3, groups=4,
-                keep_groups=2, group_score="top2", score="sigmoid", normalise=True, scale=2.5,
-                epsilon=0.0625, masked_groups="-inf", ranking="scores")  # fmt: skip
+        v = new(
+            "sigmoid",
+            "grouped",
+            "biased",
+            "normalised",
+            "epsilon",
+            top_k=3,
+            groups=4,
+            keep_groups=2,
+            group_score="top2",
+            score="sigmoid",
+            normalise=True,
+            scale=2.5,
+            epsilon=0.0625,
+            masked_groups="-inf",
+            ranking="scores",
+        )
         v.replayed = replayed
         v.note = "" if replayed else "the gate chooses by itself, no choice within rounding"
         v.real("x", 2, t, d)
         v.weight("w", 8, d)
         v.number("bias", 8, low=-60, high=60, shift=8)
         yield v
-    v = new("softmax", "grouped", "unbiased", "raw", top_k=2, groups=2, keep_groups=1,
-            group_score="max", score="softmax", normalise=False, scale=0.75, epsilon=0.0,
-            masked_groups="zero", ranking="scores")  # fmt: skip
+    v = new(
+        "softmax",
+        "grouped",
+        "unbiased",
+        "raw",
+        top_k=2,
+        groups=2,
+        keep_groups=1,
+        group_score="max",
+        score="softmax",
+        normalise=False,
+        scale=0.75,
+        epsilon=0.0,
+        masked_groups="zero",
+        ranking="scores",
+    )
     v.real("x", 2, t, d)
     v.weight("w", 6, d)
     yield v

@@ -385,6 +385,7 @@ def fill(
         "implementation": "reference",
         "config": None,
         "checkpoint": None,
+        "request": None,
         "units": {"types": list(TYPES), "reruns": RERUNS, "seed": 0},
         "cases": cases,
     }
