@@ -95,6 +95,7 @@ def test_examples_meet_every_regime(op: str) -> None:
         ("rms_norm", "no mean term"),
         ("mla", "gradient of k_pe from one head"),
         ("router", "normaliser taken as a constant"),
+        ("grpo", "A < 0 clipped above too, both ways"),
     ],
 )
 def test_a_mistake_is_found_and_named(op: str, name: str) -> None:
@@ -103,11 +104,30 @@ def test_a_mistake_is_found_and_named(op: str, name: str) -> None:
     assert not result.ok
     assert f"{op}: {name}" in result.bugs, str(result)
     assert result.first_wrong is not None
-    assert result.first_wrong.startswith(f"{op}/grad/")
+    assert result.first_wrong.startswith(f"{op}/{'out' if bug.shared else 'grad'}/")
     assert f"'{name}' of {op}" in str(result)
     found = result.to_json()
     assert json.loads(json.dumps(found)) == found  # no infinity
     jsonschema.validate(found, schema())
+
+
+def test_choices_are_made_and_replayed() -> None:
+    """A gate that takes the routes it is given, and chooses others when it is given none."""
+    ours = pair_of("router")
+
+    def forward(x: Any, w: Any, *, routes: Any = None, bias: Any = None, **kwargs: Any) -> Any:
+        return ours.forward(x, w, routes=routes, bias=None, **kwargs)
+
+    result = check("router", forward, ours.backward)
+    assert not result.ok
+    assert result.first_wrong == "router/out/weights"
+    indices = next(t for t in result.tensors if t.tensor == "out/indices")
+    assert indices.reasons[0].startswith("differs from ours at [")
+
+    def biased(x: Any, w: Any, *, routes: Any = None, **kwargs: Any) -> Any:
+        return ours.forward(x, w, **kwargs)  # no routes: its own choice, which is the same
+
+    assert check("router", biased, ours.backward).ok
 
 
 def one_line(result: Any, line: str) -> None:
