@@ -154,11 +154,11 @@ class Result:
         verdict = (
             "every tensor holds"
             if self.ok
-            else f"{wrong} tensors do not hold, {len(self.faults)} contracts are broken"
+            else f"tensors that do not hold: {wrong}, broken contracts: {len(self.faults)}"
         )
         lines.append(
-            f"{len(self.tensors)} tensors, {self.cases} cases, errors in units ({FACTOR} allowed): "
-            f"{verdict}"
+            f"tensors: {len(self.tensors)}, cases: {self.cases}, errors in units ({FACTOR} "
+            f"allowed): {verdict}"
         )
         return "\n".join(lines)
 

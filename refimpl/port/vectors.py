@@ -75,6 +75,18 @@ GOLDEN_TOLERANCE = 1e-13  # of the largest value, which our own ops keep to gold
 ARRAYS = ("ops", "block", "routes", "unclipped", "kept")  # keyword arguments that are no setting
 
 
+CONVENTIONS = {  # that no case's settings say
+    "weights": "[out, in]; y = x wᵀ",
+    "w_q_b": "rows by head: N without rotation, then R with",
+    "w_kv_a": "rows: the latent's C, then R rotated keys that all heads share; so is the cache",
+    "w_kv_b": "rows by head: N of the key, then V of the value",
+    "w_o": "columns by head: V",
+    "experts": "stacked: [E, F, D] and [E, D, F]",
+    "mask": "True: counts, may be seen",
+    "cotangents": "of each real output; gradients are those of Σ cot · out",
+}
+
+
 @dataclass
 class Made:
     """A finished case."""
@@ -380,6 +392,7 @@ def fill(
         "refimpl": __version__,
         "numpy": np.__version__,
         "generator": GENERATOR,
+        "conventions": CONVENTIONS,
         "truth": "longdouble" if has_longdouble() else "float64",
         "dtype": "float64",
         "implementation": "reference",
