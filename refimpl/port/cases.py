@@ -441,7 +441,8 @@ def bugs_of(case: OpCase, *, inside: bool = True) -> Iterator[tuple[Planted, dic
 def shows(
     case: OpCase, dtype: str, exact: Arrays, unit: Mapping[str, float], *, inside: bool = False
 ) -> list[Planted]:
-    """The planted bugs whose numbers at the type are not those of a right port."""
+    """The planted bugs whose numbers at the type are further than twice `FACTOR` units from the
+    truth: whoever has the bug, and as much rounding as a right port, is still seen."""
     found = []
     for bug, how in bugs_of(case, inside=inside):
         try:
@@ -449,7 +450,7 @@ def shows(
                 wrong = run(case, dtype, **how)
         except Exception:  # of its own making: a port with that bug would have met it
             continue
-        if apart(wrong, exact, unit):
+        if apart(wrong, exact, unit, more=unit):
             found.append(bug)
     return found
 

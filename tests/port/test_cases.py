@@ -106,6 +106,17 @@ def test_what_is_right_or_unknown_is_not_named() -> None:
         assert name_bugs(case, wrong, "float64") == []
 
 
+def test_a_bug_is_matched_within_its_own_unit() -> None:
+    """As many of them as a port may have, and no more."""
+    case = rounded_to(drawn("mla", 3), "float32")
+    bug = next(bug for bug in PLANTED if bug.name == "dx misses the query path")
+    wrong = truth(case, planted(bug))
+    own = units(case, "float32", wrong, planted(bug), rows=False)
+    for away, named in ((0, [bug]), (3, [bug]), (6, [])):
+        theirs = {name: x + away * own[name] for name, x in wrong.items()}
+        assert name_bugs(case, theirs, "float32", among=[bug]) == named
+
+
 def test_a_tensor_that_is_zero_has_a_unit() -> None:
     """The noise of terms that cancel in another order; anything more is wrong."""
     case = drawn("rms_norm", 0)

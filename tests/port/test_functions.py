@@ -237,6 +237,15 @@ def test_a_library_with_float32_alone() -> None:
         check("mla", *pair, array=narrow, types=["float64"])
 
 
+def test_what_is_nothing_but_rounding_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor whose bound is as large as itself in every case: not measured, which is no PASS."""
+    monkeypatch.setattr("refimpl.port.functions.FACTOR", 1e300)
+    result = check("linear", *pair_of("linear"), examples=1)
+    assert not result.ok
+    assert {t.verdict for t in result.tensors} == {"INCONCLUSIVE"}
+    assert all("not measured" in t.reasons for t in result.tensors)
+
+
 def test_without_longdouble(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on Windows: the truth is float64's, and that is said."""
     for module in ("cases", "functions"):
