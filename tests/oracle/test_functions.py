@@ -31,9 +31,11 @@ def recorded(forward: Callable[..., Any]) -> Pair:
         y, dy = (y, dy) if isinstance(y, tuple) else ((y,), (dy,))
         total = sum((a * b).sum() for a, b in zip(y, dy, strict=True))
         given = [x for x in leaves if x is not None]
-        found = iter(torch.autograd.grad(
-            total, given, retain_graph=True, allow_unused=True, materialize_grads=True
-        ))  # fmt: skip
+        found = iter(
+            torch.autograd.grad(
+                total, given, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+        )
         return tuple(None if x is None else next(found) for x in leaves)
 
     return run, backward
