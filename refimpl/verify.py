@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,7 +38,8 @@ __all__ = [
     "NAMES",
     "Settings",
     "Step",
-    "backward_from_file",
+    "backward_of",
+    "module_from_file",
     "placed",
     "plan",
     "run",
@@ -245,10 +247,8 @@ def placed(pair: AnyOp, place: Callable[[Any], Any]) -> AnyOp:
     return Op(forward, lambda dy, saved: back(pair.backward(there(dy), saved)))
 
 
-def backward_from_file(op: str, path: Path) -> AnyOp:
-    """Our forward of the op with the ``<op>_backward`` of a Python file."""
-    if op not in CASES:
-        raise CouldNotRun(f"unknown op {op}; there are {', '.join(CASES)}")
+def module_from_file(path: Path) -> ModuleType:
+    """The module that a Python file defines; CouldNotRun, in one line, if it can't be imported."""
     if not os.path.isfile(path):
         raise CouldNotRun(f"{path} is not a file")
     spec = importlib.util.spec_from_file_location("graded", path)
@@ -262,6 +262,11 @@ def backward_from_file(op: str, path: Path) -> AnyOp:
         raise
     except BaseException as error:  # SystemExit, too
         raise CouldNotRun(f"{path} can't be imported: {type(error).__name__}: {error}") from error
+    return module
+
+
+def backward_of(op: str, module: ModuleType, path: Path) -> AnyOp:
+    """Our forward of the op with the ``<op>_backward`` of a file's module."""
     backward = getattr(module, f"{op}_backward", None)
     if not callable(backward):
         raise CouldNotRun(f"{path} must define {op}_backward(dy, saved)")

@@ -26,6 +26,7 @@ ORDER = [
     "grade",
     "grads",
     "check",
+    "vectors",
     "generate",
     "count",
     "conventions",

@@ -18,7 +18,12 @@ from rich.text import Text
 
 from .. import __version__
 from ..check import Report, TensorResult
+from ..check.cases import CASES
+from ..errors import CouldNotRun
 from ..ops import IMPLEMENTATIONS, AnyOp
+from ..port.functions import Result
+from ..port.functions import check as check_functions
+from ..port.table import TheirTable, table_from, table_of_file
 from ..text import load_text
 from ..verify import (
     KERNELS,
@@ -26,7 +31,8 @@ from ..verify import (
     MODELS,
     NAMES,
     Settings,
-    backward_from_file,
+    backward_of,
+    module_from_file,
     plan,
     run,
     select,
@@ -60,7 +66,11 @@ def verify(
     text: TextFile = None,
     seed: Seed = 0,
     implementation: Annotated[
-        str, typer.Option(help=f"One of {', '.join(IMPLEMENTATIONS)}, {', '.join(KERNELS)}.")
+        str,
+        typer.Option(
+            help=f"One of {', '.join(IMPLEMENTATIONS)}, {', '.join(KERNELS)}; or "
+            "package.module:table, a mapping from op to your (forward, backward)."
+        ),
     ] = "reference",
     backend: Annotated[str, typer.Option(help="numpy, or cupy for a GPU.")] = "numpy",
     dtype: Annotated[
@@ -79,7 +89,15 @@ def verify(
     noise: mathematical error over the rounding noise of the same code (bound 1)
     sharpness: the smallest relative error that could have been seen
     digits: how many agree with exact arithmetic (with --digits)
+
+    With package.module:table, your functions take our place, of any array library with DLPack: the
+    table's entry "array" makes your array from NumPy's, as torch.from_dlpack does. They are
+    compared with ours, in units of our own rounding errors (4 allowed).
     """
+    if ":" in implementation:
+        _expect_plain(digits=digits, backend=None if backend == "numpy" else backend)
+        theirs = table_from(implementation)
+        raise typer.Exit(_theirs(ops or [], theirs, text, examples, seed, json_file))
     settings = Settings(
         load_text(text),
         examples,
@@ -108,12 +126,56 @@ def grade(
     """Check your own backward of one op.
 
     It is checked against our forward, as `refimpl verify` checks ours. Every page of derivations/
-    ends with such an exercise.
+    ends with such an exercise. A file that defines <op>_forward too is compared with our pair: its
+    functions may be of any array library with DLPack, whose way in from NumPy's arrays the file
+    names, as in array = torch.from_dlpack.
     """
-    yours = backward_from_file(op, file)
+    if op not in CASES:
+        raise CouldNotRun(f"unknown op {op}; there are {', '.join(CASES)}")
+    module = module_from_file(file)
+    table = table_of_file(op, module, file)
+    if table is not None:
+        _expect_plain(digits=digits)
+        raise typer.Exit(_theirs([op], table, text, examples, seed, None))
+    yours = backward_of(op, module, file)
     raise typer.Exit(
         _run([op], Settings(load_text(text), examples, 1, seed, digits=digits), None, {op: yours})
     )
+
+
+def _expect_plain(**given: object) -> None:
+    """CouldNotRun for what functions of another library can't take."""
+    for argument, value in given.items():
+        if value is not None:
+            raise CouldNotRun("cannot be combined with your own functions", argument=argument)
+
+
+def _theirs(
+    names: list[str],
+    table: TheirTable,
+    text: Path | None,
+    examples: int,
+    seed: int,
+    json_file: Path | None,
+) -> int:
+    """Check functions of another library, show the table, write the file; the exit code."""
+    if json_file is not None:
+        check_writable(json_file)
+    data = load_text(text).data
+    chosen = table.select(names)
+    result = Result()
+    with progress("verifying") as move:
+        for i, op in enumerate(chosen):
+            move(op, i, len(chosen))
+            result.merge(
+                check_functions(
+                    op, *table.pairs[op], array=table.array, examples=examples, seed=seed, text=data
+                )
+            )
+    console().print(str(result))
+    if json_file is not None:
+        replace_json(json_file, result.to_json())
+    return int(not result.ok)
 
 
 def _run(

@@ -15,7 +15,7 @@ import pytest
 from refimpl.check.planted import PLANTED, plant
 from refimpl.ops import REFERENCE, Op
 
-from support import refimpl_here, refimpl_process
+from support import Done, refimpl_here, refimpl_process
 
 SAMPLE = (
     "It was a bright cold day in November, and all the gradients were striking thirteen digits. "
@@ -262,3 +262,89 @@ def test_a_broken_op_fails_and_is_named(
     result = CliRunner().invoke(app, ["verify", "rms_norm", "--examples", "1"])
     assert result.exit_code == 1
     assert "FAIL rms_norm x" in result.stdout
+
+
+TABLE = """
+import numpy as np
+from refimpl.ops import rms_norm_forward, swiglu_backward, swiglu_forward
+
+def rms_norm(x, w, *, eps):
+    r = 1 / np.sqrt((x * x).mean(-1, keepdims=True) + x.dtype.type(eps))
+    return w * x * r, (x, w, r)
+
+def rms_norm_backward(dy, saved):
+    x, w, r = saved
+    n, dn = x * r, dy * w
+    return r * (dn - n * (dn * n).mean(-1, keepdims=True)), (dy * n).sum((0, 1))
+
+ops = {"rms_norm": (rms_norm, rms_norm_backward), "swiglu": (swiglu_forward, swiglu_backward),
+       "array": np.from_dlpack}
+wrong = {"rms_norm": (rms_norm, lambda dy, s: (rms_norm_backward(dy, s)[0], dy.sum((0, 1))))}
+raising = {"rms_norm": (rms_norm, lambda dy, s: 1 / 0)}
+number, empty, pair, array = 1, {}, {"mla": 1}, {"array": 1}
+unknown = {"rmsnorm": (1, 2)}
+"""
+
+
+def test_a_table_of_somebodys_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--implementation package.module:table: their functions in the place of ours."""
+    (tmp_path / "their_table.py").write_text(TABLE)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    found = tmp_path / "r.json"
+
+    def verify(place: str, *more: str) -> Done:
+        where = ("--implementation", f"their_table:{place}", "--examples", "1")
+        return refimpl_here("verify", *more, *where, cwd=tmp_path)
+
+    done = verify("ops", "--json", str(found))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.rstrip().endswith("errors in units (4 allowed): every tensor holds")
+    report = json.loads(found.read_text())
+    assert report["ok"] is True
+    assert {t["op"] for t in report["tensors"]} == {"rms_norm", "swiglu"}
+    assert "swiglu" not in verify("ops", "rms_norm").stdout
+    done = verify("wrong")
+    assert done.returncode == 1
+    assert "first wrong: rms_norm/grad/w" in done.stdout
+    done = verify("raising")
+    assert done.returncode == 1
+    line = TABLE.splitlines().index(next(x for x in TABLE.splitlines() if "1 / 0" in x)) + 1
+    assert f"their_table.py:{line}: ZeroDivisionError: division by zero" in done.stdout
+    for place, more, message in (
+        ("ops", ["mla"], "the table lacks mla"),
+        ("ops", ["nothing"], "unknown op nothing; there are linear"),
+        ("ops", ["--digits", "30"], "--digits cannot be combined with your own functions"),
+        ("ops", ["--backend", "cupy"], "--backend cannot be combined with your own functions"),
+        ("none", [], "their_table has no none"),
+        ("", [], "--implementation must be package.module:table, got their_table:"),
+        ("number", [], "must be a mapping from op to (forward, backward), got int"),
+        ("empty", [], "their_table:empty: no op in it"),
+        ("unknown", [], "their_table:unknown: unknown op rmsnorm; there are linear"),
+        ("pair", [], "their_table:pair: mla must be (forward, backward), got 1"),
+        ("array", [], "their_table:array: array must be a function, got int"),
+    ):
+        done = verify(place, *more)
+        assert (done.returncode, done.stdout) == (2, ""), done.stdout
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+    done = refimpl_here("verify", "--implementation", "no_such_module:x", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "no_such_module can't be imported: ModuleNotFoundError" in done.stderr
+
+
+def test_grade_a_pair(tmp_path: Path) -> None:
+    """A file with its own forward is compared with ours; it may name the way into its library."""
+    mine = tmp_path / "mine.py"
+    source = TABLE.partition("ops = ")[0].replace("def rms_norm(", "def rms_norm_forward(")
+    mine.write_text(source)
+    done = refimpl_here("grade", "rms_norm", str(mine), "--examples", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "every tensor holds" in done.stdout
+    mine.write_text(source.replace("dn - n * (dn * n).mean(-1, keepdims=True)", "dn"))
+    done = refimpl_here("grade", "rms_norm", str(mine), "--examples", "1")
+    assert done.returncode == 1
+    assert "your numbers are those of the planted bug 'no mean term' of rms_norm" in done.stdout
+    mine.write_text(RIGHT + "\ndef array(x):\n    return x\n")
+    done = refimpl_here("grade", "rms_norm", str(mine))
+    assert done.returncode == 2
+    assert "mine.py must define rms_norm_forward too" in done.stderr

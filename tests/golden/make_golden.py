@@ -9,11 +9,13 @@ run this script alone:
 
     python tests/golden/make_golden.py [NAME ...] [--folder FOLDER]
 
-It writes one safetensors file per op: those named, or all. A tensor is called CASE/PREFIX/NAME,
-with the prefixes ``in`` (differentiable inputs), ``aux`` (integers, masks, constants), ``cot``
-(random cotangents), ``out`` and ``grad``. The metadata has one entry, ``golden``: JSON with the
-script, torch's version and the scalar settings of each case. Inputs of the model are rounded to
-float16 and stored so; everything else that is real is float64.
+It writes one safetensors file per op, those named or all, to refimpl/port/small, where they are
+part of the conformance vectors; `refimpl vectors OUT` then makes their index, OUT/index.json, which
+belongs there too. A tensor is called golden-OP-CASE/PREFIX/NAME, with the prefixes ``in``
+(differentiable inputs), ``aux`` (integers, masks, constants), ``cot`` (random cotangents), ``out``
+and ``grad``. The metadata has one entry, ``golden``: JSON with the script, torch's version and the
+scalar settings of each case. Inputs of the model are rounded to float16 and stored so; everything
+else that is real is float64.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from golden.case import Case
 
+SMALL = Path(__file__).resolve().parents[2] / "refimpl" / "port" / "small"
 SCRIPT = "tests/golden/make_golden.py"
 FILES = (  # in reading order
     "linear",
@@ -64,9 +67,10 @@ def write(stem: str, cases: Iterable[Case], folder: Path) -> None:
     for case in cases:
         label = case.name.removeprefix(f"{stem}/")
         settings[label] = case.settings
-        tensors |= {f"{label}/{name}": array for name, array in case.tensors.items()}
+        full = f"golden-{stem}-{label}"
+        tensors |= {f"{full}/{name}": array for name, array in case.tensors.items()}
     golden = {"script": SCRIPT, "torch": torch.__version__.split("+")[0], "cases": settings}
-    (folder / f"{stem}.safetensors").write_bytes(
+    (folder / f"golden-{stem}.safetensors").write_bytes(
         save(tensors, metadata={"golden": json.dumps(golden)})
     )
 
@@ -76,13 +80,13 @@ def main(names: Sequence[str], folder: Path) -> None:
     torch.set_num_threads(1)
     for stem in names or FILES:
         write(stem, import_module(f"golden.{stem}").cases(), folder)
-        print(f"{stem}: {(folder / f'{stem}.safetensors').stat().st_size:,} bytes")
+        print(f"{stem}: {(folder / f'golden-{stem}.safetensors').stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Write golden values.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="files to write, by default all")
-    parser.add_argument("--folder", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--folder", type=Path, default=SMALL)
     given = parser.parse_args()
     if unknown := sorted(set(given.names) - set(FILES)):
         parser.error(f"NAME must be one of {', '.join(FILES)}, got {', '.join(unknown)}")

@@ -36,7 +36,7 @@ from refimpl.ops import (
 )
 from refimpl.optimizer import AdamW, clip_global_norm
 
-GOLDEN = Path(__file__).parent
+GOLDEN = Path(refimpl.__file__).parent / "port" / "small"  # they are in the wheel, too
 TOLERANCE = 1e-13
 ZERO = 1e-15  # what is allowed where the golden tensor is zero throughout
 
@@ -60,13 +60,13 @@ class Case(NamedTuple):
 @cache
 def load(file: str) -> dict[str, Case]:
     """Every case of a file; the model's float16 inputs become float64."""
-    with safe_open(GOLDEN / f"{file}.safetensors", "numpy") as f:
+    with safe_open(GOLDEN / f"golden-{file}.safetensors", "numpy") as f:
         cases = {
             name: Case(settings, {}, {}, {}, {})
             for name, settings in json.loads(f.metadata()["golden"])["cases"].items()
         }
         for key in f.keys():  # noqa: SIM118
-            case, prefix, name = key.split("/", 2)
+            case, prefix, name = key.removeprefix(f"golden-{file}-").split("/", 2)
             array = f.get_tensor(key)
             if array.dtype.kind == "f":
                 array = array.astype(np.float64)

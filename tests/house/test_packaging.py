@@ -17,6 +17,8 @@ from refimpl.kernels import SOURCE
 
 from support import ROOT
 
+KINDS = (".json", ".safetensors")  # of the package's data
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -64,6 +66,8 @@ def test_wheel_holds_all_and_nothing_else(wheel: Path) -> None:
     wanted |= {
         f"refimpl/kernels/src/ladder/{p.name}" for p in (ROOT / "kernels" / "ladder").iterdir()
     }
+    data = ROOT / "refimpl" / "port"
+    wanted |= {str(p.relative_to(ROOT)) for p in data.rglob("*") if p.suffix in KINDS}
     assert wanted | {"refimpl/py.typed"} <= set(names)
 
 
@@ -74,6 +78,8 @@ def test_wheel_works(wheel: Path, tmp_path: Path) -> None:
         "import refimpl, refimpl.kernels as k; print(refimpl.__file__); "
         "print(k.SOURCE, (k.SOURCE / 'README.md').is_file()); "
         "from refimpl.cli import main; import sys; "
+        "from refimpl.port.vectors import SMALL; import json; "
+        "assert len(json.loads((SMALL / 'index.json').read_text())['metadata']['cases']) > 150; "
         "sys.argv = ['refimpl', 'verify', 'linear', '--examples', '1']; main()"
     )
     done = subprocess.run(
