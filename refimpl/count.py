@@ -157,9 +157,10 @@ PUBLISHED = {
     ),
 }
 FP8_FILES = {  # the released files with a scale per tile, and how their sizes relate to ours
-    "v3": 'README_WEIGHTS\' "11.5B unique parameters" leave out eh_proj. The README\'s "14B" is 685 '
-    "− 671; the file has 13.46B, with the embedding and the head that main model and module share "
-    "in memory. 685B counts the scales of FP8 weights too, one per tile of 128 × 128: {file}.",
+    "v3": 'README_WEIGHTS\' "11.5B unique parameters" leave out eh_proj. The README\'s "14B" is '
+    "685 − 671; the file has 13.46B, with the embedding and the head that main model and module "
+    "share in memory. 685B counts the scales of FP8 weights too, one per tile of 128 × 128: "
+    "{file}.",
     "kimi-k2": "The biases count, and one scale per tile of 128 × 128. The released file has 61 × "
     "56 numbers more (rotary frequencies, which follow from the config), and 1,029,173,256,720 "
     "bytes: 1 per FP8 weight, 4 per scale and bias, 2 for the rest.",
