@@ -3,9 +3,8 @@ on a CPU.
 
     REFIMPL_TORCHTITAN=CHECKOUT make peers
 
-of https://github.com/pytorch/torchtitan at b5bcd76, with spmd-types, tyro and triton installed
-beside the extra peers. Ours computes float64; theirs casts to float32 and bfloat16 inside, which
-`wide` takes away.
+of https://github.com/pytorch/torchtitan at b5bcd76. Ours computes float64; theirs casts to float32
+and bfloat16 inside, which `wide` takes away.
 """
 
 from __future__ import annotations
@@ -35,10 +34,13 @@ from random_parameters import random_parameters
 
 WHY = "torchtitan's model needs the extra peers: make peers"
 torch = pytest.importorskip("torch", reason=WHY)
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl
+from torch.utils.checkpoint import checkpoint
+
 v3, adapter, moe, rope, dispatch, mtp, loss = modules(
     "REFIMPL_TORCHTITAN",
     "torchtitan",
-    "pip install spmd-types tyro triton",
+    "the extra peers",
     "torchtitan.models.deepseek_v3",
     "torchtitan.models.deepseek_v3.state_dict_adapter",
     "torchtitan.models.common.moe",
@@ -321,40 +323,54 @@ def test_the_tail() -> None:
     assert loads == [TOKENS.size * CONFIG.top_k] * CONFIG.mtp_depth
 
 
-def test_the_bias_update() -> None:
-    """Row 10: centred; recomputed forwards are counted, and halved; row 23: the MTP modules' gates
-    stay."""
+def update_biases(model: Any) -> None:
+    """Its hook in front of an optimiser's step."""
     hooks: list[Any] = []
-    model, _, _ = pair(CONFIG)
-    model.train()
-    with wide():
-        their_run(model, TOKENS)
-    before = {
-        name: x.clone() for name, x in model.named_buffers() if name.endswith("expert_bias_E")
-    }
-    blocks = [model.layers[str(n)] for n in range(CONFIG.dense_layers, CONFIG.layers)]
-    loads = [block.moe.tokens_per_expert_E.numpy().copy() for block in blocks]
     v3.register_moe_load_balancing_hook(
         SimpleNamespace(register_step_pre_hook=hooks.append),
         [model],
         SimpleNamespace(get_optional_mesh=lambda name: None, ep_enabled=False, tp=1),
     )
     hooks[0]()
-    moved = 0
-    for name, x in model.named_buffers():
-        if name.endswith("expert_bias_E"):
-            change = (x - before[name]).numpy()
-            if name.startswith("mtp_layers"):
-                assert not change.any()
-                continue
-            wanted = bias_update(np.zeros(CONFIG.experts), loads[moved], 1e-3, centre=True)
-            np.testing.assert_allclose(change, wanted, atol=1e-9)
-            moved += 1
-    assert moved == len(blocks)
+
+
+def test_the_bias_update() -> None:
+    """Row 10: centred; row 23: the MTP modules' gates stay."""
+    model, _, _ = pair(CONFIG)
+    with wide():
+        their_run(model.train(), TOKENS)
+    biases = {n: x for n, x in model.named_buffers() if n.endswith("expert_bias_E")}
+    before = {name: x.numpy().copy() for name, x in biases.items()}
+    blocks = [model.layers[str(n)] for n in range(CONFIG.dense_layers, CONFIG.layers)]
+    loads = [block.moe.tokens_per_expert_E.numpy().copy() for block in blocks]
+    update_biases(model)
+    changes = {name: x.numpy() - before[name] for name, x in biases.items()}
+    later = [change for name, change in changes.items() if name.startswith("mtp_layers")]
+    assert len(later) == CONFIG.mtp_depth
+    assert not np.any(later)
+    main = [change for name, change in changes.items() if name.startswith("layers")]
+    for change, load in zip(main, loads, strict=True):
+        wanted = bias_update(np.zeros(CONFIG.experts), load, 1e-3, centre=True)
+        np.testing.assert_allclose(change, wanted, atol=1e-9)
+
+
+def test_recomputed_forwards_count() -> None:
+    """Row 10: twice, and the loads are halved then, rounded down."""
+    model, _, _ = pair(replace(CONFIG, mtp_depth=0))
+    block = model.train().layers[str(CONFIG.dense_layers)]
+    x = torch.randn(6, CONFIG.width, dtype=torch.float64, requires_grad=True)
+    with wide():
+        checkpoint(block, x, None, torch.arange(6), use_reentrant=False).sum().backward()
+    assert block.moe.tokens_per_expert_E.sum().item() == 2 * 6 * CONFIG.top_k
+    block.checkpoint_impl = CheckpointImpl.NO_REENTRANT
+    block.moe.tokens_per_expert_E.copy_(torch.tensor([3.0] + [2.0] * (CONFIG.experts - 1)))
+    before = block.moe.expert_bias_E.clone()
+    update_biases(model)
+    assert torch.equal(block.moe.expert_bias_E, before)  # 1 each: no expert is busier
 
 
 def test_grpo() -> None:
-    """Rows 16, 18, 19 and 25: DAPO with a symmetric clip of 0.2, no KL, a mean over all tokens;
+    """Rows 16, 19 and 25: DAPO with a symmetric clip of 0.2, no KL, a mean over all tokens;
     log-ratios stop at ±10, and tokens without a finite sampler's log-probability are dropped."""
     folder = mtp.__file__.rsplit("/models/", 1)[0] + "/experiments/rl"
     for name in ("torchtitan.experiments.rl", "torchtitan.experiments.rl.losses"):
@@ -383,9 +399,13 @@ def test_grpo() -> None:
 
     def ours(old: np.ndarray, mask: np.ndarray) -> tuple[float, np.ndarray]:
         output, saved = grpo_forward(
-            LOG_PROB, advantages=advantages, mask=mask, old_log_prob=old, average="token",
+            LOG_PROB,
+            advantages=advantages,
+            mask=mask,
+            old_log_prob=old,
+            average="token",
             kl_weight=0.0,
-        )  # fmt: skip
+        )
         return float(output.loss), grpo_backward(1.0, saved)
 
     lost = OLD.copy()
