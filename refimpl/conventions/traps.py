@@ -221,8 +221,8 @@ TRAPS = (
             ),
             "DeepSeek-V2.5": told(
                 "1.0, it is said. Its config.json was looked for and not found in DeepSeek's "
-                "repositories on GitHub, in copies there and on pages about it; Hugging Face itself "
-                "could not be reached. llama.cpp logs 0.1 m as `yarn_log_multiplier` when it loads "
+                "repositories on GitHub, in copies there and on pages about it; Hugging Face could "
+                "not be reached. llama.cpp logs 0.1 m as `yarn_log_multiplier` when it loads "
                 "a file: ollama#7072 is such a log, of which that line was not at hand"
             ),
             "Megatron": run(
