@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from refimpl import ops
+from refimpl.check.cases import pair_of
 from refimpl.check.planted import PLANTED
 from refimpl.port.cases import FACTOR, OF_THE_CHECKER, OpCase, apart, difference, planted, run
 from refimpl.port.vector_cases import OPS, SIZES, WRONG, cases_of
@@ -147,6 +148,11 @@ def test_a_right_port_passes_and_a_wrong_vector_does_not(name: str) -> None:
     for dtype in ("float64", "float32", "bfloat16"):
         wrong = apart(run(case, dtype), exact, unit(name, dtype))
         assert sorted(wrong) == sorted(CASES[name]["differs"]), (name, dtype)
+        other = {"attention": "flash_attention", "mla": "mla_absorbed"}.get(case.op)
+        if other:
+            plain = {key: x for key, x in case.kwargs.items() if key != "blind"}
+            found = run(case._replace(kwargs=plain), dtype, pair_of(other))
+            assert sorted(apart(found, exact, unit(name, dtype))) == sorted(wrong), (name, dtype)
     assert digest_of(tensors(name)) == CASES[name]["inputs_sha256"]
     assert CASES[name]["valid"] == (not CASES[name]["differs"])
 
