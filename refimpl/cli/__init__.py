@@ -27,6 +27,7 @@ from . import (  # each adds its commands to the app
     grads,
     kernels,
     memory,
+    power,
     verify,
 )
 from .app import OutputClosed, UsageError, app, usage_line
@@ -42,6 +43,7 @@ __all__ = [
     "kernels",
     "main",
     "memory",
+    "power",
     "verify",
 ]
 

@@ -30,6 +30,7 @@ ORDER = [
     "count",
     "conventions",
     "memory",
+    "power",
     "kernels",
     "bench",
 ]
