@@ -1,106 +1,47 @@
-"""Which check catches which planted bug: ``make bugs`` prints the table, and test_planted.py
-asserts it."""
+"""`refimpl power` with what needs more than the package: the golden values, and, where they are
+installed, torch's gradcheck and JAX's check_grads on the same draws (``make power``)."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
-from refimpl.check import (
-    FD_TOLERANCE,
-    MODEL_FD_TOLERANCE,
-    MODEL_VALIDITY,
-    RULES,
-    VALIDITY,
-    Report,
-    check,
-)
-from refimpl.check.cases import CASES, RandomDraw, model_case
-from refimpl.check.planted import PLANTED, Planted, plant
-from refimpl.config import ModelConfig, preset
+import numpy as np
+
+from refimpl.check import RULES
+from refimpl.check.planted import FUNCTIONS, Planted, plant
+from refimpl.cli.power import show
 from refimpl.ops import Op
-from refimpl.text import load_text
-from refimpl.verify import Settings, plan, run
+from refimpl.port.power import Draw, Row, drawn
+from refimpl.port.power import kill as kill_by_rules
 
 from golden import values as golden_values
 
-COLUMNS = ("contract", "differences", "noise", "sharpness", "golden")
-EXAMPLES = 10  # of clean code, an op
-
-
-@dataclass(frozen=True)
-class Row:
-    """What caught a bug: a fault of the contract, a rule of the checker, or a golden value."""
-
-    bug: Planted
-    caught: frozenset[str]
-    tensors: tuple[str, ...]  # those whose gradients the checker calls wrong
-
-
-def small_model() -> ModelConfig:
-    """The tiny model with one dense and one MoE layer less, for speed; two MTP modules, so that
-    their chain counts."""
-    return replace(
-        preset("tiny"), layers=1, dense_layers=0, vocabulary=31, width=9, q_latent=5, heads=2
-    )
+DRAWS = 3  # of an op, for gradcheck and check_grads
 
 
 def kill(bug: Planted, rules: Sequence[str] = RULES) -> Row:
-    """Run every check on the bug; of the checker's rules, on a bug of the model, these."""
-    planted = plant(bug)
-    if isinstance(planted, Op):
-        settings = Settings(load_text())
-        reports = [run(step, settings, {bug.op: planted}) for step in plan([bug.op], settings)]
-        caught = symptoms(reports, FD_TOLERANCE, VALIDITY)
-        file, way = golden_values.WAYS[bug.op]
-        golden = way(planted)
-    else:
-        reports = [examine_model(planted, rules)]
-        caught = symptoms(reports, MODEL_FD_TOLERANCE, MODEL_VALIDITY)
-        file, golden = "model", golden_values.model(module=planted)
-    wrong = {t.tensor: None for r in reports for t in r.tensors if t.verdict != "PASS"}
-    if golden_differs(file, golden):
-        caught |= {"golden"}
-    return Row(bug, caught, tuple(wrong))
+    """Every rule of the checker, and the golden values."""
+    row = kill_by_rules(bug, rules)
+    return row._replace(caught=row.caught | ({"golden"} if golden(bug) else set()))
 
 
-def examine_model(module: Any, rules: Sequence[str] = RULES) -> Report:
-    """The checker's report on a small model whose forward and backward are those of ``module``."""
-    case, names, pair = model_case(RandomDraw(0), config=small_model(), length=7, model=module)
-    return check(
-        *pair,
-        case.inputs,
-        replay=case.replay,
-        op="model",
-        names=names,
-        difference_tolerance=MODEL_FD_TOLERANCE,
-        validity=MODEL_VALIDITY,
-        rules=rules,
-    )
-
-
-def symptoms(reports: list[Report], tolerance: float, validity: float) -> frozenset[str]:
-    """The columns in which a report does not hold."""
-    found = set()
-    for report in reports:
-        found |= {"contract"} if report.faults else set()
-        for t in report.tensors:
-            found |= (
-                {"differences"}
-                if t.difference is not None and not t.difference <= tolerance
-                else set()
-            )
-            found |= {"noise"} if t.noise is not None and not t.noise <= 1 else set()
-            found |= (
-                {"sharpness"} if t.sharpness is not None and not t.sharpness <= validity else set()
-            )
-    return frozenset(found)
-
-
-def golden_differs(file: str, run: golden_values.Run) -> bool:
+def golden(bug: Planted) -> bool:
     """Whether a golden case of the op is missed."""
+    planted: Any = plant(bug)
+    if bug.op in FUNCTIONS:
+        instead = {"expert_load": "load", "bias_update": "update"}[bug.op]
+        changed = {instead: getattr(planted, bug.op)}
+        return differs("router", golden_values.router(golden_values.pair("router"), **changed))
+    if isinstance(planted, Op):
+        file, way = golden_values.WAYS[bug.op]
+        return differs(file, way(planted))
+    return differs("model", golden_values.model(module=planted))
+
+
+def differs(file: str, run: golden_values.Run) -> bool:
     return any(
         not error <= golden_values.TOLERANCE
         for name, case in golden_values.load(file).items()
@@ -108,29 +49,100 @@ def golden_differs(file: str, run: golden_values.Run) -> bool:
     )
 
 
-def false_alarms() -> tuple[int, int]:
-    """(clean examples that some rule calls wrong, clean examples)."""
-    settings = Settings(load_text(), examples=EXAMPLES)
-    reports = [run(step, settings) for step in plan(list(CASES), settings)]
-    return sum(not report.ok for report in reports), len(reports)
+# Other people's checkers, as their users call them: with their own tolerances, on Σ w · y
+
+
+def on_draws(check: Callable[[Any, Draw], bool]) -> Callable[[Planted], bool]:
+    """Whether a checker calls the bug's pair wrong in one of the draws."""
+
+    def sees(bug: Planted) -> bool:
+        pair = plant(bug)
+        if not isinstance(pair, Op):
+            return False
+        return any(not check(pair, drawn(bug.op, seed)) for seed in range(DRAWS))
+
+    return sees
+
+
+def weighted(pair: Any, draw: Draw, given: Sequence[np.ndarray]) -> tuple[float, Any]:
+    """Σ w · y over all outputs, and a function that gives its gradients in the given inputs."""
+    left = iter(given)
+    inputs = [None if x is None else np.asarray(next(left), np.float64) for x in draw.case.inputs]
+    y, saved = pair.forward(*inputs, **draw.kwargs)
+    members = [np.asarray(x) for x in (y if isinstance(y, tuple) else (y,))]
+    members = [x for x in members if x.dtype.kind == "f"]
+    loss = sum(float(np.sum(w * x)) for w, x in zip(draw.cotangents, members, strict=True))
+
+    def gradients() -> list[np.ndarray]:
+        dy = tuple(draw.cotangents) if isinstance(y, tuple) else draw.cotangents[0]
+        found = pair.backward(dy, saved)
+        found = found if isinstance(found, tuple) else (found,)
+        return [np.asarray(g, np.float64) for g in found if g is not None]
+
+    return loss, gradients
+
+
+def torch_gradcheck(pair: Any, draw: Draw) -> bool:
+    import torch
+
+    class Weighted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *xs: Any) -> Any:
+            loss, ctx.gradients = weighted(pair, draw, [x.detach().numpy() for x in xs])
+            return torch.tensor(loss, dtype=torch.float64)
+
+        @staticmethod
+        def backward(ctx: Any, dloss: Any) -> Any:
+            return tuple(float(dloss) * torch.from_numpy(g.copy()) for g in ctx.gradients())
+
+    xs = [torch.from_numpy(x.copy()).requires_grad_() for x in draw.case.inputs if x is not None]
+    try:
+        return bool(torch.autograd.gradcheck(Weighted.apply, xs, raise_exception=False))
+    except Exception:  # shapes that do not fit
+        return False
+
+
+def jax_check_grads(pair: Any, draw: Draw) -> bool:
+    import jax
+    from jax.test_util import check_grads
+
+    jax.config.update("jax_enable_x64", True)
+
+    @jax.custom_vjp
+    def loss(*xs: Any) -> Any:
+        return jax.pure_callback(
+            lambda *given: np.float64(weighted(pair, draw, given)[0]),
+            jax.ShapeDtypeStruct((), np.float64),
+            *xs,
+        )
+
+    def backward(xs: Any, dloss: Any) -> Any:
+        found = jax.pure_callback(
+            lambda *given: tuple(weighted(pair, draw, given)[1]()),
+            tuple(jax.ShapeDtypeStruct(x.shape, np.float64) for x in xs),
+            *xs,
+        )
+        return tuple(dloss * g for g in found)
+
+    loss.defvjp(lambda *xs: (loss(*xs), xs), backward)
+    xs = [jax.numpy.asarray(x) for x in draw.case.inputs if x is not None]
+    try:
+        check_grads(loss, xs, order=1, modes=["rev"])
+    except Exception:
+        return False
+    return True
 
 
 def main() -> int:
-    """Print the table; 1 if a bug survives or clean code is called wrong."""
-    print(f"{'op':<20}{'planted bug':<48}{'shown by':<36}" + "".join(f"{c:>12}" for c in COLUMNS))
-    rows = []
-    for bug in PLANTED:
-        row = kill(bug)
-        rows.append(row)
-        marks = "".join(f"{'caught' if column in row.caught else '.':>12}" for column in COLUMNS)
-        print(f"{bug.op:<20}{bug.name:<48}{bug.exposed_by:<36}{marks}", flush=True)
-    survivors = [row for row in rows if not row.caught]
-    for column in COLUMNS:
-        print(f"{column}: {sum(column in row.caught for row in rows)} of {len(rows)} caught")
-    alarms, clean = false_alarms()
-    print(f"{len(rows) - len(survivors)} of {len(rows)} planted bugs caught")
-    print(f"false alarms: {alarms} of {clean} clean examples")
-    return int(bool(survivors) or alarms > 0)
+    """Print the tables; 1 if a bug survives or clean code is called wrong."""
+    extra = {"golden": golden}
+    others = {"torch": ("gradcheck", torch_gradcheck), "jax": ("check_grads", jax_check_grads)}
+    for module, (name, check) in others.items():
+        if find_spec(module) is None:
+            print(f"{name}: skipped, {module} is not installed (make oracle)")
+        elif "--others" in sys.argv:
+            extra[name] = on_draws(check)
+    return show(40, 9, None, extra)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from . import (  # each adds its commands to the app
     kernels,
     memory,
     vectors,
+    power,
     verify,
 )
 from .app import OutputClosed, UsageError, app, usage_line
@@ -44,6 +45,7 @@ __all__ = [
     "main",
     "memory",
     "vectors",
+    "power",
     "verify",
 ]
 

@@ -31,6 +31,7 @@ ORDER = [
     "count",
     "conventions",
     "memory",
+    "power",
     "kernels",
     "bench",
 ]

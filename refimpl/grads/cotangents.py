@@ -56,15 +56,15 @@ class Calls:
         """By the activation's name, once the backward of the block is done."""
         if not self.wanted:
             return {}
-        network = block.network
+        network: Any = block.network
         stream = self.call(block.attention.mla).dy[0]  # attention's output is added to it
-        own = network.moe if isinstance(network, ExpertsSublayerSaved) else network.ffn
+        own = network.ffn if hasattr(network, "ffn") else network.moe
         found = {
             module_name(self.layer): self.call(own).dy,
             layer_name(self.layer, AFTER_ATTENTION): stream,
             layer_name(self.layer, ATTENTION): stream,
         }
-        if isinstance(network, ExpertsSublayerSaved):
+        if hasattr(network, "router"):
             dy = self.call(network.router).dy
             found[layer_name(self.layer, SCORES)] = scores_backward(dy, network.router)
         if self.inside:

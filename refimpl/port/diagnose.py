@@ -25,8 +25,11 @@ from .truth import Truth
 
 __all__ = ["Diagnosis", "bugs_of", "diagnose"]
 
+FACTOR_RMS = 3  # times a rerun's root mean square, which varies less: named ones have 2.5 at most
+PEAK = 3  # of rounding noise, its largest error over its root mean square, about
 RERUNS = 3  # of each bug that is not ruled out before
 RULED_OUT = 64  # units of one rerun: further away, no more are made
+COARSE = "in bfloat16 another mistake may give the same numbers: float32 tells them apart"
 Arrays = Mapping[str, np.ndarray]
 
 MADE_OF = {  # of vectors' cases: the ops that an op calls
@@ -70,7 +73,8 @@ def diagnose(truth: Truth, part: Part, theirs: Arrays, dtype: str) -> Diagnosis:
     except CouldNotRun as error:
         return Diagnosis([], hints, f"no planted bug was tried: {error}")
     named = [bug for bug in bugs_of(truth, part) if trial.matches(bug)]
-    return Diagnosis(named, hints, "")
+    coarse = bool(named) and dtype == "bfloat16"
+    return Diagnosis(named, hints, COARSE if coarse else "")
 
 
 class Trial:
@@ -104,15 +108,20 @@ class Trial:
         if not any(error < self.away[name] for name, error in errors.items()):
             return False  # no tensor is nearer to the bug's than to the right one
         units = {name: self.least(name, x) for name, x in exact.items()}
+        spread = dict.fromkeys(exact, 0.0)
         for seed in range(1, RERUNS + 1):
             again = self.run(bug, self.dtype, seed)
             if again is None:
                 return False
             for name, x in again.items():
                 units[name] = max(units[name], largest(x - exact[name]))
+                spread[name] = max(spread[name], rms(x - exact[name]))
             if not all(error <= RULED_OUT * units[name] for name, error in errors.items()):
                 return False
         if not all(error <= FACTOR * units[name] for name, error in errors.items()):
+            return False
+        spreads = {n: max(spread[n], self.least(n, x) / PEAK) for n, x in exact.items()}
+        if not all(rms(self.theirs[n] - x) <= FACTOR_RMS * spreads[n] for n, x in exact.items()):
             return False
         return any(x > FACTOR * max(units[n], self.units[n]) for n, x in self.away.items())
 
@@ -150,6 +159,10 @@ def unit_of(truth: Truth, name: str, dtype: str) -> float:
     if dtype in entry.units:
         return entry.units[dtype]
     return roundoff(dtype) * largest(truth.array(name))
+
+
+def rms(x: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(x * x))) if x.size else 0.0
 
 
 def largest(x: np.ndarray) -> float:

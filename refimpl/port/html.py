@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import printable
 from .compare import FACTOR, Heat
-from .report import HEADER, MOST_ROWS, TensorResult, Verdict, diagnosed, listed, place, row
+from .report import HEADER, MOST_ROWS, TensorResult, Verdict, diagnosed, folded, listed, place, row
 
 __all__ = ["page"]
 
@@ -87,12 +87,13 @@ def _diagnosis(verdict: Verdict) -> list[str]:
 
 def _table(wrong: list[TensorResult]) -> str:
     head = "".join(f"<th>{name}</th>" for name in HEADER)
+    lines = folded(wrong)
     rows = "".join(
         f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row(x))}</tr>"
-        for x in wrong[:MOST_ROWS]
+        for x in lines[:MOST_ROWS]
     )
-    more = len(wrong) - MOST_ROWS
-    tail = f'<p class="soft">and {more:,} more</p>' if more > 0 else ""
+    more = len(lines) - MOST_ROWS
+    tail = f'<p class="soft">and {more:,} more rows</p>' if more > 0 else ""
     return f'<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>{tail}'
 
 

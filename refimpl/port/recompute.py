@@ -348,10 +348,10 @@ def cotangents_of(calls: Calls, block: Any, code: Code) -> Arrays:
     try:
         found = calls.cotangents(block)
     except (AttributeError, StopIteration):  # another attention, or a bug that leaves out a step
-        calls.calls.pop("attention", None)  # what stands inside is then unknown
+        calls.inside = False  # what stands inside is then unknown
         found = calls.cotangents(block)
     if hasattr(block.network, "routed"):
-        dy, saved, _ = calls.calls["router"][0]
+        dy, saved, _ = calls.call(block.network.router)
         found[layer_name(calls.layer, SCORES)] = code.router.scores_backward(dy, saved)
     return found
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from .. import __version__
 from ..checkpoint.names import fold, layer_of
 from ..checkpoint.tensor_file import one_line
-from ..parameters import layer_name, module_name
+from ..parameters import EXPERTS, layer_name, module_name
 from .compare import Difference, Heat
 from .diagnose import Diagnosis
 
@@ -24,6 +25,7 @@ __all__ = [
     "beside",
     "content",
     "diagnosed",
+    "folded",
     "listed",
     "number",
     "place",
@@ -121,14 +123,15 @@ def text(verdict: Verdict) -> str:
         lines.append(f"first wrong part: {part}")
         told = (place(part.first), beside(part), *diagnosed(verdict))
         lines += [f"  {line}" for line in told if line]
-    if rows := verdict.those("wrong"):
+    if rows := folded(verdict.those("wrong")):
         table = [HEADER, *map(row, rows[:MOST_ROWS])]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines += ["", *("  ".join(map(str.ljust, x, widths)).rstrip() for x in table)]
-        if len(rows) > MOST_ROWS:
-            lines.append(f"and {len(rows) - MOST_ROWS:,} more")
+        lines += [f"and {len(rows) - MOST_ROWS:,} more rows"] if len(rows) > MOST_ROWS else []
         if part is None:
             lines.append("(these may follow from other experts, and say nothing alone)")
+        elif len({x.part for x in verdict.those("wrong")}) > 1:
+            lines.append("(what stands behind the first wrong part may follow from it)")
     lines += listed("can't be judged", [(x.name, x.what) for x in verdict.those("unjudged")])
     lines += listed("can't be compared", [(x.name, x.what) for x in verdict.those("unreadable")])
     lines += listed("routes", [(x.name, x.what) for x in verdict.those("other")])
@@ -141,6 +144,19 @@ def text(verdict: Verdict) -> str:
 
 
 HEADER = ("tensor", "units", "relative", "cosine", "norms", "where")
+
+
+def folded(wrong: Iterable[TensorResult]) -> list[TensorResult]:
+    """The tensors, those of a layer's experts as one, which has the numbers of the worst."""
+    groups: dict[str, list[TensorResult]] = {}
+    for x in wrong:
+        groups.setdefault(re.sub(rf"({re.escape(EXPERTS)}\.)\d+", r"\1", x.name), []).append(x)
+    found = []
+    for group in groups.values():
+        (name,) = fold((x.name, "") for x in group)
+        worst = max(group, key=lambda x: x.units if x.units == x.units else math.inf)
+        found.append(replace(worst, name=name.strip()))
+    return found
 
 
 def row(x: TensorResult) -> tuple[str, ...]:

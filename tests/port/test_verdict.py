@@ -420,6 +420,19 @@ def test_vectors(tmp_path: Path) -> None:
     assert verdict.first_wrong.name == "swiglu-1, backward"
 
 
+def test_vectors_of_some_types(tmp_path: Path) -> None:
+    """Golden values have units of float64 alone: a port in float32 passes without them."""
+    arrays = write_vectors(tmp_path / "truth")
+    example = Example(tmp_path, tmp_path / "truth", arrays, {})
+    right = {name: x + ("linear-2/" in name) for name, x in arrays.items() if "/in/" not in name}
+    wrong = right | {"golden-1/out/y": np.zeros((2, 3))}
+    assert judge(example, tmp_path, wrong).verdict == "FAIL"
+    verdict = judge(example, tmp_path, wrong, dtype="float32")
+    assert verdict.verdict == "PASS"
+    assert "golden-1/out/y" not in verdict.tensors
+    assert verdict.extra == []
+
+
 def test_vectors_of_some_ops(tmp_path: Path) -> None:
     """All cases of an op, or none of it."""
     arrays = write_vectors(tmp_path / "truth")

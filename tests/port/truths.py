@@ -6,8 +6,7 @@ Nothing here computes a part alone: a port is a run of the model from the tokens
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.check.cases import CASES, Case, RandomDraw, pair_of
+from refimpl.check.cases import Case, pair_of
 from refimpl.check.planted import Planted, fresh_module, plant_module
 from refimpl.checkpoint import Checkpoint, save_checkpoint
 from refimpl.config import ModelConfig, preset
@@ -171,13 +170,15 @@ class Watched:
             }
         return y, saved
 
-    def block_backward(self, run: Any, layer: int, dx: Any, dloss: Any, saved: Any, grads: Any) -> Any:
+    def block_backward(
+        self, run: Any, layer: int, dx: Any, dloss: Any, saved: Any, grads: Any
+    ) -> Any:
         calls = Calls(run.ops, self.config, layer, [layer_name(layer, SCORES)])
         below = self.backward(run._replace(ops=calls.ops), layer, dx, dloss, saved, grads)
         self.found |= {f"cot/{n}": x for n, x in calls.cotangents(saved).items()}
         self.found[f"cot/{module_name(layer)}"] = dx
         if hasattr(saved.network, "routed"):
-            dy, router_saved, _ = calls.calls["router"][0]
+            dy, router_saved, _ = calls.call(saved.network.router)
             name = f"cot/{layer_name(layer, SCORES)}"
             self.found[name] = self.router.scores_backward(dy, router_saved)
         if layer == 0:
@@ -190,7 +191,9 @@ class Watched:
         return dx, dhidden
 
     def run(self, params: Any, truth: Truth, table: Any, routes: Any) -> dict[str, Any]:
-        given = {n: truth.array(f"in/{n}") for n in ("targets", "mask", "key_mask") if f"in/{n}" in truth}
+        given = {
+            n: truth.array(f"in/{n}") for n in ("targets", "mask", "key_mask") if f"in/{n}" in truth
+        }
         embed: list[Any] = []
         embedding = table.embedding
 
@@ -251,7 +254,14 @@ class CaseTruth(Truth):
         )
         units = self.measured(settings)
         self.entries = {
-            name: Entry(x.shape, str(x.dtype), "", name, float(np.max(np.abs(x), initial=0.0)), units.get(name, {}))
+            name: Entry(
+                x.shape,
+                str(x.dtype),
+                "",
+                name,
+                float(np.max(np.abs(x), initial=0.0)),
+                units.get(name, {}),
+            )
             for name, x in self.arrays.items()
         }
 
@@ -268,7 +278,9 @@ class CaseTruth(Truth):
                 again = case_port(self, Op(forward, backward), dtype, 1000 + seed, plain, settings)
                 for name, x in again.items():
                     scale = float(np.max(np.abs(self.arrays[name]), initial=0.0))
-                    error = float(np.max(np.abs(x.astype(np.float64) - self.arrays[name]), initial=0.0))
+                    error = float(
+                        np.max(np.abs(x.astype(np.float64) - self.arrays[name]), initial=0.0)
+                    )
                     unit = found.setdefault(name, {}).get(dtype, 0.0)
                     found[name][dtype] = max(unit, error, roundoff(dtype) * scale)
         return found
@@ -315,7 +327,9 @@ def case_port(
         op, table = rounded(op), table | {n: rounded(x) for n, x in table.items()}
     import inspect
 
-    more = {"ops": table} if "ops" in inspect.signature(pair_of(truth.op).forward).parameters else {}
+    more = (
+        {"ops": table} if "ops" in inspect.signature(pair_of(truth.op).forward).parameters else {}
+    )
     with np.errstate(all="ignore"):
         found = case_results(truth.op, op.forward, op.backward, placed, {**settings, **more})
     return {f"c/{n}": np.asarray(x) for n, x in found.items()}
