@@ -3,9 +3,9 @@
 The whole probability matrix is kept; `flash_attention` computes the same in linear memory. Keys and
 values may have another width, and one head where the queries have many (the absorbed form of MLA).
 The queries are the last T of the S key positions, so T = S is training or prefill, T < S decoding
-with a cache; T > S, where no position is before another, a block of keys out of many. Source: Vaswani et al., Attention Is All You Need (1706.03762) eq. 1. Derivation:
-derivations/attention.md. Letters: B batch, T query position, S key position, H heads, X query/key
-width, V value width.
+with a cache; T > S, where no position is before another, a block of keys out of many. Source:
+Vaswani et al., Attention Is All You Need (1706.03762) eq. 1. Derivation: derivations/attention.md.
+Letters: B batch, T query position, S key position, H heads, X query/key width, V value width.
 """
 
 from __future__ import annotations
