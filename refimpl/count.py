@@ -156,6 +156,15 @@ PUBLISHED = {
         8192,
     ),
 }
+FP8_FILES = {  # the released files with a scale per tile, and how their sizes relate to ours
+    "v3": 'README_WEIGHTS\' "11.5B unique parameters" leave out eh_proj. The README\'s "14B" is '
+    "685 − 671; the file has 13.46B, with the embedding and the head that main model and module "
+    "share in memory. 685B counts the scales of FP8 weights too, one per tile of 128 × 128: "
+    "{file}.",
+    "kimi-k2": "The biases count, and one scale per tile of 128 × 128. The released file has 61 × "
+    "56 numbers more (rotary frequencies, which follow from the config), and 1,029,173,256,720 "
+    "bytes: 1 per FP8 weight, 4 per scale and bias, 2 for the rest.",
+}
 V3_STAGES = {"context extension": 119_000, "post-training": 5_000}  # H800 hours, table 1
 DOLLARS, CLUSTER = 2, 2048  # an H800 hour's price, as the report assumes; its number of H800s
 PEAK = {
@@ -266,24 +275,23 @@ def _parameters(c: ModelConfig, known: str) -> tuple[Parts, list[Section]]:
             "whole file: main, MTP, biases",
             file + (Figure(moe_layers) + deep) * c.experts if biases else file,
         )
-        if known == "v3":
-            _released(mtp, c, whole)
+        _released(mtp, c, whole)
         sections.append(mtp)
+    else:
+        _released(main, c, Figure(total) + Figure(moe_layers) * c.experts)
     return Parts(
         mla, _matrices(tensors), dense, expert, gate, moe_layers, embedding, eh_proj
     ), sections
 
 
-def _released(mtp: Section, c: ModelConfig, whole: Number) -> None:
-    """What V3's file, in FP8, has in addition, and what its README says of it."""
-    scales = mtp.add("apart: scales of its FP8 weights", _scales(c))
-    file = mtp.add("… with them", Figure(whole) + scales)
-    mtp.notes.append(
-        "README_WEIGHTS' \"11.5B unique parameters\" leave out eh_proj. The README's "
-        '"14B" is 685 − 671; the file has 13.46B, with the embedding and the head '
-        "that main model and module share in memory. 685B counts the scales of FP8 weights too, "
-        f"one per tile of 128 × 128: {file:,}."
-    )
+def _released(section: Section, c: ModelConfig, whole: Number | Figure) -> None:
+    """What a file in FP8 has in addition to the ``whole``, if the model is one of `FP8_FILES`."""
+    shapes = parameter_shapes(c)
+    for key, note in FP8_FILES.items():
+        if parameter_shapes(PRESETS[key]) == shapes:
+            scales = section.add("apart: scales of its FP8 weights", _scales(c))
+            file = section.add("… with them", _figure(whole) + scales)
+            section.notes.append(note.format(file=f"{file:,}"))
 
 
 def _scales(c: ModelConfig) -> int:

@@ -115,6 +115,24 @@ def test_rounded_figures(model: str, title: str, line: str, printed: str) -> Non
     assert f"{figure(model, title, line) / 1e9:.{places}f}B" == printed
 
 
+def test_files_in_fp8() -> None:
+    """Kimi-K2's released file has 1,026,470,731,056 numbers in 1,029,173,256,720 bytes, by its
+    index and headers as published: ours, and 56 rotary frequencies of two bytes per layer."""
+    assert figure("v3", MTP, "… with them") == 684_531_386_000
+    config = preset("kimi-k2")
+    scales = figure(config, MAIN, "apart: scales of its FP8 weights")
+    assert (scales, figure(config, MAIN, "… with them")) == (62_495_192, 1_026_470_727_640)
+    assert 1_026_470_727_640 + config.layers * 56 == 1_026_470_731_056
+    sizes = {name: prod(shape) for name, shape in parameter_shapes(config).items()}
+    assert sum(sizes.values()) + scales == 1_026_470_727_640
+    biases = sum(n for name, n in sizes.items() if is_buffer(name))
+    fp8 = sum(n for name, n in sizes.items() if "_proj" in name)  # experts, networks, attention
+    others = sum(sizes.values()) - biases - fp8 + config.layers * 56
+    assert fp8 + 2 * others + 4 * (biases + scales) == 1_029_173_256_720
+    for other in (preset("glm-4.7-flash"), replace(config, experts=256)):
+        assert not any("FP8" in line.name for s in count(other) for line in s.lines)
+
+
 def test_cache_savings() -> None:
     """98.24 % against MHA; 93.34 % of V2 at 6 bits against 67B at 16, of which 82.2 % (V3: 81.9 %)
     are MLA's."""

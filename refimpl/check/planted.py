@@ -242,7 +242,7 @@ PLANTED: tuple[Planted, ...] = (
     _one("grpo", "dropped outputs keep their gradient", "the off-policy mask",
          "-weight * keep * a * fill(flows, rho, 0.0)", "-weight * a * fill(unclipped, rho, 0.0)"),
     _one("grpo", "token mean for the mean of means, both ways", "unequal lengths, golden values",
-         "n * count", "float(xp.sum(size)) or 1.0", shared=True),
+         "average == 'token'", "average != 'constant'", shared=True),
     _one("grpo", "padded length for the output's, both ways", "unequal lengths, golden values",
          "n * count", "n * float(mask.shape[1])", shared=True),
     _one("grpo", "ε_low above too, both ways", "ε_high ≠ ε_low, golden values",

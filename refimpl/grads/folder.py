@@ -104,12 +104,17 @@ def read_record(path: Path) -> Record:
     return Record(arrays, notes["files"], stored, sizes)
 
 
-def changed(folder: Path, stored: Mapping[str, Stored]) -> Path | None:
-    """The first file that is not as it was written; None if all are."""
+def changed(folder: Path, stored: Mapping[str, Stored], since: int = 0) -> Path | None:
+    """The first file that is not as it was written; None if all are. Only sizes are compared for
+    files last written before ``since`` (ns)."""
     for file, written in stored.items():
         path = folder / file
-        same = path.is_file() and not path.is_symlink() and path.stat().st_size == written.bytes
-        if not same or file_digest(path) != written.sha256:
+        if not path.is_file() or path.is_symlink():
+            return path
+        now = path.stat()
+        if now.st_size != written.bytes:
+            return path
+        if now.st_mtime_ns >= since and file_digest(path) != written.sha256:
             return path
     return None
 
@@ -325,7 +330,8 @@ def prepare(folder: Path, fingerprint: dict[str, str], force: bool) -> None:
                     missing_ok=True
                 )
         elif "index.json" in found:
-            if wrong := changed(folder, stored_of(folder / "index.json")):
+            index = folder / "index.json"  # written last: what is older need not be read again
+            if wrong := changed(folder, stored_of(index), index.stat().st_mtime_ns):
                 raise CouldNotRun(
                     f"{wrong} is not as index.json says: give another folder, or start anew with",
                     remedy="force",

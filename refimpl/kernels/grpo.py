@@ -14,7 +14,7 @@ import numpy as np
 from ..array import Array, expect
 from ..ops import AnyOp, Op
 from ..ops.choices import Average, Empty, Estimator, Level, Ratio
-from ..ops.grpo import GRPOOutput, check_settings, check_shapes, counted_outputs, loss_cotangent
+from ..ops.grpo import GRPOOutput, check_settings, check_shapes, loss_cotangent, loss_divisor
 from .host import Kernels, numbers, ready
 from .launch import Launch
 
@@ -83,13 +83,7 @@ def grpo(launch: Launch) -> AnyOp:
             if other is not None:
                 expect(name, other, "(N, T)", (outputs, t))
             others.append(ready(log_prob if other is None else other, n.real))
-        tokens = float(mask.sum())
-        counted = counted_outputs(mask, empty)
-        total = {
-            "sequence": counted,
-            "token": tokens or 1.0,
-            "constant": counted * float(length or 1),
-        }[average]
+        total = loss_divisor(mask, 1, average, length, empty)  # an output's length: in the kernel
         replayed = unclipped is not None, kept is not None
         unclipped = _bytes(kernels, unclipped, (outputs, t), log_prob)
         kept = _bytes(kernels, kept, (outputs,), log_prob)

@@ -226,8 +226,20 @@ def group_advantages(
     return xp.reshape(centred, (-1,))
 
 
-def counted_outputs(mask: Array, empty: Empty) -> int:
-    """N of the loss's divisor: all outputs of ``mask`` [N, T], or those that have a token."""
+def loss_divisor(
+    mask: Array, count: Array | int, average: Average, length: int | None, empty: Empty
+) -> Array | float:
+    """What the loss divides an output's tokens by. ``count``: the length of each output [N, 1], or
+    1 for the divisor without it."""
+    if average == "token":
+        xp = library(mask, "mask")
+        return float(xp.sum(xp.astype(mask, xp.float64))) or 1.0
+    n = _counted_outputs(mask, empty)
+    return n * count if average == "sequence" else n * float(length or 1)
+
+
+def _counted_outputs(mask: Array, empty: Empty) -> int:
+    """N of the divisor: all outputs of ``mask`` [N, T], or those that have a token."""
     if empty == "counted":
         return int(mask.shape[0])
     xp = library(mask, "mask")
@@ -238,14 +250,10 @@ def _weights(
     log_prob: Array, mask: Array, average: Average, length: int | None, empty: Empty
 ) -> tuple[Array, Array]:
     """Each output's length [N, 1], at least 1, and each token's share [N, T] in the loss."""
-    xp, n = namespace(log_prob=log_prob), counted_outputs(mask, empty)
+    xp = namespace(log_prob=log_prob)
     size = xp.sum(xp.astype(mask, xp.float64), axis=1, keepdims=True)
     count = xp.where(size > 0, size, 1.0)
-    total = {
-        "sequence": n * count,
-        "token": float(xp.sum(size)) or 1.0,
-        "constant": n * float(length or 1),
-    }[average]
+    total = loss_divisor(mask, count, average, length, empty)
     weight = cast(xp.astype(mask, xp.float64) / total, log_prob)  # (grpo.1)
     return cast(count, log_prob), weight
 

@@ -22,10 +22,15 @@ from refimpl.model import backward, forward, logits
 
 GOLDEN = Path(__file__).parent / "checkpoints"
 LEFT = Path(__file__).parent / "left_padding"  # transformers' float32 on a batch padded in front
+MODEL_TYPES = Path(__file__).parent / "model_types"  # Kimi-K2, GLM-4.7-Flash, fused experts
 TRAINED = Path(__file__).parent / "trained"
 LOGITS = 1e-12
 GRADIENT = 1e-11
 OF_LARGEST = 1e-15
+SUMS = 8  # that a sketch keeps
+SMALLEST_GAP = (
+    1e-5  # a choice decided by less could go the other way in another implementation's rounding
+)
 
 Arrays = dict[str, np.ndarray]
 
@@ -51,6 +56,14 @@ def our_values(
     """Logits, loss and gradients of `refimpl.model`."""
     output, saved = forward(params, tokens, config, **inputs)
     return Values(logits(params, output.hidden), float(output.loss), backward(saved))
+
+
+def sketch(x: np.ndarray) -> np.ndarray:
+    """Eight weighted sums of ``x``: the values themselves where there are no more than eight."""
+    flat = np.asarray(x, dtype=np.float64).ravel()
+    if flat.size <= SUMS:
+        return flat
+    return np.cos(np.outer(np.arange(1, SUMS + 1), np.arange(flat.size))) @ flat
 
 
 def relative_error(ours: Any, theirs: Any) -> float:

@@ -21,11 +21,8 @@ from safetensors.numpy import save_file
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[level]) for level in (1, 2)]
 
+from golden.checkpoint_values import SMALLEST_GAP
 from oracle.hugging_face import NarrowNumbers, Routing, build, float64, their_values
-
-SMALLEST_GAP = (
-    1e-5  # a choice decided by less could go the other way in another implementation's rounding
-)
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 29, "hidden_size": 12, "intermediate_size": 11, "moe_intermediate_size": 5,

@@ -20,7 +20,9 @@ import pytest
 from refimpl.checkpoint.source import MemorySource
 from refimpl.checkpoint.tensor_file import write_tensor_file
 from refimpl.errors import CouldNotRun
+from refimpl.files import file_digest
 from refimpl.grads import Request, Result, write_gradients
+from refimpl.grads import folder as grads_folder
 from refimpl.grads.folder import read_record
 from refimpl.model import Route, forward
 
@@ -217,6 +219,8 @@ def test_a_damaged_step_is_done_again(
     resume = unfinished(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     damage(tmp_path / file)
+    if (tmp_path / file).exists():  # times are not what it is noticed by
+        os.utime(tmp_path / file, ns=(before[tmp_path / file],) * 2)
     resume()
     found = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert found == whole
@@ -310,6 +314,40 @@ def test_digests_of_the_index(tmp_path: Path) -> None:
         with pytest.raises(CouldNotRun, match=r"index.json is broken: start anew with force$"):
             write_gradients(source, request, tmp_path)
     write_gradients(source, request, tmp_path, force=True)
+
+
+def test_asking_again_reads_only_what_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finished result is refused by sizes and times; a file written since the index is read."""
+    source, request = MemorySource(random_parameters(TINY), TINY), Request(TOKENS)
+    write_gradients(source, request, tmp_path)
+    index, norm = tmp_path / "index.json", tmp_path / "grad-norm.safetensors"
+    done = index.stat().st_mtime_ns
+    for path in tmp_path.glob("*.safetensors"):
+        assert path.stat().st_mtime_ns <= done
+        os.utime(path, ns=(done - 1, done - 1))
+    read: list[str] = []
+
+    def seen(path: Path) -> str:
+        read.append(path.name)
+        return file_digest(path)
+
+    monkeypatch.setattr(grads_folder, "file_digest", seen)
+    with pytest.raises(CouldNotRun, match="holds a finished result"):
+        write_gradients(source, request, tmp_path)
+    assert read == []
+    data = norm.read_bytes()
+    zeros(norm)
+    os.utime(norm, ns=(done, done))  # in the same tick as the index
+    with pytest.raises(CouldNotRun, match=r"grad-norm.safetensors is not as index.json says"):
+        write_gradients(source, request, tmp_path)
+    assert read == [norm.name]
+    norm.write_bytes(data[:-1])
+    os.utime(norm, ns=(0, 0))
+    with pytest.raises(CouldNotRun, match=r"grad-norm.safetensors is not as index.json says"):
+        write_gradients(source, request, tmp_path)
+    assert read == [norm.name]
 
 
 @pytest.mark.parametrize("force", [False, True])

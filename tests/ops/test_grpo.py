@@ -3,12 +3,14 @@ errors."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
 from refimpl.ops import GRPO_PRESETS, group_advantages, grpo_backward, grpo_forward
+from refimpl.ops.choices import Average, Empty
+from refimpl.ops.grpo import loss_divisor
 
 from support import property_test
 
@@ -481,3 +483,20 @@ def test_settings_that_cannot_be_right(change: dict[str, Any], message: str) -> 
 def test_epsilon_that_cannot_be_right(epsilon: float) -> None:
     with pytest.raises(ValueError, match="epsilon a finite number of at least 0"):
         group_advantages(np.array([[0.0, 1.0]]), epsilon=epsilon)
+
+
+def test_loss_divisor() -> None:
+    """One place for reference and kernels: outputs times lengths, tokens, or outputs times the
+    longest; empty outputs counted or not, and never 0."""
+    mask = np.array([[1, 1, 1], [1, 0, 0], [0, 0, 0]], bool)
+    count = np.array([[3.0], [1.0], [1.0]])
+    cases: tuple[tuple[Empty, int], ...] = (("counted", 3), ("left_out", 2))
+    for empty, n in cases:
+        by_length = loss_divisor(mask, count, "sequence", None, empty)
+        assert np.array_equal(by_length, n * count)
+        assert loss_divisor(mask, 1, "sequence", None, empty) == n
+        assert loss_divisor(mask, count, "token", None, empty) == 4.0
+        assert loss_divisor(mask, count, "constant", 7, empty) == n * 7.0
+    nothing = np.zeros((2, 3), bool)
+    for average in get_args(Average):
+        assert loss_divisor(nothing, 1, average, 1, "left_out") == 1
