@@ -198,12 +198,11 @@ class Steps:
         the head and of the rows that it looks up."""
         config, depth = self.config, depth_of(self.config, layer)
         above = self.records[("backward", layer + 1) if depth < config.mtp_depth else ("head",)]
-        normaliser = self.batch.mtp_normaliser(config.conventions.mtp_normaliser)
         with self.folder.layer_gradients(layer) as grads:
             run = self._run_of(layer, Op(moe_forward, partial(moe_backward, write=grads.write)))
             state, batch = self._module_input(depth)
             _, normed, saved = mtp_module_forward(run, depth, state, batch)
-            loss, head_saved = head_forward(self._run_of_head(), normed, batch, normaliser)
+            loss, head_saved = head_forward(self._run_of_head(), normed, batch)
             dnormed, dw = run.ops.head_cross_entropy.backward(mtp_scale(config), head_saved)
             dstate = above.array("dstate")
             dstate = mtp_module_backward(run, depth, 1.0, dnormed, dstate, saved, grads)
