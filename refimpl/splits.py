@@ -140,10 +140,10 @@ class ThreadExchange:
         return everyone
 
 
-def exchanging(ops: Ops, exchange: Exchange) -> Ops:
-    """The table for one piece: attention sees the keys of earlier pieces, and the balance loss
-    counts whole sequences."""
-    rank = exchange.rank
+def exchanging(ops: Ops, exchange: Exchange, *, balance: bool = True) -> Ops:
+    """The table for one piece: attention sees the keys of earlier pieces and, unless ``balance`` is
+    false, the balance loss counts whole sequences."""
+    rank, table = exchange.rank, ops
 
     def attention_forward(q: Any, k: Any, v: Any, **settings: Any) -> tuple[Any, Any]:
         names = ("key_mask", "segments")
@@ -156,12 +156,12 @@ def exchanging(ops: Ops, exchange: Exchange) -> Ops:
                 given = [d if x is None else x for x, d in zip(found, default, strict=True)]
                 settings[name] = np.concatenate(given, axis=1)
         keys, values = (np.concatenate([p[i] for p in pieces], axis=1) for i in (0, 1))
-        o, saved = ops.attention.forward(q, keys, values, **settings)
+        o, saved = table.attention.forward(q, keys, values, **settings)
         return o, (saved, np.cumsum(lengths)[:-1])
 
     def attention_backward(do: Any, saved: Any) -> tuple[Any, Any, Any]:
         inner, cuts = saved
-        dq, dk, dv = ops.attention.backward(do, inner)
+        dq, dk, dv = table.attention.backward(do, inner)
         pieces = [np.split(x, cuts, axis=1) for x in (dk, dv)]
         later = exchange.gather(pieces)[rank:]
         dk, dv = (sum(piece[i][rank] for piece in later) for i in (0, 1))
@@ -171,12 +171,12 @@ def exchanging(ops: Ops, exchange: Exchange) -> Ops:
         valid = np.ones((*scores.shape[:2], 1), bool) if mask is None else mask[:, :, None]
         each = exchange.gather(count_choices(counted, scores.shape[-1], valid))
         settings["cut"] = tuple(sum(x) for x in zip(*each, strict=True))
-        return ops.balance_loss.forward(scores, counted=counted, mask=mask, **settings)
+        return table.balance_loss.forward(scores, counted=counted, mask=mask, **settings)
 
-    return ops | {
-        "attention": Op(attention_forward, attention_backward),
-        "balance_loss": Op(balance_forward, ops.balance_loss.backward),
-    }
+    ops = ops | {"attention": Op(attention_forward, attention_backward)}
+    if balance:
+        ops = ops | {"balance_loss": Op(balance_forward, table.balance_loss.backward)}
+    return ops
 
 
 def run_parts(
@@ -187,12 +187,14 @@ def run_parts(
     whole: Whole | None = None,
     pieces: bool = False,
     ops: Ops = REFERENCE,
+    exchange_balance: bool = True,
 ) -> list[tuple[ModelOutput, dict[str, Any]]]:
     """Output and gradients of every part, whose sums are those of the whole batch.
 
     Args:
         whole: counts of the whole batch; by default those of ``parts``.
         pieces: whether the parts are pieces of the same sequences, which run side by side.
+        exchange_balance: whether pieces count their choices of experts together.
     """
     whole = whole_of(parts, config) if whole is None else whole
 
@@ -204,7 +206,7 @@ def run_parts(
         return output, backward(saved)
 
     def run_piece(part: Part, exchange: Exchange) -> tuple[ModelOutput, dict[str, Any]]:
-        return run(part, exchanging(ops, exchange))
+        return run(part, exchanging(ops, exchange, balance=exchange_balance))
 
     if not pieces:
         return [run(part, ops) for part in parts]
