@@ -93,7 +93,7 @@ def counts(part: Part, config: ModelConfig) -> Whole:
     """What a part adds to the counts of the whole batch."""
     full = filled(part, config.mtp_depth)
     batch = make_batch(np.empty(0), **full.arrays, config=config, follow=full.follow)
-    rule, main = config.conventions.mtp_normaliser, float(batch.mask.sum())
+    rule, main = config.conventions.mtp_normaliser, float(batch.mask.sum())  # (splits.1)
     taking_part = batch.tokens.size if batch.takes_part is None else batch.takes_part.sum()
 
     def normaliser(depth: int) -> float:
@@ -101,7 +101,7 @@ def counts(part: Part, config: ModelConfig) -> Whole:
             return float(batch.at(depth).mask.sum())
         return main if rule == "main" else float(taking_part)
 
-    mtp = tuple(normaliser(depth) for depth in range(1, config.mtp_depth + 1))
+    mtp = tuple(normaliser(depth) for depth in range(1, config.mtp_depth + 1))  # (splits.2)
     return Whole(main, mtp, float(len(part.arrays["tokens"]) if part.begins else 0))
 
 
@@ -164,13 +164,13 @@ def exchanging(ops: Ops, exchange: Exchange, *, balance: bool = True) -> Ops:
         dq, dk, dv = table.attention.backward(do, inner)
         pieces = [np.split(x, cuts, axis=1) for x in (dk, dv)]
         later = exchange.gather(pieces)[rank:]
-        dk, dv = (sum(piece[i][rank] for piece in later) for i in (0, 1))
+        dk, dv = (sum(piece[i][rank] for piece in later) for i in (0, 1))  # (splits.5)
         return dq, dk, dv
 
     def balance_forward(scores: Any, *, counted: Any, mask: Any, **settings: Any) -> Any:
         valid = np.ones((*scores.shape[:2], 1), bool) if mask is None else mask[:, :, None]
         each = exchange.gather(count_choices(counted, scores.shape[-1], valid))
-        settings["cut"] = tuple(sum(x) for x in zip(*each, strict=True))
+        settings["cut"] = tuple(sum(x) for x in zip(*each, strict=True))  # (splits.3)
         return table.balance_loss.forward(scores, counted=counted, mask=mask, **settings)
 
     ops = ops | {"attention": Op(attention_forward, attention_backward)}

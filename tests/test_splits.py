@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import partial
 from typing import Any, get_args
@@ -40,7 +41,7 @@ from refimpl.splits import (
 )
 
 from random_parameters import random_parameters
-from support import FULL
+from support import FULL, ROOT
 
 SMALL = replace(
     preset("tiny"),
@@ -312,3 +313,10 @@ def test_a_wrong_ring_shows() -> None:
     wrong = summed(side_by_side([partial(keeps_gradients, part) for part in parts]))
     with pytest.raises(AssertionError, match="is off by"):
         assert_sums(wrong, backward(saved))
+
+
+def test_the_page_s_numbers() -> None:
+    """Its code asserts every number of its table."""
+    page = (ROOT / "derivations" / "splits.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    exec(compile(code, "splits.md", "exec"), {})

@@ -109,7 +109,7 @@ def rules(term: str, count: TermCounts, ranks: int) -> dict[str, list[float]]:
     }
     if term not in (BALANCE, OF_PART):
         found["every position counted, padding too"] = [1 / sum(count.positions)] * parts
-    if term.startswith("mtp.") and sum(count.main):
+    if term.startswith("mtp.") and sum(count.main) > 0:
         found["divided by the main loss's count"] = [1 / sum(count.main)] * parts
         found["the mean of the parts' sums over their main counts"] = [
             1 / n / parts if n else 0.0 for n in count.main

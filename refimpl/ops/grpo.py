@@ -245,7 +245,7 @@ def loss_divisor(
     own = xp.sum(size) if average == "token" else xp.count_nonzero(size)
     if average != "token" and empty == "counted":
         own = mask.shape[0]
-    n = normaliser or float(own) or 1.0
+    n = normaliser or float(own) or 1.0  # (splits.4)
     if average == "sequence":
         return n * count
     return n * float(length or 1) if average == "constant" else n
