@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 from pathlib import Path
 
 from ..errors import CouldNotRun
-from ..files import expect_folder
+from ..files import LARGEST_TEXT, expect_folder, open_regular, read_bytes
 from .config_json import read_object
 from .tensor_file import StoredTensor, one_line, open_file
 
-__all__ = ["INDEX", "SINGLE", "open_folder"]
+__all__ = ["INDEX", "SINGLE", "content_fingerprint", "open_folder"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SAMPLES, SAMPLE = 64, 4096  # pieces of a file that its fingerprint is made of, and bytes of each
 
 
 def open_folder(folder: Path) -> dict[str, StoredTensor]:
@@ -41,6 +43,29 @@ def open_folder(folder: Path) -> dict[str, StoredTensor]:
     others = [name for name in found if name.endswith(".safetensors")]
     told = f" (it has {one_line(others[0])}{', …' if len(others) > 1 else ''})" if others else ""
     raise CouldNotRun(f"{folder} holds neither {SINGLE} nor {INDEX}{told}")
+
+
+def content_fingerprint(folder: Path) -> str:
+    """A digest of a checkpoint's content, as far as that is cheap: config.json, and of each file of
+    weights name, size, header and 64 pieces. A copy of the checkpoint has the
+    same one; so does a checkpoint whose other bytes alone are changed."""
+    files = [SINGLE]
+    if not (folder / SINGLE).exists():
+        files = sorted({*read_object(folder / INDEX)["weight_map"].values()})
+    hashed = hashlib.sha256(read_bytes(folder / "config.json", str(folder / "config.json")))
+    try:
+        for name in files:
+            with open_regular(folder / name) as file:
+                size = os.fstat(file.fileno()).st_size
+                header = min(int.from_bytes(file.read(8), "little"), LARGEST_TEXT)
+                hashed.update(f"\n{name} {size}\n".encode() + file.read(header))
+                begin = file.tell()
+                for place in sorted({(size - begin) * n // SAMPLES for n in range(SAMPLES)}):
+                    file.seek(begin + place)
+                    hashed.update(file.read(SAMPLE))
+    except OSError as error:
+        raise CouldNotRun(f"{folder / name} can't be read: {error.strerror or error}") from error
+    return hashed.hexdigest()
 
 
 def _open_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:

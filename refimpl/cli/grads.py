@@ -20,7 +20,7 @@ from ..checkpoint.names import layer_of
 from ..checkpoint.source import Source
 from ..config import CONVENTIONS, Conventions, ModelConfig
 from ..errors import CouldNotRun
-from ..grads import ACTIVATIONS, Request, Result, Size, write_gradients
+from ..grads import ACTIVATIONS, INNER, UNITS, Request, Result, Size, write_gradients
 from ..ops import IMPLEMENTATIONS
 from ..parameters import (
     DENSE,
@@ -44,7 +44,7 @@ from .app import (
     refused,
     replace_json,
 )
-from .inputs import booleans, integers, numbers, read_routes, text_tokens
+from .inputs import booleans, integers, numbers, read_grpo, read_routes, text_tokens
 
 File = Path | None
 PARTS = ("attention", "norms", "gate", "experts", "shared, dense")
@@ -69,7 +69,8 @@ def grads(
     mask: Annotated[
         File,
         typer.Option(
-            help="[batch, time] of 0 and 1: 1 where the prediction of the next token counts."
+            help="[batch, time] of 0 and 1: 1 where the prediction of the next token counts, as "
+            "in fine-tuning on the answers alone."
         ),
     ] = None,
     key_mask: Annotated[
@@ -87,6 +88,27 @@ def grads(
         typer.Option(
             help="[batch, time, vocabulary], .npy: the gradient of your own loss; only the "
             "backward uses it."
+        ),
+    ] = None,
+    positions: Annotated[
+        File,
+        typer.Option(
+            help="[batch, time] or [time]: the position of each token, for RoPE; by default from 0."
+        ),
+    ] = None,
+    segments: Annotated[
+        File,
+        typer.Option(
+            help="[batch, time]: the number of each token's document; attention stays within one."
+        ),
+    ] = None,
+    grpo: Annotated[
+        File,
+        typer.Option(
+            help="GRPO's loss instead: safetensors with mask [batch, time] (1 where the next token "
+            "is part of an output), advantages [batch] and, where they are needed, old_log_prob "
+            "and reference_log_prob [batch, time]; in its metadata, as JSON under settings, those "
+            "of the op, temperature, or a preset: derivations/grpo.md."
         ),
     ] = None,
     routes: Annotated[
@@ -112,10 +134,19 @@ def grads(
     activations: Annotated[
         str | None,
         typer.Option(
-            help=f"Also write the activations whose names match: {', '.join(ACTIVATIONS)}."
+            help="Also write the activations whose names match, and their gradients: "
+            f"{', '.join(ACTIVATIONS)}. Inside attention, if the pattern has self_attn. in it: "
+            f"{', '.join(name.rpartition('.')[2] for name in INNER)}."
         ),
     ] = None,
     logits: Annotated[bool, typer.Option("--logits/--no-logits", help="Write the logits.")] = True,
+    units: Annotated[
+        str,
+        typer.Option(
+            help=f"Types, of {','.join(UNITS)}: also measure how far a right implementation in "
+            "that type errs, tensor by tensor, in 4 reruns each. `refimpl check` needs them."
+        ),
+    ] = "",
     convention: Annotated[str, typer.Option(help=CONVENTION)] = "official",
     implementation: Annotated[
         str, typer.Option(help=f"One of {', '.join(IMPLEMENTATIONS)}; flash for long sequences.")
@@ -128,7 +159,8 @@ def grads(
 ) -> None:
     """Compute the gradient of every parameter of a checkpoint.
 
-    The loss is Hugging Face's: the mean cross-entropy of the next token. Memory holds one layer at
+    The loss is Hugging Face's: the mean cross-entropy of the next token, with --mask over the
+    answers alone (SFT); or GRPO's. Memory holds one layer at
     a time. Every gradient goes to a file, under the name that the checkpoint has for its parameter.
     If interrupted, run the same command again: it resumes where it stopped.
 
@@ -168,8 +200,13 @@ def grads(
         activations=activations,
         logits=logits,
         implementation=implementation,
+        positions=None if positions is None else _row(integers(positions, "--positions")),
+        segments=None if segments is None else integers(segments, "--segments"),
+        grpo=None if grpo is None else read_grpo(grpo),
+        units=tuple(units.split(",")) if units else (),
     )
-    with refused({} if text is None else {"tokens": "--text: its tokens"}):
+    said = {} if text is None else {"tokens": "--text: its tokens"}
+    with refused(said if grpo is None else said | {"mask": "--grpo: its mask"}):
         request.check(source)
     config, start = request.config(source.config), time.perf_counter()
     result = _write(source, request, checkpoint, out, force)
@@ -204,6 +241,11 @@ def grads(
     raise typer.Exit(int(bool(bad)))
 
 
+def _row(x: np.ndarray) -> np.ndarray:
+    """A single row as the positions of every row."""
+    return x[0] if len(x) == 1 else x
+
+
 def _predicted(
     targets: File, mask: File, ids: np.ndarray
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -227,7 +269,13 @@ def _write(source: Source, request: Request, checkpoint: Path, out: Path, force:
     try:
         with progress("gradients") as move:
             return write_gradients(
-                source, request, out, checkpoint=fingerprint, force=force, progress=move
+                source,
+                request,
+                out,
+                checkpoint=fingerprint,
+                origin=checkpoint,
+                force=force,
+                progress=move,
             )
     except OSError as error:
         raise CouldNotRun(

@@ -12,11 +12,20 @@ import numpy as np
 
 from ..checkpoint.tensor_file import one_line, read_tensor_file
 from ..errors import CouldNotRun
-from ..files import open_regular, read_json, read_text
+from ..files import open_regular, parse_json, read_json, read_text
+from ..grads import GRPO
 from ..model import Route
 from ..tokenizer import HuggingFace
 
-__all__ = ["booleans", "integers", "numbers", "read_routes", "text_tokens", "token_lists"]
+__all__ = [
+    "booleans",
+    "integers",
+    "numbers",
+    "read_grpo",
+    "read_routes",
+    "text_tokens",
+    "token_lists",
+]
 
 MOST_TOKENS = 2**24  # of a file: a hundred texts of the longest context
 
@@ -110,6 +119,38 @@ def read_routes(path: Path) -> dict[int, Route]:
     if not found:
         raise CouldNotRun(f"--routes {file} must hold aux/routes.L as int64 or int32, holds none")
     return found
+
+
+def read_grpo(path: Path) -> GRPO:
+    """What GRPO's loss needs: arrays, and settings in the metadata."""
+    tensors, metadata = read_tensor_file(path)
+    needed, known = ("mask", "advantages"), ("old_log_prob", "reference_log_prob")
+    for name in needed:
+        if name not in tensors:
+            raise CouldNotRun(f"--grpo {path} must hold mask and advantages, lacks {name}")
+    if strange := [name for name in tensors if name not in (*needed, *known)]:
+        raise CouldNotRun(
+            f"--grpo {path} must hold {', '.join((*needed, *known))} alone, holds "
+            f"{one_line(strange[0])}"
+        )
+    arrays: dict[str, np.ndarray] = {}
+    for name, x in tensors.items():
+        _expect_few("--grpo", path, x)
+        if name == "mask":
+            if not np.isin(x, (0, 1)).all():
+                raise CouldNotRun(f"--grpo {path} must hold 0 and 1 as mask, got other numbers")
+            arrays[name] = x.astype(np.bool_)
+        elif x.dtype.kind in "biu":
+            raise CouldNotRun(f"--grpo {path} must hold floating {name}, got {x.dtype}")
+        else:
+            arrays[name] = x.astype(np.float64)
+    settings = parse_json(metadata.get("settings", "{}").encode(), f"--grpo {path}: settings")
+    if not isinstance(settings, dict):
+        raise CouldNotRun(f"--grpo {path}: settings must be a JSON object")
+    try:
+        return GRPO.of(arrays, settings)
+    except ValueError as error:
+        raise CouldNotRun(f"--grpo {path}: settings: {error}") from error
 
 
 def _expect_few(option: str, path: Path, x: np.ndarray) -> None:

@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from math import prod
@@ -58,11 +58,11 @@ PIECE = 2**20  # elements measured at a time
 
 
 class Size(NamedTuple):
-    """The size of one gradient."""
+    """The size of one tensor."""
 
     elements: int
-    norm: float  # sqrt(Σ g²), in float64; no square of a finite g overflows
-    largest: float  # max |g|: finite if and only if every g is
+    norm: float  # sqrt(Σ x²), in float64; no square of a finite x overflows
+    largest: float  # max |x|: finite if and only if every x is
 
 
 NOTHING = Size(0, 0.0, 0.0)
@@ -119,14 +119,29 @@ def changed(folder: Path, stored: Mapping[str, Stored], since: int = 0) -> Path 
     return None
 
 
+class MeasuringWriter:
+    """A `TensorWriter` that keeps the size of each tensor in ``sizes``."""
+
+    def __init__(self, writer: TensorWriter, sizes: dict[str, Size]) -> None:
+        self.writer, self.sizes = writer, sizes
+        self.tensors = writer.tensors
+
+    def write(self, name: str, values: np.ndarray, start: int = 0) -> None:
+        self.writer.write(name, values, start)
+        self.sizes[name] = measure(values, self.sizes.get(name, NOTHING))
+
+    def zero(self, name: str) -> None:
+        self.writer.zero(name)
+        self.sizes[name] = Size(prod(self.tensors[name].shape), 0.0, 0.0)
+
+
 class LayerGradients(Gradients):
     """The gradients of one layer, written when they are added, if the request wants them; those of
     tensors that layers share are kept in ``sums``."""
 
-    def __init__(self, layer: int, writer: TensorWriter | None, sizes: dict[str, Size]) -> None:
+    def __init__(self, layer: int, writer: MeasuringWriter | None) -> None:
         super().__init__({})
         self.begin, self.writer = layer_name(layer, ""), writer
-        self.sizes = sizes
 
     def add(self, name: str, gradient: Any) -> None:
         if not name.startswith(self.begin):
@@ -141,10 +156,8 @@ class LayerGradients(Gradients):
             return
         if gradient is None:
             self.writer.zero(tensor)
-            self.sizes[name] = Size(prod(self.writer.tensors[tensor].shape), 0.0, 0.0)
         else:
             self.writer.write(tensor, gradient)
-            self.sizes[name] = measure(gradient)
 
 
 class Folder:
@@ -190,24 +203,40 @@ class Folder:
         self.files, self.sizes = {}, {}
         arrays = run(step)
         stored = self.stored()
+        for name, entry in tensors_of(self.files).items():
+            if name in self.sizes:
+                largest = self.sizes[name].largest
+                entry["scale"] = largest if math.isfinite(largest) else None
+        sizes = {
+            name.removeprefix("grad/"): size
+            for name, size in self.sizes.items()
+            if name.startswith("grad/")
+        }
         notes = {
             "files": self.files,
             "stored": stored,
-            "gradients": self.sizes,
+            "gradients": sizes,
             "arrays": digest(*arrays.values()),
         }
         write_tensor_file(path, arrays, {"notes": json.dumps(notes)})
-        self.records[step] = Record(read_tensor_file(path)[0], self.files, stored, self.sizes)
+        self.records[step] = Record(read_tensor_file(path)[0], self.files, stored, sizes)
 
-    def finish(self, metadata: dict[str, Any]) -> None:
-        """Write the index, once all steps are done, and remove the records."""
-        stored = self.stored()
-        for record in self.records.values():
-            self.files |= record.files
-            stored |= record.stored
-        names = sorted(self.files)
-        tensors = {name: entry for file in names for name, entry in self.files[file].items()}
-        files = {file: stored[file]._asdict() for file in names}
+    @property
+    def tensors(self) -> dict[str, dict[str, Any]]:
+        """What the index says of each tensor that the steps have written."""
+        files = {name: entry for r in self.records.values() for name, entry in r.files.items()}
+        return tensors_of({name: files[name] for name in sorted(files)})
+
+    def finish(
+        self, metadata: dict[str, Any], units: Mapping[str, Mapping[str, float | None]]
+    ) -> None:
+        """Write the index, with the ``units`` of each tensor by type, once all steps are done, and
+        remove the records."""
+        stored = {name: x for r in self.records.values() for name, x in r.stored.items()}
+        tensors = self.tensors
+        for name, unit in units.items():
+            tensors[name] = tensors[name] | {"units": dict(unit)}
+        files = {file: stored[file]._asdict() for file in sorted(stored)}
         index = {"metadata": metadata, "files": files, "tensors": tensors}
         write_json(self.path / "index.json", index, self.unfinished)
         shutil.rmtree(self.unfinished)
@@ -217,15 +246,15 @@ class Folder:
         paths = [self.path / file for file in self.files]
         return {path.name: Stored(path.stat().st_size, file_digest(path)) for path in paths}
 
-    def writer(
-        self, file: str, tensors: Mapping[str, Spec]
-    ) -> AbstractContextManager[TensorWriter]:
+    @contextmanager
+    def writer(self, file: str, tensors: Mapping[str, Spec]) -> Iterator[MeasuringWriter]:
         """A file whose tensors are written a piece at a time."""
         self.files[file] = {
             name: {"dtype": str(spec.dtype), "shape": spec.shape, "file": file}
             for name, spec in tensors.items()
         }
-        return tensor_writer(self.path / file, tensors, folder=self.unfinished)
+        with tensor_writer(self.path / file, tensors, folder=self.unfinished) as writer:
+            yield MeasuringWriter(writer, self.sizes)
 
     def write(self, file: str, arrays: Mapping[str, np.ndarray]) -> None:
         """A file of whole arrays."""
@@ -237,23 +266,28 @@ class Folder:
     def write_activations(
         self, kind: str, *place: str | int, found: Mapping[str, np.ndarray]
     ) -> None:
-        """A file of those among ``found`` that are to be written, if any are. ``kind``: act, or cot
-        for the gradients of activations; with ``place`` the name of the file."""
+        """A file of those among ``found`` that are to be written, if any are; an array that is
+        there twice is written once. ``kind``: act, or cot for the gradients of activations; with
+        ``place`` the name of the file."""
         chosen = {f"{kind}/{name}": x for name, x in found.items() if name in self.activations}
-        if chosen:
-            self.write(file_name(kind, *place), chosen)
+        if not chosen:
+            return
+        file, once = file_name(kind, *place), dict[int, str]()
+        first = {name: once.setdefault(id(x), name) for name, x in chosen.items()}
+        self.write(file, {name: x for name, x in chosen.items() if first[name] == name})
+        for name in chosen:
+            if first[name] != name:
+                self.files[file][name] = {"same_as": first[name]}
 
     def write_gradient(self, place: str, name: str, parts: Sequence[np.ndarray | Rows]) -> None:
         """A file of one gradient, the sum of ``parts``, if it is to be written."""
         if name not in self.gradients:
             return
-        shape, size = self.gradients[name], NOTHING
+        shape = self.gradients[name]
         specs = {f"grad/{name}": Spec(shape, self.dtype)}
         with self.writer(file_name("grad", place), specs) as writer:
             for start, block in sum_in_blocks(parts, shape[0]):
                 writer.write(f"grad/{name}", block, start * (block.size // len(block)))
-                size = measure(block, size)
-        self.sizes[name] = size
 
     @contextmanager
     def layer_gradients(self, layer: int) -> Iterator[LayerGradients]:
@@ -265,7 +299,12 @@ class Folder:
         }
         file = file_name("grad", "layer", layer)
         with self.writer(file, specs) if specs else nullcontext() as writer:
-            yield LayerGradients(layer, writer, self.sizes)
+            yield LayerGradients(layer, writer)
+
+
+def tensors_of(files: Mapping[str, Mapping[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """The entries of all files in one, by tensor."""
+    return {name: entry for tensors in files.values() for name, entry in tensors.items()}
 
 
 def sound_record(path: Path) -> Record | None:

@@ -16,7 +16,7 @@ from ..array import expect_ids
 from ..batch import Batch, make_batch
 from ..checkpoint.names import stored_names
 from ..checkpoint.source import Source
-from ..config import ModelConfig
+from ..config import CONVENTIONS, ModelConfig
 from ..model import Route
 from ..ops import IMPLEMENTATIONS
 from ..parameters import (
@@ -29,8 +29,9 @@ from ..parameters import (
     moe_layers,
     parameter_shapes,
 )
+from .grpo import GRPO
 
-__all__ = ["ACTIVATIONS", "Request", "gradient_shapes"]
+__all__ = ["ACTIVATIONS", "INNER", "UNITS", "Request", "gradient_shapes"]
 
 # Activations, and parts of their names in a layer:
 EMBEDDINGS = EMBEDDING.removesuffix(".weight")
@@ -38,6 +39,7 @@ HIDDEN = FINAL_NORM.removesuffix(".weight")
 ATTENTION = "self_attn"
 AFTER_ATTENTION = "after_attention"
 SCORES = "mlp.gate.scores"
+LOG_PROB = "log_prob"  # of GRPO; written with its loss
 ACTIVATIONS = {
     EMBEDDINGS: "the embeddings, what layer 0 reads",
     module_name("L"): "layer L's output, what the next one reads",
@@ -50,6 +52,19 @@ ACTIVATIONS = {
 }
 """The activations, act/…: the name of a module stands for its output, as a forward hook on Hugging
 Face's module sees it."""
+INNER = {
+    layer_name("L", f"{ATTENTION}.{part}"): told
+    for part, told in {
+        "latent": "[B, T, C + R]: the latent, normed, and the shared key, rotated",
+        "q": "[B, T, H, N + R]: the queries, rotated",
+        "k": "[B, T, H, N + R]: the keys of all heads, rotated",
+        "v": "[B, T, H, V]: the values",
+        "probabilities": "[B, H, T, S]: attention's, S the position of the key",
+    }.items()
+}
+"""Inside attention: written where the pattern names them, so that * leaves them out."""
+UNITS = ("float64", "float32", "bfloat16")
+"""The types whose units of error can be measured."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +90,12 @@ class Request:
     activations: str | None = None  # pattern of the activations to write
     logits: bool = True  # write them
     implementation: str = "reference"
+    positions: np.ndarray | None = None  # [B, T] or [T]
+    segments: np.ndarray | None = None  # [B, T]
+    grpo: GRPO | None = None  # GRPO's loss, instead of the cross-entropy
+    units: tuple[str, ...] = ()  # of `UNITS`: also measure the unit of error of every tensor
+    reruns: int = 4  # for each type of units
+    seed: int = 0  # of the reruns
 
     def config(self, config: ModelConfig) -> ModelConfig:
         """The config of the model that is run: its layers, modules and losses."""
@@ -89,6 +110,11 @@ class Request:
             raise ValueError(
                 "dlogits is the gradient of another loss: it cannot be combined with mtp, "
                 "balance_alpha, mask or targets"
+            )
+        if self.grpo is not None and (self.mtp or self.mask is not None or not self.with_loss):
+            raise ValueError(
+                "grpo has a loss and a mask of its own: it cannot be combined with mtp, mask or "
+                "dlogits"
             )
         layers = config.layers if self.layers is None else self.layers
         return replace(
@@ -108,12 +134,15 @@ class Request:
                 f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got "
                 f"{self.implementation}"
             )
+        if self.grpo is not None:
+            self.grpo.check(self.tokens.shape)
         batch = self.batch(config)
-        self.dlogits_as(source.dtype, config)
+        self._check_units(source.dtype)
+        for dtype in {source.dtype, *(np.dtype("float32") for name in self.units)}:
+            self.dlogits_as(dtype, config)
         if self.with_loss and not batch.mask.any():
-            given = [
-                name for name in ("mask", "targets", "key_mask") if getattr(self, name) is not None
-            ]
+            masks = ("mask", "grpo", "targets", "key_mask")
+            given = [name for name in masks if getattr(self, name) is not None]
             raise ValueError(
                 f"{' and '.join(given)} must leave at least one target that counts, got none"
             )
@@ -140,8 +169,10 @@ class Request:
             self.tokens,
             config,
             targets=self.targets,
-            mask=self.mask,
+            mask=self.mask if self.grpo is None else self.grpo.mask,
             key_mask=self.key_mask,
+            segments=self.segments,
+            positions=self.positions,
             with_loss=self.with_loss,
         )
         expect_ids("targets", np.where(batch.mask, batch.targets, 0), config.vocabulary)
@@ -150,7 +181,7 @@ class Request:
     def targets_after_padding(self, config: ModelConfig) -> bool:
         """Whether the loss depends on ``target_after_padding``: a row has padding in front of a
         token, and no mask or targets say whether that counts."""
-        given = self.targets is not None or self.mask is not None
+        given = any(x is not None for x in (self.targets, self.mask, self.grpo))
         if self.key_mask is None or given or not self.with_loss:
             return False
         return bool((~self.key_mask[:, :-1] & self.key_mask[:, 1:]).any())
@@ -188,7 +219,14 @@ class Request:
         pattern = self.activations
         if pattern is None:
             return []
-        wanted = [name for name in _activations(config) if fnmatchcase(name, pattern)]
+        inner = INNER if f"{ATTENTION}." in pattern else {}
+        every = _activations(config, ACTIVATIONS | inner)
+        wanted = [name for name in every if fnmatchcase(name, pattern)]
+        if self.implementation != "reference" and any(is_inner(name) for name in wanted):
+            raise ValueError(
+                "activations inside attention are those of the implementation reference, got "
+                f"{self.implementation}"
+            )
         if not wanted:
             raise ValueError(
                 f"activations must match a name such as {', '.join(ACTIVATIONS)}, got {pattern}"
@@ -210,9 +248,39 @@ class Request:
         for name, value in parts.items():
             if isinstance(value, np.ndarray):
                 parts[name] = digest(value)
+            elif isinstance(value, GRPO):
+                arrays = [x for x in vars(value).values() if x is None or isinstance(x, np.ndarray)]
+                parts[name] = digest(*arrays) + json.dumps(value.told)
             elif isinstance(value, dict):
                 parts[name] = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
         return {name: str(value) for name, value in parts.items()}
+
+    def about(self, config: ModelConfig) -> dict[str, Any]:
+        """What the index says of the request."""
+        plain = ("mtp", "balance_alpha", "layers", "only", "activations")
+        loss = "dlogits" if self.dlogits is not None else "cross_entropy"
+        layout = config.conventions.rope_layout  # the checkpoint's
+        named = {name: replace(x, rope_layout=layout) for name, x in CONVENTIONS.items()}
+        return {name: getattr(self, name) for name in plain} | {
+            "mtp_weight": config.mtp_weight if self.mtp else None,
+            "loss": loss if self.grpo is None else "grpo",
+            "grpo": None if self.grpo is None else self.grpo.told,
+            "routes_given": bool(self.routes),
+            "convention": next((n for n, x in named.items() if x == config.conventions), None),
+        }
+
+    def _check_units(self, dtype: np.dtype[Any]) -> None:
+        """ValueError unless all types of ``units`` can be measured beside results of ``dtype``."""
+        if strange := [name for name in self.units if name not in UNITS]:
+            raise ValueError(f"units must be of {', '.join(UNITS)}, got {strange[0]}")
+        if len({*self.units}) < len(self.units):
+            raise ValueError(f"units must name a type once, got {', '.join(self.units)}")
+        if self.units and self.reruns < 1:
+            raise ValueError(f"reruns must be at least 1, got {self.reruns}")
+        if "float64" in self.units and dtype != np.float64:
+            raise ValueError(
+                f"units of float64 need results of that type to compare with, got {dtype}"
+            )
 
     def _check_routes(self, config: ModelConfig, whole: ModelConfig) -> None:
         """ValueError unless the routes fit the layers that are run. Routes of the ``whole`` model
@@ -270,10 +338,20 @@ def digest(*arrays: np.ndarray | None) -> str:
     return hashed.hexdigest()
 
 
-def _activations(config: ModelConfig) -> Iterator[str]:
-    """The names of all activations of a model."""
+def is_inner(name: str) -> bool:
+    """Whether an activation stands inside attention."""
+    return f".{ATTENTION}." in name
+
+
+def has_width(name: str) -> bool:
+    """Whether the last axis of an activation is the model's width D."""
+    return not (name.endswith(SCORES) or is_inner(name) or name == LOG_PROB)
+
+
+def _activations(config: ModelConfig, kinds: Mapping[str, str]) -> Iterator[str]:
+    """The names of all activations of these kinds in a model."""
     every = range(config.layers + config.mtp_depth)
-    for name in ACTIVATIONS:
+    for name in kinds:
         if ".L" not in name:
             yield name
             continue

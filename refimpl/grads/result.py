@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..batch import Batch
 from ..model import total_loss
 from ..parameters import moe_layers, mtp_layers
-from .folder import Folder, Record, Size
+from .folder import Record, Size
 from .steps import Steps
 
-__all__ = ["Result", "write_result"]
+__all__ = ["Result", "result_of", "write_result"]
 
 
 class Result(NamedTuple):
@@ -26,56 +24,86 @@ class Result(NamedTuple):
     activations: list[str]  # the names of those that were written
 
 
-def write_result(steps: Steps) -> Result:
-    """What is known once all steps are done; writes in.safetensors, aux.safetensors and
-    out.safetensors."""
-    folder, records = steps.folder, steps.records
-    with_loss = steps.request.with_loss
-    write_inputs(folder, steps.batch, with_loss=with_loss)
-    routed = {layer: records["forward", layer] for layer in moe_layers(steps.config)}
-    write_routing(folder, routed)
+def write_result(steps: Steps) -> dict[str, np.ndarray]:
+    """in.safetensors, aux.safetensors and out.safetensors, of what the records of all steps hold;
+    the last step, whose record holds no arrays."""
+    write_inputs(steps)
+    write_choices(steps)
+    if steps.request.with_loss:
+        write_losses(steps)
+    return {}
+
+
+def result_of(steps: Steps) -> Result:
+    """What is known once all steps are done."""
+    records, folder = steps.records, steps.folder
     loss = main = None
     mtp: list[np.ndarray] = []
     balance: dict[int, np.ndarray] = {}
-    if with_loss:
-        main = records["head",].array("main")
-        mtp = [records["backward", layer].array("loss") for layer in mtp_layers(steps.config)]
-        balance = {n: r.array("balance") for n, r in routed.items() if "balance" in r.arrays}
-        loss = total_loss(steps.config, main, mtp, balance)
-        log_prob = records["head",].array("log_prob")
-        losses = {
-            "out/loss": loss,
-            "out/main": main,
-            "out/loss_per_token": np.where(steps.batch.mask, -log_prob, 0),
-        }
-        losses |= {f"out/mtp.{depth}": x for depth, x in enumerate(mtp, 1)}
-        losses |= {f"out/balance.{layer}": x for layer, x in balance.items()}
-        dtype = steps.source.dtype
-        folder.write("out.safetensors", {n: np.asarray(x, dtype) for n, x in losses.items()})
+    if steps.request.with_loss:
+        loss, main, mtp, balance = losses_of(steps)
     sizes = {name: size for record in records.values() for name, size in record.sizes.items()}
     return Result(
         None if loss is None else float(loss),
         None if main is None else float(main),
         [float(x) for x in mtp],
         {layer: float(x) for layer, x in balance.items()},
-        {layer: record.array("load") for layer, record in routed.items()},
+        {layer: record.array("load") for layer, record in routed_layers(steps).items()},
         {name: sizes[name] for name in folder.gradients if name in sizes},
         list(folder.activations),
     )
 
 
-def write_inputs(folder: Folder, batch: Batch, *, with_loss: bool) -> None:
-    """in.safetensors: the batch."""
-    given = {"tokens": batch.tokens}
-    if with_loss:
-        given |= {"targets": batch.targets, "mask": batch.mask}
+def routed_layers(steps: Steps) -> dict[int, Record]:
+    """The records of the MoE layers' forwards."""
+    return {layer: steps.records["forward", layer] for layer in moe_layers(steps.config)}
+
+
+def losses_of(steps: Steps) -> tuple[Any, Any, list[Any], dict[int, Any]]:
+    """The loss, its main part, that of each MTP module, and the balance loss of each MoE layer."""
+    main = steps.records["head",].array("main")
+    mtp = [steps.records["backward", n].array("loss") for n in mtp_layers(steps.config)]
+    routed = routed_layers(steps).items()
+    balance = {n: record.array("balance") for n, record in routed if "balance" in record.arrays}
+    return total_loss(steps.config, main, mtp, balance), main, mtp, balance
+
+
+def write_losses(steps: Steps) -> None:
+    """out.safetensors; the loss of each token is GRPO's alone to tell, by log-probabilities."""
+    loss, main, mtp, balance = losses_of(steps)
+    losses = {"out/loss": loss, "out/main": main}
+    if steps.request.grpo is None:
+        log_prob = steps.records["head",].array("log_prob")
+        losses["out/loss_per_token"] = np.where(steps.batch.mask, -log_prob, 0)
+    losses |= {f"out/mtp.{depth}": x for depth, x in enumerate(mtp, 1)}
+    losses |= {f"out/balance.{layer}": x for layer, x in balance.items()}
+    dtype = steps.source.dtype
+    steps.folder.write("out.safetensors", {n: np.asarray(x, dtype) for n, x in losses.items()})
+
+
+def write_inputs(steps: Steps) -> None:
+    """in.safetensors: the batch, and what GRPO needs besides."""
+    batch, request = steps.batch, steps.request
+    given: dict[str, Any] = {"tokens": batch.tokens}
+    if request.with_loss:
+        given["targets"] = batch.targets
+    if request.grpo is not None:
+        given |= {"grpo_mask": batch.mask} | request.grpo.inputs(steps.source.dtype)
+    elif request.with_loss:
+        given["mask"] = batch.mask
     if batch.takes_part is not None:
         given["key_mask"] = batch.takes_part
-    folder.write("in.safetensors", {f"in/{name}": np.array(x) for name, x in given.items()})
+    if request.positions is not None:
+        given["positions"] = batch.positions
+    if batch.segments is not None:
+        given["segments"] = batch.segments
+    found = {f"in/{name}": np.array(x) for name, x in given.items() if x is not None}
+    steps.folder.write("in.safetensors", found)
 
 
-def write_routing(folder: Folder, routed: Mapping[int, Record]) -> None:
-    """aux.safetensors: what the gates of all MoE layers chose."""
+def write_choices(steps: Steps) -> None:
+    """aux.safetensors: what the gates of all MoE layers chose, and what GRPO clipped."""
+    routed = routed_layers(steps)
     names = {"routes": "indices", "counted": "counted", "weights": "weights", "load": "load"}
     found = {
         f"aux/{name}.{layer}": record.array(key)
@@ -83,5 +111,7 @@ def write_routing(folder: Folder, routed: Mapping[int, Record]) -> None:
         for layer, record in routed.items()
         if key in record.arrays
     }
+    head = steps.records["head",]
+    found |= {f"aux/{key}": head.array(key) for key in ("unclipped", "kept") if key in head.arrays}
     if found:
-        folder.write("aux.safetensors", found)
+        steps.folder.write("aux.safetensors", found)

@@ -14,7 +14,7 @@ that the first one chose.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -51,11 +51,11 @@ from ..parameters import (
     HEAD,
     depth_of,
     head_name,
-    layer_name,
     module_name,
     mtp_layer,
     mtp_layers,
 )
+from .cotangents import Calls, activations_of, noting
 from .folder import Folder, Step
 from .lazy import (
     LazyParameters,
@@ -67,7 +67,7 @@ from .lazy import (
     moe_postponed,
     sum_in_blocks,
 )
-from .request import AFTER_ATTENTION, ATTENTION, EMBEDDINGS, HIDDEN, SCORES, Request
+from .request import EMBEDDINGS, HIDDEN, LOG_PROB, Request
 
 __all__ = ["Steps", "steps_to"]
 
@@ -76,9 +76,11 @@ TOKENS = 256  # whose logits are made at a time
 Arrays = dict[str, np.ndarray]
 
 
-def steps_to(config: ModelConfig, gradients: Iterable[str]) -> list[Step]:
-    """The steps that ``gradients`` need: the whole forward, and the backward as far down as the
-    last of them."""
+def steps_to(
+    config: ModelConfig, gradients: Iterable[str], activations: Iterable[str] = ()
+) -> list[Step]:
+    """The steps that ``gradients``, and the cotangents of ``activations``, need: the whole forward,
+    and the backward as far down as the last of them."""
     main, modules = range(config.layers), mtp_layers(config)
     forward: list[Step] = [("embedding",)]
     forward += [("forward", layer) for layer in (*main, *modules)]
@@ -88,6 +90,7 @@ def steps_to(config: ModelConfig, gradients: Iterable[str]) -> list[Step]:
     backward += [("backward", layer) for layer in reversed(main)]
     backward += [("lookup",)]
     writers = {step_of(config, name) for name in gradients}
+    writers |= {step_of_cotangent(name) for name in activations}
     while backward and backward[-1] not in writers:
         backward.pop()
     return forward + backward
@@ -105,11 +108,25 @@ def step_of(config: ModelConfig, name: str) -> Step:
     return ("backward", mtp_layer(config, 1)) if config.mtp_depth else ("head",)
 
 
+def step_of_cotangent(name: str) -> Step:
+    """The step that writes the cotangent of the activation of that name."""
+    layer = layer_of(f"{name}.")
+    if layer is not None:
+        return "backward", layer
+    return ("backward", 0) if name == EMBEDDINGS else ("norm",)
+
+
 class Steps:
     """One method per kind of step: it writes files to ``folder`` and returns the arrays of the
-    step's record."""
+    step's record. The ops are those of ``kind``, such as `rounded`, of each of the request's."""
 
-    def __init__(self, source: Source, request: Request, folder: Folder) -> None:
+    def __init__(
+        self,
+        source: Source,
+        request: Request,
+        folder: Folder,
+        kind: Callable[[AnyOp], AnyOp] = lambda op: op,
+    ) -> None:
         self.source, self.request = source, request
         self.folder, self.records = folder, folder.records
         self.config = config = request.config(source.config)
@@ -117,7 +134,8 @@ class Steps:
         self.params = LazyParameters(source, config)
         embedding = Op(embedding_forward, embedding_backward)
         ops = IMPLEMENTATIONS[request.implementation] | {"embedding": embedding}
-        self.ops = ops_for(self.batch, config, ops)
+        chosen = ops_for(self.batch, config, ops)
+        self.ops, self.kind = chosen | {name: kind(op) for name, op in chosen.items()}, kind
         self.model = Run(self.params, config, self.ops, {}, request.with_loss)
 
     def run(self, step: Step) -> Arrays:
@@ -145,17 +163,10 @@ class Steps:
             state, _, saved = mtp_module_forward(run, depth, *self._module_input(depth))
             x, block = saved.norm.x, saved.block
             record = {"x": x, "state": state}
-        activations = {
-            module_name(layer): x,
-            layer_name(layer, AFTER_ATTENTION): block.network.norm.x,
-        }
-        if layer_name(layer, ATTENTION) in self.folder.activations:
-            o = block.attention.mla.o  # what the output projection read: its product again
-            activations[layer_name(layer, ATTENTION)] = run.ops.linear.forward(o.x, o.w)[0]
+        found = activations_of(layer, block, self.folder.activations, run.ops)
         if isinstance(block.network, ExpertsSublayerSaved):
-            activations[layer_name(layer, SCORES)] = block.network.routed.scores
             record |= self._routing(block.network)
-        self.folder.write_activations("act", "layer", layer, found=activations)
+        self.folder.write_activations("act", "layer", layer, found={module_name(layer): x} | found)
         return record
 
     def head(self) -> Arrays:
@@ -167,7 +178,9 @@ class Steps:
             self._write_logits(run, hidden)
         record: Arrays = {}
         dlogits = self.request.dlogits_as(self.source.dtype, self.config)
-        if dlogits is None:
+        if self.request.grpo is not None:
+            record, dhidden, dw = self._policy(run, hidden)
+        elif dlogits is None:
             ops = run.ops | {"log_prob": noting(run.ops.log_prob, log_prob)}
             main, saved = head_forward(run._replace(ops=ops), hidden, self.batch)
             dhidden, dw = run.ops.head_cross_entropy.backward(1.0, saved)
@@ -176,6 +189,25 @@ class Steps:
             w = run.params[head_name(self.config)]
             dhidden, dw = run.ops.linear.backward(dlogits, LinearSaved(hidden, w))
         return record | {"dhidden": dhidden} | self._head_gradient(("head",), [dw])
+
+    def _policy(self, run: Run, hidden: np.ndarray) -> tuple[Arrays, np.ndarray, np.ndarray]:
+        """GRPO's loss and choices, and the gradients of the hidden states and of the head."""
+        given, ops = self.request.grpo, run.ops
+        assert given is not None
+        log_prob, log_prob_saved = ops.log_prob.forward(
+            hidden,
+            run.params[head_name(self.config)],
+            targets=self.batch.targets,
+            mask=self.batch.mask,
+            temperature=given.temperature,
+        )
+        output, saved = ops.grpo.forward(log_prob, **given.arguments(self.source.dtype))
+        dlog_prob = ops.grpo.backward(1.0, saved)
+        dhidden, dw = ops.log_prob.backward(dlog_prob, log_prob_saved)
+        for kind, x in (("act", log_prob), ("cot", dlog_prob)):
+            self.folder.write(f"{kind}-head.safetensors", {f"{kind}/{LOG_PROB}": x})
+        choices = {"unclipped": output.unclipped, "kept": output.kept}
+        return {"main": np.asarray(output.loss)} | choices, dhidden, dw
 
     # Backward
 
@@ -187,10 +219,14 @@ class Steps:
         dx = self.records[above].array("dx")
         with self.folder.layer_gradients(layer) as grads:
             run = self._run_of(layer, Op(moe_postponed, partial(moe_backward, write=grads.write)))
+            calls = self._calls(run, layer)
+            run = run._replace(ops=calls.ops)
             _, saved = block_forward(run, layer, self._input(layer), self.batch)
             dloss = 1.0 if self.request.with_loss else None
             dx = block_backward(run, layer, dx, dloss, saved, grads)
-        self._write_cotangent(layer, dx)
+        self.folder.write_activations("cot", "layer", layer, found=calls.cotangents(saved))
+        if layer == 0:
+            self.folder.write_activations("cot", "embedding", found={EMBEDDINGS: dx})
         return {"dx": dx}
 
     def _backward_module(self, layer: int) -> Arrays:
@@ -200,12 +236,15 @@ class Steps:
         above = self.records[("backward", layer + 1) if depth < config.mtp_depth else ("head",)]
         with self.folder.layer_gradients(layer) as grads:
             run = self._run_of(layer, Op(moe_forward, partial(moe_backward, write=grads.write)))
+            calls = self._calls(run, layer)
+            run = run._replace(ops=calls.ops)
             state, batch = self._module_input(depth)
             _, normed, saved = mtp_module_forward(run, depth, state, batch)
             loss, head_saved = head_forward(self._run_of_head(), normed, batch)
             dnormed, dw = run.ops.head_cross_entropy.backward(mtp_scale(config), head_saved)
             dstate = above.array("dstate")
             dstate = mtp_module_backward(run, depth, 1.0, dnormed, dstate, saved, grads)
+        self.folder.write_activations("cot", "layer", layer, found=calls.cotangents(saved.block))
         rows: Any = grads.sums[EMBEDDING]
         parts = [above.arrays["head"], dw, *([rows] if config.tied else [])]
         record = self._head_gradient(("backward", layer), parts)
@@ -222,7 +261,6 @@ class Steps:
         dx, dhidden = final_norm_backward(self.model, dhidden, dstate, saved, grads)
         self.folder.write_gradient("norm", FINAL_NORM, [grads.sums[FINAL_NORM]])
         self.folder.write_activations("cot", "norm", found={HIDDEN: dhidden})
-        self._write_cotangent(layers, dx)
         return {"dx": dx}
 
     def lookup(self) -> Arrays:
@@ -242,7 +280,12 @@ class Steps:
 
     def _run_of(self, layer: int, moe: AnyOp) -> Run:
         """The `Run` of one layer."""
-        return self.model._replace(ops=self.ops | {"moe": moe}, routes=self._route(layer))
+        ops = self.ops | {"moe": self.kind(moe)}
+        return self.model._replace(ops=ops, routes=self._route(layer))
+
+    def _calls(self, run: Run, layer: int) -> Calls:
+        """The `Calls` of one layer's backward."""
+        return Calls(run.ops, self.config, layer, self.folder.activations)
 
     def _route(self, layer: int) -> dict[int, Route]:
         """The choices to replay in a layer: those of its forward once that is done, else the
@@ -299,14 +342,6 @@ class Steps:
                 z = logits(run.params, rows[start:stop], run.ops)
                 writer.write("out/logits", z, start * vocabulary)
 
-    def _write_cotangent(self, layer: int, dx: np.ndarray) -> None:
-        """The gradient of what ``layer`` reads, under the name of the module that it comes from."""
-        if layer == 0:
-            self.folder.write_activations("cot", "embedding", found={EMBEDDINGS: dx})
-        else:
-            found = {module_name(layer - 1): dx}
-            self.folder.write_activations("cot", "layer", layer - 1, found=found)
-
     def _head_gradient(self, step: Step, parts: list[Any]) -> Arrays:
         """The sum of the head's gradients up to a step: written if it is the last to add to them,
         else for the step's record."""
@@ -318,14 +353,3 @@ class Steps:
         for start, block in sum_in_blocks(parts, len(total)):
             total[start : start + len(block)] = block
         return {"head": total}
-
-
-def noting(op: AnyOp, outputs: list[np.ndarray]) -> AnyOp:
-    """``op``, whose forward also appends its output to ``outputs``."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        y, saved = op.forward(*args, **kwargs)
-        outputs.append(y)
-        return y, saved
-
-    return Op(forward, op.backward)

@@ -37,6 +37,7 @@ __all__ = [
     "expert_load",
     "router_backward",
     "router_forward",
+    "scores_backward",
     "select_experts",
     "summed_scores",
 ]
@@ -116,24 +117,10 @@ def router_forward(
 
 def router_backward(dy: tuple[Array, Array | None], saved: RouterSaved) -> tuple[Array, Array]:
     """Gradients (dx […, D], dw [E, D]) from (dweights […, K], dscores […, E] or None)."""
-    dweights, dscores = dy
-    x, w, s, indices, score, normalise, scale, epsilon = saved
-    xp = namespace(dweights=dweights, x=x)
-    expect("dweights", dweights, "(…, K)", tuple(indices.shape))
-    if dscores is not None:
-        expect("dscores", dscores, "(…, E)", tuple(s.shape))
-    dchosen = scale * dweights
-    if normalise:
-        chosen = xp.take_along_axis(s, indices, axis=-1)
-        total = xp.sum(chosen, axis=-1, keepdims=True) + epsilon
-        mean = xp.sum(dchosen * chosen, axis=-1, keepdims=True) / total
-        dchosen = (dchosen - mean) / total  # (router.7)
-    ds = zeros(s.shape, s) if dscores is None else dscores
-    expert = xp.arange(s.shape[-1], device=s.device)
-    for k in range(indices.shape[-1]):  # a row's indices differ, so each adds to its own place
-        is_chosen = expert == indices[..., k : k + 1]
-        ds = xp.where(is_chosen, ds + dchosen[..., k : k + 1], ds)  # (router.8)
-    if score == "sigmoid":
+    x, w, s = saved[:3]
+    xp = namespace(dweights=dy[0], x=x)
+    ds = scores_backward(dy, saved)
+    if saved.score == "sigmoid":
         dlogits = ds * s * (1 - s)  # (router.9)
     else:
         dlogits = s * (ds - xp.sum(ds * s, axis=-1, keepdims=True))  # (router.10)
@@ -141,6 +128,29 @@ def router_backward(dy: tuple[Array, Array | None], saved: RouterSaved) -> tuple
     dx = xp.matmul(dlogits, w)  # (router.11)
     dw = xp.matmul(xp.matrix_transpose(rows), xp.reshape(x, (-1, x.shape[-1])))  # (router.11)
     return dx, dw
+
+
+def scores_backward(dy: tuple[Array, Array | None], saved: RouterSaved) -> Array:
+    """The scores' whole gradient […, E], by way of the weights and their own: from the same as
+    `router_backward`."""
+    dweights, dscores = dy
+    s, indices = saved.scores, saved.indices
+    xp = namespace(dweights=dweights, scores=s)
+    expect("dweights", dweights, "(…, K)", tuple(indices.shape))
+    if dscores is not None:
+        expect("dscores", dscores, "(…, E)", tuple(s.shape))
+    dchosen = saved.scale * dweights
+    if saved.normalise:
+        chosen = xp.take_along_axis(s, indices, axis=-1)
+        total = xp.sum(chosen, axis=-1, keepdims=True) + saved.epsilon
+        mean = xp.sum(dchosen * chosen, axis=-1, keepdims=True) / total
+        dchosen = (dchosen - mean) / total  # (router.7)
+    ds = zeros(s.shape, s) if dscores is None else dscores
+    expert = xp.arange(s.shape[-1], device=s.device)
+    for k in range(indices.shape[-1]):  # a row's indices differ, so each adds to its own place
+        is_chosen = expert == indices[..., k : k + 1]
+        ds = xp.where(is_chosen, ds + dchosen[..., k : k + 1], ds)  # (router.8)
+    return ds
 
 
 def check_router(

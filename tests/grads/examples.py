@@ -31,7 +31,8 @@ def stream(
 def read(out: Path) -> dict[str, np.ndarray]:
     """Every tensor that the index names, from the file, of the shape and dtype that it names, by
     safetensors itself."""
-    index = json.loads((out / "index.json").read_text())["tensors"]
+    every = json.loads((out / "index.json").read_text())["tensors"]
+    index = {name: entry for name, entry in every.items() if "same_as" not in entry}
     files = {path.name: load_file(path) for path in out.glob("*.safetensors")}
     assert {name: entry["file"] for name, entry in index.items()} == {
         n: f for f, x in files.items() for n in x
@@ -41,4 +42,6 @@ def read(out: Path) -> dict[str, np.ndarray]:
         [list(x.shape), str(x.dtype)] == [index[n]["shape"], index[n]["dtype"]]
         for n, x in found.items()
     )
-    return found
+    assert all(index[n]["scale"] == np.abs(x.astype(float)).max() for n, x in found.items())
+    same = {name: entry["same_as"] for name, entry in every.items() if "same_as" in entry}
+    return found | {name: found[other] for name, other in same.items()}
