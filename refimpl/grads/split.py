@@ -18,18 +18,22 @@ import numpy as np
 
 from ..batch import Whole
 from ..config import ModelConfig
+from ..model import backward, forward
 from ..ops import REFERENCE, AnyOp, Op, Ops
+from ..parameters import head_name, is_buffer
 from ..splits import Part, by_positions, by_rows, counts, run_parts
+from .grpo import GRPO
 
 __all__ = ["SPEC", "Split", "TermCounts", "rules", "split_batch", "term_counts", "term_gradients"]
 
 SPEC = "micro_batches=M, or rows=2+3+1, or positions=8+16, each with ,ranks=R"
 LEAVES_OUT = 1e300  # a count that makes a term vanish
-BALANCE, OF_PART = "balance", "balance_of_part"
+BALANCE, OF_PART, POLICY = "balance", "balance_of_part", "grpo"
 
 
 class Split(NamedTuple):
     parts: list[Part]
+    rows: list[np.ndarray]  # of the batch, in each part
     pieces: bool  # of sequences, not micro-batches of rows
     ranks: int
 
@@ -52,29 +56,36 @@ def split_batch(spec: str, arrays: dict[str, Any], config: ModelConfig) -> Split
     if found is None:
         raise ValueError(f"split must be {SPEC}, got {spec!r}")
     kind, numbers = found[1], [int(n) for n in found[2].split("+")]
-    rows = len(arrays["tokens"])
+    rows = np.arange(len(arrays["tokens"]))
     if kind == "positions":
         parts = by_positions(arrays, numbers, config)
     elif kind == "rows":
         parts = by_rows(arrays, numbers)
     else:
         many = numbers[0]
-        if len(numbers) > 1 or not 1 <= many <= rows:
-            raise ValueError(f"split: micro_batches must lie in 1…B={rows}, got {found[2]}")
-        parts = by_rows(arrays, [len(x) for x in np.array_split(np.arange(rows), many)])
+        if len(numbers) > 1 or not 1 <= many <= len(rows):
+            raise ValueError(f"split: micro_batches must lie in 1…B={len(rows)}, got {found[2]}")
+        numbers = [len(x) for x in np.array_split(rows, many)]
+        parts = by_rows(arrays, numbers)
     ranks = int(found[3] or len(parts))
     if ranks < 1:
         raise ValueError(f"split: ranks must be at least 1, got {ranks}")
-    return Split(parts, kind == "positions", ranks)
+    pieces = kind == "positions"
+    held = [rows] * len(parts) if pieces else np.split(rows, np.cumsum(numbers)[:-1])
+    return Split(parts, held, pieces, ranks)
 
 
-def terms(config: ModelConfig) -> list[str]:
-    """The terms of a model's loss."""
+def terms(config: ModelConfig, grpo: GRPO | None = None) -> list[str]:
+    """The terms of a model's loss, the balance loss in two ways."""
+    if grpo is not None:
+        return [POLICY, *([BALANCE, OF_PART] if config.balance_weight else [])]
     mtp = [f"mtp.{depth}" for depth in range(1, config.mtp_depth + 1)]
     return ["main", *mtp, *([BALANCE, OF_PART] if config.balance_weight else [])]
 
 
-def term_counts(split: Split, config: ModelConfig) -> dict[str, TermCounts]:
+def term_counts(
+    split: Split, config: ModelConfig, grpo: GRPO | None = None
+) -> dict[str, TermCounts]:
     """The counts of each term, in whose sums over the parts the right divisors consist."""
     each = [counts(part, config) for part in split.parts]
     main = [whole.targets or 0.0 for whole in each]
@@ -84,6 +95,8 @@ def term_counts(split: Split, config: ModelConfig) -> dict[str, TermCounts]:
         for (rows, length), part in zip(sizes, split.parts, strict=True)
     ]
     found = {"main": TermCounts(main, positions, main)}
+    if grpo is not None:
+        found = {POLICY: _policy_counts(split, grpo, positions)}
     for depth in range(1, config.mtp_depth + 1):
         own = [whole.mtp[depth - 1] for whole in each]
         found[f"mtp.{depth}"] = TermCounts(own, positions, main)
@@ -92,6 +105,17 @@ def term_counts(split: Split, config: ModelConfig) -> dict[str, TermCounts]:
         found[BALANCE] = TermCounts(sequences, positions, main)
         found[OF_PART] = TermCounts([float(n > 0) for n in positions], positions, main)
     return found
+
+
+def _policy_counts(split: Split, grpo: GRPO, positions: list[float]) -> TermCounts:
+    """Tokens or outputs, whichever the average is over."""
+    masks = [part.arrays["mask"] for part in split.parts]
+    if grpo.told["average"] == "token":
+        own = [float(mask.sum()) for mask in masks]
+        return TermCounts(own, positions, own)
+    counted = [mask.any(axis=1) | (grpo.told["empty"] == "counted") for mask in masks]
+    outputs = [float(rows.sum()) for rows in counted]
+    return TermCounts(outputs, outputs, outputs)
 
 
 def rules(term: str, count: TermCounts, ranks: int) -> dict[str, list[float]]:
@@ -107,7 +131,7 @@ def rules(term: str, count: TermCounts, ranks: int) -> dict[str, list[float]]:
         "divided by the ranks twice": [share / ranks] * parts,
         "divided by the ranks never": [share * ranks] * parts,
     }
-    if term not in (BALANCE, OF_PART):
+    if count.positions != count.own and term not in (BALANCE, OF_PART):
         found["every position counted, padding too"] = [1 / sum(count.positions)] * parts
     if term.startswith("mtp.") and sum(count.main) > 0:
         found["divided by the main loss's count"] = [1 / sum(count.main)] * parts
@@ -118,33 +142,66 @@ def rules(term: str, count: TermCounts, ranks: int) -> dict[str, list[float]]:
 
 
 def term_gradients(
-    params: Mapping[str, Any], split: Split, config: ModelConfig, ops: Ops = REFERENCE
+    params: Mapping[str, Any],
+    split: Split,
+    config: ModelConfig,
+    ops: Ops = REFERENCE,
+    grpo: GRPO | None = None,
 ) -> dict[str, list[tuple[float, dict[str, Any]]]]:
     """Of each term and part the undivided sum and its gradient, λ and α included."""
     found = {}
-    for term in terms(config):
-        whole = Whole(
-            1.0 if term == "main" else LEAVES_OUT,
-            tuple(
-                1.0 if term == f"mtp.{depth}" else LEAVES_OUT
-                for depth in range(1, config.mtp_depth + 1)
-            ),
-            1.0,
+    for term in terms(config, grpo):
+        if term == POLICY:
+            assert grpo is not None
+            found[term] = [
+                policy_gradient(params, part, rows, config, ops, grpo)
+                for part, rows in zip(split.parts, split.rows, strict=True)
+            ]
+            continue
+        mtp = tuple(
+            1.0 if term == f"mtp.{depth}" else LEAVES_OUT
+            for depth in range(1, config.mtp_depth + 1)
         )
         balanced = term in (BALANCE, OF_PART)
-        table = ops | {"balance_loss": of_part(ops)} if term == OF_PART else ops
-        run_config = config if balanced else replace(config, balance_weight=0.0)
         each = run_parts(
             params,
             split.parts,
-            run_config,
-            whole=whole,
+            config if balanced else replace(config, balance_weight=0.0),
+            whole=Whole(1.0 if term == "main" else LEAVES_OUT, mtp, 1.0),
             pieces=split.pieces,
-            ops=table,
+            ops=ops | {"balance_loss": of_part(ops)} if term == OF_PART else ops,
             exchange_balance=term != OF_PART,
         )
         found[term] = [(float(output.loss or 0.0), gradients) for output, gradients in each]
     return found
+
+
+def policy_gradient(
+    params: Mapping[str, Any],
+    part: Part,
+    rows: np.ndarray,
+    config: ModelConfig,
+    ops: Ops,
+    grpo: GRPO,
+) -> tuple[float, dict[str, Any]]:
+    """GRPO's undivided sum over the outputs of a part, and its gradient."""
+    given = {name: x for name, x in part.arrays.items() if name not in ("mask", "targets")}
+    if not len(rows):
+        return 0.0, {name: np.zeros_like(p) for name, p in params.items() if not is_buffer(name)}
+    output, saved = forward(params, config=config, with_loss=False, ops=ops, **given)
+    targets, mask = part.arrays["targets"], part.arrays["mask"]
+    head = head_name(config)
+    log_prob, log_prob_saved = ops.log_prob.forward(
+        output.hidden, params[head], targets=targets, mask=mask, temperature=grpo.temperature
+    )
+    arguments: dict[str, Any] = {
+        name: x[rows] if isinstance(x, np.ndarray) else x
+        for name, x in grpo.arguments(log_prob.dtype).items()
+    }
+    loss, policy_saved = ops.grpo.forward(log_prob, **arguments | {"normaliser": 1.0})
+    dhidden, dw = ops.log_prob.backward(ops.grpo.backward(1.0, policy_saved), log_prob_saved)
+    gradients = backward(saved, dhidden=dhidden)
+    return float(loss.loss), gradients | {head: gradients[head] + dw}
 
 
 def of_part(ops: Ops) -> AnyOp:

@@ -68,6 +68,7 @@ from .lazy import (
     sum_in_blocks,
 )
 from .request import EMBEDDINGS, HIDDEN, LOG_PROB, Request
+from .split import term_gradients
 
 __all__ = ["Steps", "steps_to"]
 
@@ -275,6 +276,18 @@ class Steps:
         parts.append(embedding_backward(dx, self.batch.tokens))
         self.folder.write_gradient("embedding", EMBEDDING, parts)
         return {}
+
+    def split(self) -> Arrays:
+        """The undivided sums of every term, part by part, and their gradients."""
+        split = self.request.split_of(self.config)
+        assert split is not None
+        params = {name: self.source.tensor(name) for name in self.params}
+        ops = ops_for(self.batch, self.config, IMPLEMENTATIONS[self.request.implementation])
+        found = term_gradients(params, split, self.config, ops, self.request.grpo)
+        for term, each in found.items():
+            for part, (_, gradients) in enumerate(each):
+                self.folder.write_part(term, part, gradients)
+        return {term: np.array([loss for loss, _ in each]) for term, each in found.items()}
 
     # What the steps share
 
