@@ -35,6 +35,7 @@ kernels: .venv/dev  ## compile every kernel for every target into build/kernels,
 	REFIMPL_KERNELS=build/kernels $(BIN)/refimpl kernels
 
 # In an environment of its own, without the constraints: verl needs an older transformers than the oracle.
+# With checkouts of torchtitan (b5bcd76) and Megatron-LM (d98e8a6): REFIMPL_TORCHTITAN=… REFIMPL_MEGATRON=… make peers
 peers: .venv-peers  ## compare with TRL's and verl's own losses (torch may bring gigabytes of CUDA)
 	.venv-peers/bin/python -m pytest -q tests/peers
 

@@ -131,5 +131,6 @@ carries the version that it is about, and one of
 {}
 
 `make oracle` repeats the statements about transformers that name a test, `make peers` those about
-TRL and verl. No code of theirs is copied.
+TRL and verl, and about torchtitan and Megatron-LM where `REFIMPL_TORCHTITAN` and `REFIMPL_MEGATRON`
+name checkouts of them. No code of theirs is copied.
 """

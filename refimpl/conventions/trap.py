@@ -17,6 +17,7 @@ own names."""
 
 VERSIONS = {
     "DeepSeek": "DeepSeek-V3 9b4e978",
+    "DeepSeek-V2.5": "its config.json",
     "paper": "the reports",
     "HF": "transformers 5.24.0",
     "Megatron": "Megatron-LM d98e8a6",

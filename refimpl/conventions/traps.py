@@ -12,6 +12,9 @@ TRAINING = "tests/oracle/test_hugging_face.py::test_training_loss"
 ORACLE = "tests/oracle/test_conventions.py::{}".format
 TRL = "tests/peers/test_trl.py::{}".format
 VERL = "tests/peers/test_verl.py::{}".format
+TITAN = "tests/peers/test_torchtitan.py::{}".format
+MEGATRON = "tests/peers/test_megatron.py::{}".format
+WHOLE = TITAN("test_the_whole_model")
 V3_2 = "DeepSeek-V3.2-Exp 3b99a53"
 BESIDE = "DeepSeek-VL2 8ed2d7f"  # its copy of the modelling file beside DeepSeek's weights
 MAIN = "main loss"
@@ -29,10 +32,11 @@ TRAPS = (
                 "not, Inkling's has (`MtpLayer`, modeling_layers.py)",
                 test=TRAINING,
             ),
-            "Megatron": read(
-                "the embedding (`_concat_embeddings`, multi_token_prediction.py; Megatron-LM#1588)"
+            "Megatron": run(
+                "the embedding (`_concat_embeddings`, multi_token_prediction.py; Megatron-LM#1588)",
+                test=MEGATRON("test_mtp_order"),
             ),
-            "torchtitan": read("the embedding (deepseek_v3/mtp.py)"),
+            "torchtitan": run("the embedding (deepseek_v3/mtp.py)", test=WHOLE),
             "vLLM": read("the embedding (deepseek_mtp.py)"),
             "SGLang": read("the embedding (deepseek_nextn.py)"),
         },
@@ -55,9 +59,10 @@ TRAPS = (
             "Megatron": read(
                 "after, as HF (transformer_block.py; `_postprocess`, multi_token_prediction.py)"
             ),
-            "torchtitan": read(
-                "before it for module 1, deliberately; after it for later ones "
-                "(`MTPDecoder.forward`)"
+            "torchtitan": run(
+                "before it for module 1, deliberately; after it for later ones: `raw_first` "
+                "(`MTPDecoder.forward`)",
+                test=WHOLE,
             ),
             "SGLang": read("after its own norm (deepseek_nextn.py)", at="SGLang 0114f9c"),
             "vLLM": read(
@@ -82,10 +87,13 @@ TRAPS = (
                 "T, the positions that predict, where token T + 1 is known (V3 eq. 24); λ "
                 "0.3 for 10T tokens, then 0.1"
             ),
-            "Megatron": read(
-                "the module's own valid targets (`process_mtp_loss`); λ 0.1 by default"
+            "Megatron": run(
+                "the module's own valid targets (`process_mtp_loss`); λ 0.1 by default",
+                test=MEGATRON("test_mtp_normaliser_and_tail"),
             ),
-            "torchtitan": read("the main loss's valid targets, still (`MTPLoss`); λ 0.3"),
+            "torchtitan": run(
+                "the main loss's valid targets, still (`MTPLoss`); λ 0.3", test=WHOLE
+            ),
             "HF": run(
                 "nothing: with labels it raises TypeError, adding a loss to None "
                 "(`MtpModel.forward`)",
@@ -106,8 +114,8 @@ TRAPS = (
         {
             "paper": read("no"),
             "HF": run("no", test=TRAINING),
-            "Megatron": read("no"),
-            "torchtitan": read("no"),
+            "Megatron": run("no", test=MEGATRON("test_mtp_order")),
+            "torchtitan": run("no", test=WHOLE),
             "SGLang": read("no", at="SGLang 0114f9c"),
             "vLLM": read("yes (deepseek_mtp.py)"),
         },
@@ -128,8 +136,10 @@ TRAPS = (
                 "where it is harmless",
                 test=DRAWN,
             ),
-            "Megatron": read("−∞ (`group_limited_topk`, moe_utils.py)"),
-            "torchtitan": read("−∞ (common/moe.py)"),
+            "Megatron": run(
+                "−∞ (`group_limited_topk`, moe_utils.py)", test=MEGATRON("test_the_gate")
+            ),
+            "torchtitan": run("−∞ (common/moe.py)", test=WHOLE),
             "SGLang": read(
                 "−∞ with a bias; 0 before sglang#3705 (moe/topk.py)", at="SGLang 000328a"
             ),
@@ -153,7 +163,7 @@ TRAPS = (
             ),
             "HF": run("yes", test=DRAWN),
             "Megatron": read("yes"),
-            "torchtitan": read("yes"),
+            "torchtitan": run("yes", test=WHOLE),
             "SGLang": read("yes"),
         },
         "fixed: yes",
@@ -171,12 +181,15 @@ TRAPS = (
                 "mscale alike; the file beside the weights: yes"
             ),
             "HF": run("yes, whenever it is configured (`_compute_yarn_parameters`)", test=DRAWN),
-            "Megatron": read(
-                "yes; MLA's default is YaRN with factor 40, so even unasked (transformer_config.py)"
+            "Megatron": run(
+                "yes; MLA's default is YaRN with factor 40, so even unasked "
+                "(transformer_config.py)",
+                test=MEGATRON("test_yarn"),
             ),
-            "torchtitan": read(
+            "torchtitan": run(
                 "yes, whenever it is configured with a factor above 1 (common/rope.py), since "
-                "2026-08-11 (torchtitan#4117); before, as DeepSeek with the training length"
+                "2026-08-11 (torchtitan#4117); before, as DeepSeek with the training length",
+                test=WHOLE,
             ),
             "SGLang": read("yes"),
         },
@@ -203,16 +216,24 @@ TRAPS = (
                 "as DeepSeek, m = `mscale_all_dim`; deepseek_v2 ignored it before "
                 "transformers#47435. Cos and sin are multiplied by m(mscale) / "
                 "m(mscale_all_dim), or by m(1) if one of them is 0. V2's config.json has "
-                "0.707 for all sizes (llama.cpp#7118), V2.5's is said to have 1.0",
+                "0.707 for all sizes (llama.cpp#7118)",
                 test=DRAWN,
+            ),
+            "DeepSeek-V2.5": told(
+                "1.0, it is said. Its config.json was looked for and not found in DeepSeek's "
+                "repositories on GitHub, in copies there and on pages about it; Hugging Face could "
+                "not be reached. llama.cpp logs 0.1 m as `yarn_log_multiplier` when it loads "
+                "a file: ollama#7072 is such a log, of which that line was not at hand"
             ),
             "Megatron": run(
                 "m = `mscale_all_dim`, 0 by default, and cos and sin by the ratio of the "
                 "two mscales, 1.369 by default: the rotated part of a score is 1.874 "
-                "times larger, the rest is not (multi_latent_attention.py); ours with these "
-                "numbers agrees with it to 8e-15"
+                "times larger, the rest is not (multi_latent_attention.py)",
+                test=MEGATRON("test_yarn"),
             ),
-            "torchtitan": read("as DeepSeek; its 16B has 0.70, not 0.707"),
+            "torchtitan": run(
+                "as DeepSeek; its 16B has 0.70, not 0.707", test=TITAN("test_mscale_of_its_16b")
+            ),
         },
         "`Yarn.mscale`, `Yarn.mscale_all_dim`, " + RECORD("yarn_factor"),
         "1.0, 1.0, ratio",
@@ -240,10 +261,11 @@ TRAPS = (
                 "as the paper (`compute_routing_scores_for_aux_loss`), with 1e-20 added to the sum "
                 "of the scores; α = 0 and a batch-wise loss by default. Of padded sequences each "
                 "is divided by the square of the batch's *mean* length "
-                "(`get_tokens_per_expert_and_token_count`): with lengths 11, 7 and 4 the loss is "
-                "13 % off, its gradient 120 %"
+                "(`get_tokens_per_expert_and_token_count`): with lengths 11, 7 and 4 they count "
+                "2.25, 0.91 and 0.30 times as much as their own lengths say",
+                test=MEGATRON("test_balance_loss"),
             ),
-            "torchtitan": read("no balance loss, the bias alone"),
+            "torchtitan": run("no balance loss, the bias alone", test=WHOLE),
             "TileKernels": read(
                 "the ids that it is given; −1 is left out of the counts and not of the "
                 "divisor (aux_fi_kernel.py)"
@@ -267,13 +289,15 @@ TRAPS = (
                 "no: b_i += γ sign(mean load − load_i) (V3 2.1.2), γ 0.001 for 14.3T tokens, then 0"
             ),
             "HF": read("never updated: a buffer; an export that zeroes it loses the routing"),
-            "Megatron": read(
+            "Megatron": run(
                 "no; once an optimiser step (`get_updated_expert_bias`); counts where "
-                "gradients are recorded, so re-entrant recomputation counts once"
+                "gradients are recorded, so re-entrant recomputation counts once",
+                test=MEGATRON("test_bias_update"),
             ),
-            "torchtitan": read(
+            "torchtitan": run(
                 "yes (`_update_expert_bias`); counts recomputed forwards, and halves the loads "
-                "then; evaluation batches leaked in (torchtitan#4148)"
+                "then; evaluation batches leaked in (torchtitan#4148)",
+                test=TITAN("test_recomputed_forwards_count"),
             ),
         },
         "`bias_update(centre=…)`, " + RECORD("bias_centre"),
@@ -291,13 +315,14 @@ TRAPS = (
                 "2025-08-26); V3.2-Exp (3b99a53): float32. V3's adds nothing"
             ),
             "HF": run("float32; adds 1e-20 (`DeepseekV3TopkRouter`)", test=DRAWN),
-            "Megatron": read(
+            "Megatron": run(
                 "the input's type unless `moe_router_dtype` is set, scores float32; adds "
-                "1e-20 unless top-k is 1 (moe_utils.py)"
+                "1e-20 unless top-k is 1 (moe_utils.py)",
+                test=MEGATRON("test_the_gate"),
             ),
             "torchtitan": read(
-                "float32 by autocast, which leaves float64 as it is (before 2026-04-02: product in "
-                "the model's type); adds 1e-20 (common/moe.py)"
+                "float32 by autocast, which leaves float64 as it is, and which a CPU lacks: the "
+                "model's type there, as everywhere before 2026-04-02; adds 1e-20 (common/moe.py)"
             ),
             "SGLang": read(
                 "its kernel without groups adds 1e-20 (grouped_topk.cuh), its fused gate with "
@@ -332,11 +357,14 @@ TRAPS = (
                 "released V2 sets it",
                 test=DRAWN,
             ),
-            "Megatron": read(
+            "Megatron": run(
                 "the best K // kept groups, bias or not; a sigmoid gate of top-k 1 is not "
-                "normalised"
+                "normalised",
+                test=MEGATRON("test_the_gate"),
             ),
-            "torchtitan": read("the two best, bias or not"),
+            "torchtitan": run(
+                "the two best, bias or not", test=TITAN("test_groups_without_a_bias")
+            ),
             "TileKernels": read("the two best"),
         },
         "`ModelConfig.gate_bias`, `.group_score`, " + RECORD("softmax_normalise"),
@@ -355,7 +383,7 @@ TRAPS = (
             ),
             "HF": run("native code runs both", test=DRAWN),
             "Megatron": read("both"),
-            "torchtitan": read("both"),
+            "torchtitan": run("both", test=WHOLE),
         },
         "fixed: both",
         "both",
@@ -419,10 +447,11 @@ TRAPS = (
                 "`loss_agg_mode` (core_algos.py). Log-ratios stop at ±20",
                 test=VERL("test_loss_modes"),
             ),
-            "torchtitan": read(
+            "torchtitan": run(
                 "its GRPO is DAPO with a symmetric clip, no KL; log-ratios stop at ±10, and tokens "
                 "whose sampler's log-probability is not finite are dropped "
-                "(experiments/rl/losses): give them `mask=False`"
+                "(experiments/rl/losses): give them `mask=False`",
+                test=TITAN("test_grpo"),
             ),
             "OpenRLHF": read("mean over all tokens, no dual clip (`PolicyLoss`)"),
         },
@@ -500,7 +529,7 @@ TRAPS = (
             ),
             "TRL": run("0.2", test=TRL("test_loss_types")),
             "verl": run("0.2, and ratios above 3 where A < 0", test=VERL("test_loss_modes")),
-            "torchtitan": read("0.2"),
+            "torchtitan": run("0.2", test=TITAN("test_grpo")),
             "OpenRLHF": read("0.2"),
         },
         "`grpo_forward(clip=)`",
@@ -520,7 +549,7 @@ TRAPS = (
             ),
             "HF": run("as DeepSeek", test=DRAWN),
             "Megatron": read("as DeepSeek"),
-            "torchtitan": read("as DeepSeek"),
+            "torchtitan": run("as DeepSeek", test=WHOLE),
             "teaching code": read(
                 "rasbt/LLMs-from-scratch (ch04/05_mla) has no RoPE, no norm of the latent "
                 "and whole queries, and says that queries are compressed in training alone"
@@ -541,7 +570,7 @@ TRAPS = (
             ),
             "HF": run("no: their class's default of 1e-6 (`DeepseekV2Attention`)", test=DRAWN),
             "Megatron": read("yes"),
-            "torchtitan": read("no: 1e-5 for every norm, whatever the checkpoint says"),
+            "torchtitan": run("no: 1e-5 for every norm, whatever the checkpoint says", test=WHOLE),
             "SGLang": read("yes"),
         },
         RECORD("latent_eps"),
@@ -562,12 +591,14 @@ TRAPS = (
                 test=ORACLE("test_float64_is_not"),
             ),
             "Megatron": run(
-                "the gate's scores, YaRN's angles (1.3e-7 of them) and the vocabulary-parallel "
-                "loss (8e-8) are float32"
+                "the gate's scores, YaRN's angles (2e-7 of them) and the vocabulary-parallel "
+                "loss (7e-8) are float32",
+                test=MEGATRON("test_vocabulary_parallel_loss"),
             ),
             "torchtitan": run(
                 "the gate stays float64 (common/moe.py); the routed experts are cast to bfloat16, "
-                "rotation and loss to float32: logits are off by 7e-3, gradients by 2e-2"
+                "rotation and loss to float32: logits are off by 5e-3, gradients by 1e-2",
+                test=TITAN("test_float64_is_not"),
             ),
         },
         "fixed: float64 stays float64",
@@ -594,7 +625,8 @@ TRAPS = (
             "torchtitan": run(
                 "T, the tail reads token 0 with its state zeroed (`roll_mtp_sequence`). The hook "
                 "that moves the gates' biases walks `layers` and leaves the MTP modules' gates as "
-                "they are (components/optimizer)"
+                "they are (components/optimizer)",
+                test=TITAN("test_the_bias_update"),
             ),
         },
         "fixed: T − k; `model.mtp_module_forward` on a batch of T positions gives the other. "
@@ -616,7 +648,7 @@ TRAPS = (
                 "head's weight are constants, and the chain between depths is not "
                 "(`process_mtp_loss`, `_get_embeddings`)"
             ),
-            "torchtitan": read("everything (`MTPDecoder.forward`)"),
+            "torchtitan": run("everything (`MTPDecoder.forward`)", test=WHOLE),
             "HF": run("everything, if a loss is put on top (`MtpModel`)", test=TRAINING),
             "verl": read(
                 "as Megatron, but with an older one not the head's weight; with `detach_encoder` "
@@ -649,7 +681,7 @@ TRAPS = (
                 test=VERL("test_empty_outputs"),
             ),
             "OpenRLHF": read("no (`aggregate_loss`)"),
-            "torchtitan": read("has the mean over tokens alone"),
+            "torchtitan": run("has the mean over tokens alone", test=TITAN("test_grpo")),
         },
         "`grpo_forward(empty=)`",
         "counted",
@@ -687,10 +719,11 @@ TRAPS = (
                 "its q and k differ in order and its scores do not (`rope_interleave`)",
                 test=DRAWN,
             ),
-            "Megatron": read(
-                "as DeepSeek for MLA (`rotary_interleaved`, multi_latent_attention.py)"
+            "Megatron": run(
+                "as DeepSeek for MLA (`mla_rotary_interleaved`, multi_latent_attention.py)",
+                test=MEGATRON("test_rope_layout"),
             ),
-            "torchtitan": read("as DeepSeek (`ComplexRoPE`)"),
+            "torchtitan": run("as DeepSeek (`ComplexRoPE`)", test=WHOLE),
         },
         RECORD("rope_layout"),
         "interleaved",
@@ -706,8 +739,10 @@ TRAPS = (
             "DeepSeek": read("scores: `original_scores` (`Gate`, inference/model.py)"),
             "paper": read("scores: the bias is used for routing alone (V3 eq. 16)"),
             "HF": run("scores; biased ones before transformers#41647", test=DRAWN),
-            "Megatron": read("scores (`topk_routing_with_score_function`)"),
-            "torchtitan": read("scores (common/moe.py)"),
+            "Megatron": run(
+                "scores (`topk_routing_with_score_function`)", test=MEGATRON("test_the_gate")
+            ),
+            "torchtitan": run("scores (common/moe.py)", test=WHOLE),
             "TileKernels": read("scores (top2_sum_gate_kernel.py)"),
             "SGLang": read("scores (moe/topk.py)", at="SGLang 000328a"),
             "vLLM": told("scores; biased ones before vllm#12002"),
@@ -726,11 +761,12 @@ TRAPS = (
             "DeepSeek": read("scores (`Gate`, inference/model.py)"),
             "paper": read("scores (V2 section 2.1.2)"),
             "HF": run("scores (`DeepseekV2Moe`)", test=DRAWN),
-            "Megatron": read(
+            "Megatron": run(
                 "logits, unless `moe_router_pre_softmax`: a group's score is a sum of logits, and "
-                "the softmax is over the chosen (`topk_routing_with_score_function`)"
+                "the softmax is over the chosen (`topk_routing_with_score_function`)",
+                test=MEGATRON("test_what_a_softmax_gate_ranks"),
             ),
-            "torchtitan": read("scores (common/moe.py)"),
+            "torchtitan": run("scores (common/moe.py)", test=TITAN("test_groups_without_a_bias")),
             "TileKernels": read("logits, the bias added to them (top2_sum_gate_kernel.py)"),
         },
         RECORD("softmax_ranking"),

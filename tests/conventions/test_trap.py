@@ -34,9 +34,10 @@ def test_every_test_that_is_named_exists() -> None:
 
 
 def test_every_run_of_transformers_trl_and_verl_has_its_test() -> None:
-    """Those can be installed anywhere; what was run of the others was run once."""
+    """Those can be installed anywhere; Megatron's and torchtitan's need a checkout. What was run of
+    the others was run once."""
     for title, name, what in SAID:
-        if what.how == "run":
+        if what.how == "run" and name not in ("Megatron", "torchtitan"):
             assert bool(what.test) == (name in ("HF", "TRL", "verl")), (title, name)
 
 
