@@ -59,8 +59,8 @@ from ..config import CONVENTIONS
 from .folder import Folder, Size, held
 from .grpo import GRPO
 from .request import ACTIVATIONS, INNER, UNITS, Request, gradient_shapes
-from .result import Result, result_of, write_result
-from .split import rules, term_counts
+from .result import Result, result_of, split_of, write_result
+from .split import SPEC
 from .steps import Steps, steps_to
 from .units import measure_units, reruns_of, units_of
 
@@ -68,6 +68,7 @@ __all__ = [
     "ACTIVATIONS",
     "GRPO",
     "INNER",
+    "SPEC",
     "UNITS",
     "Request",
     "Result",
@@ -147,26 +148,6 @@ def metadata_of(steps: Steps, origin: Path | None) -> dict[str, Any]:
         "request": request.about(steps.config),
         "units": units if request.units else None,
         "split": split_of(steps),
-    }
-
-
-def split_of(steps: Steps) -> dict[str, Any] | None:
-    """What the index says of the parts: their sums by term, counts, and every rule's factors."""
-    request, config = steps.request, steps.config
-    split = request.split_of(config)
-    if split is None:
-        return None
-    found = term_counts(split, config, request.grpo)
-    sums = steps.records["split",]
-    return {
-        "spec": request.split,
-        "ranks": split.ranks,
-        "pieces": split.pieces,
-        "shapes": [list(part.arrays["tokens"].shape) for part in split.parts],
-        "follow": [part.follow for part in split.parts],
-        "sums": {term: sums.array(term).tolist() for term in found},
-        "counts": {term: count._asdict() for term, count in found.items()},
-        "rules": {term: rules(term, count, split.ranks) for term, count in found.items()},
     }
 
 

@@ -122,6 +122,10 @@ def rules(term: str, count: TermCounts, ranks: int) -> dict[str, list[float]]:
     """What each part's sum of a term is multiplied by, by the name of the rule; the right one is
     ``right``."""
     whole, parts = float(sum(count.own)), len(count.own)
+    if term == OF_PART:
+        share = 1 / whole if whole else 0.0
+        alone = [share if n else 0.0 for n in count.own]
+        return {"right": [0.0] * parts, "the statistics of each part alone": alone}
     means = [1 / n if n else 0.0 for n in count.own]
     share = 1 / whole if whole else 0.0
     found = {
@@ -131,7 +135,7 @@ def rules(term: str, count: TermCounts, ranks: int) -> dict[str, list[float]]:
         "divided by the ranks twice": [share / ranks] * parts,
         "divided by the ranks never": [share * ranks] * parts,
     }
-    if count.positions != count.own and term not in (BALANCE, OF_PART):
+    if count.positions != count.own and term != BALANCE:
         found["every position counted, padding too"] = [1 / sum(count.positions)] * parts
     if term.startswith("mtp.") and sum(count.main) > 0:
         found["divided by the main loss's count"] = [1 / sum(count.main)] * parts

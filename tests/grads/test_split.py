@@ -3,13 +3,18 @@ rule is what a program with that mistake computes."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from refimpl.checkpoint.source import MemorySource
+from refimpl.checkpoint.tensor_file import read_tensor_file
 from refimpl.config import Conventions, ModelConfig, preset
+from refimpl.grads import GRPO, Request, write_gradients
 from refimpl.grads.split import Split, TermCounts, rules, split_batch, term_counts, term_gradients
 from refimpl.model import backward, forward
 from refimpl.splits import run_parts
@@ -60,7 +65,6 @@ def chosen(split: Split, config: ModelConfig, rule: str, *only: str) -> dict[str
     return {
         term: rules(term, count, split.ranks)[rule if term in only else "right"]
         for term, count in term_counts(split, config).items()
-        if term != "balance_of_part"
     }
 
 
@@ -138,6 +142,8 @@ def test_rules() -> None:
         "the mean of the parts' sums over their main counts": [1 / 4, 1 / 8],
     }
     assert set(rules("balance", count, 2)) == set(list(found)[:5])
+    alone = rules("balance_of_part", TermCounts([1.0, 0.0], [4.0, 0.0], [2.0, 0.0]), 2)
+    assert alone == {"right": [0, 0], "the statistics of each part alone": [1, 0]}
     assert rules("main", TermCounts([0.0, 2.0], [4.0, 4.0], [0.0, 2.0]), 2)["right"] == [1 / 2] * 2
 
 
@@ -158,3 +164,86 @@ def test_rules() -> None:
 def test_errors(spec: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         split_batch(spec, ARRAYS, CONFIG)
+
+
+def write(folder: Path, **options: Any) -> dict[str, Any]:
+    """What `write_gradients` leaves of a split request: index and tensors."""
+    params = random_parameters(CONFIG)
+    request = Request(ARRAYS["tokens"], key_mask=ARRAYS["key_mask"], **options)
+    write_gradients(MemorySource(params, CONFIG), request, folder)
+    index = json.loads((folder / "index.json").read_text())
+    files = {x["file"] for x in index["tensors"].values()}
+    tensors = {n: x for file in files for n, x in read_tensor_file(folder / file)[0].items()}
+    return index["metadata"]["split"] | {"tensors": tensors}
+
+
+GRPO_GIVEN = GRPO.of(
+    {
+        "mask": (RNG.random((5, 8)) < np.array([[0.9], [0.2], [0.6], [0.9], [0.4]]))
+        & (np.arange(1, 9) < np.array([[8], [5], [7], [6], [8]])),  # of what the key mask leaves
+        "advantages": RNG.normal(size=5),
+        "old_log_prob": -3 + 0.1 * RNG.normal(size=(5, 8)),
+        "reference_log_prob": -3 + 0.1 * RNG.normal(size=(5, 8)),
+    },
+    {"average": "token", "kl_weight": 0.3},
+)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"split": "rows=1+3+1", "mtp": True, "balance_alpha": 0.3},
+        {"split": "positions=3+5", "mtp": True, "balance_alpha": 0.3},
+        {"split": "rows=2+0+3", "grpo": GRPO_GIVEN, "balance_alpha": 0.3},
+    ],
+    ids=["micro-batches", "pieces", "GRPO"],
+)
+def test_files_of_a_split(options: dict[str, Any], tmp_path: Path) -> None:
+    """The right factors of the index make the written gradients of the written parts."""
+    found = write(tmp_path, **options)
+    tensors = found["tensors"]
+    names = [name for name in tensors if name.startswith("grad/")]
+    assert names
+    for name in names:
+        total = sum(
+            c * tensors[f"split/{part}/{term}/{name.removeprefix('grad/')}"]
+            for term, by_rule in found["rules"].items()
+            for part, c in enumerate(by_rule["right"])
+        )
+        error = np.max(np.abs(total - tensors[name]))
+        assert error <= 1e-12 * np.max(np.abs(tensors[name])), f"{name} is off by {error}"
+    loss = sum(
+        c * x
+        for term, by_rule in found["rules"].items()
+        for c, x in zip(by_rule["right"], found["sums"][term], strict=True)
+    )
+    assert loss == pytest.approx(float(tensors["out/loss"]), rel=1e-12)
+
+
+def test_grpo_by_outputs() -> None:
+    """The other averages divide by outputs, with or without those that have no token."""
+    arrays = {"tokens": ARRAYS["tokens"], "mask": GRPO_GIVEN.mask}
+    split = split_batch("rows=2+3", arrays, CONFIG)
+    tokens = [float(GRPO_GIVEN.mask[rows].sum()) for rows in split.rows]
+    assert term_counts(split, CONFIG, GRPO_GIVEN)["grpo"].own == tokens
+    mask = GRPO_GIVEN.mask.copy()
+    mask[1] = False
+    for empty, own in (("counted", [2.0, 3.0]), ("left_out", [1.0, 3.0])):
+        given = replace(GRPO_GIVEN, settings={"average": "sequence", "empty": empty})
+        split = split_batch("rows=2+3", {**arrays, "mask": mask}, CONFIG)
+        assert term_counts(split, CONFIG, given)["grpo"].own == own
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "positions=3", "grpo": GRPO_GIVEN}, "split must be of rows with grpo"),
+        ({"split": "rows=5", "dlogits": np.zeros((5, 8, 31))}, "cannot be combined with dlogits"),
+        ({"split": "rows=4"}, "sizes must be at least 0"),
+    ],
+)
+def test_requests_that_do_not_fit(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Request(ARRAYS["tokens"], **options).check(
+            MemorySource(random_parameters(CONFIG), replace(CONFIG, mtp_depth=0))
+        )
