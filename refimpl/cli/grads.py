@@ -144,7 +144,7 @@ def grads(
         str,
         typer.Option(
             help=f"Types, of {','.join(UNITS)}: also measure how far a right implementation in "
-            "that type errs, tensor by tensor, in 4 reruns each. `refimpl check` needs them."
+            "that type errs, tensor by tensor, in 6 reruns each. `refimpl check` needs them."
         ),
     ] = "",
     split: Annotated[

@@ -14,7 +14,7 @@ import numpy as np
 from ..array import einsum
 from ..config import ModelConfig
 from ..model import BlockSaved, ExpertsSublayerSaved
-from ..ops import AnyOp, Op, Ops
+from ..ops import LEAVES, AnyOp, Op, Ops
 from ..ops.router import scores_backward
 from ..parameters import layer_name, module_name
 from .request import AFTER_ATTENTION, ATTENTION, SCORES, is_inner
@@ -29,7 +29,7 @@ class Call(NamedTuple):
 
     dy: Any
     saved: Any
-    gradients: Any
+    gradients: Any  # of attention alone: others are as large as the weights
 
 
 class Calls:
@@ -40,37 +40,44 @@ class Calls:
         begin = f"{module_name(layer)}."
         wanted = [name for name in names if f"{name}.".startswith(begin)]
         self.layer, self.wanted = layer, set(wanted)
-        self.network = "ffn" if layer < config.dense_layers else "moe"
-        watched = {self.network, "mla", "router"} if wanted else set()
-        if any(is_inner(name) for name in wanted):
-            watched |= {"attention", "rms_norm", "rope"}
-        self.calls: dict[str, list[Call]] = {name: [] for name in watched}
-        self.ops = ops | {name: noting_backward(ops[name], self.calls[name]) for name in watched}
+        watched = {"mla", "router", "ffn" if layer < config.dense_layers else "moe"}
+        self.inside = any(is_inner(name) for name in wanted)
+        if self.inside:  # without those whose calls hold the experts' weights
+            watched |= {*LEAVES} - {"linear", "swiglu"}
+        self.calls: list[Call] = []
+        noted = {
+            name: noting_backward(ops[name], self.calls, keep=name == "attention")
+            for name in watched
+            if wanted
+        }
+        self.ops = ops | noted
 
     def cotangents(self, block: BlockSaved) -> Arrays:
         """By the activation's name, once the backward of the block is done."""
         if not self.wanted:
             return {}
-        stream = self.calls["mla"][0].dy[0]  # has two readers, attention's output and x, as a sum
+        network = block.network
+        stream = self.call(block.attention.mla).dy[0]  # attention's output is added to it
+        own = network.moe if isinstance(network, ExpertsSublayerSaved) else network.ffn
         found = {
-            module_name(self.layer): self.calls[self.network][0].dy,
+            module_name(self.layer): self.call(own).dy,
             layer_name(self.layer, AFTER_ATTENTION): stream,
             layer_name(self.layer, ATTENTION): stream,
         }
-        if isinstance(block.network, ExpertsSublayerSaved):
-            dy, saved, _ = self.calls["router"][0]
-            found[layer_name(self.layer, SCORES)] = scores_backward(dy, saved)
-        if "attention" in self.calls:
+        if isinstance(network, ExpertsSublayerSaved):
+            dy = self.call(network.router).dy
+            found[layer_name(self.layer, SCORES)] = scores_backward(dy, network.router)
+        if self.inside:
             for part, x in self._inside(block).items():
                 found[layer_name(self.layer, f"{ATTENTION}.{part}")] = x
         return found
 
     def _inside(self, block: BlockSaved) -> Arrays:
         """Those inside attention."""
-        do, saved, (dq, dk, dv) = self.calls["attention"][0]
-        project = block.attention.mla.project
-        dlatent = self._given("rms_norm", project.kv_a_norm)
-        dkey = self._given("rope", project.k_pe)[:, :, 0, :]
+        mla = block.attention.mla
+        do, saved, (dq, dk, dv) = self.call(mla.attention)
+        dlatent = self.call(mla.project.kv_a_norm).dy
+        dkey = self.call(mla.project.k_pe).dy[:, :, 0, :]
         return {
             "latent": np.concatenate((dlatent, dkey), axis=-1),
             "q": dq,
@@ -79,9 +86,9 @@ class Calls:
             "probabilities": einsum("bthv,bshv->bhts", do, saved.v),  # o = p v
         }
 
-    def _given(self, op: str, saved: Any) -> Any:
-        """The cotangent of the call with this very ``saved``."""
-        return next(call.dy for call in self.calls[op] if call.saved is saved)
+    def call(self, saved: Any) -> Call:
+        """The call with this very ``saved``."""
+        return next(call for call in self.calls if call.saved is saved)
 
 
 def activations_of(layer: int, block: BlockSaved, names: Iterable[str], ops: Ops) -> Arrays:
@@ -112,12 +119,13 @@ def noting(op: AnyOp, outputs: list[np.ndarray]) -> AnyOp:
     return Op(forward, op.backward)
 
 
-def noting_backward(op: AnyOp, calls: list[Call]) -> AnyOp:
-    """``op``, whose backward also appends its `Call` to ``calls``."""
+def noting_backward(op: AnyOp, calls: list[Call], *, keep: bool) -> AnyOp:
+    """``op``, whose backward also appends its `Call` to ``calls``, with the gradients to
+    ``keep``."""
 
     def backward(dy: Any, saved: Any) -> Any:
         gradients = op.backward(dy, saved)
-        calls.append(Call(dy, saved, gradients))
+        calls.append(Call(dy, saved, gradients if keep else None))
         return gradients
 
     return Op(op.forward, backward)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..array import expect, expect_mask
 from ..ops import GRPO_PRESETS, grpo_forward
 
 __all__ = ["GRPO", "SETTINGS"]
@@ -46,7 +47,7 @@ class GRPO:
         a name of `GRPO_PRESETS` whose settings hold unless given."""
         given = dict(settings)
         temperature, preset = given.pop("temperature", 1.0), given.pop("preset", "deepseekmath")
-        if preset not in GRPO_PRESETS:
+        if not isinstance(preset, str) or preset not in GRPO_PRESETS:
             raise ValueError(
                 f"preset must be one of {', '.join(GRPO_PRESETS)}, got {json.dumps(preset)}"
             )
@@ -63,21 +64,28 @@ class GRPO:
         try:
             if not (isinstance(self.temperature, int | float) and 0 < self.temperature < np.inf):
                 raise ValueError(f"temperature must be above 0 and finite, got {self.temperature}")
+            expect_mask("mask", self.mask, "(B, T)", shape)
+            expect("advantages", self.advantages, "(B,)", shape[:1])
+            for name in ("old_log_prob", "reference_log_prob"):
+                if (x := getattr(self, name)) is not None:
+                    expect(name, x, "(B, T)", shape)
             with np.errstate(all="ignore"):
                 grpo_forward(np.zeros(shape), **self.arguments(np.dtype(np.float64)))
-            for name in ARRAYS[:1] + ARRAYS[2:4]:
-                x = getattr(self, name)
-                counted = self.mask if name != "advantages" else self.mask.any(axis=1)
-                if x is not None and not np.isfinite(x[counted]).all():
+            for name, x in self.inputs(np.dtype(np.float64)).items():
+                if x is not None and not np.isfinite(x).all():
                     raise ValueError(f"{name} must be finite, got NaN or infinity")
         except (TypeError, ValueError, LookupError, OverflowError) as error:
             raise ValueError(f"grpo can't be computed: {error}") from error
 
     def inputs(self, dtype: np.dtype[Any]) -> dict[str, np.ndarray | None]:
-        """The given numbers in the type to compute in."""
-        given = {name: getattr(self, name) for name in ARRAYS[:1] + ARRAYS[2:4]}
+        """The given numbers in the type to compute in, 0 where no token counts."""
+        hidden = {"old_log_prob": self.old_log_prob, "reference_log_prob": self.reference_log_prob}
+        given = {
+            name: None if x is None else np.where(self.mask, x, 0) for name, x in hidden.items()
+        }
         with np.errstate(over="ignore", invalid="ignore"):
-            return {name: None if x is None else x.astype(dtype) for name, x in given.items()}
+            every = {"advantages": self.advantages} | given
+            return {name: None if x is None else x.astype(dtype) for name, x in every.items()}
 
     def arguments(self, dtype: np.dtype[Any]) -> dict[str, Any]:
         """All keyword arguments of `grpo_forward`."""

@@ -96,7 +96,7 @@ class Request:
     grpo: GRPO | None = None  # GRPO's loss, instead of the cross-entropy
     split: str | None = None  # as `SPEC`: also write the terms of each part
     units: tuple[str, ...] = ()  # of `UNITS`: also measure the unit of error of every tensor
-    reruns: int = 4  # for each type of units
+    reruns: int = 6  # for each type of units
     seed: int = 0  # of the reruns
 
     def config(self, config: ModelConfig) -> ModelConfig:

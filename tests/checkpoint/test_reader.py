@@ -4,6 +4,8 @@ arrays."""
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,14 +18,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from refimpl.array import Array
-from refimpl.checkpoint import Checkpoint, write_random
+from refimpl.checkpoint import Checkpoint, save_checkpoint, write_random
 from refimpl.checkpoint.config_json import ARCHITECTURES
+from refimpl.checkpoint.files import content_fingerprint
 from refimpl.config import CONVENTIONS
 from refimpl.errors import CouldNotRun
 from refimpl.parameters import parameter_shapes
 
 from checkpoint.examples import TINY, same
 from golden.checkpoint_values import LEFT
+from random_parameters import random_parameters
 
 INDICES = [
     0,
@@ -227,3 +231,31 @@ def test_conventions(tmp_path: Path) -> None:
         assert opened == replace(TINY, conventions=conventions)
         opened = Checkpoint.open(tmp_path / "b", conventions=conventions).config
         assert opened == replace(TINY, conventions=replace(conventions, rope_layout="halves"))
+
+
+def test_fingerprint(tmp_path: Path) -> None:
+    """A copy has the same; another number, header, name or config.json another one, in one file and
+    in shards."""
+    params = random_parameters(TINY)
+    for place, shard in (("one", 10**9), ("shards", 20_000)):
+        folder = tmp_path / place
+        save_checkpoint(params, TINY, folder, shard_bytes=shard)
+        found = content_fingerprint(folder)
+        copy = shutil.copytree(folder, tmp_path / f"{place} copied")
+        os.utime(copy / "config.json", (0, 0))
+        assert content_fingerprint(copy) == found
+        (copy / "notes.safetensors").write_bytes(b"another file")
+        assert content_fingerprint(copy) == found
+        files = sorted(file for file in copy.iterdir() if file.name in os.listdir(folder))
+        for file in [file for file in files if "index" not in file.name]:
+            data = file.read_bytes()
+            for changed in (data[:-1] + bytes([data[-1] ^ 1]), data[:9] + b" " + data[10:]):
+                file.write_bytes(changed)
+                assert content_fingerprint(copy) != found, file
+            file.write_bytes(data)
+        assert content_fingerprint(copy) == found
+    large = tmp_path / "large"
+    shutil.copytree(tmp_path / "one", large)
+    with (large / "model.safetensors").open("r+b") as file:
+        file.truncate(2**34)  # sparse: read whole, it would take minutes
+    assert content_fingerprint(large) != found

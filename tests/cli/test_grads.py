@@ -18,11 +18,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from refimpl.checkpoint import Checkpoint, save_checkpoint
+from refimpl.checkpoint.files import content_fingerprint
 from refimpl.checkpoint.names import stored_names
 from refimpl.cli.grads import differing
 from refimpl.cli.inputs import text_tokens
 from refimpl.config import CONVENTIONS, Conventions, Yarn, preset
+from refimpl.grads import GRPO, loss_and_grads
 from refimpl.model import backward, forward
+from refimpl.ops import GRPO_PRESETS
 from refimpl.parameters import parameter_shapes
 
 from golden.checkpoint_values import GOLDEN, LEFT, Values, assert_agree, golden_values
@@ -238,6 +241,64 @@ def test_dlogits(folder: Path, run: Any, tmp_path: Path) -> None:
     _, saved = forward(source.load(), TOKENS, source.config, with_loss=False)
     expect_equal(tmp_path / "out", backward(saved, dlogits=dlogits))
     assert not (tmp_path / "out" / "logits.safetensors").exists()
+
+
+def test_grpo(folder: Path, run: Any, tmp_path: Path) -> None:
+    """In three lines of the user's, with units, documents and positions: what the library makes of
+    the same; the index names the checkpoint."""
+    mask = np.arange(10) < [[9], [6]]
+    old = np.full(TOKENS.shape, -5.0, np.float32)
+    arrays = {"mask": mask.astype(np.int64), "advantages": np.float32([1, -2]), "old_log_prob": old}
+    settings = {"preset": "dapo", "temperature": 0.8}
+    save_file(arrays, tmp_path / "grpo.safetensors", metadata={"settings": json.dumps(settings)})
+    segments, positions = np.repeat([[0, 1]], 5, axis=1) + np.zeros((2, 1), int), np.arange(10) * 2
+    np.save("segments.npy", segments)
+    np.save("positions.npy", positions)
+    mask &= np.arange(10) != 4  # the end of a document
+    code, _, error = run(
+        "--out",
+        tmp_path / "x",
+        "--grpo",
+        tmp_path / "grpo.safetensors",
+        "--segments",
+        "segments.npy",
+    )
+    assert (code, error.count("\n")) == (2, 1)
+    assert error.startswith("refimpl: --grpo: its mask must be False where no target can count")
+    save_file(
+        arrays | {"mask": mask},
+        tmp_path / "grpo.safetensors",
+        metadata={"settings": json.dumps(settings)},
+    )
+    code, _, error = run(
+        "--out",
+        tmp_path / "out",
+        "--grpo",
+        tmp_path / "grpo.safetensors",
+        "--segments",
+        "segments.npy",
+        "--positions",
+        "positions.npy",
+        "--units",
+        "bfloat16,float32",
+    )
+    assert (code, error) == (0, "")
+    policy = GRPO(
+        mask, np.float64([1, -2]), old.astype(float), temperature=0.8, settings=GRPO_PRESETS["dapo"]
+    )
+    loss, gradients = loss_and_grads(
+        "checkpoint", TOKENS, dtype="float32", grpo=policy, segments=segments, positions=positions
+    )
+    found = read(tmp_path / "out")
+    assert found["out/loss"] == loss
+    assert all(np.array_equal(found[f"grad/{name}"], x) for name, x in gradients.items())
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert index["metadata"]["request"]["grpo"]["clip"] == [0.2, 0.28]
+    assert index["metadata"]["checkpoint"] == {
+        "path": str(folder / "checkpoint"),
+        "fingerprint": content_fingerprint(folder / "checkpoint"),
+    }
+    assert index["tensors"]["grad/model.norm.weight"]["units"].keys() == {"bfloat16", "float32"}
 
 
 def test_text(folder: Path, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -749,6 +810,59 @@ BAD = [
         "--implementation must be one of reference, flash",
     ),
     (
+        ["--out", "o", "--positions", "flat.json"],
+        "tokens.npy",
+        "--positions must have shape (B, T) or (T,)=(2, 10), got (3,)",
+    ),
+    (
+        ["--out", "o", "--segments", "flat.json"],
+        "tokens.npy",
+        "--segments must have shape (B, T)=(2, 10), got (1, 3)",
+    ),
+    (
+        ["--out", "o", "--units", "float64"],
+        "tokens.npy",
+        "--units of float64 need results of that type to compare with, got float32",
+    ),
+    (
+        ["--out", "o", "--units", "float16"],
+        "tokens.npy",
+        "--units must be of float64, float32, bfloat16, got float16",
+    ),
+    (
+        ["--out", "o", "--activations", "*.self_attn.q", "--implementation", "flash"],
+        "tokens.npy",
+        "--activations inside attention are those of the implementation reference, got flash",
+    ),
+    *(
+        (["--out", "o", "--grpo", f"grpo-{number}.safetensors"], "tokens.npy", message)
+        for number, message in enumerate(
+            (
+                "--grpo grpo-0.safetensors must hold mask and advantages, lacks mask",
+                "--grpo grpo-1.safetensors must hold mask and advantages, lacks advantages",
+                "alone, holds colour",
+                "--grpo grpo-3.safetensors must hold 0 and 1 as mask, got other numbers",
+                "--grpo grpo-4.safetensors must hold floating advantages, got int64",
+                "--grpo grpo-5.safetensors: settings is not JSON",
+                "--grpo grpo-6.safetensors: settings must be a JSON object",
+                "--grpo grpo-7.safetensors: settings: clips must be one of preset, temperature, "
+                "clip, dual_clip",
+                "--grpo grpo-8.safetensors: settings: preset must be one of deepseekmath, ",
+                "--grpo can't be computed: temperature must be above 0 and finite, got 0",
+                "--grpo must leave at least one target that counts",
+                "--grpo: its mask must be False where no target can count",
+                "--grpo can't be computed: advantages must have shape (B,)=(2,), got (1,)",
+                "--grpo can't be computed: reference_log_prob must be given unless kl_weight is 0",
+            )
+        )
+    ),
+    (
+        ["--out", "o", "--grpo", "grpo-13.safetensors", "--mtp"],
+        "tokens.npy",
+        "--grpo has a loss and a mask of its own: it cannot be combined with mtp, mask or dlogits",
+    ),
+    (["--out", "o", "--grpo", "broken.npy"], "tokens.npy", "broken.npy is not a safetensors file"),
+    (
         ["--out", "checkpoint"],
         "tokens.npy",
         "checkpoint holds other things (config.json): give a folder of its own",
@@ -813,11 +927,36 @@ def test_could_not_run(
     for number, layers in enumerate((["01"], ["\u0662"], ["9" * 5000], [""], ["7", "0"], ["3"])):
         strange = {f"aux/routes.{layer}": routes for layer in ["1", "2", *layers]}
         save_file(strange, f"layer-{number}.safetensors")
+    save_wrong_policies()
     code, _, error = run(*arguments, tokens=tokens)
     assert (code, error.count("\n")) == (2, 1)
     assert error.startswith("refimpl: ")
     assert message in error
     assert not Path("o").exists()
+
+
+def save_wrong_policies() -> None:
+    """Files for --grpo, each with another mistake."""
+    right = {"mask": np.arange(10) < [[9], [5]], "advantages": np.ones(2)}
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"mask": None}, "{}"),
+        ({"advantages": None}, "{}"),
+        ({"colour": np.ones(2)}, "{}"),
+        ({"mask": 2 * right["mask"].astype(int)}, "{}"),
+        ({"advantages": np.ones(2, int)}, "{}"),
+        ({}, "{"),
+        ({}, "[]"),
+        ({}, '{"clips": [1, 2]}'),
+        ({}, '{"preset": ["dapo"]}'),
+        ({}, '{"temperature": 0}'),
+        ({"mask": np.zeros((2, 10), bool)}, '{"preset": "dapo"}'),
+        ({"mask": np.ones((2, 10), bool)}, '{"preset": "dapo"}'),
+        ({"advantages": np.ones(1)}, '{"preset": "dapo"}'),
+        ({}, "{}"),
+    ]
+    for number, (change, settings) in enumerate(changes):
+        arrays = {name: x for name, x in (right | change).items() if x is not None}
+        save_file(arrays, f"grpo-{number}.safetensors", metadata={"settings": settings})
 
 
 def test_a_checkpoint_with_a_dangling_link(folder: Path, run: Any, tmp_path: Path) -> None:

@@ -44,6 +44,15 @@ def calls_before(number: int, among: Callable[..., bool] = lambda *args: True) -
     return lambda *args: among(*args) and next(count) == number
 
 
+def behind(weight: np.ndarray, move: Move) -> Ops:
+    """The ops of a model in which the output of the one with this weight is moved."""
+    changed = {
+        name: forward_of(op, lambda *x: len(x) > 1 and x[1] is weight, lambda y, *_: move(y))
+        for name, op in REFERENCE.items()
+    }
+    return REFERENCE | changed
+
+
 def moved(name: str, move: Move) -> Ops:
     """The ops of a model one of whose activations is moved."""
     ops, own = REFERENCE, name.removeprefix("model.layers.")
@@ -52,9 +61,7 @@ def moved(name: str, move: Move) -> Ops:
             "embedding": forward_of(ops.embedding, calls_before(0), lambda y, *_: move(y))
         }
     if name == "model.norm":
-        final = COMPLEX[FINAL_NORM]
-        norm = forward_of(ops.rms_norm, lambda x, w: w is final, lambda y, *_: move(y))
-        return ops | {"rms_norm": norm}
+        return behind(COMPLEX[FINAL_NORM], move)
     number, _, part = own.partition(".")
     layer, dense = int(number), int(number) < TINY.dense_layers
     if part == "":
@@ -93,9 +100,8 @@ def moved_inside(layer: int, part: str, move: Move) -> Ops:
             both = move(np.concatenate(joined, axis=-1))
             return both[..., :c] if y.shape[-1] == c else both[..., c:]
 
-        return ops | {
-            "rms_norm": forward_of(ops.rms_norm, lambda x, w: w is norm, lambda y, *_: shown(y)),
-            "rope": forward_of(ops.rope, key, lambda y, x: shown(y[:, :, 0])[:, :, None]),
+        return behind(norm, shown) | {
+            "rope": forward_of(ops.rope, key, lambda y, x: shown(y[:, :, 0])[:, :, None])
         }
     meant = calls_before(layer)
     if part == "probabilities":
@@ -189,7 +195,7 @@ def unrotated(self: Calls, block: Any) -> Any:
 
 def one_head(self: Calls, block: Any) -> Any:
     found = INSIDE(self, block)
-    _, _, (_, dk, _) = self.calls["attention"][0]
+    _, dk, _ = self.call(block.attention.mla.attention).gradients
     latent = found["latent"].copy()
     latent[..., TINY.kv_latent :] = dk[:, :, 0, TINY.nope :]
     return found | {"latent": latent}

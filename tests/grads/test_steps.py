@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from refimpl import __version__
 from refimpl.check.cases import model_variant
 from refimpl.checkpoint.source import MemorySource
 from refimpl.config import Conventions
@@ -142,6 +144,75 @@ def test_masks_and_targets(tmp_path: Path) -> None:
         np.testing.assert_allclose(
             found["out/loss_per_token"].sum() / found["in/mask"].sum(), output.main, rtol=1e-14
         )
+
+
+def test_documents_and_positions(tmp_path: Path) -> None:
+    """Segments and positions go where the model puts them, MTP's too, and are written."""
+    params = random_parameters(TINY)
+    segments = np.repeat([[1, 2, 4], [1, 1, 2]], 4, axis=1)
+    positions = np.arange(12) - np.array([[0] * 4 + [4] * 4 + [8] * 4, [0] * 8 + [8] * 4])
+    plain, _ = forward(params, TOKENS, TINY)
+    cases: list[dict[str, Any]] = [
+        {"segments": segments},
+        {"positions": positions},
+        {"positions": 3 * np.arange(12), "segments": segments},
+    ]
+    for number, given in enumerate(cases):
+        output, saved = forward(params, TOKENS, TINY, **given)
+        out = tmp_path / str(number)
+        stream(params, TINY, out, mtp=True, balance_alpha=TINY.balance_weight, **given)
+        expect_equal(out, output, params, backward(saved))
+        assert output.loss != plain.loss
+        found = read(out)
+        for name in ("segments", "positions"):
+            assert (f"in/{name}" in found) == (name in given)
+            if name in given:
+                wanted = np.broadcast_to(given[name], TOKENS.shape)
+                assert np.array_equal(found[f"in/{name}"], wanted)
+
+
+def test_the_index(tmp_path: Path) -> None:
+    """What the index says of the whole; an array that has two names is stored once."""
+    config, params = replace(TINY, mtp_depth=0), random_parameters(TINY)
+    routes = forward(params, TOKENS, TINY)[0].routes
+    stream(params, TINY, tmp_path / "out", routes=routes, activations="*", balance_alpha=0.5)
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    settings = {**asdict(replace(config, balance_weight=0.5))}
+    assert index["metadata"] == json.loads(
+        json.dumps(
+            {
+                "format": 1,
+                "kind": "model",
+                "refimpl": __version__,
+                "numpy": np.__version__,
+                "dtype": "float64",
+                "implementation": "reference",
+                "config": settings,
+                "checkpoint": None,
+                "request": {
+                    "mtp": False,
+                    "balance_alpha": 0.5,
+                    "layers": None,
+                    "only": "*",
+                    "activations": "*",
+                    "mtp_weight": None,
+                    "loss": "cross_entropy",
+                    "grpo": None,
+                    "routes_given": True,
+                    "convention": "official",
+                },
+                "units": None,
+            }
+        )
+    )
+    same = {n: e["same_as"] for n, e in index["tensors"].items() if "same_as" in e}
+    names = [f"cot/model.layers.{layer}" for layer in range(3)]
+    assert same == {f"{name}.self_attn": f"{name}.after_attention" for name in names}
+    stream(params, TINY, tmp_path / "some", activations="*.self_attn", only="model.norm*")
+    some, every = read(tmp_path / "some"), read(tmp_path / "out")
+    assert {name for name in some if name.startswith("cot/")} == set(same)
+    assert not (tmp_path / "some" / "grad-layer-00000.safetensors").exists()
+    assert all(some[f"act/{name[4:]}"].shape == every[name].shape for name in same)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -294,8 +365,9 @@ def test_activations(tmp_path: Path) -> None:
 
 
 def test_cotangents(tmp_path: Path) -> None:
-    """Those between the parts; each makes the gradients of what its activation is made of: the table's rows, the norm's
-    weight, and the weights of the last product that joins a layer's output."""
+    """Of those between the parts, each makes the gradients of what its activation is made of: the
+    table's rows, the norm's weight, and the weights of the last product that joins a layer's
+    output."""
     config = replace(TINY, mtp_depth=0, balance_weight=0.0)
     params = random_parameters(config)
     stream(params, config, tmp_path / "out", activations="*")

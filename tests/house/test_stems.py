@@ -19,6 +19,7 @@ TESTED_ELSEWHERE = {  # a module, or a folder of them, without a test file: what
     "checkpoint/source": "tests/grads, from memory, and tests/cli/test_grads.py, from files",
     "cli/inputs": "tests/cli/test_grads.py and test_generate.py: each kind of file",
     "conventions/examples": "tests/conventions/test_traps.py: the numbers of every trap",
+    "grads/rounded": "tests/grads/test_units.py: bfloat16's units, and the rounding itself",
     "errors": "an exception, which the tests of messages raise",
     "grads/request": "tests/cli/test_grads.py: what can't be asked for; tests/grads: what can",
     "grads/result": "tests/grads/test_steps.py: the model's loss, routes and loads",
