@@ -32,6 +32,7 @@ __all__ = [
     "expect_ids",
     "expect_mask",
     "expect_some",
+    "expect_that",
     "fill",
     "integers",
     "finite",
@@ -160,6 +161,12 @@ def integers(x: Array) -> list[int]:
     """A 1-D array of integers as Python's own, in one copy from a device: ``map(int, x)`` would be
     a copy for each of them, and wait for the device each time."""
     return x.tolist() if hasattr(x, "tolist") else [int(n) for n in x]
+
+
+def expect_that(holds: bool, message: str) -> None:
+    """ValueError with the message unless something ``holds``."""
+    if not holds:
+        raise ValueError(message)
 
 
 def expect_some(name: str, x: Array, letters: str) -> None:

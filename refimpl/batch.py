@@ -1,17 +1,28 @@
-"""The batch: tokens and targets, what counts and who sees whom, as each depth meets them.
+"""The batch, or a part of one: tokens and targets, what counts and who sees whom, as each depth
+meets them.
 
 Letters: B batch, T position.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
-from .array import Array, expect, expect_ids, expect_mask, library, namespace
+from .array import Array, expect, expect_ids, expect_mask, expect_that, library, namespace
 from .config import ModelConfig
 from .ops import mtp_pairs
 
-__all__ = ["Batch", "make_batch"]
+__all__ = ["Batch", "Whole", "make_batch"]
+
+
+class Whole(NamedTuple):
+    """Of the whole batch, what the sums of a part are divided by; None: by the part's own."""
+
+    targets: float | None = None  # that count in the main loss
+    mtp: tuple[float, ...] = ()  # the normaliser of each MTP module's loss
+    sequences: float | None = None  # of the balance loss
+    cut: Mapping[int, tuple[Array, Array]] = {}  # by layer, of sequences that lie in several parts
 
 
 class Batch(NamedTuple):
@@ -27,24 +38,34 @@ class Batch(NamedTuple):
     positions: Array  # for RoPE
     takes_part: Array | None  # False for padding and, in MTP, where two documents would be joined
     segments: Array | None
+    mtp_normaliser: str = "valid"  # the convention
+    whole: Whole = Whole()  # its targets: those of this depth
+    further: Batch | None = None  # with the tokens that follow the part
 
     def at(self, depth: int) -> Batch:
         """The batch as MTP module ``depth`` meets it."""
+        given = self.further or self
         pairs = mtp_pairs(
-            self.tokens, self.targets, self.mask, depth, self.segments, self.takes_part
+            given.tokens, given.targets, given.mask, depth, given.segments, given.takes_part
         )
-        cut = self.tokens.shape[1] - depth
-        segments = None if self.segments is None else self.segments[:, :cut]
-        return Batch(*pairs[:3], self.positions[:, :cut], pairs[3], segments)
+        own = min(self.tokens.shape[1], given.tokens.shape[1] - depth)
+        arrays = (*pairs[:3], given.positions, pairs[3], given.segments)
+        whole = self.whole._replace(targets=self._normaliser(depth))
+        return Batch._make((*_first(arrays, own), self.mtp_normaliser, whole, None))
 
-    def mtp_normaliser(self, convention: str) -> float | None:
-        """What the sum of an MTP loss is divided by (of the main batch); None: by the module's own
-        targets."""
-        if convention == "positions":
+    def _normaliser(self, depth: int) -> float | None:
+        """What the sum of an MTP loss is divided by; None: by the module's own targets."""
+        if self.whole.mtp:
+            return self.whole.mtp[depth - 1]
+        if self.mtp_normaliser == "positions":
             return (
                 float(self.tokens.size) if self.takes_part is None else count_true(self.takes_part)
             )
-        return count_true(self.mask) if convention == "main" else None
+        return count_true(self.mask) if self.mtp_normaliser == "main" else None
+
+
+def _first(arrays: Iterable[Array | None], positions: int) -> list[Any]:
+    return [None if x is None else x[:, :positions] for x in arrays]
 
 
 def make_batch(
@@ -57,6 +78,8 @@ def make_batch(
     key_mask: Array | None = None,
     segments: Array | None = None,
     positions: Array | None = None,
+    whole: Whole | None = None,
+    follow: int = 0,
     with_loss: bool = True,
 ) -> Batch:
     """The main model's batch, with the defaults that `forward` promises, on the device of ``like``,
@@ -69,11 +92,11 @@ def make_batch(
             f"tokens must have shape (B, T) with T at most index_topk={config.index_topk}: beyond, "
             f"the model's indexer, left out here, chooses keys, got {tokens.shape}"
         )
-    if t <= (config.mtp_depth if with_loss else 0):
-        raise ValueError(
-            f"tokens must have shape (B, T) with T > mtp_depth={config.mtp_depth}, got "
-            f"{tokens.shape}"
-        )
+    expect_that(0 <= follow < t, f"follow must lie in 0…T−1={t - 1}, got {follow}")
+    expect_that(
+        t > (config.mtp_depth if with_loss else 0),
+        f"tokens must have shape (B, T) with T > mtp_depth={config.mtp_depth}, got {tokens.shape}",
+    )
     tokens = expect_ids("tokens", tokens, config.vocabulary)
     for name, given in (("targets", targets), ("segments", segments)):
         if given is not None:
@@ -102,7 +125,10 @@ def make_batch(
     elif positions.shape != (t,):
         expect("positions", positions, "(B, T) or (T,)", (b, t))
     mask = counts if mask is None else mask
-    return Batch(tokens, targets, mask, xp.broadcast_to(positions, (b, t)), key_mask, segments)
+    positions = xp.broadcast_to(positions, (b, t))
+    arrays = (tokens, targets, mask, positions, key_mask, segments)
+    batch = Batch(*arrays, config.conventions.mtp_normaliser, whole or Whole())
+    return Batch._make((*_first(arrays, t - follow), *batch[6:8], batch if follow else None))
 
 
 def from_first_token(key_mask: Array) -> Array:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from math import isfinite
 from typing import Literal, get_origin, get_type_hints
 
+from .array import expect_that
 from .ops.choices import (
     BlindQuery,
     GroupScore,
@@ -143,38 +144,39 @@ class ModelConfig:
         for f in fields(self):
             value = getattr(self, f.name)
             least = 0 if f.name in ("dense_layers", "shared_experts", "mtp_depth") else 1
-            if f.type == "int" and not (isinstance(value, int) and value >= least):
-                raise ValueError(f"{f.name} must be an integer of at least {least}, got {value!r}")
+            expect_that(
+                f.type != "int" or (isinstance(value, int) and value >= least),
+                f"{f.name} must be an integer of at least {least}, got {value!r}",
+            )
         _check_choices(self)
         for name in ("norm_eps", "theta", "routed_scale", "mtp_weight", "balance_weight"):
             value, least_number = getattr(self, name), 1.0 if name == "theta" else 0.0
             holds = isinstance(value, (int, float)) and value >= least_number and isfinite(value)
-            if not holds:
-                raise ValueError(
-                    f"{name} must be a finite number of at least {least_number}, got {value!r}"
-                )
+            expect_that(
+                holds, f"{name} must be a finite number of at least {least_number}, got {value!r}"
+            )
         if self.yarn is not None:
             check_yarn(self.yarn)
-            if self.theta == 1:
-                raise ValueError("theta must be above 1 with YaRN, got 1")
-        if self.rope % 2:
-            raise ValueError(f"rope must be even, got {self.rope}")
-        if self.dense_layers > self.layers:
-            raise ValueError(
-                f"dense_layers must be at most layers={self.layers}, got {self.dense_layers}"
-            )
-        if self.experts % self.groups or not 1 <= self.keep_groups <= self.groups:
-            raise ValueError(
-                f"groups must divide experts={self.experts} and keep_groups lie in 1…groups, "
-                f"got {self.groups} and {self.keep_groups}"
-            )
+            expect_that(self.theta != 1, "theta must be above 1 with YaRN, got 1")
+        expect_that(self.rope % 2 == 0, f"rope must be even, got {self.rope}")
+        expect_that(
+            self.dense_layers <= self.layers,
+            f"dense_layers must be at most layers={self.layers}, got {self.dense_layers}",
+        )
+        expect_that(
+            self.experts % self.groups == 0 and 1 <= self.keep_groups <= self.groups,
+            f"groups must divide experts={self.experts} and keep_groups lie in 1…groups, "
+            f"got {self.groups} and {self.keep_groups}",
+        )
         reach = self.experts // self.groups * self.keep_groups
-        if self.top_k > reach:
-            raise ValueError(
-                f"top_k must be at most {reach}, experts / groups × keep_groups, got {self.top_k}"
-            )
-        if not (self.index_topk is None or self.index_topk >= 1):
-            raise ValueError(f"index_topk must be at least 1 or None, got {self.index_topk}")
+        expect_that(
+            self.top_k <= reach,
+            f"top_k must be at most {reach}, experts / groups × keep_groups, got {self.top_k}",
+        )
+        expect_that(
+            self.index_topk is None or self.index_topk >= 1,
+            f"index_topk must be at least 1 or None, got {self.index_topk}",
+        )
 
     @property
     def context(self) -> int:
@@ -286,6 +288,5 @@ PRESETS: dict[str, ModelConfig] = {
 
 def preset(name: str) -> ModelConfig:
     """The preset called ``name``; ValueError lists the names if there is none."""
-    if name not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    expect_that(name in PRESETS, f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
     return PRESETS[name]

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from .array import Array, expect, library, namespace, number, real, zeros
-from .batch import Batch, make_batch
+from .batch import Batch, Whole, make_batch
 from .config import ModelConfig
 from .ops import (
     REFERENCE,
@@ -99,6 +99,7 @@ class BlockSaved(NamedTuple):
 
 
 class MTPModuleSaved(NamedTuple):
+    given: int  # positions of the state that it was handed, and of which it may read fewer
     embedding: Any
     keep: Array | None  # [B, T−k, 1]: 0 where the convention zeroes the embedding
     mtp: Any
@@ -146,6 +147,8 @@ def forward(
     segments: Array | None = None,
     positions: Array | None = None,
     routes: Mapping[int, Route] | None = None,
+    whole: Whole | None = None,
+    follow: int = 0,
     ops: Ops = REFERENCE,
     with_loss: bool = True,
 ) -> tuple[ModelOutput, ModelSaved]:
@@ -165,6 +168,11 @@ def forward(
             MTP module leaves out the positions whose later token lies in another.
         positions: [B, T] or [T] for RoPE, default 0 … T − 1.
         routes: by layer, choices to replay instead of selecting experts.
+        whole: counts of the batch that this is a part of. The losses are then the part's share, and
+            the sum over all parts, of losses and of gradients, is the whole batch's.
+        follow: how many of the last tokens are not the part's own but follow it in its sequences:
+            what MTP modules read and predict at its end. Where sequences are cut,
+            ``ops.attention`` must fetch the keys before the part.
         ops: the table of implementations, ``REFERENCE | {name: Op(forward, backward)}``.
 
     Returns (ModelOutput, saved). ValueError names every tensor that is missing or misshapen.
@@ -180,6 +188,8 @@ def forward(
         key_mask=key_mask,
         segments=segments,
         positions=positions,
+        whole=whole,
+        follow=follow,
         with_loss=with_loss,
     )
     run = Run(params, config, ops_for(batch, config, ops), routes or {}, with_loss)
@@ -195,12 +205,11 @@ def forward(
     mtp_heads: list[Any] = []
     if with_loss:
         main, head_saved = head_forward(run, hidden, batch)
-        normaliser = batch.mtp_normaliser(config.conventions.mtp_normaliser)
         state = mtp_input(config, hidden, x)
         for depth in range(1, config.mtp_depth + 1):
             later = batch.at(depth)
             state, normed, module = mtp_module_forward(run, depth, state, later)
-            mtp_loss, mtp_head = head_forward(run, normed, later, normaliser)
+            mtp_loss, mtp_head = head_forward(run, normed, later)
             mtp.append(mtp_loss)
             modules.append(module)
             mtp_heads.append(mtp_head)
@@ -395,6 +404,8 @@ def experts_sublayer_forward(
             top_k=config.top_k,
             counted=counted,
             mask=batch.takes_part,
+            sequences=batch.whole.sequences,
+            cut=batch.whole.cut.get(layer),
         )
     weights = run.weights(layer, experts_names(config))
     y, moe_saved = ops.moe.forward(h, routed.weights, *weights, indices=routed.indices, ops=ops)
@@ -497,16 +508,14 @@ def logits(params: Parameters, hidden: Array, ops: Ops = REFERENCE) -> Array:
     return ops.linear.forward(hidden, params[head])[0]
 
 
-def head_forward(
-    run: Run, hidden: Array, batch: Batch, normaliser: float | None = None
-) -> tuple[Array, Any]:
-    """The cross-entropy of one depth, by default over its own counted targets."""
+def head_forward(run: Run, hidden: Array, batch: Batch) -> tuple[Array, Any]:
+    """The cross-entropy of one depth."""
     return run.ops.head_cross_entropy.forward(
         hidden,
         run.params[head_name(run.config)],
         targets=batch.targets,
         mask=batch.mask,
-        normaliser=normaliser,
+        normaliser=batch.whole.targets or None,
         ops=run.ops,
     )
 
@@ -547,7 +556,7 @@ def mtp_module_forward(
     output (the head's input), and saved."""
     config, ops = run.config, run.ops
     layer = mtp_layer(config, depth)
-    state = state[:, : batch.tokens.shape[1], :]
+    given, state = state.shape[1], state[:, : batch.tokens.shape[1], :]
     embedding, embedding_saved = ops.embedding.forward(run.params[EMBEDDING], ids=batch.tokens)
     keep = None
     if config.conventions.mtp_zero_first_embedding:
@@ -565,7 +574,7 @@ def mtp_module_forward(
     norm = run.weight(layer, MTP_NORM)
     normed, norm_saved = ops.rms_norm.forward(x, norm, eps=config.norm_eps)
     state = x if config.mtp_hands_on_raw else normed
-    return state, normed, MTPModuleSaved(embedding_saved, keep, mtp_saved, block, norm_saved)
+    return state, normed, MTPModuleSaved(given, embedding_saved, keep, mtp_saved, block, norm_saved)
 
 
 def mtp_module_backward(
@@ -593,5 +602,6 @@ def mtp_module_backward(
     if saved.keep is not None:
         dembedding = dembedding * saved.keep
     grads.add(EMBEDDING, ops.embedding.backward(dembedding, saved.embedding))
-    last = zeros((dread.shape[0], 1, dread.shape[2]), dread)  # the position this depth did not read
+    unread = saved.given - dread.shape[1]
+    last = zeros((dread.shape[0], unread, dread.shape[2]), dread)
     return namespace(dread=dread).concat((dread, last), axis=1)

@@ -48,7 +48,7 @@ ERRORS = [
     (
         {"q": np.ones((2, 7, 4, 5))},
         ValueError,
-        "q must have at least one position and at most as many as k, S=6, got T=7",
+        r"q must have at least one position and, if causal .*, at most as many as k, S=6, got T=7",
     ),
     (
         {"key_mask": np.ones((2, 3), bool)},
@@ -100,3 +100,23 @@ def check_range_of_validity(
     assert (dq.tolist(), dk.tolist(), dv.tolist()) == ([0], [0, 0], [0, 1])
     o, (_, _, dv) = run([1e-30, -1e-30], 1e-30)
     assert (o.tolist(), dv.tolist()) == ([1.5], [0.5, 0.5])
+
+
+def check_more_queries_than_keys(forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
+    """T > S without a causal mask, as a ring meets a block of keys: every query sees every key that
+    is no padding. The same with hidden keys added until S = T, whose gradients are 0."""
+    rng = np.random.default_rng(0)
+    q, k, v, do = (rng.normal(size=(2, n, 3, 4)) for n in (5, 2, 2, 5))
+    more = np.concatenate((k, rng.normal(size=(2, 3, 3, 4))), axis=1)
+    seen = np.array([[True, True, False, False, False], [True, False, False, False, False]])
+    values = np.concatenate((v, rng.normal(size=(2, 3, 3, 4))), axis=1)
+    for key_mask in (None, seen[:, :2]):
+        hidden = np.tile(seen[:1], (2, 1)) if key_mask is None else seen
+        o, saved = forward(q, k, v, scale=0.5, causal=False, key_mask=key_mask)
+        wanted, whole = forward(q, more, values, scale=0.5, causal=False, key_mask=hidden)
+        (dq, dk, dv), (dq_whole, *whole_sums) = backward(do, saved), backward(do, whole)
+        assert np.allclose(o, wanted, rtol=1e-14, atol=0)
+        assert np.allclose(dq, dq_whole, rtol=1e-13, atol=1e-15)
+        for x, y in zip((dk, dv), whole_sums, strict=True):
+            assert np.allclose(x, y[:, :2], rtol=1e-13, atol=1e-15)
+            assert not y[:, 2:].any()

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refimpl.batch import Batch, count_true, make_batch
-from refimpl.config import CONVENTIONS, preset
+from refimpl.batch import Batch, Whole, count_true, make_batch
+from refimpl.config import CONVENTIONS, Conventions, preset
 
 CONFIG = preset("tiny")  # two MTP modules
 LIKE = np.zeros(1)
@@ -94,13 +94,37 @@ def test_as_a_module_meets_it() -> None:
 
 
 def test_normalisers() -> None:
-    made = batch()
-    assert made.mtp_normaliser("positions") == 10
-    assert made.mtp_normaliser("main") == 8
-    assert made.mtp_normaliser("valid") is None
+    """What the loss of module 1 is divided by under each convention, and of a part, whose main loss
+    has another."""
+
+    def normaliser(rule: Any, **given: Any) -> float | None:
+        config = replace(CONFIG, conventions=Conventions(mtp_normaliser=rule))
+        return make_batch(np.empty(0), TOKENS, config, **given).at(1).whole.targets
+
+    assert normaliser("positions") == 10
+    assert normaliser("main") == 8
+    assert normaliser("valid") is None
     key_mask = np.array([[True] * 5, [False, False, True, True, True]])
-    assert batch(key_mask=key_mask).mtp_normaliser("positions") == 8
+    assert normaliser("positions", key_mask=key_mask) == 8
+    whole = Whole(20.0, (17.0,), 4.0)
+    assert batch().whole.targets is None
+    assert batch(whole=whole).whole.targets == 20
+    assert normaliser("positions", whole=whole) == 17
     assert count_true(np.zeros(3, dtype=bool)) is None  # a sum over none is 0 whatever divides it
+
+
+def test_tokens_that_follow() -> None:
+    """Two of five positions follow: the part's last target is the first of them, and a module reads
+    as far into them as it is deep."""
+    part = batch(follow=2)
+    assert np.array_equal(part.tokens, TOKENS[:, :3])
+    assert np.array_equal(part.targets, TOKENS[:, 1:4])
+    assert part.mask.all()
+    assert np.array_equal(part.at(1).tokens, TOKENS[:, 1:4])
+    assert np.array_equal(part.at(2).targets[:, :-1], TOKENS[:, 3:])
+    assert part.at(2).mask.tolist() == [[True, True, False]] * 2
+    with pytest.raises(ValueError, match=r"follow must lie in 0…T−1=4, got 5"):
+        batch(follow=5)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from ..checkpoint.names import layer_of
 from ..checkpoint.source import Source
 from ..config import CONVENTIONS, Conventions, ModelConfig
 from ..errors import CouldNotRun
-from ..grads import ACTIVATIONS, INNER, UNITS, Request, Result, Size, write_gradients
+from ..grads import ACTIVATIONS, INNER, SPEC, UNITS, Request, Result, Size, write_gradients
 from ..ops import IMPLEMENTATIONS
 from ..parameters import (
     DENSE,
@@ -147,6 +147,14 @@ def grads(
             "that type errs, tensor by tensor, in 6 reruns each. `refimpl check` needs them."
         ),
     ] = "",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Also take the batch in parts: {SPEC}. Every part's gradients are written, term "
+            "by term, and what the usual wrong divisors make of the loss is shown. The whole model "
+            "is in memory."
+        ),
+    ] = None,
     convention: Annotated[str, typer.Option(help=CONVENTION)] = "official",
     implementation: Annotated[
         str, typer.Option(help=f"One of {', '.join(IMPLEMENTATIONS)}; flash for long sequences.")
@@ -203,6 +211,7 @@ def grads(
         positions=None if positions is None else _row(integers(positions, "--positions")),
         segments=None if segments is None else integers(segments, "--segments"),
         grpo=None if grpo is None else read_grpo(grpo),
+        split=split,
         units=tuple(units.split(",")) if units else (),
     )
     said = {} if text is None else {"tokens": "--text: its tokens"}
@@ -216,6 +225,8 @@ def grads(
     )
     after_padding = request.targets_after_padding(config)
     _show(result, config, convention, after_padding)
+    if result.split is not None:
+        _show_split(result.split)
     bad = [name for name, size in result.gradients.items() if not math.isfinite(size.largest)]
     console().print(f"{_verdict(result, bad)}; {seconds:.1f} s; in {out}")
     if json_file is not None:
@@ -310,6 +321,7 @@ def _content(result: Result) -> dict[str, Any]:
         "mtp": result.mtp,
         "balance": result.balance,
         "activations": result.activations,
+        "split": result.split,
         "loads": {layer: load.tolist() for layer, load in result.loads.items()},
         "gradients": {
             name: {"elements": size.elements, "norm": size.norm, "largest": size.largest}
@@ -349,6 +361,35 @@ def _show(result: Result, config: ModelConfig, convention: str, after_padding: b
         cells = [f"{_sum(columns[part]).norm:.3e}" if part in columns else "" for part in PARTS]
         table.add_row(row, *cells, f"{total.norm:.3e}", f"{total.largest:.3e}")
     out.print(table)
+
+
+def _show_split(split: dict[str, Any]) -> None:
+    """The parts, and the loss of each term under every rule; what agrees with the right one can't
+    show in this split."""
+    out, counts = console(), split["counts"]
+    kind = "pieces of sequences" if split["pieces"] else "micro-batches"
+    out.print(
+        f"split {split['spec']}: {len(split['shapes'])} {kind}, {split['ranks']} ranks; "
+        "losses with λ and α"
+    )
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title in ("part", "shape", *(f"{term} counts" for term in counts)):
+        table.add_column(title, justify="right", no_wrap=True)
+    for part, (rows, length) in enumerate(split["shapes"]):
+        shape = f"{rows}×{length - split['follow'][part]}"
+        cells = [f"{count['own'][part]:g}" for count in counts.values()]
+        table.add_row(str(part), shape, *cells)
+    out.print(table)
+    for term, rules in split["rules"].items():
+        losses = {
+            rule: math.fsum(c * x for c, x in zip(factors, split["sums"][term], strict=True))
+            for rule, factors in rules.items()
+        }
+        right = losses.pop("right")
+        out.print(f"{term}: right {right:.9g}" if any(rules["right"]) else f"{term}:")
+        for rule, loss in losses.items():
+            same = np.allclose(rules[rule], rules["right"], rtol=1e-9)
+            out.print(f"  {rule}: " + ("can't show here" if same else f"{loss:.9g}"))
 
 
 def _unlike_hf(config: ModelConfig, after_padding: bool) -> str:

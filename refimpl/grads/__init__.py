@@ -25,6 +25,8 @@ A folder of results has safetensors under the checkpoint's own names, experts on
                             activation. That of a layer's attention is that of after_attention,
                             since the one is added to the stream and makes the other; that of the
                             gate's scores has the part of the balance loss
+    split-….safetensors     with a split, split/P/TERM/ and the parameter's name: the gradient of
+                            part P's undivided sum of one term of the loss
     grad-….safetensors      grad/ and the parameter's name: a file per layer, then embedding, norm
                             and head
     index.json              written last: metadata, files (bytes, sha256) and tensors. Of a tensor
@@ -33,7 +35,8 @@ A folder of results has safetensors under the checkpoint's own names, experts on
                             it is stored. metadata: format (1), kind ("model"), the versions of
                             refimpl and numpy, dtype, implementation, config; checkpoint (path, and
                             fingerprint by `content_fingerprint`), request, units (types, reruns,
-                            seed; null without)
+                            seed; null without), split (spec, ranks, and by term the parts'
+                            sums, counts and each rule's factors; null without)
     unfinished/             a record per step that is done; removed when all are
 """
 
@@ -56,7 +59,8 @@ from ..config import CONVENTIONS
 from .folder import Folder, Size, held
 from .grpo import GRPO
 from .request import ACTIVATIONS, INNER, UNITS, Request, gradient_shapes
-from .result import Result, result_of, write_result
+from .result import Result, result_of, split_of, write_result
+from .split import SPEC
 from .steps import Steps, steps_to
 from .units import measure_units, reruns_of, units_of
 
@@ -64,6 +68,7 @@ __all__ = [
     "ACTIVATIONS",
     "GRPO",
     "INNER",
+    "SPEC",
     "UNITS",
     "Request",
     "Result",
@@ -111,6 +116,7 @@ def write_gradients(
             dtype=source.dtype,
         )
         steps, order = Steps(source, request, files), steps_to(config, gradients, activations)
+        order += [("split",)] if request.split else []
         reruns = reruns_of(request)
         total = len(order) * (1 + len(reruns))
         for number, step in enumerate(order):
@@ -141,6 +147,7 @@ def metadata_of(steps: Steps, origin: Path | None) -> dict[str, Any]:
         "checkpoint": checkpoint,
         "request": request.about(steps.config),
         "units": units if request.units else None,
+        "split": split_of(steps),
     }
 
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..array import blocks
+from ..checkpoint.names import stored_names
 from ..checkpoint.tensor_file import (
     Spec,
     TensorWriter,
@@ -51,6 +52,7 @@ OURS = (
     "act-*.safetensors",
     "cot-*.safetensors",
     "grad-*.safetensors",
+    "split-*.safetensors",
 )
 LOCKS = find_spec("fcntl") is not None
 MOST_INDEX = 2**28  # bytes; of DeepSeek-V3's gradients, 1.3e7
@@ -288,6 +290,16 @@ class Folder:
         with self.writer(file_name("grad", place), specs) as writer:
             for start, block in sum_in_blocks(parts, shape[0]):
                 writer.write(f"grad/{name}", block, start * (block.size // len(block)))
+
+    def write_part(self, term: str, part: int, gradients: Mapping[str, np.ndarray]) -> None:
+        """A file of a part's gradients of one term, of those that are to be written."""
+        found = {
+            f"split/{part}/{term}/{stored}": x if stored == name else x[expert]
+            for name, x in gradients.items()
+            for expert, stored in enumerate(stored_names(name, x.shape))
+            if stored in self.gradients
+        }
+        self.write(file_name("split", term, part), found)
 
     @contextmanager
     def layer_gradients(self, layer: int) -> Iterator[LayerGradients]:

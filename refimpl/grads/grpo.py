@@ -22,7 +22,7 @@ ARRAYS = ("advantages", "mask", "old_log_prob", "reference_log_prob", "unclipped
 SETTINGS = {
     name: p.default
     for name, p in inspect.signature(grpo_forward).parameters.items()
-    if p.kind is p.KEYWORD_ONLY and name not in ARRAYS
+    if p.kind is p.KEYWORD_ONLY and name not in (*ARRAYS, "normaliser")
 }
 """The settings of `grpo_forward` and their defaults: DeepSeekMath's."""
 

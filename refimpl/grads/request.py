@@ -30,6 +30,7 @@ from ..parameters import (
     parameter_shapes,
 )
 from .grpo import GRPO
+from .split import Split, split_batch
 
 __all__ = ["ACTIVATIONS", "INNER", "UNITS", "Request", "gradient_shapes"]
 
@@ -93,6 +94,7 @@ class Request:
     positions: np.ndarray | None = None  # [B, T] or [T]
     segments: np.ndarray | None = None  # [B, T]
     grpo: GRPO | None = None  # GRPO's loss, instead of the cross-entropy
+    split: str | None = None  # as `SPEC`: also write the terms of each part
     units: tuple[str, ...] = ()  # of `UNITS`: also measure the unit of error of every tensor
     reruns: int = 6  # for each type of units
     seed: int = 0  # of the reruns
@@ -149,6 +151,7 @@ class Request:
         self._check_routes(config, source.config)
         self.gradients(config)
         self.activation_names(config)
+        self.split_of(config)
 
     @property
     def with_loss(self) -> bool:
@@ -177,6 +180,23 @@ class Request:
         )
         expect_ids("targets", np.where(batch.mask, batch.targets, 0), config.vocabulary)
         return batch
+
+    def split_of(self, config: ModelConfig) -> Split | None:
+        """The parts of ``split``."""
+        if self.split is None:
+            return None
+        if not self.with_loss:
+            raise ValueError("split needs a loss to divide: it cannot be combined with dlogits")
+        batch = self.batch(config)
+        names = ("tokens", "targets", "mask", "key_mask", "segments", "positions")
+        given = {"tokens": batch.tokens, "targets": batch.targets, "mask": batch.mask}
+        given |= {"key_mask": self.key_mask, "segments": self.segments}
+        given |= {"positions": batch.positions}
+        arrays = {name: given[name] for name in names if given[name] is not None}
+        found = split_batch(self.split, arrays, config)
+        if found.pieces and self.grpo is not None:
+            raise ValueError("split must be of rows with grpo, whose outputs are not cut")
+        return found
 
     def targets_after_padding(self, config: ModelConfig) -> bool:
         """Whether the loss depends on ``target_after_padding``: a row has padding in front of a

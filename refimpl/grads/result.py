@@ -9,9 +9,10 @@ import numpy as np
 from ..model import total_loss
 from ..parameters import moe_layers, mtp_layers
 from .folder import Record, Size
+from .split import rules, term_counts
 from .steps import Steps
 
-__all__ = ["Result", "result_of", "write_result"]
+__all__ = ["Result", "result_of", "split_of", "write_result"]
 
 
 class Result(NamedTuple):
@@ -22,6 +23,7 @@ class Result(NamedTuple):
     loads: dict[int, np.ndarray]  # [E] of each MoE layer
     gradients: dict[str, Size]  # by the checkpoint's names
     activations: list[str]  # the names of those that were written
+    split: dict[str, Any] | None  # the parts, their sums and counts by term, and the rules' factors
 
 
 def write_result(steps: Steps) -> dict[str, np.ndarray]:
@@ -51,7 +53,28 @@ def result_of(steps: Steps) -> Result:
         {layer: record.array("load") for layer, record in routed_layers(steps).items()},
         {name: sizes[name] for name in folder.gradients if name in sizes},
         list(folder.activations),
+        split_of(steps),
     )
+
+
+def split_of(steps: Steps) -> dict[str, Any] | None:
+    """What the index says of the parts: their sums by term, counts, and every rule's factors."""
+    request, config = steps.request, steps.config
+    split = request.split_of(config)
+    if split is None:
+        return None
+    found = term_counts(split, config, request.grpo)
+    sums = steps.records["split",]
+    return {
+        "spec": request.split,
+        "ranks": split.ranks,
+        "pieces": split.pieces,
+        "shapes": [list(part.arrays["tokens"].shape) for part in split.parts],
+        "follow": [part.follow for part in split.parts],
+        "sums": {term: sums.array(term).tolist() for term in found},
+        "counts": {term: count._asdict() for term, count in found.items()},
+        "rules": {term: rules(term, count, split.ranks) for term, count in found.items()},
+    }
 
 
 def routed_layers(steps: Steps) -> dict[int, Record]:

@@ -68,6 +68,7 @@ from .lazy import (
     sum_in_blocks,
 )
 from .request import EMBEDDINGS, HIDDEN, LOG_PROB, Request
+from .split import term_gradients
 
 __all__ = ["Steps", "steps_to"]
 
@@ -234,14 +235,13 @@ class Steps:
         the head and of the rows that it looks up."""
         config, depth = self.config, depth_of(self.config, layer)
         above = self.records[("backward", layer + 1) if depth < config.mtp_depth else ("head",)]
-        normaliser = self.batch.mtp_normaliser(config.conventions.mtp_normaliser)
         with self.folder.layer_gradients(layer) as grads:
             run = self._run_of(layer, Op(moe_forward, partial(moe_backward, write=grads.write)))
             calls = self._calls(run, layer)
             run = run._replace(ops=calls.ops)
             state, batch = self._module_input(depth)
             _, normed, saved = mtp_module_forward(run, depth, state, batch)
-            loss, head_saved = head_forward(self._run_of_head(), normed, batch, normaliser)
+            loss, head_saved = head_forward(self._run_of_head(), normed, batch)
             dnormed, dw = run.ops.head_cross_entropy.backward(mtp_scale(config), head_saved)
             dstate = above.array("dstate")
             dstate = mtp_module_backward(run, depth, 1.0, dnormed, dstate, saved, grads)
@@ -276,6 +276,18 @@ class Steps:
         parts.append(embedding_backward(dx, self.batch.tokens))
         self.folder.write_gradient("embedding", EMBEDDING, parts)
         return {}
+
+    def split(self) -> Arrays:
+        """The undivided sums of every term, part by part, and their gradients."""
+        split = self.request.split_of(self.config)
+        assert split is not None
+        params = {name: self.source.tensor(name) for name in self.params}
+        ops = ops_for(self.batch, self.config, IMPLEMENTATIONS[self.request.implementation])
+        found = term_gradients(params, split, self.config, ops, self.request.grpo)
+        for term, each in found.items():
+            for part, (_, gradients) in enumerate(each):
+                self.folder.write_part(term, part, gradients)
+        return {term: np.array([loss for loss, _ in each]) for term, each in found.items()}
 
     # What the steps share
 

@@ -48,6 +48,7 @@ def grpo(launch: Launch) -> AnyOp:
         average: Average = "sequence",
         length: int | None = None,
         empty: Empty = "counted",
+        normaliser: float | None = None,
         kl_weight: float = 0.04,
         kl: Estimator = "k3",
         kl_level: Level = "token",
@@ -65,6 +66,7 @@ def grpo(launch: Launch) -> AnyOp:
             average,
             length,
             empty,
+            normaliser,
             kl_weight,
             kl,
             kl_level,
@@ -83,7 +85,9 @@ def grpo(launch: Launch) -> AnyOp:
             if other is not None:
                 expect(name, other, "(N, T)", (outputs, t))
             others.append(ready(log_prob if other is None else other, n.real))
-        total = loss_divisor(mask, 1, average, length, empty)  # an output's length: in the kernel
+        total = loss_divisor(
+            mask, 1, average, length, empty, normaliser
+        )  # an output's length: in the kernel
         replayed = unclipped is not None, kept is not None
         unclipped = _bytes(kernels, unclipped, (outputs, t), log_prob)
         kept = _bytes(kernels, kept, (outputs,), log_prob)

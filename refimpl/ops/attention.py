@@ -3,9 +3,9 @@
 The whole probability matrix is kept; `flash_attention` computes the same in linear memory. Keys and
 values may have another width, and one head where the queries have many (the absorbed form of MLA).
 The queries are the last T of the S key positions, so T = S is training or prefill, T < S decoding
-with a cache. Source: Vaswani et al., Attention Is All You Need (1706.03762) eq. 1. Derivation:
-derivations/attention.md. Letters: B batch, T query position, S key position, H heads, X query/key
-width, V value width.
+with a cache; T > S, where no position is before another, a block of keys out of many. Source:
+Vaswani et al., Attention Is All You Need (1706.03762) eq. 1. Derivation: derivations/attention.md.
+Letters: B batch, T query position, S key position, H heads, X query/key width, V value width.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def attention_forward(
 
     Args:
         scale: multiplies q·k, (nope + rope)^−½ times YaRN's correction in MLA.
-        causal: query t sees keys up to its own position S − T + t.
+        causal: query t sees keys up to its own position S − T + t; T ≤ S.
         key_mask: [B, S] bool, False for padding, which nobody sees.
         segments: [B, S] integers, the document of each position; a query sees its own document
-            alone.
+            alone; T ≤ S.
         blind: what a query that sees no key gives: 0, and its gradient is 0, or the mean of all
             values, hidden ones too, as where a large finite number is added to hidden scores and
             swallows them (transformers, eager). The backward is then its autograd's, which knows
@@ -64,7 +64,7 @@ def attention_forward(
     Hidden keys and values must be finite: 0 · NaN is NaN.
     """
     xp, scale = namespace(q=q, k=k, v=v), float(scale)
-    check_attention(q, k, v, key_mask, segments)
+    check_attention(q, k, v, causal, key_mask, segments)
     expect_choice("blind", blind, BlindQuery)
     keys, values = _all_heads(k, q.shape[2]), _all_heads(v, q.shape[2])
     scores = scale * einsum("bthx,bshx->bhts", q, keys)  # (attention.1)
@@ -110,7 +110,7 @@ def visible(
     offset = k.shape[1] - q.shape[1]
     t = xp.arange(queries[0] + offset, queries[1] + offset, device=q.device)[:, None]
     s = xp.arange(*keys, device=q.device)[None, :]
-    mask = (s <= (t if causal else t + k.shape[1]))[None, None, :, :]  # (attention.9)
+    mask = ((s <= t) | (not causal))[None, None, :, :]  # (attention.9)
     if key_mask is not None:
         mask = mask & key_mask[:, None, None, keys[0] : keys[1]]
     if segments is not None:
@@ -120,19 +120,20 @@ def visible(
 
 
 def check_attention(
-    q: Array, k: Array, v: Array, key_mask: Array | None, segments: Array | None
+    q: Array, k: Array, v: Array, causal: bool, key_mask: Array | None, segments: Array | None
 ) -> None:
-    """ValueError unless shapes agree: one batch, one query/key width, 1 or H key and value heads, T
-    ≤ S."""
+    """ValueError unless shapes agree: one batch, one query/key width, 1 or H key and value heads,
+    and T ≤ S if the order of positions, or ``segments``, says who sees whom."""
     if len(q.shape) != 4:
         raise ValueError(f"q must have shape (B, T, H, X), got {tuple(q.shape)}")
     b, t, h, x = q.shape
     s = k.shape[1] if len(k.shape) == 4 else None
     expect("k", k, "(B, S, H or 1, X)", (b, None, 1 if k.shape[-2:-1] == (1,) else h, x))
     expect("v", v, "(B, S, H or 1, V)", (b, s, 1 if v.shape[-2:-1] == (1,) else h, None))
-    if s is not None and not 0 < t <= s:
+    if s is not None and (t < 1 or (t > s and (causal or segments is not None))):
         raise ValueError(
-            f"q must have at least one position and at most as many as k, S={s}, got T={t}"
+            "q must have at least one position and, if causal or with segments, at most as many as "
+            f"k, S={s}, got T={t}"
         )
     if key_mask is not None:
         expect_mask("key_mask", key_mask, "(B, S)", (b, s))

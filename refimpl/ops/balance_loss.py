@@ -20,12 +20,13 @@ from ..array import (
     expect_some,
     fill,
     finite,
+    library,
     namespace,
     number,
     real,
 )
 
-__all__ = ["BalanceLossSaved", "balance_loss_backward", "balance_loss_forward"]
+__all__ = ["BalanceLossSaved", "balance_loss_backward", "balance_loss_forward", "count_choices"]
 
 
 class BalanceLossSaved(NamedTuple):
@@ -41,6 +42,8 @@ def balance_loss_forward(
     top_k: int,
     counted: Array | None = None,
     mask: Array | None = None,
+    sequences: float | None = None,
+    cut: tuple[Array, Array] | None = None,
 ) -> tuple[Array, BalanceLossSaved]:
     """The scalar loss for unbiased ``scores`` [B, T, E], positive in every row.
 
@@ -51,6 +54,9 @@ def balance_loss_forward(
             experts are counted, give those.
         mask: [B, T] bool, False for padding, whatever stands there, NaN included; a sequence of
             padding alone adds 0.
+        sequences: how many the average is over, if these are a part of the batch; by default B.
+        cut: if these are parts of sequences, of each whole one how often every expert is counted
+            [B, E], and how many tokens take part [B]: the sums of `count_choices` over its parts.
     """
     xp = namespace(scores=scores)
     expect("scores", scores, "(B, T, E)", (None, None, None))
@@ -69,18 +75,26 @@ def balance_loss_forward(
     if mask is not None:
         valid = mask[:, :, None]
         scores = fill(valid, scores, 1.0)  # what stands at padding, NaN included, does not count
-    length = xp.sum(xp.astype(valid, xp.float64), axis=1, keepdims=True)
-    length = xp.where(length > 0, length, 1.0)
-    expert = xp.arange(e, device=scores.device)
-    counts = 0
-    for k in range(counted.shape[-1]):
-        counts_k = (counted[..., k : k + 1] == expert) & valid
-        counts = counts + xp.sum(xp.astype(counts_k, xp.float64), axis=1, keepdims=True)
+    counts, length = count_choices(counted, e, valid) if cut is None else cut
+    expect("cut", counts, "(B, E)", (b, e))
+    expect("cut", length, "(B,)", (b,))
+    counts, length = counts[:, None, :], xp.where(length > 0, length, 1.0)[:, None, None]
     f = cast(counts * e / (top_k * length), scores)  # (balance_loss.2)
-    weight = cast(xp.where(valid, alpha / (b * length), 0.0), scores)
+    weight = cast(xp.where(valid, alpha / ((sequences or b) * length), 0.0), scores)
     total = finite(xp.sum(scores, axis=-1, keepdims=True))
     normalised = scores / total  # (balance_loss.3)
     return xp.sum(weight * f * normalised), BalanceLossSaved(scores, f, weight)  # (balance_loss.4)
+
+
+def count_choices(counted: Array, experts: int, valid: Array) -> tuple[Array, Array]:
+    """Of each sequence how often every expert is among ``counted`` [B, T, K'], and how many tokens
+    are ``valid`` [B, T, 1] (bool): [B, E] and [B]."""
+    xp, expert = library(valid), library(valid).arange(experts, device=valid.device)
+    counts = 0
+    for k in range(counted.shape[-1]):
+        counts_k = (counted[..., k : k + 1] == expert) & valid
+        counts = counts + xp.sum(xp.astype(counts_k, xp.float64), axis=1)
+    return counts, xp.sum(xp.astype(valid, xp.float64), axis=(1, 2))
 
 
 def balance_loss_backward(dloss: Array, saved: BalanceLossSaved) -> Array:

@@ -58,7 +58,7 @@ def flash_attention_forward(
     """o [B, T, H, V], as `attention_forward` defines it; ``block`` is the length of a block of
     queries or keys."""
     xp, scale = namespace(q=q, k=k, v=v), float(scale)
-    check_attention(q, k, v, key_mask, segments)
+    check_attention(q, k, v, causal, key_mask, segments)
     if block < 1:
         raise ValueError(f"block must be at least 1, got {block}")
     (b, t, h, _), width = q.shape, v.shape[3]

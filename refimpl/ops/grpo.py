@@ -20,6 +20,7 @@ from ..array import (
     expect,
     expect_mask,
     expect_some,
+    expect_that,
     fill,
     finite,
     library,
@@ -88,6 +89,7 @@ def grpo_forward(
     average: Average = "sequence",
     length: int | None = None,
     empty: Empty = "counted",
+    normaliser: float | None = None,
     kl_weight: float = 0.04,
     kl: Estimator = "k3",
     kl_level: Level = "token",
@@ -112,6 +114,8 @@ def grpo_forward(
         average: sequence (mean over outputs of the mean over tokens), token (mean over all tokens;
             DAPO), constant (sum over tokens by N·length; Dr. GRPO).
         empty: an output without tokens is counted in N, or left_out of it.
+        normaliser: of the whole batch, if these outputs are a part of it, how many tokens
+            (average='token') or outputs there are; by default those of ``mask``.
         kl_weight, kl, kl_level: β; k1, k2, k3, or unbiased (ρ·k3, V3.2); token or sequence.
         kl_bounds: of |ln π_ref/π| and of |k|, which stop there, and with them the gradient.
         off_policy: V3.2's δ: the ratio term of an output with A < 0 and mean ln(π_old/π) > δ is
@@ -130,6 +134,7 @@ def grpo_forward(
         average,
         length,
         empty,
+        normaliser,
         kl_weight,
         kl,
         kl_level,
@@ -137,7 +142,7 @@ def grpo_forward(
         off_policy,
         reference_log_prob,
     )
-    count, weight = _weights(log_prob, mask, average, length, empty)
+    count, weight = _weights(log_prob, mask, average, length, empty, normaliser)
     a = cast(library(advantages).where(library(mask).any(mask, axis=1), advantages, 0.0), log_prob)
     a, kl_weight = a[:, None], float(kl_weight)
     log_ratio = _difference(log_prob, old_log_prob, mask, "old_log_prob")
@@ -203,11 +208,10 @@ def group_advantages(
     expect("rewards", rewards, "(Q, G)", (None, None))
     expect_some("rewards", rewards, "(Q, G)")
     g = rewards.shape[1]
-    if ddof not in (0, 1) or not (isfinite(epsilon) and epsilon >= 0):
-        raise ValueError(
-            f"ddof must be 0 or 1 and epsilon a finite number of at least 0, got {ddof} and "
-            f"{epsilon}"
-        )
+    expect_that(
+        not (ddof not in (0, 1) or not (isfinite(epsilon) and epsilon >= 0)),
+        f"ddof must be 0 or 1 and epsilon a finite number of at least 0, got {ddof} and {epsilon}",
+    )
     broken = ~xp.all(xp.isfinite(rewards), axis=1)
     if bool(xp.any(broken)):
         group = int(xp.argmax(xp.astype(broken, xp.int64)))
@@ -227,33 +231,39 @@ def group_advantages(
 
 
 def loss_divisor(
-    mask: Array, count: Array | int, average: Average, length: int | None, empty: Empty
+    mask: Array,
+    count: Array | int,
+    average: Average,
+    length: int | None,
+    empty: Empty,
+    normaliser: float | None = None,
 ) -> Array | float:
     """What the loss divides an output's tokens by. ``count``: the length of each output [N, 1], or
     1 for the divisor without it."""
-    if average == "token":
-        xp = library(mask, "mask")
-        return float(xp.sum(xp.astype(mask, xp.float64))) or 1.0
-    n = _counted_outputs(mask, empty)
-    return n * count if average == "sequence" else n * float(length or 1)
-
-
-def _counted_outputs(mask: Array, empty: Empty) -> int:
-    """N of the divisor: all outputs of ``mask`` [N, T], or those that have a token."""
-    if empty == "counted":
-        return int(mask.shape[0])
     xp = library(mask, "mask")
-    return int(xp.sum(xp.astype(xp.any(mask, axis=1), xp.int64))) or 1
+    size = xp.sum(xp.astype(mask, xp.float64), axis=1)
+    own = xp.sum(size) if average == "token" else xp.count_nonzero(size)
+    if average != "token" and empty == "counted":
+        own = mask.shape[0]
+    n = normaliser or float(own) or 1.0  # (splits.4)
+    if average == "sequence":
+        return n * count
+    return n * float(length or 1) if average == "constant" else n
 
 
 def _weights(
-    log_prob: Array, mask: Array, average: Average, length: int | None, empty: Empty
+    log_prob: Array,
+    mask: Array,
+    average: Average,
+    length: int | None,
+    empty: Empty,
+    normaliser: float | None,
 ) -> tuple[Array, Array]:
     """Each output's length [N, 1], at least 1, and each token's share [N, T] in the loss."""
     xp = namespace(log_prob=log_prob)
     size = xp.sum(xp.astype(mask, xp.float64), axis=1, keepdims=True)
     count = xp.where(size > 0, size, 1.0)
-    total = loss_divisor(mask, count, average, length, empty)
+    total = loss_divisor(mask, count, average, length, empty, normaliser)
     weight = cast(xp.astype(mask, xp.float64) / total, log_prob)  # (grpo.1)
     return cast(count, log_prob), weight
 
@@ -345,6 +355,7 @@ def check_settings(
     average: Average,
     length: int | None,
     empty: Empty,
+    normaliser: float | None,
     kl_weight: float,
     kl: Estimator,
     kl_level: Level,
@@ -353,23 +364,34 @@ def check_settings(
     reference: Array | None,
 ) -> None:
     """ValueError for a setting without a meaning."""
-    if not (clip[0] >= 0 and clip[1] >= 0) or (dual_clip is not None and not dual_clip > 1):
-        raise ValueError(
-            f"clip must be two numbers of at least 0, dual_clip above 1 or None, got {clip} "
-            f"and {dual_clip}"
-        )
-    if kl_bounds is not None and not (kl_bounds[0] > 0 and kl_bounds[1] > 0):
-        raise ValueError(f"kl_bounds must be two numbers above 0 or None, got {kl_bounds}")
+    expect_that(
+        clip[0] >= 0 and clip[1] >= 0 and (dual_clip is None or dual_clip > 1),
+        f"clip must be two numbers of at least 0, dual_clip above 1 or None, got {clip} "
+        f"and {dual_clip}",
+    )
+    expect_that(
+        kl_bounds is None or (kl_bounds[0] > 0 and kl_bounds[1] > 0),
+        f"kl_bounds must be two numbers above 0 or None, got {kl_bounds}",
+    )
     expect_choice("ratio", ratio, Ratio)
     expect_choice("average", average, Average)
     expect_choice("empty", empty, Empty)
     expect_choice("kl", kl, Estimator)
     expect_choice("kl_level", kl_level, Level)
-    if average == "constant" and not (length and length > 0 and isfinite(length)):
-        raise ValueError(f"length must be positive and finite for average='constant', got {length}")
-    if not isfinite(kl_weight):
-        raise ValueError(f"kl_weight must be finite, got {kl_weight}")
-    if off_policy is not None and isnan(off_policy):
-        raise ValueError(f"off_policy must be a number or None, got {off_policy}")
-    if kl_weight and reference is None:
-        raise ValueError("reference_log_prob must be given unless kl_weight is 0, got None")
+    expect_that(
+        average != "constant" or bool(length and length > 0 and isfinite(length)),
+        f"length must be positive and finite for average='constant', got {length}",
+    )
+    expect_that(
+        normaliser is None or (normaliser > 0 and isfinite(normaliser)),
+        f"normaliser must be positive and finite, or None, got {normaliser}",
+    )
+    expect_that(isfinite(kl_weight), f"kl_weight must be finite, got {kl_weight}")
+    expect_that(
+        off_policy is None or not isnan(off_policy),
+        f"off_policy must be a number or None, got {off_policy}",
+    )
+    expect_that(
+        not kl_weight or reference is not None,
+        "reference_log_prob must be given unless kl_weight is 0, got None",
+    )

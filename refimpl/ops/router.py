@@ -19,6 +19,7 @@ from ..array import (
     expect_ids,
     expect_mask,
     expect_some,
+    expect_that,
     last,
     library,
     namespace,
@@ -164,11 +165,10 @@ def check_router(
     """ValueError unless what `router_forward` is given fits together."""
     expect("w", w, "(E, D)", (None, last(x, "x")))
     expect_some("w", w, "(E, D)")
-    if not (isfinite(scale) and isfinite(epsilon) and epsilon >= 0):
-        raise ValueError(
-            "scale must be a finite number and epsilon one of at least 0, got "
-            f"{scale} and {epsilon}"
-        )
+    expect_that(
+        isfinite(scale) and isfinite(epsilon) and epsilon >= 0,
+        f"scale must be a finite number and epsilon one of at least 0, got {scale} and {epsilon}",
+    )
     expect_choice("score", score, Score)
     expect_choice("ranking", ranking, Ranking)
     if bias is not None:
@@ -222,20 +222,20 @@ def check_selection(
     masked_groups: MaskedGroups,
 ) -> None:
     """ValueError for settings of `select_experts` without a meaning."""
-    if groups < 1 or experts % groups or not 1 <= keep_groups <= groups:
-        raise ValueError(
-            f"groups must divide E={experts}, keep_groups lie in 1…groups, got {groups}, "
-            f"{keep_groups}"
-        )
+    expect_that(
+        groups >= 1 and experts % groups == 0 and 1 <= keep_groups <= groups,
+        f"groups must divide E={experts}, keep_groups lie in 1…groups, got {groups}, {keep_groups}",
+    )
     expect_choice("group_score", group_score, GroupScore)
     expect_choice("masked_groups", masked_groups, MaskedGroups)
     available = experts // groups * keep_groups
-    if not 1 <= top_k <= available:
-        raise ValueError(f"top_k must lie in 1…{available} (kept experts), got {top_k}")
-    if summed_scores(group_score, top_k, keep_groups) < 1:
-        raise ValueError(
-            f"top_k must be at least keep_groups={keep_groups} for group_score='share', got {top_k}"
-        )
+    expect_that(
+        1 <= top_k <= available, f"top_k must lie in 1…{available} (kept experts), got {top_k}"
+    )
+    expect_that(
+        summed_scores(group_score, top_k, keep_groups) >= 1,
+        f"top_k must be at least keep_groups={keep_groups} for group_score='share', got {top_k}",
+    )
 
 
 def expert_load(indices: Array, experts: int, mask: Array | None = None) -> Array:

@@ -125,7 +125,7 @@ def test_edit_in_a_module_that_the_op_imports_from() -> None:
         "flash_attention",
         "mask of the other kind",
         "any",
-        (("t if causal else t + k.shape[1]", "t + k.shape[1]"),),
+        (("(s <= t) | (not causal)", "s <= t + k.shape[1]"),),
         within="visible",
         module="refimpl.ops.attention",
     )

@@ -202,6 +202,7 @@ def test_the_index(tmp_path: Path) -> None:
                     "convention": "official",
                 },
                 "units": None,
+                "split": None,
             }
         )
     )

@@ -9,7 +9,7 @@ import pytest
 
 from refimpl.ops import attention_backward, attention_forward
 
-from attention_contract import ERRORS, GOOD, check_range_of_validity
+from attention_contract import ERRORS, GOOD, check_more_queries_than_keys, check_range_of_validity
 from support import property_test
 
 EPS = np.finfo(np.float64).eps
@@ -236,3 +236,7 @@ def test_range_of_validity() -> None:
 def test_nothing_to_attend(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="q must have at least 1 entry along each axis"):
         attention_forward(*[np.ones(shape)] * 3, scale=1.0)
+
+
+def test_more_queries_than_keys() -> None:
+    check_more_queries_than_keys(attention_forward, attention_backward)

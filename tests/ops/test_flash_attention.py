@@ -18,7 +18,7 @@ from refimpl.ops import (
     flash_attention_forward,
 )
 
-from attention_contract import ERRORS, GOOD, check_range_of_validity
+from attention_contract import ERRORS, GOOD, check_more_queries_than_keys, check_range_of_validity
 from support import HypothesisDraw, property_test
 
 BLOCKS = [1, 2, 3, 5, 128]
@@ -152,3 +152,37 @@ def test_range_of_validity() -> None:
 def test_nothing_to_attend(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="q must have at least 1 entry along each axis"):
         flash_attention_forward(*[np.ones(shape)] * 3, scale=1.0)
+
+
+def test_a_ring_of_key_blocks_equals_the_whole() -> None:
+    """Each block of keys gives o and lse on its own; their sum weighted by exp(lse − L), L the
+    log-sum-exp over the blocks, is attention over all keys; the backward with this o and L gives
+    each block's gradients."""
+    rng = np.random.default_rng(1)
+    q, k, v, do = (rng.normal(size=(2, n, 3, 4)) for n in (4, 7, 7, 4))
+    o, saved = flash_attention_forward(q, k, v, scale=0.5, causal=False)
+    dq, dk, dv = flash_attention_backward(do, saved)
+    cuts = [slice(0, 1), slice(1, 6), slice(6, 7)]
+    pieces = [
+        flash_attention_forward(q, k[:, cut], v[:, cut], scale=0.5, causal=False) for cut in cuts
+    ]
+    logs = np.stack([piece.lse for _, piece in pieces])
+    total = np.logaddexp.reduce(logs, axis=0)
+    joined = sum(
+        np.exp(log - total).transpose(0, 2, 1, 3) * y
+        for log, (y, _) in zip(logs, pieces, strict=True)
+    )
+    assert np.allclose(joined, o, rtol=1e-13)
+    dq_sum = np.zeros_like(dq)
+    for cut, (_, piece) in zip(cuts, pieces, strict=True):
+        part = flash_attention_backward(do, piece._replace(o=o, lse=total))
+        dq_sum += part[0]
+        assert np.allclose(part[1], dk[:, cut], rtol=1e-12)
+        assert np.allclose(part[2], dv[:, cut], rtol=1e-12)
+    assert np.allclose(dq_sum, dq, rtol=1e-12)
+
+
+def test_more_queries_than_keys() -> None:
+    check_more_queries_than_keys(
+        partial(flash_attention_forward, block=2), flash_attention_backward
+    )

@@ -22,6 +22,7 @@ REGIMES = {
     "cached",
     "square",
     "decode",
+    "more_queries",
     "shared_key",
     "shared_value",
     "own_heads",
@@ -35,11 +36,13 @@ def case(draw: Draw) -> Case:
     t = draw.integer(1, 5)
     h = draw.integer(1, 3)
     s = t + draw.integer(0 if t > 1 else 1, 3)
+    causal = draw.choice([True, False])
+    if t > 1 and not causal and draw.choice([True, False]):
+        t, s = s, t  # a block of keys
     x = draw.integer(1, 6)
     v = draw.choice([x, draw.integer(1, 5)])
     k_heads = draw.choice([1, h])
     v_heads = draw.choice([1, h])
-    causal = draw.choice([True, False])
     kwargs, regimes = masks(draw, b, t, s, causal)
     regimes |= flags(
         causal=causal,
@@ -47,6 +50,7 @@ def case(draw: Draw) -> Case:
         cached=t < s,
         square=t == s,
         decode=t == 1,
+        more_queries=t > s,
         shared_key=k_heads < h,
         shared_value=v_heads < h,
         own_heads=k_heads == h,
@@ -67,7 +71,8 @@ def masks(draw: Draw, b: int, t: int, s: int, causal: bool) -> tuple[dict[str, A
     q = np.zeros((b, t, 1, 1))
     k = np.zeros((b, s, 1, 1))
     key_mask = draw.choice([None, random_mask(draw, b, s)])
-    segments = draw.choice([None, np.sort(draw.rng.integers(0, 3, (b, s)), axis=1)])
+    documents = np.sort(draw.rng.integers(0, 3, (b, s)), axis=1)
+    segments = draw.choice([None, documents]) if t <= s else None
     seen = visible((0, t), (0, s), q, k, causal, key_mask, segments)
     if (np.broadcast_to(seen, (b, 1, t, s)).sum(axis=-1) >= 2).sum() < 2:
         key_mask = segments = None

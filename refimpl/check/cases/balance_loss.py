@@ -1,4 +1,5 @@
-"""Cases of `balance_loss`: counts of a router and of the best scores; sequences without a token."""
+"""Cases of `balance_loss`: counts of a router and of the best scores; sequences without a token;
+whole batches and parts of them."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from .draw import Case, Draw, flags, random_mask
 
 __all__ = ["REGIMES", "case"]
 
-REGIMES = {"masked", "whole", "empty_sequence", "routed", "best"}
+REGIMES = {"masked", "unmasked", "empty_sequence", "routed", "best", "part", "cut"}
 
 
 def case(draw: Draw) -> Case:
@@ -25,12 +26,21 @@ def case(draw: Draw) -> Case:
     counts = (one_hot * (1 if mask is None else mask[..., None])).sum(axis=1)
     if np.ptp(counts, axis=-1).max() == 0:  # all counts equal: the gradient is exactly 0
         counted = np.broadcast_to(counted[:, :1], counted.shape)
+    sequences = draw.choice([None, 1.5 * b])
+    cut = None
+    if draw.choice([True, False]):
+        whole = counts + draw.rng.integers(0, 4, counts.shape)
+        whole[:, 0] += np.ptp(whole, axis=-1).max() == 0
+        cut = whole, draw.rng.integers(t, 2 * t + 2, b)
     regimes = flags(
         masked=mask is not None,
-        whole=mask is None,
+        unmasked=mask is None,
         empty_sequence=mask is not None and not mask.any(axis=1).all(),
         routed=given,
         best=not given,
+        part=sequences is not None,
+        cut=cut is not None,
     )
     kwargs = {"alpha": draw.choice([0.02, 0.7]), "top_k": k, "counted": counted, "mask": mask}
+    kwargs |= {"sequences": sequences, "cut": cut}
     return Case((scores,), kwargs, regimes)

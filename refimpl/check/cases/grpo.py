@@ -88,6 +88,7 @@ def case(draw: Draw) -> Case:
         "kl_bounds": kl_bounds,
         "off_policy": off_policy,
         "empty": draw.choice(["counted", "left_out"]),
+        "normaliser": draw.choice([None, None, 9.5]),
     }
     regimes = _regimes(log_ratio, **kwargs)
     return Case((log_prob,), kwargs, regimes, lambda y: {"unclipped": y.unclipped, "kept": y.kept})
