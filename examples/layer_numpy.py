@@ -130,13 +130,13 @@ def moe(x, w, c):
 def moe_backward(dy, saved, c):
     x, w, scores, routes, weights, shared, experts = saved
     dx, dshared = ffn_backward(dy, shared)
-    dw = {f"shared_experts.{part}": d for part, d in zip(PARTS, dshared)}
+    dw = {f"shared_experts.{part}": d for part, d in zip(PARTS, dshared, strict=True)}
     dweights = np.zeros_like(weights)
     for e, (token, slot, out, kept) in enumerate(experts):
         dweights[token, slot] = np.sum(dy[token] * out, axis=-1)
         dx_e, dexpert = ffn_backward(weights[token, slot, None] * dy[token], kept)
         np.add.at(dx, token, dx_e)
-        dw |= {f"experts.{e}.{part}": d for part, d in zip(PARTS, dexpert)}
+        dw |= {f"experts.{e}.{part}": d for part, d in zip(PARTS, dexpert, strict=True)}
     chosen = np.take_along_axis(scores, routes, axis=-1)
     total = chosen.sum(axis=-1, keepdims=True)
     mean = np.sum(dweights * chosen, axis=-1, keepdims=True) / total

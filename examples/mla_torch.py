@@ -15,10 +15,10 @@ import argparse
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from refimpl.port import Truth
 from refimpl.ops import rope_frequencies, yarn_softmax_factor
+from refimpl.port import Truth
 
 
 def rms_norm(x, w, eps):
@@ -63,7 +63,7 @@ def run(truth: Truth, layer: int, dtype: torch.dtype) -> dict[str, torch.Tensor]
     """What this port makes of one layer's attention, under the names of the truth."""
     name = f"model.layers.{layer}"
     below = f"model.layers.{layer - 1}" if layer else "model.embed_tokens"
-    tensor = lambda key: torch.from_numpy(truth.array(key).copy()).to(dtype)  # noqa: E731
+    tensor = lambda key: torch.from_numpy(truth.array(key).copy()).to(dtype)
     checkpoint = truth.checkpoint()  # your own loader
     norm, *parts = (
         part
@@ -78,7 +78,8 @@ def run(truth: Truth, layer: int, dtype: torch.dtype) -> dict[str, torch.Tensor]
     x = tensor(f"act/{below}").requires_grad_()
     y = attention(rms_norm(x, w[norm], truth.config.norm_eps), short, truth.config)
     (x + y).backward(tensor(f"cot/{name}.after_attention"))
-    mine = {f"act/{name}.self_attn": y, f"act/{name}.after_attention": x + y, f"cot/{below}": x.grad}
+    mine = {f"act/{name}.self_attn": y, f"act/{name}.after_attention": x + y}
+    mine[f"cot/{below}"] = x.grad
     mine |= {f"grad/{part}": p.grad for part, p in w.items()}
     return {key: value.detach() for key, value in mine.items()}
 

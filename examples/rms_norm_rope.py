@@ -44,7 +44,7 @@ def run(truth: Truth, source: Path = SOURCE) -> dict[str, np.ndarray]:
     with tempfile.TemporaryDirectory() as folder:
         port = build(source, folder)
         for case, told in truth.metadata["cases"].items():
-            read = lambda name: np.ascontiguousarray(truth.array(f"{case}/{name}"), float)  # noqa: B023, E731
+            read = lambda name: np.ascontiguousarray(truth.array(f"{case}/{name}"), float)  # noqa: B023
             if told["op"] == "rms_norm":
                 mine |= rms_norm(port, case, told["settings"], read)
             elif told["op"] == "rope":

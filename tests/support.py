@@ -29,7 +29,8 @@ MOST_EXAMPLES = 1000  # drawn, not checked, in search of a regime that those mis
 PACKAGE = ROOT / "refimpl"
 NO_OPS = {"__init__", "choices", "leaves", "reference"}  # files of refimpl/ops/ that are no op
 STEMS = sorted({path.stem for path in (PACKAGE / "ops").glob("*.py")} - NO_OPS)
-NOT_OPS = {"README", "checkpoints", "conventions", "porting", "splits", "vectors"}  # pages that derive no op
+# pages that derive no op
+NOT_OPS = {"README", "checkpoints", "conventions", "porting", "splits", "vectors"}
 DIGITS = 50  # of the exact arithmetic; 40 must agree
 
 settings.register_profile(

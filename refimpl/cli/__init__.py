@@ -27,8 +27,8 @@ from . import (  # each adds its commands to the app
     grads,
     kernels,
     memory,
-    vectors,
     power,
+    vectors,
     verify,
 )
 from .app import OutputClosed, UsageError, app, usage_line

@@ -276,7 +276,9 @@ def batch_of(truth: Truth) -> Batch:
     """The main model's batch."""
     assert truth.config is not None
     names = ("targets", "mask", "key_mask", "segments", "positions")
-    given = {name: truth.array(f"in/{name}") for name in names if f"in/{name}" in truth}
+    given: dict[str, Any] = {
+        name: truth.array(f"in/{name}") for name in names if f"in/{name}" in truth
+    }
     if "in/grpo_mask" in truth:
         given["mask"] = truth.array("in/grpo_mask")
     return make_batch(
@@ -426,11 +428,10 @@ def above_of(truth: Truth, setting: Setting, *, backward: bool) -> Arrays:
     main, head_saved = model.head_forward(run, hidden, given.batch)
     found |= {"out/main": main, "out/loss_per_token": per_token(given, run, hidden)}
     passes, heads, losses = [], [], []
-    normaliser = given.batch.mtp_normaliser(config.conventions.mtp_normaliser)
     for depth, layer in enumerate(mtp_layers(config), 1):
         later = given.batch.at(depth)
         _, normed, module = model.mtp_module_forward(run, depth, given.state(depth), later)
-        loss, saved = model.head_forward(run, normed, later, normaliser)
+        loss, saved = model.head_forward(run, normed, later)
         passes.append(module)
         heads.append(saved)
         losses.append(loss)
