@@ -386,6 +386,7 @@ def _show_split(split: dict[str, Any]) -> None:
             for rule, factors in rules.items()
         }
         right = losses.pop("right")
+        losses.pop("left out", None)
         out.print(f"{term}: right {right:.9g}" if any(rules["right"]) else f"{term}:")
         for rule, loss in losses.items():
             same = np.allclose(rules[rule], rules["right"], rtol=1e-9)

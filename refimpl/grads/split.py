@@ -122,10 +122,11 @@ def rules(term: str, count: TermCounts, ranks: int) -> dict[str, list[float]]:
     """What each part's sum of a term is multiplied by, by the name of the rule; the right one is
     ``right``."""
     whole, parts = float(sum(count.own)), len(count.own)
+    nothing = [0.0] * parts
     if term == OF_PART:
         share = 1 / whole if whole else 0.0
         alone = [share if n else 0.0 for n in count.own]
-        return {"right": [0.0] * parts, "the statistics of each part alone": alone}
+        return {"right": nothing, "the statistics of each part alone": alone}
     means = [1 / n if n else 0.0 for n in count.own]
     share = 1 / whole if whole else 0.0
     found = {
@@ -134,6 +135,7 @@ def rules(term: str, count: TermCounts, ranks: int) -> dict[str, list[float]]:
         "the sum of the parts' means (× micro-batches)": means,
         "divided by the ranks twice": [share / ranks] * parts,
         "divided by the ranks never": [share * ranks] * parts,
+        "left out": nothing,
     }
     if count.positions != count.own and term != BALANCE:
         found["every position counted, padding too"] = [1 / sum(count.positions)] * parts

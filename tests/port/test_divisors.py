@@ -1,0 +1,138 @@
+"""The fit finds how a port divides its sums over parts, and names the rule."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refimpl.checkpoint.source import MemorySource
+from refimpl.config import Conventions, preset
+from refimpl.grads import Request, write_gradients
+from refimpl.port.divisors import Division, division
+from refimpl.port.truth import Truth
+
+from random_parameters import random_parameters
+
+CONFIG = replace(
+    preset("tiny"),
+    vocabulary=31,
+    width=9,
+    q_latent=5,
+    heads=2,
+    layers=2,
+    mtp_depth=1,
+    conventions=Conventions(mtp_normaliser="valid"),
+)
+RNG = np.random.default_rng(0)
+TOKENS = RNG.integers(0, 31, (5, 8))
+KEY_MASK = np.arange(8) < np.array([[8], [3], [7], [6], [4]])
+TYPES = ("float32",)
+
+
+@pytest.fixture(scope="module", params=["rows=1+3+1,ranks=2", "positions=3"])
+def truth(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Truth:
+    out = tmp_path_factory.mktemp("split") / "truth"
+    given = Request(
+        TOKENS, key_mask=KEY_MASK, mtp=True, balance_alpha=0.3, split=request.param, units=TYPES
+    )
+    write_gradients(MemorySource(random_parameters(CONFIG), CONFIG), given, out)
+    return Truth.open(out)
+
+
+def names_of(truth: Truth) -> list[str]:
+    return [name.removeprefix("grad/") for name in truth.entries if name.startswith("grad/")]
+
+
+def port(truth: Truth, **rules: str | list[float]) -> dict[str, np.ndarray]:
+    """The gradients in float32 of a program with these rules, or factors over the right ones, by
+    term; an error of half a unit in each."""
+    split, made = truth.metadata["split"], {}
+    noise = np.random.default_rng(1)
+    for name in names_of(truth):
+        total: Any = 0.0
+        for term, by_rule in split["rules"].items():
+            rule = rules.get(term.replace(".", "_"), "right")
+            right = by_rule["right"]
+            factors = by_rule[rule] if isinstance(rule, str) else np.multiply(rule, right)
+            for part, c in enumerate(factors):
+                total = total + c * truth.array(f"split/{part}/{term}/{name}")
+        unit = truth.entries[f"grad/{name}"].units["float32"]
+        made[name] = (total + unit * noise.uniform(-0.5, 0.5, total.shape)).astype(np.float32)
+    return made
+
+
+def found(truth: Truth, gradients: dict[str, np.ndarray]) -> Division | None:
+    return division(truth, list(gradients), gradients.__getitem__, "float32")
+
+
+def test_right_division(truth: Truth) -> None:
+    assert found(truth, port(truth)) is None
+
+
+def test_every_rule_of_every_term(truth: Truth) -> None:
+    """One wrong rule at a time; those that give the right factors here are told as hidden."""
+    for term, by_rule in truth.metadata["split"]["rules"].items():
+        for rule, factors in by_rule.items():
+            if rule == "right":
+                continue
+            told = found(truth, port(truth, **{term.replace(".", "_"): rule}))
+            if np.allclose(factors, by_rule["right"], rtol=1e-9):
+                assert told is None
+                continue
+            assert told is not None, (term, rule)
+            if (
+                term == "balance_of_part"
+            ):  # added to the right one: no rule does that, a factor says it
+                continue
+            assert rule in told.rules[term]
+            assert set(told.rules) == {term}
+
+
+def test_several_at_once(truth: Truth) -> None:
+    """What a usual loop does to all terms, and statistics of the part in place of the sequence's."""
+    means = "the sum of the parts' means (× micro-batches)"
+    told = found(truth, port(truth, main=means, mtp_1=means))
+    assert told is not None
+    assert set(told.rules) == {"main", "mtp.1"}
+    assert all(means in rules for rules in told.rules.values())
+    assert any("main is divided wrongly: " in line for line in told.told())
+    nothing = [0.0] * len(truth.metadata["split"]["shapes"])
+    told = found(
+        truth, port(truth, balance=nothing, balance_of_part="the statistics of each part alone")
+    )
+    assert told is not None
+    assert "balance_of_part" in told.rules or "balance" in told.factors
+
+
+def test_an_unknown_rule(truth: Truth) -> None:
+    """Twice the MTP loss of one part: no rule of ours, but the factors say it."""
+    parts = len(truth.metadata["split"]["shapes"])
+    told = found(truth, port(truth, mtp_1=[2.0, *[1.0] * (parts - 1)]))
+    assert told is not None
+    assert told.factors["mtp.1"] == pytest.approx([2.0, *[1.0] * (parts - 1)], rel=1e-3)
+    assert "mtp.1 is divided by no rule we know: parts count 2, 1" in told.told()[0]
+
+
+def test_another_mistake_is_none_of_these(truth: Truth) -> None:
+    """A wrong gradient in one tensor is no sum of the parts' gradients."""
+    gradients = port(truth)
+    name = next(name for name in gradients if name.endswith("kv_a_proj_with_mqa.weight"))
+    gradients[name] = gradients[name] * 1.01
+    assert found(truth, gradients) is None
+
+
+def test_equal_counts_hide(tmp_path: Path) -> None:
+    """With as many targets in each part, the mean of means is right, and said to be hidden."""
+    given = Request(TOKENS[:4], split="rows=2+2", units=TYPES)
+    params = random_parameters(CONFIG)
+    config = replace(CONFIG, mtp_depth=0)
+    params = {name: x for name, x in params.items() if not name.startswith("model.layers.2.")}
+    write_gradients(MemorySource(params, config), given, tmp_path / "truth")
+    truth = Truth.open(tmp_path / "truth")
+    told = found(truth, port(truth, main="divided by the ranks twice"))
+    assert told is not None
+    assert told.hidden["main"] == ["the mean of the parts' means"]
