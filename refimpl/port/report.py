@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .. import __version__
+from ..check.planted import Planted
 from ..checkpoint.names import fold, layer_of
 from ..checkpoint.tensor_file import one_line
 from ..parameters import EXPERTS, layer_name, module_name
 from .compare import Difference, Heat
 from .diagnose import Diagnosis
+from .places import place_of
 
 __all__ = [
     "PartResult",
@@ -225,6 +227,7 @@ def diagnosed(verdict: Verdict) -> list[str]:
         return []
     bugs = " or ".join(f"{bug.op}: {bug.name}" for bug in found.named)
     lines = [f"these are the numbers of the planted bug {bugs}"] if bugs else []
+    lines += [str(place_of(bug)) for bug in found.named]
     lines += [f"hint: {hint}" for hint in found.hints]
     return lines + ([found.note] if found.note else [])
 
@@ -283,7 +286,7 @@ def content(verdict: Verdict) -> dict[str, Any]:
         "diagnosis": None
         if found is None
         else {
-            "bugs": [{"op": bug.op, "name": bug.name} for bug in found.named],
+            "bugs": [_bug(bug) for bug in found.named],
             "hints": list(found.hints),
             "note": found.note,
         },
@@ -293,6 +296,12 @@ def content(verdict: Verdict) -> dict[str, Any]:
         "not_excluded": list(verdict.not_excluded),
         "routes": None if verdict.routes is None else one_line(verdict.routes),
     }
+
+
+def _bug(bug: Planted) -> dict[str, Any]:
+    place = place_of(bug)
+    told = {"file": place.file, "line": place.line, "tag": place.tag or None}
+    return {"op": bug.op, "name": bug.name, "place": told}
 
 
 def _tensor(x: TensorResult) -> dict[str, Any]:
