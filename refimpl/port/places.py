@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import re
+from functools import cache
 from typing import NamedTuple
 
 from ..check.planted import Planted, home
@@ -34,8 +35,7 @@ class Place(NamedTuple):
 def place_of(bug: Planted) -> Place:
     """The place of a bug's last edit, which is the backward's where both directions have one."""
     name = bug.module or home(bug.op)
-    source = inspect.getsource(importlib.import_module(name))
-    tree, lines = ast.parse(source), source.splitlines()
+    tree, lines = _code(name)
     scopes: list[ast.AST] = [
         node
         for node in ast.walk(tree)
@@ -49,6 +49,12 @@ def place_of(bug: Planted) -> Place:
     return Place(file, first, found[1] if found else "", *words)
 
 
+@cache
+def _code(module: str) -> tuple[ast.Module, list[str]]:
+    source = inspect.getsource(importlib.import_module(module))
+    return ast.parse(source), source.splitlines()
+
+
 def _lines_of(old: str, scopes: list[ast.AST]) -> tuple[int, int]:
     """The first and the last line of a piece of code, compared as a syntax tree."""
     body = ast.parse(old).body
@@ -58,6 +64,7 @@ def _lines_of(old: str, scopes: list[ast.AST]) -> tuple[int, int]:
     dumps = [ast.dump(node) for node in wanted]
     for scope in scopes:
         for node in ast.walk(scope):
-            if isinstance(node, ast.stmt | ast.expr) and ast.dump(node) == dumps[0]:
+            same = type(node) is type(wanted[0]) and ast.dump(node) == dumps[0]
+            if same and isinstance(node, ast.stmt | ast.expr):
                 return node.lineno, (node.end_lineno or node.lineno) + len(wanted) - 1
     raise ValueError(f"no such code: {old!r}")
