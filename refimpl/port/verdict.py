@@ -33,7 +33,8 @@ import numpy as np
 from ..checkpoint.names import fold, layer_of
 from ..checkpoint.tensor_file import one_line
 from ..errors import CouldNotRun
-from ..grads.request import SCORES
+from ..grads.request import SCORES, UNITS
+from ..grads.units import roundoff
 from ..ops import rope_frequencies
 from ..parameters import GATE_BIAS, depth_of, layer_name
 from .blocks import cuts_of, told
@@ -47,10 +48,9 @@ from .report import PartResult, Status, TensorResult, Verdict
 from .theirs import Theirs, open_theirs
 from .truth import Truth
 
-__all__ = ["ROUNDOFF", "TYPES", "compare_folders", "expected"]
+__all__ = ["TYPES", "compare_folders", "expected"]
 
-ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8}
-TYPES = tuple(ROUNDOFF)  # from the finest
+TYPES = UNITS  # from the finest
 MOST_SHOWN = 5  # names of theirs, where none is ours
 
 
@@ -469,7 +469,7 @@ class _Judge:
             last = int(self.truth.array("in/positions").max())
         turned = rope_frequencies(config.rope, config.theta, config.active_yarn)
         plain = rope_frequencies(config.rope, config.theta, None)
-        return bool(last * np.abs(turned - plain).max() <= FACTOR * ROUNDOFF[self.dtype])
+        return bool(last * np.abs(turned - plain).max() <= FACTOR * roundoff(self.dtype))
 
     # What is told beside it
 

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from safetensors.numpy import load_file, save_file
+
+from refimpl.checkpoint import Checkpoint
+from refimpl.config import CONVENTIONS
+from refimpl.grads import Request, write_gradients
 from refimpl.port.verdict import compare_folders
 
+from golden.checkpoint_values import GOLDEN
 from port.examples import TINY, Example, edited, parameters, planted, routes_of, run, save
 
 
@@ -38,3 +44,23 @@ def test_without_the_checkpoint_the_verdict_stands(example: Example, tmp_path: P
     verdict = compare_folders(save(tmp_path / "port.safetensors", example.arrays), truth)
     assert verdict.verdict == "PASS"
     assert "which mistakes would not show here is not known: " in verdict.notes[-1]
+
+
+def test_code_that_is_not_ours_passes(tmp_path: Path) -> None:
+    """Transformers' model in float64, on the golden checkpoint; and, one gradient turned round, it
+    does not."""
+    golden = load_file(GOLDEN / "v3" / "outputs.safetensors")
+    source = Checkpoint.open(
+        GOLDEN / "v3", dtype="float64", conventions=CONVENTIONS["hf"], mtp=False
+    )
+    tokens, padding = golden.pop("aux/tokens"), golden.pop("aux/key_mask")
+    request = Request(tokens, key_mask=padding, units=("float64",))
+    write_gradients(source, request, tmp_path / "truth", origin=GOLDEN / "v3")
+    save_file(golden, tmp_path / "theirs.safetensors")
+    verdict = compare_folders(tmp_path / "theirs.safetensors", tmp_path / "truth")
+    assert (verdict.verdict, verdict.extra) == ("PASS", []), str(verdict)
+    assert len(verdict.those("ok")) == 91
+    name = "grad/model.layers.1.self_attn.q_b_proj.weight"
+    save_file(golden | {name: golden[name][::-1].copy()}, tmp_path / "theirs.safetensors")
+    verdict = compare_folders(tmp_path / "theirs.safetensors", tmp_path / "truth")
+    assert [x.name for x in verdict.those("wrong")] == [name]
