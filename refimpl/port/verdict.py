@@ -144,7 +144,8 @@ class _Judge:
         self.located = [self._locate(part, name) for part, name in expected(truth, only)]
         if not any(x.found for x in self.located):
             self._refuse_nothing()
-        self.dtype = self._type() if dtype is None else dtype
+        stored = self._type()
+        self.dtype = stored if dtype is None else dtype
         if self.dtype not in TYPES:
             raise CouldNotRun(f"must be one of {', '.join(TYPES)}, got {dtype}", argument="dtype")
         if self.dtype not in truth.types:
@@ -271,7 +272,8 @@ class _Judge:
     def _verdict_of(self, results: Mapping[str, TensorResult]) -> Verdict:
         """The verdict if nothing is wrong and all was judged."""
         judged = [x for x in results.values() if x.status == "ok"]
-        reason = f"{len(judged):,} tensors within {FACTOR} units of {self.dtype}"
+        many = "" if len(judged) == 1 else "s"
+        reason = f"{len(judged):,} tensor{many} within {FACTOR} units of {self.dtype}"
         measured = [x for x in judged if np.isfinite(x.units)]
         if measured:
             most = max(measured, key=lambda x: x.units)

@@ -247,6 +247,8 @@ def test_types_that_cannot_be_judged(example: Example, tmp_path: Path) -> None:
     half = example.arrays | {NORM: example.arrays[NORM].astype(np.float16)}
     with pytest.raises(CouldNotRun, match=r"norm.weight must be float64, .*, got float16"):
         judge(example, tmp_path, half)
+    with pytest.raises(CouldNotRun, match=r"norm.weight must be float64, .*, got float16"):
+        judge(example, tmp_path, half, dtype="bfloat16")
     truth = edited(
         example.truth, tmp_path, lambda x: x["metadata"]["units"].update(types=["float64"])
     )
