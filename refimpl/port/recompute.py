@@ -425,7 +425,9 @@ def above_of(truth: Truth, setting: Setting, *, backward: bool) -> Arrays:
         return found | other_loss(given, run, hidden, norm, calls["rms_norm"])
     main, head_saved = model.head_forward(run, hidden, given.batch)
     found |= {"out/main": main, "out/loss_per_token": per_token(given, run, hidden)}
-    passes, heads, losses = [], [], []
+    passes: list[Any] = []
+    heads: list[Any] = []
+    losses: list[Any] = []
     normaliser = given.batch.mtp_normaliser(config.conventions.mtp_normaliser)
     for depth, layer in enumerate(mtp_layers(config), 1):
         later = given.batch.at(depth)
@@ -468,7 +470,8 @@ def per_token(given: Inputs, run: Any, hidden: Any) -> np.ndarray:
 
 def other_loss(given: Inputs, run: Any, hidden: Any, norm: Any, dys: list[Any]) -> Arrays:
     """GRPO's loss, or the gradient of another loss's logits, down to the last block's output."""
-    config, batch, model = given.config, given.batch, given.setting.code.model
+    config, batch = given.config, given.batch
+    model = given.setting.code.model
     head, found = head_name(config), {}
     grads = model.Gradients(run.params)
     if given.loss == "grpo":
