@@ -25,6 +25,7 @@ __all__ = [
     "TensorResult",
     "Verdict",
     "beside",
+    "by_op",
     "content",
     "diagnosed",
     "folded",
@@ -141,7 +142,7 @@ def text(verdict: Verdict) -> str:
     lines += listed("in the port alone", [(one_line(name), "") for name in verdict.extra])
     lines += [f"note: {note}" for note in verdict.notes]
     if verdict.ok:
-        lines += listed("not excluded by these inputs and this type", verdict.not_excluded)
+        lines += listed("not excluded by these inputs and this type", by_op(verdict.not_excluded))
     return "\n".join(lines)
 
 
@@ -233,14 +234,23 @@ def diagnosed(verdict: Verdict) -> list[str]:
 
 
 def listed(title: str, names: Iterable[tuple[str, str] | str]) -> list[str]:
-    """A titled list; tensors that differ in their numbers alone on one line."""
+    """A titled list: lines as they are, and the first of tensors, those that differ in their
+    numbers alone on one line."""
     given = list(names)
     plain = [x for x in given if isinstance(x, str)]
-    lines = plain or fold(x for x in given if not isinstance(x, str))
-    if not lines:
-        return []
-    more = [f"  and {len(lines) - MOST_LINES:,} more"] if len(lines) > MOST_LINES else []
-    return [f"{title}:", *(f"  {line.rstrip()}" for line in lines[:MOST_LINES]), *more]
+    lines = fold(x for x in given if not isinstance(x, str))
+    more = [f"and {len(lines) - MOST_LINES:,} more"] if len(lines) > MOST_LINES else []
+    shown = [*plain, *lines[:MOST_LINES], *more]
+    return [f"{title}:", *(f"  {line.rstrip()}" for line in shown)] if shown else []
+
+
+def by_op(bugs: Iterable[str]) -> list[str]:
+    """A line per op of bugs told as ``op: name``."""
+    found: dict[str, list[str]] = {}
+    for bug in bugs:
+        op, _, name = bug.partition(": ")
+        found.setdefault(op, []).append(name)
+    return [f"{op}: {'; '.join(names)}" for op, names in found.items()]
 
 
 def number(x: float) -> str:
