@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: digests verify test test-full test-newest oracle peers kernels gpu gpu-more ladder check bugs memory memory-grads clean
+.PHONY: digests verify test test-full test-newest oracle peers kernels gpu gpu-more ladder check bugs power memory memory-grads clean
 
 verify: .venv/base  ## prove every gradient on real text
 	$(BIN)/refimpl verify
@@ -59,8 +59,11 @@ AGAINST ?= HEAD^
 digests: .venv/base  ## the bits of loss and gradients on five configurations, beside those of another commit (AGAINST=)
 	$(BIN)/python tests/digests.py --against $(AGAINST)
 
-bugs: .venv/dev  ## plant every bug of the catalogue and show which check catches it
+bugs: .venv/dev  ## refimpl power, with the golden values: which check catches which planted bug
 	$(BIN)/python tests/kill_table.py
+
+power: .venv/oracle  ## the same, with torch's gradcheck and JAX's check_grads beside ours
+	$(BIN)/python tests/kill_table.py --others
 
 memory: .venv/base  ## measure the peak memory of flash attention and of the fused output head
 	$(BIN)/refimpl memory

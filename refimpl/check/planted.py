@@ -194,8 +194,11 @@ PLANTED: tuple[Planted, ...] = (
             (("scale * chosen", "chosen"),
              ("saved.scale * dweights", "dweights")), shared=True),
     _one("router", "softmax's gradient from zeroed probabilities", "softmax scores, K < E",
-         "s * (ds - xp.sum(ds * s, axis=-1, keepdims=True))",
-         "xp.where(ds != 0, s, 0 * s) * (ds - xp.sum(ds * s, axis=-1, keepdims=True))"),
+         "dlogits = s * (ds - xp.sum(ds * s, axis=-1, keepdims=True))",
+         "expert = xp.arange(s.shape[-1])[:, None]\n"
+         "chosen = xp.any(expert == saved.indices[..., None, :], axis=-1)\n"
+         "s = xp.where(chosen, s, 0 * s)\n"
+         "dlogits = s * (ds - xp.sum(ds * s, axis=-1, keepdims=True))"),
     _one("router", "mean over tokens in the gate", "tokens > 1",
          "dw = xp.matmul(xp.matrix_transpose(rows), xp.reshape(x, (-1, x.shape[-1])))",
          "dw = xp.matmul(xp.matrix_transpose(rows), xp.reshape(x, (-1, x.shape[-1])))\n"

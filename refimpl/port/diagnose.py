@@ -84,7 +84,8 @@ class Trial:
     """
 
     def __init__(self, truth: Truth, part: Part, theirs: Arrays, dtype: str) -> None:
-        self.truth, self.part, self.dtype = truth, part, dtype
+        self.truth, self.part = truth, part
+        self.dtype = dtype
         right = recompute(truth, part, None)
         self.theirs = {n: x.astype(np.float64) for n, x in theirs.items() if is_judged(right, n, x)}
         self.right = {name: right[name].astype(np.float64) for name in self.theirs}

@@ -214,12 +214,12 @@ def zero_blocks(pair: Pair, cuts: list[Cut]) -> str:
     """Which blocks are exactly 0 though the truth's are not, if all else is right."""
     for cut in cuts:
         axes = tuple(axis for axis in range(pair.truth.ndim) if axis != cut.axis)
-        zero = ~np.any(pair.theirs, axis=axes) & np.any(pair.truth, axis=axes)
-        if not zero.any():
-            continue
+        kept = np.zeros(cut.blocks, bool)  # blocks with a number that is not 0
+        np.logical_or.at(kept, cut.block, np.any(pair.theirs, axis=axes))
+        zero = ~kept[cut.block]
         shape = [1] * pair.truth.ndim
         shape[cut.axis] = -1
-        if pair.fits(np.where(zero.reshape(shape), 0.0, pair.truth)):
+        if zero.any() and pair.fits(np.where(zero.reshape(shape), 0.0, pair.truth)):
             return told([cut], [zero]).replace("wrong", "0")
     return ""
 

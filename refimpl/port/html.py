@@ -9,7 +9,18 @@ import numpy as np
 
 from ..errors import printable
 from .compare import FACTOR, Heat
-from .report import HEADER, MOST_ROWS, TensorResult, Verdict, diagnosed, folded, listed, place, row
+from .report import (
+    HEADER,
+    MOST_ROWS,
+    TensorResult,
+    Verdict,
+    by_op,
+    diagnosed,
+    folded,
+    listed,
+    place,
+    row,
+)
 
 __all__ = ["page"]
 
@@ -60,7 +71,7 @@ def page(verdict: Verdict) -> str:
         ("Routes", [(x.name, x.what) for x in verdict.those("other")]),
         ("Not given", [(x.name, "") for x in verdict.those("missing")]),
         ("In the port alone", [(name, "") for name in verdict.extra]),
-        ("Not excluded by these inputs and this type", verdict.not_excluded),
+        ("Not excluded by these inputs and this type", by_op(verdict.not_excluded)),
         ("Notes", verdict.notes),
     ):
         if lines := listed(title, names):

@@ -427,7 +427,9 @@ def above_of(truth: Truth, setting: Setting, *, backward: bool) -> Arrays:
         return found | other_loss(given, run, hidden, norm, calls["rms_norm"])
     main, head_saved = model.head_forward(run, hidden, given.batch)
     found |= {"out/main": main, "out/loss_per_token": per_token(given, run, hidden)}
-    passes, heads, losses = [], [], []
+    passes: list[Any] = []
+    heads: list[Any] = []
+    losses: list[Any] = []
     for depth, layer in enumerate(mtp_layers(config), 1):
         later = given.batch.at(depth)
         _, normed, module = model.mtp_module_forward(run, depth, given.state(depth), later)
@@ -469,7 +471,8 @@ def per_token(given: Inputs, run: Any, hidden: Any) -> np.ndarray:
 
 def other_loss(given: Inputs, run: Any, hidden: Any, norm: Any, dys: list[Any]) -> Arrays:
     """GRPO's loss, or the gradient of another loss's logits, down to the last block's output."""
-    config, batch, model = given.config, given.batch, given.setting.code.model
+    config, batch = given.config, given.batch
+    model = given.setting.code.model
     head, found = head_name(config), {}
     grads = model.Gradients(run.params)
     if given.loss == "grpo":

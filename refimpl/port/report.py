@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .. import __version__
+from ..check.planted import Planted
 from ..checkpoint.names import fold, layer_of
 from ..checkpoint.tensor_file import one_line
 from ..parameters import EXPERTS, layer_name, module_name
 from .compare import Difference, Heat
 from .diagnose import Diagnosis
+from .places import place_of
 
 __all__ = [
     "PartResult",
@@ -23,6 +25,7 @@ __all__ = [
     "TensorResult",
     "Verdict",
     "beside",
+    "by_op",
     "content",
     "diagnosed",
     "folded",
@@ -139,7 +142,7 @@ def text(verdict: Verdict) -> str:
     lines += listed("in the port alone", [(one_line(name), "") for name in verdict.extra])
     lines += [f"note: {note}" for note in verdict.notes]
     if verdict.ok:
-        lines += listed("not excluded by these inputs and this type", verdict.not_excluded)
+        lines += listed("not excluded by these inputs and this type", by_op(verdict.not_excluded))
     return "\n".join(lines)
 
 
@@ -225,19 +228,29 @@ def diagnosed(verdict: Verdict) -> list[str]:
         return []
     bugs = " or ".join(f"{bug.op}: {bug.name}" for bug in found.named)
     lines = [f"these are the numbers of the planted bug {bugs}"] if bugs else []
+    lines += [str(place_of(bug)) for bug in found.named]
     lines += [f"hint: {hint}" for hint in found.hints]
     return lines + ([found.note] if found.note else [])
 
 
 def listed(title: str, names: Iterable[tuple[str, str] | str]) -> list[str]:
-    """A titled list; tensors that differ in their numbers alone on one line."""
+    """A titled list: lines as they are, and the first of tensors, those that differ in their
+    numbers alone on one line."""
     given = list(names)
     plain = [x for x in given if isinstance(x, str)]
-    lines = plain or fold(x for x in given if not isinstance(x, str))
-    if not lines:
-        return []
-    more = [f"  and {len(lines) - MOST_LINES:,} more"] if len(lines) > MOST_LINES else []
-    return [f"{title}:", *(f"  {line.rstrip()}" for line in lines[:MOST_LINES]), *more]
+    lines = fold(x for x in given if not isinstance(x, str))
+    more = [f"and {len(lines) - MOST_LINES:,} more"] if len(lines) > MOST_LINES else []
+    shown = [*plain, *lines[:MOST_LINES], *more]
+    return [f"{title}:", *(f"  {line.rstrip()}" for line in shown)] if shown else []
+
+
+def by_op(bugs: Iterable[str]) -> list[str]:
+    """A line per op of bugs told as ``op: name``."""
+    found: dict[str, list[str]] = {}
+    for bug in bugs:
+        op, _, name = bug.partition(": ")
+        found.setdefault(op, []).append(name)
+    return [f"{op}: {'; '.join(names)}" for op, names in found.items()]
 
 
 def number(x: float) -> str:
@@ -283,7 +296,7 @@ def content(verdict: Verdict) -> dict[str, Any]:
         "diagnosis": None
         if found is None
         else {
-            "bugs": [{"op": bug.op, "name": bug.name} for bug in found.named],
+            "bugs": [_bug(bug) for bug in found.named],
             "hints": list(found.hints),
             "note": found.note,
         },
@@ -293,6 +306,12 @@ def content(verdict: Verdict) -> dict[str, Any]:
         "not_excluded": list(verdict.not_excluded),
         "routes": None if verdict.routes is None else one_line(verdict.routes),
     }
+
+
+def _bug(bug: Planted) -> dict[str, Any]:
+    place = place_of(bug)
+    told = {"file": place.file, "line": place.line, "tag": place.tag or None}
+    return {"op": bug.op, "name": bug.name, "place": told}
 
 
 def _tensor(x: TensorResult) -> dict[str, Any]:

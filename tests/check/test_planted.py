@@ -15,8 +15,9 @@ from refimpl.check.cases import pair_of
 from refimpl.check.planted import PLANTED, Planted, edited, home, plant
 from refimpl.ops import Op
 from refimpl.ops.attention import visible
+from refimpl.port.power import false_alarms
 
-from kill_table import false_alarms, kill
+from kill_table import kill
 from support import FULL
 
 

@@ -73,7 +73,7 @@ def test_map_and_only(example: Example, tmp_path: Path) -> None:
     assert out.startswith("INCONCLUSIVE: missing: grad/")
     code, out, _ = check(*given, "--only", "*.1.self_attn.o_proj.*", "--dtype", "float32")
     assert code == 0
-    assert out.startswith("PASS: 1 tensors within 4 units of float32")
+    assert out.startswith("PASS: 1 tensor within 4 units of float32")
 
 
 def test_list(example: Example, tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ TABLES = {  # of numbers, or of planted text
     "tests/golden/grpo.py",
     "tests/golden/make_checkpoints.py",
     "tests/golden/model.py",
+    "tests/port/outside.py",
+    "tests/port/test_hints.py",
     "tests/ptx/planted.py",
 }
 TREES = {

@@ -63,22 +63,31 @@ def test_the_verdict_is_first_and_the_rest_is_short(failed: Verdict) -> None:
 
 def test_the_diagnosis_follows_the_first_wrong_part(failed: Verdict) -> None:
     found = Diagnosis(list(PLANTED[:2]), ["twice the truth"], "hints alone: no checkpoint")
-    lines = str(replace(failed, diagnosis=found)).splitlines()
-    assert lines[4:7] == [
+    verdict = replace(failed, diagnosis=found)
+    lines = str(verdict).splitlines()
+    assert lines[4] == (
         "  these are the numbers of the planted bug linear: weight gradient over one batch row or "
-        "embedding: = for += on repeated ids",
-        "  hint: twice the truth",
-        "  hints alone: no checkpoint",
-    ]
+        "embedding: = for += on repeated ids"
+    )
+    assert re.match(r"  refimpl/ops/linear.py:\d+ \(linear.3\) has xp.matmul", lines[5])
+    assert lines[6].startswith("  refimpl/ops/embedding.py:")
+    assert lines[7:9] == ["  hint: twice the truth", "  hints alone: no checkpoint"]
+    content = verdict.to_json()
+    assert misfits(content, SCHEMA, SCHEMA) == []
+    assert content["diagnosis"]["bugs"][0]["place"]["tag"] == "(linear.3)"
 
 
 def test_a_pass_says_what_it_does_not_exclude(example: Example, tmp_path: Path) -> None:
     path = save(tmp_path / "port.safetensors", example.ports["float32"])
     verdict = compare_folders(path, example.truth)
-    text = str(replace(verdict, not_excluded=["rope: backward in the other layout"]))
+    bugs = ["rope: backward in the other layout", "mla: x", *(f"rope: {n}" for n in range(30))]
+    text = str(replace(verdict, not_excluded=bugs))
     assert text.startswith("PASS: 148 tensors within 4 units of float32; the furthest, ")
-    assert "not excluded by these inputs and this type:\n  rope: backward in the" in text
-    assert len(text.splitlines()) < 5
+    assert text.splitlines()[1:] == [
+        "not excluded by these inputs and this type:",
+        f"  rope: backward in the other layout; {'; '.join(map(str, range(30)))}",
+        "  mla: x",
+    ]
 
 
 def test_what_is_missing(example: Example, tmp_path: Path) -> None:

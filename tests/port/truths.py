@@ -1,11 +1,12 @@
-"""Truths to diagnose against, and ports: whole runs at some type, right or with a planted bug, whose
-width is permuted as another implementation's sums run in another order.
+"""Truths to diagnose against, and ports: whole runs at some type, right or with a planted bug, the
+width permuted as another implementation's sums run in another order.
 
 Nothing here computes a part alone: a port is a run of the model from the tokens, watched.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.check.cases import Case, pair_of
+from refimpl.check.cases import CASES, Case, RandomDraw, pair_of
 from refimpl.check.planted import Planted, fresh_module, plant_module
 from refimpl.checkpoint import Checkpoint, save_checkpoint
 from refimpl.config import ModelConfig, preset
-from refimpl.grads import Request, write_gradients
+from refimpl.grads import Request, gradient_shapes, write_gradients
 from refimpl.grads.cotangents import Calls, activations_of
 from refimpl.grads.request import EMBEDDINGS, HIDDEN, SCORES
 from refimpl.grads.rounded import round_bfloat16, rounded
@@ -26,7 +27,10 @@ from refimpl.grads.units import permute, roundoff, width_axes
 from refimpl.model import Route
 from refimpl.ops import REFERENCE, AnyOp, Op
 from refimpl.parameters import is_buffer, layer_name, module_name, parameter_shapes
+from refimpl.port.compare import FACTOR
+from refimpl.port.diagnose import Diagnosis, diagnose, largest, unit_of
 from refimpl.port.orders import shuffled
+from refimpl.port.parts import Part, parts_of
 from refimpl.port.recompute import SLOTS, head_of, planted_code, stored_gradients
 from refimpl.port.truth import Entry, Truth
 
@@ -63,6 +67,29 @@ def model_truth(folder: Path, seed: int, config: ModelConfig | None = None) -> T
     )
     write_gradients(source, request, folder / "truth", origin=folder / "checkpoint")
     return Truth.open(folder / "truth")
+
+
+def first_wrong(truth: Truth, port: Mapping[str, np.ndarray], dtype: str) -> Part | None:
+    """The first part with a tensor more than four units off."""
+    for part in parts_of(truth):
+        for name in part.tensors:
+            right = truth.array(name)
+            if name not in port or right.dtype.kind != "f":
+                continue
+            found = port[name].astype(np.float64)
+            if found.shape != right.shape:
+                return part
+            if not largest(found - right) <= FACTOR * unit_of(truth, name, dtype):
+                return part
+    return None
+
+
+def diagnosed(truth: Truth, port: Mapping[str, np.ndarray], dtype: str) -> Diagnosis | None:
+    """The diagnosis of the first wrong part; None if all are right."""
+    part = first_wrong(truth, port, dtype)
+    if part is None:
+        return None
+    return diagnose(truth, part, {n: port[n] for n in part.tensors if n in port}, dtype)
 
 
 def module_of(code: Planted | None) -> ModuleType:
@@ -124,8 +151,6 @@ def at_type(x: np.ndarray, dtype: str) -> np.ndarray:
 def unpermuted(name: str, x: np.ndarray, config: ModelConfig, inverse: np.ndarray) -> np.ndarray:
     kind, _, plain = name.partition("/")
     if kind == "grad":
-        from refimpl.grads.request import gradient_shapes
-
         return permute(x, width_axes(gradient_shapes, config)[plain], inverse)
     if kind in ("act", "cot") and not plain.endswith(SCORES):
         return np.take(x, inverse, axis=-1)
@@ -136,7 +161,8 @@ class Watched:
     """A run of a model's module whose blocks are watched from outside."""
 
     def __init__(self, module: ModuleType, config: ModelConfig, router: ModuleType) -> None:
-        self.module, self.config, self.router = module, config, router
+        self.module, self.config = module, config
+        self.router = router
         self.found: dict[str, Any] = {}
         self.forward, self.backward = module.block_forward, module.block_backward
         module.block_forward, module.block_backward = self.block_forward, self.block_backward
@@ -234,7 +260,7 @@ class CaseTruth(Truth):
         self.kwargs = kwargs
         names = names_of(op)
         inputs = [None if x is None else round_bfloat16(x) for x in case.inputs]
-        y, saved = forward(*inputs, **kwargs)
+        y, _ = forward(*inputs, **kwargs)
         rng = np.random.default_rng([seed, 3])
         fields = y._asdict() if hasattr(y, "_asdict") else {"y": y}
         cot = {
@@ -286,9 +312,12 @@ class CaseTruth(Truth):
         return found
 
 
-def names_of(op: str) -> list[str]:
-    import inspect
+def case_truth(op: str, seed: int) -> CaseTruth:
+    """The truth of a drawn case."""
+    return CaseTruth(op, CASES[op](RandomDraw(seed)), seed)
 
+
+def names_of(op: str) -> list[str]:
     parameters = inspect.signature(pair_of(op).forward).parameters.values()
     return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 
@@ -310,9 +339,13 @@ def case_results(
 
 
 def case_port(
-    truth: CaseTruth, op: AnyOp, dtype: str, seed: int,
-    plain: Mapping[str, Any] | None = None, settings: Mapping[str, Any] | None = None,
-) -> dict[str, np.ndarray]:  # fmt: skip
+    truth: CaseTruth,
+    op: AnyOp,
+    dtype: str,
+    seed: int,
+    plain: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, np.ndarray]:
     """What a port of one op has on the case: with sums in an order of the seed's."""
     plain = plain or {n[2:]: x for n, x in truth.arrays.items()}
     settings = settings if settings is not None else truth.metadata["cases"]["c"]["settings"]
@@ -325,8 +358,6 @@ def case_port(
     table = REFERENCE
     if dtype == "bfloat16":
         op, table = rounded(op), table | {n: rounded(x) for n, x in table.items()}
-    import inspect
-
     more = (
         {"ops": table} if "ops" in inspect.signature(pair_of(truth.op).forward).parameters else {}
     )
