@@ -149,9 +149,9 @@ PLANTED: tuple[Planted, ...] = (
          "xp.sum(dk[..., n:], axis=2)", "xp.mean(dk[..., n:], axis=2)"),
     _one("mla", "gradient of k_pe halved", "any",
          "xp.sum(dk[..., n:], axis=2)", "xp.sum(dk[..., n:], axis=2) / 2"),
-    _one("mla", "per-head slices on the wrong axis", "heads > 1, V > 1",
-         "xp.reshape(do, (*do.shape[:2], -1, v))",
-         "xp.matrix_transpose(xp.reshape(do, (*do.shape[:2], v, -1)))"),
+    _one("mla", "per-head slices on the wrong axis", "heads > 1",
+         "xp.reshape(dkv, (*dkv.shape[:2], -1))",
+         "xp.reshape(xp.matrix_transpose(dkv), (*dkv.shape[:2], -1))"),
     _one("mla", "dq from an unrotated k", "position > 0",
          "dq, dk, dv = ops.attention.backward(\n"
          "    xp.reshape(do, (*do.shape[:2], -1, v)), saved.attention)",

@@ -12,7 +12,7 @@ from ..errors import CouldNotRun
 from .compare import FACTOR
 from .diagnose import bugs_of, largest, unit_of
 from .parts import Part
-from .recompute import recompute
+from .recompute import BLOCK, recompute
 from .truth import Truth
 
 __all__ = ["not_excluded"]
@@ -29,9 +29,21 @@ def not_excluded(
     tried = some_of_each(parts)
     for bug in dict.fromkeys(bug for part in tried for bug in bugs_of(truth, part)):
         where = [part for part in tried if bug in bugs_of(truth, part)]
-        if not any(shows(truth, part, bug, judged, dtype) for part in reversed(where)):
+        if not any(shows(truth, group, bug, judged, dtype) for group in together(where)):
             hidden.append(bug)
     return hidden
+
+
+def together(parts: Sequence[Part]) -> list[list[Part]]:
+    """The parts that one computation gives: those of a block, and all above the blocks; the
+    backward ones first, which give the others, too."""
+    groups: dict[tuple[object, ...], list[Part]] = {}
+    for part in sorted(parts, key=lambda part: not part.backward):
+        of_block = part.kind in BLOCK
+        alone = of_block or part.kind in ("embedding", "case")
+        place = (of_block, part.layer, part.case) if alone else ("above",)
+        groups.setdefault(place, []).append(part)
+    return list(groups.values())
 
 
 def some_of_each(parts: Sequence[Part]) -> list[Part]:
@@ -46,17 +58,19 @@ def some_of_each(parts: Sequence[Part]) -> list[Part]:
     return found
 
 
-def shows(truth: Truth, part: Part, bug: Planted, judged: frozenset[str], dtype: str) -> bool:
-    """Whether the bug changes a judged tensor of the part by more than a right port may differ."""
+def shows(
+    truth: Truth, parts: Sequence[Part], bug: Planted, judged: frozenset[str], dtype: str
+) -> bool:
+    """Whether the bug changes a judged tensor of these parts, which go together, by more than a
+    right port may differ."""
     try:
-        found = recompute(truth, part, bug)
+        found = recompute(truth, parts[0], bug)
     except CouldNotRun:
         raise
     except Exception:  # of the bug's own: then no port has it and runs
         return True
-    return any(
-        name in judged and differs(found.get(name), truth, name, dtype) for name in part.tensors
-    )
+    names = (name for part in parts for name in part.tensors if name in judged)
+    return any(differs(found.get(name), truth, name, dtype) for name in names)
 
 
 def differs(found: np.ndarray | None, truth: Truth, name: str, dtype: str) -> bool:

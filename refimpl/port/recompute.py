@@ -47,10 +47,11 @@ from .orders import shuffled
 from .parts import Part
 from .truth import Truth
 
-__all__ = ["MOST_BYTES", "Setting", "planted_code", "recompute"]
+__all__ = ["BLOCK", "MOST_BYTES", "Setting", "planted_code", "recompute"]
 
 MOST_BYTES = 2**33  # of the weights of one block in float64: beyond, nothing is computed again
 Arrays = dict[str, np.ndarray]
+BLOCK = ("attention", "gate", "network")  # the kinds of parts of one block
 WITHOUT = ("mtp", "balance", "shared")  # what can be left out of a run
 
 
@@ -162,7 +163,7 @@ def recompute(
     with np.errstate(all="ignore"):
         if part.case:
             found = case_of(truth, part.case, setting)
-        elif part.kind in ("attention", "gate", "network"):
+        elif part.kind in BLOCK:
             assert part.layer is not None
             found = block_of(truth, part.layer, setting, backward=part.backward)
         elif part.kind == "embedding":
