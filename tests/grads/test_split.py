@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from refimpl.batch import Whole
 from refimpl.config import Conventions, ModelConfig, preset
 from refimpl.grads.split import Split, TermCounts, rules, split_batch, term_counts, term_gradients
 from refimpl.model import backward, forward
-from refimpl.splits import run_parts
+from refimpl.splits import counts, run_parts
 
 from random_parameters import random_parameters
 
@@ -85,6 +86,39 @@ def test_the_mean_of_means_is_what_separate_runs_average() -> None:
     rule = "the mean of the parts' means"
     terms = ("main", "mtp.1", "mtp.2", "balance")
     assert_same(added(found, chosen(split, CONFIG, rule, *terms)), (loss, gradients))
+
+
+def test_ranks_that_divide_by_their_own_counts() -> None:
+    """The same on pieces of sequences: what a rank makes of its loss reaches the keys of earlier
+    ranks, so that the parts' gradients are those of their losses, whoever holds the tokens."""
+    config = replace(CONFIG, balance_weight=0.0)
+    params = random_parameters(config)
+    split = split_batch("positions=2+3", ARRAYS, config)
+    found = term_gradients(params, split, config)
+    own = [counts(part, config) for part in split.parts]
+    wholes = [Whole(3 * (c.targets or 0), tuple(3 * n for n in c.mtp), 1.0) for c in own]
+    ranks = run_parts(params, split.parts, config, whole=wholes, pieces=True)
+    loss = sum(float(output.loss) for output, _ in ranks)
+    gradients = {name: sum(g[name] for _, g in ranks) for name in ranks[0][1]}
+    rule = "the mean of the parts' means"
+    assert_same(
+        added(found, chosen(split, config, rule, "main", "mtp.1", "mtp.2")), (loss, gradients)
+    )
+
+
+def test_one_piece_s_targets() -> None:
+    """The gradient of a piece's sum is that of the whole, uncut, with its targets alone."""
+    config = replace(CONFIG, balance_weight=0.0, mtp_depth=0)
+    params = random_parameters(config)
+    found = term_gradients(params, split_batch("positions=3+5", ARRAYS, config), config)["main"]
+    targets = np.roll(ARRAYS["tokens"], -1, axis=1)
+    counted = ARRAYS["key_mask"] & np.roll(ARRAYS["key_mask"], -1, axis=1) & (np.arange(8) < 7)
+    for piece, (loss, gradients) in zip((range(3), range(3, 5), range(5, 8)), found, strict=True):
+        mask = counted & np.isin(np.arange(8), piece)
+        output, saved = forward(
+            params, config=config, targets=targets, mask=mask, whole=Whole(1.0), **ARRAYS
+        )
+        assert_same((loss, gradients), (float(output.loss), backward(saved)))
 
 
 def test_statistics_of_the_micro_batch() -> None:
