@@ -193,7 +193,7 @@ def test_mtp_and_balance_loss_on_rows(tmp_path: Path) -> None:
         assert error(whole, means) > 1e-3
 
 
-@pytest.mark.parametrize("cuts", [(4,), (2, 3)])
+@pytest.mark.parametrize("cuts", [(4,), (3,), (2, 3)])
 def test_pieces_by_a_cache(cuts: tuple[int, ...], tmp_path: Path) -> None:
     """A model with parameters of its own per piece, and a cache through which later pieces see the
     keys of earlier ones: each piece's gradient is ours, what comes back from later ones included,
@@ -254,4 +254,5 @@ def test_pieces_by_a_cache(cuts: tuple[int, ...], tmp_path: Path) -> None:
     chosen = factors(split, config, MEANS, "main")
     loss = weighted(found, {"main": chosen["main"]})[0]
     assert error((loss, weighted(found, chosen)[1]), wrong) <= GRADIENT
-    assert error((float(output.main), backward(saved)), wrong) > 0.01
+    off = error((float(output.main), backward(saved)), wrong)
+    assert off <= GRADIENT if cuts == (4,) else off > 0.01  # 4 targets and 4: it can't show
