@@ -24,7 +24,16 @@ from ..parameters import head_name, is_buffer
 from ..splits import Part, by_positions, by_rows, counts, run_parts
 from .grpo import GRPO
 
-__all__ = ["SPEC", "Split", "TermCounts", "rules", "split_batch", "term_counts", "term_gradients"]
+__all__ = [
+    "SPEC",
+    "Split",
+    "TermCounts",
+    "rules",
+    "split_batch",
+    "term_counts",
+    "term_gradient",
+    "term_gradients",
+]
 
 SPEC = "micro_batches=M, or rows=2+3+1, or positions=8+16, each with ,ranks=R"
 LEAVES_OUT = 1e300  # a count that makes a term vanish
@@ -133,6 +142,10 @@ def rules(term: str, count: TermCounts, ranks: int) -> dict[str, list[float]]:
     }
     if count.positions != count.own and term not in (BALANCE, OF_PART):
         found["every position counted, padding too"] = [1 / sum(count.positions)] * parts
+    if (term.startswith("mtp.") or term in (BALANCE, OF_PART)) and sum(count.main) > 0:
+        found["each part's mean, weighted by its main count"] = [
+            mean * n / sum(count.main) for mean, n in zip(means, count.main, strict=True)
+        ]
     if term.startswith("mtp.") and sum(count.main) > 0:
         found["divided by the main loss's count"] = [1 / sum(count.main)] * parts
         found["the mean of the parts' sums over their main counts"] = [
