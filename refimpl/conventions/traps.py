@@ -888,10 +888,10 @@ TRAPS = (
         "Which tokens or outputs does a mean over them count, if outputs come in micro-batches?",
         {
             "TRL": run(
-                "dapo, cispo, vespo: the tokens of all micro-batches and ranks; where a generation "
-                "is not used by one step, the mean step's (`steps_per_generation`, trl#6024). "
-                "grpo: the mean over micro-batches, which have equally many outputs. bnpo: the "
-                "mean of token means (trl#5619 asks)",
+                "dapo, cispo, vespo: the tokens of all micro-batches and ranks (trl#5619); where a "
+                "generation lasts for several steps, the mean step's (trl#6024). grpo: the mean "
+                "over micro-batches, which have equally many outputs. bnpo: the mean of token "
+                "means",
                 test=TRL("test_micro_batches"),
             ),
             "verl": run(
@@ -909,8 +909,8 @@ TRAPS = (
                 "(`iter_grad_accum_global_norm`)"
             ),
             "ms-swift": told(
-                "dapo: the tokens of all, then divided by their number again, before "
-                "ms-swift#10116 (#10117)"
+                "dapo: the tokens of all micro-batches, then divided by the number of micro-batches "
+                "too, before ms-swift#10116 (#10117)"
             ),
         },
         "`grpo_forward(normaliser=)`; `refimpl grads --split` names what others make of it",

@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch", reason=WHY)
 pytest.importorskip("transformers", reason=WHY)
 
 from torch.nn.functional import cross_entropy
-from transformers import DynamicCache, Trainer
+from transformers import DynamicCache, MixtralConfig, MixtralForCausalLM, Trainer
 
 from refimpl.grads.split import Split, rules, split_batch, term_counts, term_gradients
 from refimpl.model import backward, forward
@@ -126,6 +126,30 @@ def test_micro_batches_by_num_items_in_batch(tmp_path: Path) -> None:
     found = term_gradients(params, split, config)
     assert error(weighted(found, factors(split, config, MEANS, "main")), means) <= GRADIENT
     assert error(whole, means) > 0.05
+
+
+def test_mixtral_s_balance_loss() -> None:
+    """Row 32: of all tokens of a micro-batch, and not divided by the number of micro-batches where
+    the main loss is divided by the count of all."""
+    settings = {"vocab_size": 31, "hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 1}
+    settings |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
+    config = MixtralConfig(**settings, output_router_logits=True, router_aux_loss_coef=1.0)
+    config._experts_implementation = "eager"
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(config).double().eval()
+
+    def added(rows: np.ndarray) -> float:
+        """To the main loss, which is divided by 16 targets."""
+        given = {"input_ids": torch.tensor(rows), "labels": torch.tensor(rows)}
+        with torch.no_grad():
+            output = model(**given, num_items_in_batch=16)
+            bare = model(**given, num_items_in_batch=16, output_router_logits=False)
+        assert (output.loss - bare.loss).item() == pytest.approx(output.aux_loss.item(), rel=1e-6)
+        return output.aux_loss.item()
+
+    both, alone = added(TOKENS[:2]), [added(TOKENS[n : n + 1]) for n in range(2)]
+    assert sum(alone) == pytest.approx(2 * both, rel=0.1)
+    assert np.mean(alone) != pytest.approx(both, rel=1e-4)
 
 
 def test_mtp_and_balance_loss_on_rows(tmp_path: Path) -> None:
