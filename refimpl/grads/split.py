@@ -37,7 +37,8 @@ __all__ = [
 
 SPEC = "micro_batches=M, or rows=2+3+1, or positions=8+16, each with ,ranks=R"
 LEAVES_OUT = 1e300  # a count that makes a term vanish
-BALANCE, OF_PART, POLICY = "balance", "balance_of_part", "grpo"
+BALANCE, OF_PART = "balance", "balance_of_part"
+POLICY = "grpo"
 
 
 class Split(NamedTuple):

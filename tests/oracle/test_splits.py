@@ -239,7 +239,8 @@ def test_pieces_by_a_cache(cuts: tuple[int, ...], tmp_path: Path) -> None:
         """The losses and the gradients of each piece's own parameters; ``scale`` multiplies the
         pieces' sums of the main loss."""
         models = [deepcopy(model) for _ in split.parts]
-        cache, main, gates = DynamicCache(), [], []
+        cache = DynamicCache()
+        main, gates = [], []
         for one, (start, stop) in zip(models, pairwise(ends), strict=True):
             one.zero_grad()
             routing = Routing(one)
