@@ -682,7 +682,8 @@ TRAPS = (
                 "yes: 0 in the numerator, 1 in the denominator", test=TRL("test_empty_outputs")
             ),
             "verl": run(
-                "no (`agg_loss`: seq-mean-*), unless the caller gives `global_batch_size`",
+                "no (`agg_loss`: seq-mean-*), unless the caller gives `global_batch_size`, as its own "
+                "engines do",
                 test=VERL("test_empty_outputs"),
             ),
             "OpenRLHF": read("no (`aggregate_loss`)"),
@@ -857,7 +858,7 @@ TRAPS = (
                 "tokens of its micro-batch and divided by the targets of all: a masked prompt "
                 "makes it larger. `aux_loss`, the default: of the micro-batch. `global_aux_loss`: "
                 "f of the micro-batches so far, each taken to be as long as this one "
-                "(Megatron-LM#7213), and divided by the ranks once more (#3672, told)",
+                "(Megatron-LM#7213), and divided by the ranks once more (#3672)",
                 test=MEGATRON("test_balance_loss_of_micro_batches"),
             ),
             "HF": run(
@@ -909,8 +910,8 @@ TRAPS = (
                 "(`iter_grad_accum_global_norm`)"
             ),
             "ms-swift": told(
-                "dapo: the tokens of all micro-batches, then divided by the number of micro-batches "
-                "too, before ms-swift#10116 (#10117)"
+                "dapo: the tokens of all micro-batches, then their number too, before ms-swift#10116 "
+                "(#10117)"
             ),
         },
         "`grpo_forward(normaliser=)`; `refimpl grads --split` names what others make of it",
