@@ -184,7 +184,7 @@ def run_parts(
     parts: Sequence[Part],
     config: ModelConfig,
     *,
-    whole: Whole | None = None,
+    whole: Whole | list[Whole] | None = None,
     pieces: bool = False,
     ops: Ops = REFERENCE,
     exchange_balance: bool = True,
@@ -192,25 +192,28 @@ def run_parts(
     """Output and gradients of every part, whose sums are those of the whole batch.
 
     Args:
-        whole: counts of the whole batch; by default those of ``parts``.
+        whole: counts of the whole batch, by default those of ``parts``; a list has what each part
+            divides by.
         pieces: whether the parts are pieces of the same sequences, which run side by side.
         exchange_balance: whether pieces count their choices of experts together.
     """
     whole = whole_of(parts, config) if whole is None else whole
+    wholes = whole if isinstance(whole, list) else [whole] * len(parts)
 
-    def run(part: Part, ops: Ops) -> tuple[ModelOutput, dict[str, Any]]:
+    def run(part: Part, whole: Whole, ops: Ops) -> tuple[ModelOutput, dict[str, Any]]:
         part = filled(part, config.mtp_depth)
         output, saved = forward(
             params, config=config, whole=whole, follow=part.follow, ops=ops, **part.arrays
         )
         return output, backward(saved)
 
-    def run_piece(part: Part, exchange: Exchange) -> tuple[ModelOutput, dict[str, Any]]:
-        return run(part, exchanging(ops, exchange, balance=exchange_balance))
+    def run_piece(part: Part, whole: Whole, exchange: Exchange) -> Any:
+        return run(part, whole, exchanging(ops, exchange, balance=exchange_balance))
 
+    pairs = list(zip(parts, wholes, strict=True))
     if not pieces:
-        return [run(part, ops) for part in parts]
-    return side_by_side([partial(run_piece, part) for part in parts])
+        return [run(part, whole, ops) for part, whole in pairs]
+    return side_by_side([partial(run_piece, part, whole) for part, whole in pairs])
 
 
 def side_by_side(work: Sequence[Callable[[Exchange], Any]]) -> list[Any]:

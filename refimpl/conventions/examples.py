@@ -18,6 +18,7 @@ import numpy as np
 from ..array import Array
 from ..batch import make_batch
 from ..config import ModelConfig, Yarn, preset
+from ..grads.split import TermCounts, rules, split_batch, term_counts, term_gradient
 from ..model import ModelOutput, Run, backward, forward, logits, mtp_module_forward
 from ..ops import (
     GRPO_PRESETS,
@@ -49,6 +50,10 @@ from ..parameters import (
     parameter_shapes,
 )
 
+MEANS = "the mean of the parts' means"
+SUM = "the sum of the parts' means (× micro-batches)"
+TWICE = "divided by the ranks twice"
+WEIGHTED = "each part's mean, weighted by its main count"
 Numbers = dict[str, float]  # choice → the number it gives, our default first
 TEXT = b"A reference is right, or it is nothing: "  # 2 rows of 20 tokens
 TINY = preset("tiny")
@@ -570,3 +575,77 @@ def hidden_float32() -> Numbers:
         "float64": 0.0,
         "float32 inside": float(np.max(np.abs(rounded - exact)) / np.max(np.abs(exact))),
     }
+
+
+UNEVEN = np.arange(20) < np.array([[20], [3]])  # the real tokens of the text's two rows
+
+
+def in_parts(term: str, *wrong: str, **fields: Any) -> Numbers:
+    """One term of the loss of the text's rows, a micro-batch and a rank each, by rule."""
+    config, arrays = convention(**fields), {"tokens": text(), "key_mask": UNEVEN}
+    split = split_batch("micro_batches=2", arrays, config)
+    sums = term_gradient(parameters(), split, config, REFERENCE, term)
+    found = rules(term, term_counts(split, config)[term], split.ranks)
+    return {
+        rule: sum(c * loss for c, (loss, _) in zip(found[rule], sums, strict=True))
+        for rule in ("right", *wrong)
+    }
+
+
+def main_in_parts() -> Numbers:
+    return in_parts("main", MEANS, SUM, TWICE, "every position counted, padding too")
+
+
+def mtp_in_parts() -> Numbers:
+    by_main = "divided by the main loss's count"
+    return in_parts("mtp.1", MEANS, WEIGHTED, by_main, mtp_normaliser="valid")
+
+
+def balance_in_parts() -> Numbers:
+    return in_parts("balance", WEIGHTED, SUM, TWICE)
+
+
+def statistics_of_part() -> Numbers:
+    """The text's two rows in one micro-batch: f counted over each, or over both."""
+    split = split_batch("rows=2", {"tokens": text()}, TINY)
+    each, both = (
+        term_gradient(parameters(), split, TINY, REFERENCE, term)[0][0]
+        for term in ("balance", "balance_of_part")
+    )
+    return {"each sequence's": each / 2, "the micro-batch's": both}
+
+
+def grpo_in_parts(rows: list[int], average: Any, *wrong: str) -> Numbers:
+    """The loss of four outputs in micro-batches of these ``rows``, by rule."""
+    parts = np.split(np.arange(4), np.cumsum(rows)[:-1])
+    advantages = group_advantages(REWARDS)
+    sums = [
+        float(
+            grpo_forward(
+                LOG_PROB[part],
+                advantages=advantages[part],
+                mask=LENGTHS[part],
+                old_log_prob=OLD[part],
+                reference_log_prob=REFERENCE_LOG_PROB[part],
+                average=average,
+                normaliser=1.0,
+            )[0].loss
+        )
+        for part in parts
+    ]
+    tokens, outputs = [float(LENGTHS[part].sum()) for part in parts], [float(n) for n in rows]
+    own = tokens if average == "token" else outputs
+    found = rules("grpo", TermCounts(own, [4.0 * n for n in rows], own), len(rows))
+    return {
+        rule: sum(c * x for c, x in zip(found[rule], sums, strict=True))
+        for rule in ("right", *wrong)
+    }
+
+
+def token_mean_in_parts() -> Numbers:
+    """Divided by the micro-batches twice, it is what two ranks make of it: the same number."""
+    return grpo_in_parts([2, 2], "token", MEANS, TWICE, SUM)
+
+
+def output_mean_in_parts() -> Numbers:
+    return grpo_in_parts([1, 3], "sequence", MEANS, SUM)

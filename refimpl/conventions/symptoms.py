@@ -48,7 +48,19 @@ SYMPTOMS: dict[str, tuple[str, ...]] = {
         "Left padding",
         "The balance loss's counts",
         "MTP's normaliser",
+        "The main loss in parts",
         "Outputs with all tokens masked",
+    ),
+    "Right in one micro-batch or on one rank, wrong in several": (
+        "The main loss in parts",
+        "MTP's count in parts",
+        "The balance loss in parts",
+        "GRPO's average in parts",
+    ),
+    "Gradients are off by the number of micro-batches or ranks": (
+        "The balance loss in parts",
+        "GRPO's average in parts",
+        "The main loss in parts",
     ),
     "The loss is off by a constant factor": (
         "MTP's normaliser",
@@ -67,6 +79,7 @@ SYMPTOMS: dict[str, tuple[str, ...]] = {
         "MTP's order",
         "MTP's hidden state",
         "MTP's normaliser",
+        "MTP's count in parts",
         "MTP at position 0",
     ),
     "The first draft is accepted as often as elsewhere, later ones are not": (

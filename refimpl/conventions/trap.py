@@ -28,6 +28,8 @@ VERSIONS = {
     "SGLang": "SGLang 0.5.23",
     "vLLM": "vLLM 03356f8",
     "TileKernels": "TileKernels 36d9e45",
+    "Automodel": "NeMo Automodel",
+    "ms-swift": "ms-swift",
     "teaching code": "LLMs-from-scratch, July 2026",
 }
 """The version that a statement is about, unless it names its own."""

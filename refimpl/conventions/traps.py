@@ -1,4 +1,4 @@
-"""The 29 traps: who does what, how that is known, and of which version (`VERSIONS`)."""
+"""The 33 traps: who does what, how that is known, and of which version (`VERSIONS`)."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ V3_2 = "DeepSeek-V3.2-Exp 3b99a53"
 BESIDE = "DeepSeek-VL2 8ed2d7f"  # its copy of the modelling file beside DeepSeek's weights
 MAIN = "main loss"
 RECORD = "`Conventions.{}`".format
+SPLITS = "tests/oracle/test_splits.py::{}".format
+IN_PARTS = (
+    "`splits.whole_of(parts)` and `forward(whole=)`; `refimpl grads --split` names the others"
+)
+SPLIT_WORDS = "split micro-batch microbatch accumulation ranks data parallel context parallel"
 
 TRAPS = (
     Trap(
@@ -677,7 +682,8 @@ TRAPS = (
                 "yes: 0 in the numerator, 1 in the denominator", test=TRL("test_empty_outputs")
             ),
             "verl": run(
-                "no (`agg_loss`: seq-mean-*), unless the caller gives `global_batch_size`",
+                "no (`agg_loss`: seq-mean-*), unless the caller gives `global_batch_size`, as its own "
+                "engines do",
                 test=VERL("test_empty_outputs"),
             ),
             "OpenRLHF": read("no (`aggregate_loss`)"),
@@ -775,5 +781,146 @@ TRAPS = (
         "large and one tiny score goes elsewhere.",
         (("main loss, steep softmax gate with groups", ex.softmax_ranking),),
         words="router groups pre_softmax",
+    ),
+    Trap(
+        "The main loss in parts",
+        "A batch comes in micro-batches and on ranks. What is the sum of its losses divided by?",
+        {
+            "HF": run(
+                "the targets of all micro-batches and ranks (`Trainer._get_num_items_in_batch`), "
+                "if the model's `forward` takes loss arguments, as these do; else the mean of the "
+                "micro-batches' means (`training_step`)",
+                test=SPLITS("test_micro_batches_by_num_items_in_batch"),
+            ),
+            "Megatron": run(
+                "each micro-batch by its own, then the mean over micro-batches and ranks; with "
+                "`calculate_per_token_loss`, off by default, the whole batch's "
+                "(`forward_step_calc_loss`, `finalize_model_grads`)",
+                test=MEGATRON("test_micro_batches"),
+            ),
+            "torchtitan": run(
+                "the targets of all micro-batches and data ranks, counted before the first forward "
+                "(`Trainer.train_step`); means of means before torchtitan#2206",
+                test=TITAN("test_micro_batches"),
+            ),
+            "TRL": read("as HF's Trainer (`SFTTrainer.compute_loss`)"),
+            "verl": read(
+                "the tokens of all micro-batches and data ranks (`forward_backward_batch`, "
+                "`sft_loss`)"
+            ),
+            "OpenRLHF": run(
+                "the tokens of the step's micro-batches and ranks (`iter_grad_accum_global_norm`)"
+            ),
+        },
+        IN_PARTS,
+        "the whole batch's count",
+        "two micro-batches of one row each, one with 1 target and one with many, against both rows "
+        "in one. With equally many targets nothing shows.",
+        (("main loss, rows of 20 and 3 tokens", ex.main_in_parts),),
+        words=SPLIT_WORDS + " SFT num_items_in_batch calculate_per_token_loss padding",
+    ),
+    Trap(
+        "MTP's count in parts",
+        "The same for MTP, whose modules have fewer targets than the main loss.",
+        {
+            "Megatron": run(
+                "each micro-batch by the module's own, then the mean over micro-batches and ranks; "
+                "with `calculate_per_token_loss` each micro-batch's mean is weighted by its main "
+                "loss's count (`process_mtp_loss`), for which Megatron-LM#7452 has an example: "
+                "14/3 where 4 is right. Before Megatron-LM#3159 it was the main loss's count of "
+                "the whole (#2417)",
+                test=MEGATRON("test_micro_batches"),
+            ),
+            "torchtitan": run(
+                "the main loss's targets of all micro-batches and data ranks, as in one batch "
+                "(`MTPLoss`)",
+                test=TITAN("test_micro_batches"),
+            ),
+            "HF": run(
+                "has no such loss: with labels it raises TypeError",
+                test=ORACLE("test_labels_of_mtp_raise"),
+            ),
+        },
+        IN_PARTS + "; which count: " + RECORD("mtp_normaliser"),
+        "the whole batch's count, positions",
+        "one micro-batch with a row of two tokens: it has a main target and none of module 1.",
+        (("MTP module 1's part of the loss, its own targets, the same rows", ex.mtp_in_parts),),
+        words=SPLIT_WORDS + " normaliser calculate_per_token_loss padding",
+    ),
+    Trap(
+        "The balance loss in parts",
+        "Which tokens are f and P counted over, and what is the loss of several micro-batches?",
+        {
+            "paper": read("of each sequence (V3 eq. 17–20)"),
+            "Megatron": run(
+                "`seq_aux_loss`: of each sequence; the mean over a micro-batch's, then over "
+                "micro-batches. With `calculate_per_token_loss` each mean is weighted by the "
+                "tokens of its micro-batch and divided by the targets of all: a masked prompt "
+                "makes it larger. `aux_loss`, the default: of the micro-batch. `global_aux_loss`: "
+                "f of the micro-batches so far, each taken to be as long as this one "
+                "(Megatron-LM#7213), and divided by the ranks once more (#3672)",
+                test=MEGATRON("test_balance_loss_of_micro_batches"),
+            ),
+            "HF": run(
+                "none for these models; Mixtral's is of the micro-batch, and each is added in "
+                "full: × micro-batches",
+                test=SPLITS("test_mixtral_s_balance_loss"),
+            ),
+            "torchtitan": run("no balance loss", test=WHOLE),
+            "TRL": read(
+                "the model's own, of the micro-batch, divided by their number (`SFTTrainer`, "
+                "`GRPOTrainer`)"
+            ),
+            "OpenRLHF": read("the model's own, of the micro-batch; DeepSpeed takes the mean"),
+            "Automodel": told("× micro-batches before Automodel#3359"),
+        },
+        IN_PARTS + "; `exchanging` counts where sequences are cut",
+        "each sequence's counts, the mean over all sequences",
+        "two sequences that send all tokens to one expert each, to another one: balanced if f is "
+        "counted over both.",
+        (
+            ("sum of the balance losses, the same rows", ex.balance_in_parts),
+            ("the same of two full rows in one micro-batch", ex.statistics_of_part),
+        ),
+        words=SPLIT_WORDS + " aux_loss auxiliary seq_aux_loss global_aux_loss load balancing",
+    ),
+    Trap(
+        "GRPO's average in parts",
+        "Which tokens or outputs does a mean over them count, if outputs come in micro-batches?",
+        {
+            "TRL": run(
+                "dapo, cispo, vespo: the tokens of all micro-batches and ranks (trl#5619); where a "
+                "generation lasts for several steps, the mean step's (trl#6024). grpo: the mean "
+                "over micro-batches, which have equally many outputs. bnpo: the mean of token "
+                "means",
+                test=TRL("test_micro_batches"),
+            ),
+            "verl": run(
+                "what its engines count over micro-batches and ranks: tokens, or the mini-batch's "
+                "outputs, empty ones too (`global_batch_info`). A caller without counts gets the "
+                "micro-batch's own, and the sum of the means (verl#7321)",
+                test=VERL("test_micro_batches"),
+            ),
+            "torchtitan": read(
+                "the tokens of all micro-batches that have the sampler's log-probability "
+                "(experiments/rl, `Batcher`)"
+            ),
+            "OpenRLHF": run(
+                "the tokens, or the outputs that have any, of the step's micro-batches and ranks "
+                "(`iter_grad_accum_global_norm`)"
+            ),
+            "ms-swift": told(
+                "dapo: the tokens of all micro-batches, then their number too, before ms-swift#10116 "
+                "(#10117)"
+            ),
+        },
+        "`grpo_forward(normaliser=)`; `refimpl grads --split` names what others make of it",
+        "the whole batch's count",
+        "outputs of unequal length, in one micro-batch and in several.",
+        (
+            ("mean over the tokens of four outputs, two and two", ex.token_mean_in_parts),
+            ("mean over four outputs, one and three", ex.output_mean_in_parts),
+        ),
+        words=SPLIT_WORDS + " dapo bnpo loss_agg_mode",
     ),
 )

@@ -24,11 +24,21 @@ from ..parameters import head_name, is_buffer
 from ..splits import Part, by_positions, by_rows, counts, run_parts
 from .grpo import GRPO
 
-__all__ = ["SPEC", "Split", "TermCounts", "rules", "split_batch", "term_counts", "term_gradients"]
+__all__ = [
+    "SPEC",
+    "Split",
+    "TermCounts",
+    "rules",
+    "split_batch",
+    "term_counts",
+    "term_gradient",
+    "term_gradients",
+]
 
 SPEC = "micro_batches=M, or rows=2+3+1, or positions=8+16, each with ,ranks=R"
 LEAVES_OUT = 1e300  # a count that makes a term vanish
-BALANCE, OF_PART, POLICY = "balance", "balance_of_part", "grpo"
+BALANCE, OF_PART = "balance", "balance_of_part"
+POLICY = "grpo"
 
 
 class Split(NamedTuple):
@@ -139,6 +149,10 @@ def rules(term: str, count: TermCounts, ranks: int) -> dict[str, list[float]]:
     }
     if count.positions != count.own and term != BALANCE:
         found["every position counted, padding too"] = [1 / sum(count.positions)] * parts
+    if (term.startswith("mtp.") or term in (BALANCE, OF_PART)) and sum(count.main) > 0:
+        found["each part's mean, weighted by its main count"] = [
+            mean * n / sum(count.main) for mean, n in zip(means, count.main, strict=True)
+        ]
     if term.startswith("mtp.") and sum(count.main) > 0:
         found["divided by the main loss's count"] = [1 / sum(count.main)] * parts
         found["the mean of the parts' sums over their main counts"] = [
@@ -164,21 +178,40 @@ def term_gradients(
                 for part, rows in zip(split.parts, split.rows, strict=True)
             ]
             continue
-        mtp = tuple(
-            1.0 if term == f"mtp.{depth}" else LEAVES_OUT
-            for depth in range(1, config.mtp_depth + 1)
-        )
-        balanced = term in (BALANCE, OF_PART)
+        found[term] = term_gradient(params, split, config, ops, term)
+    return found
+
+
+def term_gradient(
+    params: Mapping[str, Any], split: Split, config: ModelConfig, ops: Ops, term: str
+) -> list[tuple[float, dict[str, Any]]]:
+    """One term's undivided sum over each part, and its gradient. That of a piece reaches the keys
+    of earlier ones, so each piece's comes from a run of all, in which no other counts."""
+    parts, balanced = split.parts, term in (BALANCE, OF_PART)
+    depths = range(1, config.mtp_depth + 1)
+    mtp = tuple(1.0 if term == f"mtp.{depth}" else LEAVES_OUT for depth in depths)
+    counted = Whole(1.0 if term == "main" else LEAVES_OUT, mtp, 1.0)
+    left_out = Whole(LEAVES_OUT, (LEAVES_OUT,) * config.mtp_depth, LEAVES_OUT)
+
+    def run(whole: list[Whole]) -> list[tuple[float, dict[str, Any]]]:
         each = run_parts(
             params,
-            split.parts,
+            parts,
             config if balanced else replace(config, balance_weight=0.0),
-            whole=Whole(1.0 if term == "main" else LEAVES_OUT, mtp, 1.0),
+            whole=whole,
             pieces=split.pieces,
             ops=ops | {"balance_loss": of_part(ops)} if term == OF_PART else ops,
             exchange_balance=term != OF_PART,
         )
-        found[term] = [(float(output.loss or 0.0), gradients) for output, gradients in each]
+        return [(float(output.loss or 0.0), gradients) for output, gradients in each]
+
+    if not split.pieces:
+        return run([counted] * len(parts))
+    found = []
+    for own in range(len(parts)):
+        each = run([counted if n == own else left_out for n in range(len(parts))])
+        total = {name: sum(gradients[name] for _, gradients in each) for name in each[0][1]}
+        found.append((each[own][0], total))
     return found
 
 
@@ -214,7 +247,7 @@ def of_part(ops: Ops) -> AnyOp:
     """The balance loss with the statistics of all tokens of the part at once."""
 
     def forward(scores: Any, *, counted: Any, mask: Any, **settings: Any) -> Any:
-        settings |= {"sequences": None, "cut": None}
+        settings |= {"cut": None}
         scores_of_all, counted, mask = (
             None if x is None else x.reshape(1, -1, *x.shape[2:]) for x in (scores, counted, mask)
         )

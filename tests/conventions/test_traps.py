@@ -225,8 +225,52 @@ def test_trap_29() -> None:
     all_differ(ex.softmax_ranking())
 
 
+def test_trap_30() -> None:
+    """19 and 2 targets, two parts: the sum of the means is twice their mean; every position
+    counted, 21 of 40; and the right one is the model's own."""
+    numbers = ex.main_in_parts()
+    all_differ(numbers, 1e-2)
+    output = ex.forward(ex.parameters(), ex.text(), ex.TINY, key_mask=ex.UNEVEN)[0]
+    np.testing.assert_allclose(numbers["right"], float(np.asarray(output.main)), rtol=1e-14)
+    np.testing.assert_allclose(numbers[ex.SUM], 2 * numbers[ex.MEANS], rtol=1e-15)
+    np.testing.assert_allclose(numbers[ex.TWICE], numbers["right"] / 2, rtol=1e-15)
+    padded = numbers["every position counted, padding too"]
+    np.testing.assert_allclose(padded, numbers["right"] * 21 / 40, rtol=1e-14)
+
+
+def test_trap_31() -> None:
+    """18 and 1 targets of module 1, 19 and 2 of the main loss."""
+    numbers = ex.mtp_in_parts()
+    all_differ(numbers)
+    by_main = numbers["divided by the main loss's count"]
+    np.testing.assert_allclose(by_main, numbers["right"] * 19 / 21, rtol=1e-14)
+    output = ex.forward(
+        ex.parameters(), ex.text(), ex.convention(mtp_normaliser="valid"), key_mask=ex.UNEVEN
+    )[0]
+    share = ex.TINY.mtp_weight / ex.TINY.mtp_depth * float(output.mtp[0])
+    np.testing.assert_allclose(numbers["right"], share, rtol=1e-14)
+
+
+def test_trap_32() -> None:
+    numbers = ex.balance_in_parts()
+    all_differ(numbers)
+    np.testing.assert_allclose(numbers[ex.SUM], 2 * numbers["right"], rtol=1e-15)
+    all_differ(ex.statistics_of_part())
+    whole = float(sum(ex.run().balance.values()))
+    np.testing.assert_allclose(ex.statistics_of_part()["each sequence's"], whole, rtol=1e-14)
+
+
+def test_trap_33() -> None:
+    numbers = ex.token_mean_in_parts()
+    all_differ(numbers)
+    np.testing.assert_allclose(numbers["right"], ex.grpo(average="token"), rtol=1e-14)
+    numbers = ex.output_mean_in_parts()
+    all_differ(numbers)
+    np.testing.assert_allclose(numbers["right"], ex.grpo(), rtol=1e-14)
+
+
 def test_each_trap_has_its_test_and_numbers() -> None:
-    assert len(TRAPS) == 29
+    assert len(TRAPS) == 33
     for number, trap in enumerate(TRAPS, 1):
         assert f"test_trap_{number:02}" in globals()
         assert trap.who
@@ -246,10 +290,11 @@ def test_every_field_of_the_record_is_in_a_trap() -> None:
 
 def test_words_find_traps() -> None:
     assert find("rope") == [7, 8, 20, 22, 27]
-    assert find("MTP") == [1, 2, 3, 4, 23, 24]
+    assert find("MTP") == [1, 2, 3, 4, 23, 24, 31]
     assert 26 in find("padding")
     assert find("softmax gate") == [29]
     assert find("later ones are not") == [2, 4]  # a symptom's words
+    assert find("accumulation") == find("micro-batch") == [30, 31, 32, 33]
     assert find("quantum") == []
 
 

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from refimpl.batch import Whole
 from refimpl.checkpoint.source import MemorySource
 from refimpl.checkpoint.tensor_file import read_tensor_file
 from refimpl.config import Conventions, ModelConfig, preset
 from refimpl.grads import GRPO, Request, write_gradients
 from refimpl.grads.split import Split, TermCounts, rules, split_batch, term_counts, term_gradients
 from refimpl.model import backward, forward
-from refimpl.splits import run_parts
+from refimpl.splits import counts, run_parts
 
 from random_parameters import random_parameters
 
@@ -91,6 +92,39 @@ def test_the_mean_of_means_is_what_separate_runs_average() -> None:
     assert_same(added(found, chosen(split, CONFIG, rule, *terms)), (loss, gradients))
 
 
+def test_ranks_that_divide_by_their_own_counts() -> None:
+    """The same on pieces of sequences: what a rank makes of its loss reaches the keys of earlier
+    ranks, so that the parts' gradients are those of their losses, whoever holds the tokens."""
+    config = replace(CONFIG, balance_weight=0.0)
+    params = random_parameters(config)
+    split = split_batch("positions=2+3", ARRAYS, config)
+    found = term_gradients(params, split, config)
+    own = [counts(part, config) for part in split.parts]
+    wholes = [Whole(3 * (c.targets or 0), tuple(3 * n for n in c.mtp), 1.0) for c in own]
+    ranks = run_parts(params, split.parts, config, whole=wholes, pieces=True)
+    loss = sum(float(output.loss) for output, _ in ranks)
+    gradients = {name: sum(g[name] for _, g in ranks) for name in ranks[0][1]}
+    rule = "the mean of the parts' means"
+    assert_same(
+        added(found, chosen(split, config, rule, "main", "mtp.1", "mtp.2")), (loss, gradients)
+    )
+
+
+def test_one_piece_s_targets() -> None:
+    """The gradient of a piece's sum is that of the whole, uncut, with its targets alone."""
+    config = replace(CONFIG, balance_weight=0.0, mtp_depth=0)
+    params = random_parameters(config)
+    found = term_gradients(params, split_batch("positions=3+5", ARRAYS, config), config)["main"]
+    targets = np.roll(ARRAYS["tokens"], -1, axis=1)
+    counted = ARRAYS["key_mask"] & np.roll(ARRAYS["key_mask"], -1, axis=1) & (np.arange(8) < 7)
+    for piece, (loss, gradients) in zip((range(3), range(3, 5), range(5, 8)), found, strict=True):
+        mask = counted & np.isin(np.arange(8), piece)
+        output, saved = forward(
+            params, config=config, targets=targets, mask=mask, whole=Whole(1.0), **ARRAYS
+        )
+        assert_same((loss, gradients), (float(output.loss), backward(saved)))
+
+
 def test_statistics_of_the_micro_batch() -> None:
     """f and P over all tokens of a micro-batch: the balance loss of its rows as one sequence."""
     config = replace(CONFIG, mtp_depth=0, layers=1, dense_layers=0)
@@ -139,10 +173,11 @@ def test_rules() -> None:
         "divided by the ranks never": [1 / 2, 1 / 2],
         "left out": [0, 0],
         "every position counted, padding too": [1 / 8, 1 / 8],
+        "each part's mean, weighted by its main count": [2 / 6, 4 / 6 / 3],
         "divided by the main loss's count": [1 / 6, 1 / 6],
         "the mean of the parts' sums over their main counts": [1 / 4, 1 / 8],
     }
-    assert set(rules("balance", count, 2)) == set(list(found)[:6])
+    assert set(rules("balance", count, 2)) == {*list(found)[:6], list(found)[7]}
     alone = rules("balance_of_part", TermCounts([1.0, 0.0], [4.0, 0.0], [2.0, 0.0]), 2)
     assert alone == {"right": [0, 0], "the statistics of each part alone": [1, 0]}
     assert rules("main", TermCounts([0.0, 2.0], [4.0, 4.0], [0.0, 2.0]), 2)["right"] == [1 / 2] * 2

@@ -9,7 +9,8 @@ agree to that.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from refimpl.grads.split import TermCounts, rules
 from refimpl.ops import (
     balance_loss_backward,
     balance_loss_forward,
@@ -27,13 +29,14 @@ from refimpl.ops import (
     rope_forward,
     router_forward,
 )
+from refimpl.ops.balance_loss import count_choices
 from refimpl.ops.rope import Yarn, rope_frequencies, yarn_mscale
 
 from peers.checkout import modules
 
 WHY = "Megatron-LM's code needs the extra peers: make peers"
 torch = pytest.importorskip("torch", reason=WHY)
-yarn, rope, cross_entropy, moe, router, mtp, config = modules(
+yarn, rope, cross_entropy, moe, router, mtp, config, schedules = modules(
     "REFIMPL_MEGATRON",
     "Megatron-LM",
     "the extra peers",
@@ -44,6 +47,7 @@ yarn, rope, cross_entropy, moe, router, mtp, config = modules(
     "megatron.core.transformer.moe.router",
     "megatron.core.transformer.multi_token_prediction",
     "megatron.core.transformer.transformer_config",
+    "megatron.core.pipeline_parallel.schedules",
 )
 RNG = np.random.default_rng(11)
 FLOAT32 = 5e-7  # about 8 units of 2^-24
@@ -181,6 +185,90 @@ def test_mtp_normaliser_and_tail() -> None:
     assert run(True)[1] is None
 
 
+@contextmanager
+def micro_batches(per_token: bool) -> Iterator[Callable[[Any, int], None]]:
+    """Its step from the sum of one of two micro-batches, and how many tokens count in it, to the
+    gradients."""
+    settings = SimpleNamespace(
+        calculate_per_token_loss=per_token,
+        timers=None,
+        num_moe_experts=8,
+        mtp_num_layers=1,
+        grad_scale_func=None,
+        experimental_attention_variant=None,
+    )
+
+    def step(total: Any, count: int) -> None:
+        function = lambda output: (output, torch.tensor(count, dtype=torch.int), {})  # noqa: E731
+        loss, _ = schedules.forward_step_calc_loss(
+            None, total * 1.0, function, settings, None, False, 2, [], 1, True
+        )
+        loss.backward()
+
+    with (
+        mock.patch.object(mtp.MTPLossAutoScaler, "main_loss_backward_scale", None),
+        mock.patch.object(moe.MoEAuxLossAutoScaler, "main_loss_backward_scale", None),
+    ):
+        yield step
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_micro_batches(per_token: bool) -> None:
+    """Rows 30 and 31: two of one row each, 6 and 2 targets of the main loss, 5 and 1 of module 1.
+    By default means of means; per token, where `finalize_model_grads` divides by all 8, the main
+    loss is the whole's, and each part's mean of module 1 is weighted by its main count."""
+    weight = torch.tensor(RNG.normal(size=(9, 4)))
+    lengths, labels = (6, 2), np.arange(2, 8)
+    output_layer = lambda x, weight, runtime_gather_output: (x @ weight.T, None)  # noqa: E731
+    each = lambda labels, z: torch.nn.functional.cross_entropy(  # noqa: E731
+        z[:, 0], labels[0], reduction="none"
+    )[None]
+    means = "the mean of the parts' means"
+    rule = "each part's mean, weighted by its main count" if per_token else means
+    counts = {
+        "main": TermCounts([6.0, 2.0], [6.0, 6.0], [6.0, 2.0]),
+        "mtp.1": TermCounts([5.0, 1.0], [6.0, 6.0], [6.0, 2.0]),
+    }
+    main = rules("main", counts["main"], 2)["right" if per_token else means]
+    module = rules("mtp.1", counts["mtp.1"], 2)[rule]
+    for part, length in enumerate(lengths):
+        hidden = torch.tensor(RNG.normal(size=(12, 1, 4)), requires_grad=True)
+        mask = torch.tensor((np.arange(6) < length)[None], dtype=torch.float64)
+        settings = SimpleNamespace(
+            mtp_num_layers=1,
+            mtp_detach_heads=False,
+            mtp_loss_scaling_factor=0.1,
+            calculate_per_token_loss=per_token,
+        )
+        with micro_batches(per_token) as step:
+            state = mtp.process_mtp_loss(
+                hidden,
+                labels=torch.tensor(labels[None]),
+                loss_mask=mask,
+                output_layer=output_layer,
+                output_weight=weight,
+                runtime_gather_output=None,
+                is_training=False,
+                compute_language_model_loss=each,
+                config=settings,
+            )
+            z = output_layer(state, weight, None)[0]
+            step((each(torch.tensor(labels[None]), z) * mask).sum(), length)
+        found = hidden.grad.numpy()[:, 0] / (sum(lengths) if per_token else 1)
+        for depth, factor in ((0, main[part]), (1, 0.1 * module[part])):
+            count = length - depth
+            x = hidden.detach().numpy()[6 * depth : 6 * depth + count, 0]
+            _, saved = cross_entropy_forward(
+                (x @ weight.numpy().T)[None],
+                targets=labels[None, depth : depth + count],
+                mask=np.ones((1, count), bool),
+            )
+            wanted = factor * count * cross_entropy_backward(1.0, saved)[0] @ weight.numpy()
+            np.testing.assert_allclose(
+                found[6 * depth : 6 * depth + count], wanted, rtol=1e-6, atol=1e-9
+            )
+
+
 def test_mtp_order() -> None:
     """Row 1: the embedding of the next token comes first; row 4: at position 0 too."""
     same = lambda x: x  # noqa: E731
@@ -260,6 +348,84 @@ def test_balance_loss(group: Any) -> None:
     ]
     assert relative(np.mean(each), a[0]) < 1e-14
     assert relative(np.mean(each * times), b[0]) < FLOAT32
+
+
+def gate_of(group: Any, per_token: bool) -> Any:
+    """As much of its router as the balance losses read, with α 1 and K 2."""
+    gate = SimpleNamespace(
+        get_aux_loss_coeff=lambda kind: 1.0,
+        tp_cp_group=group,
+        tp_dp_cp_group=group,
+        topk=2,
+        calculate_per_token_loss=per_token,
+        is_mtp_layer=False,
+        layer_number=1,
+        global_tokens_per_expert=torch.zeros(8),
+        ga_steps=torch.tensor(0.0),
+        config=SimpleNamespace(
+            num_moe_experts=8, moe_router_fusion=False, num_layers=1, mtp_num_layers=None
+        ),
+    )
+    attach = router.TopKRouter.attach_and_log_load_balancing_loss
+    gate.attach_and_log_load_balancing_loss = lambda *a, **how: attach(gate, *a, **how)
+    return gate
+
+
+def attached(gate: Any, kind: str, z: np.ndarray, length: int, counted: int) -> np.ndarray:
+    """The gradient that its balance loss of this kind gives gate logits [B, T, E] of a micro-batch,
+    tokens from ``length`` on padding, where ``counted`` tokens count in the main loss."""
+    b, t, e = z.shape
+    leaf = torch.tensor(z, requires_grad=True)
+    padding = torch.tensor((np.arange(t) >= length)[:, None].repeat(b, 1)).reshape(-1)
+    map_, scores = moe.compute_routing_scores_for_aux_loss(
+        leaf.transpose(0, 1).reshape(-1, e), 2, "sigmoid", padding_mask=padding
+    )
+    apply = getattr(router.TopKRouter, f"_apply_{kind}")
+    sizes = (t, b) if kind == "seq_aux_loss" else ()
+    with micro_batches(gate.calculate_per_token_loss) as step:
+        probs = torch.zeros(b * t, e, dtype=torch.float64, requires_grad=True)
+        out = apply(gate, probs * 1.0, scores, map_, *sizes, with_padding_mask=True)
+        step(out.sum(), counted)
+    return np.asarray(leaf.grad)
+
+
+def our_gate(z: np.ndarray, length: int, **how: Any) -> np.ndarray:
+    """The same of our balance loss, α 1: of each sequence's first ``length`` tokens."""
+    s = 1 / (1 + np.exp(-z[:, :length]))
+    _, saved = balance_loss_forward(s, alpha=1.0, top_k=2, **how)
+    found = np.zeros_like(z)
+    found[:, :length] = balance_loss_backward(1.0, saved) * s * (1 - s)
+    return found
+
+
+def test_balance_loss_of_micro_batches(group: Any) -> None:
+    """Row 32: two micro-batches, sequences of 11 and 4 tokens; seq_aux_loss is the mean of means,
+    here right, and per token each weighted by its tokens over the targets of all; aux_loss counts f
+    over the micro-batch; global_aux_loss over those so far, each as if as long as this one."""
+    z, lengths = RNG.normal(size=(2, 1, 11, 8)), (11, 4)
+    for per_token, targets in ((False, (11, 4)), (True, (11, 4)), (True, (6, 2))):
+        for part, length in enumerate(lengths):
+            found = attached(
+                gate_of(group, per_token), "seq_aux_loss", z[part], length, targets[part]
+            )
+            factor = length / sum(targets) if per_token else 1 / 2
+            if per_token:
+                found /= sum(targets)
+            assert relative(found, factor * our_gate(z[part], length)) < 1e-5
+    two = RNG.normal(size=(2, 11, 8))
+    both = attached(gate_of(group, False), "aux_loss", two, 11, 22)
+    joined = our_gate(two.reshape(1, 22, 8), 22).reshape(2, 11, 8)
+    assert relative(both, joined / 2) < 1e-5
+    assert relative(both, our_gate(two, 11) / 2) > 1e-2
+    gate, counts = gate_of(group, False), 0.0
+    for part, (length, times) in enumerate(((11, 1.0), (4, 15**2 / (2 * 4**2)))):
+        s = 1 / (1 + np.exp(-z[part, :, :length]))
+        best = np.argsort(-s, axis=-1)[..., :2]
+        own, _ = count_choices(best, 8, np.ones((1, length, 1), bool))
+        counts = counts + own
+        found = attached(gate, "global_aux_loss", z[part], length, length)
+        so_far = (counts, np.array([float(sum(lengths[: part + 1]))]))
+        assert relative(found, times / 2 * our_gate(z[part], length, cut=so_far)) < 1e-5
 
 
 def test_bias_update(group: Any) -> None:

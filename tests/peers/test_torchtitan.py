@@ -9,11 +9,12 @@ and bfloat16 inside, which `wide` takes away.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import sys
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -352,6 +353,101 @@ def test_the_bias_update() -> None:
     for change, load in zip(main, loads, strict=True):
         wanted = bias_update(np.zeros(CONFIG.experts), load, 1e-3, centre=True)
         np.testing.assert_allclose(change, wanted, atol=1e-9)
+
+
+def their_step() -> tuple[Any, Any]:
+    """`Trainer.train_step` and `_forward_backward_body`, from the source: the module's import needs
+    all that loads data."""
+    names = ("train_step", "_forward_backward_body")
+    file = loss.__file__.replace("components/loss.py", "trainer.py")
+    with open(file) as source:
+        (trainer,) = (
+            x for x in ast.parse(source.read()).body if getattr(x, "name", "") == "Trainer"
+        )
+    methods = [x for x in trainer.body if getattr(x, "name", "") in names]
+    silent = SimpleNamespace(
+        log_trace_scalar=lambda x: None, log_trace_span=lambda x: nullcontext()
+    )
+    known = {
+        "annotations": annotations,
+        "torch": torch,
+        "sl": silent,
+        "IGNORE_INDEX": loss.IGNORE_INDEX,
+        "DTensor": (),
+        "spmd": loss.spmd,
+        "dist_utils": SimpleNamespace(clip_grad_norm_=lambda *a, **how: torch.zeros(())),
+    }
+    future = ast.parse("from __future__ import annotations").body
+    exec(compile(ast.Module([*future, *methods], []), file, "exec"), known)
+    return known["train_step"], known["_forward_backward_body"]
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_micro_batches(depth: int) -> None:
+    """Rows 30 and 31: every sum, MTP's too, is divided by the targets of all micro-batches, so that
+    the accumulated gradient is our whole batch's."""
+    config = replace(CONFIG, mtp_depth=depth)
+    with wide():
+        model, params, places = pair(config)
+    real = np.arange(TOKENS.shape[1]) < np.array([[TOKENS.shape[1]], [5]])
+    tokens = np.concatenate([TOKENS, TOKENS[:, ::-1]])
+    train_step, body = their_step()
+    rule = (
+        mtp.MTPLoss(mtp.MTPLoss.Config())
+        if depth
+        else loss.CrossEntropyLoss(loss.CrossEntropyLoss.Config())
+    )
+    nothing = SimpleNamespace(
+        zero_grad=lambda **how: None,
+        step=lambda: None,
+        get_metrics=dict,
+        should_log=lambda step: False,
+        maybe_wait_for_staging=lambda: None,
+    )
+    trainer = SimpleNamespace(
+        optimizers=nothing,
+        lr_schedulers=nothing,
+        metrics_processor=nothing,
+        checkpointer=nothing,
+        config=SimpleNamespace(training=SimpleNamespace(disable_cuda_graphs=True, max_norm=1.0)),
+        parallel_dims=SimpleNamespace(
+            dp_enabled=False,
+            pp_enabled=False,
+            ep_enabled=False,
+            get_optional_mesh=lambda name: None,
+        ),
+        gradient_accumulation_steps=2,
+        num_pp_microbatches=1,
+        device=torch.device("cpu"),
+        step=1,
+        model_parts=[model],
+        train_context=nullcontext,
+        loss_fn=rule,
+    )
+
+    def forward_backward(*, input_dict: Any, labels: Any, global_valid_tokens: Any) -> Any:
+        positions = torch.arange(len(labels))
+        ids = input_dict["input"]
+        return body(trainer, ids, labels, global_valid_tokens, {"positions": positions})
+
+    trainer.forward_backward_step = forward_backward
+    batches = []
+    for row, length in zip(tokens, real.sum(axis=1), strict=True):
+        ids = torch.tensor(row[:length].copy())
+        labels = torch.cat([ids[1:], torch.tensor([loss.IGNORE_INDEX])])
+        batches.append(({"input": ids}, labels))
+    with wide():
+        train_step(trainer, iter(batches))
+    _, saved = forward(params, tokens, config, key_mask=real)
+    theirs = dict(model.named_parameters())
+    ours = backward(saved)
+    assert max(relative(g, theirs[places[n]].grad.numpy()) for n, g in ours.items()) < 1e-11
+    means = [
+        backward(forward(params, row[None, : count.sum()], config)[1])
+        for row, count in zip(tokens, real, strict=True)
+    ]
+    wrong = {name: (means[0][name] + means[1][name]) / 2 for name in ours}
+    assert max(relative(g, theirs[places[n]].grad.numpy()) for n, g in wrong.items()) > 1e-2
 
 
 def test_recomputed_forwards_count() -> None:

@@ -47,11 +47,15 @@ def theirs(
     log_prob: np.ndarray = LOG_PROB,
     old: np.ndarray = OLD,
     advantages: np.ndarray = ADVANTAGES,
+    rows: slice = slice(None),
+    items: float | None = None,
     **settings: Any,
 ) -> tuple[float, np.ndarray]:
-    """GRPOTrainer's loss of these log-probabilities, and its gradient."""
+    """GRPOTrainer's loss of these log-probabilities, and its gradient; of some ``rows``, where all
+    have ``items`` tokens."""
     from trl import GRPOTrainer
 
+    mask, log_prob, old, advantages = (x[rows] for x in (mask, log_prob, old, advantages))
     leaf = torch.tensor(log_prob, requires_grad=True)
     same = SimpleNamespace(
         gather=lambda x: x, reduce=lambda x, reduction: x, num_processes=1, sync_gradients=True
@@ -75,8 +79,8 @@ def theirs(
         "completion_mask": torch.tensor(mask.astype(np.float64)),
         "advantages": torch.tensor(advantages),
         "old_per_token_logps": torch.tensor(old),
-        "ref_per_token_logps": torch.tensor(REFERENCE_LOG_PROB),
-        "num_items_in_batch": torch.tensor(float(mask.sum())),
+        "ref_per_token_logps": torch.tensor(REFERENCE_LOG_PROB[rows]),
+        "num_items_in_batch": torch.tensor(float(items or mask.sum())),
     }
     loss = GRPOTrainer._compute_loss(trainer, None, inputs)
     loss.backward()
@@ -143,3 +147,30 @@ def test_kl() -> None:
     defaults = {f.name: f.default for f in fields(GRPOConfig)}
     assert defaults["use_bias_correction_kl"] is True
     assert (defaults["loss_type"], defaults["beta"], defaults["epsilon"]) == ("dapo", 0.0, 0.2)
+
+
+def test_micro_batches() -> None:
+    """Row 33: two of two outputs, 6 tokens and 7. dapo's sum is the whole's mean, grpo's and
+    dr_grpo's too, with equally many outputs; bnpo's is the mean of two means. A generation for two
+    steps of one micro-batch: each is divided by the mean step's 6.5 tokens."""
+    halves, items = (slice(0, 2), slice(2, 4)), float(MASK.sum())
+
+    def accumulated(kind: str) -> tuple[float, np.ndarray]:
+        how = {"current_gradient_accumulation_steps": 2, "steps_per_generation": 2, "items": items}
+        parts = [theirs(loss_type=kind, rows=half, **how) for half in halves]
+        return sum(x for x, _ in parts), np.concatenate([g for _, g in parts])
+
+    assert_same(accumulated("dapo"), ours(average="token"))
+    assert_same(accumulated("grpo"), ours())
+    assert_same(accumulated("dr_grpo"), ours(average="constant", length=7))
+    alone = [ours_of(half, average="token") for half in halves]
+    means = np.mean([x for x, _ in alone]), np.concatenate([g / 2 for _, g in alone])
+    assert_same(accumulated("bnpo"), means)
+    assert abs(means[0] - ours(average="token")[0]) > 1e-3
+    step = theirs(loss_type="dapo", rows=halves[0], items=items, steps_per_generation=2)
+    assert_same(step, ours_of(halves[0], average="token", normaliser=6.5))
+
+
+def ours_of(rows: slice, **how: Any) -> tuple[float, np.ndarray]:
+    how |= {"reference_log_prob": REFERENCE_LOG_PROB[rows]}
+    return ours(MASK[rows], LOG_PROB[rows], OLD[rows], ADVANTAGES[rows], **how)

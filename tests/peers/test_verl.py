@@ -26,17 +26,26 @@ class Actor(dict[str, Any]):
 
 
 def theirs(
-    mode: str, mask: np.ndarray = MASK, log_prob: np.ndarray = LOG_PROB, old: np.ndarray = OLD
+    mode: str,
+    mask: np.ndarray = MASK,
+    log_prob: np.ndarray = LOG_PROB,
+    old: np.ndarray = OLD,
+    rows: slice = slice(None),
+    **of_all: float,
 ) -> tuple[float, np.ndarray]:
-    """`compute_policy_loss_vanilla` with the upper clip 0.28, and its gradient."""
+    """`compute_policy_loss_vanilla` with the upper clip 0.28, and its gradient; of some ``rows``,
+    with what its engines say ``of_all``."""
+    mask, log_prob, old = (x[rows] for x in (mask, log_prob, old))
+    actor = Actor(clip_ratio_c=3.0)
+    actor.global_batch_info = of_all
     leaf = torch.tensor(log_prob, requires_grad=True)
     loss, _ = core_algos.compute_policy_loss_vanilla(
         torch.tensor(old),
         leaf,
-        torch.tensor(np.repeat(ADVANTAGES[:, None], mask.shape[1], axis=1)),
+        torch.tensor(np.repeat(ADVANTAGES[rows, None], mask.shape[1], axis=1)),
         torch.tensor(mask.astype(np.float64)),
         mode,
-        Actor(clip_ratio_c=3.0),
+        actor,
     )
     loss.backward()
     return loss.item(), leaf.grad.numpy()
@@ -121,3 +130,22 @@ def test_advantages() -> None:
         )
         expected = group_advantages(given, epsilon=1e-6, alone=1 / (1 + 1e-6))
         np.testing.assert_allclose(found.numpy()[:, 0], expected, rtol=rtol)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_micro_batches(mode: str) -> None:
+    """Row 33: one output, then three, one of them empty. With the counts of all their sum is the
+    whole's, empty outputs counted; without, it is the sum of the means."""
+    mask = MASK & (np.arange(len(MASK)) != 1)[:, None]
+    parts = (slice(0, 1), slice(1, 4))
+    counts = {"dp_size": 1, "batch_num_tokens": mask.sum(), "global_batch_size": len(mask)}
+
+    def accumulated(**of_all: float) -> tuple[float, np.ndarray]:
+        each = [theirs(mode, mask, rows=rows, **of_all) for rows in parts]
+        return sum(x for x, _ in each), np.concatenate([g for _, g in each])
+
+    assert_same(accumulated(**counts), ours(mask, **MODES[mode]))
+    whole = theirs(mode, mask)[0]
+    alone = [theirs(mode, mask, rows=rows)[0] for rows in parts]
+    assert accumulated()[0] == sum(alone)
+    assert abs(sum(alone) - whole) > 0.1 * abs(whole)
