@@ -51,6 +51,9 @@ def check(
     html: Annotated[
         Path | None, typer.Option(help="Also write the report to this file, as a page.")
     ] = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Judge what is given: what is missing may be missing.")
+    ] = False,
     json_file: Json = None,
 ) -> None:
     """Judge a port: the first wrong part, and the mistake.
@@ -62,8 +65,8 @@ def check(
 
     PASS: every tensor is within 4 units of your type, where a unit is what the reference errs by in
     that type. FAIL: the first wrong part is named. INCONCLUSIVE: something can't be judged, and a
-    line says what would help. Give all gradients, or select those you have with --only; everything
-    else may be left out.
+    line says what would help. Give all gradients, or select those you have with --only, or judge
+    what there is with --partial; everything else may be left out.
 
     Exit code 0: PASS; 1: FAIL or INCONCLUSIVE; 2: it could not run.
     """
@@ -87,7 +90,7 @@ def check(
         )
     with progress("tensors") as move:
         verdict = compare_folders(
-            theirs, truth, layout=layout, only=only, dtype=dtype, progress=move
+            theirs, truth, layout=layout, only=only, dtype=dtype, partial=partial, progress=move
         )
     console().print(str(verdict))
     if verdict.routes is not None:

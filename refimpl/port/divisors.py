@@ -17,7 +17,7 @@ import numpy as np
 from .compare import FACTOR
 from .truth import Truth
 
-__all__ = ["Division", "division"]
+__all__ = ["Division", "division", "hidden_rules"]
 
 SAME = 1e-9  # of two columns' angle: they are one
 MOST_TRIED = 2000  # combinations of rules, the nearest first
@@ -30,11 +30,13 @@ class Division(NamedTuple):
 
     rules: dict[str, list[str]]  # by term, the rules that give its numbers, if they are not right
     factors: dict[str, list[float]]  # by term and part, over the right ones; of an unnamed rule
-    hidden: dict[str, list[str]]  # by term, wrong rules that can't show in this split
 
     def told(self) -> list[str]:
         """As lines of a report."""
-        lines = [f"{term}: {' or '.join(rules)}" for term, rules in self.rules.items()]
+        by_rule: dict[str, list[str]] = {}
+        for term, rules in self.rules.items():
+            by_rule.setdefault(" or ".join(rules), []).append(term)
+        lines = [f"{', '.join(terms)}: {rule}" for rule, terms in by_rule.items()]
         for term, factors in self.factors.items():
             shown = ", ".join(f"{x:.4g}" for x in factors)
             lines.append(f"{term}: by no rule we know, the parts count {shown} times")
@@ -53,10 +55,6 @@ def division(truth: Truth, names: Sequence[str], theirs: Gradient, dtype: str) -
         return None
     fit = _Fit(truth, split, list(_affordable(truth, names)), theirs, dtype)
     right = {term: factors["right"] for term, factors in split["rules"].items()}
-    hidden = {
-        term: [rule for rule, c in rules.items() if rule != "right" and _same(c, rules["right"])]
-        for term, rules in split["rules"].items()
-    }
     if not fit.columns or fit.explains(right):
         return None
     for chosen in fit.combinations():
@@ -67,7 +65,7 @@ def division(truth: Truth, names: Sequence[str], theirs: Gradient, dtype: str) -
                 for term, rule in chosen.items()
                 if rule != "right"
             }
-            return Division({t: r for t, r in named.items() if "right" not in r}, {}, hidden)
+            return Division({t: r for t, r in named.items() if "right" not in r}, {})
     found = fit.factors()
     if not fit.explains(found):
         return None
@@ -76,7 +74,18 @@ def division(truth: Truth, names: Sequence[str], theirs: Gradient, dtype: str) -
         for term, factors in found.items()
         if not np.allclose(factors, right[term], rtol=1e-3)
     }
-    return Division({}, changed, hidden)
+    return Division({}, changed)
+
+
+def hidden_rules(truth: Truth) -> list[str]:
+    """The wrong divisors that give the right numbers in the truth's split, as ``splits: …``."""
+    split = truth.metadata.get("split") or {"rules": {}}
+    return [
+        f"splits: {term} by {rule}"
+        for term, rules in split["rules"].items()
+        for rule, factors in rules.items()
+        if rule != "right" and _same(factors, rules["right"])
+    ]
 
 
 def _same(a: Sequence[float], b: Sequence[float]) -> bool:

@@ -17,6 +17,7 @@ from ..checkpoint.tensor_file import one_line
 from ..parameters import EXPERTS, layer_name, module_name
 from .compare import Difference, Heat
 from .diagnose import Diagnosis
+from .divisors import Division
 from .places import place_of
 
 __all__ = [
@@ -99,6 +100,7 @@ class Verdict:
     notes: list[str]
     not_excluded: list[str] = field(default_factory=list)
     diagnosis: Diagnosis | None = None
+    division: Division | None = None  # of the sums over the parts of a split
     heat: Heat | None = None  # of the first wrong tensor
     routes: Path | None = None  # the file whose routes the truth must be run with
 
@@ -226,8 +228,10 @@ def diagnosed(verdict: Verdict) -> list[str]:
     found = verdict.diagnosis
     if found is None:
         return []
+    divided = [] if verdict.division is None else verdict.division.told()
     bugs = " or ".join(f"{bug.op}: {bug.name}" for bug in found.named)
-    lines = [f"these are the numbers of the planted bug {bugs}"] if bugs else []
+    lines = [f"the parts of the batch are summed wrongly: {line}" for line in divided]
+    lines += [f"these are the numbers of the planted bug {bugs}"] if bugs else []
     lines += [str(place_of(bug)) for bug in found.named]
     lines += [f"hint: {hint}" for hint in found.hints]
     return lines + ([found.note] if found.note else [])
@@ -300,6 +304,7 @@ def content(verdict: Verdict) -> dict[str, Any]:
             "hints": list(found.hints),
             "note": found.note,
         },
+        "division": None if verdict.division is None else verdict.division._asdict(),
         "tensors": {name: _tensor(x) for name, x in verdict.tensors.items()},
         "extra": [one_line(name) for name in verdict.extra],
         "notes": list(verdict.notes),

@@ -8,8 +8,9 @@ the reference itself errs by when it is run in that type. The verdict is
     INCONCLUSIVE  nothing is wrong that can be held against the port, but something can't be judged
 
 A port need not give everything. Of act/, cot/, out/ and aux/ it gives what it has. If it gives
-gradients, it gives all of them: one that was forgotten must not pass, and a pattern selects those
-of a port that has no others. Of conformance vectors it gives all cases of an op, or none.
+gradients, it gives all of them: one that was forgotten must not pass. A pattern selects those of a
+port that has no others, and ``partial`` asks for what is given alone. Of conformance vectors it
+gives all cases of an op, or none.
 
 Experts are chosen by comparing scores, and a tie within rounding is decided either way. So behind
 the first layer where a port chose other experts than the truth, wrong tensors say nothing. Below
@@ -41,6 +42,7 @@ from .blocks import cuts_of, told
 from .choices import explained
 from .compare import FACTOR, difference, errors_along, heat
 from .diagnose import Diagnosis, diagnose
+from .divisors import Division, division, hidden_rules
 from .exclude import not_excluded
 from .names import Found, Layout, find, known_layout, read_layout
 from .parts import Part, parts_of
@@ -61,6 +63,7 @@ def compare_folders(
     layout: Path | str | None = None,
     only: str = "*",
     dtype: str | None = None,
+    partial: bool = False,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> Verdict:
     """Judge the tensors in ``theirs`` (safetensors or .npz, a file or a folder) by the result in
@@ -71,6 +74,8 @@ def compare_folders(
         only: a pattern of the names to judge, with or without their prefix.
         dtype: float64, float32 or bfloat16, what the port computes in; by default the coarsest type
             in which it stores a tensor.
+        partial: judge what is given; by default a gradient that is missing beside others is
+            INCONCLUSIVE.
 
     CouldNotRun if that can't be done.
     """
@@ -79,7 +84,7 @@ def compare_folders(
     names = None if layout is None else read_layout(Path(layout))
     if names is not None and opened.config is None:
         raise CouldNotRun("names a model's tensors, and the truth has vectors", argument="layout")
-    return _Judge(opened, port, names, only, dtype, progress).verdict()
+    return _Judge(opened, port, names, only, dtype, partial, progress).verdict()
 
 
 def expected(truth: Truth, only: str = "*") -> list[tuple[Part, str]]:
@@ -135,10 +140,12 @@ class _Judge:
         layout: Layout | None,
         only: str,
         dtype: str | None,
+        partial: bool,
         progress: Callable[[str, int, int], None],
     ) -> None:
         self.truth, self.theirs = truth, theirs
         self.only, self.progress = only, progress
+        self.partial = partial
         self.known, self.given = known_layout(), layout
         self.used: set[str] = set()
         self.located = [self._locate(part, name) for part, name in expected(truth, only)]
@@ -267,7 +274,8 @@ class _Judge:
         except CouldNotRun as error:
             note = f"which mistakes would not show here is not known: {error}"
             return replace(made, notes=[*made.notes, note])
-        return replace(made, not_excluded=[f"{bug.op}: {bug.name}" for bug in bugs])
+        named = [f"{bug.op}: {bug.name}" for bug in bugs]
+        return replace(made, not_excluded=[*named, *hidden_rules(self.truth)])
 
     def _verdict_of(self, results: Mapping[str, TensorResult]) -> Verdict:
         """The verdict if nothing is wrong and all was judged."""
@@ -450,6 +458,8 @@ class _Judge:
     def _missing(self, results: Mapping[str, TensorResult]) -> list[str]:
         """What a port that gives this much should give, too."""
         missing = [name for name, x in results.items() if x.status == "missing"]
+        if self.partial:
+            return []
         if self.truth.kind == "vectors":
             cases = self.truth.metadata["cases"]
             groups = {
@@ -500,7 +510,19 @@ class _Judge:
             diagnosis = diagnose(self.truth, part, arrays, self.dtype)
         except CouldNotRun as error:
             diagnosis = Diagnosis([], [], f"no planted bug was tried: {error}")
-        return replace(made, first_wrong=named, diagnosis=diagnosis, heat=shown)
+        found = self._division(made.tensors)
+        return replace(made, first_wrong=named, diagnosis=diagnosis, division=found, heat=shown)
+
+    def _division(self, results: Mapping[str, TensorResult]) -> Division | None:
+        """By which counts the port divides the sums of a batch in parts, if the truth has them."""
+        given = {
+            x.name.removeprefix("grad/"): x.found
+            for x in self.located
+            if x.found and x.name.startswith("grad/") and results[x.name].status in ("ok", "wrong")
+        }
+        return division(
+            self.truth, list(given), lambda name: np.asarray(given[name].array()), self.dtype
+        )
 
     def _extra(self) -> list[str]:
         """Names of theirs that no tensor of the truth has, whatever is selected."""
