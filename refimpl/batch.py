@@ -87,11 +87,11 @@ def make_batch(
     xp, device = namespace(params=like), like.device
     expect("tokens", tokens, "(B, T)", (None, None))
     b, t = tokens.shape
-    if config.index_topk is not None and t > config.index_topk:
-        raise ValueError(
-            f"tokens must have shape (B, T) with T at most index_topk={config.index_topk}: beyond, "
-            f"the model's indexer, left out here, chooses keys, got {tokens.shape}"
-        )
+    expect_that(
+        config.index_topk is None or t <= config.index_topk,
+        f"tokens must have shape (B, T) with T at most index_topk={config.index_topk}: beyond, "
+        f"the model's indexer, left out here, chooses keys, got {tokens.shape}",
+    )
     expect_that(0 <= follow < t, f"follow must lie in 0…T−1={t - 1}, got {follow}")
     expect_that(
         t > (config.mtp_depth if with_loss else 0),

@@ -94,7 +94,7 @@ def count_choices(counted: Array, experts: int, valid: Array) -> tuple[Array, Ar
     for k in range(counted.shape[-1]):
         counts_k = (counted[..., k : k + 1] == expert) & valid
         counts = counts + xp.sum(xp.astype(counts_k, xp.float64), axis=1)
-    return counts, xp.sum(xp.astype(valid, xp.float64), axis=(1, 2))
+    return counts, xp.sum(xp.astype(valid[:, :, 0], xp.float64), axis=1)
 
 
 def balance_loss_backward(dloss: Array, saved: BalanceLossSaved) -> Array:

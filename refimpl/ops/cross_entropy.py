@@ -10,7 +10,18 @@ from __future__ import annotations
 from math import isfinite
 from typing import NamedTuple
 
-from ..array import Array, cast, expect, expect_ids, fill, last, namespace, number, real
+from ..array import (
+    Array,
+    cast,
+    expect,
+    expect_ids,
+    expect_that,
+    fill,
+    last,
+    namespace,
+    number,
+    real,
+)
 
 __all__ = ["CrossEntropySaved", "cross_entropy_backward", "cross_entropy_forward"]
 
@@ -65,13 +76,11 @@ def token_weights(
         expect("mask", mask, "(…)", tuple(targets.shape))
         weight = xp.astype(mask, xp.float64)
     total = float(xp.sum(weight))
-    if not isfinite(total):
-        raise ValueError(f"mask must be finite, got a sum of {total}")
+    expect_that(isfinite(total), f"mask must be finite, got a sum of {total}")
     targets = xp.where(weight != 0, targets, 0)
     targets = expect_ids("targets", targets, vocabulary)
     count = total if normaliser is None else float(normaliser)
-    if not isfinite(count):
-        raise ValueError(f"normaliser must be finite, got {count}")
+    expect_that(isfinite(count), f"normaliser must be finite, got {count}")
     if count == 0 and (normaliser is not None or bool(xp.any(weight != 0))):
         raise ValueError("normaliser, or the sum of a mask that is not all 0, must not be 0, got 0")
     return targets, cast(weight, like) / (count or 1.0)

@@ -87,6 +87,7 @@ class Trial:
         self.truth, self.part = truth, part
         self.dtype = dtype
         right = recompute(truth, part, None)
+        recompute(truth, part, None, dtype, 1)  # an error here is ours, and of no bug
         self.theirs = {n: x.astype(np.float64) for n, x in theirs.items() if is_judged(right, n, x)}
         self.right = {name: right[name].astype(np.float64) for name in self.theirs}
         self.units = {name: unit_of(truth, name, dtype) for name in self.theirs}
