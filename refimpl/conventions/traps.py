@@ -682,8 +682,8 @@ TRAPS = (
                 "yes: 0 in the numerator, 1 in the denominator", test=TRL("test_empty_outputs")
             ),
             "verl": run(
-                "no (`agg_loss`: seq-mean-*), unless the caller gives `global_batch_size`, as its own "
-                "engines do",
+                "no (`agg_loss`: seq-mean-*), unless the caller gives `global_batch_size`, as its "
+                "own engines do",
                 test=VERL("test_empty_outputs"),
             ),
             "OpenRLHF": read("no (`aggregate_loss`)"),
@@ -910,8 +910,8 @@ TRAPS = (
                 "(`iter_grad_accum_global_norm`)"
             ),
             "ms-swift": told(
-                "dapo: the tokens of all micro-batches, then their number too, before ms-swift#10116 "
-                "(#10117)"
+                "dapo: the tokens of all micro-batches, then their number too, before "
+                "ms-swift#10116 (#10117)"
             ),
         },
         "`grpo_forward(normaliser=)`; `refimpl grads --split` names what others make of it",
