@@ -60,8 +60,8 @@ OUTSIDE: tuple[Planted, ...] = (
          "(dchosen - mean) / total", "(dchosen + mean) / total"),
     _one("router", "total squared", "(dchosen - mean) / total",
          "(dchosen - mean) / (total * total)"),
-    _one("router", "last slot left out", "range(indices.shape[-1])",
-         "range(indices.shape[-1] - 1)"),
+    _one("router", "first slot left out", "range(indices.shape[-1])",
+         "range(1, indices.shape[-1])"),  # the last would, for K = 2, be the catalogue's
     _one("balance_loss", "mean with the other sign", "f - mean_f", "f + mean_f"),
     _one("moe", "weights squared on the way back",
          "weights[..., None] * rows[:, None, :]",

@@ -29,7 +29,8 @@ from port.truths import (
 )
 from support import FULL
 
-SEEDS = range(2) if FULL else range(1)  # of cases of each op
+SEEDS = range(3) if FULL else range(1)  # of cases of each op
+FEW = None if FULL else ("linear", "router", "moe", "grpo")  # ops whose cases are run
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,8 @@ def truth(example: Example) -> Truth:
 )
 def test_a_port_with_a_bug(truth: Truth, op: str, name: str, dtype: str, part: str) -> None:
     """The first wrong part is where the bug first shows, and there it is named."""
+    if not FULL and op in ("mla", "mtp", "router"):
+        pytest.skip("make test-full")
     bug = bug_of(op, name)
     port = model_port(truth, bug, dtype, 5)
     wrong = first_wrong(truth, port, dtype)
@@ -120,7 +123,7 @@ def test_a_truth_that_is_not_this_code_s(example: Example, tmp_path: Path) -> No
 
 def reachable(bug: Planted) -> bool:
     """Whether a case of the op can have the bug, and its shapes do not tell it before."""
-    named = bug.name != "gradient of w not summed over rows"
+    named = bug.name != "gradient of w not summed over rows" and (FEW is None or bug.op in FEW)
     return named and bug.op not in FUNCTIONS and bug.op != "model" and not bug.of_checker
 
 
@@ -153,7 +156,7 @@ def test_cases_of_ops(dtype: str, least: float) -> None:
     found, missed = count_cases(dtype)
     shown = found["named"] + found["unknown"] + found["wrong"]
     assert found["named"] >= least * shown, (found, missed)
-    assert shown >= 0.6 * found.total()
+    assert shown >= (0.6 if FULL else 0.4) * found.total()
 
 
 @pytest.mark.skipif(not FULL, reason="make test-full")
@@ -176,14 +179,14 @@ def test_the_tiny_model(tmp_path: Path, dtype: str, least: float) -> None:
 
 def test_outside_is_large_enough_and_runs() -> None:
     assert len(OUTSIDE) >= 30
-    for bug in OUTSIDE:
+    for bug in OUTSIDE if FULL else ():
         plant(bug)
 
 
 @pytest.mark.parametrize("bug", OUTSIDE, ids=lambda bug: f"{bug.op}: {bug.name}")
 def test_what_the_catalogue_does_not_have_is_not_named(truth: Truth, bug: Planted) -> None:
     """In a whole port, or, of the ops that the run does not have, in a case."""
-    if not FULL and bug.op in ("linear", "rms_norm", "swiglu", "attention", "mla", "router"):
+    if not FULL and bug not in OUTSIDE[::8]:
         pytest.skip("make test-full")
     if bug.op in ("grpo", "preference_loss"):
         of = case_truth(bug.op, 2000)
@@ -196,7 +199,7 @@ def test_what_the_catalogue_does_not_have_is_not_named(truth: Truth, bug: Plante
 def test_no_false_alarm_of_whole_ports(truth: Truth) -> None:
     """Right ports in the three types; those of single ops are `refimpl power`'s."""
     for dtype in TYPES:
-        for seed in range(10 if FULL else 2):
+        for seed in range(10 if FULL else 1):
             assert first_wrong(truth, model_port(truth, None, dtype, 100 + seed), dtype) is None
 
 
