@@ -1,22 +1,19 @@
 """`make mutants`: mutation testing on a seeded sample, for whoever asks which line no test needs.
 
-A mutant is one small edit of a file: a comparison moved, a sign turned, a keyword left out, a
-statement dropped. Each runs under the tests that concern its file (`first`), then, if these pass,
-under `SECOND`, in a fork of a process that has imported the libraries, on a copy of the tree. One
-that no test kills is looked up in tests/mutants.json, which says why it changes nothing; what is
-not there is printed. Outcomes are appended to build/mutants.jsonl as they come, and a run that was
-interrupted resumes there. Tests that read our source (tests/house and the like) are left out: they
-would see an edit and not what it does.
+Each mutant of tests/mutants.py runs under the tests that concern its file (`first`) and, once all
+have, those that these let pass under more (`second`): in a fork of a process that has imported the
+libraries, on a copy of the tree. One that no test kills is looked up in tests/mutants.json, which
+says why it may live; what is not there is printed. Outcomes are appended to a file in build/mutants
+as they come, and a run that was interrupted resumes there. Tests that read our source (tests/house
+and the like) are left out: they would see an edit and not what it does.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
-import copy
 import json
 import os
-import random
+import platform
 import resource
 import shutil
 import signal
@@ -24,12 +21,12 @@ import subprocess
 import sys
 import time
 import traceback
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import array_api_strict
 import hypothesis.strategies
@@ -39,197 +36,14 @@ import pytest
 import safetensors.numpy
 import typer.testing
 
+from mutants import PACKAGE, SAMPLE, SEED, Mutant, population, sample
+
 ROOT = Path(__file__).parents[1]
 KNOWN = ROOT / "tests" / "mutants.json"
-SEED = 12
-SAMPLE = 600
 WORKERS = 2
 MOST_MEMORY = 12 * 2**30  # bytes of addresses, of a process
 LEAST_DISK = 8 * 2**30  # bytes; a mutant that leaves less is stopped
 LIBRARIES = (array_api_strict, hypothesis, ml_dtypes, np, safetensors, typer)  # every fork has them
-FILES = ("ops/*.py", "grads/*.py", "checkpoint/*.py")
-MODULES = ("model", "optimizer", "parameters", "batch", "generate")
-
-COMPARED = {
-    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
-}  # fmt: skip
-COMPUTED = {
-    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Div,
-    ast.Mod: ast.Mult, ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
-}  # fmt: skip
-NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "floor": "ceil", "ceil": "floor",
-         "maximum": "minimum", "zeros_like": "ones_like"}  # fmt: skip
-
-
-class Mutant(NamedTuple):
-    """One edit of a file of refimpl/."""
-
-    file: str
-    start: int  # of the bytes that `text` replaces
-    stop: int
-    text: str
-    line: int
-    code: str  # the line, as it was
-    edit: str  # what became what
-
-    def source(self) -> bytes:
-        """The file with the edit."""
-        before = (ROOT / "refimpl" / self.file).read_bytes()
-        return before[: self.start] + self.text.encode() + before[self.stop :]
-
-    def key(self) -> tuple[str, str, str]:
-        """What names it when lines have moved."""
-        return self.file, self.code, self.edit
-
-
-def edits(node: ast.AST) -> Iterator[ast.AST | str]:
-    """What may stand in the place of a node: other nodes, or text."""
-    match node:
-        case ast.Compare(ops=[*ops]):
-            for i, op in enumerate(ops):
-                changed = copy.deepcopy(node)
-                changed.ops[i] = COMPARED[type(op)]()
-                yield changed
-        case ast.BinOp(op=op) | ast.AugAssign(op=op) if type(op) in COMPUTED:
-            changed = copy.deepcopy(node)
-            changed.op = COMPUTED[type(op)]()
-            yield changed
-        case ast.Constant(value=bool()):
-            yield ast.Constant(not node.value)
-        case ast.Constant(value=int() | float()):
-            yield from (ast.Constant(node.value + step) for step in (1, -1))
-        case ast.Constant(value=str(text)) if text and " " not in text:  # no message
-            yield ast.Constant(f"{text}x")
-        case ast.UnaryOp(op=ast.Not() | ast.USub() | ast.Invert()):
-            yield node.operand
-        case ast.BoolOp(op=op):
-            yield ast.BoolOp(ast.Or() if isinstance(op, ast.And) else ast.And(), node.values)
-        case ast.Name(id=name) if name in NAMES:
-            yield ast.Name(NAMES[name])
-        case ast.Attribute(attr=name) if name in NAMES:
-            yield ast.Attribute(node.value, NAMES[name])
-        case ast.Call(keywords=[*keywords]):
-            for i, keyword in enumerate(keywords):
-                if keyword.arg not in (None, "strict"):  # zip's: a guard against ourselves
-                    yield ast.Call(node.func, node.args, keywords[:i] + keywords[i + 1 :])
-        case ast.Break():
-            yield "continue"
-        case ast.Continue():
-            yield "break"
-        case ast.Return(value=ast.AST() as value) if not is_constant(value, None):
-            yield "return None"
-    match node:  # beside the above
-        case ast.Expr(value=ast.Call() | ast.Yield()) | ast.AugAssign() | ast.Raise():
-            yield "pass"
-        case ast.Assign(targets=[ast.Subscript() | ast.Attribute()]):
-            yield "pass"
-        case ast.Assign(targets=[ast.Name(id=name)]) if name in names(node.value):
-            yield "pass"
-
-
-def is_constant(node: ast.AST | None, *values: Any) -> bool:
-    return isinstance(node, ast.Constant) and any(node.value is value for value in values)
-
-
-def names(node: ast.AST) -> set[str]:
-    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
-
-
-def visited(node: ast.AST) -> Iterator[tuple[ast.AST, str]]:
-    """The nodes that may change, and ``condition`` or ``bound`` for those that are one. Left out:
-    docstrings, annotations, imports, the names of ``__all__``, the texts of errors."""
-    for field, value in ast.iter_fields(node):
-        for child in value if isinstance(value, list) else [value]:
-            if not isinstance(child, ast.AST) or field in ("annotation", "returns", "ctx"):
-                continue
-            if isinstance(child, ast.Import | ast.ImportFrom | ast.JoinedStr):
-                continue
-            if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
-                continue
-            if isinstance(child, ast.Assign) and ast.unparse(child.targets[0]) == "__all__":
-                continue
-            role = ""
-            if field in ("test", "ifs"):
-                role = "condition"
-            elif isinstance(node, ast.Slice):
-                role = "bound"
-            yield child, role
-            if not isinstance(child, ast.Raise):
-                yield from visited(child)
-
-
-def mutants(file: str) -> list[Mutant]:
-    """Every mutant of refimpl/``file``, in the order of the source."""
-    source = (ROOT / "refimpl" / file).read_text()
-    lines = source.encode().splitlines(keepends=True)
-    begins = [0]
-    for line in lines:
-        begins.append(begins[-1] + len(line))
-    found = {}
-    for node, role in visited(ast.parse(source)):
-        changes = list(edits(node)) if hasattr(node, "lineno") else []
-        if role == "condition" and not isinstance(node, ast.Compare | ast.UnaryOp):
-            changes.append(ast.UnaryOp(ast.Not(), node))
-        if role == "bound" and not isinstance(node, ast.Constant | ast.UnaryOp):
-            changes.append(ast.BinOp(node, ast.Add(), ast.Constant(1)))
-        for change in changes:
-            start = begins[node.lineno - 1] + node.col_offset
-            stop = begins[node.end_lineno - 1] + node.end_col_offset
-            text = change if isinstance(change, str) else ast.unparse(change)
-            if isinstance(change, ast.expr):
-                text = f"({text})"
-            edit = described(node, change)
-            code = lines[node.lineno - 1].decode().strip()
-            found[start, stop, text] = Mutant(file, start, stop, text, node.lineno, code, edit)
-    return [found[place] for place in sorted(found)]
-
-
-def described(old: ast.AST, new: ast.AST | str) -> str:
-    """The edit in a few words."""
-    if isinstance(old, ast.Call) and isinstance(new, ast.Call):
-        (gone,) = {k.arg for k in old.keywords} - {k.arg for k in new.keywords}
-        return f"{ast.unparse(old.func)}(…) without {gone}"
-    if new == "pass":
-        return "left out"
-    texts = [part if isinstance(part, str) else ast.unparse(part) for part in (old, new)]
-    before, after = (text if len(text) <= 60 else f"{text[:28]} … {text[-28:]}" for text in texts)
-    return f"{before} → {after}"
-
-
-def compiles(mutant: Mutant) -> bool:
-    try:
-        compile(mutant.source(), mutant.file, "exec")
-    except SyntaxError:
-        return False
-    return True
-
-
-def population() -> dict[str, list[Mutant]]:
-    """Every mutant, by file."""
-    package = ROOT / "refimpl"
-    paths = [path for pattern in FILES for path in sorted(package.glob(pattern))]
-    paths += [package / f"{module}.py" for module in MODULES]
-    files = [path.relative_to(package).as_posix() for path in paths]
-    return {file: found for file in files if (found := mutants(file))}
-
-
-def sample(everything: dict[str, list[Mutant]], seed: int, size: int) -> list[Mutant]:
-    """``size`` mutants, of each file in proportion to those it has (largest remainders)."""
-    total = sum(map(len, everything.values()))
-    shares = {file: size * len(found) / total for file, found in everything.items()}
-    counts = {file: int(share) for file, share in shares.items()}
-    for file in sorted(shares, key=lambda file: counts[file] - shares[file])[
-        : size - sum(counts.values())
-    ]:
-        counts[file] += 1
-    rng = random.Random(seed)
-    chosen = []
-    for file, found in everything.items():
-        drawn = (mutant for mutant in rng.sample(found, len(found)) if compiles(mutant))
-        chosen += [mutant for mutant, _ in zip(drawn, range(counts[file]), strict=False)]
-    rng.shuffle(chosen)  # so that a part of a run is a sample too
-    return chosen
 
 
 def first(file: str) -> list[str]:
@@ -264,10 +78,14 @@ def second(file: str) -> list[str]:
 
 
 LISTS = (first, second)
-LEFT_OUT = (  # they read our source, or take seconds for what others here see
-    "tests/cli/test_app.py",
+ENDS = ("first", "second", "timeout", "survived")
+SLOW = (  # not in the second list: they take seconds for what others here see
     "tests/test_backends.py::test_verify_needs_nothing_that_cupy_refuses",
+    "tests/test_model.py::test_protocol",
+    "tests/test_generate.py::test_speculation",
+    "tests/test_generate.py::test_what_generate_drafts",
     "tests/checkpoint/test_reader.py::test_memory_of_loading",
+    "tests/cli/test_grads.py::test_conventions_that_matter",
 )
 
 
@@ -304,13 +122,15 @@ def copy_of_tree(folder: Path) -> Path:
 
 def plant(folder: Path, file: str, source: bytes) -> None:
     """Write a file of the copy's refimpl/, and forget what was compiled of it."""
-    path = folder / "refimpl" / file
+    path = folder / PACKAGE.name / file
     path.write_bytes(source)
     for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*.pyc"):
         compiled.unlink()
 
 
-def start(folder: Path, tests: Sequence[str], *, compiled: bool = False) -> int:
+def start(
+    folder: Path, tests: Sequence[str], left_out: Sequence[str] = (), *, compiled: bool = False
+) -> int:
     """The number of a fork that runs tests in the copy; it exits 0 if all pass, and leaves
     ``witness``. Python's compiled files are kept if ``compiled``."""
     if number := os.fork():
@@ -329,8 +149,8 @@ def start(folder: Path, tests: Sequence[str], *, compiled: bool = False) -> int:
             {} if compiled else {"PYTHONDONTWRITEBYTECODE": "1"}
         )
         sys.dont_write_bytecode = not compiled
-        left_out = [option for place in LEFT_OUT for option in ("--deselect", place)]
-        options = ["-x", "-q", "--basetemp", str(folder / "tmp"), *left_out]
+        options = ["-x", "-q", "--basetemp", str(folder / "tmp")]
+        options += [f"--deselect={test}" for test in left_out]
         options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # hypothesis is imported
         code = pytest.main([*options, *tests], [Witness(folder / "witness")])
         ours = Path(sys.modules["refimpl"].__file__ or "").is_relative_to(folder)
@@ -346,55 +166,56 @@ class Job:
     """A mutant in a worker's folder, under one of the lists."""
 
     mutant: Mutant
+    stage: int
     folder: Path
-    stage: int = 0
-    began: float = 0.0
+    began: float = field(default_factory=time.monotonic)
     late: bool = False
+
+    def tests(self) -> list[str]:
+        return LISTS[self.stage](self.mutant.file)
+
+    def must_end(self, seconds: Mapping[str, float]) -> bool:
+        """Whether it takes longer than its tests should, or fills the disk."""
+        wanted = sum(s for file, s in seconds.items() if file.startswith(tuple(self.tests())))
+        late = time.monotonic() - self.began > 30 + 5 * wanted
+        return late or shutil.disk_usage(self.folder).free < LEAST_DISK
 
 
 def results(
     todo: Sequence[Mutant], folders: Sequence[Path], seconds: Mapping[str, float]
 ) -> Iterator[tuple[Mutant, str, str]]:
-    """Each mutant as its end is known; "first", "second" (list), "timeout" or "survived"; the test
-    that failed."""
-    waiting = list(reversed(todo))
+    """Each mutant, its end ("first" or "second", the list; "timeout", "survived", or "" if the
+    first list let it pass and the second is to come) and the test that failed."""
+    waiting = deque((mutant, 0) for mutant in todo)
     free = list(folders)
     busy: dict[int, Job] = {}
-
-    def go(job: Job) -> None:
-        job.began = time.monotonic()
-        busy[start(job.folder, LISTS[job.stage](job.mutant.file))] = job
-
     try:
         while waiting or busy:
             while waiting and free:
-                job = Job(waiting.pop(), free.pop())
+                job = Job(*waiting.popleft(), free.pop())
                 plant(job.folder, job.mutant.file, job.mutant.source())
-                go(job)
+                busy[start(job.folder, job.tests(), SLOW if job.stage else ())] = job
             number, status = os.waitpid(-1, os.WNOHANG)
             if not number:
                 for number, job in busy.items():
-                    tests = LISTS[job.stage](job.mutant.file)
-                    took = sum(s for file, s in seconds.items() if file.startswith(tuple(tests)))
-                    late = time.monotonic() - job.began > 30 + 5 * took
-                    if not job.late and (late or shutil.disk_usage(ROOT).free < LEAST_DISK):
+                    if not job.late and job.must_end(seconds):
                         job.late = True
                         os.killpg(number, signal.SIGKILL)
                 time.sleep(0.02)
                 continue
             job = busy.pop(number)
+            free.append(job.folder)
             with suppress(ProcessLookupError):  # what the tests left running
                 os.killpg(number, signal.SIGKILL)
             shutil.rmtree(job.folder / "tmp", ignore_errors=True)
+            plant(job.folder, job.mutant.file, (PACKAGE / job.mutant.file).read_bytes())
             code = os.waitstatus_to_exitcode(status)
             if code > pytest.ExitCode.INTERNAL_ERROR:
                 raise SystemExit(f"{job.mutant}: exit {code}, see {job.folder / 'log'}")
             if code == 0 and job.stage + 1 < len(LISTS):
-                job.stage += 1
-                go(job)
+                waiting.append((job.mutant, job.stage + 1))
+                yield job.mutant, "", ""
                 continue
-            plant(job.folder, job.mutant.file, (ROOT / "refimpl" / job.mutant.file).read_bytes())
-            free.append(job.folder)
             by = json.loads((job.folder / "witness").read_text())[0] if code > 0 else ""
             end = "timeout" if job.late else LISTS[job.stage].__name__ if code else "survived"
             yield job.mutant, end, by
@@ -447,15 +268,50 @@ def main() -> int:
             shutil.copytree(folders[0], folder)  # with the compiled files
         began = time.monotonic()
         for count, (mutant, end, by) in enumerate(results(todo, folders, seconds), 1):
-            done[mutant] = (end, by)
-            with log.open("a") as file:
-                print(json.dumps([*mutant, end, by], ensure_ascii=False), file=file)
+            if end:
+                done[mutant] = (end, by)
+                with log.open("a") as file:
+                    print(json.dumps([*mutant, end, by], ensure_ascii=False), file=file)
             took = time.monotonic() - began
             where = f"{mutant.file}:{mutant.line}"
-            print(f"{count}/{len(todo)} {took:.0f} s: {end} {where} {mutant.edit} {by}", flush=True)
+            print(
+                f"{count}/{len(todo)} {took:.0f} s: {end or 'passed'} {where} {mutant.edit} {by}",
+                flush=True,
+            )
     counts = Counter(done[mutant][0] for mutant in chosen)
-    print(", ".join(f"{end}: {count}" for end, count in counts.items()))
-    return 0
+    print(", ".join(f"{end}: {counts[end]}" for end in ENDS))
+    alive = [mutant for mutant in chosen if done[mutant][0] == "survived"]
+    known = json.loads(KNOWN.read_text()) if KNOWN.exists() else {"holes": [], "survivors": []}
+    reasons = {(s["file"], s["code"], s["edit"]): s["why"] for s in known["survivors"]}
+    if (given.seed, given.sample) == (SEED, SAMPLE):
+        head = {
+            "seed": SEED,
+            "sample": SAMPLE,
+            "of": sum(map(len, everything.values())),
+            "python": platform.python_version(),
+            "ends": {end: counts[end] for end in ENDS},
+        }
+        survivors = [
+            {"file": m.file, "code": m.code, "edit": m.edit, "why": reasons.get(m.key(), "")}
+            for m in sorted(alive)
+        ]
+        write(head | {"holes": known["holes"], "survivors": survivors})
+    new = [mutant for mutant in alive if not reasons.get(mutant.key())]
+    for mutant in new:
+        print(f"not explained: {mutant.file}:{mutant.line}: {mutant.code}: {mutant.edit}")
+    return int(bool(new))
+
+
+def write(content: dict[str, Any]) -> None:
+    """tests/mutants.json, with one line per mutant."""
+    lines = []
+    for key, value in content.items():
+        if isinstance(value, list):
+            rows = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in value)
+            lines.append(f' "{key}": [\n{rows}\n ]' if value else f' "{key}": []')
+        else:
+            lines.append(f' "{key}": {json.dumps(value)}')
+    KNOWN.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":
