@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import array_api_strict as strict
@@ -27,6 +28,7 @@ from pretended_cupy import there as pretended
 
 TYPES = [np.float32, np.float64, np.longdouble, np.complex64, np.complex128, np.clongdouble, object]
 SEED = 5
+DEVICE = strict.Device("device1")  # not where arrays are made if no device is named
 
 
 def frozen(op: str) -> tuple[Case, dict[str, Any]]:
@@ -79,9 +81,9 @@ def test_number_types(op: str, dtype: Any) -> None:
 
 
 def there(x: Any) -> Any:
-    """NumPy arrays as strict ones, within tuples and dicts too."""
+    """NumPy arrays as strict ones on `DEVICE`, within tuples and dicts too."""
     if isinstance(x, (np.ndarray, np.generic)):
-        return strict.asarray(x)
+        return strict.asarray(x, device=DEVICE)
     if isinstance(x, dict):
         return {key: there(value) for key, value in x.items()}
     return (
@@ -91,13 +93,15 @@ def there(x: Any) -> Any:
     )
 
 
-def back(x: Any) -> Any:
-    return None if x is None else np.asarray(x)
+def back(x: Any) -> np.ndarray:
+    assert x.device == DEVICE
+    return np.asarray(x.to_device(strict.Device("CPU_DEVICE")))
 
 
 @pytest.mark.parametrize("op", CASES)
 def test_array_api_strict(op: str) -> None:
-    """All ops, forward and backward, run on the bare standard: nothing in them is NumPy's alone."""
+    """All ops, forward and backward, run on the bare standard, on the device of their inputs:
+    nothing in them is NumPy's alone, and nothing is made elsewhere."""
     case, kwargs = frozen(op)
     pair, w = pair_of(op), cotangents(op, case, kwargs)
     y, saved = pair.forward(
@@ -112,6 +116,26 @@ def test_array_api_strict(op: str) -> None:
         else:
             assert "array_api_strict" in type(got).__module__
             assert np.max(np.abs(back(got) - wanted)) <= 1e-14 * np.max(np.abs(wanted))
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_every_input_is_looked_at(op: str) -> None:
+    """Each differentiable input in turn as a list, in 16 bits, from another library than those
+    before it: a TypeError that names it (or w, the name in the op that is given it)."""
+    case, kwargs = frozen(op)
+    forward = pair_of(op).forward
+    names = [p.name for p in signature(forward).parameters.values() if p.kind != p.KEYWORD_ONLY]
+    for i, x in enumerate(case.inputs):
+        if x is None:
+            continue
+        wrong = {"must be an array": x.tolist(), "must be float32 or wider": x.astype(np.float16)}
+        if i > 0:
+            wrong["must come from numpy"] = strict.asarray(x)
+        for message, given in wrong.items():
+            inputs = [*case.inputs[:i], given, *case.inputs[i + 1 :]]
+            name = names[min(i, len(names) - 1)]  # the last may stand for several
+            with pytest.raises(TypeError, match=rf"^({name}|\w*w\w*) {message}"):
+                forward(*inputs, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +240,8 @@ def test_verify_needs_nothing_that_cupy_refuses(op: str, monkeypatch: pytest.Mon
 
 
 def test_model_on_array_api_strict() -> None:
-    """The whole model too, padded and packed: loss and every gradient as on NumPy."""
+    """The whole model too, padded and packed, on one device: loss and every gradient as on
+    NumPy."""
     config, rng = preset("tiny"), np.random.default_rng(0)
     params = {
         n: 0.15 * rng.normal(size=s) + n.endswith("norm.weight")
@@ -231,4 +256,4 @@ def test_model_on_array_api_strict() -> None:
     strict_grads = backward(strict_saved, dhidden=there(np.ones_like(output.hidden)))
     assert abs(float(strict_output.loss) - output.loss) <= 1e-14 * output.loss
     for name, g in grads.items():
-        assert np.max(np.abs(np.asarray(strict_grads[name]) - g)) <= 1e-13 * np.max(np.abs(g))
+        assert np.max(np.abs(back(strict_grads[name]) - g)) <= 1e-13 * np.max(np.abs(g))

@@ -25,6 +25,7 @@ def configs() -> Iterator[ModelConfig]:
         TINY, yarn=None, tied=True, shared_experts=0, normalise_weights=False, theta=12345.678
     )
     yield replace(preset("v2"), q_latent=None, yarn=TINY.yarn, dense_layers=60)
+    yield replace(preset("v2"), groups=2, keep_groups=1)
     yield replace(TINY, conventions=replace(TINY.conventions, rope_layout="halves"), norm_eps=1 / 3)
 
 

@@ -67,6 +67,16 @@ def test_only_real_floating_point_numbers_are_saved(dtype: str, tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_per_tensor(tmp_path: Path) -> None:
+    """Where each is larger than a file may be; none is empty."""
+    write_random(TINY, tmp_path / "a", dtype="float32", shard_bytes=1)
+    index = json.loads((tmp_path / "a" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) == len(index["weight_map"])
+    assert {file.name for file in (tmp_path / "a").glob("*.safetensors")} == {
+        *index["weight_map"].values()
+    }
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "fp8", "fp8_ue8m0"])
 def test_safetensors_reads_the_files(dtype: str, tmp_path: Path) -> None:
     """The library finds every tensor, aligned, where the index says; a file is no larger than asked
