@@ -192,6 +192,10 @@ BAD: list[tuple[Any, str]] = [
         "rope_interleave must be true, got false",
     ),
     (V3_JSON | {"rope_theta": "big"}, 'rope_theta must be a number of at least 0, got "big"'),
+    (
+        V3_JSON | {"routed_scaling_factor": -0.5},
+        "routed_scaling_factor must be a number of at least 0, got -0.5",
+    ),
     (V3_JSON | {"rms_norm_eps": float("nan")}, "rms_norm_eps must be a finite number, got NaN"),
     (V3_JSON | {"rope_scaling": "yarn"}, 'rope_scaling must be an object or null, got "yarn"'),
     (

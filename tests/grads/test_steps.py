@@ -329,3 +329,11 @@ def test_cotangents(tmp_path: Path) -> None:
         np.testing.assert_allclose(
             dy.T @ hidden, found[f"grad/{name}.down_proj.weight"], rtol=0, atol=1e-15
         )
+
+
+def test_padding_in_front_alone_asks_for_a_convention() -> None:
+    """Padding behind the tokens, or none, leaves the loss the same under all of them."""
+    for row, asks in (([0, 0, 1, 1], True), ([1, 1, 0, 0], False), ([1, 1, 1, 1], False)):
+        key_mask = np.array([[1, 1, 1, 1], row], bool)
+        request = Request(TOKENS[:, :4], key_mask=key_mask)
+        assert request.targets_after_padding(TINY) == asks, row
