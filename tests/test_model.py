@@ -360,7 +360,9 @@ def test_errors() -> None:
         ValueError, match=r"tokens must have shape \(B, T\) with T > mtp_depth=1, got \(2, 1\)"
     ):
         forward(params, TOKENS[:, :1], SMALL)
-    _, saved = forward(params, TOKENS, SMALL, with_loss=False)
+    output, saved = forward(params, TOKENS, SMALL, with_loss=False)
+    with pytest.raises(ValueError, match=r"dhidden must have shape \(B, T, D\)=\(2, "):
+        backward(saved, dhidden=output.hidden[:, :1])
     with pytest.raises(ValueError, match="dloss needs a forward with with_loss=True"):
         backward(saved, dloss=1.0)
     with pytest.raises(ValueError, match="dloss needs a forward with with_loss=True"):

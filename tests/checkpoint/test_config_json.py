@@ -72,6 +72,8 @@ def test_config_json_as_transformers_writes_it(tmp_path: Path) -> None:
         "max",
         False,
     )
+    content = {key: value for key, value in V2_LITE_JSON.items() if key != "topk_method"}
+    assert read_config(written(tmp_path / "greedy.json", content)) == preset("v2-lite")
     config = read_config(
         written(tmp_path / "d.json", V2_LITE_JSON | {"n_group": None, "topk_group": None})
     )

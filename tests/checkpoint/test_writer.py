@@ -67,6 +67,17 @@ def test_only_real_floating_point_numbers_are_saved(dtype: str, tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
+def test_what_cannot_be_written(tmp_path: Path) -> None:
+    """Where the folder would lie in a file; where no file could hold a tensor."""
+    params = random_parameters(TINY)
+    (tmp_path / "file").touch()
+    with pytest.raises(CouldNotRun, match="file/a can't be written: Not a directory"):
+        save_checkpoint(params, TINY, tmp_path / "file" / "a")
+    with pytest.raises(CouldNotRun, match="shard_bytes must be at least 1, got 0"):
+        save_checkpoint(params, TINY, tmp_path / "a", shard_bytes=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_file_per_tensor(tmp_path: Path) -> None:
     """Where each is larger than a file may be; none is empty."""
     write_random(TINY, tmp_path / "a", dtype="float32", shard_bytes=1)

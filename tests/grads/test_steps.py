@@ -337,3 +337,11 @@ def test_padding_in_front_alone_asks_for_a_convention() -> None:
         key_mask = np.array([[1, 1, 1, 1], row], bool)
         request = Request(TOKENS[:, :4], key_mask=key_mask)
         assert request.targets_after_padding(TINY) == asks, row
+
+
+def test_one_position() -> None:
+    """It has no next token, but may be given a target."""
+    request = Request(TOKENS[:, :1], targets=TOKENS[:, 1:2])
+    assert request.batch(request.config(TINY)).targets.tolist() == TOKENS[:, 1:2].tolist()
+    with pytest.raises(ValueError, match=r"T of at least 2, got \(2, 1\)"):
+        Request(TOKENS[:, :1]).batch(TINY)
