@@ -4,6 +4,7 @@ is not standard."""
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -17,7 +18,8 @@ from refimpl.check import rules
 from refimpl.check.cases import CASES, Case, RandomDraw, model_case, pair_of
 from refimpl.check.dual import dual_array, values
 from refimpl.check.rules import Pair
-from refimpl.config import preset
+from refimpl.config import CONVENTIONS, preset
+from refimpl.generate import generate, to_numpy
 from refimpl.model import backward, forward
 from refimpl.parameters import parameter_shapes
 from refimpl.text import load_text
@@ -25,6 +27,7 @@ from refimpl.verify import placed
 
 from pretended_cupy import Pretended
 from pretended_cupy import there as pretended
+from random_parameters import random_parameters
 
 TYPES = [np.float32, np.float64, np.longdouble, np.complex64, np.complex128, np.clongdouble, object]
 SEED = 5
@@ -239,10 +242,12 @@ def test_verify_needs_nothing_that_cupy_refuses(op: str, monkeypatch: pytest.Mon
     assert report.ok, str(report)
 
 
-def test_model_on_array_api_strict() -> None:
+@pytest.mark.parametrize("convention", ["official", "hf"])
+def test_model_on_array_api_strict(convention: str) -> None:
     """The whole model too, padded and packed, on one device: loss and every gradient as on
     NumPy."""
-    config, rng = preset("tiny"), np.random.default_rng(0)
+    config = replace(preset("tiny"), conventions=CONVENTIONS[convention])
+    rng = np.random.default_rng(0)
     params = {
         n: 0.15 * rng.normal(size=s) + n.endswith("norm.weight")
         for n, s in parameter_shapes(config).items()
@@ -257,3 +262,19 @@ def test_model_on_array_api_strict() -> None:
     assert abs(float(strict_output.loss) - output.loss) <= 1e-14 * output.loss
     for name, g in grads.items():
         assert np.max(np.abs(back(strict_grads[name]) - g)) <= 1e-13 * np.max(np.abs(g))
+
+
+@pytest.mark.parametrize(("prompts", "speculate"), [([[1, 2, 3], [4, 5]], 0), ([[1, 2, 3]], 4)])
+def test_generation_on_one_device(
+    prompts: list[list[int]], speculate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only logits leave the device of the parameters; padded prompts, drafts behind the last
+    module."""
+    config = preset("tiny")
+    params = random_parameters(config)
+    options: Any = {"max_tokens": 4, "speculate": speculate}
+    wanted = generate(params, config, prompts, **options)
+    monkeypatch.setattr(
+        "refimpl.generate.to_numpy", lambda x: to_numpy(x) if isinstance(x, np.ndarray) else back(x)
+    )
+    assert generate(there(params), config, prompts, **options) == wanted

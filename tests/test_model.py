@@ -354,6 +354,8 @@ def test_errors() -> None:
         )
     with pytest.raises(ValueError, match="extra is not a parameter of this config"):
         forward(params | {"extra": np.ones(1)}, TOKENS, SMALL)
+    with pytest.raises(ValueError, match=r"tokens must have shape \(B, T\)=.*, got \(14,\)"):
+        forward(params, np.zeros(14, int), SMALL)
     with pytest.raises(ValueError, match="tokens must lie in 0…30, got 31…31"):
         forward(params, np.full((1, 4), 31), SMALL)
     with pytest.raises(

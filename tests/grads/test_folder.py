@@ -164,6 +164,15 @@ def test_a_long_request_is_told_by_all_of_it() -> None:
     assert [name for name in before if before[name] != after[name]] == ["tokens"]
 
 
+def test_routes_in_another_order_are_the_same_request() -> None:
+    source = MemorySource(random_parameters(TINY), TINY)
+    routes = forward(source.params, TOKENS, TINY)[0].routes
+    there = Request(TOKENS, routes=routes).fingerprint(source, "")
+    assert len(routes) > 1
+    routes = dict(reversed(routes.items()))
+    assert Request(TOKENS, routes=routes).fingerprint(source, "") == there
+
+
 def unfinished(out: Path) -> Callable[..., Result]:
     """Leave a run that stopped when its first backward was done; the function resumes it."""
     source, request = MemorySource(random_parameters(TINY), TINY), Request(TOKENS, activations="*")

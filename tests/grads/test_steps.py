@@ -47,6 +47,7 @@ def expect_equal(
     for layer, route in output.routes.items():
         assert np.array_equal(found[f"aux/routes.{layer}"], route.indices)
         assert np.array_equal(found[f"aux/load.{layer}"], output.loads[layer])
+        assert found[f"aux/weights.{layer}"].shape == route.indices.shape
     if output.loss is not None:
         assert found["out/loss"] == output.loss
         assert found["out/main"] == output.main
@@ -345,3 +346,16 @@ def test_one_position() -> None:
     assert request.batch(request.config(TINY)).targets.tolist() == TOKENS[:, 1:2].tolist()
     with pytest.raises(ValueError, match=r"T of at least 2, got \(2, 1\)"):
         Request(TOKENS[:, :1]).batch(TINY)
+
+
+@pytest.mark.parametrize("wrong", ["routes", "counted"])
+def test_routes_of_a_wrong_shape_are_named(wrong: str) -> None:
+    source = MemorySource(random_parameters(TINY), TINY)
+    routes = forward(source.params, TOKENS, TINY)[0].routes
+    for layer in [*routes]:
+        whole = routes.pop(layer).indices
+        given = {"routes": whole, "counted": whole} | {wrong: whole[:, 1:]}
+        if layer < TINY.layers:
+            routes[layer] = Route(given["routes"], given["counted"])
+    with pytest.raises(ValueError, match=rf"routes of layer 1 \({wrong}\) must have shape"):
+        Request(TOKENS, routes=routes).check(source)

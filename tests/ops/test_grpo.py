@@ -232,6 +232,13 @@ def test_off_policy_mask() -> None:
     ].kept.all()
 
 
+def test_a_drift_of_just_the_threshold_is_kept() -> None:
+    new, *_ = log_probs()
+    options = {"old_log_prob": new, "off_policy": 0.0, "advantages": np.array([-1.0, 1.0])}
+    output, _ = grpo_forward(new, mask=MASK, kl_weight=0.0, **options)
+    assert output.kept.all()
+
+
 def test_dual_clip() -> None:
     """verl's third bound: where A < 0 and ρ exceeds c, the objective stays at c A."""
     one = np.array([[True]])
