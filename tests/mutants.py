@@ -40,13 +40,16 @@ class Mutant(NamedTuple):
     stop: int
     text: str
     line: int
-    code: str  # the line, as it was
-    edit: str  # what became what
+    code: str  # the line as it was, with «» around what is edited
+    edit: str  # what became of it
 
     def source(self) -> bytes:
         """The file with the edit."""
         before = (PACKAGE / self.file).read_bytes()
         return before[: self.start] + self.text.encode() + before[self.stop :]
+
+    def told(self) -> str:
+        return f"refimpl/{self.file}:{self.line}: {self.code}: {self.edit}"
 
     def key(self) -> tuple[str, str, str]:
         """What names it when lines have moved."""
@@ -150,21 +153,31 @@ def mutants(file: str) -> list[Mutant]:
             if isinstance(change, ast.expr):
                 text = f"({text})"
             edit = described(node, change)
-            code = lines[node.lineno - 1].decode().strip()
+            one_line = node.lineno == node.end_lineno
+            code = marked(
+                lines[node.lineno - 1].rstrip(),
+                node.col_offset,
+                node.end_col_offset if one_line else None,
+            )
             found[start, stop, text] = Mutant(file, start, stop, text, node.lineno, code, edit)
     return [found[place] for place in sorted(found)]
 
 
 def described(old: ast.AST, new: ast.AST | str) -> str:
-    """The edit in a few words."""
+    """What became of a node, in a few words."""
     if isinstance(old, ast.Call) and isinstance(new, ast.Call):
         (gone,) = {k.arg for k in old.keywords} - {k.arg for k in new.keywords}
-        return f"{ast.unparse(old.func)}(…) without {gone}"
+        return f"without {gone}"
     if new == "pass":
         return "left out"
-    texts = [part if isinstance(part, str) else ast.unparse(part) for part in (old, new)]
-    before, after = (text if len(text) <= 60 else f"{text[:28]} … {text[-28:]}" for text in texts)
-    return f"{before} → {after}"
+    text = new if isinstance(new, str) else ast.unparse(new)
+    return text if len(text) <= 80 else f"{text[:38]} … {text[-38:]}"
+
+
+def marked(line: bytes, start: int, stop: int | None) -> str:
+    """A line with «» around the bytes from ``start`` to ``stop``, or to lines that follow."""
+    end = "…" if stop is None else "»" + line[stop:].decode()
+    return f"{line[:start].decode()}«{line[start:stop].decode()}{end}".strip()
 
 
 def compiles(mutant: Mutant) -> bool:

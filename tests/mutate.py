@@ -78,7 +78,6 @@ def second(file: str) -> list[str]:
 
 
 LISTS = (first, second)
-ENDS = ("first", "second", "timeout", "survived")
 SLOW = (  # not in the second list: they take seconds for what others here see
     "tests/test_backends.py::test_verify_needs_nothing_that_cupy_refuses",
     "tests/test_model.py::test_protocol",
@@ -235,71 +234,71 @@ def clean(folder: Path, files: Sequence[str]) -> dict[str, float]:
     return found
 
 
+def run(todo: Sequence[Mutant], files: Sequence[str], build: Path, log: Path) -> None:
+    """Run mutants, and append each and its end to the log."""
+    folders = [build / str(worker) for worker in range(WORKERS)]
+    seconds = clean(copy_of_tree(folders[0]), files)
+    print(f"the tests pass without a mutant, in {sum(seconds.values()):.0f} s", flush=True)
+    for folder in folders[1:]:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(folders[0], folder)  # with the compiled files
+    began = time.monotonic()
+    for mutant, end, by in results(todo, folders, seconds):
+        if end:
+            with log.open("a") as file:
+                print(json.dumps([*mutant, end, by], ensure_ascii=False), file=file)
+        took = f"{time.monotonic() - began:.0f} s: {end or 'passed the first list'}"
+        print(f"{took}: {mutant.told()} {by}", flush=True)
+
+
 def main() -> int:
     """Run the sample; 1 if there are survivors that tests/mutants.json does not explain."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description="Mutation testing on a seeded sample.")
     parser.add_argument("--sample", type=int, default=SAMPLE)
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--again", action="store_true", help="run the survivors again")
     given = parser.parse_args()
-    build = ROOT / "build" / "mutants"
-    log = build / f"{given.seed}-{given.sample}.jsonl"
     everything = population()
+    size = sum(map(len, everything.values()))
     chosen = sample(everything, given.seed, given.sample)
-    done = {}
-    if log.exists():
-        for line in log.read_text().splitlines():
-            *fields, end, by = json.loads(line)
-            done[Mutant(*fields)] = (end, by)
-    todo = [
-        mutant
-        for mutant in chosen
-        if mutant not in done or (given.again and done[mutant][0] == "survived")
-    ]
-    folders = [build / str(worker) for worker in range(WORKERS)]
+    build = ROOT / "build" / "mutants"
+    build.mkdir(parents=True, exist_ok=True)
+    log = build / f"{given.seed}-{given.sample}.jsonl"
+    done = ends(log)
+    again = ("survived",) if given.again else ()
+    todo = [mutant for mutant in chosen if mutant not in done or done[mutant] in again]
+    print(f"{len(todo)} of {len(chosen)} mutants to run, of {size:,}", flush=True)
     if todo:
-        print(
-            f"{len(todo)} of {len(chosen)} mutants to run, of {sum(map(len, everything.values()))}"
-        )
-        seconds = clean(copy_of_tree(folders[0]), [*everything])
-        print(f"the tests pass without a mutant, in {sum(seconds.values()):.0f} s", flush=True)
-        for folder in folders[1:]:
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(folders[0], folder)  # with the compiled files
-        began = time.monotonic()
-        for count, (mutant, end, by) in enumerate(results(todo, folders, seconds), 1):
-            if end:
-                done[mutant] = (end, by)
-                with log.open("a") as file:
-                    print(json.dumps([*mutant, end, by], ensure_ascii=False), file=file)
-            took = time.monotonic() - began
-            where = f"{mutant.file}:{mutant.line}"
-            print(
-                f"{count}/{len(todo)} {took:.0f} s: {end or 'passed'} {where} {mutant.edit} {by}",
-                flush=True,
-            )
-    counts = Counter(done[mutant][0] for mutant in chosen)
-    print(", ".join(f"{end}: {counts[end]}" for end in ENDS))
-    alive = [mutant for mutant in chosen if done[mutant][0] == "survived"]
-    known = json.loads(KNOWN.read_text()) if KNOWN.exists() else {"holes": [], "survivors": []}
+        run(todo, [*everything], build, log)
+        done = ends(log)
+    counts = Counter(done[mutant] for mutant in chosen)
+    told = {end: counts[end] for end in ("first", "second", "timeout", "survived")}
+    print(", ".join(f"{end}: {count}" for end, count in told.items()))
+    known = json.loads(KNOWN.read_text())
     reasons = {(s["file"], s["code"], s["edit"]): s["why"] for s in known["survivors"]}
+    alive = sorted(mutant for mutant in chosen if done[mutant] == "survived")
     if (given.seed, given.sample) == (SEED, SAMPLE):
-        head = {
-            "seed": SEED,
-            "sample": SAMPLE,
-            "of": sum(map(len, everything.values())),
-            "python": platform.python_version(),
-            "ends": {end: counts[end] for end in ENDS},
-        }
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
         survivors = [
             {"file": m.file, "code": m.code, "edit": m.edit, "why": reasons.get(m.key(), "")}
-            for m in sorted(alive)
+            for m in alive
         ]
-        write(head | {"holes": known["holes"], "survivors": survivors})
+        write(
+            {"commit": commit, "python": platform.python_version(), "seed": SEED}
+            | {"sample": SAMPLE, "of": size, "ends": told}
+            | {"holes": known["holes"], "survivors": survivors}
+        )
     new = [mutant for mutant in alive if not reasons.get(mutant.key())]
     for mutant in new:
-        print(f"not explained: {mutant.file}:{mutant.line}: {mutant.code}: {mutant.edit}")
+        print(f"not explained: {mutant.told()}")
     return int(bool(new))
+
+
+def ends(log: Path) -> dict[Mutant, str]:
+    """What became of the mutants that have run; the last time, if more often."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    return {Mutant(*fields): end for *fields, end, _ in map(json.loads, lines)}
 
 
 def write(content: dict[str, Any]) -> None:

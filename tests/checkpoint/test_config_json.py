@@ -72,6 +72,9 @@ def test_config_json_as_transformers_writes_it(tmp_path: Path) -> None:
         "max",
         False,
     )
+    content = V3_JSON | {"n_shared_experts": None}
+    config = read_config(written(tmp_path / "shared.json", content))
+    assert config == replace(preset("v3"), shared_experts=0)
     content = {key: value for key, value in V2_LITE_JSON.items() if key != "topk_method"}
     assert read_config(written(tmp_path / "greedy.json", content)) == preset("v2-lite")
     config = read_config(

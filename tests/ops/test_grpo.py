@@ -474,6 +474,8 @@ def test_backward_takes_the_scalar() -> None:
     [
         ({"off_policy": np.nan}, "off_policy must be a number or None, got nan"),
         ({"kl_weight": np.nan}, "kl_weight must be finite, got nan"),
+        ({"kl_bounds": (0.0, 1.0)}, r"kl_bounds must be two numbers above 0 or None, got \(0.0, 1"),
+        ({"kl_bounds": (1.0, 0.0)}, "kl_bounds must be two numbers above 0 or None"),
         ({"kl_weight": np.inf}, "kl_weight must be finite, got inf"),
         ({"average": "constant", "length": np.inf}, "length must be positive and finite"),
     ],

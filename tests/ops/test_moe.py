@@ -194,6 +194,7 @@ def test_one_expert_in_two_slots() -> None:
 
 
 ERRORS: list[tuple[Arguments, type[Exception], str]] = [
+    ({"indices": np.ones((B, T, 0), int)}, ValueError, "^indices must have a last axis of at"),
     (
         {"weights": np.ones((B, T, K + 1))},
         ValueError,
