@@ -141,6 +141,19 @@ def test_every_input_is_looked_at(op: str) -> None:
                 forward(*inputs, **kwargs)
 
 
+@pytest.mark.parametrize("op", CASES)
+def test_a_cotangent_of_another_shape(op: str) -> None:
+    """It would be broadcast, or summed along the wrong axis."""
+    case, kwargs = frozen(op)
+    pair, (dy, *others) = pair_of(op), cotangents(op, case, kwargs)
+    _, saved = pair.forward(*case.inputs, **kwargs)
+    for wrong in (np.stack((dy, dy)), dy[..., :-1], dy[:1], dy[0]) if dy.ndim else ():
+        if wrong.shape == dy.shape:
+            continue
+        with pytest.raises(ValueError, match=r"^d\w+ must have shape"):
+            pair.backward((wrong, *others) if others else wrong, saved)
+
+
 @pytest.mark.parametrize(
     "dtype", [np.uint8, np.int16, np.uint16, np.int32, np.int64], ids=lambda t: t.__name__
 )

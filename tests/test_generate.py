@@ -186,6 +186,9 @@ def test_seeds_replay(trained: Any) -> None:
         for seed in (3, 3, 5)
     )
     assert first == again
+    options: Any = FEW | {"temperature": 1.0}
+    none, zero = (generate(*trained, [b"The "], **options, **seed) for seed in ({}, {"seed": 0}))
+    assert none == zero
     assert len({tuple(g.tokens) for g in first + other}) == 4
 
 

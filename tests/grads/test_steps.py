@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -359,3 +360,15 @@ def test_routes_of_a_wrong_shape_are_named(wrong: str) -> None:
             routes[layer] = Route(given["routes"], given["counted"])
     with pytest.raises(ValueError, match=rf"routes of layer 1 \({wrong}\) must have shape"):
         Request(TOKENS, routes=routes).check(source)
+
+
+def test_logits_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """24 positions, 5 at a time; the index says in which type and how all was computed."""
+    params = random_parameters(TINY)
+    monkeypatch.setattr("refimpl.grads.steps.TOKENS", 5)
+    stream(params, TINY, tmp_path, only="model.norm.weight", logits=True)
+    wanted = logits(params, forward(params, TOKENS, TINY)[0].hidden)
+    np.testing.assert_allclose(read(tmp_path)["out/logits"], wanted, rtol=0, atol=1e-13)
+    metadata = json.loads((tmp_path / "index.json").read_text())["metadata"]
+    assert set(metadata) == {"refimpl", "dtype", "implementation", "config"}
+    assert (metadata["dtype"], metadata["implementation"]) == ("float64", "reference")
