@@ -285,7 +285,7 @@ def test_generation_on_one_device(
     module."""
     config = preset("tiny")
     params = random_parameters(config)
-    options: Any = {"max_tokens": 4, "speculate": speculate}
+    options: Any = {"max_tokens": 8, "speculate": speculate}
     wanted = generate(params, config, prompts, **options)
     monkeypatch.setattr(
         "refimpl.generate.to_numpy", lambda x: to_numpy(x) if isinstance(x, np.ndarray) else back(x)

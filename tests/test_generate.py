@@ -16,7 +16,7 @@ from refimpl.checkpoint import Checkpoint
 from refimpl.config import Conventions, ModelConfig, preset
 from refimpl.generate import Chain, Decoder, Generation, Sampler, generate
 from refimpl.model import forward, logits, mtp_input, mtp_module_forward
-from refimpl.ops import IMPLEMENTATIONS
+from refimpl.ops import IMPLEMENTATIONS, REFERENCE, Op, Ops
 from refimpl.text import load_text
 
 from golden.checkpoint_values import TRAINED
@@ -145,6 +145,23 @@ def test_greedy_takes_the_largest(trained: Any) -> None:
     (found,) = generate(params, config, [b"The v"], **FEW)
     tokens = [*b"The v", *found.tokens]
     assert found.tokens == np.argmax(whole(params, tokens, config), axis=-1)[4:-1].tolist()
+
+
+def test_each_table_has_its_part() -> None:
+    """``prefill`` reads the prompt, ``decode`` each token after it."""
+    lengths: dict[str, list[int]] = {"prefill": [], "decode": []}
+
+    def table(part: str) -> Ops:
+        def forward(x: np.ndarray, *weights: Any, **given: Any) -> Any:
+            lengths[part].append(x.shape[1])
+            return REFERENCE.mla.forward(x, *weights, **given)
+
+        return REFERENCE | {"mla": Op(forward, REFERENCE.mla.backward)}
+
+    config = replace(TINY, layers=1, dense_layers=1, mtp_depth=0)
+    tables = {part: table(part) for part in lengths}
+    generate(random_parameters(config), config, [[1, 2, 3]], max_tokens=3, **tables)
+    assert lengths == {"prefill": [3], "decode": [1, 1]}
 
 
 # Sampling
