@@ -40,6 +40,7 @@ from mutants import PACKAGE, SAMPLE, SEED, Mutant, population, sample
 
 ROOT = Path(__file__).parents[1]
 KNOWN = ROOT / "tests" / "mutants.json"
+CONFIGS = "tests/checkpoint/test_config_json.py"
 WORKERS = 2
 MOST_MEMORY = 12 * 2**30  # bytes of addresses, of a process
 LEAST_DISK = 8 * 2**30  # bytes; a mutant that leaves less is stopped
@@ -67,8 +68,8 @@ def second(file: str) -> list[str]:
     core = ["tests/test_backends.py", "tests/test_model.py"]
     files = ["tests/grads", "tests/cli/test_grads.py", "tests/cli/test_generate.py"]
     wider = {
-        "ops": [*core, "tests/ops", "tests/test_generate.py", *files],
-        "grads": ["tests/checkpoint", "tests/test_batch.py", "tests/cli/test_memory.py"],
+        "ops": [*core, "tests/ops", "tests/test_generate.py", *files, CONFIGS],
+        "grads": ["tests/checkpoint", "tests/test_batch.py", "tests/ops/test_moe.py"],
         "checkpoint": ["tests/cli/test_count.py", "tests/test_config.py", *files],
         "": [*core, *files, "tests/golden/test_checkpoints.py", "tests/test_count.py"],
     }[folder]
