@@ -36,16 +36,15 @@ def run(x: int = 0, *, flag: bool = True) -> str:
 
 def test_sample() -> None:
     """By the seed alone; every file has its share, and a mutant is another program."""
-    everything = population()
-    drawn = sample(everything, SEED, SAMPLE)
-    assert len(set(drawn)) == SAMPLE
+    everything, size = population(), 120
+    drawn = sample(everything, SEED, size)
+    assert drawn == sample(everything, SEED, size) != sample(everything, SEED + 1, size)
+    assert len(set(drawn)) == size
     total = sum(map(len, everything.values()))
     for file, found in everything.items():
         mine = [mutant for mutant in drawn if mutant.file == file]
-        assert abs(len(mine) - SAMPLE * len(found) / total) < 1, file
-    few = sample(everything, SEED, 40)
-    assert few == sample(everything, SEED, 40) != sample(everything, SEED + 1, 40)
-    for mutant in few:
+        assert abs(len(mine) - size * len(found) / total) < 1, file
+    for mutant in drawn[:30]:
         before = (PACKAGE / mutant.file).read_text()
         assert ast.dump(ast.parse(mutant.source())) != ast.dump(ast.parse(before)), mutant
 
