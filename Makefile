@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: digests verify test test-full test-newest oracle peers kernels gpu gpu-more ladder check bugs power memory memory-grads clean
+.PHONY: digests verify test test-full test-newest oracle peers kernels gpu gpu-more ladder check bugs power mutants memory memory-grads clean
 
 verify: .venv/base  ## prove every gradient on real text
 	$(BIN)/refimpl verify
@@ -64,6 +64,10 @@ bugs: .venv/dev  ## refimpl power, with the golden values: which check catches w
 
 power: .venv/oracle  ## the same, with torch's gradcheck and JAX's check_grads beside ours
 	$(BIN)/python tests/kill_table.py --others
+
+# Half an hour to an hour, by how busy the machine is; resumes where it was interrupted.
+mutants: .venv/dev  ## mutation testing on a seeded sample of 600 (ARGUMENTS=--again runs the survivors again)
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/mutate.py $(ARGUMENTS)
 
 memory: .venv/base  ## measure the peak memory of flash attention and of the fused output head
 	$(BIN)/refimpl memory

@@ -221,17 +221,21 @@ def cast(x: Array, like: Array) -> Array:
 
 
 def number(x: Any, like: Array) -> Array:
-    """``x``, a scalar or an array, in the number type of ``like``, so that it widens nothing."""
-    return x if is_object(like) else namespace(like=like).asarray(x, dtype=like.dtype)
+    """``x``, a scalar or an array, in the number type of ``like`` and on its device, so that it
+    widens nothing."""
+    if is_object(like):
+        return x
+    return namespace(like=like).asarray(x, dtype=like.dtype, device=like.device)
 
 
 def fill(condition: Array, x: Array, otherwise: float) -> Array:
     """``x`` where the condition holds, elsewhere the constant ``otherwise`` in the number type of
     ``x``."""
     xp = namespace(x=x)
-    constant = (
-        0 * x.reshape(-1)[0] + otherwise if is_object(x) else xp.asarray(otherwise, dtype=x.dtype)
-    )
+    if is_object(x):
+        constant = 0 * x.reshape(-1)[0] + otherwise
+    else:
+        constant = xp.asarray(otherwise, dtype=x.dtype, device=x.device)
     return xp.where(condition, x, constant)
 
 

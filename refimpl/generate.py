@@ -201,8 +201,8 @@ class Sampler:
             return largest(logits)
         ids, mass = self.nucleus(logits)
         total = np.cumsum(mass)
-        place = int(np.searchsorted(total, self.random.random() * total[-1], side="right"))
-        return int(ids[min(place, len(ids) - 1)])  # the product may round up to the whole
+        # random() is at most 1 − 2⁻⁵³, so the product rounds below the whole
+        return int(ids[np.searchsorted(total, self.random.random() * total[-1], side="right")])
 
     def nucleus(self, logits: Array) -> tuple[np.ndarray, np.ndarray]:
         """The tokens that may be drawn, most probable first, and their probabilities before the

@@ -319,6 +319,7 @@ def attention_sublayer_forward(
 ) -> tuple[Array, AttentionSublayerSaved]:
     """y = MLA(norm(x)), behind the layer's cache if there is one."""
     config, yarn = run.config, run.config.active_yarn
+    frequencies = rope_frequencies(config.rope, config.theta, yarn)
     norm = run.weight(layer, ATTENTION_NORM)
     h, norm_saved = run.ops.rms_norm.forward(x, norm, eps=config.norm_eps)
     output, mla_saved = run.ops.mla.forward(
@@ -330,7 +331,7 @@ def attention_sublayer_forward(
         eps=config.latent_eps,
         positions=batch.positions,
         layout=config.conventions.rope_layout,
-        inv_freq=namespace(x=x).asarray(rope_frequencies(config.rope, config.theta, yarn)),
+        inv_freq=namespace(x=x).asarray(frequencies, device=x.device),
         factor=config.rope_factor,
         key_mask=batch.takes_part,
         segments=batch.segments,

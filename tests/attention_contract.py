@@ -51,6 +51,11 @@ ERRORS = [
         r"q must have at least one position and, if causal .*, at most as many as k, S=6, got T=7",
     ),
     (
+        {"q": np.ones((2, 0, 4, 5))},
+        ValueError,
+        "q must have at least one position and at most as many as k, S=6, got T=0",
+    ),
+    (
         {"key_mask": np.ones((2, 3), bool)},
         ValueError,
         r"key_mask must have shape \(B, S\)=\(2, 6\), got \(2, 3\)",

@@ -4,7 +4,9 @@ is not standard."""
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import array_api_strict as strict
@@ -16,7 +18,8 @@ from refimpl.check import rules
 from refimpl.check.cases import CASES, Case, RandomDraw, model_case, pair_of
 from refimpl.check.dual import dual_array, values
 from refimpl.check.rules import Pair
-from refimpl.config import preset
+from refimpl.config import CONVENTIONS, preset
+from refimpl.generate import generate, to_numpy
 from refimpl.model import backward, forward
 from refimpl.parameters import parameter_shapes
 from refimpl.text import load_text
@@ -24,9 +27,11 @@ from refimpl.verify import placed
 
 from pretended_cupy import Pretended
 from pretended_cupy import there as pretended
+from random_parameters import random_parameters
 
 TYPES = [np.float32, np.float64, np.longdouble, np.complex64, np.complex128, np.clongdouble, object]
 SEED = 5
+DEVICE = strict.Device("device1")  # not where arrays are made if no device is named
 
 
 def frozen(op: str) -> tuple[Case, dict[str, Any]]:
@@ -79,9 +84,9 @@ def test_number_types(op: str, dtype: Any) -> None:
 
 
 def there(x: Any) -> Any:
-    """NumPy arrays as strict ones, within tuples and dicts too."""
+    """NumPy arrays as strict ones on `DEVICE`, within tuples and dicts too."""
     if isinstance(x, (np.ndarray, np.generic)):
-        return strict.asarray(x)
+        return strict.asarray(x, device=DEVICE)
     if isinstance(x, dict):
         return {key: there(value) for key, value in x.items()}
     return (
@@ -91,13 +96,15 @@ def there(x: Any) -> Any:
     )
 
 
-def back(x: Any) -> Any:
-    return None if x is None else np.asarray(x)
+def back(x: Any) -> np.ndarray:
+    assert x.device == DEVICE
+    return np.asarray(x.to_device(strict.Device("CPU_DEVICE")))
 
 
 @pytest.mark.parametrize("op", CASES)
 def test_array_api_strict(op: str) -> None:
-    """All ops, forward and backward, run on the bare standard: nothing in them is NumPy's alone."""
+    """All ops, forward and backward, run on the bare standard, on the device of their inputs:
+    nothing in them is NumPy's alone, and nothing is made elsewhere."""
     case, kwargs = frozen(op)
     pair, w = pair_of(op), cotangents(op, case, kwargs)
     y, saved = pair.forward(
@@ -112,6 +119,39 @@ def test_array_api_strict(op: str) -> None:
         else:
             assert "array_api_strict" in type(got).__module__
             assert np.max(np.abs(back(got) - wanted)) <= 1e-14 * np.max(np.abs(wanted))
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_every_input_is_looked_at(op: str) -> None:
+    """Each differentiable input in turn as a list, in 16 bits, from another library than those
+    before it: a TypeError that names it (or w, the name in the op that is given it)."""
+    case, kwargs = frozen(op)
+    forward = pair_of(op).forward
+    names = [p.name for p in signature(forward).parameters.values() if p.kind != p.KEYWORD_ONLY]
+    for i, x in enumerate(case.inputs):
+        if x is None:
+            continue
+        wrong = {"must be an array": x.tolist(), "must be float32 or wider": x.astype(np.float16)}
+        if i > 0:
+            wrong["must come from numpy"] = strict.asarray(x)
+        for message, given in wrong.items():
+            inputs = [*case.inputs[:i], given, *case.inputs[i + 1 :]]
+            name = names[min(i, len(names) - 1)]  # the last may stand for several
+            with pytest.raises(TypeError, match=rf"^({name}|\w*w\w*) {message}"):
+                forward(*inputs, **kwargs)
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_a_cotangent_of_another_shape(op: str) -> None:
+    """It would be broadcast, or summed along the wrong axis."""
+    case, kwargs = frozen(op)
+    pair, (dy, *others) = pair_of(op), cotangents(op, case, kwargs)
+    _, saved = pair.forward(*case.inputs, **kwargs)
+    for wrong in (np.stack((dy, dy)), dy[..., :-1], dy[:1], dy[0]) if dy.ndim else ():
+        if wrong.shape == dy.shape:
+            continue
+        with pytest.raises(ValueError, match=r"^d\w+ must have shape"):
+            pair.backward((wrong, *others) if others else wrong, saved)
 
 
 @pytest.mark.parametrize(
@@ -215,9 +255,12 @@ def test_verify_needs_nothing_that_cupy_refuses(op: str, monkeypatch: pytest.Mon
     assert report.ok, str(report)
 
 
-def test_model_on_array_api_strict() -> None:
-    """The whole model too, padded and packed: loss and every gradient as on NumPy."""
-    config, rng = preset("tiny"), np.random.default_rng(0)
+@pytest.mark.parametrize("convention", ["official", "hf"])
+def test_model_on_array_api_strict(convention: str) -> None:
+    """The whole model too, padded and packed, on one device: loss and every gradient as on
+    NumPy."""
+    config = replace(preset("tiny"), conventions=CONVENTIONS[convention])
+    rng = np.random.default_rng(0)
     params = {
         n: 0.15 * rng.normal(size=s) + n.endswith("norm.weight")
         for n, s in parameter_shapes(config).items()
@@ -231,4 +274,20 @@ def test_model_on_array_api_strict() -> None:
     strict_grads = backward(strict_saved, dhidden=there(np.ones_like(output.hidden)))
     assert abs(float(strict_output.loss) - output.loss) <= 1e-14 * output.loss
     for name, g in grads.items():
-        assert np.max(np.abs(np.asarray(strict_grads[name]) - g)) <= 1e-13 * np.max(np.abs(g))
+        assert np.max(np.abs(back(strict_grads[name]) - g)) <= 1e-13 * np.max(np.abs(g))
+
+
+@pytest.mark.parametrize(("prompts", "speculate"), [([[1, 2, 3], [4, 5]], 0), ([[1, 2, 3]], 4)])
+def test_generation_on_one_device(
+    prompts: list[list[int]], speculate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only logits leave the device of the parameters; padded prompts, drafts behind the last
+    module."""
+    config = preset("tiny")
+    params = random_parameters(config)
+    options: Any = {"max_tokens": 8, "speculate": speculate}
+    wanted = generate(params, config, prompts, **options)
+    monkeypatch.setattr(
+        "refimpl.generate.to_numpy", lambda x: to_numpy(x) if isinstance(x, np.ndarray) else back(x)
+    )
+    assert generate(there(params), config, prompts, **options) == wanted

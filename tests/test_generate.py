@@ -16,7 +16,7 @@ from refimpl.checkpoint import Checkpoint
 from refimpl.config import Conventions, ModelConfig, preset
 from refimpl.generate import Chain, Decoder, Generation, Sampler, generate
 from refimpl.model import forward, logits, mtp_input, mtp_module_forward
-from refimpl.ops import IMPLEMENTATIONS
+from refimpl.ops import IMPLEMENTATIONS, REFERENCE, Op, Ops
 from refimpl.text import load_text
 
 from golden.checkpoint_values import TRAINED
@@ -147,6 +147,23 @@ def test_greedy_takes_the_largest(trained: Any) -> None:
     assert found.tokens == np.argmax(whole(params, tokens, config), axis=-1)[4:-1].tolist()
 
 
+def test_each_table_has_its_part() -> None:
+    """``prefill`` reads the prompt, ``decode`` each token after it."""
+    lengths: dict[str, list[int]] = {"prefill": [], "decode": []}
+
+    def table(part: str) -> Ops:
+        def forward(x: np.ndarray, *weights: Any, **given: Any) -> Any:
+            lengths[part].append(x.shape[1])
+            return REFERENCE.mla.forward(x, *weights, **given)
+
+        return REFERENCE | {"mla": Op(forward, REFERENCE.mla.backward)}
+
+    config = replace(TINY, layers=1, dense_layers=1, mtp_depth=0)
+    tables = {part: table(part) for part in lengths}
+    generate(random_parameters(config), config, [[1, 2, 3]], max_tokens=3, **tables)
+    assert lengths == {"prefill": [3], "decode": [1, 1]}
+
+
 # Sampling
 
 
@@ -154,6 +171,9 @@ def test_nucleus() -> None:
     """Most probable first, equal ones by id; the sum of exactly top_p suffices."""
     equal, uneven = np.zeros(4), np.log([0.1, 0.6, 0.3])
     assert Sampler(1, 0.5).nucleus(equal)[0].tolist() == [0, 1]
+    many = np.random.default_rng(0).integers(0, 3, 1000).astype(float)  # ties far apart
+    ids = Sampler(1, 1.0).nucleus(many)[0]
+    assert ids.tolist() == sorted(range(1000), key=lambda token: (-many[token], token))
     assert Sampler(1, 0.5 + 1e-9).nucleus(equal)[0].tolist() == [0, 1, 2]
     assert Sampler(1, 1e-9).nucleus(equal)[0].tolist() == [0]
     assert Sampler(1, 1.0).nucleus(equal)[0].tolist() == [0, 1, 2, 3]
@@ -183,6 +203,9 @@ def test_seeds_replay(trained: Any) -> None:
         for seed in (3, 3, 5)
     )
     assert first == again
+    options: Any = FEW | {"temperature": 1.0}
+    none, zero = (generate(*trained, [b"The "], **options, **seed) for seed in ({}, {"seed": 0}))
+    assert none == zero
     assert len({tuple(g.tokens) for g in first + other}) == 4
 
 

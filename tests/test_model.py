@@ -354,13 +354,17 @@ def test_errors() -> None:
         )
     with pytest.raises(ValueError, match="extra is not a parameter of this config"):
         forward(params | {"extra": np.ones(1)}, TOKENS, SMALL)
+    with pytest.raises(ValueError, match=r"tokens must have shape \(B, T\)=.*, got \(14,\)"):
+        forward(params, np.zeros(14, int), SMALL)
     with pytest.raises(ValueError, match="tokens must lie in 0…30, got 31…31"):
         forward(params, np.full((1, 4), 31), SMALL)
     with pytest.raises(
         ValueError, match=r"tokens must have shape \(B, T\) with T > mtp_depth=1, got \(2, 1\)"
     ):
         forward(params, TOKENS[:, :1], SMALL)
-    _, saved = forward(params, TOKENS, SMALL, with_loss=False)
+    output, saved = forward(params, TOKENS, SMALL, with_loss=False)
+    with pytest.raises(ValueError, match=r"dhidden must have shape \(B, T, D\)=\(2, "):
+        backward(saved, dhidden=output.hidden[:, :1])
     with pytest.raises(ValueError, match="dloss needs a forward with with_loss=True"):
         backward(saved, dloss=1.0)
     with pytest.raises(ValueError, match="dloss needs a forward with with_loss=True"):

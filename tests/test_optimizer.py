@@ -133,7 +133,15 @@ def test_errors_change_nothing(params: Any, grads: Any, lr: float, message: str)
 
 
 @pytest.mark.parametrize(
-    "options", [{"beta1": 1.0}, {"beta2": -0.1}, {"epsilon": 0.0}, {"weight_decay": -1.0}]
+    "options",
+    [
+        {"beta1": 1.0},
+        {"beta1": -0.1},
+        {"beta2": 1.0},
+        {"beta2": -0.1},
+        {"epsilon": 0.0},
+        {"weight_decay": -1.0},
+    ],
 )
 def test_bad_settings(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="beta1 and beta2 must lie in"):
@@ -191,5 +199,5 @@ def test_v3_learning_rate() -> None:
 def test_v3_batch_bias_and_mtp() -> None:
     assert [V3_SCHEDULE.batch(t) for t in (0, 234.5e9, 469e9, 1e12)] == [3072, 9216, 15360, 15360]
     assert [V3_SCHEDULE.bias_update_speed(t) for t in (0, 14.2e12, 14.3e12)] == [1e-3, 1e-3, 0.0]
-    assert [V3_SCHEDULE.mtp_weight(t) for t in (0, 10e12)] == [0.3, 0.1]
+    assert [V3_SCHEDULE.mtp_weight(t) for t in (0, 10e12 - 1, 10e12)] == [0.3, 0.3, 0.1]
     assert replace(V3_SCHEDULE, peak=1.0).learning_rate(5000, 0) == 1.0

@@ -179,7 +179,7 @@ def mla_forward(
     xp = namespace(x=x)
     b, s, _ = latent.shape
     n, c = project_saved.nope, project_saved.latent
-    v = w_o.shape[1] // heads
+    v = last(w_o, "w_o") // heads
     expect("w_kv_b", w_kv_b, "(H·(N+V), C)", (heads * (n + v), c))
     expect("w_o", w_o, "(D, H·V)", (x.shape[2], heads * v))
     kv, kv_b_saved = ops.linear.forward(latent[..., :c], w_kv_b)  # (mla.7)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..array import Array, einsum, expect, namespace
+from ..array import Array, einsum, expect, last, namespace
 from .choices import Layout
 from .leaves import LEAVES, Leaves
 from .mla import MLAOutput, ProjectSaved, append, project, project_backward, split_cache
@@ -63,7 +63,7 @@ def mla_absorbed_forward(
     latent, past = append(cache, latent)
     xp = namespace(x=x, w_kv_b=w_kv_b)
     n, c = project_saved.nope, project_saved.latent
-    v = w_o.shape[1] // heads
+    v = last(w_o, "w_o") // heads
     expect("w_kv_b", w_kv_b, "(H·(N+V), C)", (heads * (n + v), c))
     expect("w_o", w_o, "(D, H·V)", (x.shape[2], heads * v))
     w = xp.reshape(w_kv_b, (heads, n + v, c))

@@ -126,7 +126,7 @@ def rope_forward(
     check_rope(x, positions, inv_freq, layout)
     wide: Any = xp.longdouble if is_wide(x) else xp.float64
     turns = xp.astype(xp.reshape(positions, (-1, x.shape[1], 1, 1)), wide)
-    angle = turns * xp.astype(xp.asarray(inv_freq), wide)
+    angle = turns * xp.astype(xp.asarray(inv_freq, device=x.device), wide)
     cos, sin = cast(xp.cos(angle) * factor, x), cast(xp.sin(angle) * factor, x)
     return _rotate(x, cos, sin, layout), RoPESaved(x.shape, cos, sin, layout)
 

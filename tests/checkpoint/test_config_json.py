@@ -25,6 +25,7 @@ def configs() -> Iterator[ModelConfig]:
         TINY, yarn=None, tied=True, shared_experts=0, normalise_weights=False, theta=12345.678
     )
     yield replace(preset("v2"), q_latent=None, yarn=TINY.yarn, dense_layers=60)
+    yield replace(preset("v2"), groups=2, keep_groups=1)
     yield replace(TINY, conventions=replace(TINY.conventions, rope_layout="halves"), norm_eps=1 / 3)
 
 
@@ -71,6 +72,11 @@ def test_config_json_as_transformers_writes_it(tmp_path: Path) -> None:
         "max",
         False,
     )
+    content = V3_JSON | {"n_shared_experts": None}
+    config = read_config(written(tmp_path / "shared.json", content))
+    assert config == replace(preset("v3"), shared_experts=0)
+    content = {key: value for key, value in V2_LITE_JSON.items() if key != "topk_method"}
+    assert read_config(written(tmp_path / "greedy.json", content)) == preset("v2-lite")
     config = read_config(
         written(tmp_path / "d.json", V2_LITE_JSON | {"n_group": None, "topk_group": None})
     )
@@ -191,6 +197,10 @@ BAD: list[tuple[Any, str]] = [
         "rope_interleave must be true, got false",
     ),
     (V3_JSON | {"rope_theta": "big"}, 'rope_theta must be a number of at least 0, got "big"'),
+    (
+        V3_JSON | {"routed_scaling_factor": -0.5},
+        "routed_scaling_factor must be a number of at least 0, got -0.5",
+    ),
     (V3_JSON | {"rms_norm_eps": float("nan")}, "rms_norm_eps must be a finite number, got NaN"),
     (V3_JSON | {"rope_scaling": "yarn"}, 'rope_scaling must be an object or null, got "yarn"'),
     (

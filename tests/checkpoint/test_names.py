@@ -119,7 +119,9 @@ def test_abbreviate() -> None:
     )
     many = abbreviate((f"name{chr(97 + n)}", "is missing") for n in range(20))
     assert many.endswith("namek is missing; and 9 more like these")
-    assert "\n" not in abbreviate([("a\nb\x00\u2028\ud800", "is missing")])
+    strange = abbreviate([("a\nb\x00\u2028\ud800\x9b", "is missing")])
+    assert strange == r"a?b?\u2028\ud800\x9b is missing"
+    assert abbreviate([(300 * "n", "is missing")]) == 200 * "n" + " is missing"
 
 
 def test_the_page() -> None:

@@ -200,6 +200,14 @@ def test_memory_of_loading(dtype: str, tmp_path: Path) -> None:
         assert peak > bound
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_bytes(dtype: str, tmp_path: Path) -> None:
+    """As many as are loaded; the biases are float32 always."""
+    write_random(TINY, tmp_path / "a", dtype="float32")
+    opened = Checkpoint.open(tmp_path / "a", dtype=dtype)
+    assert opened.bytes == sum(x.nbytes for x in opened.load().values())
+
+
 def test_mtp_left_out(tmp_path: Path) -> None:
     """mtp=False: the config has no MTP, its tensors are neither missing nor unexpected; the rest is
     the same."""

@@ -68,3 +68,18 @@ def test_tensor_files(tmp_path: Path) -> None:
             read_tensor_file(path)
     write_tensor_file(path, {"empty": np.zeros((0, 3)), "scalar": np.array(2.5)})
     assert read_tensor_file(path)[0]["scalar"] == 2.5
+
+
+def test_header_of_a_size_that_no_model_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.safetensors"
+    write_tensor_file(path, {"a": np.ones(3)})
+    size = int.from_bytes(path.read_bytes()[:8], "little")
+    for most, fits in ((size, True), (size - 1, False)):
+        monkeypatch.setattr("refimpl.checkpoint.tensor_file.LARGEST_TEXT", most)
+        if fits:
+            read_tensor_file(path)
+        else:
+            with pytest.raises(CouldNotRun, match=f"header must have at most {most} bytes"):
+                read_tensor_file(path)

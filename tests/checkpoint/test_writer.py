@@ -67,6 +67,27 @@ def test_only_real_floating_point_numbers_are_saved(dtype: str, tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
+def test_what_cannot_be_written(tmp_path: Path) -> None:
+    """Where the folder would lie in a file; where no file could hold a tensor."""
+    params = random_parameters(TINY)
+    (tmp_path / "file").touch()
+    with pytest.raises(CouldNotRun, match="file/a can't be written: Not a directory"):
+        save_checkpoint(params, TINY, tmp_path / "file" / "a")
+    with pytest.raises(CouldNotRun, match="shard_bytes must be at least 1, got 0"):
+        save_checkpoint(params, TINY, tmp_path / "a", shard_bytes=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_per_tensor(tmp_path: Path) -> None:
+    """Where each is larger than a file may be; none is empty."""
+    write_random(TINY, tmp_path / "a", dtype="float32", shard_bytes=1)
+    index = json.loads((tmp_path / "a" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) == len(index["weight_map"])
+    assert {file.name for file in (tmp_path / "a").glob("*.safetensors")} == {
+        *index["weight_map"].values()
+    }
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "fp8", "fp8_ue8m0"])
 def test_safetensors_reads_the_files(dtype: str, tmp_path: Path) -> None:
     """The library finds every tensor, aligned, where the index says; a file is no larger than asked

@@ -155,6 +155,26 @@ def test_another_request_is_refused(tmp_path: Path) -> None:
     assert read(tmp_path)["grad/model.norm.weight"].dtype == np.float32
 
 
+def test_a_long_request_is_told_by_all_of_it() -> None:
+    """NumPy prints the ends alone of more than 1000 numbers: a change in the middle counts too."""
+    source = MemorySource(random_parameters(TINY), TINY)
+    tokens = np.zeros((1, 3000), int)
+    before = Request(tokens).fingerprint(source, "")
+    tokens = tokens.copy()
+    tokens[0, 1500] = 1
+    after = Request(tokens).fingerprint(source, "")
+    assert [name for name in before if before[name] != after[name]] == ["tokens"]
+
+
+def test_routes_in_another_order_are_the_same_request() -> None:
+    source = MemorySource(random_parameters(TINY), TINY)
+    routes = forward(source.params, TOKENS, TINY)[0].routes
+    there = Request(TOKENS, routes=routes).fingerprint(source, "")
+    assert len(routes) > 1
+    routes = dict(reversed(routes.items()))
+    assert Request(TOKENS, routes=routes).fingerprint(source, "") == there
+
+
 def unfinished(out: Path) -> Callable[..., Result]:
     """Leave a run that stopped when its first backward was done; the function resumes it."""
     source, request = MemorySource(random_parameters(TINY), TINY), Request(TOKENS, activations="*")

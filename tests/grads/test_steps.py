@@ -49,6 +49,7 @@ def expect_equal(
     for layer, route in output.routes.items():
         assert np.array_equal(found[f"aux/routes.{layer}"], route.indices)
         assert np.array_equal(found[f"aux/load.{layer}"], output.loads[layer])
+        assert found[f"aux/weights.{layer}"].shape == route.indices.shape
     if output.loss is not None:
         assert found["out/loss"] == output.loss
         assert found["out/main"] == output.main
@@ -399,3 +400,44 @@ def test_cotangents(tmp_path: Path) -> None:
         np.testing.assert_allclose(
             dy.T @ hidden, found[f"grad/{name}.down_proj.weight"], rtol=0, atol=1e-15
         )
+
+
+def test_padding_in_front_alone_asks_for_a_convention() -> None:
+    """Padding behind the tokens, or none, leaves the loss the same under all of them."""
+    for row, asks in (([0, 0, 1, 1], True), ([1, 1, 0, 0], False), ([1, 1, 1, 1], False)):
+        key_mask = np.array([[1, 1, 1, 1], row], bool)
+        request = Request(TOKENS[:, :4], key_mask=key_mask)
+        assert request.targets_after_padding(TINY) == asks, row
+
+
+def test_one_position() -> None:
+    """It has no next token, but may be given a target."""
+    request = Request(TOKENS[:, :1], targets=TOKENS[:, 1:2])
+    assert request.batch(request.config(TINY)).targets.tolist() == TOKENS[:, 1:2].tolist()
+    with pytest.raises(ValueError, match=r"T of at least 2, got \(2, 1\)"):
+        Request(TOKENS[:, :1]).batch(TINY)
+
+
+@pytest.mark.parametrize("wrong", ["routes", "counted"])
+def test_routes_of_a_wrong_shape_are_named(wrong: str) -> None:
+    source = MemorySource(random_parameters(TINY), TINY)
+    routes = forward(source.params, TOKENS, TINY)[0].routes
+    for layer in [*routes]:
+        whole = routes.pop(layer).indices
+        given = {"routes": whole, "counted": whole} | {wrong: whole[:, 1:]}
+        if layer < TINY.layers:
+            routes[layer] = Route(given["routes"], given["counted"])
+    with pytest.raises(ValueError, match=rf"routes of layer 1 \({wrong}\) must have shape"):
+        Request(TOKENS, routes=routes).check(source)
+
+
+def test_logits_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """24 positions, 5 at a time; the index says in which type and how all was computed."""
+    params = random_parameters(TINY)
+    monkeypatch.setattr("refimpl.grads.steps.TOKENS", 5)
+    stream(params, TINY, tmp_path, only="model.norm.weight", logits=True)
+    wanted = logits(params, forward(params, TOKENS, TINY)[0].hidden)
+    np.testing.assert_allclose(read(tmp_path)["out/logits"], wanted, rtol=0, atol=1e-13)
+    metadata = json.loads((tmp_path / "index.json").read_text())["metadata"]
+    assert set(metadata) == {"refimpl", "dtype", "implementation", "config"}
+    assert (metadata["dtype"], metadata["implementation"]) == ("float64", "reference")

@@ -161,6 +161,12 @@ def test_wrong_in_silence(change: dict[str, Any]) -> None:
         balance_loss_forward(scores(), **({"alpha": 0.7, "top_k": K} | change))
 
 
+def test_all_experts_chosen() -> None:
+    """K = E: f is 1 for every expert, and what is left is α Σ p = α."""
+    loss, _ = balance_loss_forward(scores(), alpha=0.7, top_k=E)
+    np.testing.assert_allclose(loss, 0.7, rtol=1e-15)
+
+
 @np.errstate(all="ignore")
 def test_range_of_validity() -> None:
     """Scores of any size have the same loss; where their sum overflows, or is 0, it is NaN."""

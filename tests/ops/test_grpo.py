@@ -234,6 +234,13 @@ def test_off_policy_mask() -> None:
     ].kept.all()
 
 
+def test_a_drift_of_just_the_threshold_is_kept() -> None:
+    new, *_ = log_probs()
+    options = {"old_log_prob": new, "off_policy": 0.0, "advantages": np.array([-1.0, 1.0])}
+    output, _ = grpo_forward(new, mask=MASK, kl_weight=0.0, **options)
+    assert output.kept.all()
+
+
 def test_dual_clip() -> None:
     """verl's third bound: where A < 0 and ρ exceeds c, the objective stays at c A."""
     one = np.array([[True]])
@@ -469,6 +476,8 @@ def test_backward_takes_the_scalar() -> None:
     [
         ({"off_policy": np.nan}, "off_policy must be a number or None, got nan"),
         ({"kl_weight": np.nan}, "kl_weight must be finite, got nan"),
+        ({"kl_bounds": (0.0, 1.0)}, r"kl_bounds must be two numbers above 0 or None, got \(0.0, 1"),
+        ({"kl_bounds": (1.0, 0.0)}, "kl_bounds must be two numbers above 0 or None"),
         ({"kl_weight": np.inf}, "kl_weight must be finite, got inf"),
         ({"average": "constant", "length": np.inf}, "length must be positive and finite"),
     ],

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from refimpl.config import preset
-from refimpl.ops import mla_backward, mla_forward, rms_norm_forward, rope_forward, rope_frequencies
+from refimpl.ops import (
+    mla_absorbed_forward,
+    mla_backward,
+    mla_forward,
+    rms_norm_forward,
+    rope_forward,
+    rope_frequencies,
+)
 
 from support import property_test
 
@@ -61,6 +68,15 @@ def assert_close(got: np.ndarray, wanted: np.ndarray) -> None:
     """A chain of seven products with sums of at most H·V = 18 terms: 200 eps of the largest
     entry."""
     np.testing.assert_allclose(got, wanted, rtol=0, atol=200 * EPS * max(np.abs(wanted).max(), 1))
+
+
+@pytest.mark.parametrize("forward", [mla_forward, mla_absorbed_forward])
+def test_no_factor_is_one(forward: Any) -> None:
+    one = forward(**arguments() | {"factor": 1.0})[0].y
+    given = arguments()
+    assert not np.allclose(forward(**given)[0].y, one)
+    del given["factor"]
+    assert np.array_equal(forward(**given)[0].y, one)
 
 
 def test_protocol() -> None:

@@ -8,7 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refimpl.ops import ffn_backward, ffn_forward, moe_backward, moe_forward
+from refimpl.grads import lazy
+from refimpl.ops import (
+    REFERENCE,
+    Op,
+    ffn_backward,
+    ffn_forward,
+    linear_backward,
+    linear_forward,
+    moe_backward,
+    moe_forward,
+)
 
 import pretended_cupy
 from support import property_test
@@ -193,7 +203,23 @@ def test_one_expert_in_two_slots() -> None:
         )
 
 
+@pytest.mark.parametrize("forward", [moe_forward, lazy.moe_forward])
+def test_the_table_reaches_every_expert(forward: Any) -> None:
+    """The 5 experts that have tokens and the shared one, each three products."""
+    products = []
+
+    def linear(x: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, Any]:
+        products.append(w.shape)
+        return linear_forward(x, w)
+
+    table = REFERENCE | {"linear": Op(linear, linear_backward)}
+    forward(*(arguments()[name] for name in NAMES), indices=arguments()["indices"], ops=table)
+    assert len(products) == 6 * 3
+    assert products[-3:] == [(S, D), (S, D), (D, S)]
+
+
 ERRORS: list[tuple[Arguments, type[Exception], str]] = [
+    ({"indices": np.ones((B, T, 0), int)}, ValueError, "^indices must have a last axis of at"),
     (
         {"weights": np.ones((B, T, K + 1))},
         ValueError,
@@ -218,6 +244,16 @@ ERRORS: list[tuple[Arguments, type[Exception], str]] = [
         {"w_up": np.ones((E, F, D + 1))},
         ValueError,
         r"w_up must have shape .*=\(6, 3, 5\), got \(6, 3, 6\)",
+    ),
+    (
+        {"w_gate": np.ones((E, F, D + 1))},
+        ValueError,
+        r"^w_gate must have shape \(E, F, D\)=.*5\), got \(6, 3, 6\)",
+    ),
+    (
+        {"w_shared_up": np.ones((S + 1, D))},
+        ValueError,
+        r"^w_shared_up must have shape \(F, D\)=\(7, 5\), got \(8, 5\)",
     ),
     ({"w_up": np.ones((E, F + 1, D))}, ValueError, r"w_up must have shape .*, got \(6, 4, 5\)"),
     (
