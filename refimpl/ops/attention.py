@@ -19,6 +19,7 @@ from ..array import (
     expect,
     expect_mask,
     expect_some,
+    expect_that,
     fill,
     finite,
     namespace,
@@ -124,17 +125,17 @@ def check_attention(
 ) -> None:
     """ValueError unless shapes agree: one batch, one query/key width, 1 or H key and value heads,
     and T ≤ S if the order of positions, or ``segments``, says who sees whom."""
-    if len(q.shape) != 4:
-        raise ValueError(f"q must have shape (B, T, H, X), got {tuple(q.shape)}")
+    expect_that(len(q.shape) == 4, f"q must have shape (B, T, H, X), got {tuple(q.shape)}")
     b, t, h, x = q.shape
     s = k.shape[1] if len(k.shape) == 4 else None
     expect("k", k, "(B, S, H or 1, X)", (b, None, 1 if k.shape[-2:-1] == (1,) else h, x))
     expect("v", v, "(B, S, H or 1, V)", (b, s, 1 if v.shape[-2:-1] == (1,) else h, None))
-    if s is not None and (t < 1 or (t > s and (causal or segments is not None))):
-        raise ValueError(
-            "q must have at least one position and, if causal or with segments, at most as many as "
-            f"k, S={s}, got T={t}"
-        )
+    ordered = causal or segments is not None
+    expect_that(
+        s is None or (t >= 1 and (t <= s or not ordered)),
+        "q must have at least one position and, if causal or with segments, at most as many as "
+        f"k, S={s}, got T={t}",
+    )
     if key_mask is not None:
         expect_mask("key_mask", key_mask, "(B, S)", (b, s))
     if segments is not None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..array import Array, expect, expect_some, last, namespace
+from ..array import Array, expect, expect_some, expect_that, last, namespace
 from .choices import Layout
 from .leaves import LEAVES, Leaves, expect_table
 
@@ -75,10 +75,10 @@ def project(
     expect_table(ops, Leaves)
     expect("x", x, "(B, T, D)", (None, None, None))
     expect_some("x", x, "(B, T, D)")
-    if (w_q_a is None) != (w_q_a_norm is None):
-        raise ValueError(
-            "w_q_a and w_q_a_norm must both be given, or (without query compression) both be None"
-        )
+    expect_that(
+        (w_q_a is None) == (w_q_a_norm is None),
+        "w_q_a and w_q_a_norm must both be given, or (without query compression) both be None",
+    )
     b, t, d = x.shape
     latent = last(w_kv_a_norm, "w_kv_a_norm")
     a = x
@@ -91,11 +91,12 @@ def project(
     expect("w_q_b", w_q_b, "(H·(N+R), A)", (None, a.shape[2]))
     expect("w_kv_a", w_kv_a, "(C+R, D)", (None, d))
     nope = w_q_b.shape[0] // max(heads, 1) - (w_kv_a.shape[0] - latent)
-    if heads < 1 or w_q_b.shape[0] % heads or nope < 1 or w_kv_a.shape[0] <= latent:
-        raise ValueError(
-            f"w_q_b must have shape (H·(N+R), A) and w_kv_a (C+R, D) with H={heads}, "
-            f"C={latent}, all at least 1, got {tuple(w_q_b.shape)} and {tuple(w_kv_a.shape)}"
-        )
+    fits = heads >= 1 and w_q_b.shape[0] % max(heads, 1) == 0 and w_kv_a.shape[0] > latent
+    expect_that(
+        fits and nope >= 1,
+        f"w_q_b must have shape (H·(N+R), A) and w_kv_a (C+R, D) with H={heads}, "
+        f"C={latent}, all at least 1, got {tuple(w_q_b.shape)} and {tuple(w_kv_a.shape)}",
+    )
     q, q_b_saved = ops.linear.forward(a, w_q_b)  # (mla.2)
     q = xp.reshape(q, (b, t, heads, -1))
     q_pe, q_pe_saved = ops.rope.forward(q[..., nope:], **rope)  # (mla.3)
