@@ -53,7 +53,7 @@ def check(
     ] = None,
     json_file: Json = None,
 ) -> None:
-    """Judge a port by its tensors: which part is wrong first, and which mistake that is.
+    """Judge a port: the first wrong part, and the mistake.
 
     THEIRS holds what your code computed: gradients under their parameters' names, or with the
     prefixes grad/, act/, cot/, out/ and aux/ under the names of the truth. Known are the names of
@@ -69,8 +69,9 @@ def check(
     """
     if against is None:
         raise CouldNotRun("give the truth with --against FOLDER, as `refimpl grads` writes it")
+    truth = Truth.open(against)
     if names:
-        _list(Truth.open(against), only)
+        _list(truth, only)
         return
     if theirs is None:
         raise CouldNotRun("give the file or folder with your tensors, or --list")
@@ -79,13 +80,18 @@ def check(
     for path, option in ((json_file, "--json"), (html, "--html")):
         if path is not None:
             check_writable(path, option)
+    if not truth.types:
+        raise CouldNotRun(
+            f"{against} has no units: add --units {','.join(TYPES)} to the command that wrote it, "
+            "with --force"
+        )
     with progress("tensors") as move:
         verdict = compare_folders(
-            theirs, against, layout=layout, only=only, dtype=dtype, progress=move
+            theirs, truth, layout=layout, only=only, dtype=dtype, progress=move
         )
     console().print(str(verdict))
     if verdict.routes is not None:
-        command = _again(Truth.open(against), verdict)
+        command = _again(truth, verdict)
         console().print(f"run the truth with your routes, and check against that:\n  {command}")
     if json_file is not None:
         replace_json(json_file, verdict.to_json())

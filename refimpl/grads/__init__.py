@@ -128,7 +128,7 @@ def metadata_of(steps: Steps, origin: Path | None) -> dict[str, Any]:
     """What the index says of the whole result."""
     request, checkpoint = steps.request, None
     if origin is not None:
-        checkpoint = {"path": str(origin.resolve()), "fingerprint": content_fingerprint(origin)}
+        checkpoint = {"path": str(origin.absolute()), "fingerprint": content_fingerprint(origin)}
     units = {"types": list(request.units), "reruns": request.reruns, "seed": request.seed}
     return {
         "format": FORMAT,

@@ -50,8 +50,9 @@ def difference(theirs: np.ndarray, truth: np.ndarray, scale: float = math.nan) -
     """How ``theirs`` differs from ``truth`` of the same shape; ``scale`` is max |truth| if it is
     known, which keeps the squares of large and small numbers in range."""
     size = scale if scale > 0 and math.isfinite(scale) else 1.0
-    error, worst, unlike = -1.0, 0, 0
-    largest, own, other, both = 0.0, 0.0, 0.0, 0.0
+    error, largest = -1.0, 0.0
+    worst = unlike = 0
+    own = other = both = 0.0  # Σ theirs², Σ truth², Σ theirs · truth
     for start, x, y in pieces(theirs, truth):
         wrong = errors(x, y)
         place = int(wrong.argmax())

@@ -9,16 +9,27 @@ import numpy as np
 
 from ..errors import printable
 from .compare import FACTOR, Heat
-from .report import HEADER, MOST_ROWS, TensorResult, Verdict, diagnosed, listed, place, row
+from .report import (
+    HEADER,
+    MOST_ROWS,
+    TensorResult,
+    Verdict,
+    by_op,
+    diagnosed,
+    folded,
+    listed,
+    place,
+    row,
+)
 
 __all__ = ["page"]
 
 STYLE = """
-:root { color-scheme: light dark; --text: #1a1a1a; --paper: #fff; --line: #d0d0d0; --soft: #666;
+:root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fff; --line: #d0d0d0; --soft: #666;
   --good: #0a7a33; --bad: #b3261e; --open: #8a5a00; --zero: #eef1f4; }
-@media (prefers-color-scheme: dark) { :root { --text: #e6e6e6; --paper: #161618; --line: #3a3a3e;
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #161618; --line: #3a3a3e;
   --soft: #a0a0a6; --good: #57c97f; --bad: #ff8a80; --open: #f0b860; --zero: #25262a; } }
-body { color: var(--text); background: var(--paper); font: 15px/1.5 system-ui, sans-serif;
+body { color: var(--ink); background: var(--paper); font: 15px/1.5 system-ui, sans-serif;
   max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
 .PASS { color: var(--good); } .FAIL { color: var(--bad); } .INCONCLUSIVE { color: var(--open); }
@@ -27,11 +38,12 @@ table { border-collapse: collapse; } td, th { padding: .2rem .8rem .2rem 0; text
   border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; vertical-align: top; }
 code, pre, td:first-child { font-family: ui-monospace, monospace; font-size: .87em; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; }
-svg text { fill: var(--text); font: 11px system-ui, sans-serif; } .zero { fill: var(--zero); }
+svg text { fill: var(--ink); font: 11px system-ui, sans-serif; } .zero { fill: var(--zero); }
 .frame { fill: none; stroke: var(--line); }
 """
 COLOURS = ("#2b6cb0", "#3f9d8f", "#c9b037", "#dd7a26", "#b3261e")  # from ok to the largest error
-CELL, LEFT, TOP = 16, 120, 26
+CELL = 16  # pixels
+LEFT, TOP = 120, 26  # where the cells begin
 LABELS = 24  # that an axis shows
 
 
@@ -59,7 +71,7 @@ def page(verdict: Verdict) -> str:
         ("Routes", [(x.name, x.what) for x in verdict.those("other")]),
         ("Not given", [(x.name, "") for x in verdict.those("missing")]),
         ("In the port alone", [(name, "") for name in verdict.extra]),
-        ("Not excluded by these inputs and this type", verdict.not_excluded),
+        ("Not excluded by these inputs and this type", by_op(verdict.not_excluded)),
         ("Notes", verdict.notes),
     ):
         if lines := listed(title, names):
@@ -86,12 +98,13 @@ def _diagnosis(verdict: Verdict) -> list[str]:
 
 def _table(wrong: list[TensorResult]) -> str:
     head = "".join(f"<th>{name}</th>" for name in HEADER)
+    lines = folded(wrong)
     rows = "".join(
         f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row(x))}</tr>"
-        for x in wrong[:MOST_ROWS]
+        for x in lines[:MOST_ROWS]
     )
-    more = len(wrong) - MOST_ROWS
-    tail = f'<p class="soft">and {more:,} more</p>' if more > 0 else ""
+    more = len(lines) - MOST_ROWS
+    tail = f'<p class="soft">and {more:,} more rows</p>' if more > 0 else ""
     return f'<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>{tail}'
 
 

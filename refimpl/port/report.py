@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from .. import __version__
-from ..checkpoint.names import fold
+from ..check.planted import Planted
+from ..checkpoint.names import fold, layer_of
 from ..checkpoint.tensor_file import one_line
+from ..parameters import EXPERTS, layer_name, module_name
 from .compare import Difference, Heat
 from .diagnose import Diagnosis
+from .places import place_of
 
 __all__ = [
     "PartResult",
@@ -20,8 +25,10 @@ __all__ = [
     "TensorResult",
     "Verdict",
     "beside",
+    "by_op",
     "content",
     "diagnosed",
+    "folded",
     "listed",
     "number",
     "place",
@@ -119,26 +126,40 @@ def text(verdict: Verdict) -> str:
         lines.append(f"first wrong part: {part}")
         told = (place(part.first), beside(part), *diagnosed(verdict))
         lines += [f"  {line}" for line in told if line]
-    if rows := verdict.those("wrong"):
+    if rows := folded(verdict.those("wrong")):
         table = [HEADER, *map(row, rows[:MOST_ROWS])]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines += ["", *("  ".join(map(str.ljust, x, widths)).rstrip() for x in table)]
-        if len(rows) > MOST_ROWS:
-            lines.append(f"and {len(rows) - MOST_ROWS:,} more")
+        lines += [f"and {len(rows) - MOST_ROWS:,} more rows"] if len(rows) > MOST_ROWS else []
         if part is None:
             lines.append("(these may follow from other experts, and say nothing alone)")
+        elif len({x.part for x in verdict.those("wrong")}) > 1:
+            lines.append("(what stands behind the first wrong part may follow from it)")
     lines += listed("can't be judged", [(x.name, x.what) for x in verdict.those("unjudged")])
     lines += listed("can't be compared", [(x.name, x.what) for x in verdict.those("unreadable")])
     lines += listed("routes", [(x.name, x.what) for x in verdict.those("other")])
-    lines += listed("not given", [(x.name, "") for x in verdict.those("missing")])
+    lines += not_given(verdict)
     lines += listed("in the port alone", [(one_line(name), "") for name in verdict.extra])
     lines += [f"note: {note}" for note in verdict.notes]
     if verdict.ok:
-        lines += listed("not excluded by these inputs and this type", verdict.not_excluded)
+        lines += listed("not excluded by these inputs and this type", by_op(verdict.not_excluded))
     return "\n".join(lines)
 
 
 HEADER = ("tensor", "units", "relative", "cosine", "norms", "where")
+
+
+def folded(wrong: Iterable[TensorResult]) -> list[TensorResult]:
+    """The tensors, those of a layer's experts as one, which has the numbers of the worst."""
+    groups: dict[str, list[TensorResult]] = {}
+    for x in wrong:
+        groups.setdefault(re.sub(rf"({re.escape(EXPERTS)}\.)\d+", r"\1", x.name), []).append(x)
+    found = []
+    for group in groups.values():
+        (name,) = fold((x.name, "") for x in group)
+        worst = max(group, key=lambda x: x.units if x.units == x.units else math.inf)
+        found.append(replace(worst, name=name.strip()))
+    return found
 
 
 def row(x: TensorResult) -> tuple[str, ...]:
@@ -171,12 +192,33 @@ def beside(part: PartResult) -> str:
     """Which tensors of a part are wrong and which are right, in one line."""
     said = []
     for status in ("wrong", "ok"):
-        names = [(one_line(x.name), "") for x in part.tensors if x.status == status]
+        names = [(short(x.name), "") for x in part.tensors if x.status == status]
         lines = [line.strip() for line in fold(names)]
         more = [f"and {len(lines) - MOST_BESIDE} more"] if len(lines) > MOST_BESIDE else []
         if lines:
             said.append(f"{status}: {', '.join([*lines[:MOST_BESIDE], *more])}")
     return "; ".join(said)
+
+
+def short(name: str) -> str:
+    """The name of a tensor within its layer; a gradient's without its prefix."""
+    prefix, _, rest = name.partition("/")
+    layer = layer_of(f"{rest}.")
+    if layer is not None:
+        rest = rest.removeprefix(layer_name(layer, "")).removeprefix(module_name(layer))
+    return one_line(rest if prefix == "grad" else f"{prefix}/{rest}")
+
+
+def not_given(verdict: Verdict) -> list[str]:
+    """The gradients that the port does not have, and of all else, how many tensors."""
+    names = [x.name for x in verdict.those("missing")]
+    kinds = Counter(name.split("/")[-2] for name in names)
+    if kinds.get("grad") == sum("grad/" in name for name in verdict.tensors):
+        lines = []  # a note says it
+    else:
+        lines = listed("no gradient of", [(name, "") for name in names if "grad/" in name])
+    others = [f"{count} of {kind}/" for kind, count in kinds.items() if kind != "grad"]
+    return lines + ([f"not given: {', '.join(others)}"] if others else [])
 
 
 def diagnosed(verdict: Verdict) -> list[str]:
@@ -186,19 +228,29 @@ def diagnosed(verdict: Verdict) -> list[str]:
         return []
     bugs = " or ".join(f"{bug.op}: {bug.name}" for bug in found.named)
     lines = [f"these are the numbers of the planted bug {bugs}"] if bugs else []
+    lines += [str(place_of(bug)) for bug in found.named]
     lines += [f"hint: {hint}" for hint in found.hints]
     return lines + ([found.note] if found.note else [])
 
 
 def listed(title: str, names: Iterable[tuple[str, str] | str]) -> list[str]:
-    """A titled list; tensors that differ in their numbers alone on one line."""
+    """A titled list: lines as they are, and the first of tensors, those that differ in their
+    numbers alone on one line."""
     given = list(names)
     plain = [x for x in given if isinstance(x, str)]
-    lines = plain or fold(x for x in given if not isinstance(x, str))
-    if not lines:
-        return []
-    more = [f"  and {len(lines) - MOST_LINES:,} more"] if len(lines) > MOST_LINES else []
-    return [f"{title}:", *(f"  {line.rstrip()}" for line in lines[:MOST_LINES]), *more]
+    lines = fold(x for x in given if not isinstance(x, str))
+    more = [f"and {len(lines) - MOST_LINES:,} more"] if len(lines) > MOST_LINES else []
+    shown = [*plain, *lines[:MOST_LINES], *more]
+    return [f"{title}:", *(f"  {line.rstrip()}" for line in shown)] if shown else []
+
+
+def by_op(bugs: Iterable[str]) -> list[str]:
+    """A line per op of bugs told as ``op: name``."""
+    found: dict[str, list[str]] = {}
+    for bug in bugs:
+        op, _, name = bug.partition(": ")
+        found.setdefault(op, []).append(name)
+    return [f"{op}: {'; '.join(names)}" for op, names in found.items()]
 
 
 def number(x: float) -> str:
@@ -244,7 +296,7 @@ def content(verdict: Verdict) -> dict[str, Any]:
         "diagnosis": None
         if found is None
         else {
-            "bugs": [{"op": bug.op, "name": bug.name} for bug in found.named],
+            "bugs": [_bug(bug) for bug in found.named],
             "hints": list(found.hints),
             "note": found.note,
         },
@@ -254,6 +306,12 @@ def content(verdict: Verdict) -> dict[str, Any]:
         "not_excluded": list(verdict.not_excluded),
         "routes": None if verdict.routes is None else one_line(verdict.routes),
     }
+
+
+def _bug(bug: Planted) -> dict[str, Any]:
+    place = place_of(bug)
+    told = {"file": place.file, "line": place.line, "tag": place.tag or None}
+    return {"op": bug.op, "name": bug.name, "place": told}
 
 
 def _tensor(x: TensorResult) -> dict[str, Any]:

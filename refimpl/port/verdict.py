@@ -33,7 +33,8 @@ import numpy as np
 from ..checkpoint.names import fold, layer_of
 from ..checkpoint.tensor_file import one_line
 from ..errors import CouldNotRun
-from ..grads.request import SCORES
+from ..grads.request import SCORES, UNITS
+from ..grads.units import roundoff
 from ..ops import rope_frequencies
 from ..parameters import GATE_BIAS, depth_of, layer_name
 from .blocks import cuts_of, told
@@ -47,16 +48,15 @@ from .report import PartResult, Status, TensorResult, Verdict
 from .theirs import Theirs, open_theirs
 from .truth import Truth
 
-__all__ = ["ROUNDOFF", "TYPES", "compare_folders", "expected"]
+__all__ = ["TYPES", "compare_folders", "expected"]
 
-ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8}
-TYPES = tuple(ROUNDOFF)  # from the finest
+TYPES = UNITS  # from the finest
 MOST_SHOWN = 5  # names of theirs, where none is ours
 
 
 def compare_folders(
     theirs: Path | str,
-    truth: Path | str,
+    truth: Path | str | Truth,
     *,
     layout: Path | str | None = None,
     only: str = "*",
@@ -74,7 +74,7 @@ def compare_folders(
 
     CouldNotRun if that can't be done.
     """
-    opened = Truth.open(truth)
+    opened = truth if isinstance(truth, Truth) else Truth.open(truth)
     port = open_theirs(theirs)
     names = None if layout is None else read_layout(Path(layout))
     if names is not None and opened.config is None:
@@ -84,8 +84,16 @@ def compare_folders(
 
 def expected(truth: Truth, only: str = "*") -> list[tuple[Part, str]]:
     """The tensors that a port may give, with their parts, in reading order; CouldNotRun if ``only``
-    matches none."""
-    found = [(part, name) for part in parts_of(truth) for name in part.tensors]
+    matches none. Those of vectors that have no units, such as golden values, are for other
+    tests."""
+    found = [
+        (part, name)
+        for part in parts_of(truth)
+        for name in part.tensors
+        if truth.kind == "model"
+        or _is_exact(truth.entries[name].dtype)
+        or truth.entries[name].units
+    ]
     chosen = [(part, name) for part, name in found if _matches(name, only)]
     if not chosen:
         raise CouldNotRun(
@@ -109,6 +117,14 @@ class _Located(NamedTuple):
     what: str  # what keeps it from being compared
 
 
+class _Choice(NamedTuple):
+    """A choice of experts behind which wrong tensors say nothing."""
+
+    routes: TensorResult
+    first: str  # tensor that is judged and depends on it
+    differs: bool  # else it is not known
+
+
 class _Judge:
     """One comparison."""
 
@@ -128,7 +144,8 @@ class _Judge:
         self.located = [self._locate(part, name) for part, name in expected(truth, only)]
         if not any(x.found for x in self.located):
             self._refuse_nothing()
-        self.dtype = self._type() if dtype is None else dtype
+        stored = self._type()
+        self.dtype = stored if dtype is None else dtype
         if self.dtype not in TYPES:
             raise CouldNotRun(f"must be one of {', '.join(TYPES)}, got {dtype}", argument="dtype")
         if self.dtype not in truth.types:
@@ -137,6 +154,7 @@ class _Judge:
                 f"{truth.folder} has no units of {self.dtype} (it has {had}): write it again with "
                 f"units of {self.dtype}"
             )
+        self._leave_out_other_types()
         self._expect_inputs()
         self.orders: dict[str, np.ndarray] = {}  # by layer: the truth's experts among theirs
 
@@ -199,6 +217,16 @@ class _Judge:
                 )
         return max(floats, key=TYPES.index) if floats else TYPES[0]
 
+    def _leave_out_other_types(self) -> None:
+        """Vectors may have units of some types alone, as golden values of float64."""
+        if self.truth.kind == "vectors":
+            entries = self.truth.entries
+            self.located = [
+                x
+                for x in self.located
+                if _is_exact(entries[x.name].dtype) or self.dtype in entries[x.name].units
+            ]
+
     def _expect_inputs(self) -> None:
         """CouldNotRun if the port gives inputs, and they are not the truth's."""
         for name, entry in self.truth.entries.items():
@@ -223,14 +251,14 @@ class _Judge:
         self.progress("done", len(self.located), len(self.located))
         results = self._without_what_is_no_fault(results)
         order, wrong = list(results), [n for n, x in results.items() if x.status == "wrong"]
-        bound, made = self._where_experts_may_differ(results), self._verdict_of(results)
-        if wrong and (bound is None or order.index(wrong[0]) < order.index(bound)):
+        choice, made = self._where_experts_may_differ(results), self._verdict_of(results)
+        if wrong and (choice is None or order.index(wrong[0]) < order.index(choice.first)):
             made = replace(made, verdict="FAIL", reason=self._count(wrong, results))
             return self._with_first_wrong(made, wrong[0])
-        if reasons := self._reasons(results, bound if wrong else None):
-            other = wrong and bound is not None and results[bound].status == "other"
-            found = next((x.found for x in self.located if other and x.name == bound), None)
-            path = None if found is None else found.path
+        if reasons := self._reasons(results, choice if wrong else None):
+            path = None
+            if wrong and choice is not None and choice.differs:
+                path = self._find(choice.routes.name)[0].path
             return replace(made, verdict="INCONCLUSIVE", reason="; ".join(reasons), routes=path)
         judged = [x for x in self.located if results[x.name].status == "ok"]
         parts = list(dict.fromkeys(x.part for x in judged))
@@ -244,7 +272,8 @@ class _Judge:
     def _verdict_of(self, results: Mapping[str, TensorResult]) -> Verdict:
         """The verdict if nothing is wrong and all was judged."""
         judged = [x for x in results.values() if x.status == "ok"]
-        reason = f"{len(judged):,} tensors within {FACTOR} units of {self.dtype}"
+        many = "" if len(judged) == 1 else "s"
+        reason = f"{len(judged):,} tensor{many} within {FACTOR} units of {self.dtype}"
         measured = [x for x in judged if np.isfinite(x.units)]
         if measured:
             most = max(measured, key=lambda x: x.units)
@@ -366,35 +395,30 @@ class _Judge:
             }
         return results
 
-    def _where_experts_may_differ(self, results: Mapping[str, TensorResult]) -> str | None:
+    def _where_experts_may_differ(self, results: Mapping[str, TensorResult]) -> _Choice | None:
         """The first choice of experts that is not the truth's, or that is not known and may differ
-        by rounding."""
-        for name, x in results.items():
-            if name.startswith("aux/routes.") and x.status == "other":
-                return name
+        by rounding; also where routes are not among what is judged."""
+        every = [(part, name) for part in parts_of(self.truth) for name in part.tensors]
+        for place, (part, name) in enumerate(every):
+            if not name.startswith("aux/routes."):
+                continue
+            x = results[name] if name in results else self._judge(self._locate(part, name))
+            differs = x.status == "other" or (x.status == "wrong" and name not in results)
             unknown = x.status in ("missing", "unreadable") and self.dtype == TYPES[-1]
-            if name.startswith("aux/routes.") and unknown:
-                return name
-        if self.dtype == TYPES[-1] and not any(x.startswith("aux/routes.") for x in results):
-            return self._first_behind_a_choice(results)
+            if differs or unknown:
+                behind = {name for _, name in every[place:]}
+                first = next((name for name in results if name in behind), None)
+                return None if first is None else _Choice(x, first, differs)
         return None
 
-    def _first_behind_a_choice(self, results: Mapping[str, TensorResult]) -> str | None:
-        """Where the routes are not among what is judged: the first tensor that depends on them."""
-        every = [name for part in parts_of(self.truth) for name in part.tensors]
-        routes = [n for n, name in enumerate(every) if name.startswith("aux/routes.")]
-        if not routes:
-            return None
-        behind = set(every[routes[0] :])
-        return next((name for name in results if name in behind), None)
-
-    def _reasons(self, results: Mapping[str, TensorResult], bound: str | None) -> list[str]:
+    def _reasons(self, results: Mapping[str, TensorResult], choice: _Choice | None) -> list[str]:
         """Why nothing can be concluded, each in one line."""
         reasons = []
         other = [x for x in results.values() if x.status == "other"]
-        if bound is not None and results[bound].status == "other":
-            reasons.append(f"{bound} has {results[bound].what}, and what follows from them differs")
-        elif bound is not None:
+        if choice is not None and choice.differs:
+            told = f"{choice.routes.name} has {choice.routes.what}"
+            reasons.append(f"{told}, and what follows from them differs")
+        elif choice is not None:
             reasons.append(
                 f"tensors behind the choice of experts differ, and in {self.dtype} a tie within "
                 "rounding may choose others: give aux/routes.L"
@@ -447,7 +471,7 @@ class _Judge:
             last = int(self.truth.array("in/positions").max())
         turned = rope_frequencies(config.rope, config.theta, config.active_yarn)
         plain = rope_frequencies(config.rope, config.theta, None)
-        return bool(last * np.abs(turned - plain).max() <= FACTOR * ROUNDOFF[self.dtype])
+        return bool(last * np.abs(turned - plain).max() <= FACTOR * roundoff(self.dtype))
 
     # What is told beside it
 
@@ -485,7 +509,8 @@ class _Judge:
         if self.only != "*" and left:
             for name in (name for part in parts_of(self.truth) for name in part.tensors):
                 left -= {key for place in self._find(name) for key in place.keys}
-        return sorted(key for key in left if key.partition("/")[0] != "in")
+        left -= self.truth.entries.keys()
+        return sorted(left)
 
     def _notes(self, results: Mapping[str, TensorResult]) -> list[str]:
         """What a reader of the verdict should know."""

@@ -73,7 +73,7 @@ def test_map_and_only(example: Example, tmp_path: Path) -> None:
     assert out.startswith("INCONCLUSIVE: missing: grad/")
     code, out, _ = check(*given, "--only", "*.1.self_attn.o_proj.*", "--dtype", "float32")
     assert code == 0
-    assert out.startswith("PASS: 1 tensors within 4 units of float32")
+    assert out.startswith("PASS: 1 tensor within 4 units of float32")
 
 
 def test_list(example: Example, tmp_path: Path) -> None:
@@ -146,7 +146,8 @@ def cut(file: str, size: int) -> Callable[[Path], None]:
     return lambda folder: write(folder / file, (folder / file).read_bytes()[:size])
 
 
-PORT, INDEX, NORM_FILE = "port.safetensors", "truth/index.json", "truth/grad-norm.safetensors"
+PORT, INDEX = "port.safetensors", "truth/index.json"
+NORM_FILE = "truth/grad-norm.safetensors"
 ENTRY: Callable[[Any], Any] = lambda x: x["tensors"][NORM]  # noqa: E731
 DAMAGED: dict[str, Callable[[Path], object]] = {
     "port missing": absent(PORT),

@@ -59,7 +59,8 @@ def test_wheel_holds_all_and_nothing_else(wheel: Path) -> None:
         "refimpl",
         f"deepseek_refimpl-{refimpl.__version__}.dist-info",
     }
-    wanted = {str(p.relative_to(ROOT)) for p in (ROOT / "refimpl").rglob("*.py")}
+    files = [p for p in (ROOT / "refimpl").rglob("*") if p.suffix in (".py", ".toml", ".json")]
+    wanted = {str(p.relative_to(ROOT)) for p in files}
     wanted |= {f"refimpl/kernels/src/{p.name}" for p in (ROOT / "kernels").iterdir() if p.is_file()}
     wanted |= {
         f"refimpl/kernels/src/ladder/{p.name}" for p in (ROOT / "kernels" / "ladder").iterdir()

@@ -135,20 +135,18 @@ def write_vectors(folder: Path) -> Arrays:
         for name in ("in/x", "cot/y", "out/y", "grad/x", "grad/w"):
             arrays[f"{case}/{name}"] = rng.normal(size=(2, 3))
     folder.mkdir()
+    arrays["golden-1/out/y"] = np.ones((2, 3))
     save_file(arrays, folder / "small.safetensors")
-    tensors = {
-        name: {
-            "dtype": "float64",
-            "shape": [2, 3],
-            "file": "small.safetensors",
-            "scale": float(np.abs(x).max()),
-        }
-        | ({"units": {"float64": 1e-15, "float32": 1e-7}} if "/in/" not in name else {})
-        for name, x in arrays.items()
-    }
+    tensors: dict[str, dict[str, Any]] = {}
+    for name, x in arrays.items():
+        told = {"dtype": "float64", "shape": [2, 3], "file": "small.safetensors"}
+        tensors[name] = told | {"scale": float(np.abs(x).max())}
+        if "/in/" not in name:
+            tensors[name]["units"] = {"float64": 1e-15, "float32": 1e-7}
+    del tensors["golden-1/out/y"]["units"]["float32"]
     cases = {
         case: {"op": case[:-2], "valid": case != "linear-2", "regimes": [], "settings": {}}
-        for case in ("linear-1", "linear-2", "swiglu-1")
+        for case in ("linear-1", "linear-2", "swiglu-1", "golden-1")
     }
     units = {"types": ["float64", "float32"], "reruns": 4, "seed": 0}
     metadata = {"format": 1, "kind": "vectors", "config": None, "cases": cases, "units": units}

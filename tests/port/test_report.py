@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from refimpl.check.planted import PLANTED
 from refimpl.port.compare import Difference
 from refimpl.port.diagnose import Diagnosis
-from refimpl.port.report import TensorResult, Verdict, cosine, number, row
+from refimpl.port.report import TensorResult, Verdict, cosine, folded, number, row
 from refimpl.port.verdict import compare_folders
 
 from port.examples import TINY, Example, parameters, planted, routes_of, run, save
@@ -50,34 +51,56 @@ def test_the_verdict_is_first_and_the_rest_is_short(failed: Verdict) -> None:
     )
     assert lines[2].startswith("  error 1.7e+13 units, 0.108 of the largest number; worst at [9, 1")
     assert lines[3].startswith(
-        f"  wrong: {first}, grad/model.layers.3.input_layernorm.weight; ok: "
+        "  wrong: self_attn.kv_a_proj_with_mqa.weight, input_layernorm.weight; ok: cot/self_attn, "
     )
     assert len(lines) < MOST_LINES
-    assert "and 56 more" in lines
+    assert any(re.fullmatch("and [0-9]+ more rows", x) for x in lines)
     text = str(failed)
-    assert "not given:\n  act/model.embed_tokens\n  act/model.layers.0…3.self_attn (4 te" in text
+    assert "not given: 17 of act/" in lines
     assert "in the port alone:\n  grad/mine\\x1b[31m" in text
     assert all(line.isprintable() for line in lines)
 
 
 def test_the_diagnosis_follows_the_first_wrong_part(failed: Verdict) -> None:
     found = Diagnosis(list(PLANTED[:2]), ["twice the truth"], "hints alone: no checkpoint")
-    lines = str(replace(failed, diagnosis=found)).splitlines()
-    assert lines[4:7] == [
+    verdict = replace(failed, diagnosis=found)
+    lines = str(verdict).splitlines()
+    assert lines[4] == (
         "  these are the numbers of the planted bug linear: weight gradient over one batch row or "
-        "embedding: = for += on repeated ids",
-        "  hint: twice the truth",
-        "  hints alone: no checkpoint",
-    ]
+        "embedding: = for += on repeated ids"
+    )
+    assert re.match(r"  refimpl/ops/linear.py:\d+ \(linear.3\) has xp.matmul", lines[5])
+    assert lines[6].startswith("  refimpl/ops/embedding.py:")
+    assert lines[7:9] == ["  hint: twice the truth", "  hints alone: no checkpoint"]
+    content = verdict.to_json()
+    assert misfits(content, SCHEMA, SCHEMA) == []
+    assert content["diagnosis"]["bugs"][0]["place"]["tag"] == "(linear.3)"
 
 
 def test_a_pass_says_what_it_does_not_exclude(example: Example, tmp_path: Path) -> None:
     path = save(tmp_path / "port.safetensors", example.ports["float32"])
     verdict = compare_folders(path, example.truth)
-    text = str(replace(verdict, not_excluded=["rope: backward in the other layout"]))
+    bugs = ["rope: backward in the other layout", "mla: x", *(f"rope: {n}" for n in range(30))]
+    text = str(replace(verdict, not_excluded=bugs))
     assert text.startswith("PASS: 148 tensors within 4 units of float32; the furthest, ")
-    assert "not excluded by these inputs and this type:\n  rope: backward in the" in text
-    assert len(text.splitlines()) < 5
+    assert text.splitlines()[1:] == [
+        "not excluded by these inputs and this type:",
+        f"  rope: backward in the other layout; {'; '.join(map(str, range(30)))}",
+        "  mla: x",
+    ]
+
+
+def test_what_is_missing(example: Example, tmp_path: Path) -> None:
+    """Gradients by name, all else by kind; no gradient at all is a note."""
+    some = {n: x for n, x in example.arrays.items() if n.startswith("grad/") and ".0." not in n}
+    lines = str(compare_folders(save(tmp_path / "a.safetensors", some), example.truth)).splitlines()
+    assert "no gradient of:" in lines
+    assert "  grad/model.layers.0.mlp.down_proj.weight" in lines
+    assert lines[-1].startswith("not given: 17 of act/, 12 of aux/, ")
+    none = {"out/loss": example.arrays["out/loss"]}
+    lines = str(compare_folders(save(tmp_path / "a.safetensors", none), example.truth)).splitlines()
+    assert len(lines) == 3
+    assert lines[1].startswith("not given: 17 of act/, ")
 
 
 def test_json_is_as_its_schema_says(failed: Verdict, example: Example, tmp_path: Path) -> None:
@@ -136,3 +159,19 @@ def test_a_row_of_the_table() -> None:
     assert cosine(found._replace(cosine=-0.4)) == "-0.400"
     assert cosine(found._replace(cosine=1 + 1e-16)) == "1 − 0e+00"
     assert row(replace(x, difference=None, what="3 of 8"))[1:] == ("500", "", "", "", "3 of 8")
+
+
+def test_experts_share_a_row(failed: Verdict) -> None:
+    """That of the worst; any other tensor has its own."""
+    wrong = failed.those("wrong")
+    rows = {x.name: x for x in folded(wrong)}
+    assert len(rows) < len(wrong)
+    units = [x.units for x in wrong if ".1.mlp.experts." in x.name and "up_proj" in x.name]
+    assert len(units) == 2  # the others have no tokens
+    names = [name for name in rows if ".1.mlp.experts." in name and "up_proj" in name]
+    assert len(names) == 1
+    assert names[0].endswith(".up_proj.weight (2 tensors)")
+    assert rows[names[0]].units == max(units)
+    assert {x.name for x in wrong if ".experts." not in x.name} <= rows.keys()
+    lines = str(failed).splitlines()
+    assert "(what stands behind the first wrong part may follow from it)" in lines

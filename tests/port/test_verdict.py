@@ -247,6 +247,8 @@ def test_types_that_cannot_be_judged(example: Example, tmp_path: Path) -> None:
     half = example.arrays | {NORM: example.arrays[NORM].astype(np.float16)}
     with pytest.raises(CouldNotRun, match=r"norm.weight must be float64, .*, got float16"):
         judge(example, tmp_path, half)
+    with pytest.raises(CouldNotRun, match=r"norm.weight must be float64, .*, got float16"):
+        judge(example, tmp_path, half, dtype="bfloat16")
     truth = edited(
         example.truth, tmp_path, lambda x: x["metadata"]["units"].update(types=["float64"])
     )
@@ -317,6 +319,19 @@ def test_other_experts(example: Example, tmp_path: Path) -> None:
     assert verdict.verdict == "FAIL"
     assert verdict.first_wrong is not None
     assert verdict.first_wrong.name == "layer 0, network, forward"
+
+
+def test_other_experts_that_are_not_selected(example: Example, tmp_path: Path) -> None:
+    """A port's routes are looked at, whatever is selected."""
+    truth = edited(example.truth, tmp_path, lambda x: x["metadata"].update(checkpoint=None))
+    behind = {O_PROJ: 2 * example.arrays[O_PROJ], TIE: other_routes(example)}
+    for changed in (truth, example.truth):  # without and with the biases of the gate
+        given = {"truth": changed, "only": "grad/*"}
+        verdict = judge(example, tmp_path, example.arrays | behind, **given)
+        assert verdict.verdict == "INCONCLUSIVE"
+        assert "aux/routes.1 has other experts for 1 of 18 tokens" in verdict.reason
+        assert verdict.routes == tmp_path / "port.safetensors"
+        assert judge(example, tmp_path, example.arrays, **given).verdict == "PASS"
 
 
 def test_other_experts_that_no_rounding_explains(example: Example, tmp_path: Path) -> None:
@@ -418,6 +433,19 @@ def test_vectors(tmp_path: Path) -> None:
     verdict = judge(example, tmp_path, bug)
     assert verdict.first_wrong is not None
     assert verdict.first_wrong.name == "swiglu-1, backward"
+
+
+def test_vectors_of_some_types(tmp_path: Path) -> None:
+    """Golden values have units of float64 alone: a port in float32 passes without them."""
+    arrays = write_vectors(tmp_path / "truth")
+    example = Example(tmp_path, tmp_path / "truth", arrays, {})
+    right = {name: x + ("linear-2/" in name) for name, x in arrays.items() if "/in/" not in name}
+    wrong = right | {"golden-1/out/y": np.zeros((2, 3))}
+    assert judge(example, tmp_path, wrong).verdict == "FAIL"
+    verdict = judge(example, tmp_path, wrong, dtype="float32")
+    assert verdict.verdict == "PASS"
+    assert "golden-1/out/y" not in verdict.tensors
+    assert verdict.extra == []
 
 
 def test_vectors_of_some_ops(tmp_path: Path) -> None:
