@@ -18,6 +18,7 @@ from ..array import (
     expect_ids,
     expect_mask,
     expect_some,
+    expect_that,
     fill,
     finite,
     library,
@@ -62,8 +63,7 @@ def balance_loss_forward(
     expect("scores", scores, "(B, T, E)", (None, None, None))
     expect_some("scores", scores, "(B, T, E)")
     b, t, e = scores.shape
-    if not 1 <= top_k <= e:
-        raise ValueError(f"top_k must lie in 1…E={e}, got {top_k}")
+    expect_that(1 <= top_k <= e, f"top_k must lie in 1…E={e}, got {top_k}")
     if mask is not None:
         expect_mask("mask", mask, "(B, T)", (b, t))
     if counted is not None:

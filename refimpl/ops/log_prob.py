@@ -20,6 +20,7 @@ from ..array import (
     cast,
     expect,
     expect_some,
+    expect_that,
     fill,
     last,
     namespace,
@@ -129,8 +130,8 @@ def check_log_prob(
     expect("w", w, "(W, D)", (None, last(h, "h")))
     expect_some("w", w, "(W, D)")
     expect("targets", targets, "(…)", tuple(h.shape[:-1]))
-    if not (isfinite(temperature) and temperature > 0) or min(block) < 1:
-        raise ValueError(
-            "temperature must be positive and finite and block at least (1, 1), got "
-            f"{temperature}, {block}"
-        )
+    expect_that(
+        isfinite(temperature) and temperature > 0 and min(block) >= 1,
+        "temperature must be positive and finite and block at least (1, 1), got "
+        f"{temperature}, {block}",
+    )

@@ -13,7 +13,7 @@ from __future__ import annotations
 from math import ceil, floor, isfinite, log, pi
 from typing import Any, NamedTuple
 
-from ..array import Array, cast, expect, expect_some, is_wide, namespace
+from ..array import Array, cast, expect, expect_some, expect_that, is_wide, namespace
 from .choices import Layout, expect_choice
 
 __all__ = [
@@ -54,16 +54,18 @@ def check_yarn(yarn: Yarn) -> None:
     betas are divided by, and both temperatures multiply softmax's scale squared, in float32 too."""
     for name in ("factor", "beta_fast", "beta_slow", "original"):
         value = getattr(yarn, name)
-        if not (isfinite(value) and value >= SMALLEST):
-            raise ValueError(f"yarn.{name} must be a finite number above 0, got {value}")
+        expect_that(
+            isfinite(value) and value >= SMALLEST,
+            f"yarn.{name} must be a finite number above 0, got {value}",
+        )
     for name in ("mscale", "mscale_all_dim"):
         value = getattr(yarn, name)
         temperature = yarn_mscale(yarn.factor, value) if isfinite(value) else value
-        if not SMALLEST**0.5 <= temperature <= SMALLEST**-0.5:
-            raise ValueError(
-                f"yarn.{name} must make 0.1 {name} ln(factor) + 1 positive and its square fit "
-                f"float32, got {value}"
-            )
+        expect_that(
+            SMALLEST**0.5 <= temperature <= SMALLEST**-0.5,
+            f"yarn.{name} must make 0.1 {name} ln(factor) + 1 positive and its square fit "
+            f"float32, got {value}",
+        )
 
 
 def rope_frequencies(width: int, theta: float, yarn: Yarn | None = None) -> Array:
@@ -71,10 +73,11 @@ def rope_frequencies(width: int, theta: float, yarn: Yarn | None = None) -> Arra
     by YaRN."""
     import numpy as np
 
-    if width % 2 or width < 2:
-        raise ValueError(f"width must be even and positive, got {width}")
-    if not (isfinite(theta) and theta > 0) or (yarn is not None and theta == 1):
-        raise ValueError(f"theta must be a finite number above 0, and not 1 with YaRN, got {theta}")
+    expect_that(width >= 2 and width % 2 == 0, f"width must be even and positive, got {width}")
+    expect_that(
+        isfinite(theta) and theta > 0 and (yarn is None or theta != 1),
+        f"theta must be a finite number above 0, and not 1 with YaRN, got {theta}",
+    )
     if yarn is not None:
         check_yarn(yarn)
     pair = np.arange(width // 2, dtype=np.float64)
@@ -139,17 +142,17 @@ def rope_backward(dy: Array, saved: RoPESaved) -> Array:
 
 def check_rope(x: Array, positions: Array, inv_freq: Array, layout: Layout) -> None:
     """ValueError unless what `rope_forward` is given fits together."""
-    if len(x.shape) != 4 or x.shape[-1] != 2 * inv_freq.shape[0]:
-        raise ValueError(
-            f"x must have shape (B, T, H, R) with R=2·len(inv_freq)={2 * inv_freq.shape[0]}, "
-            f"got {x.shape}"
-        )
+    expect_that(
+        len(x.shape) == 4 and x.shape[-1] == 2 * inv_freq.shape[0],
+        f"x must have shape (B, T, H, R) with R=2·len(inv_freq)={2 * inv_freq.shape[0]}, "
+        f"got {x.shape}",
+    )
     expect_some("x", x, "(B, T, H, R)")
-    if positions.shape not in ((x.shape[1],), tuple(x.shape[:2])):
-        raise ValueError(
-            f"positions must have shape (T,) or (B, T) of x {tuple(x.shape[:2])}, got "
-            f"{positions.shape}"
-        )
+    expect_that(
+        positions.shape in ((x.shape[1],), tuple(x.shape[:2])),
+        f"positions must have shape (T,) or (B, T) of x {tuple(x.shape[:2])}, got "
+        f"{positions.shape}",
+    )
     expect_choice("layout", layout, Layout)
 
 
