@@ -51,7 +51,8 @@ def moe(h, w, routes, c):
 
 def run(truth: Truth, layer: int, dtype: str) -> dict[str, np.ndarray]:
     """What this port makes of one layer's network, under the names of the truth."""
-    jax.config.update("jax_enable_x64", dtype == "float64")
+    if dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
     c, name = truth.config, f"model.layers.{layer}"
     checkpoint = truth.checkpoint()  # your own loader
     long = {"norm": "post_attention_layernorm", "gate": "mlp.gate"}

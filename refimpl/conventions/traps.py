@@ -21,7 +21,7 @@ MAIN = "main loss"
 RECORD = "`Conventions.{}`".format
 SPLITS = "tests/oracle/test_splits.py::{}".format
 IN_PARTS = (
-    "`splits.whole_of(parts)` and `forward(whole=)`; `refimpl grads --split` names the others"
+    "`splits.whole_of(parts)` and `forward(whole=)`; a split of `refimpl grads` names the others"
 )
 SPLIT_WORDS = "split micro-batch microbatch accumulation ranks data parallel context parallel"
 
@@ -914,7 +914,7 @@ TRAPS = (
                 "ms-swift#10116 (#10117)"
             ),
         },
-        "`grpo_forward(normaliser=)`; `refimpl grads --split` names what others make of it",
+        "`grpo_forward(normaliser=)`; a split of `refimpl grads` names what others make of it",
         "the whole batch's count",
         "outputs of unequal length, in one micro-batch and in several.",
         (

@@ -241,14 +241,11 @@ def loss_divisor(
     """What the loss divides an output's tokens by. ``count``: the length of each output [N, 1], or
     1 for the divisor without it."""
     xp = library(mask, "mask")
-    size = xp.sum(xp.astype(mask, xp.float64), axis=1)
-    own = xp.sum(size) if average == "token" else xp.count_nonzero(size)
-    if average != "token" and empty == "counted":
-        own = mask.shape[0]
-    n = normaliser or float(own) or 1.0  # (splits.4)
-    if average == "sequence":
-        return n * count
-    return n * float(length or 1) if average == "constant" else n
+    if average == "token":
+        return normaliser or float(xp.sum(xp.astype(mask, xp.float64))) or 1.0  # (splits.4)
+    some = mask.shape[0] if empty == "counted" else xp.count_nonzero(xp.any(mask, axis=1))
+    n = normaliser or float(some) or 1.0  # (splits.4)
+    return n * count if average == "sequence" else n * float(length or 1)
 
 
 def _weights(

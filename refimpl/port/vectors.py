@@ -22,7 +22,7 @@ import inspect
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ import numpy as np
 
 from .. import __version__
 from ..check.cases import pair_of
-from ..check.planted import PLANTED
+from ..check.planted import FUNCTIONS, PLANTED, plant
 from ..check.rules import Pair, has_longdouble
 from ..checkpoint.tensor_file import read_tensor_file, write_tensor_file
 from ..errors import CouldNotRun
@@ -305,14 +305,25 @@ def bias_updates(size: str) -> Iterator[Made]:
             "bias": dyadics(f"{name}/aux/bias", (experts,), -127, 127, 8),
         }
 
-        def runs(dtype: str, aux: Arrays = aux, centre: bool = centre) -> Arrays:
-            load = expert_load(aux["indices"], aux["bias"].size, aux["mask"])
+        def runs(
+            dtype: str, aux: Arrays = aux, centre: bool = centre, changed: Mapping[str, Any] = {}
+        ) -> Arrays:
+            ours: dict[str, Any] = {"expert_load": expert_load, "bias_update": bias_update}
+            ours |= changed
+            load = ours["expert_load"](aux["indices"], aux["bias"].size, aux["mask"])
             bias = aux["bias"].astype(dtype)
-            changed = bias_update(bias, load, 2.0**-10, centre=centre)
-            return {"out/load": load, "out/bias": np.asarray(changed)}
+            moved = ours["bias_update"](bias, load, 2.0**-10, centre=centre)
+            return {"out/load": load, "out/bias": np.asarray(moved)}
 
         told = {"experts": experts, "gamma": 2.0**-10, "centre": centre}
-        yield plain(name, "bias_update", told, aux, runs)
+        made = plain(name, "bias_update", told, aux, runs)
+        shown: list[str] = []
+        for bug in (x for x in PLANTED if x.op in FUNCTIONS):
+            wrong = runs("float64", changed={bug.op: getattr(plant(bug), bug.op)})
+            unit = {key: 2 * x["float32"] for key, x in made.units.items()}
+            if apart(wrong, runs("float64"), unit):
+                shown.append(bug.name)
+        yield replace(made, excludes={"float64": shown, "float32": shown})
 
 
 OF_OPTIMIZER = {"adamw": adamw, "clip_global_norm": clipping, "bias_update": bias_updates}

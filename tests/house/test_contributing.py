@@ -16,7 +16,7 @@ def recipe() -> list[str]:
     """The paths in backquotes, patterns among them, with the op in the place of ``<op>``."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     steps = text[text.index("## Add an op") : text.index("## Rules")]
-    paths = re.findall(r"`([\w<>*./-]+\.(?:cu|json|md|py|safetensors))`", steps)
+    paths = re.findall(r"`([\w<>*./-]+\.(?:c|cu|json|md|py|safetensors))`", steps)
     return [path.replace("<op>", OP) for path in paths]
 
 

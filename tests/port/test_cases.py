@@ -51,7 +51,8 @@ def test_another_order_changes_nothing_but_rounding(op: str) -> None:
 
 @pytest.mark.parametrize("op", CASES)
 def test_right_ports_stay_within_the_units(op: str) -> None:
-    """Ours, and where there is one another way to compute the same."""
+    """Ours, and where there is one another way to compute the same, whose own reruns count too, as
+    they do before `check` calls a tensor wrong."""
     others = {"mla": "mla_absorbed", "mla_absorbed": "mla", "attention": "flash_attention"}
     for seed in SEEDS:
         case = drawn(op, 100 + seed)
@@ -61,7 +62,10 @@ def test_right_ports_stay_within_the_units(op: str) -> None:
             unit = units(at, dtype, exact)
             assert not apart(run(at, dtype), exact, unit), (seed, dtype)
             if op in others and dtype != "bfloat16":
-                assert not apart(run(at, dtype, pair_of(others[op])), exact, unit), (seed, dtype)
+                other = pair_of(others[op])
+                own = units(at, dtype, exact, other)
+                unit = {name: max(x, own[name]) for name, x in unit.items()}
+                assert not apart(run(at, dtype, other), exact, unit), (seed, dtype)
 
 
 def test_bfloat16_is_rounded_everywhere() -> None:
