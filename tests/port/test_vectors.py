@@ -170,7 +170,7 @@ def test_each_op_bug_is_excluded(dtype: str) -> None:
     port has, and in bfloat16 three more."""
     known = {(x["op"], bug) for x in CASES.values() for bug in x["excludes"].get(dtype, [])}
     ours = {"flash_attention", "mla_absorbed", "model"}  # other ways to compute what has vectors
-    of_case = {op: "bias_update" for op in FUNCTIONS}  # its cases count loads, too
+    of_case = dict.fromkeys(FUNCTIONS, "bias_update")  # its cases count loads, too
     missing = {(of_case.get(x.op, x.op), x.name) for x in PLANTED if x.op not in ours} - known
     allowed = OF_THE_CHECKER | {"= for += over vocabulary blocks"}
     if dtype == "bfloat16":  # in which loads and biases have no units
