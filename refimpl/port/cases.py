@@ -19,13 +19,15 @@ from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from ..check.cases import Case, pair_of
 from ..check.planted import PLANTED, Planted, plant
 from ..check.rules import Pair, has_longdouble
+from ..grads.rounded import round_bfloat16, rounded
+from ..grads.units import roundoff
 from ..ops import REFERENCE, AnyOp, Op, Ops
+from .compare import FACTOR
 
 __all__ = [
     "FACTOR",
@@ -48,8 +50,7 @@ __all__ = [
 Arrays = dict[str, np.ndarray]
 
 TYPES = ("float64", "float32", "bfloat16")
-ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8}
-FACTOR = 4  # units that a port may have
+ROUNDOFF = {dtype: roundoff(dtype) for dtype in TYPES}
 RERUNS = 8
 FAR = 64  # units of one rerun beyond which a bug's own need no more of them
 SINGLE = {  # the output's name, where an op has one and it is not y
@@ -61,8 +62,6 @@ SINGLE = {  # the output's name, where an op has one and it is not y
     "preference_loss": "loss",
     "mtp": "h",
 }
-# mistakes that live in one type alone: they test the checker, and no port has them
-OF_THE_CHECKER = {"no mean term, in float64 alone", "float32 cast inside"}
 
 _ATTENTION = {
     "q": "B T H X",
@@ -193,24 +192,6 @@ def is_real(x: Any) -> bool:
     return getattr(getattr(x, "dtype", None), "kind", "") == "f" or isinstance(x, float)
 
 
-def to_bfloat16(x: Any) -> Any:
-    """Real arrays within tuples rounded to bfloat16, in the type that they have."""
-    if isinstance(x, tuple):
-        parts = map(to_bfloat16, x)
-        return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
-    return np.asarray(x).astype(ml_dtypes.bfloat16).astype(x.dtype) if is_real(x) else x
-
-
-def rounded(pair: AnyOp) -> AnyOp:
-    """The pair with whatever it returns rounded to bfloat16."""
-
-    def forward(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        y, saved = pair.forward(*args, **kwargs)
-        return to_bfloat16(y), saved
-
-    return Op(forward, lambda dy, saved: to_bfloat16(pair.backward(dy, saved)))
-
-
 def rounded_table(table: Ops = REFERENCE) -> Ops:
     """The table with every op's results rounded to bfloat16."""
     return table | {name: rounded(op) for name, op in table.items()}
@@ -226,7 +207,7 @@ def rounded_to(case: OpCase, dtype: str) -> OpCase:
         if name == "inv_freq" or not isinstance(x, np.ndarray) or not is_real(x):
             return x
         if dtype == "bfloat16":
-            return to_bfloat16(x)
+            return round_bfloat16(x)
         return x.astype(dtype).astype(np.float64)
 
     groups = (case.inputs, case.kwargs, case.cot)
@@ -430,7 +411,7 @@ def bugs_of(case: OpCase, *, inside: bool = True) -> Iterator[tuple[Planted, dic
     pair and a table as keyword arguments for `run`."""
     parts = parts_of(case) if inside else set()
     for bug in PLANTED:
-        if bug.name in OF_THE_CHECKER:
+        if bug.of_checker:
             continue
         if bug.op == case.op:
             yield bug, {"pair": planted(bug)}
