@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import ml_dtypes
 import numpy as np
 import pytest
@@ -16,7 +17,6 @@ from safetensors.numpy import save_file
 
 from port.conftest import example, no_catalogue
 from port.examples import Arrays, Example, edited, save, write_vectors
-from port.schema import misfits
 from support import PACKAGE, refimpl_here
 
 __all__ = ["example", "no_catalogue"]  # the fixtures
@@ -50,7 +50,7 @@ def test_files(example: Example, tmp_path: Path) -> None:
     assert check(path, "--against", example.truth, *given)[0] == 1
     schema = json.loads((PACKAGE / "port" / "schemas" / "check.json").read_text())
     content = json.loads((tmp_path / "a.json").read_text())
-    assert misfits(content, schema, schema) == []
+    jsonschema.validate(content, schema)
     assert content["first_wrong"]["tensor"] == O_PROJ
     assert content["tensors"][O_PROJ]["cosine"] == pytest.approx(-1)
     assert O_PROJ in (tmp_path / "a.html").read_text()

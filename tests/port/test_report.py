@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 
@@ -18,10 +19,10 @@ from refimpl.port.report import TensorResult, Verdict, cosine, folded, number, r
 from refimpl.port.verdict import compare_folders
 
 from port.examples import TINY, Example, parameters, planted, routes_of, run, save
-from port.schema import misfits
 from support import PACKAGE
 
 SCHEMA = json.loads((PACKAGE / "port" / "schemas" / "check.json").read_text())
+VALID = jsonschema.Draft202012Validator(SCHEMA).is_valid
 MOST_LINES = 40
 
 
@@ -73,7 +74,7 @@ def test_the_diagnosis_follows_the_first_wrong_part(failed: Verdict) -> None:
     assert lines[6].startswith("  refimpl/ops/embedding.py:")
     assert lines[7:9] == ["  hint: twice the truth", "  hints alone: no checkpoint"]
     content = verdict.to_json()
-    assert misfits(content, SCHEMA, SCHEMA) == []
+    assert VALID(content)
     assert content["diagnosis"]["bugs"][0]["place"]["tag"] == "(linear.3)"
 
 
@@ -110,7 +111,7 @@ def test_json_is_as_its_schema_says(failed: Verdict, example: Example, tmp_path:
     infinite = compare_folders(save(path, broken), example.truth)
     for verdict in (failed, passed, infinite, replace(failed, diagnosis=None)):
         content = json.loads(json.dumps(verdict.to_json(), allow_nan=False))
-        assert misfits(content, SCHEMA, SCHEMA) == []
+        assert VALID(content)
         assert content["verdict"] == verdict.verdict
         assert list(content["tensors"]) == list(verdict.tensors)
     told = failed.to_json()["first_wrong"]
@@ -134,9 +135,9 @@ def test_the_schema_sees_what_it_forbids(failed: Verdict) -> None:
         {"tensors": {name: content["tensors"][name] | {"status": "right"}}},
         {"tensors": {name: content["tensors"][name] | {"shape": [-1]}}},
     ):
-        assert misfits(content | change, SCHEMA, SCHEMA), change
+        assert not VALID(content | change), change
     for field in content:
-        assert misfits({k: v for k, v in content.items() if k != field}, SCHEMA, SCHEMA)
+        assert not VALID({k: v for k, v in content.items() if k != field})
 
 
 def test_every_field_is_described() -> None:
