@@ -26,15 +26,17 @@ def test_grpo_of_many_outputs(storage: str) -> None:
 
 @pytest.mark.parametrize("average", ["sequence", "token", "constant"])
 @pytest.mark.parametrize("empty", ["counted", "left_out"])
-def test_grpo_with_an_empty_output(average: str, empty: str) -> None:
-    """Counted among the outputs that the loss is averaged over, or not."""
+@pytest.mark.parametrize("normaliser", [None, 7.5])
+def test_grpo_with_an_empty_output(average: str, empty: str, normaliser: float | None) -> None:
+    """Counted among the outputs that the loss is averaged over, or not; and a part of a batch,
+    which is divided by the whole batch's count."""
     rng, shape = np.random.default_rng(0), (4, 3)
     mask = np.ones(shape, bool)
     mask[1], mask[2, 1:] = False, False
     kwargs = {"advantages": rng.normal(size=4), "mask": mask, "average": average, "empty": empty}
     kwargs |= {name: -rng.random(shape) for name in ("old_log_prob", "reference_log_prob")}
-    case = Case((-rng.random(shape),), kwargs | {"length": 5})
-    compare("grpo", TABLE["grpo"], case, "float64", 0)
+    kwargs |= {"length": 5, "normaliser": normaliser}
+    compare("grpo", TABLE["grpo"], Case((-rng.random(shape),), kwargs), "float64", 0)
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
