@@ -85,9 +85,8 @@ def grpo(launch: Launch) -> AnyOp:
             if other is not None:
                 expect(name, other, "(N, T)", (outputs, t))
             others.append(ready(log_prob if other is None else other, n.real))
-        total = loss_divisor(
-            mask, 1, average, length, empty, normaliser
-        )  # an output's length: in the kernel
+        # an output's length: in the kernel
+        total = loss_divisor(mask, 1, average, length, empty, normaliser)
         replayed = unclipped is not None, kept is not None
         unclipped = _bytes(kernels, unclipped, (outputs, t), log_prob)
         kept = _bytes(kernels, kept, (outputs,), log_prob)
