@@ -20,7 +20,7 @@ from ..grads.units import roundoff
 from .compare import FACTOR
 from .hints import hints_of
 from .parts import Part
-from .recompute import recompute
+from .recompute import planted_code, recompute
 from .truth import Truth
 
 __all__ = ["Diagnosis", "bugs_of", "diagnose"]
@@ -39,6 +39,7 @@ MADE_OF = {  # of vectors' cases: the ops that an op calls
     "ffn": ("swiglu", "linear"),
     "head_cross_entropy": ("log_prob",),
     "mtp": ("rms_norm", "linear"),
+    "bias_update": ("expert_load",),
 }
 OF_LOSS = {  # of models: with which losses an op is run
     "head_cross_entropy": ("cross_entropy",),
@@ -129,6 +130,7 @@ class Trial:
 
     def run(self, bug: Planted, dtype: str, seed: int) -> dict[str, np.ndarray] | None:
         """The bug's numbers; None if it can't give these shapes, or gives none."""
+        planted_code(bug)  # an error here is ours
         try:
             found = recompute(self.truth, self.part, bug, dtype, seed)
         except CouldNotRun:

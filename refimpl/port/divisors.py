@@ -20,6 +20,7 @@ from .truth import Truth
 __all__ = ["Division", "division", "hidden_rules"]
 
 SAME = 1e-9  # of two columns' angle: they are one
+LEAST_NUMBERS = 2  # of the gradients, for each factor that is fitted: fewer fit anything
 MOST_TRIED = 2000  # combinations of rules, the nearest first
 MOST_NUMBERS = 2**26  # of all the gradients that are fitted; the first so many
 Gradient = Callable[[str], np.ndarray]
@@ -61,13 +62,13 @@ def division(truth: Truth, names: Sequence[str], theirs: Gradient, dtype: str) -
         factors = {term: split["rules"][term][rule] for term, rule in chosen.items()}
         if fit.explains(factors):
             named = {
-                term: [r for r, c in split["rules"][term].items() if _same(c, factors[term])]
-                for term, rule in chosen.items()
-                if rule != "right"
+                term: [r for r, c in by.items() if fit.explains(factors | {term: c})]
+                for term, by in split["rules"].items()
             }
-            return Division({t: r for t, r in named.items() if "right" not in r}, {})
+            wrong = {term: rules for term, rules in named.items() if "right" not in rules}
+            return Division(wrong, {}) if wrong else None
     found = fit.factors()
-    if not fit.explains(found):
+    if fit.numbers <= LEAST_NUMBERS * len(fit.columns) or not fit.explains(found):
         return None
     changed = {
         term: [c / r if r else c for c, r in zip(factors, right[term], strict=True)]
@@ -77,19 +78,20 @@ def division(truth: Truth, names: Sequence[str], theirs: Gradient, dtype: str) -
     return Division({}, changed)
 
 
-def hidden_rules(truth: Truth) -> list[str]:
-    """The wrong divisors that give the right numbers in the truth's split, as ``splits: …``."""
-    split = truth.metadata.get("split") or {"rules": {}}
+def hidden_rules(truth: Truth, names: Sequence[str], dtype: str) -> list[str]:
+    """The wrong divisors that change none of the gradients ``names`` (of parameters) by more than
+    a right port may differ, as ``splits: …``; none if there is no gradient."""
+    split = truth.metadata.get("split")
+    if not split or not names:
+        return []
+    fit, rules = _Fit(truth, split, list(_affordable(truth, names)), None, dtype), split["rules"]
+    right = {term: by["right"] for term, by in rules.items()}
     return [
         f"splits: {term} by {rule}"
-        for term, rules in split["rules"].items()
-        for rule, factors in rules.items()
-        if rule != "right" and _same(factors, rules["right"])
+        for term, by in rules.items()
+        for rule, factors in by.items()
+        if rule != "right" and fit.explains(right | {term: factors})
     ]
-
-
-def _same(a: Sequence[float], b: Sequence[float]) -> bool:
-    return bool(np.allclose(a, b, rtol=1e-9, atol=0))
 
 
 def _affordable(truth: Truth, names: Sequence[str]) -> Iterator[str]:
@@ -103,25 +105,33 @@ def _affordable(truth: Truth, names: Sequence[str]) -> Iterator[str]:
 
 
 class _Fit:
-    """Least squares over all gradients, each in its own units."""
+    """Least squares over all gradients, each in its own units; without ``theirs``, of the right
+    ones."""
 
     def __init__(
-        self, truth: Truth, split: Mapping[str, Any], names: list[str], theirs: Gradient, dtype: str
+        self,
+        truth: Truth,
+        split: Mapping[str, Any],
+        names: list[str],
+        theirs: Gradient | None,
+        dtype: str,
     ) -> None:
         self.truth, self.split = truth, split
-        self.names, self.theirs = names, theirs
+        self.names = names
+        self.theirs: Gradient = theirs or (lambda name: truth.array(f"grad/{name}"))
         self.dtype = dtype
         parts = range(len(split["shapes"]))
         self.all = [(term, part) for term in split["rules"] for part in parts]
-        size = len(self.all)
+        size, self.numbers = len(self.all), 0
         gram, target = np.zeros((size, size)), np.zeros(size)
         for name in names:
             scale = 1 / (
                 self.unit(name) * np.sqrt(max(prod(truth.entries[f"grad/{name}"].shape), 1))
             )
             columns = self.columns_of(name) * scale
+            self.numbers += columns.shape[1]
             gram += columns @ columns.T
-            target += columns @ (np.asarray(theirs(name), np.float64).reshape(-1) * scale)
+            target += columns @ (np.asarray(self.theirs(name), np.float64).reshape(-1) * scale)
         self.gram, self.target = gram, target
         self.columns = self._independent()
 

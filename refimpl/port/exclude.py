@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
+from ..check.cases import CASES
 from ..check.planted import Planted
 from ..errors import CouldNotRun
 from .compare import FACTOR
@@ -24,10 +25,12 @@ def not_excluded(
     truth: Truth, parts: Sequence[Part], names_checked: Collection[str], dtype: str
 ) -> list[Planted]:
     """The bugs of ``parts`` that would not have shown in the tensors ``names_checked``; each is
-    tried on up to `MOST_PARTS` parts of a kind. CouldNotRun if a part can't be computed again."""
+    tried on up to `MOST_PARTS` parts of a kind. CouldNotRun if a part of a model can't be computed
+    again."""
     judged, hidden = frozenset(names_checked), []
-    tried = some_of_each(parts)
-    for bug in dict.fromkeys(bug for part in tried for bug in bugs_of(truth, part)):
+    chosen = some_of_each(parts)
+    tried = [part for part in chosen if tells(truth, part)]
+    for bug in dict.fromkeys(bug for part in chosen for bug in bugs_of(truth, part)):
         where = [part for part in tried if bug in bugs_of(truth, part)]
         if not any(shows(truth, group, bug, judged, dtype) for group in together(where)):
             hidden.append(bug)
@@ -63,6 +66,10 @@ def shows(
 ) -> bool:
     """Whether the bug changes a judged tensor of these parts, which go together, by more than a
     right port may differ."""
+    if plain(truth, parts[0]):
+        case = truth.metadata["cases"][parts[0].case]
+        whole = all(name in judged for name in parts[0].tensors)
+        return whole and bug.name in case.get("excludes", {}).get(dtype, ())
     try:
         found = recompute(truth, parts[0], bug)
     except CouldNotRun:
@@ -71,6 +78,26 @@ def shows(
         return True
     names = (name for part in parts for name in part.tensors if name in judged)
     return any(differs(found.get(name), truth, name, dtype) for name in names)
+
+
+def tells(truth: Truth, part: Part) -> bool:
+    """Whether a part can say that a bug is excluded: the right code gives its numbers. Of vectors
+    not the cases that are wrong on purpose, nor those of others that ours can't compute."""
+    if not part.case:
+        recompute(truth, part, None)  # an error here is of no bug
+        return True
+    if not truth.metadata["cases"][part.case].get("valid", True):
+        return False
+    try:
+        return plain(truth, part) or bool(recompute(truth, part, None))
+    except CouldNotRun:
+        return False
+
+
+def plain(truth: Truth, part: Part) -> bool:
+    """Whether a part is a case of a function without a pair, such as `bias_update`: it can't be
+    computed again here, and the vectors say themselves what it excludes."""
+    return bool(part.case) and truth.metadata["cases"][part.case]["op"] not in CASES
 
 
 def differs(found: np.ndarray | None, truth: Truth, name: str, dtype: str) -> bool:

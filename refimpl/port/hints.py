@@ -91,7 +91,7 @@ def relations(truth: Truth, name: str, pair: Pair, theirs: Arrays) -> Iterator[s
     if not np.isfinite(other).all():
         yield "not finite"
         return
-    if not other.any():
+    if pair.fits(np.zeros_like(right)):
         yield "0 throughout"
         return
     if pair.fits(-right):
@@ -134,7 +134,11 @@ def factor_hint(truth: Truth, pair: Pair) -> str:
 def small_ratio(factor: float, spread: float) -> list[str]:
     """A small integer, or one over it: of micro-batches or ranks."""
     near = Fraction(factor).limit_denominator(MOST_SMALL)
-    if abs(float(near) - factor) > spread or 1 not in (near.numerator, near.denominator):
+    if (
+        near <= 0
+        or abs(float(near) - factor) > spread
+        or 1 not in (near.numerator, near.denominator)
+    ):
         return []
     if max(near.numerator, near.denominator) > MOST_SMALL:
         return []

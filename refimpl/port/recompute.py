@@ -23,6 +23,7 @@ from ..batch import Batch, make_batch
 from ..check.cases import CASES, pair_of
 from ..check.planted import FUNCTIONS, Planted, fresh_module, plant_module
 from ..checkpoint.names import stored_names
+from ..checkpoint.tensor_file import one_line
 from ..config import ModelConfig
 from ..errors import CouldNotRun
 from ..grads.cotangents import Calls, activations_of
@@ -156,21 +157,33 @@ def recompute(
         seed: of the order of sums; 0: NumPy's.
         without: "mtp", "balance" or "shared": the run without that loss or those experts.
 
-    CouldNotRun if the truth lacks an input, or its checkpoint is gone, another one, or too large.
-    Whatever a bug raises goes through.
+    CouldNotRun if the truth lacks an input or does not fit together, or its checkpoint is gone,
+    another one, or too large. Whatever a bug raises goes through.
     """
     setting = Setting(planted_code(bug), dtype, seed, without)
-    with np.errstate(all="ignore"):
-        if part.case:
-            found = case_of(truth, part.case, setting)
-        elif part.kind in BLOCK:
-            assert part.layer is not None
-            found = block_of(truth, part.layer, setting, backward=part.backward)
-        elif part.kind == "embedding":
-            found = embedding_of(truth, setting, backward=part.backward)
-        else:
-            found = above_of(truth, setting, backward=part.backward)
+    try:
+        with np.errstate(all="ignore"):
+            found = made_with(setting, truth, part)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        if bug is not None:
+            raise
+        why = one_line(f"{type(error).__name__} {error}")
+        raise CouldNotRun(
+            f"{part.name} of {truth.folder} can't be computed again: {why}"
+        ) from error
     return {name: np.asarray(x) for name, x in found.items()}
+
+
+def made_with(setting: Setting, truth: Truth, part: Part) -> Arrays:
+    """The tensors of ``part`` and those made with them, whatever the code raises."""
+    if part.case:
+        return case_of(truth, part.case, setting)
+    if part.kind in BLOCK:
+        assert part.layer is not None
+        return block_of(truth, part.layer, setting, backward=part.backward)
+    if part.kind == "embedding":
+        return embedding_of(truth, setting, backward=part.backward)
+    return above_of(truth, setting, backward=part.backward)
 
 
 # What a run needs

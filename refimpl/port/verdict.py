@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..check.planted import PLANTED
 from ..checkpoint.names import fold, layer_of
 from ..checkpoint.tensor_file import one_line
 from ..errors import CouldNotRun
@@ -53,6 +54,7 @@ from .truth import Truth
 __all__ = ["TYPES", "compare_folders", "expected"]
 
 TYPES = UNITS  # from the finest
+AGREES = "is wrong on purpose, and agrees"
 MOST_SHOWN = 5  # names of theirs, where none is ours
 
 
@@ -225,13 +227,19 @@ class _Judge:
         return max(floats, key=TYPES.index) if floats else TYPES[0]
 
     def _leave_out_other_types(self) -> None:
-        """Vectors may have units of some types alone, as golden values of float64."""
+        """Vectors may have units of some types alone, as golden values of float64; then nobody
+        need give such a case's integers in others, nor those of a case that has nothing else."""
         if self.truth.kind == "vectors":
             entries = self.truth.entries
+            typed = {x.part.case for x in self.located if self.dtype in entries[x.name].units}
             self.located = [
                 x
                 for x in self.located
-                if _is_exact(entries[x.name].dtype) or self.dtype in entries[x.name].units
+                if self.dtype in entries[x.name].units
+                or (
+                    _is_exact(entries[x.name].dtype)
+                    and (x.found is not None or x.part.case in typed)
+                )
             ]
 
     def _expect_inputs(self) -> None:
@@ -273,9 +281,12 @@ class _Judge:
             bugs = not_excluded(self.truth, parts, [x.name for x in judged], self.dtype)
         except CouldNotRun as error:
             note = f"which mistakes would not show here is not known: {error}"
-            return replace(made, notes=[*made.notes, note])
+            bugs, made = [], replace(made, notes=[*made.notes, note])
         named = [f"{bug.op}: {bug.name}" for bug in bugs]
-        return replace(made, not_excluded=[*named, *hidden_rules(self.truth)])
+        kinds = (x.name.partition("/") for x in judged)
+        gradients = [name for kind, _, name in kinds if kind == "grad"]
+        hidden = hidden_rules(self.truth, gradients, self.dtype)
+        return replace(made, not_excluded=[*named, *hidden])
 
     def _verdict_of(self, results: Mapping[str, TensorResult]) -> Verdict:
         """The verdict if nothing is wrong and all was judged."""
@@ -389,17 +400,22 @@ class _Judge:
     def _without_what_is_no_fault(
         self, results: dict[str, TensorResult]
     ) -> dict[str, TensorResult]:
-        """The results with the cases turned over that are wrong on purpose: a right port differs
-        from them."""
+        """The results with the tensors turned over that are wrong on purpose: a right port differs
+        from them. The others of their cases are right."""
         cases = self.truth.metadata.get("cases", {})
         for case in (name for name, about in cases.items() if not about.get("valid", True)):
             mine = {name: x for name, x in results.items() if name.startswith(f"{case}/")}
-            given = {name: x for name, x in mine.items() if x.status in ("ok", "wrong")}
-            status: Status = "ok" if any(x.status == "wrong" for x in given.values()) else "wrong"
-            what = "is wrong on purpose, and agrees" if status == "wrong" else ""
+            differs = cases[case].get("differs", [name.partition("/")[2] for name in mine])
+            telling = {
+                name: x
+                for name, x in mine.items()
+                if x.status in ("ok", "wrong") and name.partition("/")[2] in differs
+            }
+            status: Status = "ok" if any(x.status == "wrong" for x in telling.values()) else "wrong"
+            what = AGREES if status == "wrong" else ""
             results |= {
                 name: replace(x, status=status, what=what, blocks="", units=np.nan)
-                for name, x in given.items()
+                for name, x in telling.items()
             }
         return results
 
@@ -507,11 +523,18 @@ class _Judge:
             shown = heat(arrays[first], truth, cuts)
         named = PartResult(part.name, tuple(made.tensors[x.name] for x in mine))
         try:
-            diagnosis = diagnose(self.truth, part, arrays, self.dtype)
+            diagnosis = self._on_purpose(part) if made.tensors[first].what == AGREES else None
+            diagnosis = diagnosis or diagnose(self.truth, part, arrays, self.dtype)
         except CouldNotRun as error:
             diagnosis = Diagnosis([], [], f"no planted bug was tried: {error}")
         found = self._division(made.tensors)
         return replace(made, first_wrong=named, diagnosis=diagnosis, division=found, heat=shown)
+
+    def _on_purpose(self, part: Part) -> Diagnosis | None:
+        """The bug whose numbers a case is made of, if its name is known."""
+        case = self.truth.metadata["cases"][part.case]
+        named = [bug for bug in PLANTED if (bug.op, bug.name) == (case["op"], case.get("bug"))]
+        return Diagnosis(named, [], "") if named else None
 
     def _division(self, results: Mapping[str, TensorResult]) -> Division | None:
         """By which counts the port divides the sums of a batch in parts, if the truth has them."""

@@ -135,4 +135,51 @@ def test_equal_counts_hide(tmp_path: Path) -> None:
     told = found(truth, port(truth, main="divided by the ranks twice"))
     assert told is not None
     assert told.rules == {"main": ["divided by the ranks twice"]}
-    assert hidden_rules(truth) == ["splits: main by the mean of the parts' means"]
+    assert hidden_rules(truth, names_of(truth), "float32") == [
+        "splits: main by the mean of the parts' means"
+    ]
+
+
+@pytest.fixture(scope="module")
+def with_an_empty_part(tmp_path_factory: pytest.TempPathFactory) -> Truth:
+    out = tmp_path_factory.mktemp("split") / "truth"
+    given = Request(
+        TOKENS[:4], mtp=True, balance_alpha=0.3, split="rows=2+0+2,ranks=2", units=TYPES
+    )
+    write_gradients(MemorySource(random_parameters(CONFIG), CONFIG), given, out)
+    return Truth.open(out)
+
+
+def test_terms_without_a_say_are_not_accused(truth: Truth) -> None:
+    """An MTP module's own weights say nothing of the main loss."""
+    made = port(truth, mtp_1="divided by the ranks twice")
+    own = {n: x for n, x in made.items() if n.startswith("model.layers.2.shared_head.")}
+    told = found(truth, own)
+    assert told is not None
+    assert told.rules.keys() == {"mtp.1"}
+
+
+def test_rules_that_differ_in_an_empty_part_alone_are_one(with_an_empty_part: Truth) -> None:
+    truth = with_an_empty_part
+    never, summed = ("divided by the ranks never", "the sum of the parts' means (× micro-batches)")
+    for rule in (never, summed):
+        told = found(truth, port(truth, main=rule))
+        assert told is not None
+        assert told.rules == {"main": [summed, never]}
+    weighted = "each part's mean, weighted by its main count"
+    assert found(truth, port(truth, mtp_1=weighted)) is None
+    hidden = hidden_rules(truth, names_of(truth), "float32")
+    assert hidden == [f"splits: {term} by {weighted}" for term in ("mtp.1", "balance")]
+
+
+def test_what_was_not_judged_hides_all_of_a_term(with_an_empty_part: Truth) -> None:
+    hidden = hidden_rules(with_an_empty_part, ["model.layers.2.shared_head.norm.weight"], "float32")
+    assert "splits: main by left out" in hidden
+    assert "splits: mtp.1 by left out" not in hidden
+    assert hidden_rules(with_an_empty_part, [], "float32") == []
+
+
+def test_few_numbers_fit_anything(truth: Truth) -> None:
+    name = "model.norm.weight"
+    drawn = np.random.default_rng(2).normal(size=truth.entries[f"grad/{name}"].shape)
+    assert found(truth, {name: drawn}) is None

@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from refimpl.check.planted import PLANTED
 from refimpl.errors import CouldNotRun
 from refimpl.port.diagnose import bugs_of
 from refimpl.port.exclude import MOST_PARTS, not_excluded, some_of_each
 from refimpl.port.parts import parts_of
 from refimpl.port.truth import Truth
+from refimpl.port.vectors import SMALL
 
 from port.examples import Example, edited
 from port.test_recompute import part_of
@@ -84,3 +86,42 @@ def test_shapes_that_differ_show() -> None:
     assert differs(np.ones((2, *right.shape)), truth, "c/grad/w", "float32")
     assert not differs(right, truth, "c/grad/w", "float32")
     assert not differs(None, truth, "c/grad/w", "float32")
+
+
+def excluded_by(op: str, dtype: str, *, valid: bool = True) -> tuple[set[str], set[str]]:
+    """The bugs of an op's small vectors, hidden and shown; every number of theirs judged."""
+    truth = Truth.open(SMALL)
+    about = truth.metadata["cases"]
+    parts = [
+        x for x in parts_of(truth) if about[x.case]["op"] == op and about[x.case]["valid"] == valid
+    ]
+    names = [name for part in parts for name in part.tensors]
+    every = {bug.name for part in parts for bug in bugs_of(truth, part)}
+    hidden = {bug.name for bug in not_excluded(truth, parts, names, dtype)}
+    return hidden, every - hidden
+
+
+def test_functions_without_a_pair_are_told_by_the_vectors() -> None:
+    hidden, shown = excluded_by("bias_update", "float32")
+    assert not hidden
+    assert {bug.name for bug in PLANTED if bug.op in ("bias_update", "expert_load")} == shown
+    hidden, shown = excluded_by("bias_update", "bfloat16")
+    assert hidden
+    assert not shown
+
+
+def test_a_case_that_ours_can_t_compute_excludes_nothing() -> None:
+    """Golden values of GRPO have settings that our function does not: that raises, and is no bug's
+    doing."""
+    truth = Truth.open(SMALL)
+    parts = [x for x in parts_of(truth) if x.case == "golden-grpo-advantages_trl"]
+    names = [name for part in parts for name in part.tensors]
+    assert parts
+    hidden = not_excluded(truth, parts, names, "float64")
+    assert {bug.name for bug in hidden} == {bug.name for bug in bugs_of(truth, parts[0])}
+
+
+def test_what_is_wrong_on_purpose_excludes_nothing() -> None:
+    hidden, shown = excluded_by("rms_norm", "float64", valid=False)
+    assert hidden
+    assert not shown

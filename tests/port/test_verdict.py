@@ -14,8 +14,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from refimpl.errors import CouldNotRun
+from refimpl.port.parts import parts_of
+from refimpl.port.recompute import recompute
 from refimpl.port.report import Verdict
 from refimpl.port.truth import Truth
+from refimpl.port.vectors import SMALL
 from refimpl.port.verdict import compare_folders, expected
 
 from port.examples import (
@@ -467,3 +470,54 @@ def test_a_truth_that_loses_a_file(example: Example, tmp_path: Path) -> None:
     (truth / "grad-norm.safetensors").unlink()
     with pytest.raises(CouldNotRun, match=r"grad-norm.safetensors can't be read"):
         judge(example, tmp_path, example.arrays, truth=truth)
+
+
+def right_numbers() -> Arrays:
+    """What a right port has of the small vectors, without the golden values."""
+    truth, found = Truth.open(SMALL), Arrays()
+    for part in parts_of(truth):
+        if not part.case.startswith("golden-"):
+            known = {name: np.array(truth.array(name)) for name in part.tensors}
+            if not truth.metadata["cases"][part.case]["valid"]:
+                known |= {name: recompute(truth, part, None)[name] for name in known}
+            found |= known
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_a_right_forward_alone_of_vectors(tmp_path: Path, dtype: str) -> None:
+    """Some cases are wrong on purpose in their gradients alone: a right forward agrees with theirs,
+    and is right."""
+    arrays = {
+        name: x.astype(dtype) if x.dtype.kind == "f" else x
+        for name, x in right_numbers().items()
+        if "/out/" in name
+    }
+    given: dict[str, Any] = {"only": "[!g]*/out/*"} if dtype == "float64" else {}
+    verdict = compare_folders(save(tmp_path / "port.safetensors", arrays), SMALL, **given)
+    assert verdict.ok, str(verdict)
+    assert not any(x.status == "wrong" for x in verdict.tensors.values())
+
+
+def test_who_agrees_with_what_is_wrong_on_purpose_has_that_bug(tmp_path: Path) -> None:
+    arrays, wrong = right_numbers(), "rms_norm-wrong-1/grad/x"
+    arrays[wrong] = Truth.open(SMALL).array(wrong)
+    verdict = compare_folders(
+        save(tmp_path / "port.safetensors", arrays), SMALL, only="rms_norm-wrong-1/*"
+    )
+    assert verdict.verdict == "FAIL"
+    assert verdict.first_wrong is not None
+    assert verdict.first_wrong.first.name == wrong
+    assert verdict.diagnosis is not None
+    assert [bug.name for bug in verdict.diagnosis.named] == ["no mean term"]
+
+
+def test_the_rest_of_a_case_that_is_wrong_on_purpose_is_judged(tmp_path: Path) -> None:
+    arrays = right_numbers()
+    arrays["rms_norm-wrong-1/out/y"] = arrays["rms_norm-wrong-1/out/y"] * 1.5
+    verdict = compare_folders(
+        save(tmp_path / "port.safetensors", arrays), SMALL, only="rms_norm-wrong-1/*"
+    )
+    assert [n for n, x in verdict.tensors.items() if x.status == "wrong"] == [
+        "rms_norm-wrong-1/out/y"
+    ]
