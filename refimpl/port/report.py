@@ -246,6 +246,8 @@ def diagnosed(verdict: Verdict) -> list[str]:
     lines += [f"these are the numbers of the planted bug {bugs}"] if bugs else []
     lines += [str(place_of(bug)) for bug in found.named]
     lines += [f"hint: {hint}" for hint in found.hints]
+    if not lines and not found.note:
+        return ["no planted bug gives these numbers, and no hint fits: the mistake is not known"]
     return lines + ([found.note] if found.note else [])
 
 
