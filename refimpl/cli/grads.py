@@ -150,8 +150,9 @@ def grads(
     split: Annotated[
         str | None,
         typer.Option(
-            help=f"Also take the batch in parts: {SPEC}. Every part's gradients are written, term "
-            "by term. The whole model is in memory."
+            help=f"Also take the batch in parts: {SPEC}. rows are those of each part, positions "
+            "those at which a sequence is cut; R is by default the number of parts. Every part's "
+            "gradients are written, term by term. The whole model is in memory."
         ),
     ] = None,
     convention: Annotated[str, typer.Option(help=CONVENTION)] = "official",
