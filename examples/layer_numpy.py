@@ -3,7 +3,7 @@
     refimpl grads --checkpoint CHECKPOINT --tokens tokens.json --out truth \
         --dtype float64 --activations '*' --units float64,float32
     python examples/layer_numpy.py truth mine.npz --layer 1
-    refimpl check mine.npz --against truth
+    refimpl check mine.npz --against truth --partial
 
 Attention and the mixture of experts, line by line as in derivations/mla.md, attention.md, router.md
 and moe.md. Each half reads the truth's own activation and starts from the truth's own cotangent.

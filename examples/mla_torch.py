@@ -3,7 +3,7 @@
     refimpl grads --checkpoint CHECKPOINT --tokens tokens.json --out truth \
         --dtype float64 --activations '*' --units float64,float32
     python examples/mla_torch.py truth mine.safetensors
-    refimpl check mine.safetensors --against truth
+    refimpl check mine.safetensors --against truth --partial
 
 The layer reads the truth's own activation, and its backward starts from the truth's own cotangent,
 so a mistake elsewhere cannot show here. Replace `attention` by yours.

@@ -3,7 +3,7 @@
     refimpl grads --checkpoint CHECKPOINT --tokens tokens.json --out truth \
         --dtype float64 --activations '*' --units float64,float32
     python examples/moe_jax.py truth mine.npz --layer 1
-    refimpl check mine.npz --against truth
+    refimpl check mine.npz --against truth --partial
 
 The layer reads the truth's own activation, its choice of experts included, and its backward starts
 from the truth's own cotangent. Replace `moe` by yours. Every expert runs on every token here, which

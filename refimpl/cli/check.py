@@ -33,7 +33,7 @@ def check(
     ] = None,
     layout: Annotated[
         Path | None,
-        typer.Option("--map", help="TOML: your names and layouts, if they are none of the known."),
+        typer.Option("--map", help="TOML: your names and layouts, if they are not known."),
     ] = None,
     only: Annotated[
         str, typer.Option(help="Judge the tensors whose names match, as in *.self_attn.*.")
@@ -52,7 +52,7 @@ def check(
         Path | None, typer.Option(help="Also write the report to this file, as a page.")
     ] = None,
     partial: Annotated[
-        bool, typer.Option("--partial", help="Judge what is given: what is missing may be missing.")
+        bool, typer.Option("--partial", help="Judge what is given; gradients may be missing.")
     ] = False,
     json_file: Json = None,
 ) -> None:
@@ -63,10 +63,26 @@ def check(
     Hugging Face (fused experts, too), ours (stacked experts) and DeepSeek's own; give others with
     --map.
 
-    PASS: every tensor is within 4 units of your type, where a unit is what the reference errs by in
-    that type. FAIL: the first wrong part is named. INCONCLUSIVE: something can't be judged, and a
-    line says what would help. Give all gradients, or select those you have with --only, or judge
-    what there is with --partial; everything else may be left out.
+    A unit is how far the reference itself errs in your type, measured per tensor. The verdict is
+
+    \b
+    PASS: every tensor is within 4 units; the planted bugs that these inputs
+      and this type would not show are listed as not excluded
+    FAIL: the first wrong part is named, and the planted bug that gives its
+      numbers, if there is such a bug
+    INCONCLUSIVE: something can't be judged, and a line says what would help
+
+    A planted bug is one of this tool's catalogue of mistakes. Give all gradients, or select those
+    you have with --only, or judge what there is with --partial; everything else may be left out.
+
+    The table of wrong tensors has the columns
+
+    \b
+    units: the largest error; 4 are allowed
+    relative: that error over the truth's largest number
+    cosine: of the angle between your tensor and the truth's
+    norms: your norm over the truth's
+    where: which rows, heads or positions are wrong
 
     Exit code 0: PASS; 1: FAIL or INCONCLUSIVE; 2: it could not run.
     """
@@ -95,7 +111,10 @@ def check(
     console().print(str(verdict))
     if verdict.routes is not None:
         command = _again(truth, verdict)
-        console().print(f"run the truth with your routes, and check against that:\n  {command}")
+        console().print(
+            "run the truth with your routes and all that its first run was given (--mask and other "
+            f"files), and check against that:\n  {command}"
+        )
     if json_file is not None:
         replace_json(json_file, verdict.to_json())
     if html is not None:

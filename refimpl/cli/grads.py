@@ -107,8 +107,8 @@ def grads(
         typer.Option(
             help="GRPO's loss instead: safetensors with mask [batch, time] (1 where the next token "
             "is part of an output), advantages [batch] and, where they are needed, old_log_prob "
-            "and reference_log_prob [batch, time]; in its metadata, as JSON under settings, those "
-            "of the op, temperature, or a preset: derivations/grpo.md."
+            "and reference_log_prob [batch, time]. Its metadata has, as JSON under the key "
+            "settings, the op's settings (derivations/grpo.md), temperature, and preset."
         ),
     ] = None,
     routes: Annotated[
@@ -150,9 +150,9 @@ def grads(
     split: Annotated[
         str | None,
         typer.Option(
-            help=f"Also take the batch in parts: {SPEC}. Every part's gradients are written, term "
-            "by term, and what the usual wrong divisors make of the loss is shown. The whole model "
-            "is in memory."
+            help=f"Also take the batch in parts: {SPEC}. rows are those of each part, positions "
+            "those at which a sequence is cut; R is by default the number of parts. Every part's "
+            "gradients are written, term by term. The whole model is in memory."
         ),
     ] = None,
     convention: Annotated[str, typer.Option(help=CONVENTION)] = "official",
@@ -168,12 +168,15 @@ def grads(
     """Compute the gradient of every parameter of a checkpoint.
 
     The loss is Hugging Face's: the mean cross-entropy of the next token, with --mask over the
-    answers alone (SFT); or GRPO's. Memory holds one layer at
-    a time. Every gradient goes to a file, under the name that the checkpoint has for its parameter.
-    If interrupted, run the same command again: it resumes where it stopped.
+    answers alone (SFT); or GRPO's. Memory holds one layer at a time. Every gradient goes to a file,
+    under the name that the checkpoint has for its parameter. If interrupted, run the same command
+    again: it resumes where it stopped. `refimpl check` compares a port with the result, if it has
+    --units.
 
     The table has a row per layer and a column per part of it: the norm of the part's gradient. The
     last two columns are of the whole layer; |g| is the absolute value of one number of a gradient.
+    With --split there is also a line per term of the loss with its right value, and below it what
+    each wrong divisor makes of it.
     """
     expect_choice("convention", convention, CONVENTIONS)
     expect_choice("implementation", implementation, IMPLEMENTATIONS)

@@ -40,10 +40,14 @@ def power(
 ) -> None:
     """Show which rule catches which planted bug.
 
-    A row per bug, a column per rule of the checker; then how many of the same draws other people's
-    rules call wrong, and how often right code is called wrong. A mistake that forward and backward
-    share is consistent in itself: golden values alone catch it (`make power` adds their column,
-    torch's gradcheck and JAX's check_grads).
+    A planted bug is an edit of one op's code. The first table has a row per bug and a column per
+    rule of the checker. The second has a row per rule of other people: the share of draws in which
+    it sees the bug, and how many bugs it never sees; both again with gradients times 0.001. A draw
+    is an op's case with inputs of its own. Last, how often right code is called wrong.
+
+    A mistake that forward and backward share is consistent in itself: golden values alone catch it.
+    In a clone of the repository `make bugs` adds their column, and `make power` also torch's
+    gradcheck and JAX's check_grads.
     """
     for name, number in (("draws", draws), ("clean", clean)):
         if number < 1:
@@ -68,7 +72,7 @@ def show(draws: int, clean: int, json_file: Path | None, extra: dict[str, Extra]
         out.print(line)
     never = [x.bug for x in peers if not x.shown]
     if never:
-        out.print(f"in none of {draws} draws: " + ", ".join(f"{b.op}: {b.name}" for b in never))
+        out.print(f"shown by no draw of {draws}: " + ", ".join(f"{b.op}: {b.name}" for b in never))
     out.print()
     alarms, checked = false_alarms()
     out.print(f"false alarms of the checker: {alarms} of {checked} clean examples")

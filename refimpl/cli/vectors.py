@@ -17,7 +17,9 @@ def vectors(
     out: Annotated[Path, typer.Argument(help="A new or empty folder.")],
     op: Annotated[
         list[str] | None,
-        typer.Option(help=f"One of {', '.join(NAMES)}; more than once for several. Default: all."),
+        typer.Option(
+            help=f"One of {', '.join(NAMES)}; more than once for several; by default all."
+        ),
     ] = None,
     size: Annotated[
         str,
@@ -30,7 +32,7 @@ def vectors(
     """Write conformance vectors: inputs, outputs, gradients.
 
     They are of every op, for ports in any language. The folder has one safetensors file per op, and
-    index.json, which has a JSON Schema. A tensor is called CASE/PREFIX/NAME:
+    index.json, which has a JSON Schema. A tensor's name is CASE/PREFIX/NAME, with the prefixes
 
     \b
     in: differentiable inputs
@@ -39,9 +41,10 @@ def vectors(
     out: outputs
     grad: gradients
 
-    Inputs are integers over powers of two, exact in bfloat16 and the same bytes everywhere. Units
-    of rounding error (a port may have 4) and the planted bugs that a case excludes stand in
-    index.json by type. Cases with valid: false are wrong on purpose. More in
+    Inputs are integers over powers of two, exact in bfloat16 and the same bytes everywhere.
+    index.json has by type the unit of rounding error of each tensor (a port may have 4) and the
+    planted bugs that a case excludes: right numbers show that a port does not have them. Cases with
+    valid: false are wrong on purpose. `refimpl check YOURS --against OUT` compares. More in
     derivations/vectors.md.
     """
     with progress("writing") as move:

@@ -86,7 +86,7 @@ class Record(NamedTuple):
     sizes: dict[str, Size]  # of the gradients in them
 
     def array(self, name: str) -> Any:
-        """One of the arrays, read; None if the step left none of that name."""
+        """The array of that name, read; None if the step did not leave it."""
         return np.array(self.arrays[name]) if name in self.arrays else None
 
 

@@ -39,7 +39,7 @@ class TheirError(Exception):
 class Called(NamedTuple):
     """The outputs of a forward as NumPy arrays, and what a backward needs of it."""
 
-    y: list[Any]  # members; None, and what is no array, as they are
+    y: list[Any]  # members; None, and what is not an array, as they are
     is_tuple: bool
     saved: Any
     sent: dict[str, tuple[np.ndarray, np.ndarray]]  # memory that they were given, and what it held
@@ -161,7 +161,7 @@ def guarded(what: str, function: Callable[..., Any], *args: Any, **kwargs: Any) 
 
 def place(error: BaseException, function: Callable[..., Any]) -> str:
     """file:line of the deepest frame that is the caller's own: of the function's file, or of no
-    library; the function's first line if there is none."""
+    library; the function's first line if no frame is."""
     every = traceback.extract_tb(error.__traceback__)
     frames = [f for f in every if not f.filename.startswith(PACKAGE)]
     code = getattr(function, "__code__", None)

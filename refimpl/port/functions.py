@@ -2,8 +2,8 @@
 
 On drawn cases that meet every regime of the op, in each type that their library takes:
 
-* contract: a pair (y, saved), one gradient an input, shapes and types, nothing written to that they
-  were given, the same gradients from a second call;
+* contract: a pair (y, saved), one gradient per input, shapes and types, nothing written to that
+  they were given, the same gradients from a second call;
 * outputs and gradients against the truth, our pair in longdouble, in units (`refimpl.port.cases`);
 * finite differences of their forward against their backward, in float64.
 

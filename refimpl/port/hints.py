@@ -113,7 +113,7 @@ def relations(truth: Truth, name: str, pair: Pair, theirs: Arrays) -> Iterator[s
 
 
 def factor_hint(truth: Truth, pair: Pair) -> str:
-    """A constant factor and the numbers of the run that give it; empty if there is none."""
+    """A constant factor and the numbers of the run that give it; empty without such a factor."""
     size = float(np.sum(pair.truth * pair.truth))
     factor = float(np.sum(pair.theirs * pair.truth)) / size if size > 0 else 0.0
     if not isfinite(factor) or not factor or not pair.fits(factor * pair.truth):

@@ -10,13 +10,16 @@ import numpy as np
 from ..errors import printable
 from .compare import FACTOR, Heat
 from .report import (
+    COLUMNS,
     HEADER,
     MOST_ROWS,
     TensorResult,
     Verdict,
+    beside,
     by_op,
     diagnosed,
     folded,
+    follows,
     listed,
     place,
     row,
@@ -30,20 +33,22 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #161618; --line: #3a3a3e;
   --soft: #a0a0a6; --good: #57c97f; --bad: #ff8a80; --open: #f0b860; --zero: #25262a; } }
 body { color: var(--ink); background: var(--paper); font: 15px/1.5 system-ui, sans-serif;
-  max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
+  max-width: 70rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
 .PASS { color: var(--good); } .FAIL { color: var(--bad); } .INCONCLUSIVE { color: var(--open); }
 .soft { color: var(--soft); } .scroll { overflow-x: auto; }
 table { border-collapse: collapse; } td, th { padding: .2rem .8rem .2rem 0; text-align: left;
   border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; vertical-align: top; }
+th, td:not(:first-child):not(:last-child) { white-space: nowrap; }
+td:first-child { min-width: 14rem; }
 code, pre, td:first-child { font-family: ui-monospace, monospace; font-size: .87em; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; }
+pre { white-space: pre-wrap; margin: 0; }
 svg text { fill: var(--ink); font: 11px system-ui, sans-serif; } .zero { fill: var(--zero); }
 .frame { fill: none; stroke: var(--line); }
 """
 COLOURS = ("#2b6cb0", "#3f9d8f", "#c9b037", "#dd7a26", "#b3261e")  # from ok to the largest error
 CELL = 16  # pixels
-LEFT, TOP = 120, 26  # where the cells begin
+LEFT, TOP = 84, 26  # where the cells begin
 LABELS = 24  # that an axis shows
 
 
@@ -59,12 +64,15 @@ def page(verdict: Verdict) -> str:
     ]
     if part is not None:
         body += ["<h2>First wrong part</h2>", f"<p>{_text(str(part))}</p>"]
-        body.append(f"<p>{_text(place(part.first))}</p>")
+        body += [f"<p>{_text(line)}</p>" for line in (place(part.first), beside(part)) if line]
         if verdict.heat is not None:
             body.append(_map(verdict.heat, part.first))
         body += _diagnosis(verdict)
     if wrong := verdict.those("wrong"):
         body += ["<h2>Wrong tensors</h2>", _table(wrong)]
+        body += [
+            f'<p class="soft">{_text(line)}</p>' for line in (follows(verdict), COLUMNS) if line
+        ]
     for title, names in (
         ("Can't be judged", [(x.name, x.what) for x in verdict.those("unjudged")]),
         ("Can't be compared", [(x.name, x.what) for x in verdict.those("unreadable")]),
@@ -80,7 +88,7 @@ def page(verdict: Verdict) -> str:
     head = f"<title>refimpl check: {verdict.verdict}</title><style>{STYLE}</style>"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"{head}</head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
     )
 

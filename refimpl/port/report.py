@@ -21,6 +21,7 @@ from .divisors import Division
 from .places import place_of
 
 __all__ = [
+    "COLUMNS",
     "PartResult",
     "Status",
     "TensorResult",
@@ -30,6 +31,7 @@ __all__ = [
     "content",
     "diagnosed",
     "folded",
+    "follows",
     "listed",
     "number",
     "place",
@@ -133,10 +135,7 @@ def text(verdict: Verdict) -> str:
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines += ["", *("  ".join(map(str.ljust, x, widths)).rstrip() for x in table)]
         lines += [f"and {len(rows) - MOST_ROWS:,} more rows"] if len(rows) > MOST_ROWS else []
-        if part is None:
-            lines.append("(these may follow from other experts, and say nothing alone)")
-        elif len({x.part for x in verdict.those("wrong")}) > 1:
-            lines.append("(what stands behind the first wrong part may follow from it)")
+        lines += [f"({line})" for line in (follows(verdict),) if line]
     lines += listed("can't be judged", [(x.name, x.what) for x in verdict.those("unjudged")])
     lines += listed("can't be compared", [(x.name, x.what) for x in verdict.those("unreadable")])
     lines += listed("routes", [(x.name, x.what) for x in verdict.those("other")])
@@ -149,6 +148,19 @@ def text(verdict: Verdict) -> str:
 
 
 HEADER = ("tensor", "units", "relative", "cosine", "norms", "where")
+COLUMNS = (
+    "units: the largest error, 4 allowed; relative: that error over the truth's largest number; "
+    "norms: the port's norm over the truth's; where: the rows, heads or positions that are wrong"
+)
+
+
+def follows(verdict: Verdict) -> str:
+    """Which rows of the table may be wrong for no reason of their own; empty if none may."""
+    if verdict.first_wrong is None:
+        return "these may follow from other experts, and say nothing alone"
+    if len({x.part for x in verdict.those("wrong")}) > 1:
+        return "what stands behind the first wrong part may follow from it"
+    return ""
 
 
 def folded(wrong: Iterable[TensorResult]) -> list[TensorResult]:
@@ -234,6 +246,8 @@ def diagnosed(verdict: Verdict) -> list[str]:
     lines += [f"these are the numbers of the planted bug {bugs}"] if bugs else []
     lines += [str(place_of(bug)) for bug in found.named]
     lines += [f"hint: {hint}" for hint in found.hints]
+    if not lines and not found.note:
+        return ["no planted bug gives these numbers, and no hint fits: the mistake is not known"]
     return lines + ([found.note] if found.note else [])
 
 

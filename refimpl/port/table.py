@@ -41,7 +41,7 @@ def table_from(place: str) -> TheirTable:
     """The table at ``package.module:table``, a mapping from op to (forward, backward), perhaps with
     an entry ``array``. Modules of the current folder are found.
 
-    CouldNotRun, in one line, if there is none or it is no such mapping.
+    CouldNotRun, in one line, if it is missing or not such a mapping.
     """
     name, _, attribute = place.partition(":")
     if not (name and attribute):

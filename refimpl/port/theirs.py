@@ -140,7 +140,7 @@ def _open_npz(file: Path) -> dict[str, Tensor]:
         with open_regular(file) as opened, zipfile.ZipFile(opened) as archive:
             for member in archive.infolist():
                 if not member.filename.endswith(".npy"):
-                    raise ValueError(f"{member.filename} is no array")
+                    raise ValueError(f"{member.filename} must be an array")
                 with archive.open(member) as stream:
                     shape, dtype = _header(stream)
                     start = stream.tell()

@@ -155,7 +155,7 @@ def _entry(name: str, told: Mapping[str, Any]) -> Entry:
 
 
 def config_from(told: Mapping[str, Any]) -> ModelConfig:
-    """The config that ``asdict`` told; ValueError or TypeError if it is none."""
+    """The config that ``asdict`` told; ValueError or TypeError if it told something else."""
     known = {f.name for f in fields(ModelConfig)}
     parts = {name: value for name, value in told.items() if name in known}
     yarn, conventions = parts.get("yarn"), parts.get("conventions", {})

@@ -8,8 +8,8 @@ exact in bfloat16 and stored as float32, int64 or bool; out and grad are float64
 longdouble where that is wider.
 
 Each case says which planted bugs it excludes in each type: a port whose numbers at that type are
-within 4 units everywhere has none of them. Some cases are wrong on purpose (``valid: false``): they
-hold the numbers of a planted bug, and whoever compares with them must see a difference.
+within 4 units everywhere does not have them. Some cases are wrong on purpose (``valid: false``):
+they hold the numbers of a planted bug, and whoever compares with them must see a difference.
 
 The small set is in the package, with the golden values that torch's autograd made from formulas of
 its own (files golden-*.safetensors; ``source`` says so).

@@ -5,7 +5,7 @@ the reference itself errs by when it is run in that type. The verdict is
 
     PASS          every tensor that was judged is right
     FAIL          a tensor is wrong, and nothing before it explains that away
-    INCONCLUSIVE  nothing is wrong that can be held against the port, but something can't be judged
+    INCONCLUSIVE  no tensor is wrong by a fault that is surely the port's, but some can't be judged
 
 A port need not give everything. Of act/, cot/, out/ and aux/ it gives what it has. If it gives
 gradients, it gives all of them: one that was forgotten must not pass. A pattern selects those of a
@@ -17,7 +17,7 @@ the first layer where a port chose other experts than the truth, wrong tensors s
 float32 the same holds behind the first choice if the port does not give its routes. A choice that
 no rounding explains is wrong; whether one does is known if the truth holds the gate's scores.
 
-Where tokens are padding, activations and routes are nobody's and are not compared.
+At tokens that are padding, activations and routes are not compared.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ class _Judge:
         shown = ", ".join(one_line(key) for key in keys[:MOST_SHOWN])
         more = f" and {len(keys) - MOST_SHOWN} more" if len(keys) > MOST_SHOWN else ""
         raise CouldNotRun(
-            f"{self.theirs.path} holds none of the {len(self.located):,} tensors that are "
+            f"{self.theirs.path} must hold some of the {len(self.located):,} tensors that are "
             f"expected, such as {self.located[0].name}; it holds {shown}{more}"
         )
 
@@ -582,7 +582,7 @@ class _Judge:
         return notes
 
     def _coarser(self, results: Mapping[str, TensorResult]) -> str:
-        """A coarser type by whose units nothing would be wrong; empty if there is none."""
+        """A coarser type by whose units nothing would be wrong; empty without such a type."""
         wrong = [x for x in results.values() if x.status == "wrong"]
         for dtype in TYPES[TYPES.index(self.dtype) + 1 :]:
             units = {x.name: self.truth.entries[x.name].units.get(dtype, 0.0) for x in wrong}

@@ -6,6 +6,8 @@ import importlib.util
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,14 @@ from refimpl.port import Truth, compare_folders
 
 from support import ROOT, Done, refimpl_here
 
-PAGE = (ROOT / "derivations" / "porting.md").read_text()
+PAGE = (ROOT / "derivations" / "porting.md").read_text().replace("\\\n", " ")
 TORCH, JAX, PACK = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 TEXT = [b"The value of a name is the object it refe", b"rs to; an assignment binds the name to it"]
 
 
 def command(begin: str) -> list[str]:
-    """A command of the page."""
-    (found,) = re.findall(rf"^refimpl ({begin} .*)$", PAGE, re.M)
-    return shlex.split(found)
+    """The first command of the page that begins so."""
+    return shlex.split(re.findall(rf"^refimpl ({begin} .*)$", PAGE, re.M)[0])
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the page's first command has been run."""
     folder = tmp_path_factory.mktemp("porting")
     (folder / "tests").symlink_to(ROOT / "tests")
-    (folder / "tokens.json").write_text(json.dumps([list(row) for row in TEXT]))
+    ((code, file),) = re.findall(r"^python -c '(.*?)' > (\S+)$", PAGE, re.M | re.S)
+    (folder / file).write_text(subprocess.check_output([sys.executable, "-c", code], text=True))
     assert_runs(refimpl_here(*command("grads"), cwd=folder))
     return folder
 

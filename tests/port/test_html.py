@@ -13,7 +13,7 @@ import pytest
 from refimpl.check.planted import PLANTED
 from refimpl.port.diagnose import Diagnosis
 from refimpl.port.html import COLOURS, page
-from refimpl.port.report import Verdict
+from refimpl.port.report import COLUMNS, Verdict
 from refimpl.port.verdict import compare_folders
 
 from port.examples import Example, save
@@ -87,6 +87,8 @@ def test_it_says_what_the_report_says(failed: Verdict) -> None:
         "latent rows: ok, rotated key rows: wrong",
         "these are the numbers of the planted bug linear: weight gradient over one batch row",
         "hint: a factor of <2>",
+        f"wrong: {NAME.removeprefix('grad/model.layers.1.')}; ok: ",
+        COLUMNS,
     ):
         assert line in said
 

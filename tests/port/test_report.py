@@ -78,6 +78,13 @@ def test_the_diagnosis_follows_the_first_wrong_part(failed: Verdict) -> None:
     assert content["diagnosis"]["bugs"][0]["place"]["tag"] == "(linear.3)"
 
 
+def test_a_mistake_that_is_not_known_is_said_to_be(failed: Verdict) -> None:
+    line = "  no planted bug gives these numbers, and no hint fits: the mistake is not known"
+    assert line in str(replace(failed, diagnosis=Diagnosis([], [], ""))).splitlines()
+    for found in (Diagnosis([], ["twice the truth"], ""), Diagnosis([], [], "no checkpoint"), None):
+        assert line not in str(replace(failed, diagnosis=found)).splitlines()
+
+
 def test_a_pass_says_what_it_does_not_exclude(example: Example, tmp_path: Path) -> None:
     path = save(tmp_path / "port.safetensors", example.ports["float32"])
     verdict = compare_folders(path, example.truth)

@@ -83,7 +83,7 @@ def test_an_archive_that_is_not_sound(tmp_path: Path) -> None:
     for content, line in (
         ({"x.npy": header.getvalue()}, "is not as long as its header says"),
         ({"x.npy": b"x"}, "not a sound .npz file"),
-        ({"x.txt": b"x"}, "x.txt is no array"),
+        ({"x.txt": b"x"}, "x.txt must be an array"),
     ):
         with zipfile.ZipFile(path, "w") as archive:
             for name, data in content.items():
