@@ -34,8 +34,9 @@ def conventions(
 ) -> None:
     """Show where papers and implementations disagree.
 
-    For each place: who does what and how that is known, the field of ours that decides it with its
-    default, how to tell from outside which choice somebody made, and the numbers that it changes.
+    Such a place is called a trap. For each: who does what and how that is known, the field of ours
+    that decides it with its default, how to tell from outside which choice somebody made, and the
+    numbers that it changes.
     """
     chosen = list(dict.fromkeys(n for word in traps for n in _numbers(word))) if traps else EVERY
     if as_markdown and (traps or symptoms):

@@ -91,8 +91,9 @@ def verify(
     digits: how many agree with exact arithmetic (with --digits)
 
     With package.module:table, your functions take our place, of any array library with DLPack: the
-    table's entry "array" makes your array from NumPy's, as torch.from_dlpack does. They are
-    compared with ours, in units of our own rounding errors (4 allowed).
+    table's entry "array" makes your array from NumPy's, as torch.from_dlpack does. The columns
+    float64 and float32 then have the largest error in that type, in units of our own rounding
+    errors (4 allowed). derivations/vectors.md has the rest.
     """
     if ":" in implementation:
         _expect_plain(digits=digits, backend=None if backend == "numpy" else backend)
@@ -126,9 +127,9 @@ def grade(
     """Check your own backward of one op.
 
     It is checked against our forward, as `refimpl verify` checks ours. Every page of derivations/
-    ends with such an exercise. A file that defines <op>_forward too is compared with our pair: its
-    functions may be of any array library with DLPack, whose way in from NumPy's arrays the file
-    names, as in array = torch.from_dlpack.
+    ends with such an exercise. If the file defines <op>_forward, too, both are compared with ours,
+    and may be of any array library with DLPack: array in the file, as in array =
+    torch.from_dlpack, makes that library's array from NumPy's.
     """
     if op not in CASES:
         raise CouldNotRun(f"unknown op {op}; there are {', '.join(CASES)}")

@@ -112,10 +112,10 @@ def anchor(number: int, trap: Trap) -> str:
 
 HEAD = """# Conventions
 
-Where papers and implementations of DeepSeek-V3 and R1 disagree, who does what, how to tell from
-outside which choice another implementation made, and what it changes. `refimpl conventions` writes
-this page (as Markdown, to a file) and computes its numbers: those of the model are of the preset
-`tiny` with random parameters, in float64, on 40 bytes of text
+The traps: where papers and implementations of DeepSeek-V3 and R1 disagree, who does what, how to
+tell from outside which choice another implementation made, and what it changes.
+`refimpl conventions` writes this page (as Markdown, to a file) and computes its numbers: those of
+the model are of the preset `tiny` with random parameters, in float64, on 40 bytes of text
 ([`refimpl/conventions/examples.py`](../refimpl/conventions/examples.py)).
 
 **What to do with it.** Two implementations disagree: find the traps that touch the tensor where
