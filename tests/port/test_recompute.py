@@ -198,7 +198,7 @@ def test_a_case_that_lacks_an_input_can_t_be_computed(tmp_path: Path) -> None:
 
     truth = Truth.open(edited(SMALL, tmp_path, drop))
     part = next(part for part in parts_of(truth) if part.case == "rms_norm-1" and part.backward)
-    with pytest.raises(CouldNotRun, match="rms_norm-1, backward of .* can't be computed again"):
+    with pytest.raises(CouldNotRun, match=r"rms_norm-1, backward of .* can't be computed again"):
         recompute(truth, part, None)
     numbers = {name: 2 * truth.array(name) for name in part.tensors}
     found = diagnose(truth, part, numbers, "float64")
