@@ -150,6 +150,13 @@ def _again(truth: Truth, verdict: Verdict) -> str:
     for name in ("mtp_weight", "balance_alpha", "layers", "only", "activations", "convention"):
         if request.get(name) not in (None, 0.0) and (name, request[name]) != ("only", "*"):
             words += [f"--{name.replace('_', '-')}", str(request[name])]
+    given = {"--grpo": request.get("loss") == "grpo", "--dlogits": request.get("loss") == "dlogits"}
+    for name in ("key_mask", "segments", "positions"):
+        given[f"--{name.replace('_', '-')}"] = f"in/{name}" in truth
+    for option in (option for option, was in given.items() if was):
+        words += [option, option.strip("-").upper()]
+    if split := truth.metadata.get("split"):
+        words += ["--split", str(split.get("spec"))]
     words += ["--dtype", str(truth.metadata.get("dtype", "float64"))]
     words += ["--units", ",".join(truth.types), "--routes", str(verdict.routes), "--out", "NEW"]
     return shlex.join(words)

@@ -96,10 +96,16 @@ def hidden_rules(truth: Truth, names: Sequence[str], dtype: str) -> list[str]:
 
 def _affordable(truth: Truth, names: Sequence[str]) -> Iterator[str]:
     """Those with parts, as long as they are few numbers in all."""
-    first, numbers = next(iter(truth.metadata["split"]["rules"])), 0
+    split, numbers = truth.metadata["split"], 0
     for name in names:
-        if f"grad/{name}" in truth and f"split/0/{first}/{name}" in truth:
-            numbers += prod(truth.entries[f"grad/{name}"].shape)
+        parts = [
+            truth.entries.get(f"split/{part}/{term}/{name}")
+            for term in split["rules"]
+            for part in range(len(split["shapes"]))
+        ]
+        whole = truth.entries.get(f"grad/{name}")
+        if whole and all(part and part.shape == whole.shape for part in parts):
+            numbers += prod(whole.shape)
             if numbers <= MOST_NUMBERS:
                 yield name
 

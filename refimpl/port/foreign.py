@@ -123,13 +123,19 @@ class Foreign:
 
 
 def to_numpy(x: Any) -> np.ndarray:
-    """A copy as a NumPy array; TheirError if that can't be."""
+    """A copy as a NumPy array of numbers; TheirError if that can't be."""
+    found: np.ndarray | None = guarded("a result", _copied, x)
+    if found is not None:
+        return found
+    kind = getattr(x, "dtype", "no dtype")
+    raise TheirError(f"NumPy can't take a result of type {type(x).__name__} ({kind})")
+
+
+def _copied(x: Any) -> np.ndarray | None:
     if hasattr(
         x, "detach"
     ):  # torch: one that records gradients, or is on a device, exports nothing
         x = x.detach().cpu()
-    if isinstance(x, (np.ndarray, np.generic, float, int, bool)):
-        return np.array(x)
     tries: list[Callable[[Any], Any]] = []
     if hasattr(x, "__dlpack__"):
         tries += [np.from_dlpack, lambda a: np.from_dlpack(a, device="cpu")]
@@ -143,8 +149,7 @@ def to_numpy(x: Any) -> np.ndarray:
             continue
         if found.dtype.kind in "biufc":
             return found
-    kind = getattr(x, "dtype", "no dtype")
-    raise TheirError(f"NumPy can't take a result of type {type(x).__name__} ({kind})")
+    return None
 
 
 def guarded(what: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -155,7 +160,10 @@ def guarded(what: str, function: Callable[..., Any], *args: Any, **kwargs: Any) 
         raise
     except BaseException as error:  # SystemExit, too: code that is judged decides nothing
         kind = printable(f"{what} raised at {place(error, function)}: {type(error).__name__}")
-        said = " ".join(str(error).split())
+        try:
+            said = " ".join(str(error).split())
+        except Exception:  # of theirs, too
+            said = ""
         raise TheirError(printable(f"{kind}: {said}" if said else kind), kind) from error
 
 

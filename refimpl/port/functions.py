@@ -209,6 +209,8 @@ def examples_of(
     """So many examples of the op, and those that meet the regimes still missing."""
     if op not in CASES:
         raise CouldNotRun(f"unknown op {op}; there are {', '.join(CASES)}")
+    if seed < 0:
+        raise CouldNotRun(f"must be at least 0, got {seed}", argument="seed")
     if examples < 1:
         raise CouldNotRun(f"must be at least 1, got {examples}", argument="examples")
     missing, found = set(REGIMES[op]), []
@@ -422,6 +424,10 @@ class _Examination:
 
     def again(self, first: list[Any], second: list[Any]) -> None:
         """A fault unless a second call of backward gives the same, but for rounding."""
+        if len(first) != len(second):
+            self.fault(
+                f"backward gives {len(first)} gradients, and {len(second)} when called again"
+            )
         for i, (one, two) in enumerate(zip(first, second, strict=False)):
             if isinstance(one, np.ndarray) and is_real(one) and one.size:
                 close = 64 * float(np.finfo(one.dtype).eps) * float(np.max(np.abs(one)))
@@ -453,6 +459,9 @@ class _Examination:
             return not len(wrong)
         if x.dtype != np.dtype(self.dtype):
             row.fault(f"must be {self.dtype} for {self.dtype} inputs, got {x.dtype}", "must be")
+        if x.dtype.kind != "f":
+            row.measured(self.dtype, np.inf)
+            return False
         size = float(np.max(np.abs(like), initial=0))
         if size and FACTOR * unit >= size:
             return True  # nothing but rounding: this case can't judge it
@@ -479,7 +488,7 @@ class _Examination:
         inputs, cot = list(self.case.inputs.values()), list(self.case.cot.values())
         for i, (name, x) in enumerate(self.case.inputs.items()):
             g = theirs.get(f"grad/{name}")
-            if x is None or g is None or g.shape != x.shape:
+            if x is None or g is None or g.shape != x.shape or g.dtype.kind != "f":
                 continue
             v = np.asarray(rng.normal(size=x.shape))
             try:
@@ -488,6 +497,7 @@ class _Examination:
                 self.fault(f"finite differences: {error}", getattr(error, "kind", ""))
                 return
             row = self.row(f"grad/{name}")
+            found = np.inf if np.isnan(found) else found
             row.difference = max(row.difference or 0.0, found)
             if not found <= FD_TOLERANCE:
                 row.fault(
@@ -513,7 +523,10 @@ def _examine(
         if not at.compare(theirs, seed):
             wrong.append((given, theirs, dtype))
         lined_up = all(
-            name in theirs and theirs[name].shape == at.exact[name].shape for name in at.real
+            name in theirs
+            and theirs[name].shape == at.exact[name].shape
+            and theirs[name].dtype.kind == "f"
+            for name in at.real
         )
         if dtype == "float64" and given is case and lined_up:
             at.differences(theirs, seed)

@@ -515,6 +515,11 @@ def other_loss(given: Inputs, run: Any, hidden: Any, norm: Any, dys: list[Any]) 
         total = model.total_loss(config, output.loss, [], balance)
         found |= {"out/loss": total, "out/main": output.loss}
     else:
+        if "in/dlogits" not in given.truth:
+            raise CouldNotRun(
+                f"the head can't be computed again: {given.truth.folder} does not hold the dlogits "
+                "that it was made from"
+            )
         _, linear_saved = run.ops.linear.forward(hidden, run.params[head])
         dhidden, dw = run.ops.linear.backward(given.tensor("in/dlogits"), linear_saved)
     grads.add(head, dw)

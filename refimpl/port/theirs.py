@@ -89,7 +89,7 @@ class Theirs(NamedTuple):
 
     path: Path
     tensors: Mapping[str, Tensor]
-    shared: Mapping[str, list[str]]  # a key that several files have, and the files
+    shared: Mapping[str, list[str]]  # a key that is there several times, and where
 
 
 def open_theirs(path: Path | str) -> Theirs:
@@ -104,16 +104,22 @@ def open_theirs(path: Path | str) -> Theirs:
             pickles = [file.name for file in found if file.suffix in PICKLES]
             told = f" ({one_line(pickles[0])} is a pickle: {SAVE})" if pickles else ""
             raise CouldNotRun(f"{path} holds no .safetensors and no .npz file{told}")
-    places: dict[str, dict[str, Tensor]] = {}
+    tensors: dict[str, Tensor] = {}
+    places: dict[str, list[tuple[str, str]]] = {}
     for file in files:
         for key, tensor in _open(file).items():
-            places.setdefault(key, {})[file.name] = tensor
+            tensors |= {f"{file.name}:{key}": tensor, _bare(key): tensor}
+            places.setdefault(_bare(key), []).append((file.name, key))
     if not places:
         raise CouldNotRun(f"{path} holds no tensor")
-    tensors = {f"{file}:{key}": x for key, held in places.items() for file, x in held.items()}
-    tensors |= {_bare(key): x for key, held in places.items() for x in held.values()}
-    shared = {_bare(key): list(held) for key, held in places.items() if len(held) > 1}
+    shared = {bare: _told(held) for bare, held in places.items() if len(held) > 1}
     return Theirs(path, tensors, shared)
+
+
+def _told(places: list[tuple[str, str]]) -> list[str]:
+    """The files that have a key, with the key where it is not the same in all."""
+    same = len({key for _, key in places}) == 1
+    return [file if same else f"{file} as {one_line(key)}" for file, key in places]
 
 
 def _bare(key: str) -> str:

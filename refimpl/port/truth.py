@@ -21,11 +21,13 @@ from ..checkpoint.tensor_file import StoredTensor, one_line, open_file
 from ..config import Conventions, ModelConfig, Yarn
 from ..errors import CouldNotRun
 from ..files import expect_folder, parse_json, read_bytes
+from ..ops import IMPLEMENTATIONS
 
 __all__ = ["FORMAT", "KINDS", "Entry", "Truth", "config_from"]
 
 FORMAT = 1  # of index.json
 KINDS = ("model", "vectors")
+LOSSES = ("cross_entropy", "grpo", "dlogits")
 MOST_INDEX = 2**28  # bytes; of DeepSeek-V3's gradients, 1.3e7
 MOST_EXPERTS = 10**6  # of all layers; of DeepSeek-V3, 15,872
 
@@ -84,6 +86,7 @@ class Truth:
                     raise TypeError(f"{name} must be an object")
             if (metadata["kind"] == "model") != (metadata.get("config") is not None):
                 raise ValueError("a config belongs to kind model alone")
+            _expect_told(metadata, tensors)
             truth = cls(folder, metadata, _entries(tensors))
             truth.expect_size()
             return truth
@@ -104,6 +107,8 @@ class Truth:
 
     def array(self, name: str) -> np.ndarray:
         """A tensor, mapped from its file; CouldNotRun if the file is not as the index says."""
+        if name not in self.entries:
+            raise CouldNotRun(f"{self.folder} has no {one_line(name)}")
         entry = self.entries[name]
         if entry.file not in self._open:
             self._open[entry.file] = open_file(self.folder / entry.file)[0]
@@ -127,6 +132,37 @@ class Truth:
         return Checkpoint.open(
             folder, dtype=dtype, conventions=self.config.conventions, mtp=self.config.mtp_depth > 0
         )
+
+
+def _expect_told(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+    """KeyError, TypeError or ValueError if the metadata lacks what a check reads, or has it
+    otherwise than we write it."""
+    if metadata["kind"] == "vectors":
+        for case, about in metadata["cases"].items():
+            if not isinstance(about["op"], str) or not isinstance(about.get("settings", {}), dict):
+                raise TypeError(f"{case} must have an op and settings")
+            if not isinstance(about.get("differs", []), list):
+                raise TypeError(f"what differs in {case} must be a list")
+            for bugs in about.get("excludes", {}).values():
+                if not isinstance(bugs, list):
+                    raise TypeError(f"what {case} excludes must be lists")
+        return
+    if len(tensors["in/tokens"]["shape"]) != 2:
+        raise ValueError("in/tokens must have two axes")
+    if metadata["implementation"] not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}")
+    if metadata["request"]["loss"] not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}")
+    if not isinstance(metadata["request"].get("grpo") or {}, dict):
+        raise TypeError("grpo must be an object")
+    if split := metadata.get("split"):
+        for term, rules in split["rules"].items():
+            for rule in ("right", *rules):
+                factors = np.array(rules[rule], float)
+                if factors.shape != (len(split["shapes"]),) or not np.isfinite(factors).all():
+                    raise ValueError(f"the factors of {term} must be a number for each part")
+        if not split["rules"]:
+            raise ValueError("split must have rules")
 
 
 def _entries(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Entry]:

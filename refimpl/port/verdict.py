@@ -199,7 +199,8 @@ class _Judge:
             turned = len(shape) > 1 and (*shape[:-2], shape[-1], shape[-2]) == entry.shape
             more = ": it is transposed" if turned else ""
             return f"must have shape {list(entry.shape)}, got {list(shape)}{more}"
-        if _is_exact(entry.dtype) != _is_exact(found.dtype):
+        whole = entry.dtype.startswith(("int", "uint"))
+        if _is_exact(entry.dtype) != _is_exact(found.dtype) or (whole and found.dtype == "bool"):
             return (
                 f"must be {'integers' if _is_exact(entry.dtype) else 'floats'}, got {found.dtype}"
             )
@@ -354,7 +355,7 @@ class _Judge:
                 return replace(made, status="ok", units=0.0)
             what = f"other experts for {int((~tokens).sum()):,} of {tokens.size:,} tokens"
             if kind == "aux/routes" and (sure := self._wrong_choices(layer, theirs)):
-                what += f", for {sure:,} of them against scores that differ by more than rounding"
+                what += f", for {sure:,} of them such as no rounding of the scores explains"
                 return replace(made, status="wrong", units=np.inf, what=what)
             return replace(made, status="other", what=what)
         wrong = theirs != truth
@@ -367,7 +368,13 @@ class _Judge:
         """How many tokens' experts no rounding explains, as far as the truth can tell."""
         config = self.truth.config
         scores = f"act/{layer_name(layer, SCORES)}"
-        if config is None or scores not in self.truth:
+        if config is None:
+            return 0
+        told = np.sort(routes, axis=-1)
+        none = (told[..., :1] < 0) | (told[..., -1:] >= config.experts)
+        if (bad := np.concatenate([none, told[..., 1:] == told[..., :-1]], axis=-1)).any():
+            return int(bad.any(axis=-1).sum())  # no expert, or one twice
+        if scores not in self.truth:
             return 0
         unit = self.truth.entries[scores].units.get(self.dtype, np.inf)
         ranked = np.asarray(self.truth.array(scores), np.float64)
@@ -376,8 +383,6 @@ class _Judge:
                 ranked = ranked + self.truth.checkpoint().tensor(layer_name(layer, GATE_BIAS))
             except CouldNotRun:
                 return 0
-        if routes.min() < 0 or routes.max() >= config.experts:
-            return int(((routes < 0) | (routes >= config.experts)).any(axis=-1).sum())
         return int((~explained(ranked, routes, FACTOR * unit, config)).sum())
 
     def _unpadded(self, name: str, theirs: np.ndarray, truth: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+
+from refimpl.cli.check import _again
+from refimpl.port.truth import Truth
 
 from port.conftest import example, no_catalogue
 from port.examples import Arrays, Example, edited, save, write_vectors
@@ -298,3 +302,22 @@ def test_what_is_not_given(sound: Path) -> None:
     assert err == (
         "refimpl: --only must match a name of the truth, such as act/model.embed_tokens, got no\n"
     )
+
+
+def test_the_command_names_what_else_the_truth_was_run_with(
+    example: Example, tmp_path: Path
+) -> None:
+    """A truth of GRPO, of padded sequences and in parts must not be run again without them."""
+
+    def change(index: Any) -> None:
+        index["metadata"]["request"]["loss"] = "grpo"
+        index["metadata"]["split"] = {
+            "spec": "rows=1+1",
+            "shapes": [[1, 9]] * 2,
+            "rules": {"grpo": {"right": [1, 1]}},
+        }
+        index["tensors"]["in/key_mask"] = index["tensors"]["in/mask"]
+
+    truth = Truth.open(edited(example.truth, tmp_path, change))
+    command = _again(truth, types.SimpleNamespace(routes=Path("p.safetensors")))  # type: ignore[arg-type]
+    assert " --grpo GRPO --key-mask KEY-MASK --split rows=1+1 " in command

@@ -275,3 +275,66 @@ def test_what_cannot_be_asked_for() -> None:
     ):
         with pytest.raises(CouldNotRun, match=said):
             check(**({"op": "rms_norm", "forward": forward, "backward": backward} | given))
+
+
+class Evil:
+    """An object, or an error, of which nothing can be asked."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
+def mute(dy: Any, saved: Any) -> Any:
+    raise Mute
+
+
+@pytest.mark.parametrize(
+    ("backward", "line"),
+    [
+        (lambda dy, saved: [np.full(3, None)] * 2, "can't take a result of type ndarray (object)"),
+        (lambda dy, saved: [np.full(3, "x")] * 2, "can't take a result of type ndarray (<U1)"),
+        (lambda dy, saved: [Evil()] * 2, "RuntimeError: detach"),
+        (mute, "Mute"),
+    ],
+)
+def test_what_is_no_array_of_numbers(backward: Any, line: str) -> None:
+    found = check("linear", pair_of("linear").forward, backward, examples=1)
+    assert not found.ok
+    assert line in found.faults[0]
+
+
+def test_what_is_not_finite_agrees_with_no_difference() -> None:
+    forward, backward = pair_of("linear")
+    nan = check("linear", forward, lambda dy, s: [g * np.nan for g in backward(dy, s)], examples=1)
+    assert not nan.ok
+    assert "finite differences agree" not in str(nan)
+    assert nan.tensors[1].difference == np.inf
+
+
+def test_complex_gradients_are_not_compared() -> None:
+    forward, backward = pair_of("linear")
+    found = check("linear", forward, lambda dy, s: [g + 0j for g in backward(dy, s)], examples=1)
+    assert not found.ok
+    assert found.tensors[1].reasons == ["must be float64 for float64 inputs, got complex128"]
+
+
+def test_a_second_call_with_fewer_gradients() -> None:
+    forward, backward = pair_of("linear")
+    calls: list[int] = []
+
+    def shrinking(dy: Any, saved: Any) -> Any:
+        calls.append(1)
+        return backward(dy, saved)[: 1 + len(calls) % 2]
+
+    found = check("linear", forward, shrinking, examples=1)
+    assert "linear: backward gives 2 gradients, and 1 when called again" in found.faults
+
+
+def test_a_seed_below_0() -> None:
+    with pytest.raises(CouldNotRun, match="seed must be at least 0"):
+        check("linear", *pair_of("linear"), seed=-1)

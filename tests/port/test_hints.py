@@ -59,6 +59,7 @@ KV_A, KV_B = "kv_a_proj_with_mqa.weight", "kv_b_proj.weight"
     [
         (ATTENTION, "o_proj.weight", lambda x: -x, "the sign is the other: "),
         (ATTENTION, "o_proj.weight", lambda x: 0 * x, "0 throughout: "),
+        (ATTENTION, "o_proj.weight", lambda x: 1e-30 * x, "0 throughout: "),
         (ATTENTION, "o_proj.weight", lambda x: x / 0, "not finite: "),
         (ATTENTION, KV_B, heads_zero, "head 1: 0, the other 2 ok"),
         (ATTENTION, KV_A, halves, "rotated rows as halves instead of interleaved"),

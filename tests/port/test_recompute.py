@@ -15,9 +15,11 @@ from refimpl.errors import CouldNotRun
 from refimpl.grads import GRPO, Request, write_gradients
 from refimpl.ops import grpo_forward
 from refimpl.port import recompute as module
+from refimpl.port.diagnose import diagnose
 from refimpl.port.parts import Part, parts_of
 from refimpl.port.recompute import recompute
 from refimpl.port.truth import Truth
+from refimpl.port.vectors import SMALL
 
 from port.examples import TOKENS, Example, edited
 from port.truths import TYPES, case_truth, largest, unit_of
@@ -170,7 +172,7 @@ def test_dlogits_are_not_in_a_truth(example: Example, tmp_path: Path) -> None:
     request = Request(TOKENS, dlogits=dlogits, activations="*")
     write_gradients(source, request, tmp_path / "t", origin=folder)
     truth = Truth.open(tmp_path / "t")
-    with pytest.raises(CouldNotRun, match="in/dlogits"):
+    with pytest.raises(CouldNotRun, match="does not hold the dlogits"):
         recompute(truth, part_of(truth, "head, backward"), None)
     assert furthest_of_block(truth) <= 8
 
@@ -188,3 +190,17 @@ def test_tied_head_without_mtp(example: Example) -> None:
     assert truth.config is not None
     assert module.left_out(truth.config, "") == truth.config
     assert module.left_out(truth.config, "shared") == replace(truth.config, shared_experts=0)
+
+
+def test_a_case_that_lacks_an_input_can_t_be_computed(tmp_path: Path) -> None:
+    def drop(index: dict) -> None:  # type: ignore[type-arg]
+        del index["tensors"]["rms_norm-1/in/w"]
+
+    truth = Truth.open(edited(SMALL, tmp_path, drop))
+    part = next(part for part in parts_of(truth) if part.case == "rms_norm-1" and part.backward)
+    with pytest.raises(CouldNotRun, match=r"rms_norm-1, backward of .* can't be computed again"):
+        recompute(truth, part, None)
+    numbers = {name: 2 * truth.array(name) for name in part.tensors}
+    found = diagnose(truth, part, numbers, "float64")
+    assert not found.named
+    assert found.note.startswith("no planted bug was tried: ")

@@ -105,3 +105,10 @@ def test_what_is_no_file_of_tensors(tmp_path: Path) -> None:
     assert "can't be read: No such file" in refused(tmp_path / "no.npz")
     save_file({}, tmp_path / "empty.safetensors")
     assert "holds no tensor" in refused(tmp_path / "empty.safetensors")
+
+
+def test_a_wrapper_s_name_beside_the_plain_one(tmp_path: Path) -> None:
+    """Which of the two is meant, nobody knows."""
+    save_file({"x": np.zeros(2), "module.x": np.ones(2)}, tmp_path / "a.safetensors")
+    theirs = open_theirs(tmp_path / "a.safetensors")
+    assert theirs.shared == {"x": ["a.safetensors as module.x", "a.safetensors as x"]}

@@ -55,6 +55,21 @@ def test_a_tensor_that_is_stored_once(example: Example, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "line"),
     [
+        (lambda x: x["tensors"].pop("in/tokens"), "KeyError 'in/tokens'"),
+        (lambda x: x["metadata"].pop("implementation"), "KeyError 'implementation'"),
+        (lambda x: x["metadata"]["request"].pop("loss"), "KeyError 'loss'"),
+        (lambda x: x["metadata"]["request"].update(loss="mine"), "loss must be one of"),
+        (lambda x: x["metadata"].update(split={"rules": "x"}), "has no attribute 'items'"),
+        (
+            lambda x: x["metadata"].update(split={"rules": {"main": {}}, "shapes": [[1, 2]]}),
+            "KeyError 'right'",
+        ),
+        (
+            lambda x: x["metadata"].update(
+                split={"rules": {"main": {"right": [1, 2]}}, "shapes": [[1, 2]]}
+            ),
+            "the factors of main must be a number for each part",
+        ),
         (lambda x: x["metadata"].pop("format"), "must have format 1, got None: write it again"),
         (lambda x: x["metadata"].update(format=2), "must have format 1, got 2"),
         (lambda x: x.pop("tensors"), "broken: KeyError 'tensors'"),

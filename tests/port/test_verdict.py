@@ -343,7 +343,12 @@ def test_other_experts_that_no_rounding_explains(example: Example, tmp_path: Pat
     assert verdict.verdict == "FAIL"
     assert verdict.first_wrong is not None
     assert verdict.first_wrong.name == "layer 1, gate, forward"
-    assert "for 1 of them against scores that differ by more than rounding" in str(verdict)
+    assert "for 1 of them such as no rounding of the scores explains" in str(verdict)
+    twice = np.repeat(example.arrays[TIE][..., :1], 2, axis=-1)
+    verdict = judge(example, tmp_path, example.arrays | {TIE: twice})
+    assert (verdict.verdict, verdict.tensors[TIE].status) == ("FAIL", "wrong")
+    verdict = judge(example, tmp_path, example.arrays | {TIE: example.arrays[TIE] > 1})
+    assert verdict.reason == f"{TIE} must be integers, got bool"
     strange = example.arrays[TIE] + 4
     verdict = judge(example, tmp_path, example.arrays | {TIE: strange})
     assert (verdict.verdict, verdict.tensors[TIE].status) == ("FAIL", "wrong")
