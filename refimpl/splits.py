@@ -47,8 +47,10 @@ def by_rows(arrays: Arrays, sizes: Sequence[int]) -> list[Part]:
     if min(sizes, default=-1) < 0 or sum(sizes) != rows:
         raise ValueError(f"sizes must be at least 0 and add up to B={rows}, got {list(sizes)}")
     ends = np.cumsum(sizes)
+    shape = arrays["tokens"].shape  # positions may be those of every row
+    given = {name: np.broadcast_to(x, shape) for name, x in arrays.items()}
     return [
-        Part({name: x[end - size : end] for name, x in arrays.items()}, 0)
+        Part({name: x[end - size : end] for name, x in given.items()}, 0)
         for size, end in zip(sizes, ends, strict=True)
     ]
 

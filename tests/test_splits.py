@@ -257,6 +257,23 @@ def test_biases_move_once_per_batch() -> None:
     assert not np.array_equal(sum(bias_update(bias, load, 0.001) for load in loads), step)
 
 
+def test_positions_of_every_row() -> None:
+    """[T] stands for all rows, in parts as in a batch."""
+    config = replace(SMALL, mtp_depth=0)
+    params = random_parameters(config)
+    arrays = {
+        "tokens": np.random.default_rng(5).integers(0, 31, (3, 6)),
+        "positions": np.arange(6) + 4,
+    }
+    output, _ = forward(params, config=config, **arrays)
+    for parts, pieces in (
+        (by_rows(arrays, [1, 2]), False),
+        (by_positions(arrays, [2], config), True),
+    ):
+        each = run_parts(params, parts, config, pieces=pieces)
+        assert sum(float(o.loss) for o, _ in each) == pytest.approx(float(output.loss), rel=1e-12)
+
+
 @pytest.mark.parametrize(
     ("arrays", "cut", "message"),
     [
