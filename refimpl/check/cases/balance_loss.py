@@ -30,7 +30,7 @@ def case(draw: Draw) -> Case:
     cut = None
     if draw.choice([True, False]):
         whole = counts + draw.rng.integers(0, 4, counts.shape)
-        whole[:, 0] += np.ptp(whole, axis=-1).max() == 0
+        whole[:, 0] += np.ptp(whole, axis=-1) == 0  # equal counts: no gradient
         cut = whole, draw.rng.integers(t, 2 * t + 2, b)
     regimes = flags(
         masked=mask is not None,
