@@ -108,7 +108,13 @@ AXES: dict[str, dict[str, str]] = {
         "scores": "B T .",
         "indices": "B T .",
     },
-    "balance_loss": {"scores": "B T .", "counted": "B T .", "mask": "B T"},
+    "balance_loss": {
+        "scores": "B T .",
+        "counted": "B T .",
+        "mask": "B T",
+        "cut.0": "B .",  # of a tuple
+        "cut.1": "B",
+    },
     "moe": {
         "x": "B T D",
         "weights": "B T .",
@@ -302,13 +308,13 @@ def rerun(
     """The case run with its sums in another order, and its results put back in place."""
     axes, orders = axes_of(case), permutations(case, rng, rows)
 
+    def moved_one(name: str, x: Any) -> Any:
+        if isinstance(x, tuple):
+            return tuple(moved_one(f"{name}.{i}", part) for i, part in enumerate(x))
+        return permuted(x, axes[name], orders) if isinstance(x, np.ndarray) and name in axes else x
+
     def move(group: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            name: permuted(x, axes[name], orders)
-            if isinstance(x, np.ndarray) and name in axes
-            else x
-            for name, x in group.items()
-        }
+        return {name: moved_one(name, x) for name, x in group.items()}
 
     moved = OpCase(case.op, move(case.inputs), move(case.kwargs), move(case.cot))
     u = ROUNDOFF["float64" if dtype == "float64" else "float32"]

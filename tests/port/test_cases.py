@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from refimpl.check.cases import CASES, RandomDraw, pair_of
-from refimpl.check.planted import PLANTED
+from refimpl.check.planted import FUNCTIONS, PLANTED
 from refimpl.grads.rounded import round_bfloat16
 from refimpl.port import cases
 from refimpl.port.cases import (
@@ -29,7 +29,7 @@ from refimpl.port.cases import (
 from support import FULL
 
 SEEDS = range(40 if FULL else 1)
-OP_BUGS = [x for x in PLANTED if x.op != "model" and not x.of_checker]
+OP_BUGS = [x for x in PLANTED if x.op not in ("model", *FUNCTIONS) and not x.of_checker]
 if not FULL:
     OP_BUGS = OP_BUGS[::11]
 
@@ -83,14 +83,18 @@ def test_bfloat16_is_rounded_everywhere() -> None:
 
 @pytest.mark.parametrize("bug", OP_BUGS, ids=lambda bug: f"{bug.op}: {bug.name}")
 def test_a_bug_is_named_by_its_numbers(bug: cases.Planted) -> None:
-    """In float32, wherever the inputs show it; from a rerun in another order, as a port would."""
+    """In float32, wherever the inputs show it clearly, and nowhere else; from a rerun in another
+    order, as a port would. Between one and three bounds its rounding errors may hide it."""
     for seed in SEEDS:
         case = rounded_to(drawn(bug.op, 500 + seed), "float32")
         exact = truth(case)
         theirs = run(case, "float32", planted(bug))
-        shown = apart(theirs, exact, units(case, "float32", exact))
+        unit = units(case, "float32", exact)
+        shown = apart(theirs, exact, unit)
+        clear = apart(theirs, exact, {name: 3 * x for name, x in unit.items()})
         named = name_bugs(case, theirs, "float32")
-        assert (bug in named) == bool(shown), named
+        assert bug in named or not clear, named
+        assert shown or bug not in named, named
 
 
 def test_the_mistake_of_a_part_is_named() -> None:
