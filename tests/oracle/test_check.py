@@ -117,10 +117,6 @@ def test_transformers_is_right(case: Case, tmp_path: Path) -> None:
         assert told["extra"] == []
 
 
-@pytest.mark.xfail(
-    reason="reruns in bfloat16 sum in float32 and round to the same numbers: their unit is that of "
-    "one draw of rounding, and right code of others has up to 12 of it"
-)
 def test_transformers_is_right_in_bfloat16(case: Case, tmp_path: Path) -> None:
     """With its routes handed over."""
     file = theirs(case, "bfloat16", tmp_path / "theirs.safetensors")
