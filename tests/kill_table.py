@@ -1,11 +1,15 @@
 """`refimpl power` with what needs more than the package: the golden values, and, where they are
-installed, torch's gradcheck and JAX's check_grads on the same draws (``make power``)."""
+installed, torch's gradcheck and JAX's check_grads on the same draws (``make power``).
+
+``--diagnosis`` prints instead how many planted bugs `refimpl check` names (some minutes)."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -18,6 +22,9 @@ from refimpl.port.power import Draw, Row, drawn
 from refimpl.port.power import kill as kill_by_rules
 
 from golden import values as golden_values
+from port.outside import OUTSIDE
+from port.rates import of_outside, rates_of_cases, rates_of_model
+from port.truths import model_truth
 
 DRAWS = 3  # of an op, for gradcheck and check_grads
 
@@ -133,8 +140,33 @@ def jax_check_grads(pair: Any, draw: Draw) -> bool:
     return True
 
 
+def diagnosis() -> int:
+    """Print how many bugs are named, on fresh draws; 1 if a mistake is given a wrong name."""
+    wrong = 0
+    with TemporaryDirectory() as folder:
+        truth = model_truth(Path(folder), 12)
+        for dtype in ("float32", "bfloat16"):
+            for where, rates in (
+                ("cases of ops", rates_of_cases(dtype, range(10, 13))),
+                ("tiny model", rates_of_model(truth, dtype)),
+            ):
+                print(f"{dtype:<9} {where:<13}{rates}")
+                for line in rates.missed:
+                    print(f"    {line}")
+                wrong += rates.found["wrong"] if dtype == "float32" else 0
+        told = {bug: of_outside(truth, bug) for bug in OUTSIDE}
+    named = [bug.name for bug, found in told.items() if found is not None and found.named]
+    shown = sum(found is not None for found in told.values())
+    print(f"outside the catalogue, float32: {len(told)}, {shown} shown, {len(named)} given a name")
+    for name in named:
+        print(f"    {name}")
+    return int(wrong + len(named) > 0)
+
+
 def main() -> int:
     """Print the tables; 1 if a bug survives or clean code is called wrong."""
+    if "--diagnosis" in sys.argv:
+        return diagnosis()
     extra = {"golden": golden}
     others = {"torch": ("gradcheck", torch_gradcheck), "jax": ("check_grads", jax_check_grads)}
     for module, (name, check) in others.items():

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from refimpl.cli.memory import grads_memory
+from refimpl.cli.memory import check_memory, grads_memory
 from refimpl.config import preset
 from refimpl.memory import attention_memory, available_memory, head_memory
 from refimpl.ops import (
@@ -135,3 +135,7 @@ def test_memory_does_not_grow_with_layers(tmp_path: Path) -> None:
     assert eight.numbers > 3 * two.numbers
     assert eight.peak <= 1.1 * two.peak
     assert eight.peak - start.peak < eight.numbers * 4 / 4
+    checked = check_memory(tmp_path / "eight")
+    assert checked.stored > eight.numbers * 4
+    assert checked.peak < 0.1 * checked.stored
+    assert checked.peak < start.peak + checked.largest

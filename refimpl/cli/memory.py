@@ -6,6 +6,7 @@ import shutil
 import sys
 import tempfile
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -20,12 +21,18 @@ from .app import app, console
 
 GRADS_BOUND = 6e9  # bytes, of V2-Lite's shape at 256 tokens in float32, however many layers
 
+CHECK_BOUND = 0.2e9  # bytes, of `refimpl check` on any shape: what it reads is mapped
+
 
 @app.command()
 def memory(
     grads: Annotated[
         bool,
-        typer.Option("--grads", help="Measure `refimpl grads` on a random checkpoint instead."),
+        typer.Option(
+            "--grads",
+            help="Measure `refimpl grads`, and `refimpl check` of its result, on a random "
+            "checkpoint instead.",
+        ),
     ] = False,
     model: Annotated[
         str, typer.Option(help="With --grads: preset or config.json that has the shapes.")
@@ -109,6 +116,36 @@ def grads_memory(
     return GradsMemory(found.peak, found.seconds, numbers)
 
 
+class CheckMemory(NamedTuple):
+    peak: int  # bytes that no file backs (RssAnon), the interpreter's included
+    seconds: float
+    largest: int  # bytes of the largest tensor
+    stored: int  # bytes of all files of one side
+
+
+def check_memory(truth: Path) -> CheckMemory:
+    """Run ``refimpl check`` in a process of its own, on a port that holds the files of ``truth``,
+    in several shards. Measuring units would take six times the run: they are set to a rounding
+    of each tensor's largest number, since a size of theirs changes no memory."""
+    index = read_json(truth / "index.json")
+    index["metadata"]["units"] = {"types": ["float32"]}
+    largest = 0
+    for told in index["tensors"].values():
+        if told.get("dtype") == "float32":
+            told["units"] = {"float32": 2.0**-24 * told["scale"]}
+            largest = max(largest, 4 * prod(told["shape"]))
+    write_json(truth / "index.json", index)
+    theirs = truth.with_name(f"{truth.name}-theirs")
+    theirs.mkdir()
+    for file in truth.glob("*.safetensors"):
+        (theirs / file.name).hardlink_to(file)
+    stored = sum(file.stat().st_size for file in theirs.iterdir())
+    command = [sys.executable, "-m", "refimpl", "check", str(theirs), "--against", str(truth)]
+    found = process_memory(command)
+    shutil.rmtree(theirs)
+    return CheckMemory(found.peak, found.seconds, largest, stored)
+
+
 def _grads(model: str, layers: int, tokens: int, folder: Path | None) -> int:
     """The peak of `refimpl grads` on a random bfloat16 checkpoint; the exit code."""
     whole, out = load_config(model), console()
@@ -129,6 +166,7 @@ def _grads(model: str, layers: int, tokens: int, folder: Path | None) -> int:
         stored = sum(file.stat().st_size for file in (place / "checkpoint").iterdir())
         found = grads_memory(place / "checkpoint", place / "grads", tokens=tokens)
         made = sum(file.stat().st_size for file in (place / "grads").iterdir())
+        checked = check_memory(place / "grads")
         shutil.rmtree(place / "grads")
         unsynced = grads_memory(place / "checkpoint", place / "unsynced", tokens=tokens, sync=False)
     finally:
@@ -150,8 +188,13 @@ def _grads(model: str, layers: int, tokens: int, folder: Path | None) -> int:
         f"{unsynced.seconds:.1f} s"
     )
     out.print(
+        f"refimpl check of these gradients: peak RssAnon {checked.peak / 1e9:.2f} GB, "
+        f"{checked.seconds:.0f} s; the largest tensor has {checked.largest / 1e9:.2f} GB, all "
+        f"{checked.stored / 1e9:.2f} GB; bound {CHECK_BOUND / 1e9:.1f} GB"
+    )
+    out.print(
         f"  all of it: refimpl memory --grads --model {model} --layers {whole.layers} --folder …"
     )
-    holds = found.peak <= GRADS_BOUND
+    holds = found.peak <= GRADS_BOUND and checked.peak <= CHECK_BOUND
     out.print("holds" if holds else "DOES NOT HOLD")
     return int(not holds)

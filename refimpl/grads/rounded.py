@@ -1,8 +1,15 @@
 """bfloat16 without an op that computes in it: every op rounds what it returns, forward and
-backward; inside, and what it saves, is float32."""
+backward; inside, and what it saves, is float32.
+
+Rounded to the nearest, two runs with sums in other orders are nearly the same run: their float32
+sums differ by less than a rounding step. `rounded` by chance makes runs that are independent draws
+of rounding, as two implementations are that round in other places.
+"""
 
 from __future__ import annotations
 
+import zlib
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -10,7 +17,7 @@ import numpy as np
 
 from ..ops import AnyOp, Op
 
-__all__ = ["round_bfloat16", "rounded"]
+__all__ = ["round_bfloat16", "rounded", "rounded_by_chance"]
 
 
 def round_bfloat16(x: Any) -> Any:
@@ -24,14 +31,32 @@ def round_bfloat16(x: Any) -> Any:
     return x
 
 
-def rounded(op: AnyOp) -> AnyOp:
-    """``op``, whose outputs and gradients are rounded; what it saves is not."""
+def rounded_by_chance(x: Any, seed: int) -> Any:
+    """As `round_bfloat16`, but up or down with a chance that makes the mean right. It is the same
+    for the same numbers and seed, whatever was rounded before."""
+    if isinstance(x, tuple):
+        parts = [rounded_by_chance(part, seed) for part in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+    if not (isinstance(x, np.ndarray | np.floating) and x.dtype.kind == "f"):
+        return x
+    single = np.array(x, np.float32)
+    bits = single.view(np.uint32)
+    rng = np.random.default_rng([seed, zlib.crc32(bits.tobytes())])
+    up = bits + rng.integers(0, 2**16, bits.shape, np.uint32)
+    found = (up & np.uint32(0xFFFF0000)).view(np.float32)
+    return np.where(np.isfinite(single), found, single).astype(x.dtype)
+
+
+def rounded(op: AnyOp, seed: int | None = None) -> AnyOp:
+    """``op``, whose outputs and gradients are rounded, with a ``seed`` by chance; what it saves is
+    not."""
+    to_type = round_bfloat16 if seed is None else partial(rounded_by_chance, seed=seed)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         y, saved = op.forward(*args, **kwargs)
-        return round_bfloat16(y), saved
+        return to_type(y), saved
 
     def backward(dy: Any, saved: Any) -> Any:
-        return round_bfloat16(op.backward(dy, saved))
+        return to_type(op.backward(dy, saved))
 
     return Op(forward, backward)

@@ -4,12 +4,14 @@ than a right port's rounding may."""
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from math import prod
 
 import numpy as np
 
 from ..check.cases import CASES
 from ..check.planted import Planted
 from ..errors import CouldNotRun
+from ..parameters import block_shapes
 from .compare import FACTOR
 from .diagnose import bugs_of, largest, unit_of
 from .parts import Part
@@ -18,6 +20,7 @@ from .truth import Truth
 
 __all__ = ["not_excluded"]
 
+MOST_BYTES = 2**28  # of a part's weights in float64: with more, a hundred bugs take hours
 MOST_PARTS = 4  # of a kind and direction that a bug is tried on: the first, the last, and between
 
 
@@ -26,15 +29,33 @@ def not_excluded(
 ) -> list[Planted]:
     """The bugs of ``parts`` that would not have shown in the tensors ``names_checked``; each is
     tried on up to `MOST_PARTS` parts of a kind. CouldNotRun if a part of a model can't be computed
-    again."""
+    again, or is too large to be computed with every bug."""
     judged, hidden = frozenset(names_checked), []
     chosen = some_of_each(parts)
+    expect_small(truth, chosen)
     tried = [part for part in chosen if tells(truth, part)]
     for bug in dict.fromkeys(bug for part in chosen for bug in bugs_of(truth, part)):
         where = [part for part in tried if bug in bugs_of(truth, part)]
         if not any(shows(truth, group, bug, judged, dtype) for group in together(where)):
             hidden.append(bug)
     return hidden
+
+
+def expect_small(truth: Truth, parts: Sequence[Part]) -> None:
+    """CouldNotRun if the weights of a block, or the head, take more than `MOST_BYTES`."""
+    if truth.config is None:
+        return
+    config, largest_head = truth.config, 8 * truth.config.vocabulary * truth.config.width
+    sizes = {"embedding and head": largest_head}
+    for layer in dict.fromkeys(part.layer for part in parts if part.layer is not None):
+        numbers = sum(prod(shape) for shape in block_shapes(config, layer).values())
+        sizes[f"layer {layer}"] = 8 * numbers
+    name = max(sizes, key=lambda x: sizes[x])
+    if sizes[name] > MOST_BYTES:
+        raise CouldNotRun(
+            f"the weights of {name} take {sizes[name] / 2**30:.1f} GiB in float64, and no bug "
+            f"is tried beyond {MOST_BYTES / 2**30:.2g}: a smaller model of the same parts shows it"
+        )
 
 
 def together(parts: Sequence[Part]) -> list[list[Part]]:

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, lru_cache
-from math import prod
+from math import inf, prod
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from ..errors import CouldNotRun
 from ..grads.cotangents import Calls, activations_of
 from ..grads.request import EMBEDDINGS, HIDDEN, INNER, SCORES
 from ..grads.rounded import round_bfloat16, rounded
+from ..memory import available_memory
 from ..ops import IMPLEMENTATIONS, AnyOp, Op, Ops
 from ..parameters import (
     EMBEDDING,
@@ -51,6 +52,7 @@ from .truth import Truth
 __all__ = ["BLOCK", "MOST_BYTES", "Setting", "planted_code", "recompute"]
 
 MOST_BYTES = 2**33  # of the weights of one block in float64: beyond, nothing is computed again
+TIMES = 5  # so much memory as its weights take a block: 22.7 GB at 4.6 GB
 Arrays = dict[str, np.ndarray]
 BLOCK = ("attention", "gate", "network")  # the kinds of parts of one block
 WITHOUT = ("mtp", "balance", "shared")  # what can be left out of a run
@@ -211,10 +213,10 @@ class Inputs:
         model = self.setting.code.model
         shapes = parameter_shapes(self.config)
         total = sum(8 * prod(shapes[name]) for name in names)
-        if total > MOST_BYTES:
+        if total > (most := most_bytes()):
             raise CouldNotRun(
-                f"the weights of this part take {total / 2**30:.0f} GiB in float64, and at most "
-                f"{MOST_BYTES / 2**30:.0f} are computed again"
+                f"the weights of this part take {total / 2**30:.1f} GiB in float64, and at most "
+                f"{most / 2**30:.1f} can be computed again here"
             )
         params = {name: self.place(weight(self.truth, name)) for name in names}
         routes = {}
@@ -252,6 +254,18 @@ class Inputs:
         """The ops without the bug."""
         right = self.setting._replace(code=planted_code(None))
         return right.table(self.truth.metadata["implementation"])
+
+
+@cache
+def free_bytes() -> float:
+    """The memory that was free when a part was first computed again."""
+    found = available_memory()
+    return inf if found is None else found
+
+
+def most_bytes() -> float:
+    """How many bytes of weights a part may have to be computed again."""
+    return min(MOST_BYTES, free_bytes() / TIMES)
 
 
 def left_out(config: ModelConfig, what: str) -> ModelConfig:

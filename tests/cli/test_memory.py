@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from refimpl.cli.memory import GradsMemory
+from refimpl.cli.memory import CheckMemory, GradsMemory
 from refimpl.memory import AttentionMemory, HeadMemory
 
 from support import refimpl_here
@@ -49,8 +49,12 @@ def test_a_broken_bound(measured: pytest.MonkeyPatch, measure: str, figures: lis
     assert done.stdout.endswith("\nDOES NOT HOLD\n")
 
 
-@pytest.mark.parametrize(("peak", "code"), [(5.9e9, 0), (6.1e9, 1)])
-def test_of_grads(peak: float, code: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("peak", "of_check", "code"), [(5.9e9, 0.1e9, 0), (6.1e9, 0.1e9, 1), (5.9e9, 0.3e9, 1)]
+)
+def test_of_grads(
+    peak: float, of_check: float, code: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """On a checkpoint that is written and gone again; its bound decides the exit code."""
 
     def measure(checkpoint: Path, out: Path, *, tokens: int, sync: bool = True) -> GradsMemory:
@@ -59,13 +63,17 @@ def test_of_grads(peak: float, code: int, monkeypatch: pytest.MonkeyPatch, tmp_p
         out.mkdir()
         return GradsMemory(int(peak), 3.0 if sync else 2.0, 26_714)
 
+    checked = CheckMemory(int(of_check), 4.0, 840_000_000, 6_700_000_000)
     monkeypatch.setattr("refimpl.cli.memory.grads_memory", measure)
+    monkeypatch.setattr("refimpl.cli.memory.check_memory", lambda truth: checked)
     arguments = "--grads", "--model", "tiny", "--layers", 2, "--tokens", 7, "--folder", tmp_path
     done = refimpl_here("memory", *arguments)
     assert (done.returncode, done.stderr) == (code, "")
     assert "refimpl grads: tiny, 2 of 3 layers, 1×7 tokens" in done.stdout
     assert f"peak RssAnon {peak / 1e9:.2f} GB" in done.stdout
     assert "written through to the disk (fsync) 3.0 s, without 2.0 s" in done.stdout
+    assert f"check of these gradients: peak RssAnon {of_check / 1e9:.2f} GB, 4 s;" in done.stdout
+    assert "the largest tensor has 0.84 GB, all 6.70 GB; bound 0.2 GB" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 

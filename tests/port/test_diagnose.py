@@ -4,29 +4,20 @@ catalogue is not."""
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from refimpl.check.planted import FUNCTIONS, PLANTED, Planted, plant
-from refimpl.ops import Op
+from refimpl.check.planted import PLANTED, Planted, plant
 from refimpl.port.diagnose import bugs_of, diagnose
 from refimpl.port.parts import parts_of
 from refimpl.port.truth import Truth
 
 from port.examples import Example, edited
 from port.outside import OUTSIDE
+from port.rates import of_outside, rates_of_cases, rates_of_model
 from port.test_recompute import bug_of, part_of
-from port.truths import (
-    TYPES,
-    case_port,
-    case_truth,
-    diagnosed,
-    first_wrong,
-    model_port,
-    model_truth,
-)
+from port.truths import TYPES, diagnosed, first_wrong, model_port, model_truth
 from support import FULL
 
 SEEDS = range(3) if FULL else range(1)  # of cases of each op
@@ -118,63 +109,25 @@ def test_a_truth_that_is_not_this_code_s(example: Example, tmp_path: Path) -> No
     assert "computed again, differs" in found.note
 
 
-# How many are named: the figures of verification
-
-
-def reachable(bug: Planted) -> bool:
-    """Whether a case of the op can have the bug, and its shapes do not tell it before."""
-    named = bug.name != "gradient of w not summed over rows" and (FEW is None or bug.op in FEW)
-    return named and bug.op not in FUNCTIONS and bug.op != "model" and not bug.of_checker
-
-
-def count_cases(dtype: str) -> tuple[Counter[str], list[str]]:
-    """Bugs on cases of their op: named, wrongly named, unknown, hidden."""
-    found, missed = Counter[str](), []
-    for bug in filter(reachable, PLANTED):
-        for seed in SEEDS:
-            truth = case_truth(bug.op, 2000 + seed)
-            pair = plant(bug)
-            assert isinstance(pair, Op)
-            told = diagnosed(truth, case_port(truth, pair, dtype, 55), dtype)
-            kind = outcome(told, bug)
-            found[kind] += 1
-            missed += [f"{bug.op}: {bug.name}: {kind}"] if kind in ("unknown", "wrong") else []
-    return found, missed
-
-
-def outcome(told: object, bug: Planted) -> str:
-    if told is None:
-        return "hidden"
-    named = told.named  # type: ignore[attr-defined]
-    return "named" if bug in named else "wrong" if named else "unknown"
+# How many are named: tests/kill_table.py --diagnosis prints the figures
 
 
 @pytest.mark.parametrize(("dtype", "least"), [("float32", 0.98), ("bfloat16", 0.85)])
 def test_cases_of_ops(dtype: str, least: float) -> None:
     if dtype == "bfloat16" and not FULL:
         pytest.skip("make test-full")
-    found, missed = count_cases(dtype)
-    shown = found["named"] + found["unknown"] + found["wrong"]
-    assert found["named"] >= least * shown, (found, missed)
-    assert shown >= (0.6 if FULL else 0.4) * found.total()
+    rates = rates_of_cases(dtype, SEEDS, FEW)
+    assert rates.named >= least * rates.shown, rates
+    assert rates.shown >= (0.6 if FULL else 0.4) * rates.found.total()
 
 
 @pytest.mark.skipif(not FULL, reason="make test-full")
 @pytest.mark.parametrize(("dtype", "least"), [("float32", 0.98), ("bfloat16", 0.85)])
 def test_the_tiny_model(tmp_path: Path, dtype: str, least: float) -> None:
     """Every bug in a whole port of a model that was drawn for this test."""
-    truth = model_truth(tmp_path, 11)
-    found, missed = Counter[str](), []
-    bugs = dict.fromkeys(bug for part in parts_of(truth) for bug in bugs_of(truth, part))
-    for bug in bugs:
-        if bug.name == "gradient of w not summed over rows":
-            continue
-        kind = outcome(diagnosed(truth, model_port(truth, bug, dtype, 5), dtype), bug)
-        found[kind] += 1
-        missed += [f"{bug.op}: {bug.name}: {kind}"] if kind in ("unknown", "wrong") else []
-    shown = found["named"] + found["unknown"] + found["wrong"]
-    assert found["named"] >= least * shown, (found, missed)
-    assert shown >= 0.7 * found.total()
+    rates = rates_of_model(model_truth(tmp_path, 11), dtype)
+    assert rates.named >= least * rates.shown, rates
+    assert rates.shown >= 0.7 * rates.found.total()
 
 
 def test_outside_is_large_enough_and_runs() -> None:
@@ -185,14 +138,9 @@ def test_outside_is_large_enough_and_runs() -> None:
 
 @pytest.mark.parametrize("bug", OUTSIDE, ids=lambda bug: f"{bug.op}: {bug.name}")
 def test_what_the_catalogue_does_not_have_is_not_named(truth: Truth, bug: Planted) -> None:
-    """In a whole port, or, of the ops that the run does not have, in a case."""
     if not FULL and bug not in OUTSIDE[::8]:
         pytest.skip("make test-full")
-    if bug.op in ("grpo", "preference_loss"):
-        of = case_truth(bug.op, 2000)
-        told = diagnosed(of, case_port(of, plant(bug), "float32", 55), "float32")  # type: ignore[arg-type]
-    else:
-        told = diagnosed(truth, model_port(truth, bug, "float32", 5), "float32")
+    told = of_outside(truth, bug)
     assert told is None or told.named == []
 
 

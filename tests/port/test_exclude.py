@@ -78,6 +78,18 @@ def test_without_inputs_nothing_is_claimed(example: Example, tmp_path: object) -
         not_excluded(truth, parts_of(truth), list(truth.entries), "float32")
 
 
+def test_large_parts_are_not_tried(truth: Truth, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is computed: of a model of real size it would take hours."""
+    from refimpl.port import exclude
+
+    monkeypatch.setattr(exclude, "MOST_BYTES", 1000)
+    monkeypatch.setattr(exclude, "recompute", None)
+    with pytest.raises(
+        CouldNotRun, match=r"weights of embedding and head take 0.0 GiB in float64, and no bug"
+    ):
+        not_excluded(truth, parts_of(truth), list(truth.entries), "float32")
+
+
 def test_shapes_that_differ_show() -> None:
     from refimpl.port.exclude import differs
 
