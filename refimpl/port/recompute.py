@@ -322,6 +322,9 @@ def block_of(truth: Truth, layer: int, setting: Setting, *, backward: bool) -> A
     given = Inputs(truth, setting)
     config, code = given.config, setting.code
     depth = depth_of(config, layer)
+    # the inputs come before the weights, which are larger: where one lacks, nothing is read in vain
+    reads = given.state(depth) if depth else given.stream(layer)
+    dy = given.tensor(f"cot/{module_name(layer)}") if backward else None
     names = [layer_name(layer, name) for name in block_shapes(config, layer)]
     if depth:
         names += [EMBEDDING, *(layer_name(layer, name) for name in (*MTP, MTP_NORM))]
@@ -331,11 +334,10 @@ def block_of(truth: Truth, layer: int, setting: Setting, *, backward: bool) -> A
     outputs: list[Any] = []
     run = run._replace(ops=calls.ops | {"mla": noting_outputs(calls.ops["mla"], outputs)})
     if depth:
-        state, batch = given.state(depth), given.batch.at(depth)
-        _, _, module = code.model.mtp_module_forward(run, depth, state, batch)
+        _, _, module = code.model.mtp_module_forward(run, depth, reads, given.batch.at(depth))
         y, block = module.norm.x, module.block
     else:
-        y, block = code.model.block_forward(run, layer, given.stream(layer), given.batch)
+        y, block = code.model.block_forward(run, layer, reads, given.batch)
     found = {f"act/{module_name(layer)}": y, f"act/{layer_name(layer, 'self_attn')}": outputs[0].y}
     found |= {f"act/{name}": x for name, x in inside_of(layer, block, inner, run.ops).items()}
     if layer >= config.dense_layers:
@@ -343,7 +345,6 @@ def block_of(truth: Truth, layer: int, setting: Setting, *, backward: bool) -> A
     if not backward:
         return found
     grads = code.model.Gradients(run.params)
-    dy = given.tensor(f"cot/{module_name(layer)}")
     dloss = 1.0 if given.with_loss else None
     dx = code.model.block_backward(run, layer, dy, dloss, block, grads)
     found |= {f"cot/{name}": x for name, x in cotangents_of(calls, block, code).items()}
@@ -414,11 +415,12 @@ def stored_gradients(sums: Mapping[str, Any], shapes: Mapping[str, tuple[int, ..
 
 def embedding_of(truth: Truth, setting: Setting, *, backward: bool) -> Arrays:
     given = Inputs(truth, setting)
+    dy = given.tensor(f"cot/{EMBEDDINGS}") if backward else None
     run = given.run([EMBEDDING])
     x, saved = run.ops.embedding.forward(run.params[EMBEDDING], ids=given.batch.tokens)
     if not backward:
         return {f"act/{EMBEDDINGS}": x}
-    gradient = run.ops.embedding.backward(given.tensor(f"cot/{EMBEDDINGS}"), saved)
+    gradient = run.ops.embedding.backward(dy, saved)
     if given.config.mtp_depth or given.config.tied:  # its other users
         above = above_of(truth, setting, backward=True)
         gradient = gradient + above.get(f"grad/{EMBEDDING}", 0)
@@ -440,12 +442,13 @@ def above_of(truth: Truth, setting: Setting, *, backward: bool) -> Arrays:
     ]
     if not modules and not config.tied:
         names.remove(EMBEDDING)
+    reads = given.stream(config.layers)
     run = given.run(names)
     for layer in mtp_layers(config):
         run = run._replace(routes=run.routes | given.run([], layer).routes)
     calls: dict[str, list[Any]] = {"rms_norm": [], "moe": []}
     run = run._replace(ops=run.ops | {n: noting_dy(run.ops[n], calls[n]) for n in calls})
-    hidden, norm = model.final_norm_forward(run, given.stream(config.layers))
+    hidden, norm = model.final_norm_forward(run, reads)
     found: Arrays = {
         f"act/{HIDDEN}": hidden,
         "out/logits": model.logits(run.params, hidden, run.ops),
