@@ -117,7 +117,7 @@ def test_loss_types() -> None:
     assert_same(
         theirs(loss_type="grpo", importance_sampling_level="sequence"), ours(ratio="sequence_mean")
     )
-    assert_same(theirs(delta=1.5), ours(dual_clip=1.5))
+    assert_same(theirs(delta=1.55), ours(dual_clip=1.55))  # on no ratio: exp may round either way
     assert abs(theirs(delta=1.1)[0] - ours(dual_clip=1.1)[0]) > 1e-3
     log_ratio = np.where(MASK, LOG_PROB - OLD, 0.0)
     weights = GRPOTrainer.get_gamma_weights(
