@@ -56,7 +56,7 @@ from ..checkpoint.files import content_fingerprint
 from ..checkpoint.source import Source
 from ..checkpoint.tensor_file import read_tensor_file
 from ..config import CONVENTIONS
-from .folder import Folder, Size, held
+from .folder import FORMAT, Folder, Size, held
 from .grpo import GRPO
 from .request import ACTIVATIONS, INNER, UNITS, Request, gradient_shapes
 from .result import Result, result_of, split_of, write_result
@@ -77,8 +77,6 @@ __all__ = [
     "loss_and_grads",
     "write_gradients",
 ]
-
-FORMAT = 1  # of a folder of results
 
 
 def write_gradients(

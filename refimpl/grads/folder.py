@@ -37,7 +37,7 @@ from ..parameters import layer_name
 from .lazy import Rows, sum_in_blocks
 from .request import digest
 
-__all__ = ["Folder", "LayerGradients", "Record", "Size", "Step", "held", "read_record"]
+__all__ = ["FORMAT", "Folder", "LayerGradients", "Record", "Size", "Step", "held", "read_record"]
 
 Step = tuple[str] | tuple[str, int]
 """A step of the work: ("head",), or with its layer, ("forward", 3)."""
@@ -54,6 +54,7 @@ OURS = (
     "grad-*.safetensors",
     "split-*.safetensors",
 )
+FORMAT = 1  # of index.json, that of conformance vectors too
 LOCKS = find_spec("fcntl") is not None
 MOST_INDEX = 2**28  # bytes; of DeepSeek-V3's gradients, 1.3e7
 PIECE = 2**20  # elements measured at a time

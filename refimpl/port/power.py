@@ -25,6 +25,7 @@ from ..ops import REFERENCE, AnyOp, Op
 from ..text import load_text
 from ..verify import Settings, plan, run
 from .compare import FACTOR
+from .diagnose import largest
 from .orders import shuffled
 
 __all__ = [
@@ -206,11 +207,6 @@ def units(op: str, draw: Draw, dtype: str) -> dict[str, float]:
         for name, x in again(op, draw, dtype, seed).items():
             found[name] = max(found[name], largest(x - draw.right[name]))
     return found
-
-
-def largest(x: np.ndarray) -> float:
-    most = float(np.max(np.abs(x), initial=0.0))
-    return most if np.isfinite(most) else np.inf
 
 
 def clean_runs(draws: int) -> Iterator[tuple[str, str, float]]:

@@ -21,11 +21,11 @@ from ..checkpoint.tensor_file import StoredTensor, one_line, open_file
 from ..config import Conventions, ModelConfig, Yarn
 from ..errors import CouldNotRun
 from ..files import expect_folder, parse_json, read_bytes
+from ..grads.folder import FORMAT
 from ..ops import IMPLEMENTATIONS
 
-__all__ = ["FORMAT", "KINDS", "Entry", "Truth", "config_from"]
+__all__ = ["KINDS", "Entry", "Truth", "config_from"]
 
-FORMAT = 1  # of index.json
 KINDS = ("model", "vectors")
 LOSSES = ("cross_entropy", "grpo", "dlogits")
 MOST_INDEX = 2**28  # bytes; of DeepSeek-V3's gradients, 1.3e7

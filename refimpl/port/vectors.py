@@ -36,6 +36,7 @@ from ..check.rules import Pair, has_longdouble
 from ..checkpoint.tensor_file import read_tensor_file, write_tensor_file
 from ..errors import CouldNotRun
 from ..files import file_digest, replacing_folder, write_text
+from ..grads.folder import FORMAT
 from ..ops import bias_update, expert_load
 from ..optimizer import AdamW, clip_global_norm
 from .cases import (
@@ -397,7 +398,7 @@ def fill(
             raise RuntimeError(f"a set must have at most {MOST:,} bytes, got {total:,}")
         write_tensor_file(folder / file, {name: held[name] for name in sorted(held)})
     metadata = {
-        "format": 1,
+        "format": FORMAT,
         "kind": "vectors",
         "size": size,
         "refimpl": __version__,
