@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..ops import REFERENCE, Op, Ops
+from ..ops import IMPLEMENTATIONS, REFERENCE, Op, Ops
 from .cross_entropy import cross_entropy
 from .embedding import embedding
 from .grpo import grpo
@@ -15,7 +15,7 @@ from .rope import rope
 from .router import router
 from .swiglu import swiglu
 
-__all__ = ["COLUMNS", "CUDA", "NUMBA_CUDA", "cuda_table", "numba_cuda_table"]
+__all__ = ["COLUMNS", "CUDA", "NUMBA_CUDA", "ON_CPU", "cuda_table", "numba_cuda_table", "on_cpu"]
 
 CUDA = {
     "embedding": embedding,
@@ -52,3 +52,15 @@ def numba_cuda_table(launch: Launch) -> Ops:
 
 COLUMNS = {"cuda": cuda_table, "numba_cuda": numba_cuda_table}
 """By the implementation's name, what makes the table from a `Launch`."""
+
+ON_CPU = (*IMPLEMENTATIONS, "numba_cpu")
+"""The implementations that take NumPy's arrays."""
+
+
+def on_cpu(implementation: str) -> Ops:
+    """The table of one of `ON_CPU`; CouldNotRun for numba_cpu without Numba."""
+    if implementation == "numba_cpu":
+        from .cpu.table import numba_cpu_table
+
+        return numba_cpu_table()
+    return IMPLEMENTATIONS[implementation]

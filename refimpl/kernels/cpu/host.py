@@ -1,0 +1,49 @@
+"""What the host sides of the CPU's kernels share: arrays as kernels want them."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from ...array import Array
+
+__all__ = ["ONE_TASK", "empty", "expect_real", "ready", "rows_of"]
+
+ONE_TASK = 2**17  # numbers that one task handles at least: waking a thread takes 50 µs
+
+
+def expect_real(**arrays: Array | None) -> np.dtype[Any]:
+    """The dtype of all named arrays (None entries are skipped); TypeError unless they are NumPy's,
+    and all float32 or all float64."""
+    first: tuple[str, Any] | None = None
+    for name, x in arrays.items():
+        if x is None:
+            continue
+        if not isinstance(x, (np.ndarray, np.generic)):
+            raise TypeError(f"{name} must be a NumPy array, got {type(x).__name__}")
+        if x.dtype not in (np.float32, np.float64):
+            raise TypeError(f"{name} must be float32 or float64, got {x.dtype}")
+        if first is None:
+            first = name, x.dtype
+        elif first[1] != x.dtype:
+            raise TypeError(f"{name} must be {first[1]} like {first[0]}, got {x.dtype}")
+    if first is None:
+        raise TypeError("at least one array is needed, got none")
+    return first[1]  # type: ignore[no-any-return]
+
+
+def ready(x: Array) -> np.ndarray:
+    """``x`` without gaps: itself, if it is so already."""
+    return np.ascontiguousarray(x)
+
+
+def rows_of(x: Array) -> np.ndarray:
+    """``x`` […, n] as [rows, n], a view where that is possible."""
+    return x.reshape(prod(x.shape[:-1]), x.shape[-1])
+
+
+def empty(shape: tuple[int, ...], like: Array) -> np.ndarray:
+    """An array that will be written to, all of it."""
+    return np.empty(shape, like.dtype)

@@ -1,0 +1,38 @@
+"""SwiGLU's gate on kernels/swiglu_numba_cpu.py; as `refimpl.ops.swiglu`."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+from ...array import Array, expect
+from .compile import kernel
+from .host import ONE_TASK, empty, expect_real, ready
+from .pool import blocks_of, run
+
+__all__ = ["SwiGLUSaved", "swiglu_backward", "swiglu_forward"]
+
+
+class SwiGLUSaved(NamedTuple):
+    gate: Array  # […]
+    up: Array  # […]
+
+
+def swiglu_forward(gate: Array, up: Array) -> tuple[Array, SwiGLUSaved]:
+    dtype = expect_real(gate=gate, up=up)
+    expect("up", up, "gate.shape", gate.shape)
+    y, forward = empty(gate.shape, gate), kernel("swiglu", "swiglu_forward", dtype)
+    arrays = [x.reshape(-1) for x in (y, ready(gate), ready(up))]
+    run([partial(forward, *(x[part] for x in arrays)) for part in blocks_of(y.size, ONE_TASK)])
+    return y, SwiGLUSaved(gate, up)
+
+
+def swiglu_backward(dy: Array, saved: SwiGLUSaved) -> tuple[Array, Array]:
+    gate, up = saved
+    dtype = expect_real(dy=dy, gate=gate)
+    expect("dy", dy, "gate.shape", tuple(gate.shape))
+    backward = kernel("swiglu", "swiglu_backward", dtype)
+    dgate, dup = empty(gate.shape, gate), empty(gate.shape, gate)
+    arrays = [x.reshape(-1) for x in (dgate, dup, ready(dy), ready(gate), ready(up))]
+    run([partial(backward, *(x[part] for x in arrays)) for part in blocks_of(dy.size, ONE_TASK)])
+    return dgate, dup
