@@ -1,5 +1,5 @@
-"""JAX's column of `refimpl bench --cpu`: ops of fixed shapes, jitted, forward and backward. Not part
-of the package.
+"""JAX's column of `refimpl bench --cpu`: ops of fixed shapes, jitted, forward and backward. Not
+part of the package.
 
 Loaded by its path from refimpl/bench/cpu/worker.py.
 """
@@ -61,16 +61,7 @@ def head_cross_entropy(h: Any, w: Any, *, targets: Any) -> Any:
 
 FUNCTIONS = {
     f.__name__: f
-    for f in (
-        rms_norm,
-        rope,
-        swiglu,
-        linear,
-        block,
-        attention,
-        cross_entropy,
-        head_cross_entropy,
-    )
+    for f in (rms_norm, rope, swiglu, linear, block, attention, cross_entropy, head_cross_entropy)
 }
 
 

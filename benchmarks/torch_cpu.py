@@ -1,5 +1,5 @@
-"""Torch's columns of `refimpl bench --cpu`: the same problems from the same numbers. Not part of the
-package.
+"""Torch's columns of `refimpl bench --cpu`: the same problems from the same numbers. Not part of
+the package.
 
 Loaded by its path from refimpl/bench/cpu/worker.py. `torch` is what someone who is after speed
 writes with torch's own functions; values are padded to the width of queries and keys, without which

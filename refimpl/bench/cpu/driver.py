@@ -32,7 +32,7 @@ class Process:
     def __init__(self, column: str, cores: Sequence[int], command: Sequence[str] = ()) -> None:
         own = [sys.executable, "-m", f"{__package__}.worker", column, ",".join(map(str, cores))]
         count = {f"{name}_NUM_THREADS": str(len(cores)) for name in LIBRARIES}
-        self.said = tempfile.TemporaryFile("w+", errors="replace")
+        self.said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self.process = subprocess.Popen(
             [*(command or own)],
             stdin=subprocess.PIPE,

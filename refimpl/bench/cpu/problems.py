@@ -1,4 +1,5 @@
-"""What is computed: each problem's inputs, the same for every column, and the least of its products.
+"""What is computed: each problem's inputs, the same for every column, and the least of its
+products.
 
 Letters: B batch, S length, T = B·S tokens, D width, H heads, X = N + R query and key width, V value
 width, A and C the latents of queries and of keys and values, I hidden width of a dense network, F
@@ -7,7 +8,7 @@ of an expert, E experts, K of them per token, W vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
@@ -16,13 +17,7 @@ import numpy as np
 
 from ...config import ModelConfig
 from ...ops import rope_frequencies
-from ...parameters import (
-    EMBEDDING,
-    attention_shapes,
-    init_parameters,
-    is_stacked,
-    parameter_shapes,
-)
+from ...parameters import EMBEDDING, attention_shapes, init_parameters, is_stacked, parameter_shapes
 
 __all__ = ["PROBLEMS", "Inputs", "Problem", "Sizes", "inputs_of"]
 
@@ -83,7 +78,9 @@ class Sizes:
 
 
 class Inputs(NamedTuple):
-    arrays: dict[str, np.ndarray | None]  # what gradients are asked for, in the order of arguments
+    arrays: Mapping[
+        str, np.ndarray | None
+    ]  # what gradients are asked for, in the order of arguments
     fixed: dict[str, Any]  # keyword arguments
     dy: Any = None  # the gradient of the result
 
@@ -174,9 +171,7 @@ def router(d: Draw, s: Sizes) -> Inputs:
 
 def attention(d: Draw, s: Sizes) -> Inputs:
     wide = s.nope + s.rope
-    q, k, v, dy = (
-        d.normal(s.batch, s.length, s.heads, w) for w in (wide, wide, s.value, s.value)
-    )
+    q, k, v, dy = (d.normal(s.batch, s.length, s.heads, w) for w in (wide, wide, s.value, s.value))
     return Inputs({"q": q, "k": k, "v": v}, {"scale": wide**-0.5}, dy)
 
 

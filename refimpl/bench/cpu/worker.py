@@ -33,7 +33,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from ...errors import CouldNotRun
-from .columns import BENCHMARKS, COLUMNS, TRUTH
+from .columns import BENCHMARKS, COLUMNS
 from .ours import Gradients, Work, work_of
 from .problems import Sizes, inputs_of
 
@@ -135,7 +135,9 @@ def error_of(found: Gradients, truth: Path) -> tuple[float, str]:
         if exact.shape != given.shape:
             raise ValueError(f"{path.stem} must have shape {exact.shape}, got {given.shape}")
         exact, given = exact.reshape(-1), given.reshape(-1)
-        parts = [slice(i, i + 2**20) for i in range(0, exact.size, 2**20)]  # nothing in float64 whole
+        parts = [
+            slice(i, i + 2**20) for i in range(0, exact.size, 2**20)
+        ]  # nothing in float64 whole
         largest = max(float(np.max(np.abs(exact[part]))) for part in parts)
         wrong = [float(np.max(np.abs(given[part] - exact[part]))) for part in parts]
         errors[path.stem] = float(np.max(wrong)) / (largest or 1.0)  # NaN stays

@@ -1,0 +1,190 @@
+"""All rows: each problem given to every column, which then take turns."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from math import ceil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ... import __version__
+from ..measure import summary
+from ..run import Failed, commit_of_checkout
+from .columns import TRUTH, Column
+from .driver import Ended, Refused, Team
+from .load import BUSY, Load
+from .results import Cell, CpuResults, Measured
+from .rows import Row
+
+__all__ = ["Turn", "cores_of", "header", "measure_row", "measure_rows", "plan", "pick"]
+
+SAMPLE = 2e-3  # seconds that a sample lasts at least
+TURN = 0.15  # seconds that a turn lasts about
+MOST_SAMPLES = 20  # in a turn
+FEWEST, MOST = 5, 20  # turns of a column
+FEWEST_SLOW, SLOW = 3, 5.0  # where a round of all columns takes longer than so many seconds
+SETTLE = 0.03  # seconds before a turn: the threads of the one before still spin
+LOOK = 1.0  # seconds of looking at the machine before the first row
+PACKAGES = ("numpy", "numba", "torch", "transformers", "jax")
+
+Move = Callable[[str, int, int], None]  # what is done now, how many are done, how many there are
+
+
+class Turn(NamedTuple):
+    samples: list[float]
+    busy: float | None  # the share of the cores' time that others took
+
+
+def cores_of(threads: int | None) -> list[int]:
+    """The first so many cores of those that this process may use; all by default."""
+    count = os.cpu_count() or 1
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(count)
+    if threads is not None and not 1 <= threads <= len(allowed):
+        raise ValueError(f"threads must lie in 1…{len(allowed)}, the cores at hand, got {threads}")
+    return list(allowed)[:threads]
+
+
+def header(team: Team, commit: str | None) -> CpuResults:
+    """A run without rows yet: what and where, and the rate of the products."""
+    load = Load(team.cores, team.pids)
+    time.sleep(LOOK)
+    busy = load.share()
+    versions = {"refimpl": __version__, "Python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return CpuResults(
+        device=model_name(),
+        threads=len(team.cores),
+        cores=list(team.cores),
+        date=datetime.now(UTC).strftime("%Y-%m-%d"),
+        commit=commit or commit_of_checkout(),
+        versions=versions,
+        rate=team.ask(TRUTH, "rate")["rate"],
+        busy=busy,
+    )
+
+
+def model_name() -> str:
+    """The CPU's."""
+    try:
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def measure_rows(
+    team: Team, rows: Sequence[Row], columns: Sequence[Column], move: Move
+) -> Iterator[Measured | Failed]:
+    """Each row as it is measured. One that can't be is a `Failed`, and the others still are."""
+    for done, row in enumerate(rows):
+        try:
+            yield measure_row(team, row, columns, lambda what, n=done: move(what, n, len(rows)))  # type: ignore[misc]
+        except (Refused, Ended) as error:
+            yield Failed(row.name, str(error))
+
+
+def measure_row(
+    team: Team, row: Row, columns: Sequence[Column], say: Callable[[str], None]
+) -> Measured:
+    """The row by every column that can do it; why another can't is a note."""
+    problem = {"problem": row.problem, "sizes": asdict(row.sizes)}
+    found, notes = dict[str, Mapping[str, float | str | None]](), []
+    with tempfile.TemporaryDirectory(prefix="refimpl-bench-") as truth:
+        say(f"{row.name}: float64")
+        team.ask(TRUTH, "truth", **problem, truth=truth)
+        for column in (x.name for x in columns if row.problem in x.problems):
+            say(f"{row.name}: {column}")
+            try:
+                first = team.ask(column, "prepare", **problem, truth=truth)
+                found[column] = {**first, **team.ask(column, "peak")}
+            except (Refused, Ended) as error:
+                notes.append(f"{column}: {error}")
+    say(f"{row.name}: turns")
+    seconds = {column: float(x["seconds"]) for column, x in found.items()}  # type: ignore[arg-type]
+    turns, failed = take_turns(team, seconds, row.budget)
+    ready = [column for column in found if column not in failed]
+    picked = {column: pick(turns[column]) for column in ready}
+    for column in ready:
+        team.ask(column, "drop")
+    write = team.ask(TRUTH, "write", bytes=row.written)["seconds"] if row.written else None
+    shares = [turn.busy for chosen in picked.values() for turn in chosen if turn.busy is not None]
+    return Measured(
+        name=row.name,
+        shape=row.shape,
+        flops=row.what.flops(row.sizes),
+        x=row.x,
+        columns={column: cell_of(found[column], picked[column]) for column in ready},
+        write=write,
+        busy=sum(shares) / len(shares) if shares else None,
+        notes=(*notes, *(f"{column}: {why}" for column, why in failed.items())),
+    )
+
+
+def cell_of(found: Mapping[str, object], turns: Sequence[Turn]) -> Cell:
+    samples = [x for turn in turns for x in turn.samples]
+    kept: dict[str, Any] = {name: found[name] for name in ("peak", "error", "worst", "first")}
+    return Cell(times=summary(samples, least=1), samples=len(samples), **kept)
+
+
+def take_turns(
+    team: Team, seconds: Mapping[str, float], budget: float
+) -> tuple[dict[str, list[Turn]], dict[str, str]]:
+    """The turns of each column, one after the other in every round, and why a column stopped.
+
+    While others take more than `BUSY` of the cores' time, up to twice as many.
+    """
+    wanted, amounts = plan(seconds, budget)
+    turns: dict[str, list[Turn]] = {column: [] for column in seconds}
+    failed: dict[str, str] = {}
+    for _ in range(2 * wanted):
+        for column in [x for x in seconds if x not in failed]:
+            time.sleep(SETTLE)
+            load = Load(team.cores, team.pids)
+            samples, calls = amounts[column]
+            try:
+                given = team.ask(column, "turn", samples=samples, calls=calls)["seconds"]
+            except (Refused, Ended) as error:
+                failed[column] = str(error)
+                continue
+            turns[column].append(Turn(given, load.share()))
+        counts = [len(quiet(turns[column])) for column in seconds if column not in failed]
+        if min(counts, default=wanted) >= wanted:
+            break
+    return turns, failed
+
+
+def plan(seconds: Mapping[str, float], budget: float) -> tuple[int, dict[str, tuple[int, int]]]:
+    """How many turns each column has, and per turn how many samples of how many calls."""
+    amounts, whole = {}, 0.0
+    for column, one in seconds.items():
+        calls = ceil(SAMPLE / one)
+        samples = min(max(int(TURN / (calls * one)), 1), MOST_SAMPLES)
+        amounts[column] = samples, calls
+        whole += samples * calls * one + SETTLE
+    fewest = FEWEST if whole <= SLOW else FEWEST_SLOW
+    return min(max(int(budget / whole), fewest), MOST) if whole else 0, amounts
+
+
+def quiet(turns: Sequence[Turn]) -> list[Turn]:
+    return [turn for turn in turns if turn.busy is None or turn.busy <= BUSY]
+
+
+def pick(turns: Sequence[Turn]) -> Sequence[Turn]:
+    """Those that count: while the machine was quiet, if there are enough of them; else the less
+    busy half."""
+    found = quiet(turns)
+    if len(found) >= FEWEST_SLOW:
+        return found
+    return sorted(turns, key=lambda turn: turn.busy or 0.0)[: max(ceil(len(turns) / 2), 1)]
