@@ -6,15 +6,15 @@ Loaded by its path from refimpl/bench/cpu/worker.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax import numpy as jnp
 
+from refimpl.bench.cpu.ours import Work
+
 VERSION = jax.__version__
-Call = Callable[[], Any]
 
 
 def rms_norm(x: Any, w: Any, *, eps: float) -> Any:
@@ -65,8 +65,7 @@ FUNCTIONS = {
 }
 
 
-def work_of(column: str, problem: str, inputs: Any, sizes: Any) -> tuple[Call, Call]:
-    """What is timed, and the gradients by the names of the inputs."""
+def work_of(column: str, problem: str, inputs: Any, sizes: Any) -> Work:
     arrays = [jnp.asarray(x) for x in inputs.arrays.values()]
     dy = jnp.asarray(inputs.dy, jnp.float32)
 
@@ -81,4 +80,4 @@ def work_of(column: str, problem: str, inputs: Any, sizes: Any) -> tuple[Call, C
     def gradients() -> dict[str, np.ndarray]:
         return {n: np.asarray(g) for n, g in zip(inputs.arrays, call()[1], strict=True)}
 
-    return call, gradients
+    return Work(call, gradients)

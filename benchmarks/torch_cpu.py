@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from refimpl.bench.cpu.ours import STEPS, Work, expect_memory
+
 VERSION = torch.__version__
-STEPS = 3  # of AdamW, that its result is compared after, as ours
 Call = Callable[[], Any]
 Arrays = dict[str, np.ndarray]
 
@@ -127,8 +128,7 @@ FUNCTIONS = {
 }
 
 
-def work_of(column: str, problem: str, inputs: Any, sizes: Any) -> tuple[Call, Call]:
-    """What is timed, and the gradients by the names of the inputs."""
+def work_of(column: str, problem: str, inputs: Any, sizes: Any) -> Work:
     compiled = column.endswith("-compile")
     if compiled:
         torch._dynamo.reset()
@@ -141,7 +141,7 @@ def work_of(column: str, problem: str, inputs: Any, sizes: Any) -> tuple[Call, C
     return differentiated(FUNCTIONS[problem], inputs, compiled)
 
 
-def differentiated(function: Callable[..., Any], inputs: Any, compiled: bool) -> tuple[Call, Call]:
+def differentiated(function: Callable[..., Any], inputs: Any, compiled: bool) -> Work:
     tensors = {n: tensor(x).requires_grad_() for n, x in inputs.arrays.items() if x is not None}
     fixed = {name: tensor(x) for name, x in inputs.fixed.items()}
     dy = inputs.dy[0] if isinstance(inputs.dy, tuple) else inputs.dy
@@ -155,14 +155,14 @@ def differentiated(function: Callable[..., Any], inputs: Any, compiled: bool) ->
     def gradients() -> Arrays:
         return {n: g.numpy() for n, g in zip(tensors, call()[1], strict=True)}
 
-    return call, gradients
+    return Work(call, gradients)
 
 
 def tensor(x: Any) -> Any:
     return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
 
 
-def adamw(inputs: Any) -> tuple[Call, Call]:
+def adamw(inputs: Any) -> Work:
     p = torch.from_numpy(inputs.arrays["p"]).requires_grad_()
     g = torch.from_numpy(inputs.dy)
     optimizer = fused_adamw([p], inputs.fixed["learning_rate"])
@@ -175,7 +175,7 @@ def adamw(inputs: Any) -> tuple[Call, Call]:
         p.grad = g
         return {"p": p.detach().numpy().copy()}
 
-    return optimizer.step, gradients
+    return Work(optimizer.step, gradients)
 
 
 def fused_adamw(parameters: Any, rate: float) -> Any:
@@ -239,19 +239,17 @@ def their_attention(
     return y.transpose(1, 2).contiguous(), None
 
 
-def expect_memory(experts: str, s: Any, layers: int) -> None:
-    """batched_mm copies an expert's weights for every row; MemoryError where that would not fit."""
-    wanted = 4 * 3 * s.tokens * s.top_k * s.expert_hidden * s.width * (layers + 1)
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if experts == "batched_mm" and wanted > free / 2:
-        raise MemoryError(f"needs {wanted / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+def expect_copies(experts: str, s: Any, layers: int) -> None:
+    """CouldNotRun where batched_mm's copy of an expert's weights for every row would not fit."""
+    if experts == "batched_mm":
+        expect_memory(12 * s.tokens * s.top_k * s.expert_hidden * s.width * (layers + 1))
 
 
-def moe(experts: str, inputs: Any, s: Any, compiled: bool) -> tuple[Call, Call]:
+def moe(experts: str, inputs: Any, s: Any, compiled: bool) -> Work:
     """Their routed experts, and the shared ones, from given routes."""
     from transformers.models.deepseek_v3 import modeling_deepseek_v3 as theirs
 
-    expect_memory(experts, s, 1)
+    expect_copies(experts, s, 1)
     config = their_config(experts, s)
     routed = theirs.DeepseekV3Experts(config)
     shared = theirs.DeepseekV3MLP(config, s.expert_hidden * s.shared) if s.shared else None
@@ -282,13 +280,13 @@ def moe(experts: str, inputs: Any, s: Any, compiled: bool) -> tuple[Call, Call]:
         found = [dx, dweights, dgate_up[:, : s.expert_hidden], dgate_up[:, s.expert_hidden :]]
         return dict(zip(given, [*found, ddown, *rest], strict=True))
 
-    return call, gradients
+    return Work(call, gradients)
 
 
-def step(experts: str, inputs: Any, s: Any, compiled: bool) -> tuple[Call, Call]:
+def step(experts: str, inputs: Any, s: Any, compiled: bool) -> Work:
     from transformers import DeepseekV3ForCausalLM
 
-    expect_memory(experts, s, s.layers - 1)
+    expect_copies(experts, s, s.layers - 1)
     model = DeepseekV3ForCausalLM(their_config(experts, s)).float().train()
     model.load_state_dict(their_names(inputs.arrays))
     optimizer = fused_adamw(model.parameters(), inputs.fixed["learning_rate"])
@@ -306,7 +304,7 @@ def step(experts: str, inputs: Any, s: Any, compiled: bool) -> tuple[Call, Call]
         optimizer.zero_grad()
         return our_names(found, s.expert_hidden)
 
-    return call, gradients
+    return Work(call, gradients)
 
 
 def their_names(arrays: Arrays) -> dict[str, Any]:

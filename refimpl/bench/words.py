@@ -13,7 +13,7 @@ def time_of(t: Times | None) -> str:
 
 
 def seconds(x: float) -> str:
-    """In µs, ms or s."""
+    """In µs or ms."""
     unit, scale = ("µs", 1e6) if x < 1e-3 else ("ms", 1e3)
     return f"{digits(x * scale)} {unit}"
 

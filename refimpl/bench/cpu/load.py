@@ -23,12 +23,14 @@ class Load:
         self.start = self._now()
 
     def share(self) -> float | None:
-        """Of the cores' time since then that others took; None where there is no /proc."""
+        """Of the cores' time since then that others took; None where there is no /proc. Linux
+        counts in hundredths of a second, so of a short time it may be off by a few of them, and
+        below 0."""
         now = self._now()
         if now is None or self.start is None:
             return None
         (busy, whole), (busy_then, whole_then) = now, self.start
-        return max(busy - busy_then, 0) / max(whole - whole_then, 1e-9)
+        return (busy - busy_then) / max(whole - whole_then, 1e-9)
 
     def _now(self) -> tuple[float, float] | None:
         """Seconds so far that others worked, and all seconds, of these cores."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +9,7 @@ import numpy as np
 
 from ...errors import CouldNotRun
 from ...kernels.columns import on_cpu
+from ...kernels.cpu.adamw import FusedAdamW
 from ...memory import available_memory
 from ...model import backward, forward
 from ...ops import AnyOp, Ops
@@ -101,11 +100,8 @@ def _adamw(inputs: Inputs, optimizer: Any) -> Work:
     return Work(call, gradients)
 
 
-def _optimizer(column: str) -> Any:
-    fused = "refimpl.kernels.cpu.adamw"
-    if column == "numba_cpu" and importlib.util.find_spec(fused) is not None:
-        return importlib.import_module(fused).FusedAdamW()
-    return AdamW()
+def _optimizer(column: str) -> AdamW:
+    return FusedAdamW() if column == "numba_cpu" else AdamW()
 
 
 def expect_memory(wanted: int) -> None:

@@ -86,24 +86,22 @@ class Inputs(NamedTuple):
 
 
 class Draw:
-    """Random numbers in one type."""
+    """Random numbers, in float32."""
 
-    def __init__(self, dtype: Any) -> None:
+    def __init__(self) -> None:
         self.rng = np.random.default_rng(0)
-        self.dtype = dtype
 
     def normal(self, *shape: int, scale: float = 1.0) -> np.ndarray:
-        """The same numbers in every type: they are those of float32."""
         drawn = self.rng.standard_normal(shape, dtype=np.float32)
         drawn *= np.float32(scale)
-        return drawn.astype(self.dtype, copy=False)
+        return drawn
 
     def weight(self, *shape: int) -> np.ndarray:
         """A matrix [..., out, in] that keeps the size of what it multiplies."""
         return self.normal(*shape, scale=shape[-1] ** -0.5)
 
     def norm(self, width: int) -> np.ndarray:
-        return 1 + self.normal(width, scale=0.1)
+        return np.float32(1) + self.normal(width, scale=0.1)
 
     def ids(self, below: int, *shape: int) -> np.ndarray:
         return self.rng.integers(0, below, shape)
@@ -130,8 +128,16 @@ class Problem:
 
 
 def inputs_of(problem: str, sizes: Sizes, dtype: Any = np.float32) -> Inputs:
-    """The same for every column, and, in float64, for the truth."""
-    return PROBLEMS[problem].make(Draw(np.dtype(dtype)), sizes)
+    """The same numbers, those of float32, in every type."""
+    arrays, fixed, dy = PROBLEMS[problem].make(Draw(), sizes)
+    return Inputs({name: _cast(x, dtype) for name, x in arrays.items()}, fixed, _cast(dy, dtype))
+
+
+def _cast(x: Any, dtype: Any) -> Any:
+    """An array, a pair of arrays, a number, or None."""
+    if isinstance(x, tuple):
+        return tuple(_cast(part, dtype) for part in x)
+    return x.astype(dtype, copy=False) if isinstance(x, np.ndarray) else x
 
 
 def rms_norm(d: Draw, s: Sizes) -> Inputs:
@@ -205,7 +211,7 @@ def block(d: Draw, s: Sizes) -> Inputs:
 
 def moe(d: Draw, s: Sizes) -> Inputs:
     """Routed and shared experts; the routes are given."""
-    weights = abs(d.normal(s.tokens, s.top_k)) + d.dtype.type(0.1)
+    weights = np.abs(d.normal(s.tokens, s.top_k)) + np.float32(0.1)
     f, shared = s.expert_hidden, s.expert_hidden * s.shared
     arrays = {
         "x": d.normal(s.tokens, s.width),
@@ -242,7 +248,7 @@ def step(d: Draw, s: Sizes) -> Inputs:
     params = init_parameters(config, std=STD)
     tokens = d.ids(s.vocabulary, s.batch, s.length)
     fixed = {"config": config, "tokens": tokens, "learning_rate": LEARNING_RATE}
-    return Inputs({name: p.astype(d.dtype) for name, p in params.items()}, fixed)
+    return Inputs(params, fixed)
 
 
 def attention_flops(s: Sizes) -> int:

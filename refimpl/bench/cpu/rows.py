@@ -28,6 +28,7 @@ class Row:
     sizes: Sizes
     x: int = 0  # the place on the group's curve
     budget: float = 6.0  # seconds of samples, of all columns together
+    turns: int = 5  # of each column at least
 
     @property
     def what(self) -> Problem:
@@ -105,7 +106,9 @@ ROWS = _by_name(
     Row("adamw", "ops", "adamw", D512),
     *_curve("attention", "attention", replace(D512, batch=1), "length", (512, 1024, 2048)),
     Row("attention-4096", "attention", "attention", replace(D512, batch=1, length=4096), 4096, 40),
-    Row("attention-8192", "attention", "attention", replace(D512, batch=1, length=8192), 8192),
+    Row(
+        "attention-8192", "attention", "attention", replace(D512, batch=1, length=8192), 8192, 20, 3
+    ),
     *_curve("experts", "moe", ROUTED, "experts", (8, 16, 32, 64, 128, 256)),
     *(Row(f"skew-{x}", "skew", "moe", replace(ROUTED, routing=x)) for x in SKEWS),
     *_curve("cross-entropy", "cross_entropy", D512, "vocabulary", [2**n for n in range(13, 18)]),
@@ -119,16 +122,17 @@ ROWS = _by_name(
     *_tokens(D128, (1, 2, 4, 8, 16)),
 )
 TOY = replace(D128, batch=1, length=8, parameters=1000, vocabulary=64, experts=8)
-TOY_ROWS = _by_name(
-    Row("step-d128", "step", "step", TOY, budget=0.1),
-    *(Row(op, "ops", op, TOY, budget=0.1) for op in (*OPS, "block", "moe", "adamw")),
+_TOYS = (
+    Row("step-d128", "step", "step", TOY),
+    *(Row(op, "ops", op, TOY) for op in (*OPS, "block", "moe", "adamw")),
     *_curve("attention", "attention", TOY, "length", (8, 16, 32)),
     *_curve("experts", "moe", replace(TOY, shared=0), "experts", (4, 8)),
     *(Row(f"skew-{x}", "skew", "moe", replace(TOY, shared=0, routing=x)) for x in SKEWS),
-    *_curve("cross-entropy", "cross_entropy", TOY, "vocabulary", (64, 128)),
-    *_curve("head", "head_cross_entropy", TOY, "vocabulary", (64, 128)),
-    *_tokens(TOY, (1, 2)),
+    *_curve("cross-entropy", "cross_entropy", TOY, "vocabulary", (64, 128, 256)),
+    *_curve("head", "head_cross_entropy", TOY, "vocabulary", (64, 128, 256)),
+    *_tokens(TOY, (1, 2, 4)),
 )
+TOY_ROWS = _by_name(*(replace(row, budget=0.1, turns=2) for row in _TOYS))
 """The same at sizes that take no time, to try the command."""
 
 

@@ -24,18 +24,24 @@ from .load import BUSY, Load
 from .results import Cell, CpuResults, Measured
 from .rows import Row
 
-__all__ = ["Turn", "cores_of", "header", "measure_row", "measure_rows", "plan", "pick"]
+__all__ = ["Turn", "cores_of", "header", "measure_row", "measure_rows", "pick", "plan"]
 
 SAMPLE = 2e-3  # seconds that a sample lasts at least
 TURN = 0.15  # seconds that a turn lasts about
-MOST_SAMPLES = 20  # in a turn
-FEWEST, MOST = 5, 20  # turns of a column
-FEWEST_SLOW, SLOW = 3, 5.0  # where a round of all columns takes longer than so many seconds
+MOST_SAMPLES, MOST_TURNS = 20, 20
+ENOUGH = 3  # quiet turns, without those that were not
 SETTLE = 0.03  # seconds before a turn: the threads of the one before still spin
-LOOK = 1.0  # seconds of looking at the machine before the first row
 PACKAGES = ("numpy", "numba", "torch", "transformers", "jax")
 
 Move = Callable[[str, int, int], None]  # what is done now, how many are done, how many there are
+
+
+class Plan(NamedTuple):
+    """How a column's time of a row is spent."""
+
+    turns: int
+    samples: int  # in a turn
+    calls: int  # in a sample
 
 
 class Turn(NamedTuple):
@@ -52,10 +58,11 @@ def cores_of(threads: int | None) -> list[int]:
     return list(allowed)[:threads]
 
 
-def header(team: Team, commit: str | None) -> CpuResults:
-    """A run without rows yet: what and where, and the rate of the products."""
+def header(team: Team, commit: str | None, look: float = 1.0) -> CpuResults:
+    """A run without rows yet: what and where, how busy the machine is, by a look of so many
+    seconds, and the rate of the products."""
     load = Load(team.cores, team.pids)
-    time.sleep(LOOK)
+    time.sleep(look)
     busy = load.share()
     versions = {"refimpl": __version__, "Python": platform.python_version()}
     for package in PACKAGES:
@@ -113,7 +120,7 @@ def measure_row(
                 notes.append(f"{column}: {error}")
     say(f"{row.name}: turns")
     seconds = {column: float(x["seconds"]) for column, x in found.items()}  # type: ignore[arg-type]
-    turns, failed = take_turns(team, seconds, row.budget)
+    turns, failed = take_turns(team, seconds, row)
     ready = [column for column in found if column not in failed]
     picked = {column: pick(turns[column]) for column in ready}
     for column in ready:
@@ -127,7 +134,7 @@ def measure_row(
         x=row.x,
         columns={column: cell_of(found[column], picked[column]) for column in ready},
         write=write,
-        busy=sum(shares) / len(shares) if shares else None,
+        busy=max(sum(shares) / len(shares), 0.0) if shares else None,
         notes=(*notes, *(f"{column}: {why}" for column, why in failed.items())),
     )
 
@@ -139,42 +146,42 @@ def cell_of(found: Mapping[str, object], turns: Sequence[Turn]) -> Cell:
 
 
 def take_turns(
-    team: Team, seconds: Mapping[str, float], budget: float
+    team: Team, seconds: Mapping[str, float], row: Row
 ) -> tuple[dict[str, list[Turn]], dict[str, str]]:
-    """The turns of each column, one after the other in every round, and why a column stopped.
+    """The turns of each column, and why a column stopped. In every round each column has one, but
+    slow ones, with fewer turns in all, are left out of some.
 
-    While others take more than `BUSY` of the cores' time, up to twice as many.
+    While others take more than `BUSY` of the cores' time, up to twice as many rounds.
     """
-    wanted, amounts = plan(seconds, budget)
+    plans = {
+        column: plan(one, row.budget / len(seconds), row.turns) for column, one in seconds.items()
+    }
+    rounds = max((x.turns for x in plans.values()), default=0)
     turns: dict[str, list[Turn]] = {column: [] for column in seconds}
     failed: dict[str, str] = {}
-    for _ in range(2 * wanted):
-        for column in [x for x in seconds if x not in failed]:
+    for number in range(2 * rounds):
+        for column, (wanted, samples, calls) in plans.items():
+            comes = (number + 1) * wanted // rounds > number * wanted // rounds
+            if column in failed or not comes or len(quiet(turns[column])) >= wanted:
+                continue
             time.sleep(SETTLE)
             load = Load(team.cores, team.pids)
-            samples, calls = amounts[column]
             try:
                 given = team.ask(column, "turn", samples=samples, calls=calls)["seconds"]
             except (Refused, Ended) as error:
                 failed[column] = str(error)
                 continue
             turns[column].append(Turn(given, load.share()))
-        counts = [len(quiet(turns[column])) for column in seconds if column not in failed]
-        if min(counts, default=wanted) >= wanted:
-            break
     return turns, failed
 
 
-def plan(seconds: Mapping[str, float], budget: float) -> tuple[int, dict[str, tuple[int, int]]]:
-    """How many turns each column has, and per turn how many samples of how many calls."""
-    amounts, whole = {}, 0.0
-    for column, one in seconds.items():
-        calls = ceil(SAMPLE / one)
-        samples = min(max(int(TURN / (calls * one)), 1), MOST_SAMPLES)
-        amounts[column] = samples, calls
-        whole += samples * calls * one + SETTLE
-    fewest = FEWEST if whole <= SLOW else FEWEST_SLOW
-    return min(max(int(budget / whole), fewest), MOST) if whole else 0, amounts
+def plan(seconds: float, budget: float, fewest: int) -> Plan:
+    """For a call that takes so many seconds."""
+    calls = ceil(SAMPLE / seconds)
+    turn = min(TURN, budget / fewest)
+    samples = min(max(int(turn / (calls * seconds)), 1), MOST_SAMPLES)
+    turns = int(budget / (samples * calls * seconds + SETTLE))
+    return Plan(min(max(turns, fewest), MOST_TURNS), samples, calls)
 
 
 def quiet(turns: Sequence[Turn]) -> list[Turn]:
@@ -185,6 +192,6 @@ def pick(turns: Sequence[Turn]) -> Sequence[Turn]:
     """Those that count: while the machine was quiet, if there are enough of them; else the less
     busy half."""
     found = quiet(turns)
-    if len(found) >= FEWEST_SLOW:
+    if len(found) >= ENOUGH:
         return found
     return sorted(turns, key=lambda turn: turn.busy or 0.0)[: max(ceil(len(turns) / 2), 1)]

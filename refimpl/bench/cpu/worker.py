@@ -41,7 +41,7 @@ __all__ = ["Worker", "error_of", "main", "serve"]
 
 COLD = 0.05  # seconds; a shorter call is made once untimed in each turn: the caches were others'
 SIDES = 1024, 2048  # of the products that `rate` takes the fastest of
-SAME = 5  # tries of `rate` and `write`
+TRIES = 5  # of `rate` and `write`
 Answer = dict[str, Any]
 
 
@@ -59,7 +59,7 @@ class Worker:
         if self.theirs is None:
             work = work_of(self.column, problem, made)
         else:
-            work = Work(*self.theirs.work_of(self.column, problem, inputs_of(problem, made), made))
+            work = self.theirs.work_of(self.column, problem, inputs_of(problem, made), made)
         before = time.perf_counter()
         found = work.gradients()
         first = time.perf_counter() - before
@@ -149,7 +149,7 @@ def fastest(call: Callable[[], object]) -> float:
     """Seconds of the fastest of some calls, the first left out."""
     call()
     seconds = []
-    for _ in range(SAME):
+    for _ in range(TRIES):
         before = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - before)
