@@ -301,6 +301,7 @@ def step(experts: str, inputs: Any, s: Any, compiled: bool) -> Work:
     def gradients() -> Arrays:
         run(input_ids=tokens, labels=tokens).loss.backward()
         found = {name: p.grad.numpy() for name, p in model.named_parameters()}
+        optimizer.step()  # which makes its moments: they are no memory of a call
         optimizer.zero_grad()
         return our_names(found, s.expert_hidden)
 

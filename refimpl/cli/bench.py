@@ -56,7 +56,7 @@ def bench(
     ] = None,
     json_file: Json = None,
 ) -> None:
-    """Measure the kernels on a GPU, or everything on a CPU, or show what was measured.
+    """Measure kernels on a GPU, or all on a CPU; or show what was measured.
 
     With --gpu, per row: the time (median and range), the floor (the least time that the row's bytes
     or products take at this card's own speed), the target (the time that is asked for, scaled by

@@ -84,7 +84,6 @@ class Report:
             f"commit {found.commit}, {found.date}"
         )
         self.out.print(", ".join(f"{name} {v}" for name, v in found.versions.items()))
-        self.out.print(f"NumPy's own float32 product: {found.rate / 1e9:.0f} GFLOP/s")
         if found.busy is not None and found.busy > BUSY:
             self.out.print(f"WARNING: others take {100 * found.busy:.0f} % of these cores' time")
         try:
@@ -136,7 +135,10 @@ class Report:
     def end(self) -> None:
         """Once all is shown."""
         if self.found.rows:
-            self.out.print("÷ torch: over the fastest eager torch, marked *")
+            self.out.print(
+                "÷ torch: over the fastest eager torch, marked *; of floor: the row's products at "
+                f"the rate of NumPy's own, {self.found.rate / 1e9:.0f} GFLOP/s, over its time"
+            )
         if doubtful := doubts(self.found):
             self.out.print(f"WARNING: the machine was busy during {', '.join(doubtful)}")
         if self.path is not None and self.found.rows:

@@ -73,16 +73,13 @@ def _step(ops: Ops, inputs: Inputs, optimizer: Any) -> Work:
     config, tokens, learning_rate = inputs.fixed.values()
     params: Any = inputs.arrays
 
-    def gradients() -> Gradients:
+    def call() -> Gradients:
         _, saved = forward(params, tokens, config, ops=ops)
-        return backward(saved)
-
-    def call() -> object:
-        grads = gradients()
+        grads = backward(saved)
         optimizer.update(params, grads, learning_rate)
         return grads
 
-    return Work(call, gradients)
+    return Work(call, call)
 
 
 def _adamw(inputs: Inputs, optimizer: Any) -> Work:

@@ -14,7 +14,8 @@ from .rows import GROUPS
 __all__ = ["svg_of"]
 
 WIDTH, HEIGHT = 420, 300  # of one panel
-LEFT, RIGHT, TOP, BOTTOM = 70, 10, 46, 40  # around it
+LEFT, RIGHT = 70, 10  # around it
+TOP, BOTTOM = 46, 40
 LEGEND = 18  # pixels per line
 # Told apart also by who sees few colours; ours are the strong ones
 COLOURS = {

@@ -38,6 +38,7 @@ class Measured:
     flops: int  # the least of its products
     x: int  # its place on the group's curve
     columns: dict[str, Cell]
+    rate: float | None = None  # of the product, measured beside a row with products
     write: float | None = None  # seconds of writing as much as the experts' gradients take
     busy: float | None = None  # the share of the cores' time that others took meanwhile
     notes: tuple[str, ...] = ()
@@ -71,13 +72,18 @@ class CpuResults:
     date: str  # of the day, YYYY-MM-DD, UTC
     commit: str
     versions: dict[str, str]
-    rate: float  # flop per second of NumPy's own float32 product, at so many threads
+    start_rate: float  # `rate` before the first row
     busy: float | None  # the share of the cores' time that others took before the first row
     rows: list[Measured] = field(default_factory=list)
 
+    @property
+    def rate(self) -> float:
+        """Flop per second of NumPy's own float32 product, at so many threads: the fastest."""
+        return max([self.start_rate, *(row.rate for row in self.rows if row.rate is not None)])
+
     def to_json(self) -> dict[str, Any]:
         """As it is written: the fields, and for the reader what follows from them."""
-        content: dict[str, Any] = {"schema": SCHEMA, **asdict(self)}
+        content: dict[str, Any] = {"schema": SCHEMA, **asdict(self), "rate": self.rate}
         for row, written in zip(self.rows, content["rows"], strict=True):
             written |= {"group": row.row.group, "floor": row.flops / self.rate or None}
             for name, cell in written["columns"].items():

@@ -77,7 +77,7 @@ def header(team: Team, commit: str | None, look: float = 1.0) -> CpuResults:
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
         commit=commit or commit_of_checkout(),
         versions=versions,
-        rate=team.ask(TRUTH, "rate")["rate"],
+        start_rate=team.ask(TRUTH, "rate")["rate"],
         busy=busy,
     )
 
@@ -125,14 +125,17 @@ def measure_row(
     picked = {column: pick(turns[column]) for column in ready}
     for column in ready:
         team.ask(column, "drop")
+    flops = row.what.flops(row.sizes)
+    rate = team.ask(TRUTH, "rate")["rate"] if flops else None
     write = team.ask(TRUTH, "write", bytes=row.written)["seconds"] if row.written else None
     shares = [turn.busy for chosen in picked.values() for turn in chosen if turn.busy is not None]
     return Measured(
         name=row.name,
         shape=row.shape,
-        flops=row.what.flops(row.sizes),
+        flops=flops,
         x=row.x,
         columns={column: cell_of(found[column], picked[column]) for column in ready},
+        rate=rate,
         write=write,
         busy=max(sum(shares) / len(shares), 0.0) if shares else None,
         notes=(*notes, *(f"{column}: {why}" for column, why in failed.items())),

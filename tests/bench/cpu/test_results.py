@@ -53,6 +53,13 @@ def test_json() -> None:
     assert found.group_names == ["attention", "ops"]
 
 
+def test_rate_is_the_fastest() -> None:
+    rows = [row("moe", rate=3e11), row("linear", rate=2e11), row("swiglu")]
+    assert results().rate == 1e11
+    assert results(*rows).rate == results(*rows).to_json()["rate"] == 3e11
+    assert results(rows[2]).rate == 1e11
+
+
 def test_lines() -> None:
     columns = {"reference": cell(2e-3, None), "torch": cell(1e-3), "jax": cell(5e-4)}
     lines = lines_of(row("attention-512", 512, 10**8, columns=columns), 1e11)

@@ -39,6 +39,8 @@ class FakeTeam:
             return {"first": 9.0, "error": 1e-7, "worst": "q"}
         if request == "peak":
             return {"peak": 10**6, "seconds": COLUMN[column]}
+        if request == "rate":
+            return {"rate": 1e11}
         return {"seconds": [COLUMN[column]] * given["samples"]} if request == "turn" else {}
 
 
@@ -78,7 +80,7 @@ def test_a_row(quiet: list[float]) -> None:
     assert found.columns["flash"].times.median == 0.4
     assert found.columns["flash"].samples == 5
     assert (found.best, found.ratio("reference"), found.busy) == (1.0, 2.0, 0.0)
-    assert found.write is None
+    assert (found.rate, found.write) == (1e11, None)
 
 
 def test_slow_columns_have_fewer_turns(quiet: list[float]) -> None:
