@@ -56,7 +56,7 @@ def bench(
     ] = None,
     json_file: Json = None,
 ) -> None:
-    """Measure kernels on a GPU, or all on a CPU; or show what was measured.
+    """Measure speed and memory, on a GPU or a CPU, or show results.
 
     With --gpu, per row: the time (median and range), the floor (the least time that the row's bytes
     or products take at this card's own speed), the target (the time that is asked for, scaled by
@@ -66,8 +66,9 @@ def bench(
     With --cpu, per row and column: the time of forward and backward (median, and a tenth of the
     samples below and above), over that of the fastest eager torch, the share of the product floor
     (the row's products at the rate of NumPy's own), the memory that a call takes, results included,
-    and the largest error of a gradient against float64, over its largest number. Columns are
-    processes bound to the same cores, which take turns:
+    the largest error of a gradient against float64, over its largest number, and, of what is
+    compiled, the time of the first call. Columns are processes bound to the same cores, which take
+    turns:
 
     \b
     reference, flash, numba_cpu: ours

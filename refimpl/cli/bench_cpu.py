@@ -20,9 +20,11 @@ from ..bench.run import Failed
 from ..bench.words import digits
 from ..errors import CouldNotRun
 from ..files import write_text
-from .app import check_writable, console, progress, refused, replace_json
+from .app import check_writable, counted, console, progress, refused, replace_json
 
 __all__ = ["measure_cpu"]
+
+WIDTHS = 15, 33, 7, 8, 8, 7, 10  # of the table's columns
 
 
 def measure_cpu(
@@ -80,7 +82,7 @@ class Report:
         """All rows; what was measured is shown even if it is interrupted."""
         found, failed = self.found, []
         self.out.print(
-            f"{found.device}, {found.threads} threads on cores {', '.join(map(str, found.cores))}, "
+            f"{found.device}, {counted(found.threads, 'thread')} on cores {', '.join(map(str, found.cores))}, "
             f"commit {found.commit}, {found.date}"
         )
         self.out.print(", ".join(f"{name} {v}" for name, v in found.versions.items()))
@@ -116,20 +118,26 @@ class Report:
 
     def show_group(self, group: str) -> None:
         rows = self.found.of_group(group)
-        table = Table(*HEAD, title=GROUPS[group].title, title_justify="left", box=None)
+        self.out.print(GROUPS[group].title)
         for row in rows:
+            self.out.print(f"\n{row.name}: {row.shape}")
+            table = Table(box=None, padding=(0, 2, 0, 0), show_header=row is rows[0])
+            for name, width in zip(HEAD, WIDTHS, strict=True):
+                table.add_column(name, width=width)
             for line in lines_of(row, self.found.rate):
                 table.add_row(*line)
-        self.out.print(table)
-        for row in rows:
+            self.out.print(table)
             for note in row.notes:
-                self.out.print(f"{row.name}: {note}")
+                self.out.print(note)
+        self.out.print()
         for what, columns in by_figure(growth_of(group, rows)).items():
             self.out.print(f"{what}: {', '.join(f'{name} {digits(x)}' for name, x in columns)}")
         self.out.print()
         if self.path is not None and GROUPS[group].along and len(rows) > 1:
             picture = self.path.with_name(f"{self.path.stem}-{group}.svg")
-            subtitle = f"{self.found.device}, {self.found.threads} threads, {self.found.date}"
+            subtitle = (
+                f"{self.found.device}, {counted(self.found.threads, 'thread')}, {self.found.date}"
+            )
             write_text(picture, svg_of(group, rows, subtitle))
 
     def end(self) -> None:

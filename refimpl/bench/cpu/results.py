@@ -98,7 +98,7 @@ class CpuResults:
         return [row for row in self.rows if row.row.group == group]
 
 
-HEAD = ("row", "column", "time (p10 … p90)", "÷ torch", "of floor", "memory", "error", "first call")
+HEAD = ("column", "time (p10 … p90)", "÷ torch", "of floor", "memory", "error", "first call")
 
 
 def lines_of(row: Measured, rate: float) -> list[Sequence[str]]:
@@ -109,7 +109,6 @@ def lines_of(row: Measured, rate: float) -> list[Sequence[str]]:
         mark = " *" if COLUMNS[name].eager and ratio == 1 else ""
         lines.append(
             (
-                row.name if not lines else "",
                 name + mark,
                 time_of(cell.times),
                 "–" if ratio is None else digits(ratio),

@@ -64,14 +64,14 @@ def test_lines() -> None:
     columns = {"reference": cell(2e-3, None), "torch": cell(1e-3), "jax": cell(5e-4)}
     lines = lines_of(row("attention-512", 512, 10**8, columns=columns), 1e11)
     assert lines[0] == (
-        *("attention-512", "reference", "2.00 ms (1.80 ms … 2.40 ms)", "2.00", "50 %"),
+        *("reference", "2.00 ms (1.80 ms … 2.40 ms)", "2.00", "50 %"),
         *("–", "3.0e-07", ""),
     )
-    assert lines[1][:5] == ("", "torch *", "1.00 ms (900 µs … 1.20 ms)", "1.00", "100 %")
-    assert lines[2][5:] == ("1.00 MB", "3.0e-07", "500 ms")
+    assert lines[1][:4] == ("torch *", "1.00 ms (900 µs … 1.20 ms)", "1.00", "100 %")
+    assert lines[2][4:] == ("1.00 MB", "3.0e-07", "500 ms")
     assert {len(line) for line in lines} == {len(HEAD)}
     (line,) = lines_of(row("swiglu", columns={"reference": cell(1.0)}), 1e11)
-    assert line[3:5] == ("–", "–")
+    assert line[2:4] == ("–", "–")
 
 
 def test_exponents() -> None:
