@@ -27,6 +27,7 @@ BLOCKS = {  # by module, the sizes that decide how work is cut
     "ffn": {"ROWS": 2},
     "host": {"ONE_PRODUCT": 8, "MOST": 3},
     "log_prob": {"AT_A_TIME": 0, "TOKENS": 2, "ENTRIES": 2},
+    "mla": {"ROWS": 2},
     "moe": {"ROWS": 2},
 }
 ONE_TASK = ("adamw", "cross_entropy", "head_cross_entropy", "moe", "rms_norm", "rope", "swiglu")
@@ -93,6 +94,12 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
         "left-out rows counted": ("if weight[row] == 0:", "if False:"),
         "one-hot left out": ("(p - real(1))", "p"),
         "temperature left out": ("own[i] /= temperature", "own[i] /= 1"),
+    },
+    "mla": {
+        "turned the same way back": ("-s[i] if backward", "s[i] if backward"),
+        "rotated key of the last head alone": ("shared[i] += turned[i]", "shared[i] = turned[i]"),
+        "block begins at the first angle": ("(first + row) %", "row %"),
+        "values in front of keys": ("kv[row, head, :nope]\n", "kv[row, head, 1 : nope + 1]\n"),
     },
     "moe": {
         "slots in reverse order": (
