@@ -20,7 +20,7 @@ from ..bench.run import Failed
 from ..bench.words import digits
 from ..errors import CouldNotRun
 from ..files import write_text
-from .app import check_writable, counted, console, progress, refused, replace_json
+from .app import check_writable, console, counted, progress, refused, replace_json
 
 __all__ = ["measure_cpu"]
 
@@ -81,9 +81,9 @@ class Report:
     def run(self, team: Team, rows: Sequence[Row]) -> int:
         """All rows; what was measured is shown even if it is interrupted."""
         found, failed = self.found, []
+        threads, cores = counted(found.threads, "thread"), ", ".join(map(str, found.cores))
         self.out.print(
-            f"{found.device}, {counted(found.threads, 'thread')} on cores {', '.join(map(str, found.cores))}, "
-            f"commit {found.commit}, {found.date}"
+            f"{found.device}, {threads} on cores {cores}, commit {found.commit}, {found.date}"
         )
         self.out.print(", ".join(f"{name} {v}" for name, v in found.versions.items()))
         if found.busy is not None and found.busy > BUSY:
