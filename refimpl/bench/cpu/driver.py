@@ -9,7 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 __all__ = ["Ended", "Process", "Refused", "Team"]
@@ -26,20 +27,35 @@ class Ended(Exception):
     """The worker is dead: it died, or took longer than `LIMIT` and was killed."""
 
 
+@contextmanager
+def bound_to(cores: Sequence[int]) -> Iterator[None]:
+    """Inside, what this thread starts runs on these cores alone, where the system can say so."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 class Process:
     """A worker, from outside."""
 
     def __init__(self, column: str, cores: Sequence[int], command: Sequence[str] = ()) -> None:
-        own = [sys.executable, "-m", f"{__package__}.worker", column, ",".join(map(str, cores))]
+        own = [sys.executable, "-m", f"{__package__}.worker", column]
         count = {f"{name}_NUM_THREADS": str(len(cores)) for name in LIBRARIES}
         self.said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            [*(command or own)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.said,
-            env=os.environ | count | {"JAX_PLATFORMS": "cpu"},
-        )
+        with bound_to(cores):  # its libraries start threads before its own first line
+            self.process = subprocess.Popen(
+                [*(command or own)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.said,
+                env=os.environ | count | {"JAX_PLATFORMS": "cpu"},
+            )
         self.rest = b""  # of what it has answered
         try:
             self.answer(LIMIT)

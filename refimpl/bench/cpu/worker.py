@@ -1,4 +1,4 @@
-"""A column's process: ``python -m refimpl.bench.cpu.worker COLUMN CORES``.
+"""A column's process: ``python -m refimpl.bench.cpu.worker COLUMN``.
 
 It reads a request per line, as JSON, and answers each with a line, until its input ends:
 
@@ -201,11 +201,9 @@ def failure(error: BaseException) -> str:
     return what if isinstance(error, CouldNotRun) else f"{type(error).__name__}: {what}"
 
 
-def main(column: str, cores: str) -> None:
+def main(column: str) -> None:
     before = time.perf_counter()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started this process ends it
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     try:
@@ -218,4 +216,4 @@ def main(column: str, cores: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

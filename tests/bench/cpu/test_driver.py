@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
@@ -25,6 +26,19 @@ def test_answers_come_line_by_line() -> None:
     finally:
         worker.end()
     assert worker.process.poll() is not None
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system binds no process")
+def test_workers_are_bound() -> None:
+    """From their first line on, to the cores that were asked for; the caller is not."""
+    before = os.sched_getaffinity(0)
+    for core in sorted(before):
+        code = "import os; print('{}', flush=True); print([*os.sched_getaffinity(0)], flush=True)"
+        worker = Process("x", [core], [sys.executable, "-c", code])
+        assert worker.process.stdout is not None
+        assert (worker.rest or worker.process.stdout.readline()) == b"[%d]\n" % core
+        worker.end()
+    assert os.sched_getaffinity(0) == before
 
 
 def test_a_refusal_is_no_end() -> None:

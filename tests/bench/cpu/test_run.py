@@ -64,6 +64,7 @@ def test_plan() -> None:
     assert plan(0.01, 100, 5) == (20, 15, 1)
     assert plan(2.0, 20, 5) == (9, 1, 1)
     assert plan(2.0, 3, 5) == (5, 1, 1)
+    assert plan(6.0, 3, 5) == (3, 1, 1)
     assert plan(1e-3, 0.1, 2).samples * 2e-3 <= 0.05
 
 
