@@ -106,9 +106,7 @@ ROWS = _by_name(
     Row("adamw", "ops", "adamw", D512),
     *_curve("attention", "attention", replace(D512, batch=1), "length", (512, 1024, 2048)),
     Row("attention-4096", "attention", "attention", replace(D512, batch=1, length=4096), 4096, 40),
-    Row(
-        "attention-8192", "attention", "attention", replace(D512, batch=1, length=8192), 8192, 20, 3
-    ),
+    Row("attention-8192", "attention", "attention", replace(D512, batch=1, length=8192), 8192, 20),
     *_curve("experts", "moe", ROUTED, "experts", (8, 16, 32, 64, 128, 256)),
     *(Row(f"skew-{x}", "skew", "moe", replace(ROUTED, routing=x)) for x in SKEWS),
     *_curve("cross-entropy", "cross_entropy", D512, "vocabulary", [2**n for n in range(13, 18)]),

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from ... import __version__
 from ..measure import summary
 from ..run import Failed, commit_of_checkout
-from .columns import TRUTH, Column
+from .columns import COLUMNS, TRUTH, Column
 from .driver import Ended, Refused, Team
 from .load import BUSY, Load
 from .results import Cell, CpuResults, Measured
@@ -30,6 +30,7 @@ SAMPLE = 2e-3  # seconds that a sample lasts at least
 TURN = 0.15  # seconds that a turn lasts about
 MOST_SAMPLES, MOST_TURNS = 20, 20
 ENOUGH = 3  # turns, where more would be too slow, or were not quiet
+PATIENCE = 10.0  # seconds of a call, beyond which a column is left out
 SLOW = 5.0  # seconds of a call of which `ENOUGH` are made
 SETTLE = 0.03  # seconds before a turn: the threads of the one before still spin
 PACKAGES = ("numpy", "numba", "torch", "transformers", "jax")
@@ -116,6 +117,7 @@ def measure_row(
             say(f"{row.name}: {column}")
             try:
                 first = team.ask(column, "prepare", **problem, truth=truth)
+                expect_quick(team, column, first["first"])
                 found[column] = {**first, **team.ask(column, "peak")}
             except (Refused, Ended) as error:
                 notes.append(f"{column}: {error}")
@@ -141,6 +143,13 @@ def measure_row(
         busy=max(sum(shares) / len(shares), 0.0) if shares else None,
         notes=(*notes, *(f"{column}: {why}" for column, why in failed.items())),
     )
+
+
+def expect_quick(team: Team, column: str, seconds: float) -> None:
+    """Refused, and the problem dropped, if the first call took too long and did not compile."""
+    if seconds > PATIENCE and not COLUMNS[column].compiles:
+        team.ask(column, "drop")
+        raise Refused(f"left out: a call took {seconds:.1f} s")
 
 
 def cell_of(found: Mapping[str, object], turns: Sequence[Turn]) -> Cell:

@@ -55,6 +55,7 @@ class Worker:
         self.theirs: Any = None if file is None else load(BENCHMARKS / file)
 
     def prepare(self, problem: str, sizes: dict[str, Any], truth: str) -> Answer:
+        self.drop()  # what a failure may have left
         made = Sizes(**sizes)
         if self.theirs is None:
             work = work_of(self.column, problem, made)

@@ -23,6 +23,7 @@ class FakeTeam:
     """Answers at once; keeps who was asked for what."""
 
     cores = (0,)
+    first = 9.0
 
     def __init__(self, **failures: Exception) -> None:
         self.failures = failures  # by column_request
@@ -36,12 +37,14 @@ class FakeTeam:
         if f"{column}_{request}" in self.failures:
             raise self.failures[f"{column}_{request}"]
         if request == "prepare":
-            return {"first": 9.0, "error": 1e-7, "worst": "q"}
+            return {"first": self.first, "error": 1e-7, "worst": "q"}
         if request == "peak":
-            return {"peak": 10**6, "seconds": COLUMN[column]}
+            return {"peak": 10**6, "seconds": COLUMN.get(column, 1.0)}
         if request == "rate":
             return {"rate": 1e11}
-        return {"seconds": [COLUMN[column]] * given["samples"]} if request == "turn" else {}
+        return (
+            {"seconds": [COLUMN.get(column, 1.0)] * given["samples"]} if request == "turn" else {}
+        )
 
 
 @pytest.fixture
@@ -102,6 +105,20 @@ def test_a_column_that_fails_is_a_note(quiet: list[float]) -> None:
     assert list(found.columns) == ["reference"]
     assert found.notes == ("flash: too large", "torch: it died")
     assert [x for x in team.asked if x[0] == "torch"][-1] == ("torch", "turn")
+
+
+def test_a_column_that_takes_too_long(quiet: list[float]) -> None:
+    """Unless its first call compiled."""
+    team = FakeTeam()
+    team.first = 11.0
+    (found,) = measured(team)
+    assert isinstance(found, Measured)
+    assert found.columns == {}
+    assert found.notes[0] == "reference: left out: a call took 11.0 s"
+    assert ("reference", "drop") in team.asked
+    (found,) = measure_rows(team, [ROWS["block"]], [COLUMNS["torch-compile"]], lambda *_: None)
+    assert isinstance(found, Measured)
+    assert list(found.columns) == ["torch-compile"]
 
 
 def test_a_row_without_its_truth(quiet: list[float]) -> None:
