@@ -22,10 +22,12 @@ import numpy as np
 
 from ..array import blocks
 from ..batch import Batch
+from ..checkpoint.lazy import LazyParameters
 from ..checkpoint.names import layer_of
 from ..checkpoint.source import Source
 from ..checkpoint.tensor_file import Spec
 from ..config import ModelConfig
+from ..kernels.columns import on_cpu
 from ..model import (
     ExpertsSublayerSaved,
     Gradients,
@@ -43,7 +45,7 @@ from ..model import (
     mtp_scale,
     ops_for,
 )
-from ..ops import IMPLEMENTATIONS, AnyOp, Op
+from ..ops import AnyOp, Op
 from ..ops.linear import LinearSaved
 from ..parameters import (
     EMBEDDING,
@@ -58,7 +60,6 @@ from ..parameters import (
 from .cotangents import Calls, activations_of, noting
 from .folder import Folder, Step
 from .lazy import (
-    LazyParameters,
     Rows,
     embedding_backward,
     embedding_forward,
@@ -134,7 +135,7 @@ class Steps:
         self.batch = request.batch(config)
         self.params = LazyParameters(source, config)
         embedding = Op(embedding_forward, embedding_backward)
-        ops = IMPLEMENTATIONS[request.implementation] | {"embedding": embedding}
+        ops = on_cpu(request.implementation) | {"embedding": embedding}
         chosen = ops_for(self.batch, config, ops)
         self.ops, self.kind = chosen | {name: kind(op) for name, op in chosen.items()}, kind
         self.model = Run(self.params, config, self.ops, {}, request.with_loss)
@@ -282,7 +283,7 @@ class Steps:
         split = self.request.split_of(self.config)
         assert split is not None
         params = {name: self.source.tensor(name) for name in self.params}
-        ops = ops_for(self.batch, self.config, IMPLEMENTATIONS[self.request.implementation])
+        ops = ops_for(self.batch, self.config, on_cpu(self.request.implementation))
         found = term_gradients(params, split, self.config, ops, self.request.grpo)
         for term, each in found.items():
             for part, (_, gradients) in enumerate(each):

@@ -30,7 +30,7 @@ from ..grads.cotangents import Calls, activations_of
 from ..grads.request import EMBEDDINGS, HIDDEN, INNER, SCORES
 from ..grads.rounded import round_bfloat16, rounded
 from ..memory import available_memory
-from ..ops import IMPLEMENTATIONS, AnyOp, Op, Ops
+from ..ops import IMPLEMENTATIONS, REFERENCE, AnyOp, Op, Ops
 from ..parameters import (
     EMBEDDING,
     FINAL_NORM,
@@ -114,8 +114,9 @@ class Setting(NamedTuple):
         return place
 
     def table(self, implementation: str) -> Ops:
-        """The ops of the run, with the code's in their place, each rounded in bfloat16."""
-        ops: Ops = IMPLEMENTATIONS[implementation]
+        """The ops of the run, with the code's in their place, each rounded in bfloat16. A kernel's
+        are the reference's, which can sum in other orders."""
+        ops: Ops = IMPLEMENTATIONS.get(implementation, REFERENCE)
         for name, op in self.code.ops.items():
             if name == "cross_entropy":
                 name, op = "head_cross_entropy", head_of(op)
