@@ -1,17 +1,21 @@
-"""What the host sides of the CPU's kernels share: arrays as kernels want them."""
+"""What the host sides of the CPU's kernels share: arrays as kernels want them, and products."""
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
 from typing import Any
 
 import numpy as np
 
 from ...array import Array
+from .pool import Task, blocks_of
 
-__all__ = ["ONE_TASK", "empty", "expect_real", "ready", "rows_of"]
+__all__ = ["ONE_TASK", "empty", "expect_real", "products", "ready", "rows_of"]
 
 ONE_TASK = 2**17  # numbers that one task handles at least: waking a thread takes 50 µs
+ONE_PRODUCT = 2**22  # multiplications of one task, likewise
+MOST = 16  # tasks of one product
 
 
 def expect_real(**arrays: Array | None) -> np.dtype[Any]:
@@ -36,7 +40,7 @@ def expect_real(**arrays: Array | None) -> np.dtype[Any]:
 
 def ready(x: Array) -> np.ndarray:
     """``x`` without gaps: itself, if it is so already."""
-    return np.ascontiguousarray(x)
+    return np.asarray(x, order="C")
 
 
 def rows_of(x: Array) -> np.ndarray:
@@ -47,3 +51,14 @@ def rows_of(x: Array) -> np.ndarray:
 def empty(shape: tuple[int, ...], like: Array) -> np.ndarray:
     """An array that will be written to, all of it."""
     return np.empty(shape, like.dtype)
+
+
+def products(a: Array, b: Array, out: Array) -> list[Task]:
+    """Tasks that write a [n, k] @ b [k, m] into ``out`` [n, m], any of them views; each makes a
+    block of rows or of columns."""
+    (n, k), m = a.shape, b.shape[1]
+    count = min(MOST, max(1, n * k * m // ONE_PRODUCT))
+    if n >= m:
+        parts = blocks_of(n, -(-n // count))
+        return [partial(np.matmul, a[i], b, out=out[i]) for i in parts]
+    return [partial(np.matmul, a, b[:, i], out=out[:, i]) for i in blocks_of(m, -(-m // count))]

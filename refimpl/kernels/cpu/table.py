@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from ...ops import REFERENCE, Op, Ops
+from .attention import attention_backward, attention_forward
 from .compile import numba
+from .ffn import ffn_backward, ffn_forward
+from .linear import linear_backward, linear_forward
+from .moe import moe_backward, moe_forward
+from .rms_norm import rms_norm_backward, rms_norm_forward
+from .rope import rope_backward, rope_forward
 from .swiglu import swiglu_backward, swiglu_forward
 
 __all__ = ["numba_cpu_table"]
@@ -12,4 +18,12 @@ __all__ = ["numba_cpu_table"]
 def numba_cpu_table() -> Ops:
     """CouldNotRun without Numba or threadpoolctl."""
     numba()
-    return REFERENCE | {"swiglu": Op(swiglu_forward, swiglu_backward)}
+    return REFERENCE | {
+        "linear": Op(linear_forward, linear_backward),
+        "rms_norm": Op(rms_norm_forward, rms_norm_backward),
+        "swiglu": Op(swiglu_forward, swiglu_backward),
+        "rope": Op(rope_forward, rope_backward),
+        "attention": Op(attention_forward, attention_backward),
+        "ffn": Op(ffn_forward, ffn_backward),
+        "moe": Op(moe_forward, moe_backward),
+    }
