@@ -88,12 +88,13 @@ class Settings:
                 raise CouldNotRun(
                     f"must be one of {', '.join(allowed)}, got {getattr(self, name)}", argument=name
                 )
-        _placement(self.backend)
-        if self.implementation in KERNELS and self.backend != "cupy":
+        needed = {"numba_cpu": "numpy"} | dict.fromkeys(KERNELS, "cupy")
+        if self.backend != (only := needed.get(self.implementation, self.backend)):
             raise CouldNotRun(
-                f"must be cupy for the implementation {self.implementation}, got {self.backend}",
+                f"must be {only} for the implementation {self.implementation}, got {self.backend}",
                 argument="backend",
             )
+        _placement(self.backend)
         _table(self.implementation)
 
 

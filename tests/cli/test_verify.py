@@ -139,7 +139,7 @@ def test_the_same_seed_gives_the_same_table() -> None:
         (["verify", "--backend", "tpu"], "--backend must be one of numpy, cupy, got tpu"),
         (
             ["verify", "--implementation", "magic"],
-            "--implementation must be one of reference, flash, absorbed, cuda, numba_cuda, "
+            "--implementation must be one of reference, flash, absorbed, numba_cpu, cuda, numba_cuda, "
             "got magic",
         ),
         (
@@ -155,6 +155,10 @@ def test_the_same_seed_gives_the_same_table() -> None:
         (
             ["verify", "--implementation", "cuda"],
             "--backend must be cupy for the implementation cuda, got numpy",
+        ),
+        (
+            ["verify", "--implementation", "numba_cpu", "--backend", "cupy"],
+            "--backend must be numpy for the implementation numba_cpu, got cupy",
         ),
         (["verify", "--digits", "5"], "--digits must lie in 20…1000, got 5"),
         (["verify", "linear", "--json", "no/such/file"], "--json no/such/file can't be written"),
