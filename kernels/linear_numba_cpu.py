@@ -23,14 +23,16 @@ def linear_forward(y: Out2, x: In2, w: Bits2) -> None:
     for o in range(w.shape[0]):
         row = 0
         while row + 3 < rows:  # each weight is widened once for four rows
-            a, b, c, d = zero, zero, zero, zero
+            a, b = zero, zero
+            c, d = zero, zero
             for i in range(width):
                 weight = np.uint32(w[o, i] << 16).view(np.float32)
                 a += x[row, i] * weight  # (linear.1)
                 b += x[row + 1, i] * weight
                 c += x[row + 2, i] * weight
                 d += x[row + 3, i] * weight
-            y[o, row], y[o, row + 1], y[o, row + 2], y[o, row + 3] = a, b, c, d
+            y[o, row], y[o, row + 1] = a, b
+            y[o, row + 2], y[o, row + 3] = c, d
             row += 4
         while row < rows:
             a = zero

@@ -36,10 +36,11 @@ class LazyTensor:
     def __init__(
         self, source: Source, name: str, shape: tuple[int, ...], expert: int | None = None
     ) -> None:
-        self.source, self.name, self.expert = source, name, expert
+        self.source, self.name = source, name
+        self.whole, self.expert = shape, expert
         self.shape = shape if expert is None else shape[1:]
-        self.dtype, self.ndim, self.size = source.dtype, len(self.shape), prod(self.shape)
-        self.whole = shape
+        self.ndim, self.size = len(self.shape), prod(self.shape)
+        self.dtype = source.dtype
 
     def __array_namespace__(self, *, api_version: str | None = None) -> ModuleType:
         return np
