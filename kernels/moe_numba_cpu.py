@@ -1,5 +1,5 @@
-"""The mixture of experts for a CPU: who goes where, rows gathered for an expert, and what comes back
-added up.
+"""The mixture of experts for a CPU: who goes where, rows gathered for an expert, and what comes
+back added up.
 
 The reference sorts, copies all rows to the experts' order, back, multiplies, and adds. Here tokens
 are counted and placed in one pass, an expert's block of rows is gathered just before its products,
@@ -12,9 +12,7 @@ from __future__ import annotations
 from .common_numba_cpu import Ids1, Ids2, In2, Int, Out2, OutIds1
 
 
-def dispatch(
-    order: OutIds1, place: OutIds1, start: OutIds1, indices: Ids1
-) -> None:
+def dispatch(order: OutIds1, place: OutIds1, start: OutIds1, indices: Ids1) -> None:
     """``order``: the slots [M·K] by expert, in each in their own order; ``place``: its inverse;
     ``start`` [E + 1]: where each expert's slots begin."""
     start[:] = 0
@@ -34,7 +32,9 @@ def dispatch(
 def gather(rows: Out2, x: In2, order: Ids1, top_k: Int) -> None:
     """The tokens' rows of these slots: x[slot // K]."""
     for i in range(order.size):
-        rows[i] = x[order[i] // top_k]  # (moe.2)
+        row, out = x[order[i] // top_k], rows[i]
+        for j in range(out.size):
+            out[j] = row[j]  # (moe.2)
 
 
 def combine(y: Out2, rows: In2, place: Ids2, weights: In2, weighted: Int) -> None:

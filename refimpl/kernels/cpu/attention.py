@@ -62,7 +62,9 @@ class Heads(NamedTuple):
         first, last = rows.start // self.each, rows.stop // self.each
         masks = [None if x is None else x[b : b + 1] for x in (s.key_mask, s.segments)]
         seen = visible((first, last), (keys.start, keys.stop), s.q, s.k, s.causal, *masks)[0, 0]
-        return np.repeat(np.broadcast_to(seen, (last - first, keys.stop - keys.start)), self.each, 0)
+        return np.repeat(
+            np.broadcast_to(seen, (last - first, keys.stop - keys.start)), self.each, 0
+        )
 
 
 def heads_of(saved: Any) -> Heads:
@@ -88,14 +90,7 @@ def attention_forward(
 ) -> tuple[Array, Any]:
     if blind != "zero":
         return reference_forward(
-            q,
-            k,
-            v,
-            scale=scale,
-            causal=causal,
-            key_mask=key_mask,
-            segments=segments,
-            blind=blind,
+            q, k, v, scale=scale, causal=causal, key_mask=key_mask, segments=segments, blind=blind
         )
     expect_real(q=q, k=k, v=v)
     check_attention(q, k, v, causal, key_mask, segments)
@@ -116,9 +111,7 @@ def attention_forward(
     return o, saved._replace(lse=lse)
 
 
-def _forward_block(
-    heads: Heads, out: Array, lse: Array, b: int, h: int, positions: slice
-) -> None:
+def _forward_block(heads: Heads, out: Array, lse: Array, b: int, h: int, positions: slice) -> None:
     softmax, each = kernel("attention", "softmax_forward", out.dtype), heads.each
     rows = slice(positions.start * each, positions.stop * each)
     keys = slice(0, min(heads.k.shape[1], heads.behind + positions.stop))
@@ -147,7 +140,9 @@ def attention_backward(do: Array, saved: Any) -> tuple[Array, Array, Array]:
     dq = empty(q.shape, q)
     dk, dv = empty(heads.k.shape, q), empty(heads.v.shape, q)
     by_rows = [x.reshape(b, rows, h, -1) for x in (do, o, dq)]
-    run([partial(_backward_head, heads, *by_rows, dk, dv, i, j) for i in range(b) for j in range(h)])
+    run(
+        [partial(_backward_head, heads, *by_rows, dk, dv, i, j) for i in range(b) for j in range(h)]
+    )
     return dq, sum_heads(dk, k), sum_heads(dv, v)
 
 
