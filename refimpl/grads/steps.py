@@ -45,7 +45,7 @@ from ..model import (
     mtp_scale,
     ops_for,
 )
-from ..ops import AnyOp, Op
+from ..ops import REFERENCE, AnyOp, Op
 from ..ops.linear import LinearSaved
 from ..parameters import (
     EMBEDDING,
@@ -134,8 +134,10 @@ class Steps:
         self.config = config = request.config(source.config)
         self.batch = request.batch(config)
         self.params = LazyParameters(source, config)
-        embedding = Op(embedding_forward, embedding_backward)
-        ops = on_cpu(request.implementation) | {"embedding": embedding}
+        ops = on_cpu(request.implementation) | {
+            "embedding": Op(embedding_forward, embedding_backward),
+            "head_cross_entropy": REFERENCE.head_cross_entropy,  # which asks `log_prob`: see `head`
+        }
         chosen = ops_for(self.batch, config, ops)
         self.ops, self.kind = chosen | {name: kind(op) for name, op in chosen.items()}, kind
         self.model = Run(self.params, config, self.ops, {}, request.with_loss)
