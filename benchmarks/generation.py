@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -90,8 +90,10 @@ def ours(
     yield "", run
 
 
-def theirs(dtype: str, folder: Path, prompt: list[int], count: int) -> Iterator[tuple[str, Times]]:
-    """transformers with SDPA."""
+def theirs(
+    dtype: str, folder: Path, prompt: list[int], count: int, ways: Sequence[str]
+) -> Iterator[tuple[str, Times]]:
+    """transformers with SDPA, and its experts in each of these ways."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.generation.streamers import BaseStreamer
@@ -128,24 +130,23 @@ def theirs(dtype: str, folder: Path, prompt: list[int], count: int) -> Iterator[
             )
         return [start, *clock.times[1:]], out[0, len(prompt) :].tolist()
 
-    for experts in EXPERTS:
+    for experts in ways:
         model.set_experts_implementation(experts)
         yield experts, run
 
 
-def measure(
-    column: str, folder: Path, prompt: list[int], count: int, rounds: int
-) -> Iterator[Line]:
-    """The lines of one column, in this process."""
-    ways = (
-        theirs(THEIRS[column], folder, prompt, count)
-        if column in THEIRS
-        else ours(column, folder, prompt, count)
-    )
+def measure(given: argparse.Namespace) -> Iterator[Line]:
+    """The lines of the column ``given.inside``, in this process."""
+    column = given.inside
+    asked = given.folder, random_prompt(given.folder, given.prompt), given.tokens
+    if column in THEIRS:
+        ways = theirs(THEIRS[column], *asked, given.experts or EXPERTS)
+    else:
+        ways = ours(column, *asked)
     for experts, run in ways:
         line = Line(column, experts, [], [], [], 0, 0)
         run()
-        for _ in range(rounds):
+        for _ in range(given.rounds):
             times, line.tokens = run()
             line.first.append(times[1] - times[0])
             line.rest.append(times[-1] - times[1])
@@ -153,8 +154,9 @@ def measure(
         yield line
 
 
-def shown(line: dict[str, Any], prompt: int, best: dict[str, Any] | None) -> str:
-    """A row of the table; the spread is that of the runs, smallest to largest."""
+def shown(line: dict[str, Any], prompt: int, before: dict[str, Any]) -> str:
+    """A row of the table, the spread from the slowest run to the fastest; the last number is how
+    many tokens are those of the line ``before``, up to the first that differs."""
     first = [prompt / seconds for seconds in line["first"]]
     rest = [(len(line["tokens"]) - 1) / seconds for seconds in line["rest"]]
     cells = [f"{line['column']} {line['experts']}".ljust(32)]
@@ -163,17 +165,9 @@ def shown(line: dict[str, Any], prompt: int, best: dict[str, Any] | None) -> str
             f"{statistics.median(rates):8.1f} ({min(rates):.1f}…{max(rates):.1f})".ljust(26)
         )
     cells.append(f"{line['anonymous'] / 1e9:6.2f} {line['resident'] / 1e9:9.2f}")
-    if best is not None:
-        same = next(
-            (
-                n
-                for n, (a, b) in enumerate(zip(line["tokens"], best["tokens"], strict=True))
-                if a != b
-            ),
-            len(line["tokens"]),
-        )
-        cells.append(f"{same:9}")
-    return " ".join(cells)
+    pairs = enumerate(zip(line["tokens"], before["tokens"], strict=True))
+    same = next((n for n, (a, b) in pairs if a != b), len(line["tokens"]))
+    return " ".join([*cells, f"{same:9}"])
 
 
 def main() -> None:
@@ -192,12 +186,12 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="checkpoint to use, or to write if there is none"
     )
+    parser.add_argument("--experts", action="append", choices=EXPERTS, help="of transformers")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--inside", help=argparse.SUPPRESS)  # a column, in this very process
     given = parser.parse_args()
     if given.inside:
-        prompt = random_prompt(given.folder, given.prompt)
-        for line in measure(given.inside, given.folder, prompt, given.tokens, given.rounds):
+        for line in measure(given):
             print(json.dumps(asdict(line)), flush=True)
         return
     with tempfile.TemporaryDirectory(prefix="refimpl-generation-") as place:
@@ -224,14 +218,9 @@ def main() -> None:
         lines: list[dict[str, Any]] = []
         for column in given.column or columns():
             options = ["--inside", column, "--folder", folder]
-            options += [
-                "--prompt",
-                given.prompt,
-                "--tokens",
-                given.tokens,
-                "--rounds",
-                given.rounds,
-            ]
+            options += ["--prompt", given.prompt, "--tokens", given.tokens]
+            options += ["--rounds", given.rounds]
+            options += [part for way in given.experts or () for part in ("--experts", way)]
             done = subprocess.run(
                 [sys.executable, __file__, *map(str, options)],
                 env=os.environ | threads,
