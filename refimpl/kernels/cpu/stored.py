@@ -23,7 +23,7 @@ __all__ = ["stored_linear", "stored_table"]
 
 FEW = 8  # rows: for more, a block of weights is widened and NumPy makes the product
 ONE_TASK = 2**19  # weights that the kernel reads for one task: 1 MB, 50 µs
-WIDENED = 2**17  # weights that are widened at a time: in float32 0.5 MB, half of a core's cache
+WIDENED = 2**18  # weights that are widened at a time: in float32 1 MB, what a core's cache holds
 
 
 class StoredSaved(NamedTuple):
