@@ -157,7 +157,11 @@ def grads(
     ] = None,
     convention: Annotated[str, typer.Option(help=CONVENTION)] = "official",
     implementation: Annotated[
-        str, typer.Option(help=f"One of {', '.join(ON_CPU)}; numba_cpu is the fastest.")
+        str,
+        typer.Option(
+            help=f"One of {', '.join(ON_CPU)}; flash for long sequences, numba_cpu for those and "
+            "for speed."
+        ),
     ] = "reference",
     dtype: Annotated[str, typer.Option(help="Type to compute in: float32 or float64.")] = "float32",
     force: Annotated[

@@ -16,7 +16,9 @@ from refimpl.cli import main
 from refimpl.cli.generate import Output, summary
 from refimpl.config import preset
 from refimpl.generate import Generation
+from refimpl.kernels.columns import for_generation
 from refimpl.memory import process_memory
+from refimpl.ops import Ops
 from refimpl.tokenizer import Bytes
 
 from golden.checkpoint_values import TRAINED
@@ -244,9 +246,16 @@ def test_no_memory_for_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_numba_cpu(dtype: str, tmp_path: Path) -> None:
+def test_numba_cpu(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference's tokens, alone, in a padded batch and with drafts; the report names it."""
     pytest.importorskip("numba")
+    asked_for: list[str] = []
+
+    def noting(implementation: str) -> tuple[Ops, Ops]:
+        asked_for.append(implementation)
+        return for_generation(implementation)
+
+    monkeypatch.setattr("refimpl.cli.generate.for_generation", noting)
     options = ["--checkpoint", TRAINED, "--bytes", "--max-tokens", 30, "--dtype", dtype]
     one, more = ["--prompt", "The value of "], ["--prompt", "a gradient", "--prompt", "x"]
     for asked in (one, one + more, [*one, "--speculate", 2]):
@@ -259,6 +268,7 @@ def test_numba_cpu(dtype: str, tmp_path: Path) -> None:
             found[implementation] = json.loads(report.read_text())
             assert found[implementation]["settings"].pop("implementation") == implementation
         assert found["reference"] == found["numba_cpu"]
+    assert asked_for == 3 * ["reference", "numba_cpu"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")

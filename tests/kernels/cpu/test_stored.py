@@ -11,6 +11,7 @@ import pytest
 
 from refimpl.kernels.columns import ON_CPU, for_generation, on_cpu
 from refimpl.kernels.cpu import stored
+from refimpl.kernels.cpu.compile import kernel
 from refimpl.kernels.cpu.pool import threads
 from refimpl.kernels.cpu.stored import FEW, stored_linear
 from refimpl.ops import IMPLEMENTATIONS, LEAVES, REFERENCE
@@ -64,6 +65,19 @@ def test_error(rows: int, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatc
         else:
             reference = np.max(np.abs(REFERENCE.linear.forward(x, np.asarray(w))[0] - exact))
             assert error <= 2 * reference + unit * scale
+
+
+@pytest.mark.parametrize(("rows", "used"), [(1, {"linear_forward"}), (FEW + 1, {"widen"})])
+def test_few_rows_widen_nothing(rows: int, used: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    names: set[str] = set()
+
+    def noting(stem: str, name: str, dtype: Any) -> Any:
+        names.add(name)
+        return kernel(stem, name, dtype)
+
+    monkeypatch.setattr(stored, "kernel", noting)
+    LINEAR.forward(*drawn(rows, (70, 33), np.float32))
+    assert names == used
 
 
 def test_special_numbers() -> None:
