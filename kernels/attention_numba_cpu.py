@@ -26,8 +26,8 @@ def hide(scores: Out2, visible: Bools2) -> None:
 def softmax_forward(
     scores: Out2, total: Out1, lse: Out1, seen: Bools1, scale: Real, first: Int, each: Int
 ) -> None:
-    """Scores q·k [queries, keys] become e^(scale q·k − largest), not yet divided by ``total``, their
-    sum. Row r sees the keys up to first + r // each, and if not ``seen``, none."""
+    """Scores q·k [queries, keys] become e^(scale q·k − largest), not yet divided by their sum
+    ``total``. Row r sees the keys up to first + r // each, and if not ``seen``, none."""
     real = scores.dtype.type
     for row in range(scores.shape[0]):
         end = min(scores.shape[1], first + row // each + 1)
@@ -53,13 +53,14 @@ def softmax_forward(
 def softmax_backward(
     scores: Out2, dp: Out2, lse: In1, row_sum: In1, scale: Real, first: Int, each: Int
 ) -> None:
-    """Scores q·k [keys, queries] become probabilities, and ``dp`` the gradient of q·k. Row r is seen
-    by the queries from (first + r) each on."""
+    """Scores q·k [keys, queries] become probabilities, and ``dp`` the gradient of q·k. Row r is
+    seen by the queries from (first + r) each on."""
     for row in range(scores.shape[0]):
         start = min(scores.shape[1], max(0, (first + row) * each))
         scores[row, :start] = 0
         dp[row, :start] = 0
-        p, ds, shift, less = scores[row, start:], dp[row, start:], lse[start:], row_sum[start:]
+        p, ds = scores[row, start:], dp[row, start:]
+        shift, less = lse[start:], row_sum[start:]
         for i in range(p.size):
             p[i] = exp(scale * p[i] - shift[i])  # (flash_attention.6)
             ds[i] = scale * p[i] * (ds[i] - less[i])  # (flash_attention.7)

@@ -32,19 +32,22 @@ def statistics(largest: Out1, total: Out1, z: In2, first: Int, last: Int) -> Non
         largest[row], total[row] = highest, summed  # (log_prob.2)
 
 
-def gradient(dz: Out2, z: In2, lse: In1, weight: In1, targets: Ids1, first: Int, last: Int) -> None:
-    """dz = weight (softmax(z) − one-hot(target)) of the entries first … last of each row; ``dz`` may
-    be ``z``. A row of weight 0 gets 0, whatever its logits."""
+def gradient(
+    dz: Out2, z: In2, shift: In1, total: In1, weight: In1, targets: Ids1, first: Int, last: Int
+) -> None:
+    """dz = weight (e^(z − shift) / total − one-hot(target)) of the entries first … last of each
+    row; ``dz`` may be ``z``. A row of weight 0 gets 0, whatever its logits."""
     real = z.dtype.type
     for row in range(z.shape[0]):
-        own, out, factor, shift = z[row, first:last], dz[row, first:last], weight[row], lse[row]
-        if factor == 0:
+        own, out = z[row, first:last], dz[row, first:last]
+        less = shift[row]
+        if weight[row] == 0:
             out[:] = 0
             continue
-        target = targets[row] - first
+        factor, target = weight[row] / total[row], targets[row] - first
         hit = 0 <= target < out.size
-        p = exp(own[target] - shift) if hit else real(0)
+        p = exp(own[target] - less) / total[row] if hit else real(0)
         for i in range(out.size):
-            out[i] = factor * exp(own[i] - shift)  # (log_prob.6)
+            out[i] = factor * exp(own[i] - less)  # (log_prob.6)
         if hit:
-            out[target] = factor * (p - real(1))  # (cross_entropy.3)
+            out[target] = weight[row] * (p - real(1))  # (cross_entropy.3)

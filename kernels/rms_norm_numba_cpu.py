@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from .common_numba_cpu import In1, In2, Out1, Out2, Real
+from .common_numba_cpu import In1, In2, Out1, Out2, Real, product
 
 
 def rms_norm_forward(y: Out2, r: Out1, x: In2, w: In1, eps: Real) -> None:
@@ -31,12 +31,14 @@ def rms_norm_backward(dx: Out2, dw: Out1, dy: In2, x: In2, w: In1, r: In1) -> No
     real = x.dtype.type
     dw[:] = 0
     for row in range(x.shape[0]):
-        own, given, out, scale = x[row], dy[row], dx[row], r[row]
+        own, scale = x[row], r[row]
+        given, out = dy[row], dx[row]
         along = real(0)
         for i in range(own.size):
-            n = own[i] * scale
-            along += given[i] * w[i] * n  # (rms_norm.3)
+            n, dn = product(own[i], scale), product(given[i], w[i])  # (rms_norm.3)
+            along += product(dn, n)
             dw[i] += given[i] * n  # (rms_norm.5)
         along /= real(own.size)
         for i in range(own.size):
-            out[i] = scale * (given[i] * w[i] - own[i] * scale * along)  # (rms_norm.4)
+            n, dn = product(own[i], scale), product(given[i], w[i])
+            out[i] = scale * (dn - product(n, along))  # (rms_norm.4)

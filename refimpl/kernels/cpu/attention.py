@@ -15,13 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...array import Array, expect
-from ...ops.attention import (
-    attention_backward as reference_backward,
-    attention_forward as reference_forward,
-    check_attention,
-    sum_heads,
-    visible,
-)
+from ...ops.attention import attention_backward as reference_backward
+from ...ops.attention import attention_forward as reference_forward
+from ...ops.attention import check_attention, sum_heads, visible
 from ...ops.choices import BlindQuery
 from .compile import kernel
 from .host import empty, expect_real
@@ -68,7 +64,7 @@ class Heads(NamedTuple):
 
 
 def heads_of(saved: Any) -> Heads:
-    q, k, v = saved.q, saved.k, saved.v
+    q, k, v = saved[:3]
     b, t, h, _ = q.shape
     behind = k.shape[1] - t if saved.causal else k.shape[1]
     if k.shape[2] == v.shape[2] == 1:
@@ -139,10 +135,9 @@ def attention_backward(do: Array, saved: Any) -> tuple[Array, Array, Array]:
     b, rows, h, _ = heads.q.shape
     dq = empty(q.shape, q)
     dk, dv = empty(heads.k.shape, q), empty(heads.v.shape, q)
-    by_rows = [x.reshape(b, rows, h, -1) for x in (do, o, dq)]
-    run(
-        [partial(_backward_head, heads, *by_rows, dk, dv, i, j) for i in range(b) for j in range(h)]
-    )
+    do, out, dq_rows = (x.reshape(b, rows, h, -1) for x in (do, o, dq))
+    heads_and_gradients = heads, do, out, dq_rows, dk, dv
+    run([partial(_backward_head, *heads_and_gradients, i, j) for i in range(b) for j in range(h)])
     return dq, sum_heads(dk, k), sum_heads(dv, v)
 
 
@@ -156,7 +151,8 @@ def _backward_head(
     for keys in blocks_of(heads.k.shape[1], BLOCK):
         start = max(0, keys.start - heads.behind)  # the first position that sees one of them
         rows = slice(min(start * each, dq.shape[1]), dq.shape[1])
-        q_rows, do_rows, k_block = heads.q[b, rows, h], do[b, rows, h], heads.k[b, keys, h]
+        q_rows, k_block = heads.q[b, rows, h], heads.k[b, keys, h]
+        do_rows = do[b, rows, h]
         p = k_block @ q_rows.T
         dp = heads.v[b, keys, h] @ do_rows.T
         visible = heads.hidden(b, rows, keys)

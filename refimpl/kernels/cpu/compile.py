@@ -20,7 +20,7 @@ from ...errors import CouldNotRun
 from .. import SOURCE
 from ..kept import kernels_folder
 
-__all__ = ["CHECKED", "STEMS", "kernel", "numba"]
+__all__ = ["CHECKED", "STEMS", "compile_all", "kernel", "numba"]
 
 STEMS = tuple(
     sorted(
@@ -31,9 +31,8 @@ STEMS = tuple(
 )
 CHECKED = os.environ.get("REFIMPL_BOUNDS_CHECKS") == "1"
 """Whether kernels are compiled with a check of every index: IndexError, and slow."""
-# sums may be reordered into vector lanes, and a product and a sum be one instruction; not: that
-# there is no NaN and no infinity
-FAST = {"reassoc", "contract", "nsz"}
+# sums may be reordered, into vector lanes; a product and a sum stay two roundings, as in NumPy
+FAST = {"reassoc"}
 
 
 @cache
@@ -89,7 +88,7 @@ def _type(argument: Any, real: str) -> Any:
 def _place() -> Path | None:
     """Where Numba keeps what it compiles from these very sources; None if that can't be written,
     or could have been written by another user (what is loaded from it is executed)."""
-    digest = hashlib.sha256(str(CHECKED).encode())
+    digest = hashlib.sha256(repr((CHECKED, sorted(FAST))).encode())
     for path in sorted(SOURCE.glob("*_numba_cpu.py")):  # Numba looks at the kernel's own file alone
         digest.update(path.read_bytes())
     place = kernels_folder() / f"numba_cpu-{digest.hexdigest()[:32]}"
@@ -117,3 +116,14 @@ def _kept_in(place: Path) -> Iterator[None]:
 @cache
 def _tell_once(where: str) -> None:
     print(f"compiling the kernels of numba_cpu for this CPU ({where})", file=sys.stderr)
+
+
+def compile_all() -> None:
+    """Every kernel for both types: what a machine needs once."""
+    numba()
+    for stem in STEMS:
+        module = importlib.import_module(f"..{stem}_numba_cpu", __package__)
+        for name, function in vars(module).items():
+            if inspect.isfunction(function) and function.__module__ == module.__name__:
+                for dtype in (np.float32, np.float64):
+                    kernel(stem, name, np.dtype(dtype))

@@ -1,7 +1,7 @@
 """Cross-entropy of given logits on kernels/cross_entropy_numba_cpu.py; as
 `refimpl.ops.cross_entropy`.
 
-Saved are the logits and one number per row, not the probabilities.
+Saved are the logits and two numbers per row, not the probabilities.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ __all__ = ["CrossEntropySaved", "cross_entropy_backward", "cross_entropy_forward
 
 class CrossEntropySaved(NamedTuple):
     logits: Array  # […, W]: probabilities are recomputed from them
-    lse: Array  # [rows]: log Σ e^z
+    largest: Array  # [rows]
+    total: Array  # [rows]: Σ e^(z − largest)
     targets: Array  # [rows]
     weight: Array  # [rows]: mask / normaliser
 
@@ -34,27 +35,24 @@ def cross_entropy_forward(
     vocabulary = last(logits, "logits")
     expect("targets", targets, "(…)", tuple(logits.shape[:-1]))
     targets, weight = token_weights(logits, targets, mask, normaliser, vocabulary)
-    targets, weight, z = targets.reshape(-1), weight.reshape(-1), ready(rows_of(logits))
+    targets, weight = targets.reshape(-1), weight.reshape(-1)
+    z = ready(rows_of(logits))
     largest, total = empty(weight.shape, z), empty(weight.shape, z)
     statistics = kernel("cross_entropy", "statistics", dtype)
     run([partial(statistics, largest[i], total[i], z[i], 0, vocabulary) for i in _blocks(z)])
-    lse = largest + np.log(total)
-    log_p = np.where(weight != 0, z[np.arange(targets.size), targets] - lse, 0)  # (cross_entropy.1)
+    log_p = z[np.arange(targets.size), targets] - largest - np.log(total)  # (cross_entropy.1)
+    log_p = np.where(weight != 0, log_p, 0)
     loss = -np.sum(weight * log_p)  # (cross_entropy.2)
-    return loss, CrossEntropySaved(logits, lse, targets, weight)
+    return loss, CrossEntropySaved(logits, largest, total, targets, weight)
 
 
 def cross_entropy_backward(dloss: Array, saved: CrossEntropySaved) -> Array:
-    logits, lse, targets, weight = saved
+    logits, largest, total, targets, weight = saved
     z, dz = ready(rows_of(logits)), empty(logits.shape, logits)
     weight, out = number(dloss, weight) * weight, rows_of(dz)
     gradient = kernel("cross_entropy", "gradient", z.dtype)
-    run(
-        [
-            partial(gradient, out[i], z[i], lse[i], weight[i], targets[i], 0, z.shape[1])
-            for i in _blocks(z)
-        ]
-    )
+    by_row = z, largest, total, weight, targets
+    run([partial(gradient, out[i], *(x[i] for x in by_row), 0, z.shape[1]) for i in _blocks(z)])
     return dz
 
 

@@ -21,7 +21,7 @@ MOST = 16  # tasks of one product
 def expect_real(**arrays: Array | None) -> np.dtype[Any]:
     """The dtype of all named arrays (None entries are skipped); TypeError unless they are NumPy's,
     and all float32 or all float64."""
-    first: tuple[str, Any] | None = None
+    first: tuple[str, np.dtype[Any]] | None = None
     for name, x in arrays.items():
         if x is None:
             continue
@@ -35,7 +35,7 @@ def expect_real(**arrays: Array | None) -> np.dtype[Any]:
             raise TypeError(f"{name} must be {first[1]} like {first[0]}, got {x.dtype}")
     if first is None:
         raise TypeError("at least one array is needed, got none")
-    return first[1]  # type: ignore[no-any-return]
+    return first[1]
 
 
 def ready(x: Array) -> np.ndarray:
@@ -45,7 +45,8 @@ def ready(x: Array) -> np.ndarray:
 
 def rows_of(x: Array) -> np.ndarray:
     """``x`` […, n] as [rows, n], a view where that is possible."""
-    return x.reshape(prod(x.shape[:-1]), x.shape[-1])
+    rows: np.ndarray = x.reshape(prod(x.shape[:-1]), x.shape[-1])
+    return rows
 
 
 def empty(shape: tuple[int, ...], like: Array) -> np.ndarray:

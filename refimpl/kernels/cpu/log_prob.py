@@ -23,6 +23,8 @@ from .pool import blocks_of, run
 __all__ = ["Chunk", "LogProbSaved", "counted_rows", "log_prob_backward", "log_prob_forward"]
 
 AT_A_TIME = 4  # blocks
+TOKENS = 256  # of one task
+ENTRIES = 1024  # of the vocabulary, likewise, where dw is added to
 
 
 class LogProbSaved(NamedTuple):
@@ -45,8 +47,7 @@ class Chunk:
         self.temperature = temperature
         self.z = empty((self.h.shape[0], w.shape[0]), h)
         self.vocabulary = blocks_of(w.shape[0], columns)
-        # few entries: tasks of fewer tokens
-        self.tokens = blocks_of(self.h.shape[0], max(16, 2**20 // min(columns, w.shape[0])))
+        self.tokens = blocks_of(self.h.shape[0], TOKENS)
 
     @classmethod
     def all(cls, h: Array, w: Array, temperature: float, block: tuple[int, int]) -> Iterator[Chunk]:
@@ -69,7 +70,7 @@ class Chunk:
         highest = largest.max(axis=0)
         shift = np.where(highest > -np.inf, highest, 0)
         with np.errstate(divide="ignore"):  # all −∞
-            return highest + np.log(np.sum(total * np.exp(largest - shift), axis=0))  # type: ignore[no-any-return]
+            return highest + np.log(np.sum(total * np.exp(largest - shift), axis=0))
 
     def _block(self, i: slice, j: slice, largest: Array, total: Array) -> None:
         self.logits(i, j)
@@ -100,7 +101,7 @@ class Chunk:
         if self.rows.start == 0:
             tasks += products(self.z.T, self.h, dw)  # (log_prob.9)
         else:
-            tasks += [partial(self._add, dw, j) for j in blocks_of(dw.shape[0], 1024)]
+            tasks += [partial(self._add, dw, j) for j in blocks_of(dw.shape[0], ENTRIES)]
         run(tasks)
 
     def _gradient(
@@ -110,7 +111,7 @@ class Chunk:
             self.logits(i, j)
         gradient = kernel("cross_entropy", "gradient", self.z.dtype)
         z = self.z[i]
-        gradient(z, z, lse[i], weight[i], targets[i], j.start, j.stop)
+        gradient(z, z, lse[i], np.ones_like(lse[i]), weight[i], targets[i], j.start, j.stop)
 
     def _add(self, dw: Array, j: slice) -> None:
         dw[j] += self.z[:, j].T @ self.h
@@ -155,7 +156,8 @@ def counted_rows(
 ) -> tuple[Array, Array, Array]:
     """``h`` as [M, D], 0 where the mask is; targets [M]; mask / normaliser [M]."""
     targets, weight = token_weights(h, targets, mask, normaliser, w.shape[0])
-    rows, targets, weight = ready(rows_of(h)), targets.reshape(-1), weight.reshape(-1)
+    targets, weight = targets.reshape(-1), weight.reshape(-1)
+    rows = ready(rows_of(h))
     if mask is not None:
         rows = fill((weight != 0)[:, None], rows, 0.0)  # absent, NaN included
     return rows, targets, weight

@@ -1,5 +1,5 @@
-"""Mixture of experts on kernels/moe_numba_cpu.py; as `refimpl.ops.moe`, but that the table's ``ffn``
-is not looked up.
+"""Mixture of experts on kernels/moe_numba_cpu.py; as `refimpl.ops.moe`, but that the table's
+``ffn`` is not looked up.
 
 A task is a block of at most `ROWS` rows of one expert, with all that is done to them, or of the
 shared experts: so one hot expert is as many tasks as all experts with a few rows each. Saved are
@@ -10,6 +10,7 @@ over hidden ∘ (dy W_down).
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from ...ops.leaves import expect_table
 from ...ops.moe import NETWORKS, Networks, check_shapes
 from .compile import kernel
 from .ffn import ROWS, FFNSaved, backward_rows, backward_tasks, forward_rows, forward_tasks
-from .host import ONE_TASK, empty, expect_real, products, ready, rows_of
+from .host import ONE_TASK, empty, expect_real, ready, rows_of
 from .pool import Task, blocks_of, run
 
 __all__ = ["MoESaved", "moe_backward", "moe_forward"]
@@ -123,8 +124,8 @@ def moe_backward(dy: Array, saved: MoESaved) -> tuple[Array | None, ...]:
     then: list[Task] = []
     for e in range(len(start) - 1):
         i = slice(start[e], start[e + 1])
-        arrays = dgate[i], dup[i], hidden[i], rows, given, order[i], top_k
-        then.append(partial(_weight_gradients, *_of(dw, e), *arrays))
+        made = dgate[i], dup[i], hidden[i]
+        then.append(partial(_weight_gradients, _of(dw, e), made, rows, given, order[i], top_k))
     dshared: tuple[Array | None, ...] = None, None, None
     if shared is None:
         dx[...] = 0
@@ -156,25 +157,18 @@ def _backward_block(
 
 
 def _weight_gradients(
-    dw_gate: Array,
-    dw_up: Array,
-    dw_down: Array,
-    dgate: Array,
-    dup: Array,
-    hidden: Array,
-    x: Array,
-    dy: Array,
-    order: Array,
-    top_k: int,
+    dw: tuple[Array, ...], made: tuple[Array, ...], x: Array, dy: Array, order: Array, top_k: int
 ) -> None:
-    """Those of one expert, zeros if it has no rows."""
+    """``dw`` (of gate, up and down) of one expert, zeros if it has no rows, from its rows of dgate,
+    dup and hidden."""
+    dgate, dup, hidden = made
     gather = kernel("moe", "gather", x.dtype)
     rows = empty((order.size, x.shape[1]), x)
     gather(rows, x, order, top_k)
-    np.matmul(dgate.T, rows, out=dw_gate)
-    np.matmul(dup.T, rows, out=dw_up)
+    np.matmul(dgate.T, rows, out=dw[0])
+    np.matmul(dup.T, rows, out=dw[1])
     gather(rows, dy, order, top_k)
-    np.matmul(rows.T, hidden, out=dw_down)
+    np.matmul(rows.T, hidden, out=dw[2])
 
 
 def _dispatch(indices: Array, experts: int) -> tuple[Array, Array, list[int]]:
@@ -190,7 +184,7 @@ def _blocks(start: list[int]) -> list[tuple[int, slice]]:
     """(expert, rows) of each task, the longest first."""
     found = [
         (e, slice(a + i.start, a + i.stop))
-        for e, (a, b) in enumerate(zip(start[:-1], start[1:], strict=True))
+        for e, (a, b) in enumerate(pairwise(start))
         if b > a
         for i in blocks_of(b - a, ROWS)
     ]

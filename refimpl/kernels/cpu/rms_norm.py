@@ -25,8 +25,9 @@ class RMSNormSaved(NamedTuple):
 def rms_norm_forward(x: Array, w: Array, *, eps: float) -> tuple[Array, RMSNormSaved]:
     dtype, eps = expect_real(x=x, w=w), float(eps)
     check_rms_norm(x, w, eps)
-    y, rows, w = empty(x.shape, x), rows_of(ready(x)), ready(w)
-    r, out = empty(rows.shape[:1], x), rows_of(y)
+    rows, w = rows_of(ready(x)), ready(w)
+    y, r = empty(x.shape, x), empty(rows.shape[:1], x)
+    out = rows_of(y)
     forward = kernel("rms_norm", "rms_norm_forward", dtype)
     run([partial(forward, out[i], r[i], rows[i], w, eps) for i in _blocks(rows)])
     return y, RMSNormSaved(x, w, r)
@@ -36,8 +37,9 @@ def rms_norm_backward(dy: Array, saved: RMSNormSaved) -> tuple[Array, Array]:
     x, w, r = saved
     dtype = expect_real(dy=dy, x=x)
     expect("dy", dy, "(…, D)", tuple(x.shape))
-    dx, rows, given = empty(x.shape, x), rows_of(ready(x)), rows_of(ready(dy))
-    blocks, out = _blocks(rows), rows_of(dx)
+    rows, given = rows_of(ready(x)), rows_of(ready(dy))
+    dx, blocks = empty(x.shape, x), _blocks(rows)
+    out = rows_of(dx)
     parts = np.empty((len(blocks), x.shape[-1]), dtype)  # of dw, each over one block
     backward = kernel("rms_norm", "rms_norm_backward", dtype)
     run(

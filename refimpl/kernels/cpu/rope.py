@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +38,7 @@ def rope_backward(dy: Array, saved: RoPESaved) -> Array:
     return rotate(dy, saved.cos, -saved.sin, saved.layout)  # (rope.6)
 
 
-def angles(positions: Array, inv_freq: Array, factor: float, dtype: object) -> tuple[Array, Array]:
+def angles(positions: Array, inv_freq: Array, factor: float, dtype: Any) -> tuple[Array, Array]:
     """cos and sin of each position's angles, made in float64, times the factor; [B·T or T, R/2]."""
     angle = np.reshape(positions, (-1, 1)).astype(np.float64) * np.asarray(inv_freq, np.float64)
     return (np.cos(angle) * factor).astype(dtype), (np.sin(angle) * factor).astype(dtype)

@@ -10,6 +10,7 @@ from .ffn import ffn_backward, ffn_forward
 from .head_cross_entropy import head_cross_entropy_backward, head_cross_entropy_forward
 from .linear import linear_backward, linear_forward
 from .log_prob import log_prob_backward, log_prob_forward
+from .mla import mla_backward, mla_forward
 from .moe import moe_backward, moe_forward
 from .rms_norm import rms_norm_backward, rms_norm_forward
 from .rope import rope_backward, rope_forward
@@ -30,6 +31,7 @@ def numba_cpu_table() -> Ops:
         "cross_entropy": Op(cross_entropy_forward, cross_entropy_backward),
         "log_prob": Op(log_prob_forward, log_prob_backward),
         "head_cross_entropy": Op(head_cross_entropy_forward, head_cross_entropy_backward),
+        "mla": Op(mla_forward, mla_backward),
         "ffn": Op(ffn_forward, ffn_backward),
         "moe": Op(moe_forward, moe_backward),
     }
