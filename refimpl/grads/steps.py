@@ -45,7 +45,7 @@ from ..model import (
     mtp_scale,
     ops_for,
 )
-from ..ops import REFERENCE, AnyOp, Op
+from ..ops import AnyOp, MLAOutput, Op
 from ..ops.linear import LinearSaved
 from ..parameters import (
     EMBEDDING,
@@ -53,6 +53,7 @@ from ..parameters import (
     HEAD,
     depth_of,
     head_name,
+    layer_name,
     module_name,
     mtp_layer,
     mtp_layers,
@@ -68,7 +69,7 @@ from .lazy import (
     moe_postponed,
     sum_in_blocks,
 )
-from .request import EMBEDDINGS, HIDDEN, LOG_PROB, Request
+from .request import ATTENTION, EMBEDDINGS, HIDDEN, LOG_PROB, Request
 from .split import term_gradients
 
 __all__ = ["Steps", "steps_to"]
@@ -134,10 +135,8 @@ class Steps:
         self.config = config = request.config(source.config)
         self.batch = request.batch(config)
         self.params = LazyParameters(source, config)
-        ops = on_cpu(request.implementation) | {
-            "embedding": Op(embedding_forward, embedding_backward),
-            "head_cross_entropy": REFERENCE.head_cross_entropy,  # which asks `log_prob`: see `head`
-        }
+        embedding = Op(embedding_forward, embedding_backward)
+        ops = on_cpu(request.implementation) | {"embedding": embedding}
         chosen = ops_for(self.batch, config, ops)
         self.ops, self.kind = chosen | {name: kind(op) for name, op in chosen.items()}, kind
         self.model = Run(self.params, config, self.ops, {}, request.with_loss)
@@ -158,7 +157,8 @@ class Steps:
     def forward(self, layer: int) -> Arrays:
         """One block, of the main model or in an MTP module: its output, and its routes for the
         backward."""
-        run = self._run_of(layer, Op(moe_forward, moe_backward))
+        run, attention = self._run_of(layer, Op(moe_forward, moe_backward)), list[MLAOutput]()
+        run = run._replace(ops=run.ops | {"mla": noting(run.ops.mla, attention)})
         depth = depth_of(self.config, layer)
         if depth == 0:
             x, block = block_forward(run, layer, self._input(layer), self.batch)
@@ -167,10 +167,11 @@ class Steps:
             state, _, saved = mtp_module_forward(run, depth, *self._module_input(depth))
             x, block = saved.norm.x, saved.block
             record = {"x": x, "state": state}
-        found = activations_of(layer, block, self.folder.activations, run.ops)
+        found = {module_name(layer): x, layer_name(layer, ATTENTION): attention[0].y}
+        found |= activations_of(layer, block, self.folder.activations)
         if isinstance(block.network, ExpertsSublayerSaved):
             record |= self._routing(block.network)
-        self.folder.write_activations("act", "layer", layer, found={module_name(layer): x} | found)
+        self.folder.write_activations("act", "layer", layer, found=found)
         return record
 
     def head(self) -> Arrays:
@@ -188,6 +189,8 @@ class Steps:
             ops = run.ops | {"log_prob": noting(run.ops.log_prob, log_prob)}
             main, saved = head_forward(run._replace(ops=ops), hidden, self.batch)
             dhidden, dw = run.ops.head_cross_entropy.backward(1.0, saved)
+            if not log_prob:  # a head that is one with it: once more
+                self._log_prob(run._replace(ops=ops), hidden)
             record = {"main": np.asarray(main), "log_prob": log_prob[0]}
         else:
             w = run.params[head_name(self.config)]
@@ -198,13 +201,7 @@ class Steps:
         """GRPO's loss and choices, and the gradients of the hidden states and of the head."""
         given, ops = self.request.grpo, run.ops
         assert given is not None
-        log_prob, log_prob_saved = ops.log_prob.forward(
-            hidden,
-            run.params[head_name(self.config)],
-            targets=self.batch.targets,
-            mask=self.batch.mask,
-            temperature=given.temperature,
-        )
+        log_prob, log_prob_saved = self._log_prob(run, hidden, temperature=given.temperature)
         output, saved = ops.grpo.forward(log_prob, **given.arguments(self.source.dtype))
         dlog_prob = ops.grpo.backward(1.0, saved)
         dhidden, dw = ops.log_prob.backward(dlog_prob, log_prob_saved)
@@ -212,6 +209,18 @@ class Steps:
             self.folder.write(f"{kind}-head.safetensors", {f"{kind}/{LOG_PROB}": x})
         choices = {"unclipped": output.unclipped, "kept": output.kept}
         return {"main": np.asarray(output.loss)} | choices, dhidden, dw
+
+    def _log_prob(
+        self, run: Run, hidden: np.ndarray, temperature: float = 1.0
+    ) -> tuple[np.ndarray, Any]:
+        """The log-probability of each target that counts, and what is saved for its backward."""
+        return run.ops.log_prob.forward(
+            hidden,
+            run.params[head_name(self.config)],
+            targets=np.where(self.batch.mask, self.batch.targets, 0),
+            mask=self.batch.mask,
+            temperature=temperature,
+        )
 
     # Backward
 

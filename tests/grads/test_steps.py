@@ -119,13 +119,20 @@ def test_the_default_loss(implementation: str, dtype: Any, tmp_path: Path) -> No
     assert {x.dtype for n, x in found.items() if n[:4] in ("grad", "out/")} == {np.dtype(dtype)}
 
 
-def test_numba_cpu(tmp_path: Path) -> None:
-    """The reference's numbers in float64 but for rounding, with every kind of loss and activation;
-    units are measured of float32 and bfloat16, too."""
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"mtp": True, "balance_alpha": 0.02, "split": "rows=1+1"},
+        {"targets": np.where(TOKENS % 3, TOKENS, -100), "mask": TOKENS % 3 != 0},
+    ],
+    ids=["every loss", "targets"],
+)
+def test_numba_cpu(given: dict[str, Any], tmp_path: Path) -> None:
+    """The reference's numbers in float64 but for rounding, every activation, and units of every
+    type."""
     pytest.importorskip("numba")
     params = random_parameters(TINY)
-    given: dict[str, Any] = {"mtp": True, "balance_alpha": 0.02, "activations": "*", "reruns": 1}
-    given |= {"split": "rows=1+1", "units": ("float64", "float32", "bfloat16")}
+    given |= {"activations": "*", "reruns": 1, "units": ("float64", "float32", "bfloat16")}
     for name in ("reference", "numba_cpu"):
         stream(params, TINY, tmp_path / name, implementation=name, **given)
     wanted, found = read(tmp_path / "reference"), read(tmp_path / "numba_cpu")

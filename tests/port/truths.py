@@ -180,7 +180,7 @@ class Watched:
 
         again = run._replace(ops=run.ops | {"mla": Op(forward, mla.backward)})
         y, saved = self.forward(again, layer, x, batch)
-        act = activations_of(layer, saved, [], run.ops)
+        act = activations_of(layer, saved, [])
         self.found |= {f"act/{name}": value for name, value in act.items()}
         self.found[f"act/{module_name(layer)}"] = y
         self.found[f"act/{layer_name(layer, 'self_attn')}"] = outputs[0]
