@@ -33,21 +33,20 @@ def statistics(largest: Out1, total: Out1, z: In2, first: Int, last: Int) -> Non
 
 
 def gradient(
-    dz: Out2, z: In2, shift: In1, total: In1, weight: In1, targets: Ids1, first: Int, last: Int
+    z: Out2, shift: In1, total: In1, weight: In1, targets: Ids1, first: Int, last: Int
 ) -> None:
-    """dz = weight (e^(z − shift) / total − one-hot(target)) of the entries first … last of each
-    row; ``dz`` may be ``z``. A row of weight 0 gets 0, whatever its logits."""
+    """z becomes weight (e^(z − shift) / total − one-hot(target)) at the entries first … last of
+    each row. A row of weight 0 gets 0, whatever its logits."""
     real = z.dtype.type
     for row in range(z.shape[0]):
-        own, out = z[row, first:last], dz[row, first:last]
-        less = shift[row]
+        own, less = z[row, first:last], shift[row]
         if weight[row] == 0:
-            out[:] = 0
+            own[:] = 0
             continue
         factor, target = weight[row] / total[row], targets[row] - first
-        hit = 0 <= target < out.size
+        hit = 0 <= target < own.size
         p = exp(own[target] - less) / total[row] if hit else real(0)
-        for i in range(out.size):
-            out[i] = factor * exp(own[i] - less)  # (log_prob.6)
+        for i in range(own.size):
+            own[i] = factor * exp(own[i] - less)  # (log_prob.6)
         if hit:
-            out[target] = weight[row] * (p - real(1))  # (cross_entropy.3)
+            own[target] = weight[row] * (p - real(1))  # (cross_entropy.3)

@@ -25,7 +25,7 @@ DRAWN: dict[str, Callable[[Draw], Case]] = {op: SHAPES.get(op, CASES[op]) for op
 BLOCKS = {  # by module, the sizes that decide how work is cut
     "attention": {"BLOCK": 6},
     "ffn": {"ROWS": 2},
-    "host": {"ONE_PRODUCT": 8, "MOST": 3},
+    "host": {"ONE_PRODUCT": 8, "MOST": 3, "LEAST": 2},
     "log_prob": {"AT_A_TIME": 0, "TOKENS": 2, "ENTRIES": 2},
     "mla": {"ROWS": 2},
     "moe": {"ROWS": 2},

@@ -50,10 +50,14 @@ def cross_entropy_backward(dloss: Array, saved: CrossEntropySaved) -> Array:
     logits, largest, total, targets, weight = saved
     z, dz = ready(rows_of(logits)), empty(logits.shape, logits)
     weight, out = number(dloss, weight) * weight, rows_of(dz)
-    gradient = kernel("cross_entropy", "gradient", z.dtype)
-    by_row = z, largest, total, weight, targets
-    run([partial(gradient, out[i], *(x[i] for x in by_row), 0, z.shape[1]) for i in _blocks(z)])
+    by_row = out, z, largest, total, weight, targets
+    run([partial(_gradient, *(x[i] for x in by_row)) for i in _blocks(z)])
     return dz
+
+
+def _gradient(dz: Array, z: Array, *by_row: Array) -> None:
+    dz[...] = z
+    kernel("cross_entropy", "gradient", z.dtype)(dz, *by_row, 0, z.shape[1])
 
 
 def _blocks(z: Array) -> list[slice]:

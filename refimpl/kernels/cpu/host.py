@@ -16,6 +16,7 @@ __all__ = ["ONE_TASK", "empty", "expect_real", "products", "ready", "rows_of"]
 ONE_TASK = 2**17  # numbers that one task handles at least: waking a thread takes 50 µs
 ONE_PRODUCT = 2**22  # multiplications of one task, likewise
 MOST = 16  # tasks of one product
+LEAST = 128  # rows or columns of one: fewer, and BLAS spends its time on packing the other side
 
 
 def expect_real(**arrays: Array | None) -> np.dtype[Any]:
@@ -58,7 +59,7 @@ def products(a: Array, b: Array, out: Array) -> list[Task]:
     """Tasks that write a [n, k] @ b [k, m] into ``out`` [n, m], any of them views; each makes a
     block of rows or of columns."""
     (n, k), m = a.shape, b.shape[1]
-    count = min(MOST, max(1, n * k * m // ONE_PRODUCT))
+    count = max(1, min(MOST, n * k * m // ONE_PRODUCT, max(n, m) // LEAST))
     if n >= m:
         parts = blocks_of(n, -(-n // count))
         return [partial(np.matmul, a[i], b, out=out[i]) for i in parts]

@@ -111,7 +111,7 @@ class Chunk:
             self.logits(i, j)
         gradient = kernel("cross_entropy", "gradient", self.z.dtype)
         z = self.z[i]
-        gradient(z, z, lse[i], np.ones_like(lse[i]), weight[i], targets[i], j.start, j.stop)
+        gradient(z, lse[i], np.ones_like(lse[i]), weight[i], targets[i], j.start, j.stop)
 
     def _add(self, dw: Array, j: slice) -> None:
         dw[j] += self.z[:, j].T @ self.h

@@ -72,14 +72,13 @@ def test_error_of_exp() -> None:
     gradient = compiling.kernel("cross_entropy", "gradient", np.dtype(np.float32))
     x = np.linspace(-110, 88.7, 400_001, dtype=np.float32).reshape(1, -1)
     one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
-    e = np.empty_like(x)
     nowhere = np.array([-1])
-    gradient(e, x, zero, one, one, nowhere, 0, x.size)
     exact = np.exp(x.astype(np.longdouble))
+    e = x.copy()
+    gradient(e, zero, one, one, nowhere, 0, x.size)
     normal = exact >= 2.0**-126
     assert np.max(np.abs(e - exact)[normal] / np.spacing(exact.astype(np.float32))[normal]) <= 1.2
     assert np.max(np.abs(e - exact)[~normal]) <= 1.01 * 2.0**-149
     ends = np.array([[-np.inf, -1e30, 0, 89, np.inf]], np.float32)
-    out = np.empty_like(ends)
-    gradient(out, ends, zero, one, one, nowhere, 0, ends.size)
-    assert out.tolist() == [[0, 0, 1, np.inf, np.inf]]
+    gradient(ends, zero, one, one, nowhere, 0, ends.size)
+    assert ends.tolist() == [[0, 0, 1, np.inf, np.inf]]
