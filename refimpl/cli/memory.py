@@ -43,7 +43,7 @@ def memory(
         Path | None, typer.Option(help="With --grads: folder for its temporary files.")
     ] = None,
 ) -> None:
-    """Measure the peak memory of two ops and of a model, or of `refimpl grads`.
+    """Measure the peak memory of ops, a model, or `refimpl grads`.
 
     The ops are flash attention, and output head with cross-entropy in one. Each line has the peak
     at T tokens, its ratio to the peak at T = 1024, and its share of the array that the op avoids.
