@@ -18,16 +18,18 @@ from numba.extending import overload
 
 
 class Argument(NamedTuple):
-    """The type of one argument: an array of so many dimensions, or a number (0)."""
+    """The type of one argument: an array of so many dimensions, or (0) a number."""
 
     dims: int
     written: bool = False
-    kind: str = "real"  # or a type that stays the same: int64, bool
+    kind: str = "real"  # or a type that does not change: int64, boolean
 
 
 In1, In2, In3, In4 = (Argument(dims) for dims in (1, 2, 3, 4))
 Out1, Out2, Out3, Out4 = (Argument(dims, written=True) for dims in (1, 2, 3, 4))
 Ids1, Ids2 = (Argument(dims, kind="int64") for dims in (1, 2))
+OutIds1 = Argument(1, written=True, kind="int64")
+Bools1, Bools2 = (Argument(dims, kind="boolean") for dims in (1, 2))
 Real, Int = Argument(0), Argument(0, kind="int64")
 
 LOG2_E = np.float32(1.4426950408889634)
@@ -41,6 +43,16 @@ C0, C1, C2, C3, C4 = (
 )
 
 
+EXACT = {"fastmath": False}  # said aloud: a function that is silent takes the options of its caller
+
+
+@njit(**EXACT)
+def product(a, b):
+    """a b, rounded, in compiled code. For terms that nearly cancel: a product written out may be
+    multiplied in another order, since the kernels are compiled so that their sums may be."""
+    return a * b
+
+
 def exp(x):
     """e^x in compiled code. float64: the C library's. float32: 2ⁿ eʳ with n = round(x / ln 2), no
     branch, and an error of at most 1.2 units in the last place (of the smallest normal number
@@ -48,9 +60,9 @@ def exp(x):
     return exp_of_libm(x)
 
 
-@njit
+@njit(**EXACT)
 def _exp_float32(x):
-    # a function of its own, compiled without fastmath: reordered, n LN2_HIGH + n LN2_LOW is n ln 2
+    # reordered, n LN2_HIGH + n LN2_LOW would be n ln 2
     x = min(max(x, LOWEST), HIGHEST)
     n = np.floor(x * LOG2_E + HALF)
     r = x - n * LN2_HIGH
@@ -64,8 +76,34 @@ def _exp_float32(x):
     return y * first * second
 
 
-@overload(exp, inline="never")
+@overload(exp, jit_options=EXACT)
 def _exp_of(x):
     if x == types.float32:
         return lambda x: _exp_float32(x)
     return lambda x: exp_of_libm(x)
+
+
+def largest_of(x):
+    """The largest element of ``x`` [n] in compiled code; −∞ of none. NaN may be left out.
+
+    Floats are compared as integers, in whose order they lie but for the sign: the compiler makes
+    vector instructions of that, and not of a comparison that must know of NaN.
+    """
+    return max(x)
+
+
+@overload(largest_of, jit_options=EXACT)
+def _largest_of(x):
+    integer, bits = (np.int32, 31) if x.dtype == types.float32 else (np.int64, 63)
+    lowest = integer(np.iinfo(integer).min)
+    mask = integer(np.iinfo(integer).max)
+
+    def find(x):
+        best, whole = lowest, x.view(integer)
+        for i in range(whole.size):
+            key = whole[i] ^ ((whole[i] >> bits) & mask)  # a negative number's bits count down
+            best = max(best, key)
+        best = best ^ ((best >> bits) & mask)
+        return integer(best).view(x.dtype.type) if x.size else x.dtype.type(-np.inf)
+
+    return find

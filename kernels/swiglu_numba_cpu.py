@@ -48,7 +48,8 @@ def network_backward(
         weight = weights[row]
         total = weight - weight
         for i in range(gate.shape[1]):
-            g, u, dh = gate[row, i], up[row, i], dhidden[row, i]
+            g, u = gate[row, i], up[row, i]
+            dh = dhidden[row, i]
             s = one / (one + exp(-g))
             h = g * s * u
             total += h * dh

@@ -73,30 +73,13 @@ def project(
     begin with."""
     xp = namespace(x=x, w_q_b=w_q_b, w_kv_a=w_kv_a)
     expect_table(ops, Leaves)
-    expect("x", x, "(B, T, D)", (None, None, None))
-    expect_some("x", x, "(B, T, D)")
-    expect_that(
-        (w_q_a is None) == (w_q_a_norm is None),
-        "w_q_a and w_q_a_norm must both be given, or (without query compression) both be None",
-    )
-    b, t, d = x.shape
-    latent = last(w_kv_a_norm, "w_kv_a_norm")
+    nope, latent = check_project(x, w_q_a, w_q_a_norm, w_q_b, w_kv_a, w_kv_a_norm, heads)
+    b, t, _ = x.shape
     a = x
     q_a_saved = q_a_norm_saved = None
     if w_q_a is not None:
-        expect("w_q_a", w_q_a, "(A, D)", (None, d))
-        expect("w_q_a_norm", w_q_a_norm, "(A,)", tuple(w_q_a.shape[:1]))
         a, q_a_saved = ops.linear.forward(x, w_q_a)  # (mla.1)
         a, q_a_norm_saved = ops.rms_norm.forward(a, w_q_a_norm, eps=eps)
-    expect("w_q_b", w_q_b, "(H·(N+R), A)", (None, a.shape[2]))
-    expect("w_kv_a", w_kv_a, "(C+R, D)", (None, d))
-    nope = w_q_b.shape[0] // max(heads, 1) - (w_kv_a.shape[0] - latent)
-    fits = heads >= 1 and w_q_b.shape[0] % max(heads, 1) == 0 and w_kv_a.shape[0] > latent
-    expect_that(
-        fits and nope >= 1,
-        f"w_q_b must have shape (H·(N+R), A) and w_kv_a (C+R, D) with H={heads}, "
-        f"C={latent}, all at least 1, got {tuple(w_q_b.shape)} and {tuple(w_kv_a.shape)}",
-    )
     q, q_b_saved = ops.linear.forward(a, w_q_b)  # (mla.2)
     q = xp.reshape(q, (b, t, heads, -1))
     q_pe, q_pe_saved = ops.rope.forward(q[..., nope:], **rope)  # (mla.3)
@@ -211,6 +194,40 @@ def mla_backward(dy: tuple[Array, Array | None], saved: MLASaved) -> tuple[Array
     dcache, dlatent = split_cache(dlatent, saved.past)
     dx, *dw_project = project_backward(dq, dlatent, saved.project)
     return dx, dcache, *dw_project, dw_kv_b, dw_o
+
+
+def check_project(
+    x: Array,
+    w_q_a: Array | None,
+    w_q_a_norm: Array | None,
+    w_q_b: Array,
+    w_kv_a: Array,
+    w_kv_a_norm: Array,
+    heads: int,
+) -> tuple[int, int]:
+    """(N, C); ValueError unless what `project` is given fits together."""
+    expect("x", x, "(B, T, D)", (None, None, None))
+    expect_some("x", x, "(B, T, D)")
+    expect_that(
+        (w_q_a is None) == (w_q_a_norm is None),
+        "w_q_a and w_q_a_norm must both be given, or (without query compression) both be None",
+    )
+    a = d = x.shape[2]
+    latent = last(w_kv_a_norm, "w_kv_a_norm")
+    if w_q_a is not None:
+        expect("w_q_a", w_q_a, "(A, D)", (None, d))
+        expect("w_q_a_norm", w_q_a_norm, "(A,)", tuple(w_q_a.shape[:1]))
+        a = w_q_a.shape[0]
+    expect("w_q_b", w_q_b, "(H·(N+R), A)", (None, a))
+    expect("w_kv_a", w_kv_a, "(C+R, D)", (None, d))
+    nope = w_q_b.shape[0] // max(heads, 1) - (w_kv_a.shape[0] - latent)
+    fits = heads >= 1 and w_q_b.shape[0] % max(heads, 1) == 0 and w_kv_a.shape[0] > latent
+    expect_that(
+        fits and nope >= 1,
+        f"w_q_b must have shape (H·(N+R), A) and w_kv_a (C+R, D) with H={heads}, "
+        f"C={latent}, all at least 1, got {tuple(w_q_b.shape)} and {tuple(w_kv_a.shape)}",
+    )
+    return nope, latent
 
 
 def append(cache: Array | None, latent: Array) -> tuple[Array, int | None]:

@@ -20,7 +20,7 @@ from ...errors import CouldNotRun
 from .. import SOURCE
 from ..kept import kernels_folder
 
-__all__ = ["CHECKED", "STEMS", "kernel", "numba"]
+__all__ = ["CHECKED", "STEMS", "compile_all", "kernel", "numba"]
 
 STEMS = tuple(
     sorted(
@@ -29,11 +29,10 @@ STEMS = tuple(
         if (stem := path.name.removesuffix("_numba_cpu.py")) != "common"
     )
 )
-CHECKED = "REFIMPL_BOUNDS_CHECKS"
-"""Set to 1, the kernels are compiled with a check of every index: IndexError, and slow."""
-# sums may be reordered into vector lanes, and a product and a sum be one instruction; not: that
-# there is no NaN and no infinity
-FAST = {"reassoc", "contract", "nsz"}
+CHECKED = os.environ.get("REFIMPL_BOUNDS_CHECKS") == "1"
+"""Whether kernels are compiled with a check of every index: IndexError, and slow."""
+# sums may be reordered, into vector lanes; a product and a sum stay two roundings, as in NumPy
+FAST = {"reassoc"}
 
 
 @cache
@@ -47,24 +46,22 @@ def numba() -> ModuleType:
         ) from error
 
 
+@cache
 def kernel(stem: str, name: str, dtype: Any) -> Callable[..., None]:
-    """The function ``name`` of ``kernels/<stem>_numba_cpu.py`` for float32 or float64 arrays.
+    """The function ``name`` of ``kernels/<stem>_numba_cpu.py`` for arrays of a dtype, float32 or
+    float64.
 
     The first call on a machine compiles, and says so on standard error; later processes load what
     was compiled. Nothing is kept where no folder can be written to.
     """
-    return _kernel(stem, name, np.dtype(dtype).name, os.environ.get(CHECKED) == "1")
-
-
-@cache
-def _kernel(stem: str, name: str, real: str, checked: bool) -> Callable[..., None]:
     module: Any = numba()
     function = getattr(importlib.import_module(f"..{stem}_numba_cpu", __package__), name)
+    real = np.dtype(dtype).name
     arguments = inspect.get_annotations(function, eval_str=True)
     del arguments["return"]
     signature = module.types.void(*(_type(argument, real) for argument in arguments.values()))
-    options = {"nogil": True, "fastmath": FAST, "boundscheck": checked, "error_model": "numpy"}
-    place = _place(checked)
+    options = {"nogil": True, "fastmath": FAST, "boundscheck": CHECKED, "error_model": "numpy"}
+    place = _place()
     if place is None:
         _tell_once("nothing is kept: the folder of compiled kernels can't be written")
         return module.njit(signature, **options)(function)  # type: ignore[no-any-return]
@@ -88,10 +85,10 @@ def _type(argument: Any, real: str) -> Any:
 
 
 @cache
-def _place(checked: bool) -> Path | None:
+def _place() -> Path | None:
     """Where Numba keeps what it compiles from these very sources; None if that can't be written,
     or could have been written by another user (what is loaded from it is executed)."""
-    digest = hashlib.sha256(str(checked).encode())
+    digest = hashlib.sha256(repr((CHECKED, sorted(FAST))).encode())
     for path in sorted(SOURCE.glob("*_numba_cpu.py")):  # Numba looks at the kernel's own file alone
         digest.update(path.read_bytes())
     place = kernels_folder() / f"numba_cpu-{digest.hexdigest()[:32]}"
@@ -119,3 +116,14 @@ def _kept_in(place: Path) -> Iterator[None]:
 @cache
 def _tell_once(where: str) -> None:
     print(f"compiling the kernels of numba_cpu for this CPU ({where})", file=sys.stderr)
+
+
+def compile_all() -> None:
+    """Every kernel for both types: what a machine needs once."""
+    numba()
+    for stem in STEMS:
+        module = importlib.import_module(f"..{stem}_numba_cpu", __package__)
+        for name, function in vars(module).items():
+            if inspect.isfunction(function) and function.__module__ == module.__name__:
+                for dtype in (np.float32, np.float64):
+                    kernel(stem, name, np.dtype(dtype))

@@ -1,23 +1,28 @@
-"""What the host sides of the CPU's kernels share: arrays as kernels want them."""
+"""What the host sides of the CPU's kernels share: arrays as kernels want them, and products."""
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
 from typing import Any
 
 import numpy as np
 
 from ...array import Array
+from .pool import Task, blocks_of
 
-__all__ = ["ONE_TASK", "empty", "expect_real", "ready", "rows_of"]
+__all__ = ["ONE_TASK", "empty", "expect_real", "products", "ready", "rows_of"]
 
 ONE_TASK = 2**17  # numbers that one task handles at least: waking a thread takes 50 µs
+ONE_PRODUCT = 2**22  # multiplications of one task, likewise
+MOST = 16  # tasks of one product
+LEAST = 128  # rows or columns of one: fewer, and BLAS spends its time on packing the other side
 
 
 def expect_real(**arrays: Array | None) -> np.dtype[Any]:
     """The dtype of all named arrays (None entries are skipped); TypeError unless they are NumPy's,
     and all float32 or all float64."""
-    first: tuple[str, Any] | None = None
+    first: tuple[str, np.dtype[Any]] | None = None
     for name, x in arrays.items():
         if x is None:
             continue
@@ -31,19 +36,31 @@ def expect_real(**arrays: Array | None) -> np.dtype[Any]:
             raise TypeError(f"{name} must be {first[1]} like {first[0]}, got {x.dtype}")
     if first is None:
         raise TypeError("at least one array is needed, got none")
-    return first[1]  # type: ignore[no-any-return]
+    return first[1]
 
 
 def ready(x: Array) -> np.ndarray:
     """``x`` without gaps: itself, if it is so already."""
-    return np.ascontiguousarray(x)
+    return np.asarray(x, order="C")
 
 
 def rows_of(x: Array) -> np.ndarray:
     """``x`` […, n] as [rows, n], a view where that is possible."""
-    return x.reshape(prod(x.shape[:-1]), x.shape[-1])
+    rows: np.ndarray = x.reshape(prod(x.shape[:-1]), x.shape[-1])
+    return rows
 
 
 def empty(shape: tuple[int, ...], like: Array) -> np.ndarray:
     """An array that will be written to, all of it."""
     return np.empty(shape, like.dtype)
+
+
+def products(a: Array, b: Array, out: Array) -> list[Task]:
+    """Tasks that write a [n, k] @ b [k, m] into ``out`` [n, m], any of them views; each makes a
+    block of rows or of columns."""
+    (n, k), m = a.shape, b.shape[1]
+    count = max(1, min(MOST, n * k * m // ONE_PRODUCT, max(n, m) // LEAST))
+    if n >= m:
+        parts = blocks_of(n, -(-n // count))
+        return [partial(np.matmul, a[i], b, out=out[i]) for i in parts]
+    return [partial(np.matmul, a, b[:, i], out=out[:, i]) for i in blocks_of(m, -(-m // count))]

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 from ...errors import CouldNotRun
@@ -152,7 +153,7 @@ def blocks_of(length: int, size: int) -> list[slice]:
     """Slices of at most ``size`` that cover 0 … length, of nearly equal lengths."""
     count = max(1, -(-length // size))
     edges = [length * i // count for i in range(count + 1)]
-    return [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [slice(a, b) for a, b in pairwise(edges)]
 
 
 @cache

@@ -1,0 +1,64 @@
+"""Cross-entropy of given logits on kernels/cross_entropy_numba_cpu.py; as
+`refimpl.ops.cross_entropy`.
+
+Saved are the logits and two numbers per row, not the probabilities.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from ...array import Array, expect, last, number
+from ...ops.cross_entropy import token_weights
+from .compile import kernel
+from .host import ONE_TASK, empty, expect_real, ready, rows_of
+from .pool import blocks_of, run
+
+__all__ = ["CrossEntropySaved", "cross_entropy_backward", "cross_entropy_forward"]
+
+
+class CrossEntropySaved(NamedTuple):
+    logits: Array  # […, W]: probabilities are recomputed from them
+    largest: Array  # [rows]
+    total: Array  # [rows]: Σ e^(z − largest)
+    targets: Array  # [rows]
+    weight: Array  # [rows]: mask / normaliser
+
+
+def cross_entropy_forward(
+    logits: Array, *, targets: Array, mask: Array | None = None, normaliser: float | None = None
+) -> tuple[Array, CrossEntropySaved]:
+    dtype = expect_real(logits=logits)
+    vocabulary = last(logits, "logits")
+    expect("targets", targets, "(…)", tuple(logits.shape[:-1]))
+    targets, weight = token_weights(logits, targets, mask, normaliser, vocabulary)
+    targets, weight = targets.reshape(-1), weight.reshape(-1)
+    z = ready(rows_of(logits))
+    largest, total = empty(weight.shape, z), empty(weight.shape, z)
+    statistics = kernel("cross_entropy", "statistics", dtype)
+    run([partial(statistics, largest[i], total[i], z[i], 0, vocabulary) for i in _blocks(z)])
+    log_p = z[np.arange(targets.size), targets] - largest - np.log(total)  # (cross_entropy.1)
+    log_p = np.where(weight != 0, log_p, 0)
+    loss = -np.sum(weight * log_p)  # (cross_entropy.2)
+    return loss, CrossEntropySaved(logits, largest, total, targets, weight)
+
+
+def cross_entropy_backward(dloss: Array, saved: CrossEntropySaved) -> Array:
+    logits, largest, total, targets, weight = saved
+    z, dz = ready(rows_of(logits)), empty(logits.shape, logits)
+    weight, out = number(dloss, weight) * weight, rows_of(dz)
+    by_row = out, z, largest, total, weight, targets
+    run([partial(_gradient, *(x[i] for x in by_row)) for i in _blocks(z)])
+    return dz
+
+
+def _gradient(dz: Array, z: Array, *by_row: Array) -> None:
+    dz[...] = z
+    kernel("cross_entropy", "gradient", z.dtype)(dz, *by_row, 0, z.shape[1])
+
+
+def _blocks(z: Array) -> list[slice]:
+    return blocks_of(z.shape[0], max(1, ONE_TASK // z.shape[1]))

@@ -1,0 +1,55 @@
+"""RMSNorm on kernels/rms_norm_numba_cpu.py; as `refimpl.ops.rms_norm`."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from ...array import Array, expect
+from ...ops.rms_norm import check_rms_norm
+from .compile import kernel
+from .host import ONE_TASK, empty, expect_real, ready, rows_of
+from .pool import blocks_of, run
+
+__all__ = ["RMSNormSaved", "rms_norm_backward", "rms_norm_forward"]
+
+
+class RMSNormSaved(NamedTuple):
+    x: Array  # […, D]
+    w: Array  # [D]
+    r: Array  # [rows]: 1 / rms
+
+
+def rms_norm_forward(x: Array, w: Array, *, eps: float) -> tuple[Array, RMSNormSaved]:
+    dtype, eps = expect_real(x=x, w=w), float(eps)
+    check_rms_norm(x, w, eps)
+    rows, w = rows_of(ready(x)), ready(w)
+    y, r = empty(x.shape, x), empty(rows.shape[:1], x)
+    out = rows_of(y)
+    forward = kernel("rms_norm", "rms_norm_forward", dtype)
+    run([partial(forward, out[i], r[i], rows[i], w, eps) for i in _blocks(rows)])
+    return y, RMSNormSaved(x, w, r)
+
+
+def rms_norm_backward(dy: Array, saved: RMSNormSaved) -> tuple[Array, Array]:
+    x, w, r = saved
+    dtype = expect_real(dy=dy, x=x)
+    expect("dy", dy, "(…, D)", tuple(x.shape))
+    rows, given = rows_of(ready(x)), rows_of(ready(dy))
+    dx, blocks = empty(x.shape, x), _blocks(rows)
+    out = rows_of(dx)
+    parts = np.empty((len(blocks), x.shape[-1]), dtype)  # of dw, each over one block
+    backward = kernel("rms_norm", "rms_norm_backward", dtype)
+    run(
+        [
+            partial(backward, out[i], part, given[i], rows[i], w, r[i])
+            for part, i in zip(parts, blocks, strict=True)
+        ]
+    )
+    return dx, parts.sum(axis=0)
+
+
+def _blocks(rows: Array) -> list[slice]:
+    return blocks_of(rows.shape[0], max(1, ONE_TASK // rows.shape[1]))

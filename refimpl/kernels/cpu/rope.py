@@ -1,0 +1,54 @@
+"""Rotary position embedding on kernels/rope_numba_cpu.py; as `refimpl.ops.rope`."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ...array import Array, expect
+from ...ops.choices import Layout
+from ...ops.rope import RoPESaved, check_rope
+from .compile import kernel
+from .host import ONE_TASK, empty, expect_real, ready
+from .pool import blocks_of, run
+
+__all__ = ["angles", "rope_backward", "rope_forward", "rotate"]
+
+
+def rope_forward(
+    x: Array,
+    *,
+    positions: Array,
+    inv_freq: Array,
+    layout: Layout = "interleaved",
+    factor: float = 1.0,
+) -> tuple[Array, RoPESaved]:
+    """Saved: cos and sin [B·T or T, R/2]."""
+    expect_real(x=x)
+    check_rope(x, positions, inv_freq, layout)
+    cos, sin = angles(positions, inv_freq, factor, x.dtype)
+    return rotate(x, cos, sin, layout), RoPESaved(tuple(x.shape), cos, sin, layout)
+
+
+def rope_backward(dy: Array, saved: RoPESaved) -> Array:
+    expect("dy", dy, "(B, T, H, R)", tuple(saved.shape))
+    expect_real(dy=dy, x=saved.cos)
+    return rotate(dy, saved.cos, -saved.sin, saved.layout)  # (rope.6)
+
+
+def angles(positions: Array, inv_freq: Array, factor: float, dtype: Any) -> tuple[Array, Array]:
+    """cos and sin of each position's angles, made in float64, times the factor; [B·T or T, R/2]."""
+    angle = np.reshape(positions, (-1, 1)).astype(np.float64) * np.asarray(inv_freq, np.float64)
+    return (np.cos(angle) * factor).astype(dtype), (np.sin(angle) * factor).astype(dtype)
+
+
+def rotate(x: Array, cos: Array, sin: Array, layout: Layout) -> Array:
+    """``x`` [B, T, H, R], each pair turned; a fresh array."""
+    y = empty(x.shape, x)
+    rows, out = ready(x).reshape(-1, *x.shape[2:]), y.reshape(-1, *x.shape[2:])
+    turn, interleaved = kernel("rope", "rope", x.dtype), int(layout == "interleaved")
+    blocks = blocks_of(rows.shape[0], max(1, ONE_TASK // (rows.shape[1] * rows.shape[2])))
+    run([partial(turn, out[i], rows[i], cos, sin, i.start, interleaved) for i in blocks])
+    return y

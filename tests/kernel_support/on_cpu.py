@@ -1,0 +1,151 @@
+"""What the tests of the column `numba_cpu` share: blocks so small that small examples have several,
+and mistakes planted in its kernels and host sides."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from refimpl.check.cases import CASES, Case, Draw
+from refimpl.kernels import SOURCE
+from refimpl.kernels.columns import on_cpu
+from refimpl.kernels.cpu import compile as compiling
+from refimpl.ops import REFERENCE, Op, Ops
+
+from .shapes import SHAPES
+
+CPU = on_cpu("numba_cpu")
+OPS = [name for name in CPU if CPU[name] != REFERENCE[name]]
+DRAWN: dict[str, Callable[[Draw], Case]] = {op: SHAPES.get(op, CASES[op]) for op in OPS}
+BLOCKS = {  # by module, the sizes that decide how work is cut
+    "attention": {"BLOCK": 6},
+    "ffn": {"ROWS": 2},
+    "host": {"ONE_PRODUCT": 8, "MOST": 3, "LEAST": 2},
+    "log_prob": {"AT_A_TIME": 0, "TOKENS": 2, "ENTRIES": 2},
+    "mla": {"ROWS": 2},
+    "moe": {"ROWS": 2},
+}
+ONE_TASK = ("adamw", "cross_entropy", "head_cross_entropy", "moe", "rms_norm", "rope", "swiglu")
+
+
+def module_of(name: str) -> ModuleType:
+    return importlib.import_module(f"refimpl.kernels.cpu.{name}")
+
+
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows, queries or tokens a task."""
+    for name, sizes in BLOCKS.items():
+        for constant, size in sizes.items():
+            monkeypatch.setattr(module_of(name), constant, size)
+    for name in ONE_TASK:
+        monkeypatch.setattr(module_of(name), "ONE_TASK", 8)
+
+
+def with_table(op: str, table: Ops = CPU) -> dict[str, Any]:
+    """The argument ``ops`` of a composite."""
+    return {"ops": table} if "ops" in (REFERENCE[op].forward.__kwdefaults__ or {}) else {}
+
+
+def pair(op: str) -> Op[Any, Any]:
+    return CPU[op]
+
+
+# stem: {name: (what stands there, what a mistake would put)}
+PLANTED: dict[str, dict[str, tuple[str, str]]] = {
+    "rms_norm": {
+        "eps left out": ("/ real(own.size) + eps", "/ real(own.size)"),
+        "weight left out of dx": (
+            "product(given[i], w[i])\n            out",
+            "given[i]\n            out",
+        ),
+        "dw of the last row alone": ("dw[i] += given[i] * n", "dw[i] = given[i] * n"),
+        "overflow gives 0": (
+            "real(1) / math.sqrt(mean) if mean < np.inf else real(np.nan)",
+            "real(1) / math.sqrt(mean)",
+        ),
+    },
+    "rope": {
+        "halves taken for pairs": ("if interleaved:", "if not interleaved:"),
+        "block begins at the first angle": ("(first + row) %", "row %"),
+        "turned the other way": ("a * c[i] - b * s[i]  # (rope.5)", "a * c[i] + b * s[i]"),
+    },
+    "swiglu": {
+        "silu without its second term": ("(s + g * s * (one - s))  # (swiglu.2)", "s"),
+        "weight of an expert left out": ("dh *= weight", "dh *= one"),
+        "weight applied twice": ("total += h * dh", "total += h * dh * weight"),
+    },
+    "attention": {
+        "diagonal hidden": ("first + row // each + 1)", "first + row // each)"),
+        "one key too many": ("first + row // each + 1)", "first + row // each + 2)"),
+        "position of a folded row": ("first + row // each + 1)", "first + row + 1)"),
+        "backward sees one query too few": ("(first + row) * each))", "(first + row) * each + 1))"),
+        "scale left out of ds": ("ds[i] = scale * p[i]", "ds[i] = p[i]"),
+        "row sum left out": ("(ds[i] - less[i])", "ds[i]"),
+        "a query that sees nothing sees all": ("if not seen[row]:", "if False:"),
+        "hidden keys seen": ("if not visible[row, i]:", "if False:"),
+    },
+    "cross_entropy": {
+        "target off by one": ("targets[row] - first", "targets[row] - first + 1"),
+        "left-out rows counted": ("if weight[row] == 0:", "if False:"),
+        "one-hot left out": ("(p - real(1))", "p"),
+        "temperature left out": ("own[i] /= temperature", "own[i] /= 1"),
+    },
+    "mla": {
+        "turned the same way back": ("-s[i] if backward", "s[i] if backward"),
+        "rotated key of the last head alone": ("shared[i] += turned[i]", "shared[i] = turned[i]"),
+        "block begins at the first angle": ("(first + row) %", "row %"),
+        "values in front of keys": ("kv[row, head, :nope]\n", "kv[row, head, 1 : nope + 1]\n"),
+    },
+    "moe": {
+        "slots in reverse order": (
+            "start[indices[slot]] = at + 1",
+            "start[indices[slot]] = at + 1; order[at] = indices.size - 1 - slot",
+        ),
+        "weights left out": ("out[i] += weight * row[i]", "out[i] += row[i]"),
+        "last choice dropped": ("range(place.shape[1])", "range(place.shape[1] - 1)"),
+        "row of the next token": (
+            "x[order[i] // top_k]",
+            "x[(order[i] + 1) // top_k % x.shape[0]]",
+        ),
+    },
+}
+
+
+def plant(stem: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the test ends, the kernels of ``stem`` are compiled with the mistake, and not kept."""
+    before, after = PLANTED[stem][name]
+    plant_text(stem, before, after, monkeypatch)
+
+
+def plant_text(stem: str, before: str, after: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = SOURCE / f"{stem}_numba_cpu.py"
+    source = path.read_text()
+    assert source.count(before) >= 1, f"{path.name} has no {before!r}"
+    module = ModuleType(f"refimpl.kernels.{stem}_numba_cpu")
+    module.__package__ = "refimpl.kernels"
+    exec(compile(source.replace(before, after), str(path), "exec"), vars(module))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    recompiled(monkeypatch)
+
+
+def recompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are compiled anew, and nothing is kept, here or on disk."""
+    fresh: dict[tuple[Any, ...], Any] = {}
+    uncached = compiling.kernel.__wrapped__
+
+    def kernel(*key: Any) -> Any:
+        if key not in fresh:
+            fresh[key] = uncached(*key)
+        return fresh[key]
+
+    monkeypatch.setattr(compiling, "_place", lambda: None)
+    monkeypatch.setattr(compiling, "_tell_once", lambda where: None)
+    for path in (SOURCE.parent / "refimpl" / "kernels" / "cpu").glob("*.py"):
+        module = module_of(path.stem)
+        if hasattr(module, "kernel"):
+            monkeypatch.setattr(module, "kernel", kernel)

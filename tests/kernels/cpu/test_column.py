@@ -1,0 +1,269 @@
+"""Every op of the column `numba_cpu`: contract, finite differences, the rule for errors, the same
+bits with any number of threads, and mistakes that these see."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from refimpl.check import check
+from refimpl.check.cases import CASES, REGIMES, RandomDraw
+from refimpl.config import preset
+from refimpl.kernels.cpu.adamw import FusedAdamW
+from refimpl.kernels.cpu.pool import threads
+from refimpl.model import backward, forward
+from refimpl.ops import REFERENCE
+from refimpl.optimizer import AdamW
+from refimpl.parameters import init_parameters
+
+from attention_contract import ERRORS, GOOD, check_more_queries_than_keys, check_range_of_validity
+from kernel_support import compare, results, rounded
+from kernel_support.on_cpu import (
+    CPU,
+    DRAWN,
+    OPS,
+    PLANTED,
+    plant,
+    plant_text,
+    recompiled,
+    small_blocks,
+    with_table,
+)
+from support import FULL, HypothesisDraw
+
+DIFFERENCES = 40 if FULL else 4  # examples of each op, beside those of its regimes
+EXAMPLES = 60 if FULL else 8  # likewise, in each type
+
+
+@pytest.fixture(autouse=True, params=[1, 2] if FULL else [2], ids="{}_threads".format)
+def in_small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    small_blocks(monkeypatch)
+    with threads(request.param):
+        yield
+
+
+def assert_differences(op: str, seeds: range) -> None:
+    """`refimpl.check` on cases that hit all regimes: contract and finite differences."""
+    missed = set(REGIMES[op])
+    for seed in range(1000):
+        case = CASES[op](RandomDraw(seed))
+        if seed not in seeds and not missed & case.regimes:
+            if not missed:
+                break
+            continue
+        missed -= case.regimes
+        report = check(
+            *CPU[op],
+            case.inputs,
+            case.kwargs | with_table(op),
+            op=op,
+            replay=case.replay,
+            seed=seed,
+            names=[str(i) for i in range(len(case.inputs))],
+            rules=("contract", "differences"),
+        )
+        assert report.ok, f"{case.kwargs}\n{report}"
+    assert not missed
+
+
+def assert_errors(op: str, storage: str, seeds: range) -> None:
+    for seed in seeds:
+        compare(op, CPU[op], DRAWN[op](RandomDraw(seed)), storage, seed, with_table(op))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_finite_differences(op: str) -> None:
+    assert_differences(op, range(DIFFERENCES))
+
+
+@pytest.mark.parametrize("storage", ["float64", "float32"])
+@pytest.mark.parametrize("op", OPS)
+def test_error_is_that_of_the_reference(op: str, storage: str) -> None:
+    @settings(max_examples=EXAMPLES)
+    @given(st.data())
+    def run(data: st.DataObject) -> None:
+        draw = HypothesisDraw(data)
+        compare(op, CPU[op], DRAWN[op](draw), storage, draw.seed, with_table(op))
+
+    run()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_same_bits_with_any_number_of_threads(op: str) -> None:
+    """Twice with two threads, and with one, three and seven."""
+    case = DRAWN[op](RandomDraw(3))
+    inputs = [rounded(x, "float32") for x in case.inputs]
+    kwargs = rounded(case.kwargs, "float32") | with_table(op)
+    y, _ = CPU[op].forward(*inputs, **kwargs)
+    members = [np.asarray(m) for m in (y if isinstance(y, tuple) else (y,))]
+    shapes = [m.shape for m in members if m.dtype.kind == "f"]
+    cotangents = [np.cos(np.arange(np.prod(s, dtype=int)) + 1).reshape(s) for s in shapes]
+    found = []
+    for count in (2, 2, 1, 3, 7):
+        with threads(count):
+            found.append(results(CPU[op], inputs, kwargs, cotangents))
+    for others in found[1:]:
+        for a, b in zip(found[0], others, strict=True):
+            assert a.tobytes() == b.tobytes()
+
+
+def test_attention_promises_what_attention_does() -> None:
+    check_range_of_validity(*CPU.attention)
+    check_more_queries_than_keys(*CPU.attention)
+    for change, error, message in ERRORS:
+        if "float32" not in message:  # number types are the column's own
+            with pytest.raises(error, match=message):
+                CPU.attention.forward(**GOOD | change)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_other_number_types_are_refused(op: str) -> None:
+    case = DRAWN[op](RandomDraw(0))
+    for dtype, message in ((np.complex128, "float32 or float64, got complex128"), (None, "NumPy")):
+        first, *rest = case.inputs
+        wrong = [[1.0]] if dtype is None else first.astype(dtype)
+        with pytest.raises(TypeError, match=message):
+            CPU[op].forward(wrong, *rest, **case.kwargs | with_table(op))
+
+
+def test_signatures_are_the_ops() -> None:
+    def parameters(function: Any) -> list[tuple[str, Any, Any]]:
+        return [
+            (p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()
+        ]
+
+    for op in OPS:
+        assert parameters(CPU[op].forward) == parameters(REFERENCE[op].forward), op
+        assert parameters(CPU[op].backward) == parameters(REFERENCE[op].backward), op
+
+
+def test_whole_model() -> None:
+    """Loss, loads and every gradient of the tiny model, with padding and MTP, as with the
+    reference."""
+    config = preset("tiny")
+    params = {name: p.astype(np.float64) for name, p in init_parameters(config, std=0.15).items()}
+    tokens = np.random.default_rng(0).integers(0, config.vocabulary, (2, 11))
+    key_mask = np.arange(11) >= np.array([[0], [3]])
+    wanted, wanted_saved = forward(params, tokens, config, key_mask=key_mask)
+    found, saved = forward(params, tokens, config, key_mask=key_mask, ops=CPU)
+    assert abs(float(found.loss) - float(wanted.loss)) <= 1e-13 * float(wanted.loss)
+    grads = backward(saved)
+    for name, g in backward(wanted_saved).items():
+        assert np.max(np.abs(grads[name] - g)) <= 1e-12 * np.max(np.abs(g), initial=1e-3), name
+
+
+def test_adamw() -> None:
+    """Five steps on tensors of several blocks as the reference's, decay on some alone; an overflow
+    of g² is NaN; a strided parameter is refused before anything changes."""
+    rng = np.random.default_rng(0)
+    for dtype, bound in ((np.float64, 1e-14), (np.float32, 2e-6)):
+        start = {name: rng.normal(size=(5, 7)).astype(dtype) for name in ("a", "b.norm")}
+        ours, theirs = ({n: p.copy() for n, p in start.items()} for _ in range(2))
+        fused, plain = (kind(decays=lambda n: "norm" not in n) for kind in (FusedAdamW, AdamW))
+        for _ in range(5):
+            grads = {name: rng.normal(size=p.shape).astype(dtype) for name, p in start.items()}
+            fused.update(ours, grads, 0.01)
+            plain.update(theirs, grads, 0.01)
+        for name in start:
+            assert np.max(np.abs(ours[name] - theirs[name])) <= bound
+            assert np.max(np.abs(theirs[name] - start[name])) > 0.01
+    large = np.full((5, 7), 1e30, np.float32)
+    fused.update(ours, {"a": large}, 0.01)
+    assert np.isnan(ours["a"]).all()
+    before = ours["b.norm"].copy()
+    with pytest.raises(ValueError, match="must be contiguous"):
+        fused.update({"b.norm": ours["b.norm"].T}, {"b.norm": large.T}, 0.01)
+    assert (ours["b.norm"] == before).all()
+
+
+def assert_overflow_is_nan() -> None:
+    """A row whose mean square overflows is NaN, and so are its gradients, as the reference's."""
+    x = np.array([[1e20, 1e20], [1, 2]], np.float32)
+    y, saved = CPU.rms_norm.forward(x, np.ones(2, np.float32), eps=1e-6)
+    dx, _ = CPU.rms_norm.backward(np.ones_like(x), saved)
+    for result in (y, dx):
+        assert np.isnan(result[0]).all()
+        assert np.isfinite(result[1]).all()
+
+
+def assert_left_out_tokens_may_be_anything() -> None:
+    """NaN in the logits or hidden states of a token that does not count changes nothing."""
+    rng = np.random.default_rng(0)
+    logits, w = rng.normal(size=(4, 6)), rng.normal(size=(6, 3))
+    h = rng.normal(size=(4, 3))
+    kwargs = {"targets": np.array([1, -100, 0, 5]), "mask": np.array([True, False, True, True])}
+    for op, inputs in (
+        ("cross_entropy", (logits,)),
+        ("log_prob", (h, w)),
+        ("head_cross_entropy", (h, w)),
+    ):
+        wrong = inputs[0].copy()
+        wrong[1] = np.nan
+        y, saved = CPU[op].forward(wrong, *inputs[1:], **kwargs)
+        wanted, wanted_saved = REFERENCE[op].forward(*inputs, **kwargs)
+        assert np.allclose(y, wanted, rtol=1e-13, atol=0), op
+        dy = np.cos(np.asarray(wanted))
+        found, right = CPU[op].backward(dy, saved), REFERENCE[op].backward(dy, wanted_saved)
+        for g, g_wanted in zip(
+            found if isinstance(found, tuple) else (found,),
+            right if isinstance(right, tuple) else (right,),
+            strict=True,
+        ):
+            assert np.allclose(g, g_wanted, rtol=1e-12, atol=1e-15), op
+
+
+def test_overflow_is_nan() -> None:
+    assert_overflow_is_nan()
+
+
+def test_left_out_tokens_may_be_anything() -> None:
+    assert_left_out_tokens_may_be_anything()
+
+
+USES = {"swiglu": ("swiglu", "ffn", "moe"), "cross_entropy": ("cross_entropy", "log_prob")}
+MISTAKES = [(stem, name) for stem, planted in PLANTED.items() for name in planted]
+
+
+@pytest.mark.parametrize(("stem", "name"), MISTAKES if FULL else MISTAKES[::4])
+def test_planted_mistakes_are_caught(stem: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By differences, the rule for errors, or the two tests above, of an op that the kernel is part
+    of."""
+    plant(stem, name, monkeypatch)
+    looks: list[Callable[[], None]] = []
+    for op in USES.get(stem, (stem,)):
+        looks.append(partial(assert_errors, op, "float64", range(20)))
+        looks.append(partial(assert_differences, op, range(2)))
+    looks += [assert_overflow_is_nan, assert_left_out_tokens_may_be_anything]
+    for look in looks:
+        try:
+            look()
+        except (AssertionError, RuntimeWarning):  # of 0 / 0
+            return
+    raise AssertionError("nothing sees it")
+
+
+@pytest.mark.parametrize("op", OPS if FULL else [])
+def test_within_bounds(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same cases with kernels that check every index."""
+    from refimpl.kernels.cpu import compile as compiling
+
+    monkeypatch.setattr(compiling, "CHECKED", True)
+    recompiled(monkeypatch)
+    assert_differences(op, range(2))
+    assert_errors(op, "float32", range(10))
+
+
+def test_a_write_out_of_bounds_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from refimpl.kernels.cpu import compile as compiling
+
+    monkeypatch.setattr(compiling, "CHECKED", True)
+    plant_text("swiglu", "        y[i] = g", "        y[i + 1] = g", monkeypatch)
+    with pytest.raises(IndexError):
+        assert_errors("swiglu", "float32", range(1))

@@ -1,0 +1,84 @@
+"""Compiling for this CPU: said once, kept for the next process, and without a folder all the
+same; the exponential's error."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from refimpl.errors import CouldNotRun
+from refimpl.kernels.cpu import compile as compiling
+
+CODE = """
+import numpy as np
+from refimpl.kernels.columns import on_cpu
+y, _ = on_cpu("numba_cpu").swiglu.forward(np.ones(3, np.float32), np.ones(3, np.float32))
+assert abs(y[0] - 0.7310586) < 1e-6
+"""
+SAYS = "compiling the kernels of numba_cpu for this CPU ("
+
+
+def run(folder: str) -> str:
+    """Standard error of a process that needs one kernel and keeps it in ``folder``."""
+    environment = os.environ | {"REFIMPL_KERNELS": folder}
+    done = subprocess.run(
+        [sys.executable, "-c", CODE], capture_output=True, text=True, check=True, env=environment
+    )
+    return done.stderr
+
+
+def test_compiles_once(tmp_path: Path) -> None:
+    assert run(str(tmp_path)).startswith(f"{SAYS}kept in {tmp_path}")
+    assert run(str(tmp_path)) == ""
+
+
+def test_no_folder_that_can_be_written(tmp_path: Path) -> None:
+    """A file stands where the folder should be: compiled each time, and said."""
+    (tmp_path / "file").write_text("")
+    said = run(str(tmp_path / "file" / "kernels"))
+    assert said.startswith(f"{SAYS}nothing is kept: ")
+    assert said.count("\n") == 1
+
+
+def test_folder_that_others_can_write_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is loaded from it is executed."""
+    monkeypatch.setenv("REFIMPL_KERNELS", str(tmp_path))
+    place = compiling._place.__wrapped__()
+    assert place is not None
+    place.chmod(0o777)
+    assert compiling._place.__wrapped__() is None
+
+
+def test_every_kernel_compiles_for_both_types() -> None:
+    compiling.compile_all()
+
+
+def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numba", None)
+    with pytest.raises(CouldNotRun, match=r"pip install -e '\.\[cpu\]'"):
+        compiling.numba.__wrapped__()
+
+
+def test_error_of_exp() -> None:
+    """By way of softmax's sum of one element: e^(x − 0). At most 1.2 units in the last place, below
+    the smallest normal number 1 subnormal, 0 at −∞, ∞ above the range."""
+    gradient = compiling.kernel("cross_entropy", "gradient", np.dtype(np.float32))
+    x = np.linspace(-110, 88.7, 400_001, dtype=np.float32).reshape(1, -1)
+    one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
+    nowhere = np.array([-1])
+    exact = np.exp(x.astype(np.longdouble))
+    e = x.copy()
+    gradient(e, zero, one, one, nowhere, 0, x.size)
+    normal = exact >= 2.0**-126
+    assert np.max(np.abs(e - exact)[normal] / np.spacing(exact.astype(np.float32))[normal]) <= 1.2
+    assert np.max(np.abs(e - exact)[~normal]) <= 1.01 * 2.0**-149
+    ends = np.array([[-np.inf, -1e30, 0, 89, np.inf]], np.float32)
+    gradient(ends, zero, one, one, nowhere, 0, ends.size)
+    assert ends.tolist() == [[0, 0, 1, np.inf, np.inf]]
