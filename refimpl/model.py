@@ -238,9 +238,15 @@ def forward(
     balance = {layer: told.balance for layer, told in moe.items() if told.balance is not None}
     if with_loss:
         loss = total_loss(config, main, mtp, balance)
-    chosen = {layer: told.route for layer, told in moe.items()}
-    loads = {layer: told.load for layer, told in moe.items()}
-    output = ModelOutput(hidden, loss, main, mtp, balance, chosen, loads)
+    output = ModelOutput(
+        hidden,
+        loss,
+        main,
+        mtp,
+        balance,
+        routes={layer: told.route for layer, told in moe.items()},
+        loads={layer: told.load for layer, told in moe.items()},
+    )
     return output, ModelSaved(
         run, embedding_saved, blocks, norm_saved, hidden, head_saved, modules, mtp_heads
     )
