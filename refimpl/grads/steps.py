@@ -29,7 +29,6 @@ from ..checkpoint.tensor_file import Spec
 from ..config import ModelConfig
 from ..kernels.columns import on_cpu
 from ..model import (
-    ExpertsSublayerSaved,
     Gradients,
     Route,
     Run,
@@ -169,8 +168,8 @@ class Steps:
             record = {"x": x, "state": state}
         found = {module_name(layer): x, layer_name(layer, ATTENTION): attention[0].y}
         found |= activations_of(layer, block, self.folder.activations)
-        if isinstance(block.network, ExpertsSublayerSaved):
-            record |= self._routing(block.network)
+        if block.choices is not None:
+            record |= self._routing(block)
         self.folder.write_activations("act", "layer", layer, found=found)
         return record
 
@@ -325,15 +324,12 @@ class Steps:
             return {layer: Route(given.indices, given.indices)}
         return {layer: given}
 
-    def _routing(self, saved: ExpertsSublayerSaved) -> Arrays:
+    def _routing(self, block: Any) -> Arrays:
         """The arrays that the record of a block with experts has in addition."""
-        record = {
-            "indices": saved.route.indices,
-            "load": saved.load,
-            "weights": saved.routed.weights,
-        }
-        if saved.balance is not None and self.config.balance_weight:
-            record |= {"counted": saved.route.counted, "balance": saved.balance}
+        route, load, balance = block.choices
+        record = {"indices": route.indices, "load": load, "weights": block.network.routed.weights}
+        if balance is not None and self.config.balance_weight:
+            record |= {"counted": route.counted, "balance": balance}
         return {key: np.asarray(value) for key, value in record.items() if value is not None}
 
     def _run_of_head(self) -> Run:

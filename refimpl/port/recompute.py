@@ -342,7 +342,7 @@ def block_of(truth: Truth, layer: int, setting: Setting, *, backward: bool) -> A
     found = {f"act/{module_name(layer)}": y, f"act/{layer_name(layer, 'self_attn')}": outputs[0].y}
     found |= {f"act/{name}": x for name, x in inside_of(layer, block, inner).items()}
     if layer >= config.dense_layers:
-        found |= gate_of(layer, block.network)
+        found |= gate_of(layer, block)
     if not backward:
         return found
     grads = code.model.Gradients(run.params)
@@ -363,16 +363,17 @@ def inside_of(layer: int, block: Any, inner: list[str]) -> Arrays:
     return found
 
 
-def gate_of(layer: int, network: Any) -> Arrays:
+def gate_of(layer: int, block: Any) -> Arrays:
     """What the gate of a layer chose."""
+    route, load, balance = block.choices
     found = {
-        "weights": network.routed.weights,
-        "routes": network.route.indices,
-        "counted": network.route.counted,
-        "load": network.load,
+        "weights": block.network.routed.weights,
+        "routes": route.indices,
+        "counted": route.counted,
+        "load": load,
     }
     chosen = {f"aux/{name}.{layer}": x for name, x in found.items() if x is not None}
-    return chosen if network.balance is None else chosen | {f"out/balance.{layer}": network.balance}
+    return chosen if balance is None else chosen | {f"out/balance.{layer}": balance}
 
 
 def cotangents_of(calls: Calls, block: Any, code: Code) -> Arrays:
