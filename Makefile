@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: digests verify test test-full test-newest oracle peers kernels gpu gpu-more ladder check bugs power mutants memory memory-grads clean
+.PHONY: bench digests verify test test-full test-newest oracle peers kernels gpu gpu-more ladder check bugs power mutants memory memory-grads clean
 
 verify: .venv/base  ## prove every gradient on real text
 	$(BIN)/refimpl verify
@@ -54,6 +54,9 @@ check: .venv/dev  ## lint, format and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+bench: .venv/dev  ## measure ops and training steps on this CPU, beside torch where `make oracle` has put it
+	$(BIN)/refimpl bench --cpu $(ARGUMENTS)
 
 AGAINST ?= HEAD^
 digests: .venv/base  ## the bits of loss and gradients on five configurations, beside those of another commit (AGAINST=)

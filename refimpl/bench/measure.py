@@ -54,11 +54,11 @@ class Times:
     high: float  # a tenth is slower
 
 
-def summary(samples: Sequence[float]) -> Times:
-    """Median and spread; ValueError for fewer than 20 samples, or one that is not a positive
+def summary(samples: Sequence[float], least: int = 20) -> Times:
+    """Median and spread; ValueError for fewer than ``least`` samples, or one that is not a positive
     number."""
-    if len(samples) < 20:
-        raise ValueError(f"samples must be at least 20, got {len(samples)}")
+    if len(samples) < least:
+        raise ValueError(f"samples must be at least {least}, got {len(samples)}")
     if not all(np.isfinite(x) and x > 0 for x in samples):
         raise ValueError(f"samples must be positive numbers, got {min(samples)} … {max(samples)}")
     low, median, high = (float(np.quantile(samples, q)) for q in (0.1, 0.5, 0.9))

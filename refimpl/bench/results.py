@@ -18,6 +18,7 @@ from ..kernels.compile import STEMS, STORAGE, TARGETS
 from ..kernels.numba_cuda import NUMBA_STEMS, NUMBA_STORAGE
 from .measure import Times
 from .rows import ROWS, Errors, Row, Sizes, floor_of
+from .words import amount, digits, seconds, time_of
 
 __all__ = ["Measured", "Results", "file_name", "line_of", "read_results", "render", "shape_of"]
 
@@ -213,7 +214,7 @@ def render(all_results: Sequence[Results]) -> str:
     for row in ROWS.values():
         link = f"[{row.name}]({row.stem}.cu)"
         least = (
-            f"{_digits(row.flops(sizes) / 1e12)} Tflop" if row.flops else _bytes(row.bytes(sizes))
+            f"{digits(row.flops(sizes) / 1e12)} Tflop" if row.flops else amount(row.bytes(sizes))
         )
         begin = [link, shape_of(row, sizes), row.storage, f"{row.formula} = {least}"]
         found = _found(row, all_results)
@@ -276,40 +277,19 @@ def line_of(m: Measured, run: Results) -> str:
 
 def _cells(m: Measured, run: Results) -> list[str]:
     memory = " / ".join(
-        "–" if x is None else _bytes(x) for x in (m.peak, m.eager_peak, m.compiled_peak)
+        "–" if x is None else amount(x) for x in (m.peak, m.eager_peak, m.compiled_peak)
     )
     rates = run.copy, run.matrix
     target, reached = m.target(*rates), m.reached(*rates)
     return [
-        _time(m.ours),
-        _seconds(m.floor(*rates)),
+        time_of(m.ours),
+        seconds(m.floor(*rates)),
         f"{100 * m.share(*rates):.0f} %",
-        "–" if target is None else _seconds(target),
+        "–" if target is None else seconds(target),
         "–" if reached is None else f"{100 * reached:.0f} %",
-        _time(m.eager),
-        _time(m.compiled),
+        time_of(m.eager),
+        time_of(m.compiled),
         "–" if m.ratio is None else f"{m.ratio:.2f}",
         memory,
         f"{m.error:.2f}",
     ]
-
-
-def _time(t: Times | None) -> str:
-    return "–" if t is None else f"{_seconds(t.median)} ({_seconds(t.low)} … {_seconds(t.high)})"
-
-
-def _seconds(x: float) -> str:
-    """Three digits, in µs or ms."""
-    unit, scale = ("µs", 1e6) if x < 1e-3 else ("ms", 1e3)
-    return f"{_digits(x * scale)} {unit}"
-
-
-def _bytes(x: float) -> str:
-    unit, scale = next(
-        (u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1)) if x >= s or s == 1
-    )
-    return f"{_digits(x / scale)} {unit}"
-
-
-def _digits(x: float) -> str:
-    return f"{x:.2f}" if x < 10 else f"{x:.1f}" if x < 100 else f"{x:.0f}"

@@ -18,10 +18,14 @@ RESULTS = Path("benchmarks/results")
 @app.command()
 def bench(
     rows: Annotated[
-        list[str] | None, typer.Argument(help="Names of rows of the table; by default all.")
+        list[str] | None,
+        typer.Argument(help="Names of rows of the table, or of its groups; by default all."),
     ] = None,
     gpu: Annotated[
         bool, typer.Option("--gpu", help="Measure the kernels on this machine's GPU.")
+    ] = False,
+    cpu: Annotated[
+        bool, typer.Option("--cpu", help="Measure ops and training steps on this machine's CPU.")
     ] = False,
     table: Annotated[
         bool,
@@ -30,26 +34,57 @@ def bench(
     results: Annotated[
         Path, typer.Option(help="Folder of the results, a file per device and day.")
     ] = RESULTS,
-    runs: Annotated[int, typer.Option(help="Measurements per time, at least 20.")] = RUNS,
+    runs: Annotated[
+        int, typer.Option(help="With --gpu: measurements per time, at least 20.")
+    ] = RUNS,
+    threads: Annotated[
+        int | None, typer.Option(help="With --cpu: cores of every column; by default all at hand.")
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="With --cpu: measure torch.compile too (slow).")
+    ] = False,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="With --cpu: measure this column alone; may be repeated."),
+    ] = None,
+    toy: Annotated[
+        bool, typer.Option("--toy", help="With --cpu: tiny shapes, to try the command.")
+    ] = False,
     torch: Annotated[bool, typer.Option(help="Measure torch too, if it is installed.")] = True,
     commit: Annotated[
         str | None, typer.Option(help="Commit of this checkout, where git is missing.")
     ] = None,
     json_file: Json = None,
 ) -> None:
-    """Measure the kernels on a GPU, or show what was measured.
+    """Measure speed and memory, on a GPU or a CPU, or show results.
 
-    Per row: the time (median and range), the floor (the least time that the row's bytes or products
-    take at this card's own speed), the target (the time that is asked for, scaled by this card's
-    speed) and how much of it is reached, torch's times if it is installed, the memory taken beyond
-    the inputs, and the error against float64, 1 being what is allowed.
+    With --gpu, per row: the time (median and range), the floor (the least time that the row's bytes
+    or products take at this card's own speed), the target (the time that is asked for, scaled by
+    this card's speed) and how much of it is reached, torch's times if it is installed, the memory
+    taken beyond the inputs, and the error against float64, 1 being what is allowed.
 
-    A run of all rows is kept as <results>/<device>-<date>.json; a run of some rows only with
-    --json. The file grows row by row, with the rows that hold. If a row can't be measured, the
-    others still are.
+    With --cpu, per row and column: the time of forward and backward (median, and a tenth of the
+    samples below and above), over that of the fastest eager torch, the share of the product floor
+    (the row's products at the rate of NumPy's own), the memory that a call takes, results included,
+    the largest error of a gradient against float64, over its largest number, and, of what is
+    compiled, the time of the first call. Columns are processes bound to the same cores, which take
+    turns:
+
+    \b
+    reference, flash, numba_cpu: ours
+    torch: its functions, eager; SDPA with values padded to the keys' width; its fused AdamW
+    hf-…: transformers' DeepseekV3, with each implementation of its experts
+    torch-compile, hf-compile: the same compiled, with --compile
+    jax: jitted, where shapes are fixed
+
+    A run of all rows is kept as <results>/<device>-<date>.json (of a CPU in <results>/cpu, with
+    its curves as SVG); a run of some rows only with --json. The file grows row by row, with the
+    rows that hold. If a row can't be measured, the others still are.
     """
-    if gpu == table:
-        raise CouldNotRun("bench needs one of --gpu (measure) and --table (what was measured)")
+    if gpu + cpu + table != 1:
+        raise CouldNotRun(
+            "bench needs one of --gpu or --cpu (measure) and --table (what was measured)"
+        )
     if table:
         if json_file is not None:
             raise CouldNotRun(
@@ -57,6 +92,21 @@ def bench(
             )
         print(_table(results), end="")
         return
+    if cpu:
+        from .bench_cpu import measure_cpu
+
+        code = measure_cpu(
+            rows or [],
+            column or [],
+            results=results,
+            threads=threads,
+            compiled=compiled,
+            toy=toy,
+            torch=torch,
+            commit=commit,
+            json_file=json_file,
+        )
+        raise typer.Exit(code)
     raise typer.Exit(_measure(rows or [], results, runs, torch, commit, json_file))
 
 

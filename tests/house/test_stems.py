@@ -13,7 +13,12 @@ from support import NOT_OPS, PACKAGE, ROOT, STEMS
 TESTS = ROOT / "tests"
 TESTED_ELSEWHERE = {  # a module, or a folder of them, without a test file: what tests it instead
     "__main__": "every process that tests/support.py starts",
+    "bench/cpu/columns": "tests/bench/cpu/test_rows.py",
+    "bench/cpu/growth": "tests/bench/cpu/test_results.py",
+    "bench/cpu/ours": "tests/bench/cpu/test_problems.py",
+    "bench/cpu/plot": "tests/bench/cpu/test_results.py",
     "bench/device": "make gpu; what it hands on, tests/bench on pretended devices",
+    "bench/words": "tests/bench/test_results.py, and that of the CPU",
     "check/cases": "tests/ops: each op's property test draws from them and misses no regime",
     "checkpoint/files": "tests/checkpoint/test_malformed.py",
     "checkpoint/source": "tests/grads, from memory, and tests/cli/test_grads.py, from files",

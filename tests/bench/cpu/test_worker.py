@@ -1,0 +1,88 @@
+"""The protocol, the error, and the memory of a call."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from refimpl.bench.cpu import worker as workers
+from refimpl.bench.cpu.rows import TOY_ROWS
+from refimpl.bench.cpu.worker import Worker, error_of, peak_of, serve
+
+SWIGLU = {"problem": "swiglu", "sizes": asdict(TOY_ROWS["swiglu"].sizes)}
+
+
+def test_protocol(tmp_path: Path) -> None:
+    """A line for a line; what can't be done is an answer, and the next request is served."""
+    requests = [
+        {"do": "turn", "samples": 2, "calls": 1},
+        {"do": "truth", **SWIGLU, "truth": str(tmp_path)},
+        {"do": "prepare", **SWIGLU, "truth": str(tmp_path)},
+        {"do": "peak"},
+        {"do": "turn", "samples": 3, "calls": 2},
+        {"do": "drop"},
+        {"do": "peak"},
+        {"do": "write", "bytes": 4000},
+    ]
+    out = io.StringIO()
+    lines = "".join(json.dumps(request) + "\n" for request in requests)
+    serve(Worker("flash"), io.StringIO(lines), out)
+    answers = [json.loads(line) for line in out.getvalue().splitlines()]
+    early, truth, ready, peak, turn, dropped, late, write = answers
+    assert early == late == {"failed": "ValueError: a problem must be prepared first, got none"}
+    assert truth == dropped == {}
+    assert set(ready) == {"first", "error", "worst"}
+    assert 0 < ready["error"] < 1e-6
+    assert peak["seconds"] > 0
+    assert len(turn["seconds"]) == 3
+    assert min(turn["seconds"]) > 0
+    assert write["seconds"] > 0
+
+
+def test_a_long_call_counts_from_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short one is made once untimed, since caches were others'."""
+    calls = []
+    for cold, made in ((0.0, 3), (1e9, 1 + 3 * 4)):
+        monkeypatch.setattr(workers, "COLD", cold)
+        worker = Worker("reference")
+        worker.work = workers.Work(lambda: calls.append(1), dict)
+        assert len(worker.turn(3, 4 if cold else 1)["seconds"]) == 3
+        assert len(calls) == made
+        calls.clear()
+
+
+def test_error(tmp_path: Path) -> None:
+    exact = {"a": np.array([[1.0, -4.0]]), "b": np.zeros(3)}
+    for name, x in exact.items():
+        np.save(tmp_path / f"{name}.npy", x)
+    found = {"a": np.float32([[1, -3.5]]), "b": np.float32([0, 0, 0.25])}
+    assert error_of(found, tmp_path) == (0.25, "b")
+    assert error_of(found | {"b": np.zeros(3)}, tmp_path) == (0.125, "a")
+    error, worst = error_of(found | {"a": np.float32([[np.nan, -4]])}, tmp_path)
+    assert (np.isnan(error), worst) == (True, "a")
+    with pytest.raises(ValueError, match=r"b must have shape \(3,\), got \(2,\)"):
+        error_of(found | {"b": np.zeros(2)}, tmp_path)
+    with pytest.raises(KeyError):
+        error_of({"a": found["a"]}, tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux's /proc")
+def test_peak() -> None:
+    """What is freed within the call counts, what lies there before does not; and a second call does
+    not find the first one's memory and seem to need none."""
+    size = 2**24
+    before = np.ones(4 * size, np.uint8)
+    for _ in range(2):
+        _, peak = peak_of(lambda: np.ones(size, np.uint8)[:1] + np.ones(2 * size, np.uint8)[:1])
+        assert peak is not None
+        assert 3 * size <= peak + 2**20 <= 3 * size + 2**22
+        _, peak = peak_of(lambda: [bytes(2000) for _ in range(size // 2000)])
+        assert peak is not None
+        assert 0.95 * size <= peak <= 1.5 * size
+    assert before.all()
