@@ -72,7 +72,7 @@ power: .venv/oracle  ## the same, with torch's gradcheck and JAX's check_grads b
 mutants: .venv/dev  ## mutation testing on a seeded sample of 600 (ARGUMENTS=--again runs the survivors again)
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/mutate.py $(ARGUMENTS)
 
-memory: .venv/base  ## measure the peak memory of flash attention and of the fused output head
+memory: .venv/base  ## measure the peak memory of flash attention, of the fused output head and of recomputed blocks
 	$(BIN)/refimpl memory
 
 memory-grads: .venv/base  ## measure the peak memory of `refimpl grads` on V2-Lite's shape, 4 layers (14 GB of files)

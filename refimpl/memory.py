@@ -1,5 +1,5 @@
-"""Peak memory of the ops that are written to save it, measured with tracemalloc above their inputs;
-and of a process, as the operating system counts it."""
+"""Peak memory of the ops that are written to save it, and of a model that recomputes its blocks,
+measured with tracemalloc above their inputs; and of a process, as the system counts it."""
 
 from __future__ import annotations
 
@@ -9,26 +9,32 @@ import subprocess
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from .config import ModelConfig
 from .errors import CouldNotRun
+from .model import backward, forward
 from .ops import (
     flash_attention_backward,
     flash_attention_forward,
     head_cross_entropy_backward,
     head_cross_entropy_forward,
 )
+from .parameters import init_parameters
 
 __all__ = [
     "AttentionMemory",
     "HeadMemory",
+    "ModelMemory",
     "ProcessMemory",
     "attention_memory",
     "available_memory",
     "head_memory",
+    "model_memory",
     "process_memory",
 ]
 
@@ -43,6 +49,14 @@ class HeadMemory(NamedTuple):
     length: int  # T
     peak: int  # bytes above h, w and beyond the returned dh, dw
     logits: int  # bytes of the [T, W] logits that are never made
+
+
+class ModelMemory(NamedTuple):
+    layers: int
+    recompute: bool  # each block's forward in the backward
+    peak: int  # bytes above the parameters and beyond the returned gradients
+    inputs: int  # bytes of the blocks' inputs [B, T, D]
+    seconds: float  # of the fastest round
 
 
 class ProcessMemory(NamedTuple):
@@ -100,6 +114,53 @@ def head_memory(
             return head_cross_entropy_backward(np.ones_like(loss), saved)
 
         yield HeadMemory(t, _peak(work) - h.nbytes - w.nbytes, t * vocabulary * 4)
+
+
+def model_memory(layers: Sequence[int] = (2, 4, 8), *, rounds: int = 9) -> Iterator[ModelMemory]:
+    """Forward and backward of a model with 16 experts, 2 sequences of 256 tokens, width 128,
+    float32: with everything saved, and with each block's forward made again in the backward."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 256, (2, 256))
+    for count in layers:
+        config = ModelConfig(
+            vocabulary=256,
+            width=128,
+            layers=count,
+            dense_layers=1,
+            heads=4,
+            q_latent=64,
+            kv_latent=32,
+            nope=32,
+            rope=16,
+            value=32,
+            dense_hidden=352,
+            expert_hidden=64,
+            experts=16,
+            shared_experts=1,
+            top_k=4,
+            balance_weight=1e-4,
+        )
+        params = {n: p.astype(np.float32) for n, p in init_parameters(config, std=0.02).items()}
+        inputs = count * tokens.size * config.width * 4
+        kept, again = (partial(_gradients, params, tokens, config, flag) for flag in (False, True))
+        gradients = sum(g.nbytes for g in kept().values())
+        seconds = [(_seconds(kept), _seconds(again)) for _ in range(rounds)]  # in turns
+        for recompute, work in ((False, kept), (True, again)):
+            fastest = min(pair[recompute] for pair in seconds)
+            yield ModelMemory(count, recompute, _peak(work) - gradients, inputs, fastest)
+
+
+def _gradients(
+    params: dict[str, np.ndarray], tokens: np.ndarray, config: ModelConfig, recompute: bool
+) -> dict[str, np.ndarray]:
+    _, saved = forward(params, tokens, config, recompute=recompute)
+    return backward(saved)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def available_memory() -> int | None:

@@ -61,6 +61,14 @@ class Route(NamedTuple):
     counted: Array  # [B, T, K]: what the balance loss counts
 
 
+class Choices(NamedTuple):
+    """What one MoE layer tells of itself, once per batch."""
+
+    route: Route
+    load: Array  # [E]
+    balance: Array | None  # scalar; None without loss
+
+
 class ModelOutput(NamedTuple):
     hidden: Array  # [B, T, D], after the final norm: what the head and `log_prob` read
     loss: Array | None  # scalar main + λ/depth Σ mtp + Σ balance; None without loss
@@ -88,14 +96,20 @@ class ExpertsSublayerSaved(NamedTuple):
     balance_loss: Any  # None without loss
     moe: Any
     routed: RouterOutput
-    route: Route
-    load: Array  # [E]
-    balance: Array | None  # scalar
 
 
 class BlockSaved(NamedTuple):
     attention: AttentionSublayerSaved
     network: DenseSublayerSaved | ExpertsSublayerSaved
+    choices: Choices | None  # None in a dense block
+
+
+class BlockInput(NamedTuple):
+    """In place of `BlockSaved` where the backward makes the block's forward again."""
+
+    x: Array  # [B, T, D]
+    batch: Batch
+    choices: Choices | None  # whose route it replays
 
 
 class MTPModuleSaved(NamedTuple):
@@ -103,14 +117,14 @@ class MTPModuleSaved(NamedTuple):
     embedding: Any
     keep: Array | None  # [B, T−k, 1]: 0 where the convention zeroes the embedding
     mtp: Any
-    block: BlockSaved
+    block: Any  # BlockSaved or BlockInput
     norm: Any
 
 
 class ModelSaved(NamedTuple):
     run: Run
     embedding: Any
-    blocks: list[BlockSaved]
+    blocks: list[Any]  # of BlockSaved or BlockInput
     norm: Any
     hidden: Array  # [B, T, D]: the head's input, for dlogits
     head: Any  # None without loss
@@ -127,6 +141,7 @@ class Run(NamedTuple):
     routes: Mapping[int, Route] = {}  # by layer: choices to replay
     with_loss: bool = True
     caches: Mapping[int, Array] = {}  # by layer [B, S − T, C + R]: of the tokens before these
+    recompute: bool = False  # a block's forward in the backward
 
     def weights(self, layer: int, names: Iterable[str | None]) -> list[Array | None]:
         """A layer's tensors; None where the name is."""
@@ -151,6 +166,7 @@ def forward(
     follow: int = 0,
     ops: Ops = REFERENCE,
     with_loss: bool = True,
+    recompute: bool = False,
 ) -> tuple[ModelOutput, ModelSaved]:
     """Run the model over ``tokens`` [B, T] and, unless ``with_loss`` is false, to the training
     loss.
@@ -174,6 +190,8 @@ def forward(
             what MTP modules read and predict at its end. Where sequences are cut,
             ``ops.attention`` must fetch the keys before the part.
         ops: the table of implementations, ``REFERENCE | {name: Op(forward, backward)}``.
+        recompute: keep no activations of the blocks but their inputs; the backward makes each
+            block's forward again, on the same routes. The gradients have the same bits.
 
     Returns (ModelOutput, saved). ValueError names every tensor that is missing or misshapen.
     """
@@ -192,7 +210,9 @@ def forward(
         follow=follow,
         with_loss=with_loss,
     )
-    run = Run(params, config, ops_for(batch, config, ops), routes or {}, with_loss)
+    run = Run(
+        params, config, ops_for(batch, config, ops), routes or {}, with_loss, recompute=recompute
+    )
     x, embedding_saved = ops.embedding.forward(params[EMBEDDING], ids=batch.tokens)
     blocks = []
     for layer in range(config.layers):
@@ -214,13 +234,19 @@ def forward(
             modules.append(module)
             mtp_heads.append(mtp_head)
     every = enumerate([*blocks, *(module.block for module in modules)])
-    moe = {i: b.network for i, b in every if isinstance(b.network, ExpertsSublayerSaved)}
-    balance = {layer: saved.balance for layer, saved in moe.items() if saved.balance is not None}
+    moe = {layer: block.choices for layer, block in every if block.choices is not None}
+    balance = {layer: told.balance for layer, told in moe.items() if told.balance is not None}
     if with_loss:
         loss = total_loss(config, main, mtp, balance)
-    chosen = {layer: saved.route for layer, saved in moe.items()}
-    loads = {layer: saved.load for layer, saved in moe.items()}
-    output = ModelOutput(hidden, loss, main, mtp, balance, chosen, loads)
+    output = ModelOutput(
+        hidden,
+        loss,
+        main,
+        mtp,
+        balance,
+        routes={layer: told.route for layer, told in moe.items()},
+        loads={layer: told.load for layer, told in moe.items()},
+    )
     return output, ModelSaved(
         run, embedding_saved, blocks, norm_saved, hidden, head_saved, modules, mtp_heads
     )
@@ -278,33 +304,41 @@ class Gradients:
 
     def complete(self) -> dict[str, Array]:
         """In the order of the parameters; a parameter that took no part gets zeros."""
-        named = {name: p for name, p in self.params.items() if not is_buffer(name)}
         return {
             name: self.sums[name] if name in self.sums else zeros(p.shape, p)
-            for name, p in named.items()
+            for name, p in self.params.items()
+            if not is_buffer(name)
         }
 
 
 # A block: two sublayers
 
 
-def block_forward(run: Run, layer: int, x: Array, batch: Batch) -> tuple[Array, BlockSaved]:
-    """x + MLA(norm(x)), then x + network(norm(x)): a dense one, or a mixture of experts."""
+def block_forward(run: Run, layer: int, x: Array, batch: Batch) -> tuple[Array, Any]:
+    """x + MLA(norm(x)), then x + network(norm(x)): a dense one, or a mixture of experts. Saved is
+    `BlockSaved`, or with ``run.recompute`` `BlockInput`."""
     y, attention = attention_sublayer_forward(run, layer, x, batch)
-    x = x + y
+    middle = x + y
     network: DenseSublayerSaved | ExpertsSublayerSaved
+    choices = None
     if layer < run.config.dense_layers:
-        y, network = dense_sublayer_forward(run, layer, x)
+        y, network = dense_sublayer_forward(run, layer, middle)
     else:
-        y, network = experts_sublayer_forward(run, layer, x, batch)
-    return x + y, BlockSaved(attention, network)
+        y, network, choices = experts_sublayer_forward(run, layer, middle, batch)
+    return middle + y, (
+        BlockInput(x, batch, choices) if run.recompute else BlockSaved(attention, network, choices)
+    )
 
 
 def block_backward(
-    run: Run, layer: int, dx: Array, dloss: Array | None, saved: BlockSaved, grads: Gradients
+    run: Run, layer: int, dx: Array, dloss: Array | None, saved: Any, grads: Gradients
 ) -> Array:
     """The gradient of the block's input from that of its output; adds those of its parameters to
-    ``grads``."""
+    ``grads``. ``saved`` is a BlockSaved, or a BlockInput, whose forward is made again first."""
+    if isinstance(saved, BlockInput):
+        routes = {} if saved.choices is None else {layer: saved.choices.route}
+        again = run._replace(routes=routes, recompute=False)
+        _, saved = block_forward(again, layer, saved.x, saved.batch)
     if isinstance(saved.network, DenseSublayerSaved):
         dx_network = dense_sublayer_backward(run, layer, dx, saved.network, grads)
     else:
@@ -371,7 +405,7 @@ def dense_sublayer_backward(
 
 def experts_sublayer_forward(
     run: Run, layer: int, x: Array, batch: Batch
-) -> tuple[Array, ExpertsSublayerSaved]:
+) -> tuple[Array, ExpertsSublayerSaved, Choices]:
     """y = MoE(norm(x)), with the layer's route, load and balance loss."""
     config, ops = run.config, run.ops
     normalise, scale = config.weight_rule
@@ -410,10 +444,8 @@ def experts_sublayer_forward(
         )
     weights = run.weights(layer, experts_names(config))
     y, moe_saved = ops.moe.forward(h, routed.weights, *weights, indices=routed.indices, ops=ops)
-    route = Route(routed.indices, counted)
-    return y, ExpertsSublayerSaved(
-        norm_saved, router_saved, balance_saved, moe_saved, routed, route, load, balance
-    )
+    saved = ExpertsSublayerSaved(norm_saved, router_saved, balance_saved, moe_saved, routed)
+    return y, saved, Choices(Route(routed.indices, counted), load, balance)
 
 
 def experts_sublayer_backward(
@@ -456,14 +488,12 @@ def final_norm_backward(
 ) -> tuple[Array, Array]:
     """The gradients of the last block's output and of the hidden states, from ``dh``, what the head
     makes of the latter, and ``dstate`` of what the first MTP module read."""
-    dx = zeros(dh.shape, dh)
     if dstate is not None and run.config.mtp_starts_normed:
         dh = dh + dstate
-    elif dstate is not None:
-        dx = dx + dstate
-    dx_norm, dw = run.ops.rms_norm.backward(dh, saved)
+        dstate = None
+    dx, dw = run.ops.rms_norm.backward(dh, saved)
     grads.add(FINAL_NORM, dw)
-    return dx + dx_norm, dh
+    return dx if dstate is None else dx + dstate, dh
 
 
 def above_backward(

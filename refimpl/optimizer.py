@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from math import cos, isfinite, pi, sqrt
 from typing import Any
 
-from .array import Array, library
+from .array import Array, blocks, library
 
 __all__ = ["V3_SCHEDULE", "AdamW", "Schedule", "clip_global_norm"]
 
 Tensors = Mapping[str, Array]
+BLOCK = 32_768  # numbers of a tensor that a step updates at a time: what it touches stays in cache
 
 
 def check_step(
@@ -47,8 +48,9 @@ def check_step(
 class AdamW:
     """Adam with decoupled weight decay and bias correction.
 
-    ``update`` changes parameters in place, and allocates nothing after the first step: the moments,
-    and two scratch arrays of the largest tensor's size, are kept.
+    ``update`` changes parameters in place, a block after the other (on a device a whole tensor),
+    and allocates nothing after the first step: the moments and two scratch arrays of a block are
+    kept. (A parameter that is not contiguous is copied.)
 
     Args:
         beta1, beta2, epsilon, weight_decay: 0.9, 0.95, 1e-8 and 0.1 (V3's, but for its unpublished
@@ -89,42 +91,52 @@ class AdamW:
         """
         check_step(params, grads, learning_rate, lambda name, p: p.dtype)
         self.step += 1
-        correct1, correct2 = 1 - self.beta1**self.step, 1 - self.beta2**self.step
         for name, g in grads.items():
             p, xp = params[name], library(g)
             if name not in self.first:
                 self.first[name], self.second[name] = xp.zeros_like(g), xp.zeros_like(g)
-            m, v = self.first[name], self.second[name]
-            a, b = self._buffers(g, grads)
-            xp.subtract(g, m, out=a)  # m ← m + (1 − β1)(g − m)
-            xp.multiply(a, 1 - self.beta1, out=a)
-            xp.add(m, a, out=m)
-            xp.multiply(g, g, out=a)  # v ← v + (1 − β2)(g² − v)
-            xp.subtract(a, v, out=a)
-            xp.multiply(a, 1 - self.beta2, out=a)
-            xp.add(v, a, out=v)
-            xp.subtract(v, v, out=b)  # 0, or NaN where g² overflows: m̂ / ∞ would be no step, unseen
-            xp.add(v, b, out=v)
-            xp.divide(v, correct2, out=a)  # step = m̂ / (√v̂ + ε)
-            xp.sqrt(a, out=a)
-            xp.add(a, self.epsilon, out=a)
-            xp.divide(m, correct1, out=b)
-            xp.divide(b, a, out=b)
-            if self.weight_decay and self.decays(name):  # p ← p − lr (step + λ p)
-                xp.multiply(p, self.weight_decay, out=a)
-                xp.add(b, a, out=b)
-            xp.multiply(b, learning_rate, out=b)
-            xp.subtract(p, b, out=p)
+            weight_decay = self.weight_decay if self.decays(name) else 0.0
+            changed = (p, self.first[name], self.second[name])
+            rows = [x.reshape(-1) for x in (*changed, g)]
+            for start, stop in blocks(p.size, BLOCK if xp.__name__ == "numpy" else p.size or 1):
+                parts = [row[start:stop] for row in rows]
+                self._step(*parts, weight_decay=weight_decay, learning_rate=learning_rate)
+            for x, row in zip(changed, rows, strict=False):
+                if not x.flags.c_contiguous:  # then the row may be a copy
+                    x[...] = row.reshape(x.shape)
 
-    def _buffers(self, like: Array, grads: Tensors) -> tuple[Array, Array]:
-        """Two scratch arrays shaped like ``like``, views of buffers as large as the largest
-        gradient of its dtype."""
+    def _step(
+        self, p: Array, m: Array, v: Array, g: Array, *, weight_decay: float, learning_rate: float
+    ) -> None:
+        """The step of a block of one tensor, each array [block]."""
+        xp, (a, b) = library(g), self._buffers(g)
+        xp.subtract(g, m, out=a)  # m ← m + (1 − β1)(g − m)
+        xp.multiply(a, 1 - self.beta1, out=a)
+        xp.add(m, a, out=m)
+        xp.multiply(g, g, out=a)  # v ← v + (1 − β2)(g² − v)
+        xp.subtract(a, v, out=a)
+        xp.multiply(a, 1 - self.beta2, out=a)
+        xp.add(v, a, out=v)
+        xp.subtract(v, v, out=b)  # 0, or NaN where g² overflows: m̂ / ∞ would be no step, unseen
+        xp.add(v, b, out=v)
+        xp.divide(v, 1 - self.beta2**self.step, out=a)  # step = m̂ / (√v̂ + ε)
+        xp.sqrt(a, out=a)
+        xp.add(a, self.epsilon, out=a)
+        xp.divide(m, 1 - self.beta1**self.step, out=b)
+        xp.divide(b, a, out=b)
+        if weight_decay:  # p ← p − lr (step + λ p)
+            xp.multiply(p, weight_decay, out=a)
+            xp.add(b, a, out=b)
+        xp.multiply(b, learning_rate, out=b)
+        xp.subtract(p, b, out=p)
+
+    def _buffers(self, like: Array) -> tuple[Array, Array]:
+        """Two scratch arrays shaped like ``like`` [block]."""
         xp, key = library(like), like.dtype
         if key not in self._scratch or self._scratch[key][0].size < like.size:
-            size = max(g.size for g in grads.values() if g.dtype == key)
-            self._scratch[key] = (xp.empty(size, dtype=key), xp.empty(size, dtype=key))
+            self._scratch[key] = (xp.empty(like.size, dtype=key), xp.empty(like.size, dtype=key))
         a, b = self._scratch[key]
-        return a[: like.size].reshape(like.shape), b[: like.size].reshape(like.shape)
+        return a[: like.size], b[: like.size]
 
 
 def clip_global_norm(grads: Tensors, max_norm: float, *, epsilon: float = 0.0) -> float:

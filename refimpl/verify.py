@@ -28,6 +28,7 @@ from .check.cases import (
 from .config import CONVENTIONS, preset
 from .errors import CouldNotRun
 from .files import read_bytes
+from .kernels.columns import COLUMNS, ON_CPU, on_cpu
 from .ops import IMPLEMENTATIONS, REFERENCE, AnyOp, Op, Ops
 from .text import Text
 
@@ -52,10 +53,7 @@ MODEL_GRPO = "model_grpo"
 MODELS = (MODEL, VARIANT, MODEL_GRPO)
 NAMES = (*CASES, *MODELS)  # in reading order
 MOST_EXAMPLES = 300  # drawn in search of a regime
-KERNELS = (
-    "cuda",
-    "numba_cuda",
-)  # implementations that only a GPU runs: `refimpl.kernels.columns.COLUMNS`
+KERNELS = tuple(COLUMNS)  # the implementations that only a GPU runs
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ class Settings:
         if self.digits is not None and not 20 <= self.digits <= 1000:
             raise CouldNotRun(f"must lie in 20…1000, got {self.digits}", argument="digits")
         choices = {
-            "implementation": (*IMPLEMENTATIONS, *KERNELS),
+            "implementation": (*ON_CPU, *KERNELS),
             "backend": ("numpy", "cupy"),
             "dtype": ("float64", "float32"),
             "convention": CONVENTIONS,
@@ -90,12 +88,13 @@ class Settings:
                 raise CouldNotRun(
                     f"must be one of {', '.join(allowed)}, got {getattr(self, name)}", argument=name
                 )
-        _placement(self.backend)
-        if self.implementation in KERNELS and self.backend != "cupy":
+        needed = {"numba_cpu": "numpy"} | dict.fromkeys(KERNELS, "cupy")
+        if self.backend != (only := needed.get(self.implementation, self.backend)):
             raise CouldNotRun(
-                f"must be cupy for the implementation {self.implementation}, got {self.backend}",
+                f"must be {only} for the implementation {self.implementation}, got {self.backend}",
                 argument="backend",
             )
+        _placement(self.backend)
         _table(self.implementation)
 
 
@@ -150,9 +149,10 @@ def run(step: Step, settings: Settings, replaced: Mapping[str, AnyOp] | None = N
     """Check one example; ``replaced`` puts other pairs in the place of ops (to grade them)."""
     case, tested, common = _example(step, settings, _table(settings.implementation), replaced or {})
     place = _placement(settings.backend)
-    if place is not None:  # what has no wider types runs beside what has
-        exact = IMPLEMENTATIONS.get(settings.implementation, REFERENCE)
-        common["reference"] = _example(step, settings, exact, replaced or {})[1]
+    exact = IMPLEMENTATIONS.get(settings.implementation)
+    if place is not None or exact is None:  # what has no wider types runs beside what has
+        common["reference"] = _example(step, settings, exact or REFERENCE, replaced or {})[1]
+    if place is not None:
         tested = placed(tested, place)
     return check(*tested, case.inputs, case.kwargs, replay=case.replay, seed=step.seed, **common)
 
@@ -193,10 +193,9 @@ def _example(
 
 @cache
 def _table(implementation: str) -> Ops:
-    """The ops of an implementation; CouldNotRun for kernels without a GPU."""
-    if implementation in IMPLEMENTATIONS:
-        return IMPLEMENTATIONS[implementation]
-    from .kernels.columns import COLUMNS
+    """The ops of an implementation; CouldNotRun for kernels without a GPU or without Numba."""
+    if implementation in ON_CPU:
+        return on_cpu(implementation)
     from .kernels.launch import DeviceLaunch
 
     return COLUMNS[implementation](DeviceLaunch())

@@ -1,8 +1,9 @@
 """fsync, which takes milliseconds, does nothing here: no test's files need to survive a power loss,
-and tests of it put their own in its place.
+and tests of it put their own in its place. The kernels for a CPU are compiled before workers start,
+which would each compile them.
 
-On a GPU (``REFIMPL_GPU=1``): a lost device ends its process, and tests that only compile stay
-out, since they say the same on any machine.
+On a GPU (``REFIMPL_GPU=1``): a lost device ends its process, and tests that only compile, or run on
+a CPU, stay out, since they say the same on any machine.
 """
 
 from __future__ import annotations
@@ -18,10 +19,19 @@ if os.environ.get("REFIMPL_GPU") == "1":
 
     __all__ = ["pytest_runtest_call", "pytest_runtest_logfinish"]
     collect_ignore += [
+        "kernels/cpu",
         "kernels/test_compile.py",
         "kernels/test_ladder.py",
         "kernels/test_numba_cuda.py",
     ]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    in_workers = config.getoption("numprocesses", None)  # not said in a worker
+    if in_workers and os.environ.get("REFIMPL_GPU") != "1":
+        from refimpl.kernels.cpu.compile import compile_all
+
+        compile_all()
 
 
 @pytest.fixture(autouse=True, scope="session")

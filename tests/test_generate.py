@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import array_api_strict as strict
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 
 from refimpl.check.cases import model_variant
-from refimpl.checkpoint import Checkpoint
+from refimpl.checkpoint import Checkpoint, save_checkpoint
+from refimpl.checkpoint.lazy import LazyParameters
 from refimpl.config import Conventions, ModelConfig, preset
 from refimpl.generate import Chain, Decoder, Generation, Sampler, generate
+from refimpl.kernels.columns import for_generation
 from refimpl.model import forward, logits, mtp_input, mtp_module_forward
 from refimpl.ops import IMPLEMENTATIONS, REFERENCE, Op, Ops
 from refimpl.text import load_text
@@ -90,6 +93,42 @@ def test_cut_forgets() -> None:
     other.read(tokens[:, :3])
     other.cut(5)
     assert np.array_equal(one.read(tokens[:, 5:])[0], other.read(tokens[:, 5:])[0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "fp8"])
+def test_weights_that_are_read_when_used(stored: str, dtype: str, tmp_path: Path) -> None:
+    """The logits of loaded weights, bit for bit with the reference: of the prompt, what follows,
+    and drafts. Those of numba_cpu differ by rounding: in float64 by 1e-12, in float32 by no more
+    than twice the reference's error and 4 units of the largest logit."""
+    save_checkpoint(random_parameters(TINY, std=0.3), TINY, tmp_path / "checkpoint", dtype=stored)
+    source = Checkpoint.open(tmp_path / "checkpoint", dtype=dtype)
+    lazy = LazyParameters(source, source.config, matrices=True)
+    tokens = np.random.default_rng(1).integers(0, 256, (2, 24))
+
+    def read(params: Any, implementation: str) -> list[np.ndarray]:
+        prefill, decode = for_generation(implementation)
+        decoder = Decoder(params, source.config, np.array([3, 0]), prefill=prefill, decode=decode)
+        pieces = [tokens[:, :20], tokens[:, 20:21], tokens[:, 21:]]
+        return [decoder.logits(decoder.read(piece)[0]) for piece in pieces]
+
+    wanted = read(source.load(), "reference")
+    for x, y in zip(wanted, read(lazy, "reference"), strict=True):
+        assert x.dtype == y.dtype == dtype
+        assert np.array_equal(x, y, equal_nan=True)
+    drafts = [
+        generate(params, source.config, [PROMPTS[1]], speculate=2, **FEW)
+        for params in (source.load(), lazy)
+    ]
+    assert drafts[0] == drafts[1]
+    pytest.importorskip("numba")
+    exact = Checkpoint.open(tmp_path / "checkpoint", dtype="float64").load()
+    for x, y, z in zip(wanted, read(lazy, "numba_cpu"), read(exact, "reference"), strict=True):
+        assert y.dtype == dtype
+        error, reference = (np.nanmax(np.abs(found - z)) for found in (y, x))
+        largest = np.nanmax(np.abs(z))
+        bound = 2 * reference + 4 * np.finfo(np.float32).eps * largest
+        assert error <= (1e-12 * largest if dtype == "float64" else bound)
 
 
 # The batch

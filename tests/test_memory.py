@@ -12,7 +12,7 @@ import pytest
 
 from refimpl.cli.memory import check_memory, grads_memory
 from refimpl.config import preset
-from refimpl.memory import attention_memory, available_memory, head_memory
+from refimpl.memory import attention_memory, available_memory, head_memory, model_memory
 from refimpl.ops import (
     attention_forward,
     cross_entropy_forward,
@@ -68,6 +68,16 @@ def test_fused_head_never_holds_the_logits() -> None:
     small, large = head_memory(lengths)
     assert small.peak <= 0.1 * small.logits
     assert large.peak <= 1.05 * small.peak
+
+
+def test_recomputed_blocks_keep_their_inputs_alone() -> None:
+    """Each further layer takes at most twice its input, the routes included; with everything saved
+    more than 30 times as much, so that the bound can fail."""
+    few, few_again, many, many_again = model_memory((2, 4), rounds=1)
+    inputs = many.inputs - few.inputs
+    assert inputs == 2 * 512 * 128 * 4
+    assert inputs <= many_again.peak - few_again.peak <= 2 * inputs
+    assert many.peak - few.peak > 30 * inputs
 
 
 def test_the_measure_sees_a_quadratic_op(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from refimpl.batch import Whole
 from refimpl.check import MODEL_FD_TOLERANCE, MODEL_VALIDITY, RULES, check
 from refimpl.check.cases import RandomDraw, model_case
 from refimpl.config import CONVENTIONS, Conventions, ModelConfig, preset
-from refimpl.model import backward, forward, logits
+from refimpl.model import BlockInput, backward, forward, logits
 from refimpl.ops import (
     IMPLEMENTATIONS,
     REFERENCE,
@@ -278,6 +279,79 @@ def test_replayed_routes_are_bitwise_the_same() -> None:
         np.array_equal(a, b)
         for a, b in zip(backward(saved).values(), backward(saved_again).values(), strict=True)
     )
+
+
+RECOMPUTED = {  # changes of SMALL, arguments of forward and of backward
+    "loss": ({}, {}, {}),
+    "padding": ({}, {"key_mask": np.arange(9) >= np.array([[0], [3]])}, {}),
+    "documents": ({}, {"segments": np.repeat([[0, 1, 2], [0, 0, 1]], 3, axis=1)}, {}),
+    "two raw modules": ({"mtp_depth": 2, "mtp_hidden": "raw"}, {}, {"dloss": 0.5}),
+    "blind queries": (
+        {"blind_query": "mean"},
+        {"key_mask": np.arange(9) >= np.array([[0], [3]])},
+        {},
+    ),
+    "a part": ({}, {"follow": 2, "whole": Whole(20.0, (18.0,), 3.0)}, {}),
+    "dense": ({"dense_layers": 2, "mtp_depth": 0}, {}, {}),
+    "flash": ({}, {"ops": IMPLEMENTATIONS["flash"]}, {}),
+    "absorbed": ({}, {"ops": IMPLEMENTATIONS["absorbed"]}, {}),
+    "no loss": ({}, {"with_loss": False}, {"dhidden": np.ones((2, 9, 9))}),
+}
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_recomputed_blocks_change_no_bit(name: str) -> None:
+    """Outputs and gradients are bit for bit those of saved activations, and nothing but a block's
+    input, its batch and its choices is kept."""
+    changes, given, cotangents = RECOMPUTED[name]
+    conventions = {key: value for key, value in changes.items() if hasattr(Conventions, key)}
+    config = replace(
+        SMALL,
+        conventions=replace(SMALL.conventions, **conventions),
+        **{key: value for key, value in changes.items() if key not in conventions},
+    )
+    params = random_parameters(config)
+    wanted, kept = forward(params, TOKENS, config, **given)
+    output, saved = forward(params, TOKENS, config, **given, recompute=True)
+    for a, b in zip(arrays_of(output), arrays_of(wanted), strict=True):
+        np.testing.assert_array_equal(a, b)
+    blocks = [*saved.blocks, *(module.block for module in saved.mtp)]
+    assert {type(block) for block in blocks} == {BlockInput}
+    grads, exact = backward(saved, **cotangents), backward(kept, **cotangents)
+    assert list(grads) == list(exact)
+    for key in exact:
+        np.testing.assert_array_equal(grads[key], exact[key], err_msg=key)
+
+
+def arrays_of(x: Any) -> list[np.ndarray]:
+    """Every array in nested tuples, lists and dicts, in their order."""
+    if isinstance(x, dict):
+        x = list(x.values())
+    if isinstance(x, tuple | list):
+        return [array for part in x for array in arrays_of(part)]
+    return [] if x is None else [np.asarray(x)]
+
+
+def test_recomputed_blocks_replay_their_routes() -> None:
+    """A router that chooses differently at every call is replayed: the gradients are those of the
+    routes that the output tells, and loads are counted once."""
+    rng = np.random.default_rng(1)
+
+    def restless(x: np.ndarray, w: np.ndarray, *, routes: Any, top_k: int, **settings: Any) -> Any:
+        if routes is None:
+            order = rng.random((*x.shape[:2], w.shape[0])).argsort(axis=-1)
+            routes = order[..., :top_k]
+        return REFERENCE.router.forward(x, w, routes=routes, top_k=top_k, **settings)
+
+    config, params = SMALL, random_parameters(SMALL)
+    ops = REFERENCE | {"router": Op(restless, REFERENCE.router.backward)}
+    output, saved = forward(params, TOKENS, config, ops=ops, recompute=True)
+    wanted, kept = forward(params, TOKENS, config, routes=output.routes)
+    assert output.loss == wanted.loss
+    for layer, load in wanted.loads.items():
+        np.testing.assert_array_equal(output.loads[layer], load)
+    grads, exact = backward(saved), backward(kept)
+    assert all(np.array_equal(grads[key], exact[key]) for key in exact)
 
 
 def test_loads_count_every_choice() -> None:

@@ -93,6 +93,25 @@ def test_in_place_and_allocation_free() -> None:
     assert params["b"].dtype == optimizer.first["b"].dtype == np.float32
 
 
+def test_blocks_and_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block by block, in whatever order the numbers lie, the bits are those of whole tensors."""
+    rng = np.random.default_rng(0)
+    whole = rng.normal(size=(7, 9)).astype(np.float32)
+    steps = [rng.normal(size=(7, 9)).astype(np.float32) for _ in range(3)]
+    params = {"whole": whole.copy(), "blocks": whole.copy(), "strided": whole.T.copy().T}
+    same = dict(params)
+    for name, p in params.items():
+        monkeypatch.setattr("refimpl.optimizer.BLOCK", 100 if name == "whole" else 5)
+        optimizer = AdamW()
+        for g in steps:
+            optimizer.update({name: p}, {name: g if name == "whole" else g.T.copy().T}, 0.01)
+    assert not np.array_equal(params["whole"], whole)
+    np.testing.assert_array_equal(params["blocks"], params["whole"])
+    np.testing.assert_array_equal(params["strided"], params["whole"])
+    assert all(params[n] is same[n] for n in params)
+    assert not params["strided"].flags.c_contiguous
+
+
 @pytest.mark.parametrize(
     ("params", "grads", "lr", "message"),
     [

@@ -241,7 +241,7 @@ PLANTED: tuple[Planted, ...] = (
     _one("cross_entropy", "normaliser over all tokens, in the backward", "masked targets",
          "weight[..., None]", "weight[..., None] * xp.mean(xp.astype(weight != 0, p.real.dtype))"),
     _one("cross_entropy", "chosen logit only", "any",
-         "xp.where(chosen, p - 1, p)", "xp.where(chosen, 0 * p - 1, 0 * p)"),
+         "(p - cast(chosen, p))", "(0 * p - cast(chosen, p))"),
     _one("cross_entropy", "masked targets leak", "masked targets",
          "weight[..., None]", "xp.max(weight)"),
     _one("log_prob", "temperature missing", "temperature off 1",

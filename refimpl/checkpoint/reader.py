@@ -55,6 +55,7 @@ class Checkpoint:
         self.config, self.dtype = config, np.dtype(dtype)
         self._tensors, self._block = tensors, block
         self._shapes = parameter_shapes(config)
+        self._stored = {name: stored_names(name, shape) for name, shape in self._shapes.items()}
         self.names = list(self._shapes)
 
     @classmethod
@@ -117,7 +118,7 @@ class Checkpoint:
         shape = self._shapes[name]
         rows = np.arange(shape[0])[index]
         out = np.empty((*rows.shape, *shape[1:]), np.float32 if is_buffer(name) else self.dtype)
-        flat, stored = out.reshape(-1, *shape[1:]), stored_names(name, shape)
+        flat, stored = out.reshape(-1, *shape[1:]), self._stored[name]
         if stored == [name]:
             self._read(name, rows.reshape(-1), flat)
         else:
@@ -126,13 +127,19 @@ class Checkpoint:
                 self._read(stored[expert], every, flat[slot])
         return out
 
+    def stored(self, name: str, expert: int | None) -> np.ndarray | None:
+        """A tensor, or that of one expert, mapped from its file; None for FP8, which has scales,
+        and for a whole stack of experts."""
+        names = self._stored[name]
+        if expert is None and names != [name]:
+            return None
+        tensor = self._tensors[names[expert or 0]]
+        return None if tensor.dtype == "F8_E4M3" else np.asarray(tensor.array())
+
     @property
     def bytes(self) -> int:
-        """Of the arrays that `load` gives."""
-        return sum(
-            prod(shape) * (4 if is_buffer(name) else self.dtype.itemsize)
-            for name, shape in self._shapes.items()
-        )
+        """Of the tensors in the files."""
+        return sum(tensor.data.nbytes for tensor in self._tensors.values())
 
     def load(self) -> dict[str, np.ndarray]:
         """Every parameter. Peak memory: the arrays themselves and one chunk."""

@@ -1,5 +1,5 @@
-"""What `refimpl.grads` reads parameters from, a piece at a time: a checkpoint on disk, or arrays in
-memory (`MemorySource`)."""
+"""What parameters are read from, a piece at a time: a checkpoint on disk, or arrays in memory
+(`MemorySource`)."""
 
 from __future__ import annotations
 
@@ -36,6 +36,11 @@ class Source(Protocol):
         integer array."""
         ...
 
+    def stored(self, name: str, expert: int | None) -> np.ndarray | None:
+        """A tensor, or that of one expert, in the type it is stored in, not copied; None where
+        `tensor` and `piece` alone have its numbers."""
+        ...
+
 
 class MemorySource:
     """A flat dict of parameters as a `Source`."""
@@ -49,3 +54,6 @@ class MemorySource:
 
     def piece(self, name: str, index: Any) -> np.ndarray:
         return np.asarray(self.params[name][index])
+
+    def stored(self, name: str, expert: int | None) -> None:
+        """There is no other than `piece`."""

@@ -9,15 +9,16 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 
 from ..checkpoint import Checkpoint
 from ..checkpoint.config_json import read_object
+from ..checkpoint.lazy import LazyParameters
 from ..config import CONVENTIONS
 from ..errors import CouldNotRun
 from ..files import read_json, read_text
 from ..generate import Generation, check_request, generate
+from ..kernels.columns import ON_CPU, for_generation
 from ..memory import available_memory
 from ..tokenizer import Bytes, HuggingFace, TextStream, Tokenizer
 from .app import (
@@ -75,16 +76,21 @@ def generate_command(
         ),
     ] = 0,
     dtype: Annotated[str, typer.Option(help="Type to compute in: float32 or float64.")] = "float32",
+    implementation: Annotated[
+        str, typer.Option(help=f"One of {', '.join(ON_CPU)}; numba_cpu is the fastest.")
+    ] = "reference",
     convention: Annotated[str, typer.Option(help=CONVENTION)] = "official",
     json_file: Json = None,
 ) -> None:
     """Continue prompts with a checkpoint.
 
     One prompt is shown token by token, several are shown as each is finished. A summary goes to
-    standard error.
+    standard error. The weights stay in the files' own type in the system's file cache; those that
+    do not fit there are read from the disk when they are used.
     """
     expect_choice("dtype", dtype, ("float32", "float64"))
     expect_choice("convention", convention, CONVENTIONS)
+    expect_choice("implementation", implementation, ON_CPU)
     if json_file is not None:
         check_writable(json_file)
     source = Checkpoint.open(
@@ -122,10 +128,20 @@ def generate_command(
     }
     with refused({"prompt": "prompt"}):  # of that number, wherever it came from
         check_request(source.config, given, **options)
-        params, begin = load(source), time.perf_counter()
+        prefill, decode = for_generation(implementation)
+        params = LazyParameters(source, source.config, matrices=True)
+        if line := short_of_memory(source):
+            print(line, file=sys.stderr)
+        output, begin = Output(tokenizer, len(given)), time.perf_counter()
         try:
             found = generate(
-                params, source.config, given, **options, on_token=Output(tokenizer, len(given))
+                params,
+                source.config,
+                given,
+                **options,
+                prefill=prefill,
+                decode=decode,
+                on_token=output,
             )
         except MemoryError as error:
             raise CouldNotRun(f"not enough memory for so many tokens ({error})") from error
@@ -145,21 +161,21 @@ def generate_command(
         settings = options | {
             "checkpoint": str(checkpoint),
             "dtype": dtype,
+            "implementation": implementation,
             "convention": convention,
         }
         replace_json(json_file, {"settings": settings, "results": results})
 
 
-def load(source: Checkpoint) -> dict[str, np.ndarray]:
-    """All parameters; CouldNotRun, before any is read, if they do not fit in memory."""
+def short_of_memory(source: Checkpoint) -> str:
+    """A line for files that do not fit in memory, else nothing."""
     at_hand = available_memory()
-    needed = f"the parameters need {source.bytes / 1e9:.3g} GB of memory in {source.dtype}"
-    if at_hand is not None and source.bytes > at_hand:
-        raise CouldNotRun(f"{needed}, {at_hand / 1e9:.3g} GB are at hand")
-    try:
-        return source.load()
-    except MemoryError as error:
-        raise CouldNotRun(f"{needed}, more than is at hand ({error})") from error
+    if at_hand is None or source.bytes <= at_hand:
+        return ""
+    return (
+        f"the weights have {source.bytes / 1e9:.3g} GB, {at_hand / 1e9:.3g} GB of memory are at "
+        "hand: what is used is read from the disk again and again"
+    )
 
 
 class Output:

@@ -21,7 +21,7 @@ from ..checkpoint.source import Source
 from ..config import CONVENTIONS, Conventions, ModelConfig
 from ..errors import CouldNotRun
 from ..grads import ACTIVATIONS, INNER, SPEC, UNITS, Request, Result, Size, write_gradients
-from ..ops import IMPLEMENTATIONS
+from ..kernels.columns import ON_CPU
 from ..parameters import (
     DENSE,
     EMBEDDING,
@@ -157,7 +157,11 @@ def grads(
     ] = None,
     convention: Annotated[str, typer.Option(help=CONVENTION)] = "official",
     implementation: Annotated[
-        str, typer.Option(help=f"One of {', '.join(IMPLEMENTATIONS)}; flash for long sequences.")
+        str,
+        typer.Option(
+            help=f"One of {', '.join(ON_CPU)}; flash for long sequences, numba_cpu for those and "
+            "for speed."
+        ),
     ] = "reference",
     dtype: Annotated[str, typer.Option(help="Type to compute in: float32 or float64.")] = "float32",
     force: Annotated[
@@ -179,7 +183,7 @@ def grads(
     each wrong divisor makes of it.
     """
     expect_choice("convention", convention, CONVENTIONS)
-    expect_choice("implementation", implementation, IMPLEMENTATIONS)
+    expect_choice("implementation", implementation, ON_CPU)
     expect_choice("dtype", dtype, ("float32", "float64"))
     for argument, number in (("balance_alpha", balance_alpha), ("mtp_weight", mtp_weight or 0.0)):
         if not (number >= 0 and math.isfinite(number)):

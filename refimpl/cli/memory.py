@@ -16,7 +16,7 @@ import typer
 from ..checkpoint import load_config, write_random
 from ..errors import CouldNotRun
 from ..files import read_json, write_json
-from ..memory import attention_memory, head_memory, process_memory
+from ..memory import attention_memory, head_memory, model_memory, process_memory
 from .app import app, console
 
 GRADS_BOUND = 6e9  # bytes, of V2-Lite's shape at 256 tokens in float32, however many layers
@@ -43,11 +43,13 @@ def memory(
         Path | None, typer.Option(help="With --grads: folder for its temporary files.")
     ] = None,
 ) -> None:
-    """Measure the peak memory of two ops, or of `refimpl grads`.
+    """Measure the peak memory of ops, a model, or `refimpl grads`.
 
     The ops are flash attention, and output head with cross-entropy in one. Each line has the peak
     at T tokens, its ratio to the peak at T = 1024, and its share of the array that the op avoids.
-    The last line says whether the bounds hold.
+    The model runs with everything saved, and with each block's forward made again in the backward:
+    each line has both peaks, and the time that the second takes over that of the first. The last
+    line says whether the bounds hold.
     """
     if grads:
         raise typer.Exit(_grads(model, layers, tokens, folder))
@@ -79,6 +81,21 @@ def memory(
         )
         holds &= h.peak <= 0.1 * h.logits and h.peak <= 1.05 * first
     out.print("  bounds: 10 % of the logits; flat in T (within 5 %)")
+    out.print(
+        "model, forward + backward, beyond parameters and gradients (512 tokens, width 128, 16 "
+        "experts, float32)"
+    )
+    runs = list(model_memory())
+    for kept, again in zip(runs[::2], runs[1::2], strict=True):
+        out.print(
+            f"  layers {kept.layers}: {kept.peak / 2**20:6.2f} MiB, with recompute "
+            f"{again.peak / 2**20:6.2f} MiB, {again.seconds / kept.seconds:4.2f} x the time"
+        )
+    grown, inputs = (getattr(runs[-1], key) - getattr(runs[1], key) for key in ("peak", "inputs"))
+    holds &= grown <= 2 * inputs
+    out.print(
+        f"  each further layer with recompute: {grown / inputs:.2f} x its input [B, T, D]; bound 2"
+    )
     out.print("holds" if holds else "DOES NOT HOLD")
     raise typer.Exit(int(not holds))
 

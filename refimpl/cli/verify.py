@@ -20,7 +20,8 @@ from .. import __version__
 from ..check import Report, TensorResult
 from ..check.cases import CASES
 from ..errors import CouldNotRun
-from ..ops import IMPLEMENTATIONS, AnyOp
+from ..kernels.columns import ON_CPU
+from ..ops import AnyOp
 from ..port.functions import Result
 from ..port.functions import check as check_functions
 from ..port.table import TheirTable, table_from, table_of_file
@@ -68,7 +69,7 @@ def verify(
     implementation: Annotated[
         str,
         typer.Option(
-            help=f"One of {', '.join(IMPLEMENTATIONS)}, {', '.join(KERNELS)}; or "
+            help=f"One of {', '.join((*ON_CPU, *KERNELS))}; or "
             "package.module:table, a mapping from op to your (forward, backward)."
         ),
     ] = "reference",

@@ -309,7 +309,7 @@ def mtp_tail() -> Numbers:
     losses = {}
     for name, depth in {"T − k": short, "T": long}.items():
         _, _, saved = mtp_module_forward(run_, 1, hidden, depth)
-        losses[name] = float(saved.block.network.balance)  # type: ignore[union-attr, arg-type]
+        losses[name] = float(saved.block.choices.balance)
     return losses
 
 

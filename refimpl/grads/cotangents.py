@@ -91,14 +91,11 @@ class Calls:
         return next(call for call in self.calls if call.saved is saved)
 
 
-def activations_of(layer: int, block: BlockSaved, names: Iterable[str], ops: Ops) -> Arrays:
-    """Those inside a block by name; attention's output, and what stands inside it, only if they are
-    among ``names``."""
-    attention, inside = layer_name(layer, ATTENTION), layer_name(layer, f"{ATTENTION}.")
-    names, mla = list(names), block.attention.mla
+def activations_of(layer: int, block: BlockSaved, names: Iterable[str]) -> Arrays:
+    """Those inside a block by name, but for attention's output, which is not saved; what stands
+    inside attention only if it is among ``names``."""
+    inside, mla = layer_name(layer, f"{ATTENTION}."), block.attention.mla
     found = {layer_name(layer, AFTER_ATTENTION): block.network.norm.x}
-    if attention in names:  # what the output projection read: its product again
-        found[attention] = ops.linear.forward(mla.o.x, mla.o.w)[0]
     if isinstance(block.network, ExpertsSublayerSaved):
         found[layer_name(layer, SCORES)] = block.network.routed.scores
     if any(name.startswith(inside) for name in names):
@@ -108,7 +105,7 @@ def activations_of(layer: int, block: BlockSaved, names: Iterable[str], ops: Ops
     return found
 
 
-def noting(op: AnyOp, outputs: list[np.ndarray]) -> AnyOp:
+def noting(op: AnyOp, outputs: list[Any]) -> AnyOp:
     """``op``, whose forward also appends its output to ``outputs``."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:

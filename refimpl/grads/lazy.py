@@ -1,5 +1,5 @@
-"""Parameters read a piece at a time, and the two ops that read them: `embedding` by the row, `moe`
-by the expert.
+"""The two ops that read a `LazyTensor` a piece at a time: `embedding` by the row, `moe` by the
+expert.
 
 They take the place of the ops of that name in a table, and give the same numbers. Letters: B batch,
 T position, D model, W vocabulary, E experts, K top-k.
@@ -7,22 +7,18 @@ T position, D model, W vocabulary, E experts, K top-k.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..array import argsort, blocks, expect_ids, scatter_add
+from ..checkpoint.lazy import LazyTensor
 from ..checkpoint.names import stored_names
-from ..checkpoint.source import Source
-from ..config import ModelConfig
 from ..ops import Ops, expert_load
 from ..ops.moe import expert_rows
-from ..parameters import EMBEDDING, is_stacked, parameter_shapes
 
 __all__ = [
-    "LazyParameters",
-    "LazyTensor",
     "Rows",
     "embedding_backward",
     "embedding_forward",
@@ -35,37 +31,6 @@ __all__ = [
 ROWS = 4096  # of a table of the vocabulary's length, summed and written at a time
 
 Write = Callable[[str, np.ndarray | None], None]
-
-
-class LazyTensor:
-    """A parameter whose pieces, along the first axis, are read when they are indexed."""
-
-    def __init__(self, source: Source, name: str, shape: tuple[int, ...]) -> None:
-        self.source, self.name = source, name
-        self.shape = shape
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        return self.source.piece(self.name, index)
-
-
-class LazyParameters(Mapping[str, Any]):
-    """A model's parameters, each read when it is asked for and not kept: the embedding table and
-    the stacks of experts as a `LazyTensor`, the others as arrays."""
-
-    def __init__(self, source: Source, config: ModelConfig) -> None:
-        self.source, self.shapes = source, parameter_shapes(config)
-
-    def __getitem__(self, name: str) -> Any:
-        shape = self.shapes[name]
-        if name == EMBEDDING or is_stacked(name):
-            return LazyTensor(self.source, name, shape)
-        return self.source.tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
 
 
 # The embedding
@@ -121,7 +86,7 @@ class MoESaved(NamedTuple):
 
     def expert(self, expert: int) -> list[np.ndarray]:
         """One expert's weights, read now."""
-        return [stack[expert] for stack in self.stacks]
+        return [np.asarray(stack[expert]) for stack in self.stacks]
 
     def slots(self) -> Iterator[tuple[int, np.ndarray]]:
         """Each expert that has tokens, and the places among the [B·T·K] choices that are its

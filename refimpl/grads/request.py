@@ -17,8 +17,8 @@ from ..batch import Batch, make_batch
 from ..checkpoint.names import stored_names
 from ..checkpoint.source import Source
 from ..config import CONVENTIONS, ModelConfig
+from ..kernels.columns import on_cpu
 from ..model import Route
-from ..ops import IMPLEMENTATIONS
 from ..parameters import (
     EMBEDDING,
     FINAL_NORM,
@@ -131,11 +131,7 @@ class Request:
     def check(self, source: Source) -> None:
         """Validate everything, before any work is done."""
         config = self.config(source.config)
-        if self.implementation not in IMPLEMENTATIONS:
-            raise ValueError(
-                f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got "
-                f"{self.implementation}"
-            )
+        on_cpu(self.implementation)
         if self.grpo is not None:
             self.grpo.check(self.tokens.shape)
         batch = self.batch(config)

@@ -22,12 +22,13 @@ import numpy as np
 
 from ..array import blocks
 from ..batch import Batch
+from ..checkpoint.lazy import LazyParameters
 from ..checkpoint.names import layer_of
 from ..checkpoint.source import Source
 from ..checkpoint.tensor_file import Spec
 from ..config import ModelConfig
+from ..kernels.columns import on_cpu
 from ..model import (
-    ExpertsSublayerSaved,
     Gradients,
     Route,
     Run,
@@ -43,7 +44,7 @@ from ..model import (
     mtp_scale,
     ops_for,
 )
-from ..ops import IMPLEMENTATIONS, AnyOp, Op
+from ..ops import AnyOp, MLAOutput, Op
 from ..ops.linear import LinearSaved
 from ..parameters import (
     EMBEDDING,
@@ -51,6 +52,7 @@ from ..parameters import (
     HEAD,
     depth_of,
     head_name,
+    layer_name,
     module_name,
     mtp_layer,
     mtp_layers,
@@ -58,7 +60,6 @@ from ..parameters import (
 from .cotangents import Calls, activations_of, noting
 from .folder import Folder, Step
 from .lazy import (
-    LazyParameters,
     Rows,
     embedding_backward,
     embedding_forward,
@@ -67,7 +68,7 @@ from .lazy import (
     moe_postponed,
     sum_in_blocks,
 )
-from .request import EMBEDDINGS, HIDDEN, LOG_PROB, Request
+from .request import ATTENTION, EMBEDDINGS, HIDDEN, LOG_PROB, Request
 from .split import term_gradients
 
 __all__ = ["Steps", "steps_to"]
@@ -134,7 +135,7 @@ class Steps:
         self.batch = request.batch(config)
         self.params = LazyParameters(source, config)
         embedding = Op(embedding_forward, embedding_backward)
-        ops = IMPLEMENTATIONS[request.implementation] | {"embedding": embedding}
+        ops = on_cpu(request.implementation) | {"embedding": embedding}
         chosen = ops_for(self.batch, config, ops)
         self.ops, self.kind = chosen | {name: kind(op) for name, op in chosen.items()}, kind
         self.model = Run(self.params, config, self.ops, {}, request.with_loss)
@@ -155,7 +156,8 @@ class Steps:
     def forward(self, layer: int) -> Arrays:
         """One block, of the main model or in an MTP module: its output, and its routes for the
         backward."""
-        run = self._run_of(layer, Op(moe_forward, moe_backward))
+        run, attention = self._run_of(layer, Op(moe_forward, moe_backward)), list[MLAOutput]()
+        run = run._replace(ops=run.ops | {"mla": noting(run.ops.mla, attention)})
         depth = depth_of(self.config, layer)
         if depth == 0:
             x, block = block_forward(run, layer, self._input(layer), self.batch)
@@ -164,10 +166,11 @@ class Steps:
             state, _, saved = mtp_module_forward(run, depth, *self._module_input(depth))
             x, block = saved.norm.x, saved.block
             record = {"x": x, "state": state}
-        found = activations_of(layer, block, self.folder.activations, run.ops)
-        if isinstance(block.network, ExpertsSublayerSaved):
-            record |= self._routing(block.network)
-        self.folder.write_activations("act", "layer", layer, found={module_name(layer): x} | found)
+        found = {module_name(layer): x, layer_name(layer, ATTENTION): attention[0].y}
+        found |= activations_of(layer, block, self.folder.activations)
+        if block.choices is not None:
+            record |= self._routing(block)
+        self.folder.write_activations("act", "layer", layer, found=found)
         return record
 
     def head(self) -> Arrays:
@@ -185,6 +188,8 @@ class Steps:
             ops = run.ops | {"log_prob": noting(run.ops.log_prob, log_prob)}
             main, saved = head_forward(run._replace(ops=ops), hidden, self.batch)
             dhidden, dw = run.ops.head_cross_entropy.backward(1.0, saved)
+            if not log_prob:  # a head that is one with it: once more
+                self._log_prob(run._replace(ops=ops), hidden)
             record = {"main": np.asarray(main), "log_prob": log_prob[0]}
         else:
             w = run.params[head_name(self.config)]
@@ -195,13 +200,7 @@ class Steps:
         """GRPO's loss and choices, and the gradients of the hidden states and of the head."""
         given, ops = self.request.grpo, run.ops
         assert given is not None
-        log_prob, log_prob_saved = ops.log_prob.forward(
-            hidden,
-            run.params[head_name(self.config)],
-            targets=self.batch.targets,
-            mask=self.batch.mask,
-            temperature=given.temperature,
-        )
+        log_prob, log_prob_saved = self._log_prob(run, hidden, temperature=given.temperature)
         output, saved = ops.grpo.forward(log_prob, **given.arguments(self.source.dtype))
         dlog_prob = ops.grpo.backward(1.0, saved)
         dhidden, dw = ops.log_prob.backward(dlog_prob, log_prob_saved)
@@ -209,6 +208,18 @@ class Steps:
             self.folder.write(f"{kind}-head.safetensors", {f"{kind}/{LOG_PROB}": x})
         choices = {"unclipped": output.unclipped, "kept": output.kept}
         return {"main": np.asarray(output.loss)} | choices, dhidden, dw
+
+    def _log_prob(
+        self, run: Run, hidden: np.ndarray, temperature: float = 1.0
+    ) -> tuple[np.ndarray, Any]:
+        """The log-probability of each target that counts, and what is saved for its backward."""
+        return run.ops.log_prob.forward(
+            hidden,
+            run.params[head_name(self.config)],
+            targets=np.where(self.batch.mask, self.batch.targets, 0),
+            mask=self.batch.mask,
+            temperature=temperature,
+        )
 
     # Backward
 
@@ -282,7 +293,7 @@ class Steps:
         split = self.request.split_of(self.config)
         assert split is not None
         params = {name: self.source.tensor(name) for name in self.params}
-        ops = ops_for(self.batch, self.config, IMPLEMENTATIONS[self.request.implementation])
+        ops = ops_for(self.batch, self.config, on_cpu(self.request.implementation))
         found = term_gradients(params, split, self.config, ops, self.request.grpo)
         for term, each in found.items():
             for part, (_, gradients) in enumerate(each):
@@ -313,15 +324,12 @@ class Steps:
             return {layer: Route(given.indices, given.indices)}
         return {layer: given}
 
-    def _routing(self, saved: ExpertsSublayerSaved) -> Arrays:
+    def _routing(self, block: Any) -> Arrays:
         """The arrays that the record of a block with experts has in addition."""
-        record = {
-            "indices": saved.route.indices,
-            "load": saved.load,
-            "weights": saved.routed.weights,
-        }
-        if saved.balance is not None and self.config.balance_weight:
-            record |= {"counted": saved.route.counted, "balance": saved.balance}
+        route, load, balance = block.choices
+        record = {"indices": route.indices, "load": load, "weights": block.network.routed.weights}
+        if balance is not None and self.config.balance_weight:
+            record |= {"counted": route.counted, "balance": balance}
         return {key: np.asarray(value) for key, value in record.items() if value is not None}
 
     def _run_of_head(self) -> Run:

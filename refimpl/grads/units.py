@@ -125,6 +125,9 @@ class PermutedSource:
             x = permute(x, behind, self.order).astype(self.dtype, copy=False)
         return np.asarray(round_bfloat16(x) if self.type == "bfloat16" else x)
 
+    def stored(self, name: str, expert: int | None) -> None:
+        """None: the order is another."""
+
 
 def reruns_of(request: Request) -> list[Rerun]:
     return [Rerun(name, number) for name in request.units for number in range(request.reruns)]

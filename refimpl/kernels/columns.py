@@ -15,7 +15,16 @@ from .rope import rope
 from .router import router
 from .swiglu import swiglu
 
-__all__ = ["COLUMNS", "CUDA", "NUMBA_CUDA", "ON_CPU", "cuda_table", "numba_cuda_table", "on_cpu"]
+__all__ = [
+    "COLUMNS",
+    "CUDA",
+    "NUMBA_CUDA",
+    "ON_CPU",
+    "cuda_table",
+    "for_generation",
+    "numba_cuda_table",
+    "on_cpu",
+]
 
 CUDA = {
     "embedding": embedding,
@@ -58,9 +67,23 @@ ON_CPU = (*IMPLEMENTATIONS, "numba_cpu")
 
 
 def on_cpu(implementation: str) -> Ops:
-    """The table of one of `ON_CPU`; CouldNotRun for numba_cpu without Numba."""
+    """The table of one of `ON_CPU`; ValueError for another name, CouldNotRun for numba_cpu without
+    Numba."""
     if implementation == "numba_cpu":
         from .cpu.table import numba_cpu_table
 
         return numba_cpu_table()
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be one of {', '.join(ON_CPU)}, got {implementation}")
     return IMPLEMENTATIONS[implementation]
+
+
+def for_generation(implementation: str) -> tuple[Ops, Ops]:
+    """The tables of one of `ON_CPU` for the prompt and for the tokens behind it, which MLA reads in
+    its absorbed form; both take weights that are read when they are used."""
+    table = on_cpu(implementation)
+    if implementation == "numba_cpu":
+        from .cpu.stored import stored_table
+
+        table = stored_table(table)
+    return table, table | {"mla": IMPLEMENTATIONS["absorbed"].mla}

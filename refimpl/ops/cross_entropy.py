@@ -62,8 +62,7 @@ def cross_entropy_backward(dloss: Array, saved: CrossEntropySaved) -> Array:
     p, targets, weight = saved
     xp = namespace(p=p)
     chosen = xp.arange(p.shape[-1], device=p.device) == targets[..., None]
-    less_one_hot = xp.where(chosen, p - 1, p)
-    return number(dloss, p) * weight[..., None] * less_one_hot  # (cross_entropy.3)
+    return number(dloss, p) * weight[..., None] * (p - cast(chosen, p))  # (cross_entropy.3)
 
 
 def token_weights(

@@ -105,7 +105,7 @@ def log_prob_backward(dy: Array, saved: LogProbSaved) -> tuple[Array, Array]:
             z = xp.matmul(rows[m0:m1, :], xp.matrix_transpose(w[w0:w1, :])) / temperature
             p = xp.exp(z - lse[m0:m1, :])  # (log_prob.6)
             is_target = _is_target(p, targets[m0:m1] - w0)
-            dz = weight[m0:m1, :] * xp.where(is_target, 1 - p, -p)  # (log_prob.7)
+            dz = weight[m0:m1, :] * (cast(is_target, p) - p)  # (log_prob.7)
             dh = add_to(dh, (slice(m0, m1), ...), xp.matmul(dz, w[w0:w1, :]))  # (log_prob.8)
             dz = xp.matrix_transpose(dz)
             dw = add_to(dw, (slice(w0, w1), ...), xp.matmul(dz, rows[m0:m1, :]))  # (log_prob.9)

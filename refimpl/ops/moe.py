@@ -124,8 +124,9 @@ def moe_backward(dy: Array, saved: MoESaved) -> tuple[Array | None, ...]:
     dweights = xp.sum(rows[:, None, :] * outputs, axis=-1)  # (moe.7)
     doutputs = xp.reshape(weights[..., None] * rows[:, None, :], (-1, d))  # (moe.8)
     dout = take_rows(doutputs, order)  # (moe.9)
-    zero = [zeros(shape, rows) for shape in w_shapes]
-    dx_dispatched, dw = experts_backward(dout, experts, zero, ops)
+    dx_dispatched, dw = experts_backward(
+        dout, experts, [zeros(shape, rows) for shape in w_shapes], ops
+    )
     dslots = xp.reshape(take_rows(dx_dispatched, argsort(order)), (-1, top_k, d))
     dx = xp.sum(dslots, axis=1)  # (moe.11)
     dshared: Sequence[Array | None] = [None, None, None]

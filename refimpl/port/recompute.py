@@ -26,11 +26,11 @@ from ..checkpoint.names import stored_names
 from ..checkpoint.tensor_file import one_line
 from ..config import ModelConfig
 from ..errors import CouldNotRun
-from ..grads.cotangents import Calls, activations_of
+from ..grads.cotangents import Calls, activations_of, noting
 from ..grads.request import EMBEDDINGS, HIDDEN, INNER, SCORES
 from ..grads.rounded import round_bfloat16, rounded
 from ..memory import available_memory
-from ..ops import IMPLEMENTATIONS, AnyOp, Op, Ops
+from ..ops import IMPLEMENTATIONS, REFERENCE, AnyOp, Op, Ops
 from ..parameters import (
     EMBEDDING,
     FINAL_NORM,
@@ -114,8 +114,9 @@ class Setting(NamedTuple):
         return place
 
     def table(self, implementation: str) -> Ops:
-        """The ops of the run, with the code's in their place, each rounded in bfloat16."""
-        ops: Ops = IMPLEMENTATIONS[implementation]
+        """The ops of the run, with the code's in their place, each rounded in bfloat16. A kernel's
+        are the reference's, which can sum in other orders."""
+        ops: Ops = IMPLEMENTATIONS.get(implementation, REFERENCE)
         for name, op in self.code.ops.items():
             if name == "cross_entropy":
                 name, op = "head_cross_entropy", head_of(op)
@@ -332,16 +333,16 @@ def block_of(truth: Truth, layer: int, setting: Setting, *, backward: bool) -> A
     inner = [name.replace(".L.", f".{layer}.") for name in INNER]
     calls = Calls(run.ops, config, layer, [layer_name(layer, SCORES), *inner])
     outputs: list[Any] = []
-    run = run._replace(ops=calls.ops | {"mla": noting_outputs(calls.ops["mla"], outputs)})
+    run = run._replace(ops=calls.ops | {"mla": noting(calls.ops["mla"], outputs)})
     if depth:
         _, _, module = code.model.mtp_module_forward(run, depth, reads, given.batch.at(depth))
         y, block = module.norm.x, module.block
     else:
         y, block = code.model.block_forward(run, layer, reads, given.batch)
     found = {f"act/{module_name(layer)}": y, f"act/{layer_name(layer, 'self_attn')}": outputs[0].y}
-    found |= {f"act/{name}": x for name, x in inside_of(layer, block, inner, run.ops).items()}
+    found |= {f"act/{name}": x for name, x in inside_of(layer, block, inner).items()}
     if layer >= config.dense_layers:
-        found |= gate_of(layer, block.network)
+        found |= gate_of(layer, block)
     if not backward:
         return found
     grads = code.model.Gradients(run.params)
@@ -353,25 +354,26 @@ def block_of(truth: Truth, layer: int, setting: Setting, *, backward: bool) -> A
     return found | stored_gradients(grads.sums, parameter_shapes(config))
 
 
-def inside_of(layer: int, block: Any, inner: list[str], ops: Ops) -> Arrays:
+def inside_of(layer: int, block: Any, inner: list[str]) -> Arrays:
     """The activations of a block by name; those inside attention if this one keeps them."""
     kept = hasattr(block.attention.mla, "kv_b") and hasattr(block.attention.mla.attention, "p")
-    found = activations_of(layer, block, inner if kept else [], ops)
+    found = activations_of(layer, block, inner if kept else [])
     if hasattr(block.network, "routed"):
         found[layer_name(layer, SCORES)] = block.network.routed.scores
     return found
 
 
-def gate_of(layer: int, network: Any) -> Arrays:
+def gate_of(layer: int, block: Any) -> Arrays:
     """What the gate of a layer chose."""
+    route, load, balance = block.choices
     found = {
-        "weights": network.routed.weights,
-        "routes": network.route.indices,
-        "counted": network.route.counted,
-        "load": network.load,
+        "weights": block.network.routed.weights,
+        "routes": route.indices,
+        "counted": route.counted,
+        "load": load,
     }
     chosen = {f"aux/{name}.{layer}": x for name, x in found.items() if x is not None}
-    return chosen if network.balance is None else chosen | {f"out/balance.{layer}": network.balance}
+    return chosen if balance is None else chosen | {f"out/balance.{layer}": balance}
 
 
 def cotangents_of(calls: Calls, block: Any, code: Code) -> Arrays:
@@ -385,17 +387,6 @@ def cotangents_of(calls: Calls, block: Any, code: Code) -> Arrays:
         dy, saved, _ = calls.call(block.network.router)
         found[layer_name(calls.layer, SCORES)] = code.router.scores_backward(dy, saved)
     return found
-
-
-def noting_outputs(op: AnyOp, outputs: list[Any]) -> AnyOp:
-    """``op``, whose forward also appends its output to ``outputs``."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        y, saved = op.forward(*args, **kwargs)
-        outputs.append(y)
-        return y, saved
-
-    return Op(forward, op.backward)
 
 
 def stored_gradients(sums: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Arrays:

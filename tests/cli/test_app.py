@@ -15,7 +15,10 @@ import pytest
 import refimpl
 from refimpl.cli.app import ORDER, app
 from refimpl.errors import CouldNotRun
+from refimpl.kernels.cpu.compile import numba
+from refimpl.verify import _table
 
+from golden.checkpoint_values import TRAINED
 from support import refimpl_here, refimpl_process
 
 SHELL = ["bash", "-c"]
@@ -200,3 +203,28 @@ def test_arguments_become_options() -> None:
     assert str(error) == "digits digits: start anew with force"
     assert error.spelled({"digits": "--digits"}) == "--digits digits: start anew with force"
     assert error.spelled({"force": "--force"}) == "digits digits: start anew with --force"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("verify", "linear"),
+        ("grads", "--tokens", "tokens.json", "--out", "out", "--checkpoint", TRAINED),
+        ("generate", "--bytes", "--prompt", "x", "--checkpoint", TRAINED),
+    ],
+    ids=lambda command: command[0],
+)
+def test_without_numba(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--implementation numba_cpu is one line that says what to install, and nothing is written."""
+    monkeypatch.setitem(sys.modules, "numba", None)
+    numba.cache_clear()
+    _table.cache_clear()
+    (tmp_path / "tokens.json").write_text("[1, 2, 3]")
+    done = refimpl_here(*command, "--implementation", "numba_cpu", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("refimpl: numba_cpu needs Numba and threadpoolctl: pip install")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+    assert not (tmp_path / "out").exists()

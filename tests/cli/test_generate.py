@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from refimpl.checkpoint import Checkpoint
+from refimpl.checkpoint import Checkpoint, write_random
 from refimpl.cli import main
 from refimpl.cli.generate import Output, summary
+from refimpl.config import preset
 from refimpl.generate import Generation
+from refimpl.kernels.columns import for_generation
+from refimpl.memory import process_memory
+from refimpl.ops import Ops
 from refimpl.tokenizer import Bytes
 
 from golden.checkpoint_values import TRAINED
@@ -213,24 +218,79 @@ def test_more_drafts_than_modules(tmp_path: Path) -> None:
     assert result["drafted"] > 2 * result["forwards"]
 
 
-@pytest.mark.parametrize("at_hand", [100_000, None])
-def test_without_memory(at_hand: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line before anything is read: what is needed and what is at hand; and one where only the
-    reading shows it."""
-
-    def load(self: Checkpoint) -> dict[str, np.ndarray]:
-        assert at_hand is None
-        raise MemoryError("Unable to allocate 1 TiB")
-
-    monkeypatch.setattr(Checkpoint, "load", load)
+@pytest.mark.parametrize("at_hand", [50_000, 60_000, None])
+def test_short_of_memory(at_hand: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line where the files are larger than the memory at hand, and the same tokens."""
     monkeypatch.setattr("refimpl.cli.generate.available_memory", lambda: at_hand)
     done = refimpl_here("generate", *ONE, "--checkpoint", TRAINED)
+    assert done.returncode == 0
+    line = (
+        "the weights have 5.35e-05 GB, 5e-05 GB of memory are at hand: what is used is read from "
+        "the disk again and again\n"
+    )
+    assert done.stderr.startswith(line) == (at_hand == 50_000)
+    assert done.stderr.count("\n") == 1 + (at_hand == 50_000)
+    assert done.stdout == "tart is the sequence and the same a containeration of the seque\n"
+
+
+def test_no_memory_for_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise MemoryError("Unable to allocate 1 TiB")
+
+    monkeypatch.setattr("refimpl.cli.generate.generate", full)
+    done = refimpl_here("generate", *ONE, "--checkpoint", TRAINED)
     assert done.returncode == 2
-    more = ", 0.0001 GB are at hand" if at_hand else ", more than is at hand (Unable to allocate"
-    needed = "refimpl: the parameters need 0.000107 GB of memory in float32" + more
-    assert done.stderr.startswith(needed)
-    assert done.stderr.count("\n") == 1
-    assert done.stdout == ""
+    assert done.stderr == (
+        "refimpl: not enough memory for so many tokens (Unable to allocate 1 TiB)\n"
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_numba_cpu(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference's tokens, alone, in a padded batch and with drafts; the report names it."""
+    pytest.importorskip("numba")
+    asked_for: list[str] = []
+
+    def noting(implementation: str) -> tuple[Ops, Ops]:
+        asked_for.append(implementation)
+        return for_generation(implementation)
+
+    monkeypatch.setattr("refimpl.cli.generate.for_generation", noting)
+    options = ["--checkpoint", TRAINED, "--bytes", "--max-tokens", 30, "--dtype", dtype]
+    one, more = ["--prompt", "The value of "], ["--prompt", "a gradient", "--prompt", "x"]
+    for asked in (one, one + more, [*one, "--speculate", 2]):
+        found = {}
+        for implementation in ("reference", "numba_cpu"):
+            report = tmp_path / f"{implementation}.json"
+            how = "--implementation", implementation, "--json", report
+            done = refimpl_here("generate", *options, *asked, *how)
+            assert done.returncode == 0, done.stderr
+            found[implementation] = json.loads(report.read_text())
+            assert found[implementation]["settings"].pop("implementation") == implementation
+        assert found["reference"] == found["numba_cpu"]
+    assert asked_for == 3 * ["reference", "numba_cpu"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.parametrize("implementation", ["reference", "numba_cpu"])
+def test_memory(implementation: str, tmp_path: Path) -> None:
+    """The process holds no copy of the weights: beyond what it needs for a tiny model, no more than
+    one matrix and one expert widened, and 5 MB."""
+    if implementation == "numba_cpu":
+        pytest.importorskip("numba")
+    config = replace(
+        preset("tiny"), width=512, vocabulary=4096, experts=32, expert_hidden=384, mtp_depth=0
+    )
+    write_random(config, tmp_path / "wide")
+    stored = Checkpoint.open(tmp_path / "wide").bytes
+    widened = 4 * config.width * (config.vocabulary + 3 * config.expert_hidden)
+    assert stored > 3 * (widened + 5e6)
+    peaks = []
+    for folder in (TRAINED, tmp_path / "wide"):
+        command = ["generate", "--checkpoint", folder, *ONE, "--max-tokens", 20]
+        command += ["--implementation", implementation, "--stop", 0]
+        peaks.append(process_memory([sys.executable, "-m", "refimpl", *map(str, command)]).peak)
+    assert peaks[1] - peaks[0] <= widened + 5e6
 
 
 @pytest.mark.parametrize(
@@ -290,6 +350,10 @@ def test_without_memory(at_hand: int | None, monkeypatch: pytest.MonkeyPatch) ->
         ([*ONE, "--stop", "256"], "--stop must hold tokens in 0…255, got 256"),
         ([*ONE, "--speculate", "-1"], "--speculate must be at least 0, got -1"),
         ([*ONE, "--dtype", "float16"], "--dtype must be one of float32, float64, got float16"),
+        (
+            [*ONE, "--implementation", "cuda"],
+            "--implementation must be one of reference, flash, absorbed, numba_cpu, got cuda",
+        ),
         (
             [*ONE, "--convention", "mine"],
             "--convention must be one of official, paper, hf, got mine",

@@ -67,6 +67,21 @@ def test_verify_with_everything(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) in ([text, out], [out, text])  # no temporary file is left
 
 
+def test_numba_cpu(tmp_path: Path) -> None:
+    """What has no wide numbers runs beside the reference; all rules hold, exact arithmetic too."""
+    pytest.importorskip("numba")
+    out = tmp_path / "result.json"
+    how = "--implementation", "numba_cpu", "--examples", "1", "--digits", "30", "--json", out
+    done = refimpl_here("verify", "swiglu", "ffn", "mla", *how)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert result["settings"]["implementation"] == "numba_cpu"
+    for t in result["tensors"]:
+        assert t["digits"] >= 20
+        assert t["difference"] <= 1e-8
+        assert t["noise"] <= 1
+
+
 def test_narrow_terminal_cuts_no_number() -> None:
     """On 80 columns the table's lines wrap; no cell ends in an ellipsis. Rows of 0.0, those of the
     MTP module under GRPO, are explained."""
@@ -139,8 +154,8 @@ def test_the_same_seed_gives_the_same_table() -> None:
         (["verify", "--backend", "tpu"], "--backend must be one of numpy, cupy, got tpu"),
         (
             ["verify", "--implementation", "magic"],
-            "--implementation must be one of reference, flash, absorbed, cuda, numba_cuda, "
-            "got magic",
+            "--implementation must be one of reference, flash, absorbed, numba_cpu, cuda, "
+            "numba_cuda, got magic",
         ),
         (
             ["verify", "--convention", "mine"],
@@ -155,6 +170,10 @@ def test_the_same_seed_gives_the_same_table() -> None:
         (
             ["verify", "--implementation", "cuda"],
             "--backend must be cupy for the implementation cuda, got numpy",
+        ),
+        (
+            ["verify", "--implementation", "numba_cpu", "--backend", "cupy"],
+            "--backend must be numpy for the implementation numba_cpu, got cupy",
         ),
         (["verify", "--digits", "5"], "--digits must lie in 20…1000, got 5"),
         (["verify", "linear", "--json", "no/such/file"], "--json no/such/file can't be written"),

@@ -119,6 +119,36 @@ def test_the_default_loss(implementation: str, dtype: Any, tmp_path: Path) -> No
     assert {x.dtype for n, x in found.items() if n[:4] in ("grad", "out/")} == {np.dtype(dtype)}
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"mtp": True, "balance_alpha": 0.02, "split": "rows=1+1"},
+        {"targets": np.where(TOKENS % 3, TOKENS, -100), "mask": TOKENS % 3 != 0},
+    ],
+    ids=["every loss", "targets"],
+)
+def test_numba_cpu(given: dict[str, Any], tmp_path: Path) -> None:
+    """The reference's numbers in float64 but for rounding, every activation, and units of every
+    type."""
+    pytest.importorskip("numba")
+    params = random_parameters(TINY)
+    given |= {"activations": "*", "reruns": 1, "units": ("float64", "float32", "bfloat16")}
+    for name in ("reference", "numba_cpu"):
+        stream(params, TINY, tmp_path / name, implementation=name, **given)
+    wanted, found = read(tmp_path / "reference"), read(tmp_path / "numba_cpu")
+    assert wanted.keys() == found.keys()
+    for name, x in wanted.items():
+        assert found[name].dtype == x.dtype
+        if x.dtype.kind == "f":
+            assert np.max(np.abs(found[name] - x)) <= 1e-12 * np.max(np.abs(x), initial=1e-3), name
+        else:
+            assert np.array_equal(found[name], x), name
+    index = json.loads((tmp_path / "numba_cpu" / "index.json").read_text())
+    assert index["metadata"]["implementation"] == "numba_cpu"
+    units = [x["units"] for x in index["tensors"].values() if "units" in x]
+    assert all(unit is not None for each in units for unit in each.values())
+
+
 def test_masks_and_targets(tmp_path: Path) -> None:
     """Loss mask, padding and own targets go where the model puts them."""
     config, params = TINY, random_parameters(TINY)

@@ -38,7 +38,7 @@ TESTED_ELSEWHERE = {  # a module, or a folder of them, without a test file: what
 TESTED_ELSEWHERE |= {
     f"kernels/cpu/{path.stem}": "tests/kernels/cpu/test_column.py: every op, and the optimizer"
     for path in (PACKAGE / "kernels" / "cpu").glob("[!_]*.py")
-    if path.stem not in ("compile", "pool")
+    if path.stem not in ("compile", "pool", "stored")
 }
 
 

@@ -72,7 +72,7 @@ OUTSIDE: tuple[Planted, ...] = (
     _one("head_cross_entropy", "gradient without masking's weight, squared",
          "-number(dloss, saved.weight) * saved.weight",
          "-number(dloss, saved.weight) * saved.weight * saved.weight"),
-    _one("log_prob", "probabilities squared", "xp.where(is_target, 1 - p, -p)",
+    _one("log_prob", "probabilities squared", "(cast(is_target, p) - p)",
          "xp.where(is_target, 1 - p, -p * p)"),
     _one("mtp", "embedding's gradient through the other norm",
          "ops.rms_norm.backward(de, saved.enorm)", "ops.rms_norm.backward(de, saved.hnorm)"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,6 +56,16 @@ def test_every_part_gives_the_truth(example: Example, dtype: str) -> None:
     truth = Truth.open(example.truth)
     assert furthest(truth, dtype) <= (0.1 if dtype == "float64" else 4)
     assert furthest(truth, dtype, seed=1) <= 4
+
+
+def test_a_truth_of_numba_cpu(example: Example, tmp_path: Path) -> None:
+    """Its parts are computed again with the reference, whose sums can run in other orders."""
+
+    def change(index: Any) -> None:
+        index["metadata"]["implementation"] = "numba_cpu"
+
+    truth = Truth.open(edited(example.truth, tmp_path, change))
+    assert furthest(truth, "float64", seed=1) <= 4
 
 
 def test_inside_attention(example: Example, tmp_path: Path) -> None:

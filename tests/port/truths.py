@@ -180,19 +180,19 @@ class Watched:
 
         again = run._replace(ops=run.ops | {"mla": Op(forward, mla.backward)})
         y, saved = self.forward(again, layer, x, batch)
-        act = activations_of(layer, saved, [], run.ops)
+        act = activations_of(layer, saved, [])
         self.found |= {f"act/{name}": value for name, value in act.items()}
         self.found[f"act/{module_name(layer)}"] = y
         self.found[f"act/{layer_name(layer, 'self_attn')}"] = outputs[0]
         if hasattr(saved.network, "routed"):
-            network = saved.network
+            routed, (route, load, balance) = saved.network.routed, saved.choices
             self.found |= {
-                f"act/{layer_name(layer, SCORES)}": network.routed.scores,
-                f"aux/weights.{layer}": network.routed.weights,
-                f"aux/routes.{layer}": network.route.indices,
-                f"aux/counted.{layer}": network.route.counted,
-                f"aux/load.{layer}": network.load,
-                f"out/balance.{layer}": network.balance,
+                f"act/{layer_name(layer, SCORES)}": routed.scores,
+                f"aux/weights.{layer}": routed.weights,
+                f"aux/routes.{layer}": route.indices,
+                f"aux/counted.{layer}": route.counted,
+                f"aux/load.{layer}": load,
+                f"out/balance.{layer}": balance,
             }
         return y, saved
 

@@ -153,7 +153,8 @@ def _expand(latents: Array, kv: Array, k: Array, w_kv_b: Array, nope: int, i: sl
 
 def mla_backward(dy: tuple[Array, Array | None], saved: MLASaved) -> tuple[Array | None, ...]:
     dout, dcache = dy
-    w, settings, x, latents = saved.w, saved.settings, saved.x, saved.latents
+    w, settings = saved.w, saved.settings
+    x, latents = saved.x, saved.latents
     expect_real(dy=dout, dcache=dcache, x=x)
     b, s, width = latents.shape
     t = x.shape[0] // b
