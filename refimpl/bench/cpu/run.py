@@ -29,9 +29,8 @@ __all__ = ["Turn", "cores_of", "header", "measure_row", "measure_rows", "pick", 
 SAMPLE = 2e-3  # seconds that a sample lasts at least
 TURN = 0.15  # seconds that a turn lasts about
 MOST_SAMPLES, MOST_TURNS = 20, 20
-ENOUGH = 3  # turns, where more would be too slow, or were not quiet
-PATIENCE = 10.0  # seconds of a call, beyond which a column is left out
-SLOW = 5.0  # seconds of a call of which `ENOUGH` are made
+ENOUGH = 3  # quiet turns, without those that were not
+PATIENCE = 5.0  # seconds of a call, beyond which a column is left out
 SETTLE = 0.03  # seconds before a turn: the threads of the one before still spin
 PACKAGES = ("numpy", "numba", "torch", "transformers", "jax")
 
@@ -190,7 +189,6 @@ def take_turns(
 
 def plan(seconds: float, budget: float, fewest: int) -> Plan:
     """For a call that takes so many seconds."""
-    fewest = min(fewest, ENOUGH) if seconds > SLOW else fewest
     calls = ceil(SAMPLE / seconds)
     turn = min(TURN, budget / fewest)
     samples = min(max(int(turn / (calls * seconds)), 1), MOST_SAMPLES)
