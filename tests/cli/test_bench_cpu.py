@@ -20,8 +20,8 @@ TOY = ("bench", "--cpu", "--toy", "--threads", "1")
 
 
 def test_toy(tmp_path: Path) -> None:
-    """All rows in the full run, else one of a kind, by two of our columns: a table, figures, a file
-    and pictures. Wall time on two quiet cores: 4 s, all rows 11 s."""
+    """All rows in the full run (9 s of CPU time), else one of a kind, by two of our columns: a
+    table, figures, a file and pictures."""
     names = [] if FULL else ["swiglu", "attention", "skew"]
     columns = ("--column", "reference", "--column", "numba_cpu")
     done = refimpl_here(*TOY, *names, *columns, "--commit", "abc", "--json", tmp_path / "r.json")
