@@ -28,7 +28,7 @@ class Argument(NamedTuple):
 In1, In2, In3, In4 = (Argument(dims) for dims in (1, 2, 3, 4))
 Out1, Out2, Out3, Out4 = (Argument(dims, written=True) for dims in (1, 2, 3, 4))
 Ids1, Ids2 = (Argument(dims, kind="int64") for dims in (1, 2))
-OutIds1 = Argument(1, written=True, kind="int64")
+OutIds1, OutIds2 = (Argument(dims, written=True, kind="int64") for dims in (1, 2))
 Bools1, Bools2 = (Argument(dims, kind="boolean") for dims in (1, 2))
 Real, Int = Argument(0), Argument(0, kind="int64")
 

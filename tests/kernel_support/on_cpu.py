@@ -101,6 +101,16 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
         "block begins at the first angle": ("(first + row) %", "row %"),
         "values in front of keys": ("kv[row, head, :nope]\n", "kv[row, head, 1 : nope + 1]\n"),
     },
+    "embedding": {"last row of a token alone": ("total[i] += own[i]", "total[i] = own[i]")},
+    "router": {
+        "ties to the higher index": ("x > ranked[row, best]", "x >= ranked[row, best]"),
+        "an expert chosen twice": ("taken[best] = True", "taken[best] = False"),
+        "softmax's sum left out": ("(ds[i] - along)", "ds[i]"),
+        "weights' gradient of the last choice alone": (
+            "ds[indices[row, k]] += dchosen",
+            "ds[indices[row, k]] = dchosen",
+        ),
+    },
     "moe": {
         "slots in reverse order": (
             "start[indices[slot]] = at + 1",

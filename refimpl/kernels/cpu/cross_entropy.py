@@ -60,5 +60,5 @@ def _gradient(dz: Array, z: Array, *by_row: Array) -> None:
     kernel("cross_entropy", "gradient", z.dtype)(dz, *by_row, 0, z.shape[1])
 
 
-def _blocks(z: Array) -> list[slice]:
+def _blocks(z: Array) -> tuple[slice, ...]:
     return blocks_of(z.shape[0], max(1, ONE_TASK // z.shape[1]))

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from ...array import Array
-from .pool import Task, blocks_of
+from .pool import Task, blocks_of, run
 
-__all__ = ["ONE_TASK", "empty", "expect_real", "products", "ready", "rows_of"]
+__all__ = ["ONE_TASK", "empty", "expect_real", "products", "ready", "rows_of", "run_products"]
 
 ONE_TASK = 2**17  # numbers that one task handles at least: waking a thread takes 50 µs
-ONE_PRODUCT = 2**22  # multiplications of one task, likewise
+ONE_PRODUCT = 2**22  # multiplications of one task at least, likewise
 MOST = 16  # tasks of one product
 LEAST = 128  # rows or columns of one: fewer, and BLAS spends its time on packing the other side
 
@@ -64,3 +64,16 @@ def products(a: Array, b: Array, out: Array) -> list[Task]:
         parts = blocks_of(n, -(-n // count))
         return [partial(np.matmul, a[i], b, out=out[i]) for i in parts]
     return [partial(np.matmul, a, b[:, i], out=out[:, i]) for i in blocks_of(m, -(-m // count))]
+
+
+def run_products(*factors: tuple[Array, Array, Array]) -> None:
+    """Write a @ b into ``out`` for each (a, b, out); on one thread if they are too few."""
+    tasks = [task for a, b, out in factors for task in products(a, b, out)]
+    if sum(out.size * a.shape[1] for a, _, out in factors) < 2 * ONE_PRODUCT:
+        tasks = [partial(_all, tasks)]
+    run(tasks)
+
+
+def _all(tasks: list[Task]) -> None:
+    for task in tasks:
+        task()

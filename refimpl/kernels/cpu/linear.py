@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from ...array import Array, expect, expect_some, last
 from ...ops.linear import LinearSaved
-from .host import empty, expect_real, products, rows_of
-from .pool import run
+from .host import empty, expect_real, rows_of, run_products
 
 __all__ = ["linear_backward", "linear_forward"]
 
@@ -18,7 +17,7 @@ def linear_forward(x: Array, w: Array) -> tuple[Array, LinearSaved]:
     expect("w", w, "(O, I)", (None, last(x, "x")))
     expect_some("w", w, "(O, I)")
     y = empty((*x.shape[:-1], w.shape[0]), x)
-    run(products(rows_of(x), w.T, rows_of(y)))  # (linear.1)
+    run_products((rows_of(x), w.T, rows_of(y)))  # (linear.1)
     return y, LinearSaved(x, w)
 
 
@@ -29,5 +28,5 @@ def linear_backward(dy: Array, saved: LinearSaved) -> tuple[Array, Array]:
     dx, dw = empty(x.shape, x), empty(w.shape, x)
     given = rows_of(dy)
     # (linear.2), (linear.3)
-    run(products(given, w, rows_of(dx)) + products(given.T, rows_of(x), dw))
+    run_products((given, w, rows_of(dx)), (given.T, rows_of(x), dw))
     return dx, dw

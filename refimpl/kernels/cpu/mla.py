@@ -19,8 +19,8 @@ from ...ops.leaves import LEAVES, Leaves, expect_table
 from ...ops.mla import MLAOutput, append, check_project, split_cache
 from ...ops.rope import check_rope
 from .compile import kernel
-from .host import empty, expect_real, products, ready, rows_of
-from .pool import blocks_of, run
+from .host import empty, expect_real, ready, rows_of, run_products
+from .pool import blocks_of, in_turn, run
 from .rope import angles
 
 __all__ = ["MLASaved", "mla_backward", "mla_forward"]
@@ -109,18 +109,21 @@ def mla_forward(
     if w_q_a is None:
         a_normed = rows
     arrays = rows, a, a_r, a_normed, c_raw, c_r, rows_of(latent), q.reshape(m, heads, -1)
-    run([partial(_project, arrays, w, settings, i) for i in blocks_of(m, ROWS)])
+    project = [partial(_project, arrays, w, settings, i) for i in blocks_of(m, ROWS)]
+    if cache is not None:
+        run(project)
     latents, past = append(cache, latent)
     s = latents.shape[1]
     k = empty((b, s, heads, nope + rope), x)
     kv = empty((b, s, heads, nope + value), x)
     by_row = rows_of(latents), kv.reshape(b * s, heads, -1), k.reshape(b * s, heads, -1)
-    run([partial(_expand, *by_row, w_kv_b, nope, i) for i in blocks_of(b * s, ROWS)])
+    expand = [partial(_expand, *by_row, w_kv_b, nope, i) for i in blocks_of(b * s, ROWS)]
+    run(expand if cache is not None else in_turn(project, expand))
     o, attention_saved = ops.attention.forward(
         q, k, kv[..., nope:], scale=scale, key_mask=key_mask, segments=segments
     )
     y, o = empty(x.shape, x), o.reshape(m, -1)
-    run(products(o, w_o.T, rows_of(y)))  # (mla.9)
+    run_products((o, w_o.T, rows_of(y)))  # (mla.9)
     saved = MLASaved(
         rows, a, a_r, a_normed, c_raw, c_r, latents, attention_saved, o, w, settings, past, ops
     )
@@ -160,13 +163,16 @@ def mla_backward(dy: tuple[Array, Array | None], saved: MLASaved) -> tuple[Array
     t = x.shape[0] // b
     expect("dy", dout, "(B, T, D)", (b, t, x.shape[1]))
     given, do = ready(rows_of(dout)), empty(saved.o.shape, x)
-    run(products(given, w.o, do))
+    run_products((given, w.o, do))
     heads, rows = settings.heads, b * s
     dq, dk, dv = saved.ops.attention.backward(do.reshape(b, t, heads, -1), saved.attention)
     dkv, dlatents = empty((rows, heads, w.kv_b.shape[0] // heads), x), empty((b, s, width), x)
     of_keys = (ready(part).reshape(rows, heads, -1) for part in (dk, dv))
     by_row = dkv, rows_of(dlatents), *of_keys
-    run([partial(_collapse, by_row, w, settings, i) for i in blocks_of(rows, ROWS)])
+    collapse = [partial(_collapse, by_row, w, settings, i) for i in blocks_of(rows, ROWS)]
+    alone = saved.past is None and dcache is None
+    if not alone:
+        run(collapse)
     if dcache is not None:
         dlatents += dcache
     dcache, dlatent = split_cache(dlatents, saved.past)
@@ -176,23 +182,25 @@ def mla_backward(dy: tuple[Array, Array | None], saved: MLASaved) -> tuple[Array
     rotated = empty((m, width - settings.latent), x)
     parts = empty((len(blocks), da.shape[1] + dc.shape[1]), x)  # of the norms' gradients
     arrays = dx, dq, da, dc, rotated, rows_of(ready(dlatent))
-    run(
-        [
-            partial(_project_backward, arrays, part, saved, i)
-            for part, i in zip(parts, blocks, strict=True)
-        ]
-    )
+    project = [
+        partial(_project_backward, arrays, part, saved, i)
+        for part, i in zip(parts, blocks, strict=True)
+    ]
+    run(in_turn(collapse, project) if alone else project)
     norms = parts.sum(axis=0)
     dw = Weights(*(None if part is None else empty(part.shape, x) for part in w))
     latent = settings.latent
-    tasks = products(dq.reshape(m, -1).T, saved.a_normed, dw.q_b)
-    tasks += products(dc.T, x, dw.kv_a[:latent]) + products(rotated.T, x, dw.kv_a[latent:])
-    tasks += products(dkv.reshape(rows, -1).T, rows_of(latents)[:, :latent], dw.kv_b)
-    tasks += products(given.T, saved.o, dw.o)
+    factors = [
+        (dq.reshape(m, -1).T, saved.a_normed, dw.q_b),
+        (dc.T, x, dw.kv_a[:latent]),
+        (rotated.T, x, dw.kv_a[latent:]),
+        (dkv.reshape(rows, -1).T, rows_of(latents)[:, :latent], dw.kv_b),
+        (given.T, saved.o, dw.o),
+    ]
     if w.q_a is not None:
-        tasks += products(da.T, x, dw.q_a)
+        factors.append((da.T, x, dw.q_a))
         dw = dw._replace(q_a_norm=norms[: da.shape[1]].copy())
-    run(tasks)
+    run_products(*factors)
     dw = dw._replace(kv_a_norm=norms[da.shape[1] :].copy())
     return dx.reshape(dout.shape), dcache, *dw
 

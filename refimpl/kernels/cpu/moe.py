@@ -103,29 +103,19 @@ def moe_backward(dy: Array, saved: MoESaved) -> tuple[Array | None, ...]:
     dgate, dup, hidden = (empty(gate.shape, x) for _ in range(3))
     by_slot, dweights = weights.reshape(-1)[order], empty((order.size,), x)
     dw = [empty(part.shape, x) for part in w]
-    first: list[Task] = [
-        partial(
-            _backward_block,
-            drows[i],
-            dgate[i],
-            dup[i],
-            hidden[i],
-            dweights[i],
-            given,
-            order[i],
-            top_k,
-            gate[i],
-            up[i],
-            by_slot[i],
-            *_of(w, e),
-        )
-        for e, i in _blocks(start)
-    ]
+    by_row = drows, dgate, dup, hidden, dweights, order, gate, up, by_slot
+    first: list[Task] = []
     then: list[Task] = []
-    for e in range(len(start) - 1):
-        i = slice(start[e], start[e + 1])
-        made = dgate[i], dup[i], hidden[i]
-        then.append(partial(_weight_gradients, _of(dw, e), made, rows, given, order[i], top_k))
+    for e, i in _blocks(start):
+        parts = tuple(array[i] for array in by_row)
+        whole = i == slice(start[e], start[e + 1])
+        dw_here = _of(dw, e) if whole else None
+        first.append(partial(_backward_block, parts, rows, given, top_k, _of(w, e), dw_here))
+    for e, (a, b) in enumerate(pairwise(start)):
+        if not 0 < b - a <= ROWS:  # of several blocks, or none
+            i = slice(a, b)
+            arrays = dgate[i], dup[i], hidden[i], rows, given, order[i]
+            then.append(partial(_weight_gradients, _of(dw, e), arrays, top_k))
     dshared: tuple[Array | None, ...] = None, None, None
     if shared is None:
         dx[...] = 0
@@ -141,27 +131,29 @@ def moe_backward(dy: Array, saved: MoESaved) -> tuple[Array | None, ...]:
 
 
 def _backward_block(
-    drows: Array,
-    dgate: Array,
-    dup: Array,
-    hidden: Array,
-    dweights: Array,
+    parts: tuple[Array, ...],
+    x: Array,
     dy: Array,
-    order: Array,
     top_k: int,
-    *arrays: Array,
+    w: tuple[Array, ...],
+    dw: tuple[Array, ...] | None,
 ) -> None:
+    """Rows of one expert: the first five of ``parts`` are written; if they are all its rows, ``dw``
+    too."""
+    drows, dgate, dup, hidden, dweights, order, *saved = parts
     given = empty(drows.shape, dy)
     kernel("moe", "gather", dy.dtype)(given, dy, order, top_k)
-    backward_rows(drows, dgate, dup, hidden, dweights, given, *arrays)  # (moe.10)
+    backward_rows(drows, dgate, dup, hidden, dweights, given, *saved, *w)  # (moe.10)
+    if dw is not None:
+        np.matmul(given.T, hidden, out=dw[2])
+        kernel("moe", "gather", x.dtype)(given, x, order, top_k)
+        np.matmul(dgate.T, given, out=dw[0])
+        np.matmul(dup.T, given, out=dw[1])
 
 
-def _weight_gradients(
-    dw: tuple[Array, ...], made: tuple[Array, ...], x: Array, dy: Array, order: Array, top_k: int
-) -> None:
-    """``dw`` (of gate, up and down) of one expert, zeros if it has no rows, from its rows of dgate,
-    dup and hidden."""
-    dgate, dup, hidden = made
+def _weight_gradients(dw: tuple[Array, ...], arrays: tuple[Array, ...], top_k: int) -> None:
+    """``dw`` (of gate, up and down) of one expert, zeros if it has no rows."""
+    dgate, dup, hidden, x, dy, order = arrays
     gather = kernel("moe", "gather", x.dtype)
     rows = empty((order.size, x.shape[1]), x)
     gather(rows, x, order, top_k)

@@ -12,13 +12,13 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
 from ...errors import CouldNotRun
 
-__all__ = ["Task", "blocks_of", "run", "serial_blas", "threads"]
+__all__ = ["Task", "blocks_of", "in_turn", "run", "serial_blas", "threads"]
 
 Task = Callable[[], object]
 
@@ -115,26 +115,39 @@ def run(tasks: Sequence[Task]) -> None:
         POOL.run(tasks, count)
 
 
-@contextmanager
-def serial_blas() -> Iterator[int]:
-    """Inside, BLAS uses one thread, and gives the number of threads that it used before: the
-    user's own setting (OPENBLAS_NUM_THREADS, threadpoolctl), which comes back at the end."""
-    with STATE.lock:
-        if STATE.inside == 0:
-            STATE.outside = [library.get_num_threads() for library in _libraries()]
-            for library, count in zip(_libraries(), STATE.outside, strict=True):
-                if count != 1:
-                    library.set_num_threads(1)
-        STATE.inside += 1
-    try:
-        yield STATE.wanted or max(STATE.outside, default=_cores())
-    finally:
+def in_turn(first: Sequence[Task], then: Sequence[Task]) -> list[Task]:
+    """Tasks of a task of ``first`` and the one at its place of ``then``, which needs no other."""
+
+    def both(one: Task, other: Task) -> None:
+        one()
+        other()
+
+    return [partial(both, *pair) for pair in zip(first, then, strict=True)]
+
+
+class serial_blas:
+    """Inside, BLAS uses one thread. Gives the number of threads that it used before: the user's own
+    setting (OPENBLAS_NUM_THREADS, threadpoolctl), which comes back at the end. A step of training
+    may stand inside as a whole; then nothing is switched in between."""
+
+    def __enter__(self) -> int:
+        with STATE.lock:
+            if STATE.inside == 0:
+                STATE.outside = [library.get_num_threads() for library in _libraries()]
+                self._set(1)
+            STATE.inside += 1
+        return STATE.wanted or max(STATE.outside, default=_cores())
+
+    def __exit__(self, *_: object) -> None:
         with STATE.lock:
             STATE.inside -= 1
             if STATE.inside == 0:
-                for library, count in zip(_libraries(), STATE.outside, strict=True):
-                    if count != 1:
-                        library.set_num_threads(count)
+                self._set(None)
+
+    def _set(self, count: int | None) -> None:
+        for library, outside in zip(_libraries(), STATE.outside, strict=True):
+            if outside != 1:
+                library.set_num_threads(count or outside)
 
 
 @contextmanager
@@ -149,11 +162,12 @@ def threads(count: int) -> Iterator[None]:
         STATE.wanted = before
 
 
-def blocks_of(length: int, size: int) -> list[slice]:
+@cache
+def blocks_of(length: int, size: int) -> tuple[slice, ...]:
     """Slices of at most ``size`` that cover 0 … length, of nearly equal lengths."""
     count = max(1, -(-length // size))
     edges = [length * i // count for i in range(count + 1)]
-    return [slice(a, b) for a, b in pairwise(edges)]
+    return tuple(slice(a, b) for a, b in pairwise(edges))
 
 
 @cache

@@ -51,5 +51,5 @@ def rms_norm_backward(dy: Array, saved: RMSNormSaved) -> tuple[Array, Array]:
     return dx, parts.sum(axis=0)
 
 
-def _blocks(rows: Array) -> list[slice]:
+def _blocks(rows: Array) -> tuple[slice, ...]:
     return blocks_of(rows.shape[0], max(1, ONE_TASK // rows.shape[1]))

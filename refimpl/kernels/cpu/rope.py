@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -39,9 +39,22 @@ def rope_backward(dy: Array, saved: RoPESaved) -> Array:
 
 
 def angles(positions: Array, inv_freq: Array, factor: float, dtype: Any) -> tuple[Array, Array]:
-    """cos and sin of each position's angles, made in float64, times the factor; [B·T or T, R/2]."""
-    angle = np.reshape(positions, (-1, 1)).astype(np.float64) * np.asarray(inv_freq, np.float64)
-    return (np.cos(angle) * factor).astype(dtype), (np.sin(angle) * factor).astype(dtype)
+    """cos and sin of each position's angles, made in float64, times the factor; read-only [B·T or
+    T, R/2]. The last few are kept: all layers of a model turn by the same."""
+    turns = np.ascontiguousarray(positions, np.float64).tobytes()
+    frequencies = np.ascontiguousarray(inv_freq, np.float64).tobytes()
+    return _angles(turns, frequencies, float(factor), np.dtype(dtype))
+
+
+@lru_cache(maxsize=4)
+def _angles(
+    positions: bytes, inv_freq: bytes, factor: float, dtype: np.dtype[Any]
+) -> tuple[Array, Array]:
+    angle = np.frombuffer(positions)[:, None] * np.frombuffer(inv_freq)
+    found = (np.cos(angle) * factor).astype(dtype), (np.sin(angle) * factor).astype(dtype)
+    for x in found:
+        x.flags.writeable = False
+    return found
 
 
 def rotate(x: Array, cos: Array, sin: Array, layout: Layout) -> Array:

@@ -123,7 +123,7 @@ def test_attention_promises_what_attention_does() -> None:
                 CPU.attention.forward(**GOOD | change)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [op for op in OPS if op != "embedding"])  # whose lookup takes any
 def test_other_number_types_are_refused(op: str) -> None:
     case = DRAWN[op](RandomDraw(0))
     for dtype, message in ((np.complex128, "float32 or float64, got complex128"), (None, "NumPy")):

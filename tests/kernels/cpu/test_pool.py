@@ -126,7 +126,7 @@ def test_blocks_cover_all() -> None:
             sizes = {b.stop - b.start for b in blocks}
             assert max(sizes) <= size
             assert max(sizes) - min(sizes) <= 1
-    assert blocks_of(0, 4) == [slice(0, 0)]
+    assert blocks_of(0, 4) == (slice(0, 0),)
 
 
 def test_a_thread_is_needed() -> None:

@@ -1,0 +1,70 @@
+"""The gate for a CPU: scores, the K best of a row, and the gradient of the logits, a row at a time.
+
+The reference sorts all experts of a row and passes over scores × experts K times in the backward.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .common_numba_cpu import Ids2, In2, Int, Out2, OutIds2, exp, largest_of
+
+
+def sigmoid(scores: Out2, logits: In2) -> None:
+    one = logits.dtype.type(1)
+    for row in range(logits.shape[0]):
+        own, out = logits[row], scores[row]
+        for i in range(own.size):
+            out[i] = one / (one + exp(-own[i]))  # (router.2)
+
+
+def softmax(scores: Out2, logits: In2) -> None:
+    real = logits.dtype.type
+    for row in range(logits.shape[0]):
+        own, out = logits[row], scores[row]
+        largest, total = largest_of(own), real(0)
+        for i in range(own.size):
+            e = exp(own[i] - largest)
+            out[i] = e
+            total += e
+        for i in range(own.size):
+            out[i] /= total  # (router.3)
+
+
+def select(indices: OutIds2, ranked: In2) -> None:
+    """The best of each row, best first, of equal ones the first first; NaN last."""
+    taken = np.empty(ranked.shape[1], np.bool_)
+    for row in range(ranked.shape[0]):
+        taken[:] = False
+        for k in range(indices.shape[1]):
+            best = -1
+            for i in range(ranked.shape[1]):
+                x = ranked[row, i]
+                if taken[i]:
+                    continue
+                if best < 0 or x > ranked[row, best] or (x == x and np.isnan(ranked[row, best])):
+                    best = i
+            taken[best] = True
+            indices[row, k] = best
+
+
+def gate_backward(
+    dlogits: Out2, dscores: In2, dchosen: In2, scores: In2, indices: Ids2, softmaxed: Int
+) -> None:
+    """From the gradient of all scores, and that of the chosen ones by way of the weights."""
+    real = scores.dtype.type
+    for row in range(scores.shape[0]):
+        ds, s = dlogits[row], scores[row]
+        for i in range(s.size):
+            ds[i] = dscores[row, i]
+        for k in range(indices.shape[1]):
+            ds[indices[row, k]] += dchosen[row, k]  # (router.8)
+        if softmaxed:
+            along = real(0)
+            for i in range(s.size):
+                along += ds[i] * s[i]
+            for i in range(s.size):
+                ds[i] = s[i] * (ds[i] - along)  # (router.10)
+        else:
+            for i in range(s.size):
+                ds[i] = ds[i] * s[i] * (real(1) - s[i])  # (router.9)

@@ -1,0 +1,19 @@
+"""Embedding whose gradient is added up by kernels/embedding_numba_cpu.py; as
+`refimpl.ops.embedding`."""
+
+from __future__ import annotations
+
+from ...array import Array, expect
+from ...ops.embedding import EmbeddingSaved, embedding_forward
+from .compile import kernel
+from .host import empty, expect_real, ready, rows_of
+
+__all__ = ["embedding_backward", "embedding_forward"]
+
+
+def embedding_backward(dy: Array, saved: EmbeddingSaved) -> Array:
+    dtype = expect_real(dy=dy)
+    expect("dy", dy, "(…, D)", (*saved.ids.shape, saved.shape[1]))
+    dw, ids = empty(saved.shape, dy), ready(saved.ids.reshape(-1))
+    kernel("embedding", "embedding_backward", dtype)(dw, ready(rows_of(dy)), ids)
+    return dw
