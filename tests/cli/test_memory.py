@@ -9,12 +9,17 @@ from pathlib import Path
 import pytest
 
 from refimpl.cli.memory import CheckMemory, GradsMemory
-from refimpl.memory import AttentionMemory, HeadMemory
+from refimpl.memory import AttentionMemory, HeadMemory, ModelMemory
 
 from support import refimpl_here
 
 ATTENTION = [AttentionMemory(1024 * n, 2**20 * n, 2**26 * n * n) for n in (1, 2, 4)]
 HEAD = [HeadMemory(1024, 2**20, 2**26), HeadMemory(8192, 2**20, 2**29)]
+MODEL = [
+    ModelMemory(layers, recompute, 2**20 * layers * (1 if recompute else 9), 2**20 * layers, 1.0)
+    for layers in (2, 8)
+    for recompute in (False, True)
+]
 
 
 @pytest.fixture
@@ -22,6 +27,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Figures that hold in the place of measures."""
     monkeypatch.setattr("refimpl.cli.memory.attention_memory", lambda: ATTENTION)
     monkeypatch.setattr("refimpl.cli.memory.head_memory", lambda: HEAD)
+    monkeypatch.setattr("refimpl.cli.memory.model_memory", lambda: MODEL)
     return monkeypatch
 
 
@@ -29,6 +35,7 @@ def test_it_holds(measured: pytest.MonkeyPatch) -> None:
     done = refimpl_here("memory")
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(r"T  4096: +4.00 MiB,  4.00 x T 1024, +0.39 % of the prob", done.stdout)
+    assert "layers 8:  72.00 MiB, with recompute   8.00 MiB, 1.00 x the time" in done.stdout
     assert done.stdout.endswith("\nholds\n")
 
 
@@ -39,8 +46,15 @@ def test_it_holds(measured: pytest.MonkeyPatch) -> None:
         ("attention_memory", [*ATTENTION[:2], ATTENTION[2]._replace(probabilities=2**24)]),
         ("head_memory", [HEAD[0], HEAD[1]._replace(peak=2**21)]),
         ("head_memory", [HEAD[0]._replace(logits=2**23), HEAD[1]]),
+        ("model_memory", [*MODEL[:3], MODEL[3]._replace(peak=16 * 2**20)]),
     ],
-    ids=["not linear", "too much of the probabilities", "grows with T", "too much of the logits"],
+    ids=[
+        "not linear",
+        "too much of the probabilities",
+        "grows with T",
+        "too much of the logits",
+        "recomputed blocks keep too much",
+    ],
 )
 def test_a_broken_bound(measured: pytest.MonkeyPatch, measure: str, figures: list[object]) -> None:
     measured.setattr(f"refimpl.cli.memory.{measure}", lambda: figures)
