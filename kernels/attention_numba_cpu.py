@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from .common_numba_cpu import Bools1, Bools2, In1, Int, Out1, Out2, Real, exp, largest_of
+from .common_numba_cpu import LANES, Bools1, Bools2, In1, Int, Out1, Out2, exp, largest_of
 
 
 def hide(scores: Out2, visible: Bools2) -> None:
@@ -24,23 +24,24 @@ def hide(scores: Out2, visible: Bools2) -> None:
 
 
 def softmax_forward(
-    scores: Out2, total: Out1, lse: Out1, seen: Bools1, scale: Real, first: Int, each: Int
+    scores: Out2, total: Out1, lse: Out1, seen: Bools1, first: Int, each: Int
 ) -> None:
-    """Scores q·k [queries, keys] become e^(scale q·k − largest), not yet divided by their sum
-    ``total``. Row r sees the keys up to first + r // each, and if not ``seen``, none."""
+    """Scores [queries, keys] become e^(score − largest), not yet divided by their sum ``total``.
+    Row r sees the keys up to first + r // each, and if not ``seen``, none."""
     real = scores.dtype.type
     for row in range(scores.shape[0]):
         end = min(scores.shape[1], first + row // each + 1)
         own = scores[row, :end]
-        for i in range(own.size):
-            own[i] *= scale
         largest = largest_of(own)
         shift = largest if -np.inf < largest < np.inf else real(0)
-        summed = real(0)
-        for i in range(own.size):
-            e = exp(own[i] - shift)
-            own[i] = e
-            summed += e  # (flash_attention.2)
+        summed = 0.0
+        for start in range(0, own.size, LANES):  # a long sum in one type would lose its end
+            part, some = real(0), own[start : start + LANES]
+            for i in range(some.size):
+                e = exp(some[i] - shift)
+                some[i] = e
+                part += e
+            summed += part  # (flash_attention.2)
         scores[row, end:] = 0
         if not seen[row]:
             total[row], lse[row] = 1, 0
@@ -50,11 +51,9 @@ def softmax_forward(
             total[row], lse[row] = np.nan, np.nan
 
 
-def softmax_backward(
-    scores: Out2, dp: Out2, lse: In1, row_sum: In1, scale: Real, first: Int, each: Int
-) -> None:
-    """Scores q·k [keys, queries] become probabilities, and ``dp`` the gradient of q·k. Row r is
-    seen by the queries from (first + r) each on."""
+def softmax_backward(scores: Out2, dp: Out2, lse: In1, row_sum: In1, first: Int, each: Int) -> None:
+    """Scores [keys, queries] become probabilities, and ``dp`` the gradient of scores. Row r is seen
+    by the queries from (first + r) each on."""
     for row in range(scores.shape[0]):
         start = min(scores.shape[1], max(0, (first + row) * each))
         scores[row, :start] = 0
@@ -62,5 +61,5 @@ def softmax_backward(
         p, ds = scores[row, start:], dp[row, start:]
         shift, less = lse[start:], row_sum[start:]
         for i in range(p.size):
-            p[i] = exp(scale * p[i] - shift[i])  # (flash_attention.6)
-            ds[i] = scale * p[i] * (ds[i] - less[i])  # (flash_attention.7)
+            p[i] = exp(p[i] - shift[i])  # (flash_attention.6)
+            ds[i] = p[i] * (ds[i] - less[i])  # (flash_attention.7)

@@ -25,13 +25,14 @@ class Argument(NamedTuple):
     kind: str = "real"  # or a type that does not change: int64, boolean
 
 
-In1, In2, In3, In4 = (Argument(dims) for dims in (1, 2, 3, 4))
-Out1, Out2, Out3, Out4 = (Argument(dims, written=True) for dims in (1, 2, 3, 4))
+In1, In2, In3 = (Argument(dims) for dims in (1, 2, 3))
+Out1, Out2, Out3 = (Argument(dims, written=True) for dims in (1, 2, 3))
 Ids1, Ids2 = (Argument(dims, kind="int64") for dims in (1, 2))
 OutIds1, OutIds2 = (Argument(dims, written=True, kind="int64") for dims in (1, 2))
 Bools1, Bools2 = (Argument(dims, kind="boolean") for dims in (1, 2))
 Real, Int = Argument(0), Argument(0, kind="int64")
 
+LANES = 1024  # numbers that are summed in their own type; such sums are added in float64
 LOG2_E = np.float32(1.4426950408889634)
 LN2_HIGH = np.float32(0.693145751953125)  # 15 bits of ln 2: n times it is exact for |n| < 2⁹
 LN2_LOW = np.float32(1.42860677e-06)  # the rest
@@ -60,9 +61,9 @@ def exp(x):
     return exp_of_libm(x)
 
 
-@njit(**EXACT)
+@njit(fastmath={"contract"})  # a product and a sum may be one instruction, whose product is exact
 def _exp_float32(x):
-    # reordered, n LN2_HIGH + n LN2_LOW would be n ln 2
+    # not reordered: n LN2_HIGH + n LN2_LOW would be n ln 2
     x = min(max(x, LOWEST), HIGHEST)
     n = np.floor(x * LOG2_E + HALF)
     r = x - n * LN2_HIGH
@@ -81,6 +82,13 @@ def _exp_of(x):
     if x == types.float32:
         return lambda x: _exp_float32(x)
     return lambda x: exp_of_libm(x)
+
+
+@njit(**EXACT)
+def sigmoid(x, one):
+    """1 / (1 + e^−x) in compiled code, without overflow on either side; ``one`` of x's type."""
+    z = exp(-abs(x))
+    return (one if x >= 0 else z) / (one + z)
 
 
 def largest_of(x):

@@ -3,8 +3,8 @@ back added up.
 
 The reference sorts, copies all rows to the experts' order, back, multiplies, and adds. Here tokens
 are counted and placed in one pass, an expert's block of rows is gathered just before its products,
-and each token adds up its K rows in its own order, so the sum never depends on threads. Gate and
-between them is kernels/swiglu_numba_cpu.py's `network_backward`.
+and each token adds up its K rows in its own order, so the sum never depends on threads. What stands
+between an expert's products is `network_backward` of swiglu_numba_cpu.py.
 """
 
 from __future__ import annotations

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from .common_numba_cpu import Ids2, In2, Int, Out2, OutIds2, exp, largest_of
+from .common_numba_cpu import Ids2, In2, Int, Out2, OutIds2, exp, largest_of, sigmoid
 
 
-def sigmoid(scores: Out2, logits: In2) -> None:
+def sigmoid_scores(scores: Out2, logits: In2) -> None:
     one = logits.dtype.type(1)
     for row in range(logits.shape[0]):
         own, out = logits[row], scores[row]
         for i in range(own.size):
-            out[i] = one / (one + exp(-own[i]))  # (router.2)
+            out[i] = sigmoid(own[i], one)  # (router.2)
 
 
-def softmax(scores: Out2, logits: In2) -> None:
+def softmax_scores(scores: Out2, logits: In2) -> None:
     real = logits.dtype.type
     for row in range(logits.shape[0]):
         own, out = logits[row], scores[row]

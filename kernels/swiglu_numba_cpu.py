@@ -9,21 +9,21 @@ not keep it, and multiplies by an expert's weight on the way.
 
 from __future__ import annotations
 
-from .common_numba_cpu import In1, In2, Out1, Out2, exp
+from .common_numba_cpu import In1, In2, Out1, Out2, sigmoid
 
 
 def swiglu_forward(y: Out1, gate: In1, up: In1) -> None:
     one = gate.dtype.type(1)
     for i in range(y.size):
         g = gate[i]
-        y[i] = g * (one / (one + exp(-g))) * up[i]  # (swiglu.1)
+        y[i] = g * sigmoid(g, one) * up[i]  # (swiglu.1)
 
 
 def swiglu_backward(dgate: Out1, dup: Out1, dy: In1, gate: In1, up: In1) -> None:
     one = gate.dtype.type(1)
     for i in range(dy.size):
         g = gate[i]
-        s = one / (one + exp(-g))
+        s = sigmoid(g, one)
         dgate[i] = dy[i] * up[i] * (s + g * s * (one - s))  # (swiglu.2)
         dup[i] = dy[i] * g * s  # (swiglu.3)
 
@@ -46,11 +46,11 @@ def network_backward(
     one = gate.dtype.type(1)
     for row in range(gate.shape[0]):
         weight = weights[row]
-        total = weight - weight
+        total = one - one
         for i in range(gate.shape[1]):
             g, u = gate[row, i], up[row, i]
             dh = dhidden[row, i]
-            s = one / (one + exp(-g))
+            s = sigmoid(g, one)
             h = g * s * u
             total += h * dh
             dh *= weight

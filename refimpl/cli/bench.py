@@ -50,6 +50,10 @@ def bench(
     toy: Annotated[
         bool, typer.Option("--toy", help="With --cpu: tiny shapes, to try the command.")
     ] = False,
+    profile: Annotated[
+        bool,
+        typer.Option(help="With --cpu: show where the time of a training step goes, op by op."),
+    ] = False,
     torch: Annotated[bool, typer.Option(help="Measure torch too, if it is installed.")] = True,
     commit: Annotated[
         str | None, typer.Option(help="Commit of this checkout, where git is missing.")
@@ -77,6 +81,9 @@ def bench(
     torch-compile, hf-compile: the same compiled, with --compile
     jax: jitted, where shapes are fixed
 
+    With --cpu --profile, per op of our training step (step-d512 and numba_cpu, unless rows and
+    --column say otherwise): its own time, that of its bare products, and the difference.
+
     A run of all rows is kept as <results>/<device>-<date>.json (of a CPU in <results>/cpu, with
     its curves as SVG); a run of some rows only with --json. The file grows row by row, with the
     rows that hold. If a row can't be measured, the others still are.
@@ -91,6 +98,13 @@ def bench(
                 "--json takes what --gpu measures: it cannot be combined with --table"
             )
         print(_table(results), end="")
+        return
+    if profile and not cpu:
+        raise CouldNotRun("--profile is of --cpu")
+    if profile:
+        from .bench_cpu import profile_cpu
+
+        profile_cpu(rows or [], column or [], threads=threads, toy=toy)
         return
     if cpu:
         from .bench_cpu import measure_cpu

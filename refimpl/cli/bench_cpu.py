@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.table import Table
 
 from ..bench.cpu.columns import Column, select_columns
-from ..bench.cpu.driver import Ended, Refused, Team
+from ..bench.cpu.driver import Ended, Refused, Team, bound_to
 from ..bench.cpu.growth import Growth, growth_of
 from ..bench.cpu.load import BUSY
 from ..bench.cpu.plot import svg_of
+from ..bench.cpu.profile import Line, profile
 from ..bench.cpu.results import HEAD, CpuResults, doubts, lines_of
 from ..bench.cpu.rows import GROUPS, Row, select_rows
 from ..bench.cpu.run import cores_of, header, measure_rows
@@ -20,9 +22,10 @@ from ..bench.run import Failed
 from ..bench.words import digits
 from ..errors import CouldNotRun
 from ..files import write_text
+from ..kernels.columns import ON_CPU
 from .app import check_writable, console, counted, progress, refused, replace_json
 
-__all__ = ["measure_cpu"]
+__all__ = ["measure_cpu", "profile_cpu"]
 
 WIDTHS = 15, 33, 7, 8, 8, 7, 10  # of the table's columns
 
@@ -62,6 +65,58 @@ def measure_cpu(
         if kept:
             folder.mkdir(parents=True, exist_ok=True)
         return Report(found, columns, path).run(team, rows)
+
+
+STEPS = 9  # of a profile
+
+
+def profile_cpu(
+    names: Sequence[str], only: Sequence[str], *, threads: int | None, toy: bool
+) -> None:
+    """Show each op's share of a training step."""
+    rows = select_rows(names or ["step-d128" if toy else "step-d512"], toy)
+    columns = only or ["numba_cpu"]
+    if strange := [row.name for row in rows if row.problem != "step"]:
+        raise CouldNotRun(f"--profile takes rows of a training step, got {', '.join(strange)}")
+    if strange := [column for column in columns if column not in ON_CPU]:
+        raise CouldNotRun(f"--column of a profile must be ours, got {', '.join(strange)}")
+    with refused():
+        cores = cores_of(threads)
+    out = console()
+    for row in rows:
+        for column in columns:
+            with bound_to(cores), use_threads(len(cores)):
+                lines = profile(column, row.sizes, STEPS)
+            total, floor = (
+                sum(x) for x in zip(*((a.seconds, a.floor) for a in lines), strict=True)
+            )
+            table = Table(box=None, padding=(0, 2, 0, 0))
+            for name in ("op", "calls", "ms", "of the step", "products, ms", "above them"):
+                table.add_column(name, justify="left" if name == "op" else "right")
+            for line in (*lines, Line("step", 1, total, floor)):
+                above = (line.seconds - line.floor) / total
+                table.add_row(
+                    line.what,
+                    str(line.calls),
+                    f"{1e3 * line.seconds:.1f}",
+                    f"{100 * line.seconds / total:.1f} %",
+                    f"{1e3 * line.floor:.1f}" if line.floor else "–",
+                    f"{100 * above:.1f} %" if line.floor else "–",
+                )
+            out.print(f"{row.name}: {row.shape}, {column}, {counted(len(cores), 'thread')}")
+            out.print(table)
+
+
+@contextmanager
+def use_threads(count: int) -> Iterator[None]:
+    """Inside, BLAS has so many, where threadpoolctl is installed."""
+    try:
+        from threadpoolctl import threadpool_limits
+    except ImportError:
+        yield
+        return
+    with threadpool_limits(count, user_api="blas"):
+        yield
 
 
 def _file(found: CpuResults) -> str:

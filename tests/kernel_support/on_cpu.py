@@ -23,8 +23,9 @@ CPU = on_cpu("numba_cpu")
 OPS = [name for name in CPU if CPU[name] != REFERENCE[name]]
 DRAWN: dict[str, Callable[[Draw], Case]] = {op: SHAPES.get(op, CASES[op]) for op in OPS}
 BLOCKS = {  # by module, the sizes that decide how work is cut
-    "attention": {"BLOCK": 6},
+    "attention": {"BLOCK": 6, "KEYS": 3},
     "ffn": {"ROWS": 2},
+    "embedding": {"SOME": 2},
     "host": {"ONE_PRODUCT": 8, "MOST": 3, "LEAST": 2},
     "log_prob": {"AT_A_TIME": 0, "TOKENS": 2, "ENTRIES": 2},
     "mla": {"ROWS": 2},
@@ -84,14 +85,14 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
         "one key too many": ("first + row // each + 1)", "first + row // each + 2)"),
         "position of a folded row": ("first + row // each + 1)", "first + row + 1)"),
         "backward sees one query too few": ("(first + row) * each))", "(first + row) * each + 1))"),
-        "scale left out of ds": ("ds[i] = scale * p[i]", "ds[i] = p[i]"),
+        "probability left out of ds": ("ds[i] = p[i] * (ds", "ds[i] = (ds"),
         "row sum left out": ("(ds[i] - less[i])", "ds[i]"),
         "a query that sees nothing sees all": ("if not seen[row]:", "if False:"),
         "hidden keys seen": ("if not visible[row, i]:", "if False:"),
     },
     "cross_entropy": {
-        "target off by one": ("targets[row] - first", "targets[row] - first + 1"),
-        "left-out rows counted": ("if weight[row] == 0:", "if False:"),
+        "target off by one": ("hit = 0 <= target", "target += 1\n    hit = 0 <= target"),
+        "left-out rows counted": ("if weight == 0:", "if False:"),
         "one-hot left out": ("(p - real(1))", "p"),
         "temperature left out": ("own[i] /= temperature", "own[i] /= 1"),
     },
@@ -101,7 +102,10 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
         "block begins at the first angle": ("(first + row) %", "row %"),
         "values in front of keys": ("kv[row, head, :nope]\n", "kv[row, head, 1 : nope + 1]\n"),
     },
-    "embedding": {"last row of a token alone": ("total[i] += own[i]", "total[i] = own[i]")},
+    "embedding": {
+        "last row of a token alone": ("part[i] += own[i]", "part[i] = own[i]"),
+        "last rows of a token lost": ("min(first + some,", "min(first + some - 1,"),
+    },
     "router": {
         "ties to the higher index": ("x > ranked[row, best]", "x >= ranked[row, best]"),
         "an expert chosen twice": ("taken[best] = True", "taken[best] = False"),
@@ -153,7 +157,7 @@ def recompiled(monkeypatch: pytest.MonkeyPatch) -> None:
             fresh[key] = uncached(*key)
         return fresh[key]
 
-    monkeypatch.setattr(compiling, "_place", lambda: None)
+    monkeypatch.setattr(compiling, "_place", lambda real: None)
     monkeypatch.setattr(compiling, "_tell_once", lambda where: None)
     for path in (SOURCE.parent / "refimpl" / "kernels" / "cpu").glob("*.py"):
         module = module_of(path.stem)

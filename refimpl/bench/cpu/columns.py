@@ -49,7 +49,7 @@ COLUMNS = {
     for column in (
         Column("reference", tuple(PROBLEMS)),
         Column("flash", WITH_ATTENTION),
-        Column("numba_cpu", tuple(PROBLEMS), None, ("numba", "threadpoolctl")),
+        Column("numba_cpu", tuple(PROBLEMS), None, ("numba", "threadpoolctl"), compiles=True),
         _torch("torch", OF_FUNCTIONS),
         _torch("hf-eager", WITH_EXPERTS, "transformers"),
         _torch("hf-grouped_mm", WITH_EXPERTS, "transformers"),

@@ -16,7 +16,7 @@ from ...ops import AnyOp, Ops
 from ...optimizer import AdamW
 from .problems import Inputs, Sizes, inputs_of
 
-__all__ = ["Gradients", "Work", "expect_memory", "work_of"]
+__all__ = ["Gradients", "Work", "expect_memory", "optimizer_of", "work_of"]
 
 COMPOSITE = ("mla", "moe", "head_cross_entropy")  # which find their own ops in the table
 STEPS = 3  # of AdamW, that its result is compared after: the first alone is the gradient's sign
@@ -37,9 +37,9 @@ def work_of(column: str, problem: str, sizes: Sizes, dtype: Any = np.float32) ->
         quadratic = sizes.batch * sizes.heads * sizes.length**2 * np.dtype(dtype).itemsize
         expect_memory(4 * quadratic)  # so many arrays at a time
     if problem == "step":
-        return _step(ops, inputs, _optimizer(column))
+        return _step(ops, inputs, optimizer_of(column))
     if problem == "adamw":
-        return _adamw(inputs, _optimizer(column))
+        return _adamw(inputs, optimizer_of(column))
     function = _block if problem == "block" else _op
     fixed = inputs.fixed | ({"ops": ops} if problem in COMPOSITE else {})
 
@@ -97,7 +97,7 @@ def _adamw(inputs: Inputs, optimizer: Any) -> Work:
     return Work(call, gradients)
 
 
-def _optimizer(column: str) -> AdamW:
+def optimizer_of(column: str) -> AdamW:
     return FusedAdamW() if column == "numba_cpu" else AdamW()
 
 

@@ -8,6 +8,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -71,6 +72,15 @@ def header(team: Team, commit: str | None, look: float = 1.0) -> CpuResults:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
+    with suppress(ImportError):
+        from threadpoolctl import threadpool_info
+
+        for library in threadpool_info():
+            if library["user_api"] == "blas":  # which kernels it has chosen decides its speed
+                versions["BLAS"] = " ".join(
+                    str(library.get(key) or "")
+                    for key in ("internal_api", "version", "architecture")
+                )
     return CpuResults(
         device=model_name(),
         threads=len(team.cores),

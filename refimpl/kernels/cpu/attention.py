@@ -26,6 +26,7 @@ from .pool import blocks_of, run
 __all__ = ["AttentionSaved", "attention_backward", "attention_forward"]
 
 BLOCK = 128  # queries, in the backward keys: enough for full speed of the products
+KEYS = 4096  # whose values one product adds up: BLAS has running sums
 
 
 class AttentionSaved(NamedTuple):
@@ -50,7 +51,7 @@ class Heads(NamedTuple):
     behind: int  # S − T, or if not causal so many that every row sees all keys
     saved: Any  # whose masks hide keys
 
-    def hidden(self, b: int, rows: slice, keys: slice) -> Array | None:
+    def visible(self, b: int, rows: slice, keys: slice) -> Array | None:
         """bool [rows, keys], which rows see which keys, by the masks; None without masks."""
         s = self.saved
         if s.key_mask is None and s.segments is None:
@@ -111,17 +112,22 @@ def _forward_block(heads: Heads, out: Array, lse: Array, b: int, h: int, positio
     softmax, each = kernel("attention", "softmax_forward", out.dtype), heads.each
     rows = slice(positions.start * each, positions.stop * each)
     keys = slice(0, min(heads.k.shape[1], heads.behind + positions.stop))
-    scores = heads.q[b, rows, h] @ heads.k[b, keys, h].T
+    q = heads.q[b, rows, h] * heads.saved.scale
+    scores = q @ heads.k[b, keys, h].T
     seen = np.ones(scores.shape[0], bool)
-    visible = heads.hidden(b, rows, keys)
-    if visible is not None:
-        kernel("attention", "hide", out.dtype)(scores, visible)
-        seen = visible.any(axis=1)
+    mask = heads.visible(b, rows, keys)
+    if mask is not None:
+        kernel("attention", "hide", out.dtype)(scores, mask)
+        seen = mask.any(axis=1)
     total = np.empty(scores.shape[0], out.dtype)
     first = heads.behind + positions.start
-    softmax(scores, total, lse[b, h, rows], seen, heads.saved.scale, first, each)
+    softmax(scores, total, lse[b, h, rows], seen, first, each)
     o = out[b, rows, h]
-    np.matmul(scores, heads.v[b, keys, h], out=o)  # (flash_attention.3)
+    v = heads.v[b, keys, h]
+    begin, *others = blocks_of(v.shape[0], KEYS)
+    np.matmul(scores[:, begin], v[begin], out=o)  # (flash_attention.3)
+    for some in others:
+        o += scores[:, some] @ v[some]
     np.divide(o, total[:, None], out=o)
 
 
@@ -129,7 +135,7 @@ def attention_backward(do: Array, saved: Any) -> tuple[Array, Array, Array]:
     if not isinstance(saved, AttentionSaved):
         return reference_backward(do, saved)
     q, k, v, o = saved[:4]
-    expect_real(do=do, q=q)
+    expect_real(q=q, do=do)
     expect("do", do, "(B, T, H, V)", tuple(o.shape))
     heads = heads_of(saved)
     b, rows, h, _ = heads.q.shape
@@ -146,20 +152,22 @@ def _backward_head(
 ) -> None:
     saved, each = heads.saved, heads.each
     softmax = kernel("attention", "softmax_backward", dq.dtype)
+    q_scaled = heads.q[b, :, h] * saved.scale
     row_sum = np.einsum("tv,tv->t", do[b, :, h], o[b, :, h])  # (flash_attention.5)
     dq[b, :, h] = 0
     for keys in blocks_of(heads.k.shape[1], BLOCK):
         start = max(0, keys.start - heads.behind)  # the first position that sees one of them
         rows = slice(min(start * each, dq.shape[1]), dq.shape[1])
-        q_rows, k_block = heads.q[b, rows, h], heads.k[b, keys, h]
+        q_rows, k_block = q_scaled[rows], heads.k[b, keys, h]
         do_rows = do[b, rows, h]
         p = k_block @ q_rows.T
         dp = heads.v[b, keys, h] @ do_rows.T
-        visible = heads.hidden(b, rows, keys)
-        if visible is not None:
-            kernel("attention", "hide", dq.dtype)(p, np.ascontiguousarray(visible.T))
+        mask = heads.visible(b, rows, keys)
+        if mask is not None:
+            kernel("attention", "hide", dq.dtype)(p, np.ascontiguousarray(mask.T))
         first = keys.start - heads.behind - start
-        softmax(p, dp, saved.lse[b, h, rows], row_sum[rows], saved.scale, first, each)
+        softmax(p, dp, saved.lse[b, h, rows], row_sum[rows], first, each)
         np.matmul(p, do_rows, out=dv[b, keys, h])
         np.matmul(dp, q_rows, out=dk[b, keys, h])
         dq[b, rows, h] += dp.T @ k_block  # (flash_attention.8)
+    dq[b, :, h] *= saved.scale

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -18,7 +19,8 @@ import numpy as np
 
 from ...errors import CouldNotRun
 from .. import SOURCE
-from ..kept import kernels_folder
+from ..kept import OTHERS_WRITE, kernels_folder
+from .pool import NEEDS, blas_libraries
 
 __all__ = ["CHECKED", "STEMS", "compile_all", "kernel", "numba"]
 
@@ -35,15 +37,18 @@ CHECKED = os.environ.get("REFIMPL_BOUNDS_CHECKS") == "1"
 FAST = {"reassoc"}
 
 
+OPTIONS = {"nogil": True, "fastmath": FAST, "boundscheck": CHECKED, "error_model": "numpy"}
+LOCK = threading.RLock()  # one kernel at a time: where Numba keeps it is a global setting
+
+
 @cache
 def numba() -> ModuleType:
-    """Numba; CouldNotRun without it."""
+    """Numba; CouldNotRun without it or threadpoolctl."""
+    blas_libraries()
     try:
         return importlib.import_module("numba")
     except ImportError as error:
-        raise CouldNotRun(
-            f"numba_cpu needs Numba and threadpoolctl: pip install -e '.[cpu]' ({error})"
-        ) from error
+        raise CouldNotRun(f"{NEEDS} ({error})") from error
 
 
 @cache
@@ -55,24 +60,24 @@ def kernel(stem: str, name: str, dtype: Any) -> Callable[..., None]:
     was compiled. Nothing is kept where no folder can be written to.
     """
     module: Any = numba()
-    function = getattr(importlib.import_module(f"..{stem}_numba_cpu", __package__), name)
     real = np.dtype(dtype).name
-    arguments = inspect.get_annotations(function, eval_str=True)
-    del arguments["return"]
-    signature = module.types.void(*(_type(argument, real) for argument in arguments.values()))
-    options = {"nogil": True, "fastmath": FAST, "boundscheck": CHECKED, "error_model": "numpy"}
-    place = _place()
-    if place is None:
-        _tell_once("nothing is kept: the folder of compiled kernels can't be written")
-        return module.njit(signature, **options)(function)  # type: ignore[no-any-return]
-    with _kept_in(place):
-        if not any(place.rglob(f"*.{name}-*.nbi")):
-            _tell_once(f"kept in {place}")
-        try:
-            return module.njit(signature, cache=True, **options)(function)  # type: ignore[no-any-return]
-        except OSError as error:  # full, or read-only since
-            _tell_once(f"nothing is kept: {error.strerror}")
-            return module.njit(signature, **options)(function)  # type: ignore[no-any-return]
+    with LOCK:
+        function = getattr(importlib.import_module(f"..{stem}_numba_cpu", __package__), name)
+        arguments = inspect.get_annotations(function, eval_str=True)
+        del arguments["return"]
+        signature = module.types.void(*(_type(argument, real) for argument in arguments.values()))
+        place = _place(real)
+        if place is None:
+            _tell_once("nothing is kept: the folder of compiled kernels can't be written")
+            return module.njit(signature, **OPTIONS)(function)  # type: ignore[no-any-return]
+        with _kept_in(place):
+            if not any(place.rglob(f"*.{name}-*.nbi")):
+                _tell_once(f"kept in {place.parent}")
+            try:
+                return module.njit(signature, cache=True, **OPTIONS)(function)  # type: ignore[no-any-return]
+            except OSError as error:  # full, or read-only since
+                _tell_once(f"nothing is kept: {error.strerror}")
+                return module.njit(signature, **OPTIONS)(function)  # type: ignore[no-any-return]
 
 
 def _type(argument: Any, real: str) -> Any:
@@ -85,20 +90,29 @@ def _type(argument: Any, real: str) -> Any:
 
 
 @cache
-def _place() -> Path | None:
-    """Where Numba keeps what it compiles from these very sources; None if that can't be written,
-    or could have been written by another user (what is loaded from it is executed)."""
-    digest = hashlib.sha256(repr((CHECKED, sorted(FAST))).encode())
+def _place(real: str) -> Path | None:
+    """Where Numba keeps what it compiles from these very sources for this very CPU; None if that
+    can't be written, or could have been by another user (what is loaded from it is executed).
+
+    A folder per type: two processes that write one function for two types at the same time would
+    each lose the other's.
+    """
+    host: Any = importlib.import_module("llvmlite.binding")
+    made_by = sorted(OPTIONS.items(), key=str), numba().__version__, host.get_host_cpu_name()
+    digest = hashlib.sha256(repr(made_by).encode())
     for path in sorted(SOURCE.glob("*_numba_cpu.py")):  # Numba looks at the kernel's own file alone
         digest.update(path.read_bytes())
-    place = kernels_folder() / f"numba_cpu-{digest.hexdigest()[:32]}"
+    place = kernels_folder() / f"numba_cpu-{digest.hexdigest()[:32]}" / real
     try:
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = place.stat()
+        for folder in (place.parent.parent, place.parent, place):
+            folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+            status = folder.stat()
+            own = not hasattr(os, "geteuid") or status.st_uid in (0, os.geteuid())
+            if not own or status.st_mode & OTHERS_WRITE:
+                return None
     except OSError:
         return None
-    own = not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
-    return place if own and not status.st_mode & 0o022 and os.access(place, os.W_OK) else None
+    return place if os.access(place, os.W_OK) else None
 
 
 @contextmanager

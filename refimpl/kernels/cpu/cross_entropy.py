@@ -49,15 +49,10 @@ def cross_entropy_forward(
 def cross_entropy_backward(dloss: Array, saved: CrossEntropySaved) -> Array:
     logits, largest, total, targets, weight = saved
     z, dz = ready(rows_of(logits)), empty(logits.shape, logits)
-    weight, out = number(dloss, weight) * weight, rows_of(dz)
-    by_row = out, z, largest, total, weight, targets
-    run([partial(_gradient, *(x[i] for x in by_row)) for i in _blocks(z)])
+    by_row = rows_of(dz), z, largest, total, weight, number(dloss, weight) * weight, targets
+    gradient = kernel("cross_entropy", "gradient", z.dtype)
+    run([partial(gradient, *(x[i] for x in by_row)) for i in _blocks(z)])
     return dz
-
-
-def _gradient(dz: Array, z: Array, *by_row: Array) -> None:
-    dz[...] = z
-    kernel("cross_entropy", "gradient", z.dtype)(dz, *by_row, 0, z.shape[1])
 
 
 def _blocks(z: Array) -> tuple[slice, ...]:

@@ -7,13 +7,17 @@ from ...array import Array, expect
 from ...ops.embedding import EmbeddingSaved, embedding_forward
 from .compile import kernel
 from .host import empty, expect_real, ready, rows_of
+from .moe import by_expert
 
 __all__ = ["embedding_backward", "embedding_forward"]
+
+SOME = 256  # rows of one sum
 
 
 def embedding_backward(dy: Array, saved: EmbeddingSaved) -> Array:
     dtype = expect_real(dy=dy)
     expect("dy", dy, "(…, D)", (*saved.ids.shape, saved.shape[1]))
     dw, ids = empty(saved.shape, dy), ready(saved.ids.reshape(-1))
-    kernel("embedding", "embedding_backward", dtype)(dw, ready(rows_of(dy)), ids)
+    order, _, start = by_expert(ids, saved.shape[0])  # a token's rows, as an expert's slots
+    kernel("embedding", "embedding_backward", dtype)(dw, ready(rows_of(dy)), order, start, SOME)
     return dw

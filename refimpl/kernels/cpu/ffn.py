@@ -49,7 +49,7 @@ def ffn_forward(
 
 def ffn_backward(dy: Array, saved: FFNSaved) -> tuple[Array, Array, Array, Array]:
     x, w_gate, w_up, w_down, *_ = saved
-    expect_real(dy=dy, x=x)
+    expect_real(x=x, dy=dy)
     expect("dy", dy, "(…, D)", tuple(x.shape))
     dx = empty(x.shape, x)
     dw = empty(w_gate.shape, x), empty(w_up.shape, x), empty(w_down.shape, x)
@@ -127,8 +127,8 @@ def backward_rows(
     w_up: Array,
     w_down: Array,
 ) -> None:
-    """All but the last four arrays and ``dy`` […, D] are written: of a network whose output is
-    multiplied by ``weights`` [n]."""
+    """The first five arrays are written, of a network whose output is multiplied by ``weights``
+    [n]."""
     dhidden = dy @ w_down  # (ffn.4)
     backward = kernel("swiglu", "network_backward", gate.dtype)
     backward(dgate, dup, hidden, dweights, dhidden, gate, up, weights)

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...array import Array, expect, expect_some, last, number
+from ...array import Array, number
 from ...ops.leaves import LEAVES, Leaves, expect_table
+from ...ops.log_prob import check_log_prob
 from .host import ONE_TASK, empty, expect_real
 from .log_prob import Chunk, counted_rows
 from .pool import blocks_of, run
@@ -39,17 +40,15 @@ def head_cross_entropy_forward(
 ) -> tuple[Array, HeadCrossEntropySaved]:
     expect_table(ops, Leaves)
     expect_real(h=h, w=w)
-    expect_some("w", w, "(W, D)")
-    expect("w", w, "(W, D)", (None, last(h, "h")))
-    expect("targets", targets, "(…)", tuple(h.shape[:-1]))
+    check_log_prob(h, w, targets, 1.0, block)
     rows, targets, weight = counted_rows(h, targets, mask, normaliser, w)
     dh, dw = empty(rows.shape, h), empty(w.shape, h)
-    log_p = empty(weight.shape, h)
+    log_p, lse = empty(weight.shape, h), empty(weight.shape, h)
     for chunk in Chunk.all(rows, w, 1.0, block):
         i = chunk.rows
-        lse = chunk.lse()
-        log_p[i] = chunk.z[np.arange(lse.size), targets[i]] - lse
-        chunk.gradient(lse, weight[i], targets[i], dh[i], dw, again=False)
+        lse[i] = chunk.lse()
+        log_p[i] = chunk.z[np.arange(chunk.z.shape[0]), targets[i]] - lse[i]
+        chunk.gradient((lse, weight, weight, targets), dh[i], dw, again=False)
     loss = -np.sum(weight * log_p)  # (head_cross_entropy.1)
     return loss, HeadCrossEntropySaved(dh.reshape(h.shape), dw)
 

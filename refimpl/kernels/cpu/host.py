@@ -67,7 +67,8 @@ def products(a: Array, b: Array, out: Array) -> list[Task]:
 
 
 def run_products(*factors: tuple[Array, Array, Array]) -> None:
-    """Write a @ b into ``out`` for each (a, b, out); on one thread if they are too few."""
+    """Write a @ b into ``out`` for each (a, b, out); on one thread where waking another would take
+    longer."""
     tasks = [task for a, b, out in factors for task in products(a, b, out)]
     if sum(out.size * a.shape[1] for a, _, out in factors) < 2 * ONE_PRODUCT:
         tasks = [partial(_all, tasks)]

@@ -23,7 +23,7 @@ def linear_forward(x: Array, w: Array) -> tuple[Array, LinearSaved]:
 
 def linear_backward(dy: Array, saved: LinearSaved) -> tuple[Array, Array]:
     x, w = saved
-    expect_real(dy=dy, x=x, w=w)
+    expect_real(x=x, w=w, dy=dy)
     expect("dy", dy, "(…, O)", (*x.shape[:-1], w.shape[0]))
     dx, dw = empty(x.shape, x), empty(w.shape, x)
     given = rows_of(dy)

@@ -84,15 +84,16 @@ class Chunk:
             divide = kernel("cross_entropy", "divide", self.z.dtype)
             divide(self.z[i], j.start, j.stop, self.temperature)  # (log_prob.1)
 
-    def gradient(
-        self, lse: Array, weight: Array, targets: Array, dh: Array, dw: Array, *, again: bool
-    ) -> None:
+    def gradient(self, by_token: tuple[Array, ...], dh: Array, dw: Array, *, again: bool) -> None:
         """The logits become weight (softmax − one-hot), times 1 / temperature: ``dh`` [m, D] is
-        written, and ``dw`` [W, D], or for a later chunk added to. ``again``: make them again."""
+        written, and ``dw`` [W, D], or for a later chunk added to. ``by_token``: lse, mask (of 0 the
+        gradient is 0), weight and targets of all tokens. ``again``: make the logits again."""
+        lse, counted, weight, targets = (array[self.rows] for array in by_token)
         weight = weight / self.z.dtype.type(self.temperature)
+        own = lse, counted, weight, targets
         run(
             [
-                partial(self._gradient, i, j, lse, weight, targets, again)
+                partial(self._gradient, i, j, own, again)
                 for j in self.vocabulary
                 for i in self.tokens
             ]
@@ -104,14 +105,11 @@ class Chunk:
             tasks += [partial(self._add, dw, j) for j in blocks_of(dw.shape[0], ENTRIES)]
         run(tasks)
 
-    def _gradient(
-        self, i: slice, j: slice, lse: Array, weight: Array, targets: Array, again: bool
-    ) -> None:
+    def _gradient(self, i: slice, j: slice, own: tuple[Array, ...], again: bool) -> None:
         if again:
             self.logits(i, j)
-        gradient = kernel("cross_entropy", "gradient", self.z.dtype)
-        z = self.z[i]
-        gradient(z, lse[i], np.ones_like(lse[i]), weight[i], targets[i], j.start, j.stop)
+        gradient = kernel("cross_entropy", "gradient_in_place", self.z.dtype)
+        gradient(self.z[i], *(array[i] for array in own), j.start, j.stop)
 
     def _add(self, dw: Array, j: slice) -> None:
         dw[j] += self.z[:, j].T @ self.h
@@ -140,14 +138,14 @@ def log_prob_forward(
 
 def log_prob_backward(dy: Array, saved: LogProbSaved) -> tuple[Array, Array]:
     h, w, lse, targets, mask, temperature, block = saved
-    expect_real(dy=dy, h=h)
+    expect_real(h=h, dy=dy)
     expect("dy", dy, "(…)", tuple(h.shape[:-1]))
     rows, weight = rows_of(h), -dy.reshape(-1) * mask
     dh, dw = empty(h.shape, h), empty(w.shape, h)
     out = rows_of(dh)
     for chunk in Chunk.all(rows, w, temperature, block):
-        i = chunk.rows
-        chunk.gradient(lse[i], weight[i], targets[i], out[i], dw, again=True)
+        by_token = lse, mask, weight, targets
+        chunk.gradient(by_token, out[chunk.rows], dw, again=True)
     return dh, dw
 
 

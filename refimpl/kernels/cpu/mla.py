@@ -17,6 +17,7 @@ from ...array import Array, expect, last
 from ...ops.choices import Layout
 from ...ops.leaves import LEAVES, Leaves, expect_table
 from ...ops.mla import MLAOutput, append, check_project, split_cache
+from ...ops.rms_norm import check_rms_norm
 from ...ops.rope import check_rope
 from .compile import kernel
 from .host import empty, expect_real, ready, rows_of, run_products
@@ -90,6 +91,7 @@ def mla_forward(
     w = Weights(w_q_a, w_q_a_norm, w_q_b, w_kv_a, w_kv_a_norm, w_kv_b, w_o)
     expect_real(x=x, cache=cache, **{f"w_{name}": part for name, part in w._asdict().items()})
     nope, c = check_project(x, *w[:5], heads)
+    check_rms_norm(np.empty((1, c)), w_kv_a_norm, float(eps))
     w = w._replace(kv_a_norm=ready(w_kv_a_norm))
     if w_q_a is not None:
         w = w._replace(q_a_norm=ready(w_q_a_norm))
@@ -158,7 +160,7 @@ def mla_backward(dy: tuple[Array, Array | None], saved: MLASaved) -> tuple[Array
     dout, dcache = dy
     w, settings = saved.w, saved.settings
     x, latents = saved.x, saved.latents
-    expect_real(dy=dout, dcache=dcache, x=x)
+    expect_real(x=x, dy=dout, dcache=dcache)
     b, s, width = latents.shape
     t = x.shape[0] // b
     expect("dy", dout, "(B, T, D)", (b, t, x.shape[1]))
@@ -177,11 +179,12 @@ def mla_backward(dy: tuple[Array, Array | None], saved: MLASaved) -> tuple[Array
         dlatents += dcache
     dcache, dlatent = split_cache(dlatents, saved.past)
     m, blocks = b * t, blocks_of(b * t, ROWS)
-    dx, dq = empty(x.shape, x), ready(dq).reshape(m, heads, -1)
+    dx, dq_turned = empty(x.shape, x), ready(dq).reshape(m, heads, -1)
+    dq = np.empty_like(dq_turned)
     da, dc = empty(saved.a.shape, x), empty(saved.c.shape, x)
     rotated = empty((m, width - settings.latent), x)
     parts = empty((len(blocks), da.shape[1] + dc.shape[1]), x)  # of the norms' gradients
-    arrays = dx, dq, da, dc, rotated, rows_of(ready(dlatent))
+    arrays = dx, dq, dq_turned, da, dc, rotated, rows_of(ready(dlatent))
     project = [
         partial(_project_backward, arrays, part, saved, i)
         for part, i in zip(parts, blocks, strict=True)
@@ -215,7 +218,7 @@ def _collapse(arrays: tuple[Array, ...], w: Weights, settings: Settings, i: slic
 def _project_backward(arrays: tuple[Array, ...], dnorms: Array, saved: MLASaved, i: slice) -> None:
     """dx of the tokens i; dq, da, dc and ``rotated`` become the gradients of the four products."""
     w, settings = saved.w, saved.settings
-    dx, dq, da, dc, rotated, dlatent = (array[i] for array in arrays)
+    dx, dq, dq_turned, da, dc, rotated, dlatent = (array[i] for array in arrays)
     norm = kernel("rms_norm", "rms_norm_backward", dx.dtype)
     turn, angle = kernel("mla", "turn", dx.dtype), (settings.cos, settings.sin)
     latent, split = settings.latent, da.shape[1]
@@ -225,6 +228,7 @@ def _project_backward(arrays: tuple[Array, ...], dnorms: Array, saved: MLASaved,
     turn(rotated[:, None, :], *angle, 0, i.start, settings.interleaved, 1)
     np.matmul(dc, w.kv_a[:latent], out=dx)
     dx += rotated @ w.kv_a[latent:]
+    dq[...] = dq_turned
     turn(dq, *angle, settings.nope, i.start, settings.interleaved, 1)
     da_normed = dq.reshape(dq.shape[0], -1) @ w.q_b
     if w.q_a is None:

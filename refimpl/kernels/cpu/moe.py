@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...array import Array, expect, expect_ids
+from ...array import Array, expect, expect_ids, expect_some
 from ...ops.leaves import expect_table
 from ...ops.moe import NETWORKS, Networks, check_shapes
 from .compile import kernel
@@ -64,6 +64,8 @@ def moe_forward(
         w_shared_up=w_shared_up,
         w_shared_down=w_shared_down,
     )
+    if w_shared_gate is not None:
+        expect_some("w_shared_gate", w_shared_gate, "(F, D)")
     (d, top_k), f = (x.shape[-1], indices.shape[-1]), w_gate.shape[1]
     rows, w = ready(rows_of(x)), (w_gate, w_up, w_down)
     order, place, start = _dispatch(indices, w_gate.shape[0])
@@ -95,7 +97,7 @@ def _forward_block(
 
 def moe_backward(dy: Array, saved: MoESaved) -> tuple[Array | None, ...]:
     x, weights, w, gate, up, order, place, start, shared = saved
-    expect_real(dy=dy, x=x)
+    expect_real(x=x, dy=dy)
     expect("dy", dy, "(…, D)", tuple(x.shape))
     top_k = weights.shape[1]
     rows, given = ready(rows_of(x)), ready(rows_of(dy))
@@ -166,10 +168,17 @@ def _weight_gradients(dw: tuple[Array, ...], arrays: tuple[Array, ...], top_k: i
 def _dispatch(indices: Array, experts: int) -> tuple[Array, Array, list[int]]:
     """The slots by expert, the inverse of that order [M, K], and where each expert's begin."""
     ids = ready(rows_of(expect_ids("indices", indices, experts)))
-    order, place = np.empty(ids.size, np.int64), np.empty(ids.shape, np.int64)
+    order, place, start = by_expert(ids.reshape(-1), experts)
+    return order, place.reshape(ids.shape), start.tolist()
+
+
+def by_expert(ids: Array, experts: int) -> tuple[Array, Array, Array]:
+    """Of the slots with these ids [n]: their order by id, its inverse, and where each id's begin
+    [E + 1]."""
+    order, place = np.empty(ids.size, np.int64), np.empty(ids.size, np.int64)
     start = np.empty(experts + 1, np.int64)
-    kernel("moe", "dispatch", np.float32)(order, place.reshape(-1), start, ids.reshape(-1))
-    return order, place, start.tolist()
+    kernel("moe", "dispatch", np.dtype(np.float32))(order, place, start, ids)
+    return order, place, start
 
 
 def _blocks(start: list[int]) -> list[tuple[int, slice]]:

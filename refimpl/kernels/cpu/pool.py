@@ -12,111 +12,155 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from contextvars import ContextVar, copy_context
+from functools import cache, lru_cache, partial
 from itertools import pairwise
+from queue import SimpleQueue
 from typing import Any
+
+import numpy as np
 
 from ...errors import CouldNotRun
 
-__all__ = ["Task", "blocks_of", "in_turn", "run", "serial_blas", "threads"]
+__all__ = [
+    "NEEDS",
+    "Task",
+    "blas_libraries",
+    "blocks_of",
+    "in_turn",
+    "run",
+    "serial_blas",
+    "threads",
+]
 
+NEEDS = "numba_cpu needs Numba and threadpoolctl: pip install -e '.[cpu]'"
 Task = Callable[[], object]
 
 
 class Job:
-    """Tasks that several threads take one by one."""
+    """Tasks that several threads take one by one: the caller, and helpers."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         self.tasks = iter(tasks)  # next() of it is atomic
-        self.left = len(tasks)
         self.lock = threading.Lock()
-        self.done = threading.Lock()
-        self.done.acquire()
-        self.error: BaseException | None = None
+        self.helpers = 0  # at work
+        self.closed = False  # no helper may begin
+        self.none_left = threading.Lock()  # released by the last helper of a closed job
+        self.none_left.acquire()
+        self.error: BaseException | None = None  # the first, but an interrupt before any other
 
     def work(self) -> None:
-        """Do tasks until none is left to begin."""
-        for task in self.tasks:
-            try:
-                if self.error is None:
-                    task()
-            except BaseException as error:
+        """Do tasks until there are none, or one has failed."""
+        try:
+            for task in self.tasks:
+                if self.error is not None:
+                    break
+                task()
+        except BaseException as error:
+            self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        with self.lock:
+            if self.error is None or isinstance(error, KeyboardInterrupt):
                 self.error = error
-            with self.lock:
-                self.left -= 1
-                last = self.left == 0
-            if last:
-                self.done.release()
+
+    def help(self) -> None:
+        with self.lock:
+            if self.closed:
+                return
+            self.helpers += 1
+        self.work()
+        with self.lock:
+            self.helpers -= 1
+            if self._is_over():
+                self.none_left.release()
+
+    def _is_over(self) -> bool:
+        return self.closed and self.helpers == 0
+
+    def close(self) -> None:
+        """Wait for the helpers, whatever comes: they write arrays of the caller's."""
+        with self.lock:
+            self.closed = True
+            if self.helpers == 0:
+                return
+        while True:
+            try:
+                self.none_left.acquire()
+                return
+            except KeyboardInterrupt as error:
+                self.fail(error)
 
 
 class Pool:
     """Threads that help whoever calls `run`; they sleep in between, and end with the process."""
 
     def __init__(self) -> None:
-        self.job: Job | None = None
-        self.wake = threading.Semaphore(0)
-        self.helpers = 0
-        self.process = os.getpid()
+        self.jobs: SimpleQueue[Any] = SimpleQueue()  # an entry per helper that is asked for
+        self.threads = 0
 
     def run(self, tasks: Sequence[Task], threads: int) -> None:
-        """Do all tasks on the calling thread and ``threads`` − 1 others; raises what a task
-        raised first. Tasks may call `run`."""
+        """Do all tasks on the calling thread and up to ``threads`` − 1 others, in its context;
+        raises what a task raised first. Tasks may call `run`."""
         helpers = min(threads, len(tasks)) - 1
         if helpers < 1:
             for task in tasks:
                 task()
             return
-        self._grow(helpers)
-        self.job = job = Job(tasks)
-        for _ in range(helpers):
-            self.wake.release()
-        job.work()
-        job.done.acquire()  # for those that others have begun
-        self.job = None
+        while self.threads < helpers:
+            self.threads += 1
+            threading.Thread(target=self._help, args=(self.jobs,), daemon=True).start()
+        job = Job(tasks)
+        try:
+            for _ in range(helpers):
+                self.jobs.put(partial(copy_context().run, job.help))
+            job.work()
+        except BaseException as error:  # an interrupt between the lines
+            job.fail(error)
+        finally:
+            job.close()
         if job.error is not None:
             raise job.error
 
-    def _grow(self, helpers: int) -> None:
-        if self.process != os.getpid():  # threads do not survive a fork
-            self.wake = threading.Semaphore(0)
-            self.helpers, self.process = 0, os.getpid()
-        while self.helpers < helpers:
-            threading.Thread(target=self._help, args=(self.wake,), daemon=True).start()
-            self.helpers += 1
-
-    def _help(self, wake: threading.Semaphore) -> None:
+    @staticmethod
+    def _help(jobs: SimpleQueue[Any]) -> None:
         while True:
-            wake.acquire()
-            job = self.job
-            if job is not None:
-                job.work()
-                del job  # its tasks hold arrays
-
-
-POOL = Pool()
+            jobs.get()()
 
 
 class _State:
-    """What BLAS is set to outside, and how many calls are inside."""
+    """The pool, and what BLAS was set to before the calls that are inside."""
 
     def __init__(self) -> None:
+        self.pool = Pool()
         self.lock = threading.Lock()
         self.inside = 0
         self.outside: list[int] = []  # by library
-        self.wanted: int | None = None  # by `threads`
 
 
 STATE = _State()
+WANTED: ContextVar[int | None] = ContextVar("threads", default=None)
+
+
+def _after_fork() -> None:
+    """Threads do not survive a fork, nor does who held a lock."""
+    inside, outside = STATE.inside, STATE.outside
+    STATE.__init__()  # type: ignore[misc]
+    STATE.inside, STATE.outside = inside, outside
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def run(tasks: Sequence[Task]) -> None:
     """Do all tasks, each on one thread, as many at a time as BLAS may use threads."""
     with serial_blas() as count:
-        POOL.run(tasks, count)
+        STATE.pool.run(tasks, count)
 
 
 def in_turn(first: Sequence[Task], then: Sequence[Task]) -> list[Task]:
-    """Tasks of a task of ``first`` and the one at its place of ``then``, which needs no other."""
+    """One task of each pair: that of ``first``, then that of ``then``, which needs no other."""
 
     def both(one: Task, other: Task) -> None:
         one()
@@ -131,23 +175,41 @@ class serial_blas:
     may stand inside as a whole; then nothing is switched in between."""
 
     def __enter__(self) -> int:
-        with STATE.lock:
-            if STATE.inside == 0:
-                STATE.outside = [library.get_num_threads() for library in _libraries()]
-                self._set(1)
-            STATE.inside += 1
-        return STATE.wanted or max(STATE.outside, default=_cores())
+        self.counted = False
+        try:
+            with STATE.lock:
+                if STATE.inside == 0:
+                    STATE.outside = [library.get_num_threads() for library in blas_libraries()]
+                STATE.inside += 1
+                self.counted = True
+                if STATE.inside == 1:
+                    _set_blas(1)
+        except BaseException:
+            self._leave()
+            raise
+        return WANTED.get() or max(STATE.outside, default=_cores())
 
     def __exit__(self, *_: object) -> None:
-        with STATE.lock:
-            STATE.inside -= 1
-            if STATE.inside == 0:
-                self._set(None)
+        try:
+            self._leave()
+        except KeyboardInterrupt:
+            self._leave()
+            raise
 
-    def _set(self, count: int | None) -> None:
-        for library, outside in zip(_libraries(), STATE.outside, strict=True):
-            if outside != 1:
-                library.set_num_threads(count or outside)
+    def _leave(self) -> None:
+        with STATE.lock:
+            if self.counted:
+                if STATE.inside == 1:
+                    _set_blas(None)
+                self.counted = False
+                STATE.inside -= 1
+
+
+def _set_blas(count: int | None) -> None:
+    """As many threads, or None: as outside."""
+    for library, outside in zip(blas_libraries(), STATE.outside, strict=True):
+        if outside != 1:
+            library.set_num_threads(count or outside)
 
 
 @contextmanager
@@ -155,14 +217,14 @@ def threads(count: int) -> Iterator[None]:
     """Inside, so many threads, whatever BLAS is set to; ValueError below 1."""
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
-    before, STATE.wanted = STATE.wanted, count
+    before = WANTED.set(count)
     try:
         yield
     finally:
-        STATE.wanted = before
+        WANTED.reset(before)
 
 
-@cache
+@lru_cache(maxsize=4096)
 def blocks_of(length: int, size: int) -> tuple[slice, ...]:
     """Slices of at most ``size`` that cover 0 … length, of nearly equal lengths."""
     count = max(1, -(-length // size))
@@ -171,17 +233,14 @@ def blocks_of(length: int, size: int) -> tuple[slice, ...]:
 
 
 @cache
-def _libraries() -> list[Any]:
-    """The BLAS that NumPy has loaded, by one controller that is kept: to make one takes 0.2 ms."""
-    import numpy as np  # loads it
-
+def blas_libraries() -> list[Any]:
+    """The BLAS that NumPy has loaded, by one controller that is kept: to make one takes 0.2 ms.
+    CouldNotRun without threadpoolctl."""
     try:
         from threadpoolctl import ThreadpoolController
     except ImportError as error:
-        raise CouldNotRun(
-            f"numba_cpu needs Numba and threadpoolctl: pip install -e '.[cpu]' ({error})"
-        ) from error
-    del np
+        raise CouldNotRun(f"{NEEDS} ({error})") from error
+    np.ones((1, 1)) @ np.ones((1, 1))  # loaded by now
     return list(ThreadpoolController().select(user_api="blas").lib_controllers)
 
 

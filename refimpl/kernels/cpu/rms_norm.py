@@ -35,7 +35,7 @@ def rms_norm_forward(x: Array, w: Array, *, eps: float) -> tuple[Array, RMSNormS
 
 def rms_norm_backward(dy: Array, saved: RMSNormSaved) -> tuple[Array, Array]:
     x, w, r = saved
-    dtype = expect_real(dy=dy, x=x)
+    dtype = expect_real(x=x, dy=dy)
     expect("dy", dy, "(…, D)", tuple(x.shape))
     rows, given = rows_of(ready(x)), rows_of(ready(dy))
     dx, blocks = empty(x.shape, x), _blocks(rows)

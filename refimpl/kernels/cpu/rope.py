@@ -34,7 +34,7 @@ def rope_forward(
 
 def rope_backward(dy: Array, saved: RoPESaved) -> Array:
     expect("dy", dy, "(B, T, H, R)", tuple(saved.shape))
-    expect_real(dy=dy, x=saved.cos)
+    expect_real(x=saved.cos, dy=dy)
     return rotate(dy, saved.cos, -saved.sin, saved.layout)  # (rope.6)
 
 

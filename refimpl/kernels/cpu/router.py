@@ -1,6 +1,6 @@
 """The gate on kernels/router_numba_cpu.py; as `refimpl.ops.router`.
 
-Where groups are left out the selection is the reference's.
+Where some groups are left out, the selection is the reference's.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def router_forward(
     check_router(x, w, bias, score, ranking, scale, epsilon)
     logits, scores = (empty((*x.shape[:-1], w.shape[0]), x) for _ in range(2))
     run_products((rows_of(x), w.T, rows_of(logits)))  # (router.1)
-    kernel("router", score, dtype)(rows_of(scores), rows_of(logits))
+    kernel("router", f"{score}_scores", dtype)(rows_of(scores), rows_of(logits))
     if routes is None:
         ranked = scores if ranking == "scores" else logits
         biased = ranked if bias is None else ranked + bias  # (router.4)
@@ -56,7 +56,7 @@ def router_forward(
 def router_backward(dy: tuple[Array, Array | None], saved: RouterSaved) -> tuple[Array, Array]:
     dweights, dscores = dy
     x, w, scores, indices = saved[:4]
-    dtype = expect_real(dweights=dweights, dscores=dscores, x=x)
+    dtype = expect_real(x=x, dweights=dweights, dscores=dscores)
     expect("dweights", dweights, "(…, K)", tuple(indices.shape))
     if dscores is not None:
         expect("dscores", dscores, "(…, E)", tuple(scores.shape))

@@ -29,7 +29,7 @@ def swiglu_forward(gate: Array, up: Array) -> tuple[Array, SwiGLUSaved]:
 
 def swiglu_backward(dy: Array, saved: SwiGLUSaved) -> tuple[Array, Array]:
     gate, up = saved
-    dtype = expect_real(dy=dy, gate=gate)
+    dtype = expect_real(gate=gate, dy=dy)
     expect("dy", dy, "gate.shape", tuple(gate.shape))
     backward = kernel("swiglu", "swiglu_backward", dtype)
     dgate, dup = empty(gate.shape, gate), empty(gate.shape, gate)

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from refimpl.check import check
 from refimpl.check.cases import CASES, REGIMES, RandomDraw
 from refimpl.config import preset
+from refimpl.kernels.cpu import compile as compiling
 from refimpl.kernels.cpu.adamw import FusedAdamW
 from refimpl.kernels.cpu.pool import threads
 from refimpl.model import backward, forward
-from refimpl.ops import REFERENCE
+from refimpl.ops import REFERENCE, Op
 from refimpl.optimizer import AdamW
 from refimpl.parameters import init_parameters
 
@@ -219,6 +220,67 @@ def assert_left_out_tokens_may_be_anything() -> None:
             assert np.allclose(g, g_wanted, rtol=1e-12, atol=1e-15), op
 
 
+def test_sigmoid_far_out() -> None:
+    """e^x where 1 + e^−x overflows: weights and gates as the reference's."""
+    x, w = np.array([[-90.0]], np.float32), np.ones((2, 1), np.float32)
+    for table in (REFERENCE, CPU):
+        routed, _ = table.router.forward(x, w, top_k=1)
+        assert routed.weights == 1
+        y, saved = table.swiglu.forward(x, np.ones_like(x))
+        assert np.allclose(y, -90 * np.exp(-90.0), rtol=1e-5)
+        dgate, dup = table.swiglu.backward(np.ones_like(x), saved)
+        assert np.allclose(dup, y, rtol=1e-5)
+        assert np.allclose(dgate, -89 * np.exp(-90.0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+def test_attention_with_any_scale(scale: float) -> None:
+    """Hidden keys stay hidden."""
+    rng = np.random.default_rng(0)
+    q, k, v, do = rng.normal(size=(4, 2, 5, 2, 3))
+    masks = {"key_mask": rng.random((2, 5)) < 0.7, "segments": np.array([[0, 0, 1, 1, 1]] * 2)}
+    found, wanted = (
+        results(table.attention, (q, k, v), masks | {"scale": scale}, [do])
+        for table in (CPU, REFERENCE)
+    )
+    for x, y in zip(found, wanted, strict=True):
+        assert np.allclose(x, y, rtol=1e-12, atol=1e-14)
+
+
+def test_long_sums() -> None:
+    """What a running sum in float32 would lose: a token 100,000 times, and 200,000 logits and keys
+    nearly as large as the largest. Within 4 units in the last place."""
+    unit = 2.0**-23
+    ids, dy = np.zeros(100_000, np.int64), np.full((100_000, 1), 0.1, np.float32)
+    _, saved = CPU.embedding.forward(np.zeros((1, 1), np.float32), ids=ids)
+    assert abs(float(CPU.embedding.backward(dy, saved)[0, 0]) / (1e5 * float(dy[0, 0])) - 1) <= unit
+    logits = np.full((1, 200_000), -0.1, np.float32)
+    logits[0, 0] = 0
+    loss, _ = CPU.cross_entropy.forward(logits, targets=np.zeros(1, np.int64))
+    exact = np.log(1 + 199_999 * np.exp(float(logits[0, 1])))
+    assert abs(float(loss) / exact - 1) <= 4 * unit
+    k = np.zeros((1, 200_000, 1, 1), np.float32)
+    k[0, 0], q = 0.1, np.ones((1, 1, 1, 1), np.float32)
+    o, _ = CPU.attention.forward(q, k, np.ones_like(k), scale=1.0)
+    assert abs(float(o[0, 0, 0, 0]) - 1) <= 4 * unit
+
+
+def test_gradients_of_other_ops_are_not_written_to() -> None:
+    """MLA turns a copy of what attention's backward returned."""
+    kept = []
+
+    def attention_backward(do: Any, saved: Any) -> Any:
+        found = CPU.attention.backward(do, saved)
+        kept.append([(x, x.copy()) for x in found])
+        return found
+
+    table = CPU | {"attention": Op(CPU.attention.forward, attention_backward)}
+    case = CASES["mla"](RandomDraw(0))
+    output, saved = CPU.mla.forward(*case.inputs, **case.kwargs | {"ops": table})
+    CPU.mla.backward((np.ones_like(output.y), None), saved)
+    assert all((x == copy).all() for x, copy in kept[0])
+
+
 def test_overflow_is_nan() -> None:
     assert_overflow_is_nan()
 
@@ -236,12 +298,7 @@ def test_planted_mistakes_are_caught(stem: str, name: str, monkeypatch: pytest.M
     """By differences, the rule for errors, or the two tests above, of an op that the kernel is part
     of."""
     plant(stem, name, monkeypatch)
-    looks: list[Callable[[], None]] = []
-    for op in USES.get(stem, (stem,)):
-        looks.append(partial(assert_errors, op, "float64", range(20)))
-        looks.append(partial(assert_differences, op, range(2)))
-    looks += [assert_overflow_is_nan, assert_left_out_tokens_may_be_anything]
-    for look in looks:
+    for look in looks_of(stem):
         try:
             look()
         except (AssertionError, RuntimeWarning):  # of 0 / 0
@@ -249,21 +306,35 @@ def test_planted_mistakes_are_caught(stem: str, name: str, monkeypatch: pytest.M
     raise AssertionError("nothing sees it")
 
 
+@pytest.mark.parametrize("stem", PLANTED if FULL else ["embedding"])
+def test_nothing_is_caught_where_nothing_is_planted(
+    stem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant_text(stem, "from __future__", "from __future__", monkeypatch)
+    for look in looks_of(stem):
+        look()
+
+
+def looks_of(stem: str) -> list[Callable[[], None]]:
+    """What looks for a mistake in the kernels of ``stem``."""
+    looks: list[Callable[[], None]] = []
+    for op in USES.get(stem, (stem,)):
+        looks.append(partial(assert_errors, op, "float64", range(20)))
+        looks.append(partial(assert_differences, op, range(2)))
+    return [*looks, assert_overflow_is_nan, assert_left_out_tokens_may_be_anything]
+
+
 @pytest.mark.parametrize("op", OPS if FULL else [])
 def test_within_bounds(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same cases with kernels that check every index."""
-    from refimpl.kernels.cpu import compile as compiling
-
-    monkeypatch.setattr(compiling, "CHECKED", True)
+    monkeypatch.setitem(compiling.OPTIONS, "boundscheck", True)
     recompiled(monkeypatch)
     assert_differences(op, range(2))
     assert_errors(op, "float32", range(10))
 
 
 def test_a_write_out_of_bounds_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    from refimpl.kernels.cpu import compile as compiling
-
-    monkeypatch.setattr(compiling, "CHECKED", True)
+    monkeypatch.setitem(compiling.OPTIONS, "boundscheck", True)
     plant_text("swiglu", "        y[i] = g", "        y[i + 1] = g", monkeypatch)
     with pytest.raises(IndexError):
         assert_errors("swiglu", "float32", range(1))

@@ -50,10 +50,13 @@ def test_folder_that_others_can_write_is_not_used(
 ) -> None:
     """What is loaded from it is executed."""
     monkeypatch.setenv("REFIMPL_KERNELS", str(tmp_path))
-    place = compiling._place.__wrapped__()
+    place = compiling._place.__wrapped__("float32")
     assert place is not None
-    place.chmod(0o777)
-    assert compiling._place.__wrapped__() is None
+    for folder in (place, place.parent, tmp_path):
+        folder.chmod(0o777)
+        assert compiling._place.__wrapped__("float32") is None
+        folder.chmod(0o755)
+    assert compiling._place.__wrapped__("float32") == place
 
 
 def test_every_kernel_compiles_for_both_types() -> None:
@@ -69,7 +72,7 @@ def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_error_of_exp() -> None:
     """By way of softmax's sum of one element: e^(x − 0). At most 1.2 units in the last place, below
     the smallest normal number 1 subnormal, 0 at −∞, ∞ above the range."""
-    gradient = compiling.kernel("cross_entropy", "gradient", np.dtype(np.float32))
+    gradient = compiling.kernel("cross_entropy", "gradient_in_place", np.dtype(np.float32))
     x = np.linspace(-110, 88.7, 400_001, dtype=np.float32).reshape(1, -1)
     one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
     nowhere = np.array([-1])

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,6 +64,81 @@ def test_what_a_task_raises_comes_out() -> None:
         assert found == [1] * 4
 
 
+def test_the_first_error_comes_out_and_an_interrupt_before_any_other() -> None:
+    """Each task meets the other; then one raises, and the other after it."""
+    with threads(2):
+        for first, second, wanted in (
+            (KeyError, ValueError, KeyError),
+            (KeyError, KeyboardInterrupt, KeyboardInterrupt),
+            (KeyboardInterrupt, KeyError, KeyboardInterrupt),
+        ):
+            meet, gone = threading.Barrier(2, timeout=10), threading.Event()
+
+            def one(error: type[BaseException] = first, meet: Any = meet, gone: Any = gone) -> None:
+                meet.wait()
+                threading.Timer(0.02, gone.set).start()
+                raise error
+
+            def other(
+                error: type[BaseException] = second, meet: Any = meet, gone: Any = gone
+            ) -> None:
+                meet.wait()
+                gone.wait(10)
+                raise error
+
+            with pytest.raises(wanted):
+                run([one, other])
+
+
+def test_an_interrupt_waits_for_the_helpers() -> None:
+    """They write arrays of the caller's, with BLAS at one thread."""
+    with threads(2), threadpool_limits(2, user_api="blas"):
+        meet, seen = threading.Barrier(2, timeout=10), list[list[int]]()
+        caller = threading.get_ident()
+
+        def task() -> None:
+            meet.wait()
+            if threading.get_ident() == caller:
+                raise KeyboardInterrupt
+            time.sleep(0.05)
+            seen.append(blas_threads())
+
+        with pytest.raises(KeyboardInterrupt):
+            run([task, task])
+        assert seen == [[1] * len(blas_threads())]
+        assert blas_threads() == [2] * len(blas_threads())
+
+
+def test_tasks_have_the_callers_context() -> None:
+    with threads(2), np.errstate(divide="raise"):
+        meet, seen = threading.Barrier(2, timeout=10), list[str]()
+
+        def task() -> None:
+            meet.wait()
+            seen.append(np.geterr()["divide"])
+
+        run([task, task])
+        assert seen == ["raise", "raise"]
+
+
+def test_no_more_threads_than_wanted() -> None:
+    """Also after a run with more."""
+    with threads(6):
+        run([lambda: time.sleep(0.001)] * 12)
+    for count in (2, 3):
+        ran = set[int]()
+        with threads(count):
+            run([lambda ran=ran: (time.sleep(0.002), ran.add(threading.get_ident()))] * 20)  # type: ignore[misc]
+        assert len(ran) <= count
+
+
+def test_a_task_that_runs_tasks_leaves_the_others_theirs() -> None:
+    """Two outer tasks meet, though the first has run inner ones before."""
+    with threads(2):
+        meet = threading.Barrier(2, timeout=10)
+        run([lambda: run([lambda: None] * 2), lambda: None, meet.wait, meet.wait])
+
+
 def test_a_task_may_run_tasks() -> None:
     with threads(2):
         found: list[int] = []
@@ -95,7 +171,7 @@ def test_blas_has_one_thread_inside_and_its_own_outside() -> None:
     with threadpool_limits(2, user_api="blas"):
         seen: list[int] = []
         run([lambda: seen.extend(blas_threads())])
-        assert seen == [1] * len(blas_threads())
+        assert seen == [1] * len(blas_threads()) != []
         with serial_blas() as count, serial_blas() as again:
             assert count == again == 2
         with pytest.raises(ZeroDivisionError), serial_blas():
@@ -118,8 +194,8 @@ with threads(2):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_works_after_a_fork() -> None:
-    """Threads do not survive one; the child makes new ones. In a process of its own: other libraries
-    of this one may not stand it."""
+    """Threads do not survive one; the child makes new ones. In a process of its own, since other
+    libraries of this one may not stand it."""
     subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], check=True)
 
 
