@@ -92,7 +92,7 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
     },
     "cross_entropy": {
         "target off by one": ("hit = 0 <= target", "target += 1\n    hit = 0 <= target"),
-        "left-out rows counted": ("if weight == 0:", "if False:"),
+        "left-out rows counted": ("if counted == 0:", "if False:"),
         "one-hot left out": ("(p - real(1))", "p"),
         "temperature left out": ("own[i] /= temperature", "own[i] /= 1"),
     },

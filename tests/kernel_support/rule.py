@@ -67,13 +67,15 @@ def compare(
     seed: int,
     extra: Mapping[str, Any] | None = None,
     mean: float = 0,
+    algorithm: Op | None = None,
 ) -> None:
     """The rule: a kernel's error is at most twice that of the float32 reference on the same inputs
     (rounded to the storage type), and one unit: of the element in the type that it is stored in,
     and of the largest in the type that arithmetic is done in. One small example may round luckily,
     so the reference's error is the largest of LUCK runs, in all but one of which float32 inputs and
     cotangents (and `DATA`) are `moved`. For float64 kernels, whose reference is no better,
-    its error is taken as 64 units. Cotangents are drawn around ``mean``."""
+    its error is taken as 64 units. Cotangents are drawn around ``mean``. ``algorithm``: what runs in
+    float32 in the reference's place, if the kernel's formulas are others, as flash attention's."""
     reference, wide = REFERENCE[op] if op in REFERENCE else pair_of(op), WIDE[storage]
     inputs, constants = (
         [rounded(x, storage) for x in case.inputs],
@@ -106,7 +108,9 @@ def compare(
             data = {name: low_constants[name] for name in DATA.get(op, ())}
             data = {name: moved(x, rng) for name, x in data.items() if x is not None}
             low_constants = low_constants | data
-        plain.append(results(reference, low[: len(inputs)], low_constants, low[len(inputs) :]))
+        plain.append(
+            results(algorithm or reference, low[: len(inputs)], low_constants, low[len(inputs) :])
+        )
     found = results(pair, inputs, constants | extra, cotangents)
     assert len(found) == len(exact)
     for i, (got, wanted) in enumerate(zip(found, exact, strict=True)):

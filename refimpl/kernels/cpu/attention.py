@@ -112,8 +112,8 @@ def _forward_block(heads: Heads, out: Array, lse: Array, b: int, h: int, positio
     softmax, each = kernel("attention", "softmax_forward", out.dtype), heads.each
     rows = slice(positions.start * each, positions.stop * each)
     keys = slice(0, min(heads.k.shape[1], heads.behind + positions.stop))
-    q = heads.q[b, rows, h] * heads.saved.scale
-    scores = q @ heads.k[b, keys, h].T
+    scores = heads.q[b, rows, h] @ heads.k[b, keys, h].T
+    scores *= heads.saved.scale
     seen = np.ones(scores.shape[0], bool)
     mask = heads.visible(b, rows, keys)
     if mask is not None:
@@ -152,15 +152,15 @@ def _backward_head(
 ) -> None:
     saved, each = heads.saved, heads.each
     softmax = kernel("attention", "softmax_backward", dq.dtype)
-    q_scaled = heads.q[b, :, h] * saved.scale
     row_sum = np.einsum("tv,tv->t", do[b, :, h], o[b, :, h])  # (flash_attention.5)
     dq[b, :, h] = 0
     for keys in blocks_of(heads.k.shape[1], BLOCK):
         start = max(0, keys.start - heads.behind)  # the first position that sees one of them
         rows = slice(min(start * each, dq.shape[1]), dq.shape[1])
-        q_rows, k_block = q_scaled[rows], heads.k[b, keys, h]
+        q_rows, k_block = heads.q[b, rows, h], heads.k[b, keys, h]
         do_rows = do[b, rows, h]
         p = k_block @ q_rows.T
+        p *= saved.scale
         dp = heads.v[b, keys, h] @ do_rows.T
         mask = heads.visible(b, rows, keys)
         if mask is not None:
@@ -168,6 +168,6 @@ def _backward_head(
         first = keys.start - heads.behind - start
         softmax(p, dp, saved.lse[b, h, rows], row_sum[rows], first, each)
         np.matmul(p, do_rows, out=dv[b, keys, h])
+        dp *= saved.scale
         np.matmul(dp, q_rows, out=dk[b, keys, h])
         dq[b, rows, h] += dp.T @ k_block  # (flash_attention.8)
-    dq[b, :, h] *= saved.scale
