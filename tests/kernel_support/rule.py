@@ -74,8 +74,9 @@ def compare(
     and of the largest in the type that arithmetic is done in. One small example may round luckily,
     so the reference's error is the largest of LUCK runs, in all but one of which float32 inputs and
     cotangents (and `DATA`) are `moved`. For float64 kernels, whose reference is no better,
-    its error is taken as 64 units. Cotangents are drawn around ``mean``. ``algorithm``: what runs in
-    float32 in the reference's place, if the kernel's formulas are others, as flash attention's."""
+    its error is taken as 64 units. Cotangents are drawn around ``mean``. ``algorithm``: what runs
+    in float32 in the reference's place, if the kernel's formulas are others, as flash attention's.
+    """
     reference, wide = REFERENCE[op] if op in REFERENCE else pair_of(op), WIDE[storage]
     inputs, constants = (
         [rounded(x, storage) for x in case.inputs],

@@ -15,7 +15,6 @@ def test_ops_of_a_step(column: str) -> None:
     lines = {line.what: line for line in profile(column, sizes, 2)}
     assert lines["mla"].calls == sizes.layers
     assert lines["moe"].calls == sizes.layers - 1
-    assert lines["rms_norm"].calls >= 2 * sizes.layers + 1
     assert {"AdamW", "rest of the model", "head_cross_entropy", "router"} <= lines.keys()
     assert all(line.seconds > 0 for line in lines.values())
     assert (lines["moe"].floor > 0) == (column == "numba_cpu")

@@ -255,9 +255,10 @@ def test_attention_with_any_scale(scale: float) -> None:
         assert np.allclose(x, y, rtol=1e-12, atol=1e-14)
 
 
-def test_long_sums() -> None:
+def test_long_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a running sum in float32 would lose: a token 100,000 times, and 200,000 logits and keys
     nearly as large as the largest. Within 4 units in the last place."""
+    monkeypatch.undo()  # blocks of their own sizes
     unit = 2.0**-23
     ids, dy = np.zeros(100_000, np.int64), np.full((100_000, 1), 0.1, np.float32)
     _, saved = CPU.embedding.forward(np.zeros((1, 1), np.float32), ids=ids)
@@ -301,7 +302,7 @@ USES = {"swiglu": ("swiglu", "ffn", "moe"), "cross_entropy": ("cross_entropy", "
 MISTAKES = [(stem, name) for stem, planted in PLANTED.items() for name in planted]
 
 
-@pytest.mark.parametrize(("stem", "name"), MISTAKES if FULL else MISTAKES[::6])
+@pytest.mark.parametrize(("stem", "name"), MISTAKES if FULL else MISTAKES[::9])
 def test_planted_mistakes_are_caught(stem: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By differences, the rule for errors, or the two tests above, of an op that the kernel is part
     of."""
