@@ -1,33 +1,13 @@
 """What stands between MLA's products for a CPU: heads put together and taken apart.
 
 In the reference a rotation makes five arrays, and each head's query, key and their gradients are
-copied to put two parts beside each other. Here queries are turned where the product wrote them, and
-keys and the gradient of [k | v] are written once.
+copied to put two parts beside each other. Here queries are turned where the product wrote them
+(rope_numba_cpu.py), and keys and the gradient of [k | v] are written once.
 """
 
 from __future__ import annotations
 
 from .common_numba_cpu import In2, In3, Int, Out2, Out3
-
-
-def turn(
-    x: Out3, cos: In2, sin: In2, start: Int, first: Int, interleaved: Int, backward: Int
-) -> None:
-    """Turn the last numbers of each head in place, those from ``start`` on. Row r of ``x`` [rows,
-    H, …] turns by the angles [R/2] of row first + r, which begin again after the last."""
-    half = cos.shape[1]
-    for row in range(x.shape[0]):
-        at = (first + row) % cos.shape[0]
-        c, s = cos[at], sin[at]
-        for head in range(x.shape[1]):
-            own = x[row, head, start:]
-            for i in range(half):
-                j = 2 * i if interleaved else i
-                k = j + 1 if interleaved else half + i
-                sine = -s[i] if backward else s[i]  # (rope.6)
-                a, b = own[j], own[k]
-                own[j] = a * c[i] - b * sine  # (rope.5)
-                own[k] = a * sine + b * c[i]
 
 
 def put_keys(k: Out3, kv: In3, latent: In2, nope: Int) -> None:

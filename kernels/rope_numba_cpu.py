@@ -1,29 +1,28 @@
-"""RoPE for a CPU: each pair is read once and written once, turned by its angle.
+"""RoPE for a CPU: each pair is turned where it stands.
 
 The reference makes the four products, their sum and difference, and puts the pairs together again.
 """
 
 from __future__ import annotations
 
-from .common_numba_cpu import In2, In3, Int, Out3
+from .common_numba_cpu import In2, Int, Out3
 
 
-def rope(y: Out3, x: In3, cos: In2, sin: In2, first: Int, interleaved: Int) -> None:
-    """x [rows, H, R]; row r is turned by the angles [R/2] of row (first + r) of ``cos`` and
-    ``sin``, again from their beginning after the last."""
+def turn(
+    x: Out3, cos: In2, sin: In2, start: Int, first: Int, interleaved: Int, backward: Int
+) -> None:
+    """Turn the last numbers of each head in place, those from ``start`` on. Row r of ``x`` [rows,
+    H, …] turns by the angles [R/2] of row first + r, which begin again after the last."""
     half = cos.shape[1]
     for row in range(x.shape[0]):
         at = (first + row) % cos.shape[0]
         c, s = cos[at], sin[at]
         for head in range(x.shape[1]):
-            own, out = x[row, head], y[row, head]
-            if interleaved:
-                for i in range(half):
-                    a, b = own[2 * i], own[2 * i + 1]
-                    out[2 * i] = a * c[i] - b * s[i]  # (rope.5)
-                    out[2 * i + 1] = a * s[i] + b * c[i]
-            else:
-                for i in range(half):
-                    a, b = own[i], own[half + i]
-                    out[i] = a * c[i] - b * s[i]  # (rope.5)
-                    out[half + i] = a * s[i] + b * c[i]
+            own = x[row, head, start:]
+            for i in range(half):
+                j = 2 * i if interleaved else i
+                k = j + 1 if interleaved else half + i
+                sine = -s[i] if backward else s[i]  # (rope.6)
+                a, b = own[j], own[k]
+                own[j] = a * c[i] - b * sine  # (rope.5)
+                own[k] = a * sine + b * c[i]

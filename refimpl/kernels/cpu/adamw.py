@@ -10,8 +10,8 @@ import numpy as np
 from ...array import Array
 from ...optimizer import AdamW, check_step
 from .compile import kernel
-from .host import ONE_TASK, expect_real
-from .pool import blocks_of, run
+from .host import expect_real, some_rows
+from .pool import run
 
 __all__ = ["FusedAdamW"]
 
@@ -40,6 +40,6 @@ class FusedAdamW(AdamW):
             update = kernel("adamw", "adamw_update", g.dtype)
             arrays = params[name], self.first[name], self.second[name], g
             flat = [x.reshape(-1) for x in arrays]
-            parts = blocks_of(g.size, ONE_TASK)
+            parts = some_rows(g.size)
             tasks += [partial(update, *(x[i] for x in flat), *settings) for i in parts]
         run(tasks)

@@ -14,8 +14,8 @@ import numpy as np
 from ...array import Array, expect, last, number
 from ...ops.cross_entropy import token_weights
 from .compile import kernel
-from .host import ONE_TASK, empty, expect_real, ready, rows_of
-from .pool import blocks_of, run
+from .host import empty, expect_real, ready, rows_of, some_rows
+from .pool import run
 
 __all__ = ["CrossEntropySaved", "cross_entropy_backward", "cross_entropy_forward"]
 
@@ -39,7 +39,12 @@ def cross_entropy_forward(
     z = ready(rows_of(logits))
     largest, total = empty(weight.shape, z), empty(weight.shape, z)
     statistics = kernel("cross_entropy", "statistics", dtype)
-    run([partial(statistics, largest[i], total[i], z[i], 0, vocabulary) for i in _blocks(z)])
+    run(
+        [
+            partial(statistics, largest[i], total[i], z[i], 0, vocabulary)
+            for i in some_rows(*z.shape)
+        ]
+    )
     log_p = z[np.arange(targets.size), targets] - largest - np.log(total)  # (cross_entropy.1)
     log_p = np.where(weight != 0, log_p, 0)
     loss = -np.sum(weight * log_p)  # (cross_entropy.2)
@@ -51,9 +56,5 @@ def cross_entropy_backward(dloss: Array, saved: CrossEntropySaved) -> Array:
     z, dz = ready(rows_of(logits)), empty(logits.shape, logits)
     by_row = rows_of(dz), z, largest, total, weight, number(dloss, weight) * weight, targets
     gradient = kernel("cross_entropy", "gradient", z.dtype)
-    run([partial(gradient, *(x[i] for x in by_row)) for i in _blocks(z)])
+    run([partial(gradient, *(x[i] for x in by_row)) for i in some_rows(*z.shape)])
     return dz
-
-
-def _blocks(z: Array) -> tuple[slice, ...]:
-    return blocks_of(z.shape[0], max(1, ONE_TASK // z.shape[1]))

@@ -16,9 +16,9 @@ import numpy as np
 from ...array import Array, number
 from ...ops.leaves import LEAVES, Leaves, expect_table
 from ...ops.log_prob import check_log_prob
-from .host import ONE_TASK, empty, expect_real
+from .host import empty, expect_real, some_rows
 from .log_prob import Chunk, counted_rows
-from .pool import blocks_of, run
+from .pool import run
 
 __all__ = ["HeadCrossEntropySaved", "head_cross_entropy_backward", "head_cross_entropy_forward"]
 
@@ -59,7 +59,7 @@ def head_cross_entropy_backward(dloss: Array, saved: HeadCrossEntropySaved) -> t
     tasks = []
     for x, out in zip(saved, (dh, dw), strict=True):
         flat, scaled = x.reshape(-1), out.reshape(-1)
-        parts = blocks_of(flat.size, ONE_TASK)
+        parts = some_rows(flat.size)
         tasks += [partial(np.multiply, flat[i], factor, out=scaled[i]) for i in parts]
     run(tasks)
     return dh, dw

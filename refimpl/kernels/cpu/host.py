@@ -11,7 +11,7 @@ import numpy as np
 from ...array import Array
 from .pool import Task, blocks_of, run
 
-__all__ = ["ONE_TASK", "empty", "expect_real", "products", "ready", "rows_of", "run_products"]
+__all__ = ["empty", "expect_real", "products", "ready", "rows_of", "run_products", "some_rows"]
 
 ONE_TASK = 2**17  # numbers that one task handles at least: waking a thread takes 50 µs
 ONE_PRODUCT = 2**22  # multiplications of one task at least, likewise
@@ -53,6 +53,11 @@ def rows_of(x: Array) -> np.ndarray:
 def empty(shape: tuple[int, ...], like: Array) -> np.ndarray:
     """An array that will be written to, all of it."""
     return np.empty(shape, like.dtype)
+
+
+def some_rows(count: int, width: int = 1) -> tuple[slice, ...]:
+    """Blocks of ``count`` rows that have `ONE_TASK` numbers each."""
+    return blocks_of(count, max(1, ONE_TASK // width))
 
 
 def products(a: Array, b: Array, out: Array) -> list[Task]:

@@ -135,7 +135,7 @@ def mla_forward(
 def _project(arrays: tuple[Array, ...], w: Weights, settings: Settings, i: slice) -> None:
     """Queries and latents of the tokens i, rotated."""
     x, a, a_r, a_normed, c, c_r, latent, q = (array[i] for array in arrays)
-    norm, turn = kernel("rms_norm", "rms_norm_forward", x.dtype), kernel("mla", "turn", x.dtype)
+    norm, turn = kernel("rms_norm", "rms_norm_forward", x.dtype), kernel("rope", "turn", x.dtype)
     if w.q_a is not None:
         np.matmul(x, w.q_a.T, out=a)  # (mla.1)
         norm(a_normed, a_r, a, w.q_a_norm, settings.eps)
@@ -220,7 +220,7 @@ def _project_backward(arrays: tuple[Array, ...], dnorms: Array, saved: MLASaved,
     w, settings = saved.w, saved.settings
     dx, dq, dq_turned, da, dc, rotated, dlatent = (array[i] for array in arrays)
     norm = kernel("rms_norm", "rms_norm_backward", dx.dtype)
-    turn, angle = kernel("mla", "turn", dx.dtype), (settings.cos, settings.sin)
+    turn, angle = kernel("rope", "turn", dx.dtype), (settings.cos, settings.sin)
     latent, split = settings.latent, da.shape[1]
     dnormed = dlatent[:, :latent].copy()
     norm(dc, dnorms[split:], dnormed, saved.c[i], w.kv_a_norm, saved.c_r[i])

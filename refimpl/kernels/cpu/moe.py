@@ -20,7 +20,7 @@ from ...ops.leaves import expect_table
 from ...ops.moe import NETWORKS, Networks, check_shapes
 from .compile import kernel
 from .ffn import ROWS, FFNSaved, backward_rows, backward_tasks, forward_rows, forward_tasks
-from .host import ONE_TASK, empty, expect_real, ready, rows_of
+from .host import empty, expect_real, ready, rows_of, some_rows
 from .pool import Task, blocks_of, run
 
 __all__ = ["MoESaved", "moe_backward", "moe_forward"]
@@ -209,6 +209,6 @@ def _combine(y: Array, rows: Array, place: Array, weights: Array | None) -> None
                 factor if weights is None else factor[i],
                 int(weights is not None),
             )
-            for i in blocks_of(y.shape[0], max(1, ONE_TASK // y.shape[1]))
+            for i in some_rows(*y.shape)
         ]
     )

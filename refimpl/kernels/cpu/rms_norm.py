@@ -10,8 +10,8 @@ import numpy as np
 from ...array import Array, expect
 from ...ops.rms_norm import check_rms_norm
 from .compile import kernel
-from .host import ONE_TASK, empty, expect_real, ready, rows_of
-from .pool import blocks_of, run
+from .host import empty, expect_real, ready, rows_of, some_rows
+from .pool import run
 
 __all__ = ["RMSNormSaved", "rms_norm_backward", "rms_norm_forward"]
 
@@ -29,7 +29,7 @@ def rms_norm_forward(x: Array, w: Array, *, eps: float) -> tuple[Array, RMSNormS
     y, r = empty(x.shape, x), empty(rows.shape[:1], x)
     out = rows_of(y)
     forward = kernel("rms_norm", "rms_norm_forward", dtype)
-    run([partial(forward, out[i], r[i], rows[i], w, eps) for i in _blocks(rows)])
+    run([partial(forward, out[i], r[i], rows[i], w, eps) for i in some_rows(*rows.shape)])
     return y, RMSNormSaved(x, w, r)
 
 
@@ -38,7 +38,7 @@ def rms_norm_backward(dy: Array, saved: RMSNormSaved) -> tuple[Array, Array]:
     dtype = expect_real(x=x, dy=dy)
     expect("dy", dy, "(…, D)", tuple(x.shape))
     rows, given = rows_of(ready(x)), rows_of(ready(dy))
-    dx, blocks = empty(x.shape, x), _blocks(rows)
+    dx, blocks = empty(x.shape, x), some_rows(*rows.shape)
     out = rows_of(dx)
     parts = np.empty((len(blocks), x.shape[-1]), dtype)  # of dw, each over one block
     backward = kernel("rms_norm", "rms_norm_backward", dtype)
@@ -49,7 +49,3 @@ def rms_norm_backward(dy: Array, saved: RMSNormSaved) -> tuple[Array, Array]:
         ]
     )
     return dx, parts.sum(axis=0)
-
-
-def _blocks(rows: Array) -> tuple[slice, ...]:
-    return blocks_of(rows.shape[0], max(1, ONE_TASK // rows.shape[1]))

@@ -11,10 +11,10 @@ from ...array import Array, expect
 from ...ops.choices import Layout
 from ...ops.rope import RoPESaved, check_rope
 from .compile import kernel
-from .host import ONE_TASK, empty, expect_real, ready
-from .pool import blocks_of, run
+from .host import expect_real, some_rows
+from .pool import run
 
-__all__ = ["angles", "rope_backward", "rope_forward", "rotate"]
+__all__ = ["angles", "rope_backward", "rope_forward"]
 
 
 def rope_forward(
@@ -29,13 +29,14 @@ def rope_forward(
     expect_real(x=x)
     check_rope(x, positions, inv_freq, layout)
     cos, sin = angles(positions, inv_freq, factor, x.dtype)
-    return rotate(x, cos, sin, layout), RoPESaved(tuple(x.shape), cos, sin, layout)
+    saved = RoPESaved(tuple(x.shape), cos, sin, layout)
+    return _rotate(x, saved, backward=False), saved
 
 
 def rope_backward(dy: Array, saved: RoPESaved) -> Array:
     expect("dy", dy, "(B, T, H, R)", tuple(saved.shape))
     expect_real(x=saved.cos, dy=dy)
-    return rotate(dy, saved.cos, -saved.sin, saved.layout)  # (rope.6)
+    return _rotate(dy, saved, backward=True)
 
 
 def angles(positions: Array, inv_freq: Array, factor: float, dtype: Any) -> tuple[Array, Array]:
@@ -57,11 +58,12 @@ def _angles(
     return found
 
 
-def rotate(x: Array, cos: Array, sin: Array, layout: Layout) -> Array:
+def _rotate(x: Array, saved: RoPESaved, *, backward: bool) -> Array:
     """``x`` [B, T, H, R], each pair turned; a fresh array."""
-    y = empty(x.shape, x)
-    rows, out = ready(x).reshape(-1, *x.shape[2:]), y.reshape(-1, *x.shape[2:])
-    turn, interleaved = kernel("rope", "rope", x.dtype), int(layout == "interleaved")
-    blocks = blocks_of(rows.shape[0], max(1, ONE_TASK // (rows.shape[1] * rows.shape[2])))
-    run([partial(turn, out[i], rows[i], cos, sin, i.start, interleaved) for i in blocks])
+    y = np.array(x, order="C")
+    rows = y.reshape(-1, *x.shape[2:])
+    turn, interleaved = kernel("rope", "turn", x.dtype), saved.layout == "interleaved"
+    angle = saved.cos, saved.sin
+    blocks = some_rows(rows.shape[0], rows.shape[1] * rows.shape[2])
+    run([partial(turn, rows[i], *angle, 0, i.start, interleaved, backward) for i in blocks])
     return y

@@ -298,7 +298,11 @@ def test_left_out_tokens_may_be_anything() -> None:
     assert_left_out_tokens_may_be_anything()
 
 
-USES = {"swiglu": ("swiglu", "ffn", "moe"), "cross_entropy": ("cross_entropy", "log_prob")}
+USES = {
+    "rope": ("rope", "mla"),
+    "swiglu": ("swiglu", "ffn", "moe"),
+    "cross_entropy": ("cross_entropy", "log_prob"),
+}
 MISTAKES = [(stem, name) for stem, planted in PLANTED.items() for name in planted]
 
 
