@@ -28,7 +28,7 @@ from .check.cases import (
 from .config import CONVENTIONS, preset
 from .errors import CouldNotRun
 from .files import read_bytes
-from .kernels.columns import COLUMNS, ON_CPU, on_cpu
+from .kernels.columns import COLUMNS, ON_CPU, placement, table_of
 from .ops import IMPLEMENTATIONS, REFERENCE, AnyOp, Op, Ops
 from .text import Text
 
@@ -94,8 +94,8 @@ class Settings:
                 f"must be {only} for the implementation {self.implementation}, got {self.backend}",
                 argument="backend",
             )
-        _placement(self.backend)
-        _table(self.implementation)
+        placement(self.backend)
+        table_of(self.implementation)
 
 
 class Step(NamedTuple):
@@ -147,8 +147,10 @@ def plan(names: Sequence[str], settings: Settings) -> list[Step]:
 
 def run(step: Step, settings: Settings, replaced: Mapping[str, AnyOp] | None = None) -> Report:
     """Check one example; ``replaced`` puts other pairs in the place of ops (to grade them)."""
-    case, tested, common = _example(step, settings, _table(settings.implementation), replaced or {})
-    place = _placement(settings.backend)
+    case, tested, common = _example(
+        step, settings, table_of(settings.implementation), replaced or {}
+    )
+    place = placement(settings.backend)
     exact = IMPLEMENTATIONS.get(settings.implementation)
     if place is not None or exact is None:  # what has no wider types runs beside what has
         common["reference"] = _example(step, settings, exact or REFERENCE, replaced or {})[1]
@@ -192,33 +194,6 @@ def _example(
 
 
 @cache
-def _table(implementation: str) -> Ops:
-    """The ops of an implementation; CouldNotRun for kernels without a GPU or without Numba."""
-    if implementation in ON_CPU:
-        return on_cpu(implementation)
-    from .kernels.launch import DeviceLaunch
-
-    return COLUMNS[implementation](DeviceLaunch())
-
-
-def _placement(backend: str) -> Callable[[Any], Any] | None:
-    """What moves an array to the backend; None for NumPy."""
-    if backend == "numpy":
-        return None
-    try:
-        import cupy
-    except ImportError as error:
-        raise CouldNotRun(
-            f"cupy needs CuPy: pip install -e '.[cuda13]' ({error})", argument="backend"
-        ) from error
-    try:
-        if cupy.cuda.runtime.getDeviceCount() < 1:
-            raise CouldNotRun("cupy needs a GPU, found none", argument="backend")
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        raise CouldNotRun(f"cupy needs a GPU: {error}", argument="backend") from error
-    return cupy.asarray  # type: ignore[no-any-return]
-
-
 def placed(pair: AnyOp, place: Callable[[Any], Any]) -> AnyOp:
     """The pair run on another device, to which ``place`` moves an array, from and to NumPy
     arrays."""

@@ -243,7 +243,7 @@ def test_verify_needs_nothing_that_cupy_refuses(op: str, monkeypatch: pytest.Mon
     """``refimpl verify --backend cupy`` as it runs, models and their replayed routes too (without
     differences)."""
     monkeypatch.setitem(sys.modules, "cupy", Pretended("cupy"))
-    monkeypatch.setattr(verify, "_placement", lambda backend: lambda x: pretended(np.array(x)))
+    monkeypatch.setattr(verify, "placement", lambda backend: lambda x: pretended(np.array(x)))
     on_the_host = rules._arrays
     monkeypatch.setattr(
         rules, "_arrays", lambda x: [a for a in on_the_host(x) if type(a) is np.ndarray]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import CouldNotRun
 from ..ops import IMPLEMENTATIONS, REFERENCE, Op, Ops
 from .cross_entropy import cross_entropy
 from .embedding import embedding
@@ -24,6 +28,8 @@ __all__ = [
     "for_generation",
     "numba_cuda_table",
     "on_cpu",
+    "placement",
+    "table_of",
 ]
 
 CUDA = {
@@ -76,6 +82,33 @@ def on_cpu(implementation: str) -> Ops:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {', '.join(ON_CPU)}, got {implementation}")
     return IMPLEMENTATIONS[implementation]
+
+
+def table_of(implementation: str) -> Ops:
+    """The table of any implementation; CouldNotRun for kernels without a GPU or without Numba."""
+    if implementation not in COLUMNS:
+        return on_cpu(implementation)
+    from .launch import DeviceLaunch
+
+    return COLUMNS[implementation](DeviceLaunch())
+
+
+def placement(backend: str) -> Callable[[Any], Any] | None:
+    """What moves an array to the backend; None for NumPy."""
+    if backend == "numpy":
+        return None
+    try:
+        import cupy
+    except ImportError as error:
+        raise CouldNotRun(
+            f"cupy needs CuPy: pip install -e '.[cuda13]' ({error})", argument="backend"
+        ) from error
+    try:
+        if cupy.cuda.runtime.getDeviceCount() < 1:
+            raise CouldNotRun("cupy needs a GPU, found none", argument="backend")
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise CouldNotRun(f"cupy needs a GPU: {error}", argument="backend") from error
+    return cupy.asarray  # type: ignore[no-any-return]
 
 
 def for_generation(implementation: str) -> tuple[Ops, Ops]:

@@ -277,7 +277,7 @@ def test_a_broken_op_fails_and_is_named(
     broken = plant(next(bug for bug in PLANTED if bug.name == "no mean term"))
     assert isinstance(broken, Op)
     table = REFERENCE | {"rms_norm": broken}
-    monkeypatch.setattr("refimpl.verify._table", lambda implementation: table)
+    monkeypatch.setattr("refimpl.verify.table_of", lambda implementation: table)
     result = CliRunner().invoke(app, ["verify", "rms_norm", "--examples", "1"])
     assert result.exit_code == 1
     assert "FAIL rms_norm x" in result.stdout
