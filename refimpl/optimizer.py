@@ -1,4 +1,5 @@
-"""AdamW, clipping by the global norm, and DeepSeek-V3's schedules; everything in place.
+"""What follows a backward pass, in place: clipping by the global norm, AdamW, the gates' biases;
+and DeepSeek-V3's schedules.
 
 Sources: Loshchilov and Hutter, Decoupled Weight Decay Regularization (1711.05101) algorithm 2;
 DeepSeek-V3 (2412.19437) section 4.2. V3 does not publish AdamW's eps, which tensors decay, or the
@@ -7,32 +8,56 @@ shape of its batch ramp: those are arguments.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from math import cos, isfinite, pi, sqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 from .array import Array, blocks, library
+from .config import ModelConfig
+from .ops import bias_update
+from .parameters import GATE_BIAS, layer_name
 
-__all__ = ["V3_SCHEDULE", "AdamW", "Schedule", "clip_global_norm"]
+__all__ = ["V3_SCHEDULE", "AdamW", "Moments", "Schedule", "clip_global_norm", "update_gate_biases"]
 
 Tensors = Mapping[str, Array]
 BLOCK = 32_768  # numbers of a tensor that a step updates at a time: what it touches stays in cache
 
 
+class Moments(NamedTuple):
+    """What AdamW remembers, by the names of the parameters; ``Moments()`` is the start."""
+
+    step: int = 0  # how many steps were taken
+    first: Mapping[str, Array] = {}  # m, mean of the gradient
+    second: Mapping[str, Array] = {}  # v, mean of its square
+
+    def next(self, grads: Tensors) -> Moments:
+        """Those of the step to be taken: a tensor that is seen for the first time has zeros."""
+        first, second = dict(self.first), dict(self.second)
+        for name, g in grads.items():
+            if name not in first:
+                xp = library(g)
+                first[name], second[name] = xp.zeros_like(g), xp.zeros_like(g)
+        return Moments(self.step + 1, first, second)
+
+
 def check_step(
     params: Tensors,
     grads: Tensors,
+    moments: Moments,
     learning_rate: float,
     gradient_type: Callable[[str, Array], Any],
 ) -> None:
     """ValueError unless a step can be taken: each gradient of the shape of its parameter and of
-    the type that ``gradient_type`` (name, parameter) says, the learning rate a finite number of at
-    least 0."""
+    the type that ``gradient_type`` (name, parameter) says, its moments of the gradient's shape and
+    type, the learning rate a finite number of at least 0."""
     if not (isfinite(learning_rate) and learning_rate >= 0):
         raise ValueError(
             f"learning_rate must be a finite number of at least 0, got {learning_rate}"
         )
+    if moments.first.keys() != moments.second.keys():
+        odd = sorted(moments.first.keys() ^ moments.second.keys())
+        raise ValueError(f"moments must be in pairs, got one alone of {', '.join(odd)}")
     for name, g in grads.items():
         p = params.get(name)
         if p is None:
@@ -43,73 +68,102 @@ def check_step(
                 f"the gradient of {name} must be {wanted} {tuple(p.shape)} for a parameter of "
                 f"{p.dtype}, got {g.dtype} {tuple(g.shape)}"
             )
+        for held in (moments.first, moments.second):
+            m = held.get(name, g)
+            if m.shape != g.shape or m.dtype != g.dtype:
+                raise ValueError(
+                    f"the moments of {name} must be {g.dtype} {tuple(g.shape)} like its gradient, "
+                    f"got {m.dtype} {tuple(m.shape)}"
+                )
 
 
+def check_contiguous(params: Tensors, grads: Tensors, moments: Moments) -> None:
+    """ValueError if a tensor that a kernel is to read is strided."""
+    for name, g in grads.items():
+        held = (params[name], g, moments.first.get(name, g), moments.second.get(name, g))
+        if not all(x.flags.c_contiguous for x in held):
+            raise ValueError(
+                f"{name}, its gradient and its moments must be contiguous, got strided arrays"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdamW:
-    """Adam with decoupled weight decay and bias correction.
+    """Adam with decoupled weight decay and bias correction: the settings. What it remembers is
+    given to `update` and returned.
 
-    ``update`` changes parameters in place, a block after the other (on a device a whole tensor),
-    and allocates nothing after the first step: the moments and two scratch arrays of a block are
-    kept. (A parameter that is not contiguous is copied.)
-
-    Args:
-        beta1, beta2, epsilon, weight_decay: 0.9, 0.95, 1e-8 and 0.1 (V3's, but for its unpublished
-        epsilon). decays: by a tensor's name, whether it decays; by default all do.
+    beta1, beta2, epsilon and weight_decay are V3's, but for its unpublished epsilon. decays: by a
+    tensor's name, whether it decays; by default all do.
     """
 
-    def __init__(
-        self,
-        *,
-        beta1: float = 0.9,
-        beta2: float = 0.95,
-        epsilon: float = 1e-8,
-        weight_decay: float = 0.1,
-        decays: Callable[[str], bool] = lambda name: True,
-    ) -> None:
-        if not (0 <= beta1 < 1 and 0 <= beta2 < 1 and epsilon > 0 and weight_decay >= 0):
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    decays: Callable[[str], bool] = field(default=lambda name: True)
+
+    def __post_init__(self) -> None:
+        in_range = 0 <= self.beta1 < 1 and 0 <= self.beta2 < 1
+        if not (in_range and self.epsilon > 0 and self.weight_decay >= 0):
             raise ValueError(
                 "beta1 and beta2 must lie in [0, 1), epsilon be positive and weight_decay at "
-                f"least 0, got {beta1}, {beta2}, {epsilon} and {weight_decay}"
+                f"least 0, got {self.beta1}, {self.beta2}, {self.epsilon} and {self.weight_decay}"
             )
-        self.beta1 = beta1
-        self.beta2 = beta2
-        self.epsilon = epsilon
-        self.weight_decay = weight_decay
-        self.decays = decays
-        self.step = 0
-        self.first: dict[str, Array] = {}  # m, mean of the gradient
-        self.second: dict[str, Array] = {}  # v, mean of its square
-        self._scratch: dict[Any, tuple[Array, Array]] = {}
 
     def update(
-        self, params: MutableMapping[str, Array], grads: Tensors, learning_rate: float
-    ) -> None:
-        """One step on every tensor of ``grads``, in place.
+        self, params: Tensors, grads: Tensors, moments: Moments, learning_rate: float
+    ) -> Moments:
+        """One step on every tensor of ``grads``: the moments after it.
 
-        ValueError if a gradient has no parameter, another shape or dtype, or the learning rate is
-        no number ≥ 0; then nothing was changed.
+        The arrays of ``params`` and of ``moments`` are donated: they are updated in place, and the
+        moments returned hold the same ones. So go on from these; a copy is yours to make. A block
+        is updated after the other (on a device a whole tensor), and besides the moments of a tensor
+        that is seen for the first time, two arrays of a block are allocated. (A parameter that is
+        not contiguous is copied.)
+
+        ValueError if a gradient has no parameter, another shape or dtype than it or its moments, or
+        the learning rate is no number ≥ 0; then nothing was changed.
         """
-        check_step(params, grads, learning_rate, lambda name, p: p.dtype)
-        self.step += 1
+        check_step(params, grads, moments, learning_rate, lambda name, p: p.dtype)
+        moments = moments.next(grads)
+        scratch: dict[Any, tuple[Array, Array]] = {}
         for name, g in grads.items():
             p, xp = params[name], library(g)
-            if name not in self.first:
-                self.first[name], self.second[name] = xp.zeros_like(g), xp.zeros_like(g)
+            block = min(p.size, BLOCK) if xp.__name__ == "numpy" else p.size
+            if g.dtype not in scratch or scratch[g.dtype][0].size < block:
+                scratch[g.dtype] = xp.empty(block, dtype=g.dtype), xp.empty(block, dtype=g.dtype)
             weight_decay = self.weight_decay if self.decays(name) else 0.0
-            changed = (p, self.first[name], self.second[name])
+            changed = (p, moments.first[name], moments.second[name])
             rows = [x.reshape(-1) for x in (*changed, g)]
-            for start, stop in blocks(p.size, BLOCK if xp.__name__ == "numpy" else p.size or 1):
+            for start, stop in blocks(p.size, block or 1):
                 parts = [row[start:stop] for row in rows]
-                self._step(*parts, weight_decay=weight_decay, learning_rate=learning_rate)
+                parts += [x[: stop - start] for x in scratch[g.dtype]]
+                self._step(
+                    *parts,
+                    step=moments.step,
+                    weight_decay=weight_decay,
+                    learning_rate=learning_rate,
+                )
             for x, row in zip(changed, rows, strict=False):
                 if not x.flags.c_contiguous:  # then the row may be a copy
                     x[...] = row.reshape(x.shape)
+        return moments
 
     def _step(
-        self, p: Array, m: Array, v: Array, g: Array, *, weight_decay: float, learning_rate: float
+        self,
+        p: Array,
+        m: Array,
+        v: Array,
+        g: Array,
+        a: Array,
+        b: Array,
+        *,
+        step: int,
+        weight_decay: float,
+        learning_rate: float,
     ) -> None:
-        """The step of a block of one tensor, each array [block]."""
-        xp, (a, b) = library(g), self._buffers(g)
+        """The step of a block of one tensor, each array [block]; ``a`` and ``b`` are scratch."""
+        xp = library(g)
         xp.subtract(g, m, out=a)  # m ← m + (1 − β1)(g − m)
         xp.multiply(a, 1 - self.beta1, out=a)
         xp.add(m, a, out=m)
@@ -119,24 +173,16 @@ class AdamW:
         xp.add(v, a, out=v)
         xp.subtract(v, v, out=b)  # 0, or NaN where g² overflows: m̂ / ∞ would be no step, unseen
         xp.add(v, b, out=v)
-        xp.divide(v, 1 - self.beta2**self.step, out=a)  # step = m̂ / (√v̂ + ε)
+        xp.divide(v, 1 - self.beta2**step, out=a)  # step = m̂ / (√v̂ + ε)
         xp.sqrt(a, out=a)
         xp.add(a, self.epsilon, out=a)
-        xp.divide(m, 1 - self.beta1**self.step, out=b)
+        xp.divide(m, 1 - self.beta1**step, out=b)
         xp.divide(b, a, out=b)
         if weight_decay:  # p ← p − lr (step + λ p)
             xp.multiply(p, weight_decay, out=a)
             xp.add(b, a, out=b)
         xp.multiply(b, learning_rate, out=b)
         xp.subtract(p, b, out=p)
-
-    def _buffers(self, like: Array) -> tuple[Array, Array]:
-        """Two scratch arrays shaped like ``like`` [block]."""
-        xp, key = library(like), like.dtype
-        if key not in self._scratch or self._scratch[key][0].size < like.size:
-            self._scratch[key] = (xp.empty(like.size, dtype=key), xp.empty(like.size, dtype=key))
-        a, b = self._scratch[key]
-        return a[: like.size], b[: like.size]
 
 
 def clip_global_norm(grads: Tensors, max_norm: float, *, epsilon: float = 0.0) -> float:
@@ -158,6 +204,16 @@ def clip_global_norm(grads: Tensors, max_norm: float, *, epsilon: float = 0.0) -
         for g in grads.values():
             library(g).multiply(g, max_norm / (norm + epsilon), out=g)
     return norm
+
+
+def update_gate_biases(
+    params: Tensors, loads: Mapping[int, Array], gamma: float, config: ModelConfig
+) -> None:
+    """`bias_update` in place on the gates whose ``loads`` [E] of the whole batch are given by
+    layer, as `forward` tells them, MTP modules' too; nothing in a model without gate biases."""
+    for layer, load in loads.items() if config.gate_bias else ():
+        bias = params[layer_name(layer, GATE_BIAS)]
+        bias[...] = bias_update(bias, load, gamma, centre=config.conventions.bias_centre)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from refimpl.kernels.columns import CUDA, NUMBA_CUDA
 from refimpl.kernels.compile import STORAGE
 from refimpl.kernels.cross_entropy import cross_entropy, cross_entropy_in_place
 from refimpl.kernels.numba_cuda import NUMBA_STORAGE
+from refimpl.optimizer import Moments
 
 from kernel_support import DTYPES, SHAPES, TABLES, WIDE, make_launch, ops_of, results, rounded
 
@@ -41,7 +42,7 @@ def main() -> None:
         print("adamw, cross_entropy in place", storage, flush=True)
         p, x = (cupy.asarray(rounded(np.ones((3, 37)), storage)) for _ in range(2))
         grads = {"p": cupy.ones(p.shape, dtype=WIDE[storage])}
-        adamw(make_launch())().update({"p": p}, grads, 0.1)
+        adamw(make_launch())().update({"p": p}, grads, Moments(), 0.1)
         loss, saved = cross_entropy(make_launch()).forward(x, targets=cupy.asarray([1, 2, 3]))
         cross_entropy_in_place(make_launch())(cupy.ones_like(loss), saved)
     cupy.cuda.runtime.deviceSynchronize()

@@ -1,17 +1,27 @@
-"""AdamW against a scalar reimplementation, clipping, and the published points of V3's schedules."""
+"""AdamW against a scalar reimplementation, clipping, the gates' biases, and the published points of
+V3's schedules."""
 
 from __future__ import annotations
 
 import math
 import sys
 import tracemalloc
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from refimpl.optimizer import V3_SCHEDULE, AdamW, clip_global_norm
+from refimpl.config import preset
+from refimpl.optimizer import (
+    BLOCK,
+    V3_SCHEDULE,
+    AdamW,
+    Moments,
+    clip_global_norm,
+    update_gate_biases,
+)
+from refimpl.parameters import init_parameters, is_buffer
 
 import pretended_cupy
 
@@ -37,9 +47,9 @@ def test_against_scalars(options: dict[str, float]) -> None:
     params = {"a": rng.normal(size=(3, 4)), "b": rng.normal(size=5)}
     start = {n: p.copy() for n, p in params.items()}
     steps = [{n: rng.normal(size=p.shape) for n, p in params.items()} for _ in range(7)]
-    optimizer = AdamW(**options)
+    moments = Moments()
     for grads in steps:
-        optimizer.update(params, grads, 0.01)
+        moments = AdamW(**options).update(params, grads, moments, 0.01)
     constants = {"beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1} | options
     for name, p in params.items():
         for at in np.ndindex(p.shape):
@@ -52,14 +62,14 @@ def test_against_scalars(options: dict[str, float]) -> None:
 def test_first_step_is_the_sign() -> None:
     """Bias correction makes the first step lr · sign(g), whatever the gradient's size (ε apart)."""
     params = {"w": np.zeros(3)}
-    AdamW(weight_decay=0.0).update(params, {"w": np.array([1e-3, -5.0, 200.0])}, 0.1)
+    AdamW(weight_decay=0.0).update(params, {"w": np.array([1e-3, -5.0, 200.0])}, Moments(), 0.1)
     np.testing.assert_allclose(params["w"], [-0.1, 0.1, -0.1], rtol=2e-5)
 
 
 def test_decay_is_decoupled_and_chosen_by_name() -> None:
     params = {"w": np.ones(2), "norm.weight": np.ones(2)}
     optimizer = AdamW(weight_decay=0.5, decays=lambda name: "norm" not in name)
-    optimizer.update(params, {n: np.zeros(2) for n in params}, 0.1)
+    optimizer.update(params, {n: np.zeros(2) for n in params}, Moments(), 0.1)
     np.testing.assert_allclose(params["w"], 0.95)  # no gradient: the decay alone
     np.testing.assert_array_equal(params["norm.weight"], 1)
 
@@ -70,27 +80,53 @@ def test_range_of_validity() -> None:
     unseen. One whose square underflows makes a step by epsilon, as the formula has it."""
     params = {"w": np.ones(3, np.float32)}
     grads = {"w": np.array([1e19, 2e19, 1e-30], np.float32)}
-    AdamW(weight_decay=0.0, beta2=0.5).update(params, grads, 0.25)
+    AdamW(weight_decay=0.0, beta2=0.5).update(params, grads, Moments(), 0.25)
     np.testing.assert_array_equal(params["w"], np.array([0.75, np.nan, 1], np.float32))
 
 
-def test_in_place_and_allocation_free() -> None:
-    """The arrays stay the same ones, and after the first step nothing of a tensor's size is
-    allocated."""
+def test_in_place_and_two_blocks_of_scratch() -> None:
+    """Parameters and moments stay the same arrays, and after the first step nothing but two blocks
+    of each type is allocated."""
     rng = np.random.default_rng(0)
     params = {"a": rng.normal(size=(300, 500)), "b": rng.normal(size=(200, 100)).astype(np.float32)}
     grads = {n: rng.normal(size=p.shape).astype(p.dtype) for n, p in params.items()}
     same = dict(params)
-    optimizer = AdamW()
-    optimizer.update(params, grads, 0.01)
+    optimizer, moments = AdamW(), Moments()
+    moments = first = optimizer.update(params, grads, moments, 0.01)
     tracemalloc.start()
     for _ in range(3):
-        optimizer.update(params, grads, 0.01)
+        moments = optimizer.update(params, grads, moments, 0.01)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 10_000
+    assert peak < 2 * (8 * BLOCK + 4 * params["b"].size) + 10_000 < params["a"].nbytes
     assert all(params[n] is same[n] for n in params)
-    assert params["b"].dtype == optimizer.first["b"].dtype == np.float32
+    assert all(moments.first[n] is first.first[n] for n in params)
+    assert all(moments.second[n] is first.second[n] for n in params)
+    assert params["b"].dtype == moments.first["b"].dtype == np.float32
+
+
+def test_moments_are_given_and_returned() -> None:
+    """Nothing else is remembered: one optimizer's two runs don't mix, a run goes on from moments
+    that were copied, the start stays empty, and a tensor seen later starts from zeros."""
+    rng = np.random.default_rng(0)
+    grads = [{"w": rng.normal(size=3)} for _ in range(4)]
+    optimizer = AdamW()
+    whole, parts, other = ({"w": np.ones(3)} for _ in range(3))
+    moments = saved = Moments()
+    for g in grads:
+        moments = optimizer.update(whole, g, moments, 0.01)
+    for g in grads[:2]:
+        saved = optimizer.update(parts, g, saved, 0.01)
+    resumed = Moments(saved.step, *({"w": of["w"].copy()} for of in saved[1:]))
+    optimizer.update(other, grads[3], saved, 0.01)
+    for g in grads[2:]:
+        resumed = AdamW().update(parts, g, resumed, 0.01)
+    np.testing.assert_array_equal(parts["w"], whole["w"])
+    np.testing.assert_array_equal(resumed.second["w"], moments.second["w"])
+    assert Moments() == (0, {}, {})
+    late = optimizer.update({"v": np.ones(2)}, {"v": np.full(2, 0.5)}, resumed, 0.01)
+    assert (late.step, list(late.first), list(resumed.first)) == (5, ["w", "v"], ["w"])
+    np.testing.assert_allclose(late.first["v"], 0.05)
 
 
 def test_blocks_and_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,9 +138,10 @@ def test_blocks_and_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
     same = dict(params)
     for name, p in params.items():
         monkeypatch.setattr("refimpl.optimizer.BLOCK", 100 if name == "whole" else 5)
-        optimizer = AdamW()
+        moments = Moments()
         for g in steps:
-            optimizer.update({name: p}, {name: g if name == "whole" else g.T.copy().T}, 0.01)
+            grads = {name: g if name == "whole" else g.T.copy().T}
+            moments = AdamW().update({name: p}, grads, moments, 0.01)
     assert not np.array_equal(params["whole"], whole)
     np.testing.assert_array_equal(params["blocks"], params["whole"])
     np.testing.assert_array_equal(params["strided"], params["whole"])
@@ -143,12 +180,38 @@ def test_blocks_and_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_errors_change_nothing(params: Any, grads: Any, lr: float, message: str) -> None:
-    optimizer = AdamW()
     before = {n: p.copy() for n, p in params.items()}
+    moments = Moments()
     with pytest.raises(ValueError, match=message):
-        optimizer.update(params, grads, lr)
-    assert optimizer.step == 0
+        AdamW().update(params, grads, moments, lr)
+    assert moments == (0, {}, {})
     assert all(np.array_equal(params[n], before[n]) for n in params)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ({"v": np.ones(2)}, {}, "moments must be in pairs, got one alone of v"),
+        (
+            {"w": np.ones(3)},
+            {"w": np.ones(2)},
+            r"of w must be float64 \(2,\) .*, got float64 \(3,\)",
+        ),
+        (
+            {"w": np.ones(2)},
+            {"w": np.ones(2, np.float32)},
+            r"of w must be float64 \(2,\) .*, got float32",
+        ),
+    ],
+)
+def test_moments_that_do_not_fit_change_nothing(first: Any, second: Any, message: str) -> None:
+    params, grads = {"v": np.ones(2), "w": np.ones(2)}, {"v": np.ones(2), "w": np.ones(2)}
+    first = {"v": np.ones(2)} | first
+    second = ({"v": np.ones(2)} if second else {}) | second
+    with pytest.raises(ValueError, match=message):
+        AdamW().update(params, grads, Moments(1, first, second), 0.1)
+    everything = (params["v"], params["w"], first["v"])
+    assert all((x == 1).all() for x in everything)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +228,37 @@ def test_errors_change_nothing(params: Any, grads: Any, lr: float, message: str)
 def test_bad_settings(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="beta1 and beta2 must lie in"):
         AdamW(**options)
+
+
+def test_settings_are_frozen() -> None:
+    optimizer = AdamW()
+    assert optimizer == AdamW()
+    with pytest.raises(FrozenInstanceError):
+        optimizer.beta1 = 0.5  # type: ignore[misc]
+
+
+def test_gate_biases() -> None:
+    """Each gate's of the loads moves in place by the sign, MTP modules' too, others stay; centred
+    where the convention says so; a model without gate biases is left alone."""
+    config = preset("tiny")
+    params = init_parameters(config, dtype="float64")
+    biases = {n: p for n, p in params.items() if is_buffer(n)}
+    others = {n: p.copy() for n, p in params.items() if n not in biases}
+    assert len(biases) == 4
+    load = np.array([0, 0, 0, 0, 0, 0, 3, 5])
+    update_gate_biases(params, {1: load, 2: load, 3: load[::-1]}, 0.5, config)
+    signs = [0.5] * 6 + [-0.5] * 2
+    wanted = (signs, signs, signs[::-1], [0.0] * 8)
+    assert [bias.tolist() for bias in biases.values()] == list(map(list, wanted))
+    assert all(params[n] is bias for n, bias in biases.items())
+    assert all(np.array_equal(params[n], p) for n, p in others.items())
+    centred = replace(config, conventions=replace(config.conventions, bias_centre=True))
+    update_gate_biases(params, {4: load}, 0.5, centred)
+    assert [bias.tolist() for bias in biases.values()][3] == [0.25] * 6 + [-0.75] * 2
+    without = replace(config, gate_bias=False)
+    params = init_parameters(without)
+    update_gate_biases(params, {1: load}, 0.5, without)
+    assert params.keys() == others.keys()
 
 
 def test_clip() -> None:

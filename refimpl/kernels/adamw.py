@@ -3,13 +3,13 @@ bfloat16."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from ..array import Array
-from ..optimizer import AdamW, check_step
+from ..optimizer import AdamW, Moments, check_contiguous, check_step
 from .host import Kernels, cover, numbers
 from .launch import Launch
 
@@ -19,33 +19,29 @@ THREADS = 256
 
 
 def adamw(launch: Launch) -> Callable[..., AdamW]:
-    """The optimizer's class on ``launch``. Parameters, which it changes in place, must be
-    contiguous."""
+    """The optimizer's class on ``launch``. Parameters and moments, which it changes in place, must
+    be contiguous."""
     kernels = Kernels(launch, "adamw")
 
     class FusedAdamW(AdamW):
         def update(
             self,
-            params: MutableMapping[str, Array],
+            params: Mapping[str, Array],
             grads: Mapping[str, Array],
+            moments: Moments,
             learning_rate: float,
-        ) -> None:
-            """One step on every tensor of ``grads``, in place; a bfloat16 parameter's gradient is
-            float32."""
-            check_step(params, grads, learning_rate, lambda name, p: numbers(**{name: p}).real)
-            for name, g in grads.items():
-                p = params[name]
-                if not (p.flags.c_contiguous and g.flags.c_contiguous):
-                    raise ValueError(
-                        f"{name} and its gradient must be contiguous, got strided arrays"
-                    )
-            self.step += 1
-            correct = [1 - beta**self.step for beta in (self.beta1, self.beta2)]
+        ) -> Moments:
+            """One step on every tensor of ``grads``; a bfloat16 parameter's gradient and moments
+            are float32."""
+            check_step(
+                params, grads, moments, learning_rate, lambda name, p: numbers(**{name: p}).real
+            )
+            check_contiguous(params, grads, moments)
+            moments = moments.next(grads)
+            correct = [1 - beta**moments.step for beta in (self.beta1, self.beta2)]
             for name, g in grads.items():
                 p = params[name]
                 n: Any = numbers(**{name: p})
-                if name not in self.first:
-                    self.first[name], self.second[name] = n.xp.zeros_like(g), n.xp.zeros_like(g)
                 decay = self.weight_decay if self.decays(name) else 0.0
                 settings = (
                     1 - self.beta1,
@@ -61,11 +57,12 @@ def adamw(launch: Launch) -> Callable[..., AdamW]:
                     cover(p.size, THREADS),
                     THREADS,
                     p,
-                    self.first[name],
-                    self.second[name],
+                    moments.first[name],
+                    moments.second[name],
                     g,
                     np.int64(p.size),
                     *map(n.scalar, settings),
                 )
+            return moments
 
     return FusedAdamW

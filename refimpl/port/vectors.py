@@ -38,7 +38,7 @@ from ..errors import CouldNotRun
 from ..files import file_digest, replacing_folder, write_text
 from ..grads.folder import FORMAT
 from ..ops import bias_update, expert_load
-from ..optimizer import AdamW, clip_global_norm
+from ..optimizer import AdamW, Moments, clip_global_norm
 from .cases import (
     RERUNS,
     ROUNDOFF,
@@ -265,12 +265,13 @@ def adamw(size: str) -> Iterator[Made]:
     def runs(dtype: str) -> Arrays:
         cast = {k: np.array(x, dtype=dtype) for k, x in aux.items()}
         params = {k: cast[f"param.{k}"] for k in shapes}
-        adam = AdamW(**settings, decays=lambda k: k == "a")
+        adam, moments = AdamW(**settings, decays=lambda k: k == "a"), Moments()
         for step, rate in enumerate(rates):
-            adam.update(params, {k: cast[f"grad.{step}.{k}"] for k in shapes}, rate)
-        moments = {f"out/m.{k}": x for k, x in adam.first.items()}
-        moments |= {f"out/v.{k}": x for k, x in adam.second.items()}
-        return {f"out/param.{k}": x for k, x in params.items()} | moments
+            grads = {k: cast[f"grad.{step}.{k}"] for k in shapes}
+            moments = adam.update(params, grads, moments, rate)
+        found = {f"out/param.{k}": x for k, x in params.items()}
+        found |= {f"out/m.{k}": x for k, x in moments.first.items()}
+        return found | {f"out/v.{k}": x for k, x in moments.second.items()}
 
     told = settings | {"learning_rates": list(rates), "decays": ["a"]}
     yield plain(name, "adamw", told, aux, runs)

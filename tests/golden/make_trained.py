@@ -17,9 +17,8 @@ import numpy as np
 from refimpl.checkpoint import save_checkpoint
 from refimpl.config import preset
 from refimpl.model import backward, forward
-from refimpl.ops import bias_update
-from refimpl.optimizer import AdamW, clip_global_norm
-from refimpl.parameters import BIAS, init_parameters
+from refimpl.optimizer import AdamW, Moments, clip_global_norm, update_gate_biases
+from refimpl.parameters import init_parameters
 from refimpl.text import load_text
 
 STEPS = 2000
@@ -34,7 +33,7 @@ def main(folder: Path) -> None:
     data = np.frombuffer(load_text().data, np.uint8).astype(np.int64)
     rng = np.random.default_rng(0)
     params = init_parameters(config, std=0.12)
-    optimizer = AdamW(weight_decay=0.01)
+    optimizer, moments = AdamW(weight_decay=0.01), Moments()
     for step in range(STEPS):
         starts = rng.integers(0, len(data) - LENGTH, BATCH)
         output, saved = forward(params, data[starts[:, None] + np.arange(LENGTH + 1)], config)
@@ -43,10 +42,9 @@ def main(folder: Path) -> None:
         learning_rate = (
             PEAK * min((step + 1) / WARM_UP, 1) * (0.02 + (1 + cos(pi * step / STEPS)) / 2)
         )
-        optimizer.update(params, grads, learning_rate)
-        for layer, load in output.loads.items():
-            name = f"model.layers.{layer}.{BIAS}"
-            params[name] = bias_update(params[name], load, 1e-3 if step < 0.9 * STEPS else 0.0)
+        moments = optimizer.update(params, grads, moments, learning_rate)
+        gamma = 1e-3 if step < 0.9 * STEPS else 0.0
+        update_gate_biases(params, output.loads, gamma, config)
         if step % 500 == 0 or step == STEPS - 1:
             print(step, float(output.main), *map(float, output.mtp), flush=True)
     save_checkpoint(params, config, folder)

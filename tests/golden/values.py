@@ -34,7 +34,7 @@ from refimpl.ops import (
     yarn_mscale,
     yarn_softmax_factor,
 )
-from refimpl.optimizer import AdamW, clip_global_norm
+from refimpl.optimizer import AdamW, Moments, clip_global_norm
 
 GOLDEN = Path(refimpl.__file__).parent / "port" / "small"  # they are in the wheel, too
 TOLERANCE = 1e-13
@@ -292,11 +292,12 @@ def optimizer(case: Case) -> Tensors:
     settings = dict(case.settings)
     max_norm = settings.pop("max_norm")
     params = {name: case.aux[f"start.{name}"].copy() for name in ("a", "b")}
-    adam, norms = AdamW(**settings), []
+    adam, moments = AdamW(**settings), Moments()
+    norms = []
     for step, rate in enumerate(case.aux["rates"]):
         grads = {name: case.aux[f"grad{step}.{name}"].copy() for name in params}
         norms.append(clip_global_norm(grads, max_norm, epsilon=1e-6))
-        adam.update(params, grads, float(rate))
+        moments = adam.update(params, grads, moments, float(rate))
     return {"out/norms": np.array(norms)} | {f"out/{name}": p for name, p in params.items()}
 
 

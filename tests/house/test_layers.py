@@ -12,15 +12,16 @@ import refimpl
 PACKAGE = Path(refimpl.__file__).parent
 LAYERS = (  # from the bottom; what stands in one row does not import one another
     {"refimpl", "errors", "array"},
-    {"ops", "files", "optimizer"},
+    {"ops", "files"},
     {"config", "text", "tokenizer"},
     {"parameters", "batch"},
+    {"optimizer"},
     {"model", "checkpoint", "kernels", "count"},
     {"memory"},
     {"check", "generate", "splits", "bench"},
     {"grads"},
     {"verify", "conventions"},
-    {"port"},
+    {"port", "train"},
     {"cli"},
     {"__main__"},
 )

@@ -9,7 +9,7 @@ import pytest
 
 from refimpl.kernels.adamw import adamw
 from refimpl.kernels.compile import STORAGE
-from refimpl.optimizer import AdamW
+from refimpl.optimizer import AdamW, Moments
 
 from kernel_support import DTYPES, WIDE, make_launch, rounded, to_device, to_host, without_a_device
 from kernel_support.planted import PLANTED, plant
@@ -28,11 +28,14 @@ def test_adamw(storage: str) -> None:
     params = {name: to_device(p) for name, p in drawn.items()}
     reference = {name: p.astype(np.float64) for name, p in drawn.items()}
     options: dict[str, Any] = {"decays": lambda name: name == "w", "weight_decay": 0.2}
-    ours, theirs = adamw(make_launch())(**options), AdamW(**options)
+    optimizer = adamw(make_launch())(**options)
+    ours = theirs = Moments()
     for _ in range(3):
-        grads = {name: rng.normal(size=p.shape).astype(wide) for name, p in params.items()}
-        ours.update(params, {name: to_device(g) for name, g in grads.items()}, 0.01)
-        theirs.update(reference, {name: g.astype(np.float64) for name, g in grads.items()}, 0.01)
+        drawn = {name: rng.normal(size=p.shape).astype(wide) for name, p in params.items()}
+        grads = {name: to_device(g) for name, g in drawn.items()}
+        ours = optimizer.update(params, grads, ours, 0.01)
+        exact = {name: g.astype(np.float64) for name, g in drawn.items()}
+        theirs = AdamW(**options).update(reference, exact, theirs, 0.01)
     tolerance = {"float64": 1e-14, "float32": 1e-6, "bfloat16": 3 * 2**-8}[storage]
     for name, p in params.items():
         assert p.dtype == DTYPES[storage]
@@ -44,17 +47,21 @@ def test_adamw(storage: str) -> None:
             rtol=0,
             atol=1e-6 if wide != np.float64 else 1e-15,
         )
-    before, grads = to_host(params["w"]).copy(), {name: to_device(g) for name, g in grads.items()}
-    with pytest.raises(
-        ValueError, match=r"the gradient of w must be float\d+ \(41, 13\) .*, got int64"
+    before = to_host(params["w"]).copy()
+    strided = to_device(np.ones((3, 2), dtype=wide))[:, 0]
+    integers = grads | {"w": to_device(np.ones((41, 13), int))}
+    of_strided = ours._replace(first={**ours.first, "norm": strided})
+    of_other_shapes = Moments(1, {"w": strided}, {"w": strided})
+    contiguous = "norm, its gradient and its moments must be contiguous"
+    for given, moments, rate, message in (
+        (integers, ours, 0.01, r"the gradient of w must be float\d+ \(41, 13\) .*, got int64"),
+        (grads | {"norm": strided}, ours, 0.01, contiguous),
+        (grads, of_strided, 0.01, contiguous),
+        (grads, of_other_shapes, 0.01, r"the moments of w must be float\d+ \(41, 13\)"),
+        (grads, ours, float("nan"), "learning_rate must be a finite number"),
     ):
-        ours.update(params, {"w": to_device(np.ones((41, 13), dtype=np.int64))}, 0.01)
-    with pytest.raises(ValueError, match="norm and its gradient must be contiguous"):
-        ours.update(
-            params, {"w": grads["w"], "norm": to_device(np.ones((3, 2), dtype=wide))[:, 0]}, 0.01
-        )
-    with pytest.raises(ValueError, match="learning_rate must be a finite number"):
-        ours.update(params, grads, float("nan"))
+        with pytest.raises(ValueError, match=message):
+            optimizer.update(params, given, moments, rate)
     assert np.array_equal(to_host(params["w"]), before)
 
 
@@ -63,7 +70,7 @@ def test_a_square_that_overflows(storage: str) -> None:
     """NaN for its parameter alone, as in the reference."""
     params = {"w": to_device(rounded(np.ones(2), storage))}
     grads = {"w": to_device(np.array([1.0, 1e20], np.float32))}
-    adamw(make_launch())(weight_decay=0.0).update(params, grads, 0.25)
+    adamw(make_launch())(weight_decay=0.0).update(params, grads, Moments(), 0.25)
     found = to_host(params["w"]).astype(np.float64)
     np.testing.assert_allclose(found, [0.75, np.nan], rtol=1e-6)
 

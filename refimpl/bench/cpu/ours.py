@@ -13,7 +13,7 @@ from ...kernels.cpu.adamw import FusedAdamW
 from ...memory import available_memory
 from ...model import backward, forward
 from ...ops import AnyOp, Ops
-from ...optimizer import AdamW
+from ...optimizer import AdamW, Moments
 from .problems import Inputs, Sizes, inputs_of
 
 __all__ = ["Gradients", "Work", "expect_memory", "optimizer_of", "work_of"]
@@ -69,29 +69,34 @@ def _block(ops: Ops, name: str, inputs: Inputs) -> tuple[Any, Any]:
     return y, (*ops.rms_norm.backward(dh, norm), *dw)
 
 
-def _step(ops: Ops, inputs: Inputs, optimizer: Any) -> Work:
+def _step(ops: Ops, inputs: Inputs, optimizer: AdamW) -> Work:
     config, tokens, learning_rate = inputs.fixed.values()
     params: Any = inputs.arrays
+    moments = Moments()
 
     def call() -> Gradients:
+        nonlocal moments
         _, saved = forward(params, tokens, config, ops=ops)
         grads = backward(saved)
-        optimizer.update(params, grads, learning_rate)
+        moments = optimizer.update(params, grads, moments, learning_rate)
         return grads
 
     return Work(call, call)
 
 
-def _adamw(inputs: Inputs, optimizer: Any) -> Work:
+def _adamw(inputs: Inputs, optimizer: AdamW) -> Work:
     params: Any = inputs.arrays
     rate, g = inputs.fixed["learning_rate"], inputs.dy
+    moments = Moments()
 
-    def call() -> object:
-        return optimizer.update(params, {"p": g}, rate)
+    def call() -> None:
+        nonlocal moments
+        moments = optimizer.update(params, {"p": g}, moments, rate)
 
     def gradients() -> Gradients:
+        nonlocal moments
         for k in range(STEPS):
-            optimizer.update(params, {"p": np.roll(g, k)}, rate)
+            moments = optimizer.update(params, {"p": np.roll(g, k)}, moments, rate)
         return {"p": params["p"].copy()}
 
     return Work(call, gradients)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from ...kernels.columns import on_cpu
 from ...model import backward, forward
 from ...ops import Op, Ops
+from ...optimizer import Moments
 from .ours import optimizer_of
 from .problems import PROBLEMS, Sizes, attention_flops, inputs_of
 from .worker import product_rate
@@ -33,7 +34,8 @@ def profile(column: str, sizes: Sizes, steps: int) -> list[Line]:
     inputs, table = inputs_of("step", sizes), on_cpu(column)
     config, tokens, learning_rate = inputs.fixed.values()
     params: Any = inputs.arrays
-    optimizer, clock = optimizer_of(column), Clock()
+    optimizer, moments = optimizer_of(column), Moments()
+    clock = Clock()
     ops = clock.watch(table)
     found: list[dict[str, float]] = []
     calls: dict[str, int] = {}
@@ -45,7 +47,7 @@ def profile(column: str, sizes: Sizes, steps: int) -> list[Line]:
         grads = backward(saved)
         clock.own["rest of the model"] = time.perf_counter() - start - sum(clock.own.values())
         start = time.perf_counter()
-        optimizer.update(params, grads, learning_rate)
+        moments = optimizer.update(params, grads, moments, learning_rate)
         clock.own["AdamW"] = time.perf_counter() - start
         del saved, grads
         if step >= WARM:

@@ -21,7 +21,7 @@ from refimpl.kernels.cpu.adamw import FusedAdamW
 from refimpl.kernels.cpu.pool import threads
 from refimpl.model import backward, forward
 from refimpl.ops import IMPLEMENTATIONS, REFERENCE, Op
-from refimpl.optimizer import AdamW
+from refimpl.optimizer import AdamW, Moments
 from refimpl.parameters import init_parameters
 
 from attention_contract import ERRORS, GOOD, check_more_queries_than_keys, check_range_of_validity
@@ -176,19 +176,24 @@ def test_adamw() -> None:
         start = {name: rng.normal(size=(5, 7)).astype(dtype) for name in ("a", "b.norm")}
         ours, theirs = ({n: p.copy() for n, p in start.items()} for _ in range(2))
         fused, plain = (kind(decays=lambda n: "norm" not in n) for kind in (FusedAdamW, AdamW))
+        state = of_plain = Moments()
         for _ in range(5):
             grads = {name: rng.normal(size=p.shape).astype(dtype) for name, p in start.items()}
-            fused.update(ours, grads, 0.01)
-            plain.update(theirs, grads, 0.01)
+            state = fused.update(ours, grads, state, 0.01)
+            of_plain = plain.update(theirs, grads, of_plain, 0.01)
+        assert state.step == of_plain.step == 5
         for name in start:
             assert np.max(np.abs(ours[name] - theirs[name])) <= bound
             assert np.max(np.abs(theirs[name] - start[name])) > 0.01
     large = np.full((5, 7), 1e30, np.float32)
-    fused.update(ours, {"a": large}, 0.01)
+    fused.update(ours, {"a": large}, state, 0.01)
     assert np.isnan(ours["a"]).all()
     before = ours["b.norm"].copy()
     with pytest.raises(ValueError, match="must be contiguous"):
-        fused.update({"b.norm": ours["b.norm"].T}, {"b.norm": large.T}, 0.01)
+        fused.update({"b.norm": ours["b.norm"].T}, {"b.norm": large.T}, Moments(), 0.01)
+    short = Moments(1, {"b.norm": large[:2]}, {"b.norm": large})
+    with pytest.raises(ValueError, match=r"the moments of b.norm must be float32 \(5, 7\)"):
+        fused.update(ours, {"b.norm": large}, short, 0.01)
     assert (ours["b.norm"] == before).all()
 
 
