@@ -20,7 +20,7 @@ LAYERS = (  # from the bottom; what stands in one row does not import one anothe
     {"check", "generate", "splits", "bench"},
     {"grads"},
     {"verify", "conventions"},
-    {"port"},
+    {"port", "train"},
     {"cli"},
     {"__main__"},
 )
