@@ -10,7 +10,7 @@ from typing import NamedTuple
 from .errors import CouldNotRun
 from .files import read_bytes
 
-__all__ = ["Text", "load_text"]
+__all__ = ["Text", "load_text", "load_topics"]
 
 MOST = 2**28  # bytes
 
@@ -24,6 +24,17 @@ class Text(NamedTuple):
         return hashlib.sha256(self.data).hexdigest()
 
 
+def load_topics() -> list[str]:
+    """The texts of `pydoc_data.topics`, sorted by their names; CouldNotRun where there are none."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise CouldNotRun(
+            f"must be a file, since this Python has no pydoc_data.topics ({error})", argument="text"
+        ) from error
+    return [topics[name] for name in sorted(topics)]
+
+
 def load_text(path: Path | None = None) -> Text:
     """The bytes of ``path``, by default all of `pydoc_data.topics`, sorted (it differs by Python
     version).
@@ -31,18 +42,9 @@ def load_text(path: Path | None = None) -> Text:
     CouldNotRun if the file can't be read or is too short or too dull to cut windows from.
     """
     if path is None:
-        try:
-            from pydoc_data.topics import topics
-        except ImportError as error:
-            raise CouldNotRun(
-                f"must be a file, since this Python has no pydoc_data.topics ({error})",
-                argument="text",
-            ) from error
-        name = (
-            "pydoc_data.topics of CPython "
-            f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
-        )
-        return Text(name, "\n\n".join(topics[key] for key in sorted(topics)).encode())
+        version = sys.version_info
+        name = f"pydoc_data.topics of CPython {version.major}.{version.minor}.{version.micro}"
+        return Text(name, "\n\n".join(load_topics()).encode())
     try:
         data = read_bytes(path, str(path), MOST)
     except CouldNotRun as error:

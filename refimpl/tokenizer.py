@@ -4,6 +4,7 @@ streams unbroken."""
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,13 +104,28 @@ def refused(what: str) -> Iterator[None]:
 
 
 class Bytes:
-    """Bytes as tokens, for models of 256 tokens."""
+    """Bytes as tokens 0 … 255, and 256 + i for ``tags[i]``: a text that is one token wherever it
+    stands (of two that begin at one place, the longer)."""
+
+    def __init__(self, tags: Sequence[str] = ()) -> None:
+        if "" in tags or len(set(tags)) < len(tags):
+            raise ValueError(f"tags must be different and not empty, got {list(tags)}")
+        longest_first = sorted(tags, key=len, reverse=True)
+        never = "(?!)"
+        self.tag = re.compile(f"({'|'.join(map(re.escape, longest_first)) or never})")
+        self.ids = {tag: 256 + i for i, tag in enumerate(tags)}
+        self.pieces = [bytes([byte]) for byte in range(256)] + [tag.encode() for tag in tags]
 
     def encode(self, text: str) -> list[int]:
-        return list(text.encode())
+        tokens: list[int] = []
+        for piece in self.tag.split(text):
+            tokens += [self.ids[piece]] if piece in self.ids else piece.encode()
+        return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return bytes(token for token in tokens if token < 256).decode(errors="replace")
+        """Tags are shown; tokens beyond them, which a larger model may choose, are not."""
+        known = (self.pieces[token] for token in tokens if token < len(self.pieces))
+        return b"".join(known).decode(errors="replace")
 
 
 class TextStream:

@@ -55,6 +55,23 @@ def test_tokenizer(tmp_path: Path) -> None:
     assert HuggingFace(tmp_path).encode(SAMPLE) == tokens
 
 
+def test_tags_are_tokens() -> None:
+    """Text around them is bytes; of two that begin at one place the longer is taken; what is no tag
+    yet, or not quite, stays bytes."""
+    tags = ("<a>", "<a>b", "</a>", "|")
+    tokenizer = Bytes(tags)
+    assert tokenizer.encode("<a>é</a>") == [256, *"é".encode(), 258]
+    assert tokenizer.encode("<a>b<a><A>") == [257, 256, *b"<A>"]
+    assert tokenizer.encode("||<a") == [259, 259, *b"<a"]
+    text = SAMPLE + "|<a>" + SAMPLE + "<a>b</a>"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode([256, 97, 260, 999, 258]) == "<a>a</a>"
+    assert Bytes().encode("<a>") == [*b"<a>"]
+    assert Bytes().decode([97, 256, 98]) == "ab"
+    with pytest.raises(ValueError, match="tags must be different and not empty"):
+        Bytes(("x", "x"))
+
+
 class Panic(BaseException):
     pass
 

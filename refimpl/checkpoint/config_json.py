@@ -15,7 +15,14 @@ from ..config import PRESETS, Conventions, ModelConfig, Yarn
 from ..errors import CouldNotRun
 from ..files import read_json
 
-__all__ = ["config_dict", "load_config", "read_block_size", "read_config", "read_object"]
+__all__ = [
+    "config_dict",
+    "load_config",
+    "read_block_size",
+    "read_config",
+    "read_object",
+    "stop_tokens",
+]
 
 INTEGERS = {
     "vocabulary": "vocab_size",
@@ -94,6 +101,21 @@ def read_object(path: Path) -> dict[str, Any]:
     for where, value in _infinite("", raw):
         raise CouldNotRun(f"{path}: {where} must be a finite number, got {_shown(value)}")
     return raw
+
+
+def stop_tokens(folder: Path) -> list[int]:
+    """eos_token_id of generation_config.json, else of config.json, as a list; it may be missing."""
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        found = read_object(path).get("eos_token_id") if os.path.lexists(path) else None
+        if found is not None:
+            ids = found if isinstance(found, list) else [found]
+            if not all(type(token) is int and token >= 0 for token in ids):
+                raise CouldNotRun(
+                    f"{path}: eos_token_id must be a token id or a list of them, got "
+                    f"{str(found)[:40]!r}"
+                )
+            return ids
+    return []
 
 
 class _Fields:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..checkpoint import Checkpoint
-from ..checkpoint.config_json import read_object
+from ..checkpoint.config_json import stop_tokens
 from ..checkpoint.lazy import LazyParameters
 from ..config import CONVENTIONS
 from ..errors import CouldNotRun
@@ -230,18 +229,3 @@ def read_prompts(path: Path) -> list[str]:
             raise CouldNotRun(f"--prompts {path} must hold a list of strings")
         return texts
     return read_text(path, f"--prompts {path}").removesuffix("\n").split("\n")
-
-
-def stop_tokens(folder: Path) -> list[int]:
-    """eos_token_id of generation_config.json, else of config.json, as a list; it may be missing."""
-    for path in (folder / "generation_config.json", folder / "config.json"):
-        found = read_object(path).get("eos_token_id") if os.path.lexists(path) else None
-        if found is not None:
-            ids = found if isinstance(found, list) else [found]
-            if not all(type(token) is int and token >= 0 for token in ids):
-                raise CouldNotRun(
-                    f"{path}: eos_token_id must be a token id or a list of them, got "
-                    f"{str(found)[:40]!r}"
-                )
-            return ids
-    return []

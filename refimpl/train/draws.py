@@ -1,0 +1,16 @@
+"""Random numbers that depend on nothing but their names: a resumed run draws what it would have
+drawn."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+
+__all__ = ["generator"]
+
+
+def generator(seed: int, what: str, *numbers: int) -> np.random.Generator:
+    """A generator for what is drawn (as in "order"), the ``numbers``-th time (of the epoch, the
+    step, …); seed and numbers are at least 0."""
+    return np.random.default_rng([seed, zlib.crc32(what.encode()), *numbers])
