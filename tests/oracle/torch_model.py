@@ -178,8 +178,7 @@ class Model:
                 h = norm(h, *self.of(layer, "shared_head.norm.weight"), c.norm_eps)
             n = tokens.shape[1] - k - 1
             predicts = real[:, :n] & real[:, k:-1] & real[:, k + 1 :]
-            for j in (k, k + 1):  # token i + k, which it has read, and the one it predicts
-                predicts = predicts & (document[:, :n] == document[:, j : j + n])
+            predicts = predicts & (document[:, :n] == document[:, k + 1 :])  # and all between
             each = -self.log_probs(h[:, :n], tokens[:, k + 1 :])  # eq. 23, 24
             total = (each * predicts).sum()
             # eq. 24 divides by T, not by the T − k terms: by all tokens that are no padding
