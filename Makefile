@@ -28,7 +28,7 @@ test-newest:  ## make test on the newest of python3.14, 3.13, 3.12 on PATH, with
 	    fi; \
 	done; echo "no python3.14, python3.13 or python3.12 that runs is on PATH: nothing was tested on a newer Python"
 
-oracle: .venv/oracle  ## compare with Hugging Face's models, run the ops on JAX (torch may bring gigabytes of CUDA)
+oracle: .venv/oracle  ## compare with Hugging Face's models and a training in torch, run the ops on JAX (torch may bring gigabytes of CUDA)
 	$(BIN)/python -m pytest -q tests/oracle tests/golden/test_checkpoints.py
 
 kernels: .venv/dev  ## compile every kernel for every target into build/kernels, for machines without compilers
