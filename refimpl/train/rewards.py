@@ -59,7 +59,7 @@ def overlong(length: int, limit: int, margin: int) -> float:
     """
     if not 0 < margin <= limit:
         raise ValueError(f"margin must lie in 1 … limit={limit}, got {margin}")
-    return -min(max(length - (limit - margin), 0) / margin, 1.0)
+    return max(min((limit - margin - length) / margin, 0.0), -1.0)
 
 
 def tidiness(text: str) -> float:

@@ -40,6 +40,7 @@ TABLE = {  # text: (accuracy, format), of the answer 148
     "<think>a</think><answer><answer>148</answer>": (0, 0),
     "<think>a</think></answer>148<answer>": (0, 0),
     "<think>a</think><answer>148": (0, 0),
+    "</answer><answer>148": (0, 0),
     "<think>a</think><answer>148</answer": (0, 0),
     "<think>a</think>148</answer>": (0, 0),
     "<think>a</think><Answer>148</Answer>": (0, 0),

@@ -58,7 +58,7 @@ def test_examples() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_solutions_are_right(kind: str) -> None:
-    """Of all sums of two digits and of every 97th other problem: both solutions by the rules, the second
+    """All sums of two digits and every 97th other problem: both solutions by the rules, the second
     one longer; the sloppy one without format."""
     for number in range(0, KINDS[kind].total, 1 if kind == "add2" else 97):
         problem = make(kind, number)
@@ -80,8 +80,8 @@ def test_untidy_ways() -> None:
 
 @pytest.mark.parametrize("kind", ["add2", "sort4", "sort5"])
 def test_no_problem_is_shared(kind: str) -> None:
-    """All of them enumerated: an eighth is held out, at least 1,000; b + a and other orders of the same digits
-    stand on its side. The order of `held_out` leaves none out and mixes them."""
+    """All of them enumerated: an eighth is held out, at least 1,000; b + a and other orders of the
+    same digits stand on its side. The order of `held_out` leaves none out and mixes them."""
     prompts = {problem.prompt for problem in held_out(kind)}
     count = KINDS[kind].total
     assert len(prompts) >= 1000
