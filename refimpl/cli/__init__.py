@@ -28,6 +28,7 @@ from . import (  # each adds its commands to the app
     kernels,
     memory,
     power,
+    reward,
     vectors,
     verify,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "memory",
     "vectors",
     "power",
+    "reward",
     "verify",
 ]
 

@@ -28,6 +28,7 @@ ORDER = [
     "check",
     "vectors",
     "generate",
+    "reward",
     "count",
     "conventions",
     "memory",

@@ -85,16 +85,19 @@ def test_as_transformers_reads_it(tmp_path: Path) -> None:
     assert (tokenizer.eos_token_id, len(tokenizer)) == (END, 261)
 
 
+TEXT = [*documents()[:20], "2024 " * 300]
+
+
 @pytest.fixture(scope="module")
 def bpe() -> dict[str, Any]:
     pytest.importorskip("tokenizers")
-    return train_bpe(documents()[:20], 500)
+    return train_bpe(TEXT, 500)
 
 
 def test_bpe(bpe: dict[str, Any], tmp_path: Path) -> None:
     """The same file again; digits one by one; the tags behind the rest, the first of them the end;
     shorter than bytes on its text, and any text survives."""
-    assert bpe == train_bpe(documents()[:20], 500)
+    assert bpe == train_bpe(TEXT, 500)
     known = bpe["model"]["vocab"]
     assert len(known) == 495
     assert not [token for token in known if len(token) > 1 and re.search(r"\d", token)]
