@@ -21,6 +21,7 @@ LAYERS = (  # from the bottom; what stands in one row does not import one anothe
     {"grads"},
     {"verify", "conventions"},
     {"port"},
+    {"train"},
     {"cli"},
     {"__main__"},
 )
