@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import cache
 from math import prod
 from types import ModuleType
 from typing import Any
@@ -43,7 +42,6 @@ __all__ = [
     "number",
     "put",
     "real",
-    "running_sum",
     "scatter_add",
     "sigmoid",
     "take_rows",
@@ -68,7 +66,10 @@ def namespace(**arrays: Array) -> ModuleType:
                 f"{name} must come from {found.__name__} like the other arrays, got {xp.__name__}"
             )
         found = xp
-        if not (is_object(x) or (is_float(xp, x.dtype) and itemsize(x) >= 4)):
+        if not (
+            is_object(x)
+            or (xp.isdtype(x.dtype, ("real floating", "complex floating")) and itemsize(x) >= 4)
+        ):
             raise TypeError(
                 f"{name} must be float32 or wider (cast 16-bit and integer arrays up), got "
                 f"{x.dtype}"
@@ -76,12 +77,6 @@ def namespace(**arrays: Array) -> ModuleType:
     if found is None:
         raise TypeError("at least one array is needed, got none")
     return found
-
-
-@cache
-def is_float(xp: ModuleType, dtype: Any) -> bool:
-    """True for real and complex floating types; every op asks, and the library is slow to say."""
-    return bool(xp.isdtype(dtype, ("real floating", "complex floating")))
 
 
 def library(x: Array, name: str = "x") -> ModuleType:
@@ -330,12 +325,6 @@ def argsort(x: Array) -> Array:
     if xp.__name__ in ("numpy", "cupy"):
         return xp.argsort(x, axis=-1, kind="stable")
     return xp.argsort(x, axis=-1, stable=True)
-
-
-def running_sum(x: Array) -> Array:
-    """Sums of the first 1, 2, … entries along the last axis."""
-    xp = library(x)
-    return xp.cumsum(x, axis=-1) if hasattr(xp, "cumsum") else xp.cumulative_sum(x, axis=-1)
 
 
 def take_rows(x: Array, rows: Array) -> Array:

@@ -210,7 +210,8 @@ def _together(
             for event in zip(rows.tolist(), tokens.tolist(), finish.tolist(), strict=True):
                 on_token(*event)
         going = finish == ""
-        rows, place, tokens = rows[going], place[going], tokens[going]
+        rows, place = rows[going], place[going]
+        tokens = tokens[going]
         if not len(rows):
             return steps.generations()
         batch = decoder.padding.shape[0]
@@ -300,7 +301,8 @@ def _speculating(
     """One row: the chain drafts, one forward of the main model reads that, and what it would have
     chosen stays."""
     params, config = decoder.params, decoder.config
-    chain, tokens, end = Chain(decoder), list(prompt), len(prompt) + int(limits.room[row])
+    chain, tokens = Chain(decoder), list(prompt)
+    end = len(prompt) + int(limits.room[row])
     forwards = drafted = accepted = 0
 
     def take(logits: Array) -> tuple[int, str]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..array import Array, argsort, fill, library, running_sum
+from ..array import Array, argsort, fill, library
 
 __all__ = ["Choice", "Sampler", "to_numpy"]
 
@@ -117,6 +117,12 @@ class Sampler:
         self.drawn += 1
         found = self.uniform[:, self.drawn - 1]
         return found if rows is None else found[rows]
+
+
+def running_sum(x: Array) -> Array:
+    """Sums of the first 1, 2, … entries along the last axis."""
+    xp = library(x)
+    return xp.cumsum(x, axis=-1) if hasattr(xp, "cumsum") else xp.cumulative_sum(x, axis=-1)
 
 
 def to_numpy(x: Array) -> np.ndarray:
