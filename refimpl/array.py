@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import cache
 from math import prod
 from types import ModuleType
 from typing import Any
@@ -66,10 +67,7 @@ def namespace(**arrays: Array) -> ModuleType:
                 f"{name} must come from {found.__name__} like the other arrays, got {xp.__name__}"
             )
         found = xp
-        if not (
-            is_object(x)
-            or (xp.isdtype(x.dtype, ("real floating", "complex floating")) and itemsize(x) >= 4)
-        ):
+        if not (is_object(x) or (is_float(xp, x.dtype) and itemsize(x) >= 4)):
             raise TypeError(
                 f"{name} must be float32 or wider (cast 16-bit and integer arrays up), got "
                 f"{x.dtype}"
@@ -77,6 +75,12 @@ def namespace(**arrays: Array) -> ModuleType:
     if found is None:
         raise TypeError("at least one array is needed, got none")
     return found
+
+
+@cache
+def is_float(xp: ModuleType, dtype: Any) -> bool:
+    """True for real and complex floating types; every op asks, and the library is slow to say."""
+    return bool(xp.isdtype(dtype, ("real floating", "complex floating")))
 
 
 def library(x: Array, name: str = "x") -> ModuleType:
@@ -117,11 +121,9 @@ def is_object(x: Array) -> bool:
 
 def is_wide(x: Array) -> bool:
     """True for longdouble, real or complex, where the library has it."""
-    if is_object(x):
-        return False
     xp = namespace(x=x)
-    names = [name for name in ("longdouble", "clongdouble") if hasattr(xp, name)]
-    return any(x.dtype == getattr(xp, name) for name in names)
+    wide = [getattr(xp, name, None) for name in ("longdouble", "clongdouble")]
+    return any(dtype is not None and x.dtype == dtype for dtype in wide)
 
 
 def itemsize(x: Array) -> int:
@@ -216,8 +218,7 @@ def cast(x: Array, like: Array) -> Array:
     """``x`` (real) in the number type of ``like``."""
     if is_object(like):
         return x + 0 * like.reshape(-1)[0]
-    xp = namespace(like=like)
-    return xp.astype(x, like.dtype, copy=False)
+    return namespace(like=like).astype(x, like.dtype, copy=False)
 
 
 def number(x: Any, like: Array) -> Array:

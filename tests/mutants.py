@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 PACKAGE = Path(__file__).parents[1] / "refimpl"
 SEED = 12
 SAMPLE = 600
-FILES = ("ops/*.py", "grads/*.py", "checkpoint/*.py")
-MODULES = ("model", "optimizer", "parameters", "batch", "generate")
+FILES = ("ops/*.py", "grads/*.py", "checkpoint/*.py", "generate/*.py")
+MODULES = ("model", "optimizer", "parameters", "batch")
 
 OPPOSITE = (
     (ast.Lt, ast.LtE),

@@ -19,7 +19,8 @@ from refimpl.check.cases import CASES, Case, RandomDraw, model_case, pair_of
 from refimpl.check.dual import dual_array, values
 from refimpl.check.rules import Pair
 from refimpl.config import CONVENTIONS, preset
-from refimpl.generate import generate, to_numpy
+from refimpl.generate import generate
+from refimpl.generate.sampler import to_numpy
 from refimpl.model import backward, forward
 from refimpl.parameters import parameter_shapes
 from refimpl.text import load_text
@@ -288,6 +289,7 @@ def test_generation_on_one_device(
     options: Any = {"max_tokens": 8, "speculate": speculate}
     wanted = generate(params, config, prompts, **options)
     monkeypatch.setattr(
-        "refimpl.generate.to_numpy", lambda x: to_numpy(x) if isinstance(x, np.ndarray) else back(x)
+        "refimpl.generate.sampler.to_numpy",
+        lambda x: to_numpy(x) if isinstance(x, np.ndarray) else back(x),
     )
     assert generate(there(params), config, prompts, **options) == wanted

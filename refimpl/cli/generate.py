@@ -152,8 +152,9 @@ def generate_command(
         )
     print(summary(found, time.perf_counter() - begin), file=sys.stderr)
     if json_file is not None:
+        names = ("tokens", "finish", "forwards", "drafted", "accepted")
         results = [
-            {"prompt": list(p), **g._asdict()}
+            {"prompt": list(p), **{name: getattr(g, name) for name in names}}
             | ({} if tokenizer is None else {"text": tokenizer.decode(g.tokens)})
             for p, g in zip(given, found, strict=True)
         ]

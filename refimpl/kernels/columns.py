@@ -114,9 +114,11 @@ def placement(backend: str) -> Callable[[Any], Any] | None:
 def for_generation(implementation: str) -> tuple[Ops, Ops]:
     """The tables of one of `ON_CPU` for the prompt and for the tokens behind it, which MLA reads in
     its absorbed form; both take weights that are read when they are used."""
-    table = on_cpu(implementation)
+    table = decode = on_cpu(implementation)
     if implementation == "numba_cpu":
         from .cpu.stored import stored_table
 
         table = stored_table(table)
-    return table, table | {"mla": IMPLEMENTATIONS["absorbed"].mla}
+        # a token has one query, and a task per row of the batch would cost more than its work
+        decode = table | {"attention": REFERENCE.attention}
+    return table, decode | {"mla": IMPLEMENTATIONS["absorbed"].mla}

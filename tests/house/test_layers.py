@@ -21,7 +21,8 @@ LAYERS = (  # from the bottom; what stands in one row does not import one anothe
     {"check", "generate", "splits", "bench"},
     {"grads"},
     {"verify", "conventions"},
-    {"port", "train"},
+    {"port"},
+    {"train"},
     {"cli"},
     {"__main__"},
 )
