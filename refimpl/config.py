@@ -1,5 +1,5 @@
-"""The model's configuration and conventions: frozen records, and presets (`tiny`, `v3`, `v2`,
-`v2-lite`, …).
+"""The model's configuration and conventions: frozen records, and presets (`tiny`, `mini`, `v3`,
+`v2`, `v2-lite`, …).
 
 Each field names our letter, DeepSeek's name (Hugging Face's config.json) and the paper's symbol
 where they differ.
@@ -243,6 +243,13 @@ PRESETS: dict[str, ModelConfig] = {
         theta=100.0, max_positions=64,
         yarn=Yarn(4.0, original=16, beta_fast=4.0, beta_slow=1.0, mscale=0.9, mscale_all_dim=0.7),
         mtp_weight=0.3, balance_weight=0.01,
+    ),
+    # what the recipe trains in minutes on a laptop (refimpl/train): bytes and five tags as tokens
+    "mini": ModelConfig(
+        vocabulary=261, width=64, layers=2, dense_layers=1, heads=4, q_latent=32, kv_latent=32,
+        nope=16, rope=16, value=16, dense_hidden=128, expert_hidden=32, experts=8, shared_experts=1,
+        top_k=2, mtp_depth=1, theta=1000.0, max_positions=512,
+        yarn=Yarn(16.0, original=32, beta_fast=4.0),
     ),
     "v3": ModelConfig(
         vocabulary=129280, width=7168, layers=61, dense_layers=3, heads=128, q_latent=1536,

@@ -16,7 +16,8 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,6 +32,7 @@ __all__ = [
     "expect_folder",
     "expect_replaceable",
     "file_digest",
+    "held",
     "open_regular",
     "parse_json",
     "read_bytes",
@@ -45,6 +47,7 @@ __all__ = [
 
 PARTIAL = ".partial"  # how the name of a file ends that is not whole yet
 LARGEST_TEXT = 25_000_000  # bytes of text or JSON that are read; the index of DeepSeek-V3 has 9e6
+LOCKS = find_spec("fcntl") is not None
 DEEPEST = 64  # lists and objects of JSON inside one another
 NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
@@ -95,6 +98,35 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # after a success there is none
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Make the folder and keep other runs out of it; CouldNotRun if another run holds it.
+
+    The lock is the system's, on the folder itself, and ends with the process, even with one that is
+    killed. Without flock (on Windows), and where a file system cannot lock folders (NFS), nothing
+    is locked.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY) if LOCKS else None
+    except OSError as error:
+        raise CouldNotRun(f"{folder} can't be written: {error.strerror}") from error
+    if descriptor is None:
+        yield
+        return
+    import fcntl
+
+    try:
+        with suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise CouldNotRun(f"{folder} is in use by another run") from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:

@@ -23,12 +23,14 @@ from . import (  # each adds its commands to the app
     check,
     conventions,
     count,
+    eval,
     generate,
     grads,
     kernels,
     memory,
     power,
     reward,
+    train,
     vectors,
     verify,
 )
@@ -40,6 +42,7 @@ __all__ = [
     "check",
     "conventions",
     "count",
+    "eval",
     "generate",
     "grads",
     "kernels",
@@ -48,6 +51,7 @@ __all__ = [
     "vectors",
     "power",
     "reward",
+    "train",
     "verify",
 ]
 

@@ -56,7 +56,8 @@ from ..checkpoint.files import content_fingerprint
 from ..checkpoint.source import Source
 from ..checkpoint.tensor_file import read_tensor_file
 from ..config import CONVENTIONS
-from .folder import FORMAT, Folder, Size, held
+from ..files import held
+from .folder import FORMAT, Folder, Size
 from .grpo import GRPO
 from .request import ACTIVATIONS, INNER, UNITS, Request, gradient_shapes
 from .result import Result, result_of, split_of, write_result

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
-from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +35,7 @@ from ..parameters import layer_name
 from .lazy import Rows, sum_in_blocks
 from .request import digest
 
-__all__ = ["FORMAT", "Folder", "LayerGradients", "Record", "Size", "Step", "held", "read_record"]
+__all__ = ["FORMAT", "Folder", "LayerGradients", "Record", "Size", "Step", "read_record"]
 
 Step = tuple[str] | tuple[str, int]
 """A step of the work: ("head",), or with its layer, ("forward", 3)."""
@@ -55,7 +53,6 @@ OURS = (
     "split-*.safetensors",
 )
 FORMAT = 1  # of index.json, that of conformance vectors too
-LOCKS = find_spec("fcntl") is not None
 MOST_INDEX = 2**28  # bytes; of DeepSeek-V3's gradients, 1.3e7
 PIECE = 2**20  # elements measured at a time
 
@@ -332,35 +329,6 @@ def file_name(*parts: str | int) -> str:
     """The parts joined, a layer's number as five digits: ``forward-00003.safetensors``."""
     words = [part if isinstance(part, str) else f"{part:05d}" for part in parts]
     return f"{'-'.join(words)}.safetensors"
-
-
-@contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Make the folder and keep other runs out of it; CouldNotRun if another run holds it.
-
-    The lock is the system's, on the folder itself, and ends with the process, even with one that is
-    killed. Without flock (on Windows), and where a file system cannot lock folders (NFS), nothing
-    is locked.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY) if LOCKS else None
-    except OSError as error:
-        raise CouldNotRun(f"{folder} can't be written: {error.strerror}") from error
-    if descriptor is None:
-        yield
-        return
-    import fcntl
-
-    try:
-        with suppress(OSError):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise CouldNotRun(f"{folder} is in use by another run") from error
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def prepare(folder: Path, fingerprint: dict[str, str], force: bool) -> None:

@@ -11,20 +11,30 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from ..checkpoint.config_json import read_object, stop_tokens
 from ..errors import CouldNotRun
-from ..files import read_json, write_json
+from ..files import read_json, read_text, write_json
 from ..tokenizer import Bytes, HuggingFace, Tokenizer
 
-__all__ = ["END", "TAGS", "Vocabulary", "open_vocabulary", "tokenizer_json", "train_bpe"]
-__all__ += ["write_vocabulary"]
+__all__ = [
+    "END",
+    "TAGS",
+    "Vocabulary",
+    "make_vocabulary",
+    "open_vocabulary",
+    "tokenizer_json",
+    "train_bpe",
+    "write_vocabulary",
+]
 
 TAGS = ("<|end|>", "<think>", "</think>", "<answer>", "</answer>")  # the first ends a text
 END = 256  # of bytes and tags
+FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
 
 
@@ -35,6 +45,7 @@ class Vocabulary(NamedTuple):
     size: int  # tokens are 0 … size − 1
     end: int  # the token that ends a text
     first: tuple[int, ...] = ()  # what the tokenizer puts before every text
+    files: Mapping[str, str] = {}  # of the folder that it was opened from, for the next checkpoint
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text)
@@ -155,7 +166,7 @@ def open_vocabulary(folder: Path) -> Vocabulary:
     """
     path = folder / "tokenizer.json"
     if os.path.isfile(path) and read_json(path) == tokenizer_json():
-        found = BYTES
+        found = BYTES._replace(files=_files(folder))
     else:
         tokenizer = HuggingFace(folder, "a checkpoint that has one")
         known = tokenizer.tokenizer.get_vocab(with_added_tokens=True).values()
@@ -166,9 +177,23 @@ def open_vocabulary(folder: Path) -> Vocabulary:
                 f"{folder} has no eos_token_id that is a token: generation_config.json must name "
                 "the token that ends a text"
             )
-        found = Vocabulary(tokenizer, size, ends[0], tuple(tokenizer.first))
+        first = tuple(tokenizer.first)
+        found = Vocabulary(tokenizer, size, ends[0], first, _files(folder))
     config = folder / "config.json"
     has = read_object(config).get("vocab_size") if os.path.lexists(config) else None
     if isinstance(has, int) and has < found.size:
         raise CouldNotRun(f"{path} has {found.size} tokens, and the model of {config} only {has}")
     return found
+
+
+def make_vocabulary(documents: Iterable[str] = (), size: int = 0) -> Vocabulary:
+    """A new one: bytes and tags, or BPE of ``size`` tokens trained on ``documents``."""
+    with TemporaryDirectory() as folder:
+        write_vocabulary(Path(folder), train_bpe(documents, size) if size else None)
+        return open_vocabulary(Path(folder))
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """The tokenizer's files in a folder, as they are."""
+    paths = [folder / name for name in FILES]
+    return {path.name: read_text(path, str(path)) for path in paths if os.path.lexists(path)}

@@ -442,7 +442,7 @@ def test_one_run_at_a_time(force: bool, tmp_path: Path) -> None:
 
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     """Another process's folder can't be used while it lives, and can once it was killed."""
-    code = "import sys, time; from pathlib import Path; from refimpl.grads.folder import held\n"
+    code = "import sys, time; from pathlib import Path; from refimpl.files import held\n"
     code += "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     with subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True

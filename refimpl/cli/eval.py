@@ -1,0 +1,71 @@
+"""``refimpl eval``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from ..train.evaluate import measured
+from ..train.machine import open_machine
+from ..train.stage import begin_from, expect_kinds
+from ..train.tasks import held_out
+from .app import Json, app, check_writable, console, replace_json
+
+
+@app.command("eval")
+def eval_command(
+    checkpoint: Annotated[str, typer.Option(help="A checkpoint, or a finished run.")],
+    kind: Annotated[
+        list[str] | None, typer.Option(help="Kind of problems; may be given several times.")
+    ] = None,
+    problems: Annotated[
+        int, typer.Option(help="How many held-out problems of each kind; 0: all.")
+    ] = 0,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of the sampled answers.")] = 0,
+    backend: Annotated[str, typer.Option(help="numpy, or cupy for a GPU.")] = "numpy",
+    implementation: Annotated[
+        str, typer.Option(help="Of the ops; by default the fastest that is there.")
+    ] = "fastest",
+    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
+    json_file: Json = None,
+) -> None:
+    """Share of held-out problems that a model answers exactly, with its 95 % interval.
+
+    Greedy: always the most probable token. Sampled: one answer per problem at temperature 1.
+    """
+    if json_file is not None:
+        check_writable(json_file)
+    kinds = tuple(kind or ["add2"])
+    expect_kinds(kinds)
+    machine = open_machine(backend, implementation, dtype)
+    begin = begin_from(checkpoint, machine, mtp=False)
+    table = Table("problems", "answers", "right", "95 % interval", "format", "tokens", box=None)
+    results = {}
+    for name in kinds:
+        given = held_out(name, problems or None)
+        for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+            found = measured(
+                begin.params,
+                begin.config,
+                begin.vocabulary,
+                machine,
+                given,
+                temperature=temperature,
+                max_tokens=max_tokens,
+                seed=seed,
+            )
+            table.add_row(
+                f"{found.problems:,} {name}",
+                how,
+                f"{found.accuracy:.3f}",
+                f"{found.low:.3f}…{found.high:.3f}",
+                f"{found.format:.3f}",
+                f"{found.tokens:.1f}",
+            )
+            results[f"{name} {how}"] = found._asdict()
+    console().print(table)
+    if json_file is not None:
+        replace_json(json_file, {"checkpoint": checkpoint, "seed": seed, "results": results})

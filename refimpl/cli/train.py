@@ -1,0 +1,92 @@
+"""``refimpl train``, ``extend``, ``sft``, ``grpo``, ``reward-model``, ``distil``: the stages of the
+recipe, all with the same options."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..train.run import Interrupted, shown
+from ..train.settings import make_settings, read_tables
+from ..train.stages import STAGES, run_stage
+from .app import app, console
+
+HELP = {
+    "train": "Pre-train a model on text: MTP, bias balancing, V3's schedules scaled down.",
+    "extend": "Extend a model's context by YaRN, in phases.",
+    "sft": "Fine-tune on solutions of verifiable problems; the loss counts the answers alone.",
+    "grpo": "Reinforce by GRPO with rule-based rewards.",
+    "reward-model": "Train a reward model on pairs that a rule orders.",
+    "distil": "Sample solutions from a teacher, keep those that are right, fine-tune a student.",
+}
+Option = typer.Option
+
+
+def command(
+    out: Annotated[Path, Option(help="Folder of the run; it must be new, or resumed.")],
+    settings: Annotated[Path | None, Option(help="TOML file with a table per stage.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        Option("--set", help="A setting, as in steps=200; may be given several times."),
+    ] = None,
+    resume: Annotated[bool, Option(help="Go on where the run in --out stopped.")] = False,
+    checkpoint: Annotated[
+        str | None, Option(help="Where to begin: a checkpoint, or the folder of a finished run.")
+    ] = None,
+    teacher: Annotated[str | None, Option(help="Of distil: whose solutions are learnt.")] = None,
+    text: Annotated[
+        str | None, Option(help="A text, or a folder of texts; by default what CPython ships.")
+    ] = None,
+    seed: Annotated[int | None, Option(help="Seed of all draws.")] = None,
+    backend: Annotated[str | None, Option(help="numpy, or cupy for a GPU.")] = None,
+    implementation: Annotated[
+        str | None, Option(help="Of the ops; by default the fastest that is there.")
+    ] = None,
+    dtype: Annotated[str | None, Option(help="float32 or float64.")] = None,
+    *,
+    stage: str,
+) -> None:
+    given: dict[str, Any] = {
+        "checkpoint": checkpoint,
+        "teacher": teacher,
+        "text": text,
+        "seed": seed,
+        "backend": backend,
+        "implementation": implementation,
+        "dtype": dtype,
+    }
+    tables = read_tables(settings)
+    chosen = make_settings(
+        STAGES[stage].settings,
+        stage,
+        tables,
+        set_ or [],
+        {name: x for name, x in given.items() if x is not None},
+    )
+    try:
+        result = run_stage(stage, out, chosen, resume=resume)
+    except Interrupted as stopped:
+        typer.echo(str(stopped), err=True)
+        raise typer.Exit(130) from stopped
+    console().print(f"{stage}: {result['steps']:,} steps, {shown(result['evaluation'])}")
+    console().print(f"the result is {out / 'checkpoint'}")
+
+
+def add(stage: str) -> None:
+    """The stage's command: the options above, but for the stage itself."""
+
+    def run(**given: Any) -> None:
+        command(**given, stage=stage)
+
+    signature = inspect.signature(command, eval_str=True)
+    parameters = [x for name, x in signature.parameters.items() if name != "stage"]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__doc__ = HELP[stage] + "\n\nEvery setting is in settings.toml beside the result."
+    app.command(stage)(run)
+
+
+for name in STAGES:
+    add(name)

@@ -1,0 +1,262 @@
+"""Reinforcement with rule-based rewards: GRPO on verifiable problems (DeepSeekMath, 2402.03300;
+DeepSeek-R1, 2501.12948, sections 2.2 and 2.3), and R1's last stage, where a reward model speaks
+beside the rules.
+
+A step draws problems, samples a group of answers to each, rewards them by rule, and follows the
+gradient of the GRPO loss in one or several minibatches, whose ratios are to the policy that
+sampled. MTP modules take no part, and the gates' biases stay: they would change routes between
+sampling and learning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..array import Array
+from ..model import Route
+from ..ops import GRPO_PRESETS, group_advantages
+from ..optimizer import Moments
+from .draws import generator
+from .evaluate import evaluation
+from .machine import Machine
+from .policy import grpo_gradients, log_probs, main_model, replay
+from .reward_model import RewardModel, open_reward_model
+from .rewards import overlong, score
+from .rollout import Samples, sample_groups
+from .run import Guard, Metrics
+from .settings import expect_setting
+from .stage import BaseSettings, BaseStage, Begin, expect_kinds
+from .step import State, apply_gradients
+from .tasks import Problem, draw
+
+__all__ = ["GRPO", "GRPOSettings"]
+
+REFERENCE = "reference/"  # before the names of the reference model's tensors
+
+
+@dataclass(frozen=True)
+class GRPOSettings(BaseSettings):
+    checkpoint: str = ""
+    kinds: tuple[str, ...] = ("add2",)  # of problems, in turn
+    steps: int = 150
+    questions: int = 16  # of a step
+    group: int = 16  # answers to a question
+    minibatches: int = 1  # updates of a step
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = 64
+    learning_rate: float = 3e-4
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    accuracy: float = 1.0  # the weights of the rewards' parts
+    format: float = 0.2
+    model: float = 0.0
+    reward_model: str = ""  # a checkpoint of that stage
+    overlong: str = "kept"  # or penalty (DAPO's), or filter: outputs without an end teach nothing
+    permuted: bool = False  # a control: rewards change places within each group
+    variant: str = "deepseekmath"  # the preset of `grpo_forward`
+    loss: Mapping[str, Any] = field(default_factory=lambda: {"kl_weight": 0.0})  # its settings
+    scale: bool = True  # advantages are divided by the group's standard deviation
+    replay_routes: bool = False  # the experts chosen while sampling
+    reference_every: int = 0  # steps after which the reference becomes the policy; 0: never
+    problems: int = 512  # of an evaluation: of the training split
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("steps", "questions", "group", "minibatches", "max_tokens", "problems"):
+            expect_setting(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
+        names = ", ".join(GRPO_PRESETS)
+        expect_setting(self.variant in GRPO_PRESETS, "variant", f"be of {names}", self.variant)
+        kept = ("kept", "penalty", "filter")
+        expect_setting(self.overlong in kept, "overlong", f"be of {', '.join(kept)}", self.overlong)
+        outputs = self.questions * self.group
+        expect_setting(
+            outputs % self.minibatches == 0,
+            "minibatches",
+            f"divide questions × group = {outputs}",
+            self.minibatches,
+        )
+        expect_kinds(self.kinds)
+
+    @property
+    def loss_settings(self) -> dict[str, Any]:
+        """All settings of `grpo_forward`; of a constant length that of the longest output."""
+        found = GRPO_PRESETS[self.variant] | {
+            name: tuple(x) if isinstance(x, list) else x for name, x in self.loss.items()
+        }
+        return {"length": self.max_tokens} | found if found.get("average") == "constant" else found
+
+
+class GRPO(BaseStage):
+    name = "grpo"
+
+    def __init__(self, settings: GRPOSettings, machine: Machine, begin: Begin) -> None:
+        super().__init__(settings, machine, begin.config, begin.vocabulary)
+        self.settings, self.begin = settings, begin
+        self.judge: RewardModel | None = None
+        if settings.reward_model:
+            self.judge = open_reward_model(settings.reward_model, machine)
+
+    def start(self) -> State:
+        return State(self.begin.params, Moments(), extra=self.reference_of(self.begin.params))
+
+    def reference_of(self, params: Mapping[str, Array]) -> dict[str, Array]:
+        """A copy of the main model, which updates in place do not reach."""
+        main, _ = main_model(params, self.config)
+        return {f"{REFERENCE}{name}": x.copy() for name, x in main.items()}
+
+    def step(self, state: State, guard: Guard) -> tuple[State, Metrics]:
+        settings, step = self.settings, state.step
+        kind = settings.kinds[step % len(settings.kinds)]
+        problems = draw(kind, settings.seed, step, settings.questions)
+        samples = self.sample(state, problems)
+        parts = self.rewards(samples, problems)
+        advantages = self.advantages(parts["reward"], step)
+        old, reference = self.constants(state, samples)
+        order = generator(settings.seed, "minibatches", step).permutation(len(samples.tokens))
+        told: list[Metrics] = []
+        rate = settings.learning_rate * min((step + 1) / max(settings.warmup_steps, 1), 1.0)
+        for rows in np.split(order, settings.minibatches):
+            rows = np.sort(rows)
+            loss, grads = self.gradients(
+                state, samples.take(rows), advantages[rows], old[rows], reference[rows]
+            )
+            guard(loss["loss"])
+            moments, norm = apply_gradients(
+                state.params, grads, state.moments, self.optimizer, rate, settings.max_norm
+            )
+            state = state._replace(moments=moments)
+            told.append(loss | {"norm": norm})
+        means = {name: float(np.mean([x[name] for x in told])) for name in told[0]}
+        counted = samples.mask
+        state = state._replace(
+            step=step + 1,
+            tokens=state.tokens + int(counted.sum()),
+            position=state.position + settings.questions,
+        )
+        if settings.reference_every and state.step % settings.reference_every == 0:
+            state = state._replace(extra=self.reference_of(state.params))
+        return state, means | {
+            **{name: float(np.mean(x)) for name, x in parts.items()},
+            "length": float(samples.lengths.mean()),
+            "entropy": float(-old[counted].mean()),
+            "sampling_difference": float(np.abs(samples.log_prob - old)[counted].max()),
+            "learning_rate": rate,
+        }
+
+    def sample(self, state: State, problems: list[Problem]) -> Samples:
+        settings = self.settings
+        return sample_groups(
+            state.params,
+            self.config,
+            self.vocabulary,
+            self.machine,
+            [problem.prompt for problem in problems],
+            group=settings.group,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            max_tokens=settings.max_tokens,
+            seed=(settings.seed * 1_000_003 + state.step) * settings.questions * settings.group,
+        )
+
+    def rewards(self, samples: Samples, problems: list[Problem]) -> dict[str, np.ndarray]:
+        """The rewards' parts [N], and their weighted sum, ``reward``."""
+        settings = self.settings
+        answers = [problem.answer for problem in problems for _ in range(settings.group)]
+        scores = [
+            score(text, answer, ended=ended)
+            for text, answer, ended in zip(samples.texts, answers, samples.ended, strict=True)
+        ]
+        parts = {name: np.array([x[name] for x in scores]) for name in ("accuracy", "format")}
+        if self.judge is not None:
+            parts["model"] = self.judge.rewards(samples.tokens, samples.key_mask)
+        total = sum(getattr(settings, name) * x for name, x in parts.items())
+        if settings.overlong == "penalty":
+            parts["overlong"] = np.array(
+                [
+                    overlong(int(n), settings.max_tokens, max(settings.max_tokens // 4, 1))
+                    for n in samples.lengths
+                ]
+            )
+            total = total + parts["overlong"]
+        return parts | {"reward": np.asarray(total)}
+
+    def advantages(self, rewards: np.ndarray, step: int) -> np.ndarray:
+        settings = self.settings
+        grouped = rewards.reshape(settings.questions, settings.group)
+        if settings.permuted:
+            grouped = generator(settings.seed, "permuted", step).permuted(grouped, axis=1)
+        return np.asarray(group_advantages(grouped, scale=settings.scale))
+
+    def constants(self, state: State, samples: Samples) -> tuple[np.ndarray, np.ndarray]:
+        """The log-probabilities [N, T] of the policy that sampled, and of the reference."""
+        reference = {name.removeprefix(REFERENCE): x for name, x in state.extra.items()}
+        found = []
+        for params in (state.params, reference):
+            log_prob, _ = log_probs(
+                params,
+                self.config,
+                self.machine.place(samples.tokens),
+                key_mask=self.machine.place(samples.key_mask),
+                temperature=self.settings.temperature,
+                routes=self.routes(samples),
+                ops=self.machine.ops,
+            )
+            found.append(self.machine.fetched({"found": log_prob})["found"])
+        return found[0], found[1]
+
+    def routes(self, samples: Samples) -> dict[int, Route] | None:
+        """The choices of experts while sampling, if they are to be replayed."""
+        if not self.settings.replay_routes:
+            return None
+        return replay(samples.routes, self.machine.place(samples.key_mask))
+
+    def gradients(
+        self,
+        state: State,
+        samples: Samples,
+        advantages: np.ndarray,
+        old: np.ndarray,
+        reference: np.ndarray,
+    ) -> tuple[Metrics, dict[str, Array]]:
+        """The loss of a minibatch, what it tells, and every gradient."""
+        settings, place = self.settings, self.machine.place
+        mask = samples.mask
+        if settings.overlong == "filter":
+            mask = mask & np.array(samples.ended)[:, None]
+        told, grads = grpo_gradients(
+            state.params,
+            self.config,
+            place(samples.tokens),
+            key_mask=place(samples.key_mask),
+            mask=place(mask),
+            advantages=place(advantages.astype(self.machine.dtype)),
+            old_log_prob=None if settings.minibatches == 1 else place(old),
+            reference_log_prob=place(reference),
+            settings=settings.loss_settings,
+            temperature=settings.temperature,
+            routes=self.routes(samples),
+            ops=self.machine.ops,
+        )
+        numbers = ("loss", "clipped", "kl", "kept")
+        return {name: float(getattr(told, name)) for name in numbers}, grads
+
+    def evaluate(self, state: State) -> Metrics:
+        """Accuracy and format on problems of the training split."""
+        return evaluation(
+            state.params,
+            self.config,
+            self.vocabulary,
+            self.machine,
+            kinds=self.settings.kinds,
+            seed=self.settings.seed,
+            problems=self.settings.problems,
+            max_tokens=self.settings.max_tokens,
+        )
+
+    def progress(self, state: State, evaluated: Metrics) -> float:
+        return state.step / self.settings.steps

@@ -1,0 +1,109 @@
+"""Where and with what a stage computes: the array library, the tables of ops, the number type."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..array import Array
+from ..config import ModelConfig
+from ..errors import CouldNotRun
+from ..kernels.columns import COLUMNS, ON_CPU, for_generation, placement, table_of
+from ..ops import IMPLEMENTATIONS, Ops
+from ..optimizer import AdamW
+from ..parameters import init_parameters, is_buffer
+
+__all__ = ["Machine", "open_machine"]
+
+NEEDS = dict.fromkeys(COLUMNS, "cupy") | {"numba_cpu": "numpy"}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The choices of `open_machine`, and what they stand for."""
+
+    backend: str
+    implementation: str
+    dtype: str
+    place: Callable[[Any], Array]  # a NumPy array to the backend
+    ops: Ops  # of training
+    prefill: Ops  # of generation: the prompt,
+    decode: Ops  # and the tokens behind it
+    optimizer: Callable[..., AdamW]
+
+    def parameters(self, config: ModelConfig, *, seed: int, std: float) -> dict[str, Array]:
+        """Random initial ones, as `init_parameters` draws them."""
+        return self.placed(init_parameters(config, seed=seed, std=std, dtype=self.dtype))
+
+    def placed(self, params: Mapping[str, np.ndarray]) -> dict[str, Array]:
+        """Parameters in this type; the gates' biases are float32 always, as checkpoints have
+        them."""
+        return {
+            name: self.place(x.astype("float32" if is_buffer(name) else self.dtype))
+            for name, x in params.items()
+        }
+
+    def fetched(self, arrays: Mapping[str, Array]) -> dict[str, np.ndarray]:
+        """Copies in the host's memory."""
+        return {name: np.asarray(x.get() if hasattr(x, "get") else x) for name, x in arrays.items()}
+
+
+def open_machine(
+    backend: str = "numpy", implementation: str = "fastest", dtype: str = "float32"
+) -> Machine:
+    """CouldNotRun for a combination that does not exist or can't run here.
+
+    ``fastest`` is numba_cpu on NumPy where Numba is installed, and cuda on CuPy.
+    """
+    if backend not in ("numpy", "cupy"):
+        raise CouldNotRun(f"must be numpy or cupy, got {backend}", argument="backend")
+    if implementation == "fastest":
+        on_host = "numba_cpu" if importlib.util.find_spec("numba") else "reference"
+        implementation = "cuda" if backend == "cupy" else on_host
+    if implementation not in (names := (*ON_CPU, *COLUMNS)):
+        raise CouldNotRun(
+            f"must be fastest or one of {', '.join(names)}, got {implementation}",
+            argument="implementation",
+        )
+    if NEEDS.get(implementation, backend) != backend:
+        raise CouldNotRun(
+            f"must be {NEEDS[implementation]} for the implementation {implementation}, got "
+            f"{backend}",
+            argument="backend",
+        )
+    if dtype not in ("float32", "float64"):
+        raise CouldNotRun(f"must be float32 or float64, got {dtype}", argument="dtype")
+    place, table = placement(backend), table_of(implementation)
+    prefill, decode = (
+        (table, table | {"mla": IMPLEMENTATIONS["absorbed"].mla})
+        if implementation in COLUMNS
+        else for_generation(implementation)
+    )
+    return Machine(
+        backend,
+        implementation,
+        dtype,
+        place or np.asarray,
+        table,
+        prefill,
+        decode,
+        optimizer_of(implementation),
+    )
+
+
+def optimizer_of(implementation: str) -> Callable[..., AdamW]:
+    """The optimizer's class that goes with an implementation."""
+    if implementation == "numba_cpu":
+        from ..kernels.cpu.adamw import FusedAdamW
+
+        return FusedAdamW
+    if implementation == "cuda":
+        from ..kernels.adamw import adamw
+        from ..kernels.launch import DeviceLaunch
+
+        return adamw(DeviceLaunch())
+    return AdamW

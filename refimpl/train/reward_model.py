@@ -1,0 +1,180 @@
+"""A reward model: a head of one number on a fine-tuned model's last hidden state, trained on pairs
+that a rule orders (DeepSeek-R1, 2501.12948, section 3.1: helpfulness by pairs; the loss is
+`preference_loss`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..array import Array
+from ..checkpoint.tensor_file import read_tensor_file, write_tensor_file
+from ..config import ModelConfig
+from ..errors import CouldNotRun
+from ..optimizer import Moments
+from .draws import generator
+from .machine import Machine
+from .policy import main_model, preference_gradients, rewards
+from .run import Guard, Metrics
+from .save import load_parameters
+from .schedule import decayed
+from .settings import expect_setting
+from .stage import BaseSettings, BaseStage, Begin, checkpoint_of, expect_kinds
+from .step import State, apply_gradients
+from .tasks import Problem, draw, held_out
+
+__all__ = ["RewardModel", "RewardModelSettings", "RewardModelStage", "open_reward_model"]
+
+HEAD = "reward_head.weight"
+FILE = "reward_head.safetensors"
+
+
+@dataclass(frozen=True)
+class RewardModelSettings(BaseSettings):
+    checkpoint: str = ""  # of the fine-tuned model
+    kinds: tuple[str, ...] = ("add2",)
+    steps: int = 60
+    batch: int = 32  # pairs of a step
+    learning_rate: float = 1e-3
+    warmup_steps: int = 5
+    weight_decay: float = 0.0
+    problems: int = 512  # held-out pairs of an evaluation
+    evaluate_every: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("steps", "batch", "warmup_steps", "problems"):
+            expect_setting(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
+        expect_kinds(self.kinds)
+
+
+class RewardModelStage(BaseStage):
+    """The pairs: of two right answers to a problem, the tidier one is chosen."""
+
+    name = "reward-model"
+
+    def __init__(self, settings: RewardModelSettings, machine: Machine, begin: Begin) -> None:
+        params, config = main_model(begin.params, begin.config)
+        super().__init__(settings, machine, config, begin.vocabulary)
+        self.settings, self.params = settings, dict(params)
+
+    def start(self) -> State:
+        random = generator(self.settings.seed, "reward head").normal(size=(1, self.config.width))
+        head = self.machine.place((random / self.config.width**0.5).astype(self.machine.dtype))
+        return State(self.params, Moments(), extra={HEAD: head})
+
+    def step(self, state: State, guard: Guard) -> tuple[State, Metrics]:
+        settings = self.settings
+        kind = settings.kinds[state.step % len(settings.kinds)]
+        chosen, rejected = self.pairs(draw(kind, settings.seed, state.step, settings.batch))
+        rate = decayed(
+            state.step, settings.steps, settings.learning_rate, warmup=settings.warmup_steps
+        )
+        told, grads, dw = preference_gradients(
+            state.params,
+            self.config,
+            chosen[0],
+            rejected[0],
+            state.extra[HEAD],
+            chosen_key_mask=chosen[1],
+            rejected_key_mask=rejected[1],
+            ops=self.machine.ops,
+        )
+        guard(float(told.loss))
+        moments, norm = apply_gradients(
+            {**state.params, **state.extra},
+            grads | {HEAD: dw},
+            state.moments,
+            self.optimizer,
+            rate,
+            settings.max_norm,
+        )
+        state = state._replace(
+            moments=moments,
+            step=state.step + 1,
+            tokens=state.tokens + int(chosen[1].sum() + rejected[1].sum()),
+            position=state.position + settings.batch,
+        )
+        numbers = {"loss": float(told.loss), "ordered": float(told.accuracy)}
+        return state, numbers | {"norm": norm, "learning_rate": rate}
+
+    def pairs(self, problems: list[Problem]) -> list[tuple[Array, Array]]:
+        """The (tokens, key_mask) of tidy and of untidy solutions behind their prompts, as long as
+        one another."""
+        texts = [x.prompt + x.solution for x in problems] + [x.prompt + x.untidy for x in problems]
+        rows = [[*self.vocabulary.encode(text), self.vocabulary.end] for text in texts]
+        tokens, key_mask = map(self.machine.place, padded(rows, self.vocabulary.end))
+        n = len(problems)
+        return [(tokens[:n], key_mask[:n]), (tokens[n:], key_mask[n:])]
+
+    def evaluate(self, state: State) -> Metrics:
+        """The share of held-out pairs that it orders as the rule does, and the spread of its
+        rewards."""
+        judge = RewardModel(state.params, self.config, state.extra[HEAD], self.machine)
+        right, every = [], []
+        for kind in self.settings.kinds:
+            chosen, rejected = self.pairs(held_out(kind, self.settings.problems))
+            both = [judge.raw(*pair) for pair in (chosen, rejected)]
+            right.append(both[0] > both[1])
+            every += both
+        found = np.concatenate(every)
+        return {
+            "ordered": float(np.mean(np.concatenate(right))),
+            "mean": float(found.mean()),
+            "spread": float(found.std()),
+        }
+
+    def progress(self, state: State, evaluated: Metrics) -> float:
+        return state.step / self.settings.steps
+
+    def add_to_checkpoint(self, state: State, folder: Path) -> None:
+        super().add_to_checkpoint(state, folder)
+        told = self.evaluate(state)
+        head = self.machine.fetched(state.extra)
+        numbers = {name: np.array([told[name]]) for name in ("mean", "spread")}
+        write_tensor_file(folder / FILE, head | numbers)
+
+
+class RewardModel(NamedTuple):
+    """Rewards in units of their spread over held-out pairs, around their mean."""
+
+    params: Mapping[str, Array]
+    config: ModelConfig
+    head: Array  # [1, D]
+    machine: Machine
+    mean: float = 0.0
+    spread: float = 1.0
+
+    def rewards(self, tokens: np.ndarray, key_mask: np.ndarray) -> np.ndarray:
+        """One [N] per row of ``tokens`` [N, T]."""
+        place = self.machine.place
+        return (self.raw(place(tokens), place(key_mask)) - self.mean) / self.spread
+
+    def raw(self, tokens: Array, key_mask: Array) -> np.ndarray:
+        found = rewards(
+            self.params, self.config, tokens, self.head, key_mask=key_mask, ops=self.machine.ops
+        )
+        return self.machine.fetched({"rewards": found})["rewards"].astype(np.float64)
+
+
+def open_reward_model(checkpoint: str, machine: Machine) -> RewardModel:
+    """The result of the stage; CouldNotRun if the checkpoint has no reward head."""
+    folder = checkpoint_of(Path(checkpoint))
+    if not (folder / FILE).exists():
+        raise CouldNotRun(f"{folder} has no {FILE}: it is no reward model", argument="reward_model")
+    params, config = load_parameters(folder, machine)
+    tensors, _ = read_tensor_file(folder / FILE)
+    numbers = [float(tensors[name][0]) for name in ("mean", "spread")]
+    return RewardModel(params, config, machine.place(np.array(tensors[HEAD])), machine, *numbers)
+
+
+def padded(rows: list[list[int]], fill: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of tokens [N, T], padded on the right, and where they are no padding."""
+    lengths = np.array([len(row) for row in rows])
+    place = np.arange(int(lengths.max()))
+    tokens = np.array([row + [fill] * (len(place) - len(row)) for row in rows])
+    return tokens, place < lengths[:, None]

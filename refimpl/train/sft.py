@@ -1,0 +1,200 @@
+"""Supervised fine-tuning: solutions of verifiable problems, packed with the document mask, whose
+loss counts the completions alone.
+
+On the outputs of another model this is R1's distillation (DeepSeek-R1, 2501.12948, section 2.4):
+no reinforcement, the solutions come from a file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..config import preset
+from ..errors import CouldNotRun
+from ..files import read_text
+from ..optimizer import Moments
+from .draws import generator
+from .evaluate import evaluation
+from .machine import Machine
+from .packing import Examples, chosen, pack
+from .run import Guard, Metrics
+from .schedule import decayed
+from .settings import expect_setting
+from .stage import BaseSettings, BaseStage, Begin, begin_from, expect_kinds, told_metrics
+from .step import State, train_step
+from .tasks import Problem, draw, sloppy
+from .vocabulary import Vocabulary, make_vocabulary
+
+__all__ = ["SFT", "SFTSettings", "begin_sft", "completion", "read_solutions"]
+
+
+@dataclass(frozen=True)
+class SFTSettings(BaseSettings):
+    checkpoint: str = ""  # empty: a new model
+    preset: str = "mini"  # of a new model, as in pre-training
+    model: Mapping[str, Any] = field(default_factory=dict)
+    std: float = 0.06
+    kinds: tuple[str, ...] = ("add2",)  # of problems, in turn
+    solutions: str = (
+        "worked"  # or answers (without a thought), or a file of prompts and completions
+    )
+    distinct: int = 0  # problems that there are solutions to; 0: new ones at each step
+    untidy: float = 0.0  # share of solutions that say more than they need
+    sloppy: float = 0.0  # share of solutions without the tags of the thought
+    steps: int = 600
+    batch: int = 64  # problems of a step
+    length: int = 64  # tokens of a packed row
+    learning_rate: float = 6e-3
+    warmup_steps: int = 10
+    end: float = 0.1  # the last learning rate, as a share of the highest
+    bias_speed: float = 1e-3
+    mtp_weight: float = 0.1
+    stop: tuple[float, ...] = ()  # end at the first evaluation with sampled accuracy between these
+    problems: int = 512  # of an evaluation: of the training split
+    max_tokens: int = 64
+    evaluate_every: int = 25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("steps", "batch", "length", "warmup_steps", "problems", "max_tokens"):
+            expect_setting(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
+        for name in ("untidy", "sloppy", "end"):
+            expect_setting(0 <= getattr(self, name) <= 1, name, "lie in 0…1", getattr(self, name))
+        expect_setting(len(self.stop) in (0, 2), "stop", "have two accuracies, or none", self.stop)
+        expect_kinds(self.kinds)
+
+
+def begin_sft(settings: SFTSettings, machine: Machine) -> Begin:
+    """The checkpoint that it begins with, or a new model."""
+    if settings.checkpoint:
+        begin = begin_from(settings.checkpoint, machine)
+        return replace(begin, config=replace(begin.config, mtp_weight=settings.mtp_weight))
+    vocabulary = make_vocabulary([], 0)
+    fields = {
+        "vocabulary": vocabulary.size,
+        "mtp_weight": settings.mtp_weight,
+        "max_positions": settings.length,
+        "yarn": None,
+    }
+    try:
+        config = replace(preset(settings.preset), **fields | dict(settings.model))
+    except (TypeError, ValueError) as error:
+        raise CouldNotRun(f"impossible: {error}", argument="model") from error
+    params = machine.parameters(config, seed=settings.seed, std=settings.std)
+    return Begin(params, config, vocabulary)
+
+
+class SFT(BaseStage):
+    name = "sft"
+
+    def __init__(self, settings: SFTSettings, machine: Machine, begin: Begin) -> None:
+        super().__init__(settings, machine, begin.config, begin.vocabulary)
+        self.settings, self.begin = settings, begin
+        self.given = None
+        if settings.solutions not in ("worked", "answers"):
+            self.given = read_solutions(Path(settings.solutions))
+        elif settings.distinct:
+            self.given = self.solved(0, settings.distinct)
+
+    def start(self) -> State:
+        return State(self.begin.params, Moments())
+
+    def step(self, state: State, guard: Guard) -> tuple[State, Metrics]:
+        settings = self.settings
+        rate = decayed(
+            state.step,
+            settings.steps,
+            settings.learning_rate,
+            warmup=settings.warmup_steps,
+            end=settings.end,
+        )
+        position = state.position + settings.batch
+        state, told = train_step(
+            state,
+            self.examples(state).arrays(),
+            self.config,
+            self.machine,
+            self.optimizer,
+            learning_rate=rate,
+            max_norm=settings.max_norm,
+            gamma=settings.bias_speed,
+            rows=settings.rows or None,
+            expect=guard,
+        )
+        return state._replace(position=position), told_metrics(told, rate, self.config)
+
+    def examples(self, state: State) -> Examples:
+        """The step's prompts and completions, packed."""
+        settings = self.settings
+        if self.given is None:
+            pairs = self.solved(state.step, settings.batch)
+        else:
+            places = chosen(state.position, settings.batch, len(self.given), settings.seed)
+            pairs = [self.given[place] for place in places]
+        return pack([tokens_of(self.vocabulary, *pair) for pair in pairs], settings.length)
+
+    def solved(self, number: int, count: int) -> list[tuple[str, str]]:
+        """The number-th draw of problems, prompts and completions, of all kinds in turn."""
+        settings, kinds = self.settings, self.settings.kinds
+        drawn = [draw(kind, settings.seed, number, -(-count // len(kinds))) for kind in kinds]
+        problems = [problem for together in zip(*drawn, strict=True) for problem in together]
+        random = generator(settings.seed, "solutions", number).random((len(problems), 2))
+        return [
+            (problem.prompt, completion(problem, settings, *map(float, r)))
+            for problem, r in zip(problems[:count], random, strict=False)
+        ]
+
+    def evaluate(self, state: State) -> Metrics:
+        """Accuracy and format on problems of the training split."""
+        return evaluation(
+            state.params,
+            self.config,
+            self.vocabulary,
+            self.machine,
+            kinds=self.settings.kinds,
+            seed=self.settings.seed,
+            problems=self.settings.problems,
+            max_tokens=self.settings.max_tokens,
+        )
+
+    def progress(self, state: State, evaluated: Metrics) -> float:
+        if self.settings.stop and evaluated.get("step") == state.step:
+            low, high = self.settings.stop
+            if low <= evaluated["sampled"] <= high:
+                return 1.0
+        return state.step / self.settings.steps
+
+
+def completion(problem: Problem, settings: SFTSettings, first: float, second: float) -> str:
+    """A solution, of the kind that two numbers in [0, 1) and the settings' shares choose."""
+    if settings.solutions == "answers":
+        return f"<think></think><answer>{problem.answer}</answer>"
+    if second < settings.sloppy:
+        return sloppy(problem)
+    return problem.untidy if first < settings.untidy else problem.solution
+
+
+def tokens_of(vocabulary: Vocabulary, prompt: str, text: str) -> tuple[list[int], list[bool]]:
+    """The tokens of a prompt, its completion and the end, and which are the completion's."""
+    before, after = vocabulary.encode(prompt), [*vocabulary.encode(text), vocabulary.end]
+    return before + after, [False] * len(before) + [True] * len(after)
+
+
+def read_solutions(path: Path) -> list[tuple[str, str]]:
+    """Prompts and completions of a JSONL file."""
+    pairs = []
+    for number, line in enumerate(read_text(path, str(path)).splitlines(), 1):
+        try:
+            found = json.loads(line)
+            pairs.append((str(found["prompt"]), str(found["completion"])))
+        except (ValueError, TypeError, KeyError) as error:
+            raise CouldNotRun(
+                f"{path}, line {number}: must be a JSON object with prompt and completion"
+            ) from error
+    if not pairs:
+        raise CouldNotRun(f"{path} must hold at least one line")
+    return pairs

@@ -1,0 +1,153 @@
+"""What all stages have in common: their settings, the optimizer, the vocabulary of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import ModelConfig
+from ..errors import CouldNotRun
+from ..files import write_text
+from ..optimizer import AdamW
+from .machine import Machine, open_machine
+from .run import Metrics
+from .save import RunFolder, load_parameters, model_digest
+from .settings import check_types, expect_setting, to_toml
+from .step import State, Told, max_violation
+from .tasks import KINDS
+from .vocabulary import Vocabulary, open_vocabulary
+
+__all__ = [
+    "BaseSettings",
+    "BaseStage",
+    "Begin",
+    "begin_from",
+    "expect_kinds",
+    "open_run",
+    "told_metrics",
+]
+
+
+@dataclass(frozen=True)
+class BaseSettings:
+    """Settings of every stage that trains."""
+
+    seed: int = 0
+    backend: str = "numpy"  # or cupy
+    implementation: str = "fastest"  # of the ops: numba_cpu where it is installed, on a GPU cuda
+    dtype: str = "float32"
+    learning_rate: float = 1e-3  # the highest
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    max_norm: float = 1.0  # of the gradients
+    rows: int = 0  # that a forward reads at a time; 0: the whole batch
+    save_every: int = 100  # steps
+    evaluate_every: int = 50  # steps
+    jump: float = 3.0  # of the loss above its last median, that stops the run
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("save_every", "evaluate_every"):
+            expect_setting(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
+        for name in ("seed", "rows", "learning_rate", "weight_decay"):
+            expect_setting(getattr(self, name) >= 0, name, "be at least 0", getattr(self, name))
+        for name in ("max_norm", "jump"):
+            expect_setting(getattr(self, name) > 0, name, "be positive", getattr(self, name))
+
+    def machine(self) -> Machine:
+        return open_machine(self.backend, self.implementation, self.dtype)
+
+    def optimizer(self, machine: Machine) -> AdamW:
+        return machine.optimizer(beta1=self.beta1, beta2=self.beta2, weight_decay=self.weight_decay)
+
+
+@dataclass(frozen=True)
+class Begin:
+    """The checkpoint that a stage begins with."""
+
+    params: dict[str, Any]
+    config: ModelConfig
+    vocabulary: Vocabulary
+
+
+class BaseStage:
+    """A stage whose state is a model; subclasses have ``start``, ``step``, ``evaluate``,
+    ``progress``."""
+
+    name = ""
+
+    def __init__(
+        self, settings: BaseSettings, machine: Machine, config: ModelConfig, vocabulary: Vocabulary
+    ) -> None:
+        self.machine = machine
+        self.config = config
+        self.vocabulary = vocabulary
+        self.save_every = settings.save_every
+        self.evaluate_every = settings.evaluate_every
+        self.jump = settings.jump
+        self.optimizer = settings.optimizer(machine)
+
+    def add_to_checkpoint(self, state: State, folder: Path) -> None:
+        for name, text in self.vocabulary.files.items():
+            write_text(folder / name, text)
+
+
+def begin_from(checkpoint: str, machine: Machine, *, mtp: bool = True) -> Begin:
+    """Open the checkpoint of an earlier stage: a folder, or the folder of a finished run."""
+    expect_setting(bool(checkpoint), "checkpoint", "name the checkpoint to begin with", checkpoint)
+    folder = checkpoint_of(Path(checkpoint))
+    params, config = load_parameters(folder, machine, mtp=mtp)
+    return Begin(params, config, open_vocabulary(folder))
+
+
+def expect_kinds(kinds: tuple[str, ...]) -> None:
+    """CouldNotRun unless these are kinds of problems, at least one."""
+    wrong = [kind for kind in kinds if kind not in KINDS]
+    expect_setting(bool(kinds) and not wrong, "kinds", f"be of {', '.join(KINDS)}", kinds)
+
+
+def checkpoint_of(path: Path) -> Path:
+    """The checkpoint that a path means; CouldNotRun if it is that of an unfinished run."""
+    if (path / "checkpoint" / "config.json").exists():
+        return path / "checkpoint"
+    if (path / "settings.toml").exists():
+        raise CouldNotRun(f"{path} holds a run that is not finished: go on with it first")
+    return path
+
+
+def open_run(
+    path: Path,
+    machine: Machine,
+    stage: str,
+    settings: Any,
+    inputs: Mapping[str, str] | None = None,
+    *,
+    resume: bool,
+) -> RunFolder:
+    """A run's folder, whose settings.toml holds ``settings`` and the digests of the checkpoints
+    that it reads: another input is another run."""
+    lines = []
+    for name, given in (inputs or {}).items():
+        expect_setting(bool(given), name, "name a checkpoint", given)
+        lines.append(f"# {name}: {model_digest(checkpoint_of(Path(given)))}")
+    folder = RunFolder(path, machine, "\n".join([*lines, to_toml({stage: settings})]))
+    folder.open(resume=resume)
+    return folder
+
+
+def told_metrics(told: Told, learning_rate: float, config: ModelConfig) -> Metrics:
+    """The metrics of a `train_step`."""
+    main = {layer: load for layer, load in told.loads.items() if layer < config.layers}
+    return {
+        "loss": told.loss,
+        "main": told.main,
+        "mtp": told.mtp,
+        "balance": told.balance,
+        "norm": told.norm,
+        "learning_rate": learning_rate,
+        "violation": max((max_violation(x) for x in main.values()), default=0.0),
+        "loads": {str(layer): load.tolist() for layer, load in told.loads.items()},
+    }

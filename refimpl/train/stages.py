@@ -1,0 +1,108 @@
+"""The stages by name, and how each is run from its settings."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .distil import DistilSettings, sample_solutions
+from .extend import Extend, ExtendSettings
+from .grpo import GRPO, GRPOSettings
+from .machine import Machine
+from .pretrain import Pretrain, PretrainSettings
+from .reward_model import RewardModelSettings, RewardModelStage
+from .run import Live, Metrics, run
+from .sft import SFT, SFTSettings, begin_sft
+from .stage import BaseSettings, begin_from, open_run
+
+__all__ = ["STAGES", "run_stage"]
+
+
+class Kind(NamedTuple):
+    settings: type[BaseSettings]
+    run: Callable[[Path, Any, Machine, bool], Metrics]
+
+
+def run_stage(name: str, path: Path, settings: BaseSettings, *, resume: bool = False) -> Metrics:
+    """Run a stage in the folder ``path``; the result."""
+    return STAGES[name].run(path, settings, settings.machine(), resume)
+
+
+def run_pretrain(path: Path, settings: PretrainSettings, machine: Machine, resume: bool) -> Metrics:
+    folder = open_run(path, machine, "train", settings, resume=resume)
+    return run(Pretrain(settings, machine), folder, live=live("train"))
+
+
+def run_extend(path: Path, settings: ExtendSettings, machine: Machine, resume: bool) -> Metrics:
+    """Its phases, each a run; the last one in ``path`` itself, earlier ones below it."""
+    result: Metrics = {}
+    checkpoint = settings.checkpoint
+    phases = len(settings.factors)
+    for phase in range(phases):
+        place = path if phase == phases - 1 else path / f"phase-{phase + 1}"
+        of_phase = replace(settings, checkpoint=checkpoint)
+        folder = open_run(
+            place, machine, "extend", of_phase, {"checkpoint": checkpoint}, resume=resume
+        )
+        if not (folder.finished and phase < phases - 1):
+            stage = Extend(settings, machine, begin_from(checkpoint, machine), phase)
+            result = run(stage, folder, live=live("extend"))
+        checkpoint = str(place)
+    return result
+
+
+def run_sft(path: Path, settings: SFTSettings, machine: Machine, resume: bool) -> Metrics:
+    folder = open_run(path, machine, "sft", settings, inputs(settings), resume=resume)
+    return run(SFT(settings, machine, begin_sft(settings, machine)), folder, live=live("sft"))
+
+
+def run_distil(path: Path, settings: DistilSettings, machine: Machine, resume: bool) -> Metrics:
+    """The teacher's solutions, once, and then a fine-tuning on them."""
+    given = inputs(settings) | {"teacher": settings.teacher}
+    folder = open_run(path, machine, "distil", settings, given, resume=resume)
+    solutions = path / "solutions.jsonl"
+    if not solutions.exists():
+        accepted, asked = sample_solutions(settings, machine, solutions)
+        print(f"distil: {accepted:,} of {asked:,} solutions accepted", file=sys.stderr)
+    begin = begin_sft(settings, machine)
+    stage = SFT(replace(settings, solutions=str(solutions)), machine, begin)
+    return run(stage, folder, live=live("distil"))
+
+
+def run_grpo(path: Path, settings: GRPOSettings, machine: Machine, resume: bool) -> Metrics:
+    given = inputs(settings)
+    if settings.reward_model:
+        given["reward_model"] = settings.reward_model
+    folder = open_run(path, machine, "grpo", settings, given, resume=resume)
+    begin = begin_from(settings.checkpoint, machine)
+    return run(GRPO(settings, machine, begin), folder, live=live("grpo"))
+
+
+def run_reward_model(
+    path: Path, settings: RewardModelSettings, machine: Machine, resume: bool
+) -> Metrics:
+    folder = open_run(path, machine, "reward-model", settings, inputs(settings), resume=resume)
+    begin = begin_from(settings.checkpoint, machine)
+    return run(RewardModelStage(settings, machine, begin), folder, live=live("reward-model"))
+
+
+def inputs(settings: Any) -> dict[str, str]:
+    """The checkpoint that a stage reads, if it has one."""
+    return {"checkpoint": settings.checkpoint} if settings.checkpoint else {}
+
+
+def live(name: str) -> Live:
+    return Live(name, sys.stderr)
+
+
+STAGES = {
+    "train": Kind(PretrainSettings, run_pretrain),
+    "extend": Kind(ExtendSettings, run_extend),
+    "sft": Kind(SFTSettings, run_sft),
+    "grpo": Kind(GRPOSettings, run_grpo),
+    "reward-model": Kind(RewardModelSettings, run_reward_model),
+    "distil": Kind(DistilSettings, run_distil),
+}

@@ -1,0 +1,163 @@
+"""One training step in one place: forward and backward over the parts of a batch, clipping, AdamW,
+and the bias update of every gate.
+
+A part is given the counts of the whole batch, so the sum of the parts' gradients is the whole's,
+however it is cut (derivations/splits.md). A step that would spoil the parameters is not taken:
+`NotTaken` says which tensor is not finite. Sources: DeepSeek-V3 (2412.19437) sections 2.1.2, 2.2
+and 4.2; the load's violation is that of Wang et al. (2408.15664).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..array import Array, library
+from ..config import ModelConfig
+from ..model import ModelOutput, backward, forward
+from ..optimizer import AdamW, Moments, clip_global_norm, update_gate_biases
+from ..splits import by_rows, whole_of
+from .machine import Machine
+
+__all__ = [
+    "NotTaken",
+    "State",
+    "Told",
+    "add_gradients",
+    "apply_gradients",
+    "loss_gradients",
+    "max_violation",
+    "train_step",
+]
+
+
+class State(NamedTuple):
+    """All that a run's next step depends on, beside its settings."""
+
+    params: dict[str, Array]
+    moments: Moments
+    step: int = 0  # steps taken
+    tokens: int = 0  # targets seen
+    position: int = 0  # rows, or problems, drawn
+    extra: Mapping[str, Array] = {}  # a stage's own: a reward head, a reference model
+
+
+class Told(NamedTuple):
+    """One step's losses, each of the whole batch, before the step."""
+
+    loss: float
+    main: float
+    mtp: list[float]
+    balance: float
+    loads: dict[int, Array]  # [E] by layer: tokens per expert
+    norm: float = 0.0  # of all gradients together, before clipping
+
+
+class NotTaken(Exception):
+    """A step that was not taken: the state is as before it."""
+
+
+def train_step(
+    state: State,
+    arrays: Mapping[str, Any],
+    config: ModelConfig,
+    machine: Machine,
+    optimizer: AdamW,
+    *,
+    learning_rate: float,
+    max_norm: float = 1.0,
+    gamma: float = 1e-3,
+    rows: int | None = None,
+    expect: Callable[[float], None] = lambda loss: None,
+) -> tuple[State, Told]:
+    """The state after one step on a batch, and what happened. Parameters and moments change in
+    place.
+
+    Args:
+        arrays: of `forward`, NumPy: tokens [B, T], and as given targets, mask, key_mask, segments.
+        gamma: the speed of the gates' biases. rows: how many rows a forward reads at a time, by
+            default all.
+        expect: called with the loss before anything changes; it may raise `NotTaken`.
+    """
+    given = {name: x for name, x in arrays.items() if x is not None}
+    told, grads = loss_gradients(state.params, given, config, machine, rows=rows)
+    expect(told.loss)
+    moments, norm = apply_gradients(
+        state.params, grads, state.moments, optimizer, learning_rate, max_norm
+    )
+    update_gate_biases(state.params, told.loads, gamma, config)
+    state = state._replace(
+        moments=moments,
+        step=state.step + 1,
+        tokens=state.tokens + given["tokens"].size,
+        position=state.position + len(given["tokens"]),
+    )
+    return state, told._replace(norm=norm)
+
+
+def loss_gradients(
+    params: Mapping[str, Array],
+    arrays: Mapping[str, np.ndarray],
+    config: ModelConfig,
+    machine: Machine,
+    *,
+    rows: int | None = None,
+) -> tuple[Told, dict[str, Array]]:
+    """The losses of a batch and a gradient for every parameter, summed over parts of ``rows``."""
+    batch = len(arrays["tokens"])
+    size = min(rows or batch, batch)
+    sizes = [size] * (batch // size) + ([batch % size] if batch % size else [])
+    parts = by_rows(dict(arrays), sizes)
+    whole = whole_of(parts, config) if len(parts) > 1 else None
+    outputs, grads = [], dict[str, Array]()
+    for part in parts:
+        placed = {name: machine.place(x) for name, x in part.arrays.items()}
+        output, saved = forward(params, config=config, whole=whole, ops=machine.ops, **placed)
+        grads = add_gradients(grads, backward(saved))
+        outputs.append(output)
+    return told_of(outputs), grads
+
+
+def told_of(outputs: Sequence[ModelOutput]) -> Told:
+    """The sums over the parts of a batch."""
+    losses = [(float(x.loss), float(x.main)) for x in outputs if x.loss is not None]  # type: ignore[arg-type]
+    return Told(
+        loss=sum(loss for loss, _ in losses),
+        main=sum(main for _, main in losses),
+        mtp=[float(sum(map(float, each))) for each in zip(*(x.mtp for x in outputs), strict=True)],
+        balance=float(sum(float(x) for output in outputs for x in output.balance.values())),
+        loads={layer: sum(x.loads[layer] for x in outputs) for layer in outputs[0].loads},
+    )
+
+
+def add_gradients(sums: dict[str, Array], more: dict[str, Array]) -> dict[str, Array]:
+    """The sums with another part's gradients added."""
+    return {name: sums[name] + g if name in sums else g for name, g in more.items()}
+
+
+def apply_gradients(
+    params: dict[str, Array],
+    grads: dict[str, Array],
+    moments: Moments,
+    optimizer: AdamW,
+    learning_rate: float,
+    max_norm: float,
+) -> tuple[Moments, float]:
+    """Clip and take AdamW's step, in place: the moments, and the norm before. `NotTaken` names the
+    first tensor whose gradient is not finite, before anything changes."""
+    norm = clip_global_norm(grads, max_norm)
+    if not isfinite(norm):
+        for name, g in grads.items():
+            if not bool(library(g).all(library(g).isfinite(g))):
+                raise NotTaken(f"the gradient of {name} is not finite")
+        raise NotTaken("the gradients' norm overflows")
+    return optimizer.update(params, grads, moments, learning_rate), norm
+
+
+def max_violation(load: Array) -> float:
+    """How far the fullest expert is above the mean, as a share of it: max load / mean − 1."""
+    total = int(load.sum())
+    return int(load.max()) * len(load) / total - 1 if total else 0.0
