@@ -32,7 +32,9 @@ def command(
         list[str] | None,
         Option("--set", help="A setting, as in steps=200; may be given several times."),
     ] = None,
-    resume: Annotated[bool, Option(help="Go on where the run in --out stopped.")] = False,
+    resume: Annotated[
+        bool, Option(help="Go on where the run in --out stopped.")
+    ] = False,
     checkpoint: Annotated[
         str | None, Option(help="Where to begin: a checkpoint, or the folder of a finished run.")
     ] = None,
@@ -69,7 +71,7 @@ def command(
     try:
         result = run_stage(stage, out, chosen, resume=resume)
     except Interrupted as stopped:
-        typer.echo(str(stopped), err=True)
+        typer.echo(f"refimpl: {stopped} --resume", err=True)
         raise typer.Exit(130) from stopped
     console().print(f"{stage}: {result['steps']:,} steps, {shown(result['evaluation'])}")
     console().print(f"the result is {out / 'checkpoint'}")

@@ -17,7 +17,7 @@ from .machine import Machine
 from .packing import Windows
 from .run import Guard, Metrics
 from .settings import expect_setting
-from .stage import BaseSettings, BaseStage, Begin, told_metrics
+from .stage import BaseSettings, BaseStage, Begin, texts_digest, told_metrics
 from .step import State, train_step
 
 __all__ = ["Extend", "ExtendSettings"]
@@ -70,7 +70,9 @@ class Extend(BaseStage):
         super().__init__(settings, machine, config, begin.vocabulary)
         self.settings, self.begin = settings, begin
         self.size = settings.batches[phase]
-        train, test = held_out(documents(Path(settings.text) if settings.text else None))
+        texts = documents(Path(settings.text) if settings.text else None)
+        self.inputs = {"text": texts_digest(texts)}
+        train, test = held_out(texts)
         self.train, test_windows = (
             Windows(
                 [begin.vocabulary.encode(text) for text in texts],

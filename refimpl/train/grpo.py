@@ -30,7 +30,7 @@ from .rollout import Samples, sample_groups
 from .run import Guard, Metrics
 from .settings import expect_setting
 from .stage import BaseSettings, BaseStage, Begin, expect_kinds
-from .step import State, apply_gradients
+from .step import State, apply_gradients, copied
 from .tasks import Problem, draw
 
 __all__ = ["GRPO", "GRPOSettings"]
@@ -119,15 +119,23 @@ class GRPO(BaseStage):
         old, reference = self.constants(state, samples)
         order = generator(settings.seed, "minibatches", step).permutation(len(samples.tokens))
         told: list[Metrics] = []
+        if settings.minibatches > 1:  # a later one may fail: the state before the step stays
+            state = copied(state)
         rate = settings.learning_rate * min((step + 1) / max(settings.warmup_steps, 1), 1.0)
         for rows in np.split(order, settings.minibatches):
             rows = np.sort(rows)
             loss, grads = self.gradients(
                 state, samples.take(rows), advantages[rows], old[rows], reference[rows]
             )
-            guard(loss["loss"])
             moments, norm = apply_gradients(
-                state.params, grads, state.moments, self.optimizer, rate, settings.max_norm
+                state.params,
+                grads,
+                state.moments,
+                self.optimizer,
+                rate,
+                settings.max_norm,
+                loss=loss["loss"],
+                expect=guard,
             )
             state = state._replace(moments=moments)
             told.append(loss | {"norm": norm})

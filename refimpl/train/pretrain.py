@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import ModelConfig, preset
-from ..errors import CouldNotRun
+from ..config import ModelConfig
 from ..generate import generate
 from ..optimizer import Moments
 from .documents import documents, held_out
@@ -21,7 +20,7 @@ from .packing import Windows
 from .run import Guard, Metrics
 from .schedule import scaled
 from .settings import expect_setting
-from .stage import BaseSettings, BaseStage, told_metrics
+from .stage import BaseSettings, BaseStage, model_config, texts_digest, told_metrics
 from .step import State, train_step
 from .vocabulary import make_vocabulary
 
@@ -54,21 +53,18 @@ class PretrainSettings(BaseSettings):
 
     def config(self, vocabulary: int) -> ModelConfig:
         """The model at its pre-training length, without YaRN."""
-        try:
-            return replace(
-                preset(self.preset),
-                vocabulary=vocabulary,
-                **{"max_positions": self.length, "yarn": None} | dict(self.model),
-            )
-        except (TypeError, ValueError) as error:
-            raise CouldNotRun(f"impossible: {error}", argument="model") from error
+        return model_config(
+            self.preset, self.model, vocabulary=vocabulary, max_positions=self.length, yarn=None
+        )
 
 
 class Pretrain(BaseStage):
     name = "train"
 
     def __init__(self, settings: PretrainSettings, machine: Machine) -> None:
-        train, test = held_out(documents(Path(settings.text) if settings.text else None))
+        texts = documents(Path(settings.text) if settings.text else None)
+        self.inputs = {"text": texts_digest(texts)}
+        train, test = held_out(texts)
         vocabulary = make_vocabulary(train, settings.vocabulary)
         super().__init__(settings, machine, settings.config(vocabulary.size), vocabulary)
         self.settings = settings

@@ -84,7 +84,6 @@ class RewardModelStage(BaseStage):
             rejected_key_mask=rejected[1],
             ops=self.machine.ops,
         )
-        guard(float(told.loss))
         moments, norm = apply_gradients(
             {**state.params, **state.extra},
             grads | {HEAD: dw},
@@ -92,6 +91,8 @@ class RewardModelStage(BaseStage):
             self.optimizer,
             rate,
             settings.max_norm,
+            loss=float(told.loss),
+            expect=guard,
         )
         state = state._replace(
             moments=moments,

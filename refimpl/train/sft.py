@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import preset
 from ..errors import CouldNotRun
 from ..files import read_text
 from ..optimizer import Moments
@@ -24,12 +23,22 @@ from .packing import Examples, chosen, pack
 from .run import Guard, Metrics
 from .schedule import decayed
 from .settings import expect_setting
-from .stage import BaseSettings, BaseStage, Begin, begin_from, expect_kinds, told_metrics
+from .stage import (
+    BaseSettings,
+    BaseStage,
+    Begin,
+    begin_from,
+    expect_kinds,
+    model_config,
+    told_metrics,
+)
 from .step import State, train_step
 from .tasks import Problem, draw, sloppy
 from .vocabulary import Vocabulary, make_vocabulary
 
 __all__ = ["SFT", "SFTSettings", "begin_sft", "completion", "read_solutions"]
+
+OWN = ("worked", "answers")  # solutions that come from no file
 
 
 @dataclass(frozen=True)
@@ -74,16 +83,14 @@ def begin_sft(settings: SFTSettings, machine: Machine) -> Begin:
         begin = begin_from(settings.checkpoint, machine)
         return replace(begin, config=replace(begin.config, mtp_weight=settings.mtp_weight))
     vocabulary = make_vocabulary([], 0)
-    fields = {
-        "vocabulary": vocabulary.size,
-        "mtp_weight": settings.mtp_weight,
-        "max_positions": settings.length,
-        "yarn": None,
-    }
-    try:
-        config = replace(preset(settings.preset), **fields | dict(settings.model))
-    except (TypeError, ValueError) as error:
-        raise CouldNotRun(f"impossible: {error}", argument="model") from error
+    config = model_config(
+        settings.preset,
+        settings.model,
+        vocabulary=vocabulary.size,
+        mtp_weight=settings.mtp_weight,
+        max_positions=settings.length,
+        yarn=None,
+    )
     params = machine.parameters(config, seed=settings.seed, std=settings.std)
     return Begin(params, config, vocabulary)
 
@@ -95,7 +102,7 @@ class SFT(BaseStage):
         super().__init__(settings, machine, begin.config, begin.vocabulary)
         self.settings, self.begin = settings, begin
         self.given = None
-        if settings.solutions not in ("worked", "answers"):
+        if settings.solutions not in OWN:
             self.given = read_solutions(Path(settings.solutions))
         elif settings.distinct:
             self.given = self.solved(0, settings.distinct)

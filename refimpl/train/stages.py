@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..files import held
 from .distil import DistilSettings, sample_solutions
 from .extend import Extend, ExtendSettings
 from .grpo import GRPO, GRPOSettings
@@ -15,8 +16,10 @@ from .machine import Machine
 from .pretrain import Pretrain, PretrainSettings
 from .reward_model import RewardModelSettings, RewardModelStage
 from .run import Live, Metrics, run
-from .sft import SFT, SFTSettings, begin_sft
-from .stage import BaseSettings, begin_from, open_run
+from .save import expect_place
+from .settings import possible
+from .sft import OWN, SFT, SFTSettings, begin_sft
+from .stage import BaseSettings, begin_from, digest_of, open_run
 
 __all__ = ["STAGES", "run_stage"]
 
@@ -27,13 +30,17 @@ class Kind(NamedTuple):
 
 
 def run_stage(name: str, path: Path, settings: BaseSettings, *, resume: bool = False) -> Metrics:
-    """Run a stage in the folder ``path``; the result."""
-    return STAGES[name].run(path, settings, settings.machine(), resume)
+    """Run a stage in the folder ``path``, which no other process may use meanwhile; the result."""
+    with held(path):
+        expect_place(path, resume=resume)
+        return STAGES[name].run(path, settings, settings.machine(), resume)
 
 
 def run_pretrain(path: Path, settings: PretrainSettings, machine: Machine, resume: bool) -> Metrics:
-    folder = open_run(path, machine, "train", settings, resume=resume)
-    return run(Pretrain(settings, machine), folder, live=live("train"))
+    with possible():
+        stage = Pretrain(settings, machine)
+    folder = open_run(path, machine, "train", settings, stage.inputs, resume=resume)
+    return run(stage, folder, live=live("train"))
 
 
 def run_extend(path: Path, settings: ExtendSettings, machine: Machine, resume: bool) -> Metrics:
@@ -44,54 +51,61 @@ def run_extend(path: Path, settings: ExtendSettings, machine: Machine, resume: b
     for phase in range(phases):
         place = path if phase == phases - 1 else path / f"phase-{phase + 1}"
         of_phase = replace(settings, checkpoint=checkpoint)
-        folder = open_run(
-            place, machine, "extend", of_phase, {"checkpoint": checkpoint}, resume=resume
-        )
+        begin = begin_from(checkpoint, machine)
+        with possible():
+            stage = Extend(settings, machine, begin, phase)
+        given = inputs(of_phase) | stage.inputs
+        folder = open_run(place, machine, "extend", of_phase, given, resume=True)
         if not (folder.finished and phase < phases - 1):
-            stage = Extend(settings, machine, begin_from(checkpoint, machine), phase)
             result = run(stage, folder, live=live("extend"))
         checkpoint = str(place)
     return result
 
 
 def run_sft(path: Path, settings: SFTSettings, machine: Machine, resume: bool) -> Metrics:
+    with possible():
+        stage = SFT(settings, machine, begin_sft(settings, machine))
     folder = open_run(path, machine, "sft", settings, inputs(settings), resume=resume)
-    return run(SFT(settings, machine, begin_sft(settings, machine)), folder, live=live("sft"))
+    return run(stage, folder, live=live("sft"))
 
 
 def run_distil(path: Path, settings: DistilSettings, machine: Machine, resume: bool) -> Metrics:
     """The teacher's solutions, once, and then a fine-tuning on them."""
-    given = inputs(settings) | {"teacher": settings.teacher}
-    folder = open_run(path, machine, "distil", settings, given, resume=resume)
+    with possible():
+        begin = begin_sft(settings, machine)
+    folder = open_run(path, machine, "distil", settings, inputs(settings), resume=resume)
     solutions = path / "solutions.jsonl"
     if not solutions.exists():
         accepted, asked = sample_solutions(settings, machine, solutions)
         print(f"distil: {accepted:,} of {asked:,} solutions accepted", file=sys.stderr)
-    begin = begin_sft(settings, machine)
-    stage = SFT(replace(settings, solutions=str(solutions)), machine, begin)
+    with possible():
+        stage = SFT(replace(settings, solutions=str(solutions)), machine, begin)
     return run(stage, folder, live=live("distil"))
 
 
 def run_grpo(path: Path, settings: GRPOSettings, machine: Machine, resume: bool) -> Metrics:
-    given = inputs(settings)
-    if settings.reward_model:
-        given["reward_model"] = settings.reward_model
-    folder = open_run(path, machine, "grpo", settings, given, resume=resume)
-    begin = begin_from(settings.checkpoint, machine)
-    return run(GRPO(settings, machine, begin), folder, live=live("grpo"))
+    with possible():
+        stage = GRPO(settings, machine, begin_from(settings.checkpoint, machine))
+    folder = open_run(path, machine, "grpo", settings, inputs(settings), resume=resume)
+    return run(stage, folder, live=live("grpo"))
 
 
 def run_reward_model(
     path: Path, settings: RewardModelSettings, machine: Machine, resume: bool
 ) -> Metrics:
+    with possible():
+        stage = RewardModelStage(settings, machine, begin_from(settings.checkpoint, machine))
     folder = open_run(path, machine, "reward-model", settings, inputs(settings), resume=resume)
-    begin = begin_from(settings.checkpoint, machine)
-    return run(RewardModelStage(settings, machine, begin), folder, live=live("reward-model"))
+    return run(stage, folder, live=live("reward-model"))
 
 
 def inputs(settings: Any) -> dict[str, str]:
-    """The checkpoint that a stage reads, if it has one."""
-    return {"checkpoint": settings.checkpoint} if settings.checkpoint else {}
+    """The digests of the checkpoints and the file of solutions that a stage reads."""
+    names = ["checkpoint", "teacher", "reward_model"]
+    if getattr(settings, "solutions", OWN[0]) not in OWN:
+        names.append("solutions")
+    given = {name: getattr(settings, name, "") for name in names}
+    return {name: digest_of(x) for name, x in given.items() if x}
 
 
 def live(name: str) -> Live:
