@@ -3,6 +3,8 @@ NumPy's results."""
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +30,7 @@ from refimpl.train.stage import Begin, model_config
 from refimpl.train.vocabulary import make_vocabulary
 
 from pretended_cupy import Pretended, ndarray
+from support import FULL, ROOT
 
 MODEL = {"width": 16, "layers": 2, "heads": 2, "q_latent": 8, "kv_latent": 8, "nope": 4, "rope": 4,
          "value": 4, "dense_hidden": 16, "experts": 4, "expert_hidden": 8}  # fmt: skip
