@@ -32,9 +32,7 @@ def command(
         list[str] | None,
         Option("--set", help="A setting, as in steps=200; may be given several times."),
     ] = None,
-    resume: Annotated[
-        bool, Option(help="Go on where the run in --out stopped.")
-    ] = False,
+    resume: Annotated[bool, Option(help="Go on where the run in --out stopped.")] = False,
     checkpoint: Annotated[
         str | None, Option(help="Where to begin: a checkpoint, or the folder of a finished run.")
     ] = None,

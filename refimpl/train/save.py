@@ -126,32 +126,34 @@ class RunFolder:
         """Save a state beside the one before, which then goes; or, for ``name``, beside all.
         ``add`` puts more into its checkpoint."""
         target = self.path / (name or f"{STATE}{state.step:06d}")
-        if name is None and target.exists():  # the same: a run has one state after a step
-            return target
         before = [] if name else [x for x in self.states() if x != target]
         with self._writing():
-            with replacing_folder(target) as folder:
-                self._write(state, config, folder)
-                add(folder / "checkpoint")
-                files = {
-                    x.relative_to(folder).as_posix(): file_digest(x)
-                    for x in sorted(folder.rglob("*"))
-                    if x.is_file()
-                }
-                counts = {
-                    "format": FORMAT,
-                    "step": state.step,
-                    "moments": state.moments.step,
-                    "tokens": state.tokens,
-                    "position": state.position,
-                    "metrics": self._sync_metrics(),
-                    "files": files,
-                }
-                write_json(folder / "state.json", counts)
-                remove(target)
+            if name or not target.exists():  # else the same: a run has one state after a step
+                self._save(state, config, target, add)
             for old in before:
                 remove(old)
         return target
+
+    def _save(self, state: State, config: ModelConfig, target: Path, add: Extend) -> None:
+        with replacing_folder(target) as folder:
+            self._write(state, config, folder)
+            add(folder / "checkpoint")
+            files = {
+                x.relative_to(folder).as_posix(): file_digest(x)
+                for x in sorted(folder.rglob("*"))
+                if x.is_file()
+            }
+            counts = {
+                "format": FORMAT,
+                "step": state.step,
+                "moments": state.moments.step,
+                "tokens": state.tokens,
+                "position": state.position,
+                "metrics": self._sync_metrics(),
+                "files": files,
+            }
+            write_json(folder / "state.json", counts)
+            remove(target)
 
     def _write(self, state: State, config: ModelConfig, folder: Path) -> None:
         """All tensors of a state."""
