@@ -14,7 +14,7 @@ from refimpl.train.distil import DistilSettings, sample_solutions
 from refimpl.train.sft import in_turn
 from refimpl.train.tasks import Problem, sloppy
 
-from train.small import MACHINE, begin
+from small_stage import MACHINE, begin
 
 
 def sampled(

@@ -13,7 +13,7 @@ from refimpl.train import evaluate
 from refimpl.train.evaluate import answers, evaluation, interval, measured
 from refimpl.train.tasks import make, sloppy
 
-from train.small import CONFIG, MACHINE, begin
+from small_stage import CONFIG, MACHINE, begin
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from math import log
 
 import numpy as np
@@ -13,7 +14,7 @@ from refimpl.train import losses
 from refimpl.train.losses import bigram_loss, held_out_loss, position_losses, spread
 from refimpl.train.packing import Windows
 
-from train.small import CONFIG, MACHINE, begin
+from small_stage import CONFIG, MACHINE, begin
 
 RNG = np.random.default_rng(0)
 DOCUMENTS = [RNG.integers(0, 8, n).tolist() for n in (30, 7, 12, 41, 3)]
@@ -55,7 +56,7 @@ def test_only_the_first_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def by_hand(test: Windows, count: int, train: Windows | None = None) -> float:
     stream = (train or test).stream.tolist()
-    pairs = Counter(zip(stream[:-1], stream[1:], strict=True))
+    pairs = Counter(pairwise(stream))
     singles = Counter(stream[:-1])
     found = []
     for row in range(count):

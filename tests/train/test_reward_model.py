@@ -25,7 +25,7 @@ from refimpl.train.save import RunFolder
 from refimpl.train.tasks import draw, held_out
 from refimpl.train.vocabulary import END, make_vocabulary, train_bpe, write_vocabulary
 
-from train.small import COMMON, CONFIG, MACHINE, begin, far, same
+from small_stage import COMMON, CONFIG, MACHINE, begin, far, same
 
 SMALL: dict[str, Any] = COMMON | {"batch": 5, "problems": 6}
 
@@ -133,10 +133,12 @@ def test_models_that_cannot_judge(tmp_path: Path) -> None:
     with pytest.raises(CouldNotRun, match="has another tokenizer than the policy"):
         open_reward_model(str(tmp_path / "rm"), MACHINE, read)
     (tmp_path / "rm" / "checkpoint" / FILE).unlink()
-    with pytest.raises(CouldNotRun, match="reward_model .*it is no reward model"):
+    with pytest.raises(CouldNotRun, match=r"reward_model .*it is no reward model"):
         open_reward_model(str(tmp_path / "rm"), MACHINE, make_vocabulary())
 
 
 def test_too_many_pairs() -> None:
-    with pytest.raises(CouldNotRun, match="problems: count must be at most 1215 for add2, got 5000"):
+    with pytest.raises(
+        CouldNotRun, match="problems: count must be at most 1215 for add2, got 5000"
+    ):
         stage(problems=5000)

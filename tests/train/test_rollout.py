@@ -13,7 +13,7 @@ from refimpl.train.policy import log_probs
 from refimpl.train.rollout import Samples, as_arrays, sample_groups
 from refimpl.train.vocabulary import END, make_vocabulary
 
-from train.small import CONFIG, MACHINE, begin
+from small_stage import CONFIG, MACHINE, begin
 
 PROMPTS = ["1+1=", "20+3="]
 

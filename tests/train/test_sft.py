@@ -28,7 +28,7 @@ from refimpl.train.step import State, loss_gradients
 from refimpl.train.tasks import draw, make, sloppy
 from refimpl.train.vocabulary import END, Vocabulary, make_vocabulary
 
-from train.small import COMMON, CONFIG, MACHINE, MODEL, begin
+from small_stage import COMMON, CONFIG, MACHINE, MODEL, begin
 
 SMALL: dict[str, Any] = COMMON | {"batch": 5, "problems": 4, "max_tokens": 8}
 
@@ -151,7 +151,9 @@ def test_a_new_model() -> None:
     start = begin_sft(settings, MACHINE)
     assert (start.config.context, start.config.vocabulary) == (48, 261)
     assert (start.config.width, start.config.yarn, start.config.mtp_weight) == (20, None, 0.2)
-    with pytest.raises(CouldNotRun, match="impossible model: .* unexpected keyword argument 'wid'"):
+    with pytest.raises(
+        CouldNotRun, match=r"impossible model: .* unexpected keyword argument 'wid'"
+    ):
         begin_sft(replace(settings, model={"wid": 3}), MACHINE)
 
 

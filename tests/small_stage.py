@@ -1,5 +1,5 @@
-"""What the tests of the stages share: a model of some thousand numbers that reads bytes and tags, in
-float64 by the reference, and the settings that make a stage short."""
+"""What the tests of the stages share: a small model that reads bytes and tags, in float64 by the
+reference, and a checkpoint that begins with it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from refimpl.train.vocabulary import make_vocabulary
 from random_parameters import random_parameters
 
 MACHINE = open_machine("numpy", "reference", "float64")
-CONFIG = replace(
-    preset("tiny"), vocabulary=261, layers=2, mtp_depth=1, max_positions=64, yarn=None
-)
+CONFIG = replace(preset("tiny"), vocabulary=261, layers=2, mtp_depth=1, max_positions=64, yarn=None)
 COMMON = {"implementation": "reference", "dtype": "float64"}
 MODEL = {name: getattr(CONFIG, name) for name in ("width", "heads", "q_latent", "kv_latent",
          "nope", "rope", "value", "dense_hidden", "expert_hidden", "experts", "top_k")}  # fmt: skip
