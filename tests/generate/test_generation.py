@@ -216,6 +216,9 @@ def test_ends(trained: Any, speculate: int) -> None:
     (full,) = generate(params, config, [prompt], max_tokens=1000, speculate=speculate)
     assert (full.finish, len(full.tokens)) == ("context", config.max_positions - len(prompt))
     assert full.tokens[:30] == free.tokens
+    left = config.max_positions - len(prompt)
+    (both,) = generate(params, config, [prompt], max_tokens=left, speculate=speculate)
+    assert both == full._replace(finish="length")
     (one,) = generate(params, config, [prompt], max_tokens=1, speculate=speculate)
     assert one == Generation(free.tokens[:1], "length", 0, 0, 0)
 
