@@ -49,7 +49,8 @@ def samples(config: ModelConfig, left: bool = False) -> tuple[dict[str, np.ndarr
     """Parameters, and six outputs of three questions with prompts of 2 and of 3 tokens, one output
     empty; off-policy, with a reference; routes of the very policy, which are replayed."""
     rng, params = np.random.default_rng(3), random_parameters(config)
-    width, prompts, lengths = 9, np.array([2, 2, 3, 3, 2, 2]), np.array([9, 6, 5, 3, 8, 9])
+    prompts, lengths = np.array([2, 2, 3, 3, 2, 2]), np.array([9, 6, 5, 3, 8, 9])
+    width = 9
     row = np.arange(width)
     key_mask = row < lengths[:, None]
     mask = (row >= prompts[:, None] - 1) & (row < lengths[:, None] - 1)
@@ -81,7 +82,8 @@ def differences(
 ) -> float:
     """The largest relative error of derivatives in random directions of length 1; the difference
     is of fourth order, and right ones measured at most 2.5e-10."""
-    rng, worst, h = np.random.default_rng(11), 0.0, 2e-3
+    rng, h = np.random.default_rng(11), 2e-3
+    worst = 0.0
     for _ in range(directions):
         way = {name: rng.normal(size=g.shape) for name, g in gradients.items()}
         length = np.sqrt(sum(np.sum(x * x) for x in way.values()))
@@ -405,7 +407,8 @@ def test_preferences(name: str) -> None:
     small = parameter_shapes(replace(config, mtp_depth=0))
     assert list(gradients) == [name for name in small if not is_buffer(name) and name != HEAD]
     assert EMBEDDING in gradients
-    sums, total, sum_dw = {name: 0 * g for name, g in gradients.items()}, 0.0, 0 * dw
+    sums, total = {name: 0 * g for name, g in gradients.items()}, 0.0
+    sum_dw = 0 * dw
     for part in (slice(0, 1), slice(1, 4)):
         cut = {name: x[part] for name, x in given.items()}
         some, more, some_dw = preference_gradients(params, config, **cut, w=w, normaliser=4)
