@@ -47,7 +47,7 @@ class _Limits:
         self, prompts: Sequence[Sequence[int]], stop: Sequence[int], max_tokens: int, context: int
     ) -> None:
         left = context - np.array([len(prompt) for prompt in prompts])
-        self.stop = np.array(stop, np.int64)
+        self.stop = np.array([*stop], np.int64)
         self.room = np.minimum(left, max_tokens)  # [B]: the most tokens that may come
         self.full = np.where(left < max_tokens, "context", "length")
 
@@ -225,13 +225,16 @@ class _Steps:
     def __init__(self, prompts: list[list[int]], limits: _Limits) -> None:
         self.prompts = prompts
         self.limits = limits
+        self.finish = np.full(len(prompts), "", "<U7")
         self.chosen: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
         self.reads: list[tuple[np.ndarray, np.ndarray, dict[int, Array]]] = []
 
     def add(self, rows: np.ndarray, tokens: np.ndarray, log_probs: np.ndarray | None) -> np.ndarray:
         """One more token for each of these rows; returns `_Limits.finish`."""
         self.chosen.append((rows, tokens, log_probs))
-        return self.limits.finish(rows, len(self.chosen), tokens)
+        finish = self.limits.finish(rows, len(self.chosen), tokens)
+        self.finish[rows] = finish
+        return finish
 
     def read(
         self, rows: np.ndarray, routes: dict[int, Array], place: np.ndarray | None = None
@@ -249,17 +252,14 @@ class _Steps:
             count[rows] = step + 1
             if told is not None:
                 log_probs[rows, step] = told
-        every, longest = np.arange(shape[0]), max(map(len, self.prompts))
-        routes = self.routes()
-        last = tokens[every, count - 1]
+        longest, routes = max(map(len, self.prompts)), self.routes()
         found = []
         for row, prompt in enumerate(self.prompts):
             n = int(count[row])
-            finish = self.limits.finish(every[row], n, last[row])
             found.append(
                 Generation(
                     tokens[row, :n].tolist(),
-                    str(finish),
+                    str(self.finish[row]),
                     forwards=n - 1,
                     drafted=0,
                     accepted=0,

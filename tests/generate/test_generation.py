@@ -3,6 +3,7 @@ what the whole forward gives, and speculation changes no token."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from refimpl.model import forward, logits
 from refimpl.ops import REFERENCE, Op, Ops
 from refimpl.text import load_text
 
+import pretended_cupy
 from generate.examples import CHAINS, CONFIGS, PROMPTS, TINY, trained_model, whole
 from random_parameters import random_parameters
 from support import FULL
@@ -289,6 +291,23 @@ def test_untrained_modules_change_nothing() -> None:
     plain, found = (generate(params, TINY, PROMPTS, max_tokens=20, speculate=n) for n in (0, 2))
     assert [g.tokens for g in found] == [g.tokens for g in plain]
     assert sum(g.accepted for g in found) < 0.1 * sum(g.drafted for g in found)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_on_cupy(trained: Any, top_p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups and records on CuPy's arrays: the same tokens and routes, and the same
+    log-probabilities but for rounding."""
+    monkeypatch.setitem(sys.modules, "cupy", pretended_cupy.Pretended("cupy"))
+    params, config = trained
+    there = {name: pretended_cupy.there(p) for name, p in params.items()}
+    options: Any = {"max_tokens": 8, "temperature": 1.0, "top_p": top_p, "stop": [32]}
+    options |= {"group": 2, "record": True}
+    found = generate(there, config, PROMPTS, **options)
+    for one, other in zip(found, generate(params, config, PROMPTS, **options), strict=True):
+        assert one[:5] == other[:5]
+        np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=1e-11)
+        for layer, routes in other.routes.items():
+            assert np.array_equal(one.routes[layer], routes)
 
 
 @pytest.mark.parametrize("speculate", [0, 2])

@@ -3,6 +3,7 @@ sampling recorded, and the mistakes that are usually made by hand."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -29,6 +30,7 @@ from refimpl.train.policy import (
     rewards,
 )
 
+import pretended_cupy
 from random_parameters import random_parameters
 
 TINY = preset("tiny")
@@ -434,31 +436,41 @@ def test_preferences_without_padding() -> None:
 # Libraries, types, errors
 
 
-def test_array_api_strict() -> None:
+@pytest.mark.parametrize("library", ["array_api_strict", "cupy"])
+def test_other_libraries(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", pretended_cupy.Pretended("cupy"))
+    place: Any = strict.asarray if library == "array_api_strict" else pretended_cupy.there
+    host: Any = np.asarray if library == "array_api_strict" else pretended_cupy.here
+
     def there(x: Any) -> Any:
         if isinstance(x, np.ndarray):
-            return strict.asarray(x)
+            return place(x)
         if isinstance(x, Route):
             return Route(*map(there, x))
         return {name: there(y) for name, y in x.items()} if isinstance(x, dict) else x
+
+    def back(gradients: dict[str, Any]) -> dict[str, np.ndarray]:
+        return {name: host(g) for name, g in gradients.items()}
 
     params, given = samples(TINY)
     for settings in (LOSSES["v3.2"], LOSSES["dapo"]):
         told, gradients = grpo_gradients(params, TINY, **given, settings=settings)
         other, more = grpo_gradients(there(params), TINY, **there(given), settings=settings)
-        assert abs(float(other.loss) - told.loss) <= 1e-13 * abs(told.loss)
-        back = {name: np.asarray(g) for name, g in more.items()}
-        assert largest_difference(back, gradients) <= 1e-12
+        for name in ("loss", "tokens", "clipped", "kl", "entropy", "kept"):
+            a, b = float(getattr(other, name)), float(getattr(told, name))
+            assert abs(a - b) <= 1e-13 * abs(b), name
+        assert largest_difference(back(more), gradients) <= 1e-12
+        parts = grpo_normaliser(given["mask"], settings)
+        assert parts == grpo_normaliser(there(given["mask"]), settings)
     params, pair, w = pairs(TINY)
     _, gradients, dw = preference_gradients(params, TINY, **pair, w=w)
     _, more, more_dw = preference_gradients(there(params), TINY, **there(pair), w=there(w))
-    back = {name: np.asarray(g) for name, g in (more | {"w": more_dw}).items()}
-    assert largest_difference(back, gradients | {"w": dw}) <= 1e-12
+    assert largest_difference(back(more | {"w": more_dw}), gradients | {"w": dw}) <= 1e-12
     _, found = rollout(params, TINY)
     mask = np.ones((9, 20), bool)
     recorded = [one.routes for one in found]
-    for layer, route in replay(recorded, strict.asarray(mask)).items():
-        assert np.array_equal(np.asarray(route.indices), replay(recorded, mask)[layer].indices)
+    for layer, route in replay(recorded, there(mask)).items():
+        assert np.array_equal(host(route.indices), replay(recorded, mask)[layer].indices)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "numba_cpu"])
