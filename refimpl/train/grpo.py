@@ -50,8 +50,8 @@ class GRPOSettings(BaseSettings):
     temperature: float = 1.0
     top_p: float = 1.0
     max_tokens: int = MOST
-    learning_rate: float = 3e-4
-    warmup_steps: int = 0
+    learning_rate: float = 2e-4
+    warmup_steps: int = 10
     weight_decay: float = 0.0
     accuracy: float = 1.0  # the weights of the rewards' parts
     format: float = 0.2

@@ -21,7 +21,8 @@ from refimpl.train.tasks import Problem, draw, make, sloppy
 
 from small_stage import COMMON, CONFIG, MACHINE, begin, far, same
 
-SMALL: dict[str, Any] = COMMON | {"questions": 2, "group": 4, "max_tokens": 6, "problems": 4}
+SMALL: dict[str, Any] = COMMON | {"questions": 2, "group": 4, "max_tokens": 6, "problems": 4,
+                                  "warmup_steps": 0}  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {name: {} for name in GRPO_PRESETS}
 VARIANTS["v3.2"] = {"off_policy": 0.01}
 Params = dict[str, np.ndarray]
