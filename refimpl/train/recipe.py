@@ -45,6 +45,7 @@ class Job:
 MIXTURE = {"untidy": 0.2, "sloppy": 0.2}
 COLD_START = MIXTURE | {"distinct": 520, "steps": 450}
 STOP = {"stop": [0.40, 0.55]}
+SECOND = {"untidy": 0.5, "steps": 100, "learning_rate": 3e-4, "seed": 1}
 HARD = "add3"
 STUDENT_SFT = {"model": STUDENT, "steps": 800}
 
@@ -62,10 +63,11 @@ JOBS = [
     Job("sft-hard", "sft", {"checkpoint": "sft"}, STOP | {"kinds": [HARD], "steps": 400}, (HARD,)),
     Job("grpo-hard", "grpo", {"checkpoint": "sft-hard"}, {"kinds": [HARD]}, (HARD,)),
     Job("reward-model", "reward-model", {"checkpoint": "sft"}),
+    Job("second-sft", "sft", {"checkpoint": "grpo-0"}, SECOND, ("add2",)),
     Job(
         "last",
         "grpo",
-        {"checkpoint": "grpo-0", "reward_model": "reward-model"},
+        {"checkpoint": "second-sft", "reward_model": "reward-model"},
         {"model": 0.2, "steps": 60},
         ("add2",),
     ),
