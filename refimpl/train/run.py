@@ -14,13 +14,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TextIO
 
 from ..config import ModelConfig
 from ..errors import CouldNotRun
 from .save import RunFolder
-from .step import NotTaken, State
+from .step import NotTaken, State, not_finite
 
 __all__ = ["Guard", "Interrupted", "Live", "Stage", "run"]
 
@@ -61,8 +62,9 @@ class Guard:
         self.recent = deque(losses, RECENT)  # one per step: `run` adds those that were taken
 
     def __call__(self, loss: float) -> None:
-        """`NotTaken` if the loss of a step that was not taken yet jumps."""
-        if len(self.recent) == RECENT:
+        """`NotTaken` if the loss of a step that was not taken yet jumps; what is not finite is for
+        `apply_gradients` to say, which knows the tensors."""
+        if len(self.recent) == RECENT and isfinite(loss):
             usual = statistics.median(self.recent)
             if loss > usual + self.jump:
                 raise NotTaken(
@@ -96,7 +98,9 @@ def run(stage: Stage, folder: RunFolder, *, live: Live | None = None) -> Metrics
             over = stage.progress(state, evaluated) >= 1
             due = over or state.step % stage.evaluate_every == 0
             if due and evaluated.get("step") != state.step:
-                evaluated = {"kind": "evaluation", "step": state.step} | stage.evaluate(state)
+                evaluated = {"kind": "evaluation", "step": state.step}
+                with stopping(stage, state, folder, f"the model after step {state.step}"):
+                    evaluated |= stage.evaluate(state)
                 folder.write_metrics(evaluated)
                 live.tell(evaluated)
             if (done := stage.progress(state, evaluated)) >= 1:
@@ -126,19 +130,30 @@ def _stop(stage: Stage, state: State, folder: RunFolder) -> NoReturn:
 
 
 def _step(stage: Stage, state: State, guard: Guard, folder: RunFolder) -> tuple[State, Metrics]:
-    """A step with its time; CouldNotRun with the saved state if it can't be taken."""
+    """A step with its time."""
     begin = time.perf_counter()
-    try:
+    with stopping(stage, state, folder, f"step {state.step + 1}"):
         after, told = stage.step(state, guard)
-    except NotTaken as reason:
-        name = f"stopped-{state.step:06d}"
-        add = partial(stage.add_to_checkpoint, state)
-        saved = folder.save(state, stage.config, name, add)
-        raise CouldNotRun(
-            f"step {state.step + 1} was not taken: {reason}; the state before it is {saved}"
-        ) from reason
     guard.recent.append(told["loss"])
     return after, told | {"seconds": time.perf_counter() - begin}
+
+
+@contextmanager
+def stopping(stage: Stage, state: State, folder: RunFolder, what: str) -> Iterator[None]:
+    """CouldNotRun, with the state saved, if ``what`` is stopped by numbers: a step that is not
+    taken, or a model whose logits are not numbers."""
+    try:
+        yield
+    except (NotTaken, ValueError) as error:
+        reason = str(error)
+        if isinstance(error, ValueError):
+            name = not_finite(state.params)
+            if name is None and "NaN" not in reason:
+                raise
+            reason = f"{name} is not finite" if name else reason
+        add = partial(stage.add_to_checkpoint, state)
+        saved = folder.save(state, stage.config, f"stopped-{state.step:06d}", add)
+        raise CouldNotRun(f"stopped at {what}: {reason}; the state is saved in {saved}") from error
 
 
 def _left(begin: float, first: float, done: float) -> float | None:

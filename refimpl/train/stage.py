@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import ModelConfig, preset
+from ..config import ModelConfig
 from ..errors import CouldNotRun
 from ..files import file_digest, write_text
 from ..optimizer import AdamW
 from .machine import Machine, open_machine
 from .run import Metrics
 from .save import RunFolder, is_finished, is_run, load_parameters, model_digest
-from .settings import check_types, expect_setting, possible, to_toml
+from .settings import check_types, expect_setting, to_toml
 from .step import State, Told, max_violation
 from .tasks import KINDS
 from .vocabulary import Vocabulary, open_vocabulary
@@ -27,13 +27,10 @@ __all__ = [
     "begin_from",
     "digest_of",
     "expect_kinds",
-    "model_config",
     "open_run",
     "texts_digest",
     "told_metrics",
 ]
-
-NOT_CHANGED = ("vocabulary", "yarn", "conventions")  # of a preset, by settings
 
 
 @dataclass(frozen=True)
@@ -116,22 +113,6 @@ def expect_kinds(kinds: tuple[str, ...]) -> None:
     """CouldNotRun unless these are kinds of problems, at least one."""
     wrong = [kind for kind in kinds if kind not in KINDS]
     expect_setting(bool(kinds) and not wrong, "kinds", f"be of {', '.join(KINDS)}", kinds)
-
-
-def model_config(name: str, changes: Mapping[str, Any], **given: Any) -> ModelConfig:
-    """The preset called ``name`` with ``given``, and then ``changes``; CouldNotRun if there is no
-    such model."""
-    with possible():
-        base = preset(name)
-    names = [x.name for x in fields(base) if x.name not in NOT_CHANGED]
-    for key, value in changes.items():
-        if key not in names:
-            raise CouldNotRun(f"model has no setting {key}; there are {', '.join(names)}")
-        old = getattr(base, key)
-        kinds = (int, float) if type(old) is float else (int if old is None else type(old),)
-        expect_setting(type(value) in kinds, f"model.{key}", f"be as {old!r} is", value)
-    with possible():
-        return replace(base, **{**given, **changes})
 
 
 def checkpoint_of(path: Path) -> Path:

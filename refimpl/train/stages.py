@@ -1,4 +1,5 @@
-"""The stages by name, and how each is run from its settings."""
+"""The stages by name, and how each is run from its settings. A stage is made before its folder, so
+that settings it can't have leave nothing behind."""
 
 from __future__ import annotations
 
@@ -16,9 +17,9 @@ from .machine import Machine
 from .pretrain import Pretrain, PretrainSettings
 from .reward_model import RewardModelSettings, RewardModelStage
 from .run import Live, Metrics, run
-from .save import expect_place
-from .settings import possible
-from .sft import OWN, SFT, SFTSettings, begin_sft
+from .save import PHASE, expect_place
+from .settings import expect_setting, possible
+from .sft import OWN, SFT, SFTSettings, begin_sft, read_solutions
 from .stage import BaseSettings, begin_from, digest_of, open_run
 
 __all__ = ["STAGES", "run_stage"]
@@ -49,11 +50,10 @@ def run_extend(path: Path, settings: ExtendSettings, machine: Machine, resume: b
     checkpoint = settings.checkpoint
     phases = len(settings.factors)
     for phase in range(phases):
-        place = path if phase == phases - 1 else path / f"phase-{phase + 1}"
-        of_phase = replace(settings, checkpoint=checkpoint)
-        begin = begin_from(checkpoint, machine)
+        place = path if phase == phases - 1 else path / f"{PHASE}{phase + 1}"
         with possible():
-            stage = Extend(settings, machine, begin, phase)
+            stage = Extend(settings, machine, begin_from(checkpoint, machine), phase)
+        of_phase = replace(settings, checkpoint=checkpoint)
         given = inputs(of_phase) | stage.inputs
         folder = open_run(place, machine, "extend", of_phase, given, resume=True)
         if not (folder.finished and phase < phases - 1):
@@ -73,13 +73,15 @@ def run_distil(path: Path, settings: DistilSettings, machine: Machine, resume: b
     """The teacher's solutions, once, and then a fine-tuning on them."""
     with possible():
         begin = begin_sft(settings, machine)
+    expect_setting(bool(settings.teacher), "teacher", "name a checkpoint", settings.teacher)
     folder = open_run(path, machine, "distil", settings, inputs(settings), resume=resume)
     solutions = path / "solutions.jsonl"
     if not solutions.exists():
         accepted, asked = sample_solutions(settings, machine, solutions)
         print(f"distil: {accepted:,} of {asked:,} solutions accepted", file=sys.stderr)
     with possible():
-        stage = SFT(replace(settings, solutions=str(solutions)), machine, begin)
+        stage = SFT(settings, machine, begin, read_solutions(solutions))
+    stage.name = "distil"
     return run(stage, folder, live=live("distil"))
 
 

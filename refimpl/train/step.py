@@ -31,6 +31,7 @@ __all__ = [
     "copied",
     "loss_gradients",
     "max_violation",
+    "not_finite",
     "train_step",
 ]
 
@@ -85,15 +86,9 @@ def train_step(
     """
     given = {name: x for name, x in arrays.items() if x is not None}
     told, grads = loss_gradients(state.params, given, config, machine, rows=rows)
+    expect(told.loss)
     moments, norm = apply_gradients(
-        state.params,
-        grads,
-        state.moments,
-        optimizer,
-        learning_rate,
-        max_norm,
-        loss=told.loss,
-        expect=expect,
+        state.params, grads, state.moments, optimizer, learning_rate, max_norm, loss=told.loss
     )
     update_gate_biases(state.params, told.loads, gamma, config)
     state = state._replace(
@@ -154,23 +149,28 @@ def apply_gradients(
     max_norm: float,
     *,
     loss: float = 0.0,
-    expect: Callable[[float], None] = lambda loss: None,
 ) -> tuple[Moments, float]:
     """Clip and take AdamW's step, in place: the moments, and the norm before.
 
-    `NotTaken`, before anything changes but the gradients, if ``loss`` or a gradient is not finite
-    (the message names the first such tensor), or if ``expect`` raises it for this loss.
+    `NotTaken`, before parameters and moments change, if ``loss`` or a gradient is not finite: the
+    message names the first tensor that is not, a parameter rather than a gradient.
     """
     norm = clip_global_norm(grads, max_norm)
     if not (isfinite(loss) and isfinite(norm)):
         named = {name: params[name] for name in grads}
         named |= {f"the gradient of {name}": g for name, g in grads.items()}
-        for name, x in named.items():
-            if not bool(library(x).all(library(x).isfinite(x))):
-                raise NotTaken(f"the loss is {loss:.4g}, and {name} is not finite")
-        raise NotTaken(f"the loss is {loss:.4g}, and the norm of the gradients {norm:.4g}")
-    expect(loss)
+        wrong = not_finite(named)
+        told = f"{wrong} is not finite" if wrong else f"the norm of the gradients {norm:.4g}"
+        raise NotTaken(f"the loss is {loss:.4g}, and {told}")
     return optimizer.update(params, grads, moments, learning_rate), norm
+
+
+def not_finite(tensors: Mapping[str, Array]) -> str | None:
+    """The name of the first tensor that holds NaN or infinity."""
+    for name, x in tensors.items():
+        if not bool(library(x).all(library(x).isfinite(x))):
+            return name
+    return None
 
 
 def copied(state: State) -> State:

@@ -21,12 +21,12 @@ from refimpl.optimizer import AdamW
 from refimpl.parameters import init_parameters, is_buffer
 from refimpl.train.grpo import GRPO, GRPOSettings
 from refimpl.train.machine import Machine, open_machine
-from refimpl.train.pretrain import Pretrain, PretrainSettings
+from refimpl.train.pretrain import Pretrain, PretrainSettings, new_config
 from refimpl.train.reward_model import RewardModelSettings, RewardModelStage
 from refimpl.train.run import Guard
 from refimpl.train.settings import toml_value
 from refimpl.train.sft import SFT, SFTSettings, begin_sft
-from refimpl.train.stage import Begin, model_config
+from refimpl.train.stage import Begin
 from refimpl.train.vocabulary import make_vocabulary
 
 from pretended_cupy import Pretended, ndarray
@@ -81,7 +81,7 @@ def test_types(dtype: str) -> None:
     """Parameters are of the machine's type; the gates' biases float32 always, as files have
     them; the same as `init_parameters` draws."""
     machine = open_machine("numpy", "reference", dtype)
-    config = model_config("mini", MODEL, vocabulary=261)
+    config = new_config("mini", MODEL, vocabulary=261)
     params = machine.parameters(config, seed=3, std=0.05)
     expected = init_parameters(config, seed=3, std=0.05, dtype=dtype)
     for name, x in params.items():
@@ -113,7 +113,7 @@ def sft(machine: Machine, folder: Path) -> Any:
 
 def begin(machine: Machine) -> Begin:
     vocabulary = make_vocabulary()
-    config = model_config("mini", MODEL, vocabulary=vocabulary.size)
+    config = new_config("mini", MODEL, vocabulary=vocabulary.size)
     return Begin(machine.parameters(config, seed=0, std=0.3), config, vocabulary)
 
 
