@@ -172,7 +172,8 @@ class Writes:
 
 
 def content(run: Path) -> dict[str, Any]:
-    """Every file of a run by its name: bytes, but lines of metrics without their times."""
+    """Every file of a run by its name: bytes, but lines of metrics without their times, and
+    state.json without their size."""
     found: dict[str, Any] = {}
     for path in sorted(run.rglob("*")):
         name = path.relative_to(run).as_posix()
@@ -180,6 +181,8 @@ def content(run: Path) -> dict[str, Any]:
         if path.name == "metrics.jsonl":
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             found[name] = [{k: x for k, x in line.items() if k != "seconds"} for line in lines]
+        if path.name == "state.json":
+            found[name] = json.loads(path.read_text()) | {"metrics": 0}
     return found
 
 
@@ -220,12 +223,12 @@ def killed(stage: str, inputs: Path, number: int, seconds: float, writes: int) -
     return folder / "run", " | ".join(told)
 
 
-def uninterrupted(stage: str, inputs: Path) -> Path:
+def uninterrupted(stage: str, inputs: Path, *, fork: bool = False) -> Path:
     """The run that nothing stops."""
     folder = inputs / f"{stage}-whole"
     folder.mkdir()
     line = arguments(stage, inputs)
-    if stage in ("grpo", "distil"):
+    if fork or stage in ("grpo", "distil"):
         assert ended(forked(folder, line)) == 0, (folder / "log").read_text()
     else:
         subprocess.run([sys.executable, "-m", "refimpl", *line], cwd=folder, check=True, stderr=-3)
@@ -239,13 +242,13 @@ def place(given: Path | None) -> Iterator[Path]:
         yield given or Path(stack.enter_context(tempfile.TemporaryDirectory()))
 
 
-def kill_stages(stages: list[str], kills: int, folder: Path) -> None:
+def kill_stages(stages: list[str], kills: int, folder: Path, *, fork: bool = False) -> None:
     """AssertionError if one of them ends otherwise than the run that was not killed."""
     write_text(folder)
     for stage in STAGES:
         if not needed(stage, stages):
             continue
-        whole = uninterrupted(stage, folder)
+        whole = uninterrupted(stage, folder, fork=fork)
         if stage not in stages:
             continue
         other = folder / f"{stage}-counted"
@@ -275,8 +278,9 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=20, help="of each stage")
     parser.add_argument("--stages", default=",".join(STAGES), help="which, separated by commas")
     parser.add_argument("--implementation", default="fastest", help="of the ops")
+    parser.add_argument("--fork", action="store_true", help="also those that are not killed")
     parser.add_argument("--folder", type=Path, help="kept; by default one that is removed")
     given = parser.parse_args()
     chosen = mock.patch.dict(os.environ, {IMPLEMENTATION: given.implementation})
     with place(given.folder) as folder, chosen:
-        kill_stages(given.stages.split(","), given.kills, folder.resolve())
+        kill_stages(given.stages.split(","), given.kills, folder.resolve(), fork=given.fork)
