@@ -25,6 +25,7 @@ class DistilSettings(SFTSettings):
     teacher: str = ""  # a checkpoint
     sampled: int = 8192  # problems that the teacher is given
     temperature: float = 1.0
+    verified: bool = True  # only solutions that the rules accept; False: all
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -32,8 +33,8 @@ class DistilSettings(SFTSettings):
 
 
 def sample_solutions(settings: DistilSettings, machine: Machine, path: Path) -> tuple[int, int]:
-    """Write the teacher's completions that the rules accept (right, and in the format) as JSONL;
-    how many, of how many."""
+    """Write the teacher's completions that the rules accept (right, and in the format), or all, as
+    JSONL; how many, of how many."""
     teacher = begin_from(settings.teacher, machine, mtp=False)
     lines, asked = [], 0
     for kind in settings.kinds:
@@ -51,7 +52,7 @@ def sample_solutions(settings: DistilSettings, machine: Machine, path: Path) -> 
         asked += len(problems)
         for problem, (text, ended, _) in zip(problems, found, strict=True):
             judged = score(text, problem.answer, ended=ended)
-            if judged["accuracy"] and judged["format"]:
+            if not settings.verified or (judged["accuracy"] and judged["format"]):
                 lines.append(json.dumps({"prompt": problem.prompt, "completion": text}))
     if not lines:
         raise CouldNotRun(f"the teacher has no right solution to {asked} problems")

@@ -24,6 +24,7 @@ __all__ = [
     "BaseStage",
     "Begin",
     "begin_from",
+    "digest_line",
     "expect_kinds",
     "open_run",
     "told_metrics",
@@ -132,10 +133,15 @@ def open_run(
     lines = []
     for name, given in (inputs or {}).items():
         expect_setting(bool(given), name, "name a checkpoint", given)
-        lines.append(f"# {name}: {model_digest(checkpoint_of(Path(given)))}")
+        lines.append(digest_line(name, given))
     folder = RunFolder(path, machine, "\n".join([*lines, to_toml({stage: settings})]))
     folder.open(resume=resume)
     return folder
+
+
+def digest_line(name: str, checkpoint: str) -> str:
+    """How settings.toml says from which checkpoint a run began."""
+    return f"# {name}: {model_digest(checkpoint_of(Path(checkpoint)))}"
 
 
 def told_metrics(told: Told, learning_rate: float, config: ModelConfig) -> Metrics:
