@@ -21,6 +21,15 @@ class Claim(NamedTuple):
     bound: str
     holds: bool | None  # None: without a bound
 
+    @property
+    def numbers(self) -> str:
+        """Its values by name, as text."""
+        return ", ".join(f"{name} {number(x)}" for name, x in self.values.items())
+
+    @property
+    def verdict(self) -> str:
+        return {True: "holds", False: "FAILS", None: "–"}[self.holds]
+
 
 class Accuracy(NamedTuple):
     right: float
@@ -37,6 +46,11 @@ def judge(results: Mapping[str, Any]) -> list[Claim]:
         except Missing:
             continue
     return found
+
+
+def number(x: float) -> str:
+    """Three digits behind the point; of large ones, none."""
+    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3f}"
 
 
 class Missing(Exception):
@@ -138,11 +152,11 @@ def reinforced(results: Mapping[str, Any]) -> Iterator[Claim]:
 def permuted(results: Mapping[str, Any]) -> Iterator[Claim]:
     for how in HOW:
         start, end = accuracy(results, "sft", how), accuracy(results, "permuted", how).right
-        values = {"sft": start.right, "sft, high": start.high, "permuted": end}
+        values = {"sft": start.right, "its interval's end": start.high, "permuted": end}
         yield Claim(
             f"{how} accuracy by GRPO with permuted rewards",
             values | {"fall": start.right - end},
-            "permuted ≤ sft, high",
+            "permuted ≤ its interval's end",
             end <= start.high,
         )
 
@@ -192,8 +206,8 @@ def last_stage(results: Mapping[str, Any]) -> Iterator[Claim]:
         )
         yield Claim(
             f"{how} accuracy over the last stage",
-            {"before": start.right, "before, low": start.low, "after": after.right},
-            "after ≥ before, low",
+            {"before": start.right, "its interval's start": start.low, "after": after.right},
+            "after ≥ its interval's start",
             after.right >= start.low,
         )
 

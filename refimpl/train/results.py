@@ -36,7 +36,7 @@ from .vocabulary import open_vocabulary
 __all__ = ["gather", "read_results", "run_of", "write_results"]
 
 SCHEMA = 1
-POINTS = 100  # of a curve at most
+POINTS = 60  # of a curve at most
 HEATED = 60  # of a map of loads at most
 DIGITS = 5  # of a number of a curve
 
@@ -179,6 +179,10 @@ def run_of(place: Path) -> dict[str, Any]:
                 found.setdefault("positions", {}).setdefault(when, {})[name] = octaves(value)
             if name.startswith("samples"):
                 found.setdefault("samples", {}).setdefault(when, {})[name] = value
+    if result["stage"] == "extend":
+        config = read_json(place / "checkpoint" / "config.json")
+        original = config["rope_scaling"]["original_max_position_embeddings"]
+        found["lengths"] = {"original": original, "reached": config["max_position_embeddings"]}
     return found
 
 
@@ -208,7 +212,7 @@ def octaves(losses: Sequence[float]) -> dict[str, list[float]]:
     """The loss by position, averaged over eighths of an octave; positions count from 1."""
     count = len(losses)
     edges = np.unique(np.round(2 ** np.arange(0, np.log2(count) + 1 / 8, 1 / 8)).astype(int))
-    edges = np.unique(np.append(edges[edges <= count], count + 1))
+    edges = np.append(edges[edges <= count * 0.95], count + 1)  # no sliver at the end
     spans = list(pairwise(edges))
     return {
         "position": [_rounded(float(np.sqrt(a * (b - 1.0)))) for a, b in spans],
