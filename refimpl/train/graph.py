@@ -91,15 +91,16 @@ class Running:
         self.tell = tell
         self.process: subprocess.Popen[bytes] | None = None
         self.command: Sequence[str] | None = None
-        self.begin = 0.0
+        self.begin = self.spent = time.monotonic()
         self.waits = False
 
     def over(self) -> bool:
         """Whether all commands are done; begins the next one. CouldNotRun if one failed."""
+        self.spend()
         if self.process is not None:
             if (code := self.process.poll()) is None:
                 return False
-            self.ended()
+            self.process = None
             if code:
                 raise CouldNotRun(
                     f"{self.name} failed with exit code {code}: {last_line(self.log)} (all of it: "
@@ -116,7 +117,6 @@ class Running:
                 raise CouldNotRun(f"{self.name} ended without its result; see {self.log}")
             self.command = command
             if command is not None:
-                self.begin = time.monotonic()
                 # in a session of its own, so that a terminal's Ctrl-C reaches it through us alone
                 self.process = subprocess.Popen(
                     command,
@@ -128,9 +128,11 @@ class Running:
                 )
         return command is None
 
-    def ended(self) -> None:
-        self.process = None
-        self.seconds.add(self.name, time.monotonic() - self.begin)
+    def spend(self) -> None:
+        """Count the time since the last call as the job's."""
+        now = time.monotonic()
+        self.seconds.add(self.name, now - self.spent)
+        self.spent = now
 
 
 def stop(jobs: Sequence[Running]) -> None:
@@ -147,8 +149,8 @@ def stop(jobs: Sequence[Running]) -> None:
             process.wait()
         raise
     finally:
-        for job, _ in processes:
-            job.ended()
+        for job in jobs:
+            job.spend()
 
 
 class Seconds:

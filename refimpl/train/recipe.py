@@ -79,10 +79,10 @@ JOBS = [
 def toy(jobs: Sequence[Job]) -> list[Job]:
     """The same graph at a size that takes seconds, which shows that it runs and nothing else. Its
     text is this file, and the student learns whatever the teacher says."""
-    text, brief = {"text": __file__}, {"problems": 8, "max_tokens": 12}
-    sft = {"steps": 3, "batch": 8, "evaluate_every": 2} | brief
+    text, brief = {"text": __file__}, {"problems": 4, "max_tokens": 8}
+    sft = {"steps": 2, "batch": 8} | brief
     small: dict[str, dict[str, Any]] = {
-        "train": {"tokens": 4096, "batch": 16, "warmup_steps": 2, "evaluate_every": 4} | text,
+        "train": {"tokens": 2048, "length": 16, "batch": 16, "warmup_steps": 2} | text,
         "extend": {"steps": 2, "factors": [2, 4], "batches": [4, 2], "measured": 8} | text,
         "sft": sft,
         "grpo": {"steps": 2, "questions": 2, "group": 4} | brief,
@@ -132,9 +132,8 @@ class Recipe:
         begin = [sys.executable, "-m", "refimpl"]
         options = [part for key, x in self.common.items() for part in (f"--{key}", x)]
         if not (place / "result.json").exists():
-            resume = ["--resume"] if (place / "settings.toml").exists() else []
             sets = [part for x in self.overrides(job) for part in ("--set", x)]
-            return [*begin, job.stage, "--out", str(place), *sets, *options, *resume]
+            return [*begin, job.stage, "--out", str(place), *sets, *options, "--resume"]
         self.expect_current(job)
         for kind in job.kinds:
             count = asked(kind, self.problems)
