@@ -47,7 +47,9 @@ def test_files(tmp_path: Path) -> None:
         data = file.read_bytes()
         assert data == (tmp_path / "b" / file.name).read_bytes()
         assert len(data) < 100_000
-        texts = [x.text for x in ElementTree.fromstring(data).iter("{http://www.w3.org/2000/svg}text")]
+        texts = [
+            x.text for x in ElementTree.fromstring(data).iter("{http://www.w3.org/2000/svg}text")
+        ]
         assert {"step", "position of the token", "share of right answers"} & set(texts), file
         assert b"dc:date" not in data
 
