@@ -57,8 +57,8 @@ def first(file: str) -> list[str]:
         return ["tests/golden/test_checkpoints.py", "tests/checkpoint", "tests/cli/test_grads.py"]
     if folder == "grads":
         return ["tests/grads", "tests/cli/test_grads.py"]
-    if stem == "generate":
-        return ["tests/cli/test_generate.py", "tests/test_generate.py"]
+    if folder == "generate":
+        return ["tests/generate", "tests/cli/test_generate.py"]
     return ["tests/golden/test_golden.py", f"tests/test_{stem}.py"]
 
 
@@ -68,13 +68,14 @@ def second(file: str) -> list[str]:
     core = ["tests/test_backends.py", "tests/test_model.py"]
     files = ["tests/grads", "tests/cli/test_grads.py", "tests/cli/test_generate.py"]
     wider = {
-        "ops": [*core, "tests/ops", "tests/test_generate.py", *files, CONFIGS],
+        "ops": [*core, "tests/ops", "tests/generate", *files, CONFIGS],
         "grads": ["tests/checkpoint", "tests/test_batch.py", "tests/ops/test_moe.py"],
         "checkpoint": ["tests/cli/test_count.py", "tests/test_config.py", *files],
+        "generate": [*core, "tests/train"],
         "": [*core, *files, "tests/golden/test_checkpoints.py", "tests/test_count.py"],
     }[folder]
     if name in ("model.py", "batch.py", "parameters.py"):
-        wider += ["tests/test_generate.py", "tests/checkpoint/test_names.py"]
+        wider += ["tests/generate", "tests/checkpoint/test_names.py"]
     return [*(path for path in wider if path not in first(file)), "tests/cli/test_conventions.py"]
 
 
@@ -82,8 +83,8 @@ LISTS = (first, second)
 SLOW = (  # not in the second list: they take seconds for what others here see
     "tests/test_backends.py::test_verify_needs_nothing_that_cupy_refuses",
     "tests/test_model.py::test_protocol",
-    "tests/test_generate.py::test_speculation",
-    "tests/test_generate.py::test_what_generate_drafts",
+    "tests/generate/test_generation.py::test_speculation",
+    "tests/generate/test_generation.py::test_what_generate_drafts",
     "tests/checkpoint/test_reader.py::test_memory_of_loading",
     "tests/cli/test_grads.py::test_conventions_that_matter",
 )

@@ -7,11 +7,11 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ..train.evaluate import measured
+from ..train.evaluate import MOST, measured
 from ..train.machine import open_machine
-from ..train.stage import begin_from, expect_kinds
-from ..train.tasks import held_out
-from .app import Json, app, check_writable, console, replace_json
+from ..train.stage import begin_from
+from ..train.tasks import KINDS, held_out
+from .app import Json, app, check_writable, console, expect_choice, refused, replace_json
 
 
 @app.command("eval")
@@ -21,10 +21,10 @@ def eval_command(
         list[str] | None, typer.Option(help="Kind of problems; may be given several times.")
     ] = None,
     problems: Annotated[
-        int, typer.Option(help="How many held-out problems of each kind; 0: all.")
+        int, typer.Option(min=0, help="How many held-out problems of each kind; 0: all.")
     ] = 0,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 64,
-    seed: Annotated[int, typer.Option(help="Of the sampled answers.")] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = MOST,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampled answers.")] = 0,
     backend: Annotated[str, typer.Option(help="numpy, or cupy for a GPU.")] = "numpy",
     implementation: Annotated[
         str, typer.Option(help="Of the ops; by default the fastest that is there.")
@@ -38,21 +38,23 @@ def eval_command(
     """
     if json_file is not None:
         check_writable(json_file)
-    kinds = tuple(kind or ["add2"])
-    expect_kinds(kinds)
+    kinds = tuple(dict.fromkeys(kind or ["add2"]))
+    for name in kinds:
+        expect_choice("kind", name, KINDS)
+    with refused({"count": "--problems"}):
+        given = {name: held_out(name, problems or None) for name in kinds}
     machine = open_machine(backend, implementation, dtype)
     begin = begin_from(checkpoint, machine, mtp=False)
     table = Table("problems", "answers", "right", "95 % interval", "format", "tokens", box=None)
     results = {}
     for name in kinds:
-        given = held_out(name, problems or None)
         for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
             found = measured(
                 begin.params,
                 begin.config,
                 begin.vocabulary,
                 machine,
-                given,
+                given[name],
                 temperature=temperature,
                 max_tokens=max_tokens,
                 seed=seed,

@@ -1,16 +1,17 @@
 """``refimpl train``, ``extend``, ``sft``, ``grpo``, ``reward-model``, ``distil``: the stages of the
-recipe, all with the same options."""
+recipe, with nearly the same options."""
 
 from __future__ import annotations
 
 import inspect
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..train.run import Interrupted, shown
-from ..train.settings import make_settings, read_tables
+from ..train.settings import make_settings, read_tables, toml_value
 from ..train.stages import STAGES, run_stage
 from .app import app, console
 
@@ -36,7 +37,9 @@ def command(
     checkpoint: Annotated[
         str | None, Option(help="Where to begin: a checkpoint, or the folder of a finished run.")
     ] = None,
-    teacher: Annotated[str | None, Option(help="Of distil: whose solutions are learnt.")] = None,
+    teacher: Annotated[
+        str | None, Option(help="Whose solutions are learnt: a checkpoint, or a finished run.")
+    ] = None,
     text: Annotated[
         str | None, Option(help="A text, or a folder of texts; by default what CPython ships.")
     ] = None,
@@ -76,16 +79,25 @@ def command(
 
 
 def add(stage: str) -> None:
-    """The stage's command: the options above, but for the stage itself."""
+    """The stage's command: the options above that are settings of it, and those of every run."""
+    settings = fields(STAGES[stage].settings)
+    left_out = {"checkpoint", "teacher", "text"} - {x.name for x in settings} | {"stage"}
 
     def run(**given: Any) -> None:
         command(**given, stage=stage)
 
     signature = inspect.signature(command, eval_str=True)
-    parameters = [x for name, x in signature.parameters.items() if name != "stage"]
+    parameters = [x for name, x in signature.parameters.items() if name not in left_out]
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    run.__doc__ = HELP[stage] + "\n\nEvery setting is in settings.toml beside the result."
+    named = ", ".join(f"{x.name}={toml_value(default(x))}" for x in settings)
+    run.__doc__ = f"{HELP[stage]}\n\nSettings and their defaults: {named}."
     app.command(stage)(run)
+
+
+def default(setting: Field[Any]) -> Any:
+    if setting.default_factory is not MISSING:
+        return setting.default_factory()
+    return setting.default
 
 
 for name in STAGES:

@@ -26,7 +26,6 @@ from .sampler import Sampler, to_numpy
 __all__ = ["Generation", "check_request", "generate"]
 
 OnToken = Callable[[int, int, str], None]
-LEAVE = 1 / 8  # the share of a batch that must have finished for the caches to be copied without it
 
 
 class Generation(NamedTuple):
@@ -48,7 +47,7 @@ class _Limits:
         self, prompts: Sequence[Sequence[int]], stop: Sequence[int], max_tokens: int, context: int
     ) -> None:
         left = context - np.array([len(prompt) for prompt in prompts])
-        self.stop = np.array(stop, np.int64)
+        self.stop = np.array([*stop], np.int64)
         self.room = np.minimum(left, max_tokens)  # [B]: the most tokens that may come
         self.full = np.where(left < max_tokens, "context", "length")
 
@@ -189,42 +188,35 @@ def _together(
     record: bool,
     on_token: OnToken | None,
 ) -> list[Generation]:
-    """All rows in one batch, a token each a step. The first of each ``group`` prompts is read for
-    all. Rows that have finished are no longer chosen for, and leave when they are many enough."""
+    """All rows in one batch, a token each a step; a row that has finished leaves it. The first of
+    each ``group`` prompts is read for all."""
     params, longest = decoder.params, max(map(len, prompts))
-    rows = np.arange(len(prompts))  # that go on
-    place = rows  # of these in the decoder's batch
+    rows = np.arange(len(prompts))  # that go on: the decoder's batch
     steps = _Steps(prompts, limits)
     read = [[0] * (longest - len(prompt)) + prompt for prompt in prompts[::group]]
     hidden, _ = decoder.read(_on_device(params, read))
-    hidden = hidden[:, -1:, :]
     if record:
-        steps.read(rows, rows // group, decoder.routes)
+        steps.read(rows, decoder.routes, rows // group)
     if group > 1:
-        decoder.keep(_on_device(params, rows // group))
-        hidden = take_rows(hidden, _on_device(params, rows // group))
+        first = _on_device(params, rows // group)
+        decoder.keep(first)
+        hidden = take_rows(hidden[:, -1:, :], first)
     while True:
-        tokens, log_probs = sampler.choose(decoder.logits(hidden)[:, 0, :], rows, log_probs=record)
+        z = decoder.logits(hidden[:, -1:, :])[:, 0, :]
+        tokens, log_probs = sampler.choose(z, rows, log_probs=record)
         finish = steps.add(rows, tokens, log_probs)
         if on_token is not None:
             for event in zip(rows.tolist(), tokens.tolist(), finish.tolist(), strict=True):
                 on_token(*event)
-        going = finish == ""
-        rows, place = rows[going], place[going]
-        tokens = tokens[going]
-        if not len(rows):
+        going = np.flatnonzero(finish == "")
+        if not len(going):
             return steps.generations()
-        batch = decoder.padding.shape[0]
-        if len(rows) <= (1 - LEAVE) * batch:
-            decoder.keep(_on_device(params, place))
-            batch, place = len(rows), np.arange(len(rows))
-        ids = np.zeros((batch, 1), np.int64)
-        ids[place, 0] = tokens
-        hidden, _ = decoder.read(_on_device(params, ids))
-        if len(rows) < batch:
-            hidden = take_rows(hidden, _on_device(params, place))
+        if len(going) < len(rows):  # at once: any wait costs more than the copies of the caches
+            decoder.keep(_on_device(params, going))
+        rows = rows[going]
+        hidden, _ = decoder.read(_on_device(params, tokens[going, None]))
         if record:
-            steps.read(rows, place, decoder.routes)
+            steps.read(rows, decoder.routes)
 
 
 class _Steps:
@@ -233,17 +225,22 @@ class _Steps:
     def __init__(self, prompts: list[list[int]], limits: _Limits) -> None:
         self.prompts = prompts
         self.limits = limits
+        self.finish = np.full(len(prompts), "", "<U7")
         self.chosen: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
         self.reads: list[tuple[np.ndarray, np.ndarray, dict[int, Array]]] = []
 
     def add(self, rows: np.ndarray, tokens: np.ndarray, log_probs: np.ndarray | None) -> np.ndarray:
         """One more token for each of these rows; returns `_Limits.finish`."""
         self.chosen.append((rows, tokens, log_probs))
-        return self.limits.finish(rows, len(self.chosen), tokens)
+        finish = self.limits.finish(rows, len(self.chosen), tokens)
+        self.finish[rows] = finish
+        return finish
 
-    def read(self, rows: np.ndarray, place: np.ndarray, routes: dict[int, Array]) -> None:
-        """The routes of what was read, of these rows in that place of the batch."""
-        self.reads.append((rows, place, dict(routes)))
+    def read(
+        self, rows: np.ndarray, routes: dict[int, Array], place: np.ndarray | None = None
+    ) -> None:
+        """The routes [B, T, K] of what these rows have read; ``place`` of each in B."""
+        self.reads.append((rows, np.arange(len(rows)) if place is None else place, dict(routes)))
 
     def generations(self) -> list[Generation]:
         """In the order of the rows."""
@@ -255,17 +252,14 @@ class _Steps:
             count[rows] = step + 1
             if told is not None:
                 log_probs[rows, step] = told
-        every, longest = np.arange(shape[0]), max(map(len, self.prompts))
-        routes = self.routes()
-        last = tokens[every, count - 1]
+        longest, routes = max(map(len, self.prompts)), self.routes()
         found = []
         for row, prompt in enumerate(self.prompts):
             n = int(count[row])
-            finish = self.limits.finish(every[row], n, last[row])
             found.append(
                 Generation(
                     tokens[row, :n].tolist(),
-                    str(finish),
+                    str(self.finish[row]),
                     forwards=n - 1,
                     drafted=0,
                     accepted=0,

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 from ..array import Array
 from ..config import ModelConfig
 from ..generate import generate
+from .draws import seed_of_rows
 from .machine import Machine
 from .policy import main_model
 from .rewards import score
+from .rollout import expect_room
 from .tasks import Problem, draw
 from .vocabulary import Vocabulary
 
@@ -21,6 +23,7 @@ __all__ = ["Measured", "answers", "evaluation", "interval", "measured"]
 AT_A_TIME = 1024  # problems in one batch
 EVALUATION = 10**6  # the number of the draw that evaluations take, which no step has
 SHOWN = 3  # completions
+MOST = 48  # tokens of a completion; the longest solution has 42
 Z = 1.959964  # of a normal distribution, 95 %
 
 
@@ -63,7 +66,7 @@ class Measured(NamedTuple):
     low: float  # the 95 % interval
     high: float
     format: float
-    tokens: float  # the mean length of a completion
+    tokens: float  # the mean length of a completion, with its end
     samples: list[tuple[str, str]]  # the first prompts and completions
 
 
@@ -75,7 +78,7 @@ def measured(
     problems: Sequence[Problem],
     *,
     temperature: float = 0.0,
-    max_tokens: int = 64,
+    max_tokens: int = MOST,
     seed: int = 0,
 ) -> Measured:
     """The shares of right answers and of right format over ``problems``, one completion each."""
@@ -87,7 +90,7 @@ def measured(
         [problem.prompt for problem in problems],
         temperature=temperature,
         max_tokens=max_tokens,
-        seed=seed,
+        seed=seed_of_rows(seed, "evaluation"),
     )
     scores = [
         score(text, problem.answer, ended=ended)
@@ -118,30 +121,25 @@ def answers(
     max_tokens: int,
     seed: int,
 ) -> list[tuple[str, bool, int]]:
-    """A completion per prompt: its text, whether it ended by itself, and how many tokens it has."""
+    """A completion per prompt: its text, whether it ended by itself, and how many tokens it has,
+    with its end. CouldNotRun if the context has no room."""
     params, config = main_model(params, config)
     found = []
     for start in range(0, len(prompts), AT_A_TIME):
         some = [vocabulary.encode(prompt) for prompt in prompts[start : start + AT_A_TIME]]
+        expect_room(config, some, max_tokens)
         found += generate(
             params,
             config,
             some,
             max_tokens=max_tokens,
             temperature=temperature,
-            seed=seed * 1_000_003 + start,
+            seed=seed + start,
             stop=[vocabulary.end],
             prefill=machine.prefill,
             decode=machine.decode,
         )
-    return [
-        (
-            vocabulary.decode(x.tokens[:-1] if x.finish == "stop" else x.tokens),
-            x.finish == "stop",
-            len(x.tokens),
-        )
-        for x in found
-    ]
+    return [(vocabulary.decode(x.tokens), x.finish == "stop", len(x.tokens)) for x in found]
 
 
 def interval(right: float, count: int) -> tuple[float, float]:

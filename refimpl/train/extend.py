@@ -14,7 +14,7 @@ from ..optimizer import Moments
 from .documents import documents, held_out
 from .losses import position_losses, spread
 from .machine import Machine
-from .packing import Windows
+from .pretrain import windows
 from .run import Guard, Metrics
 from .settings import expect_setting
 from .stage import BaseSettings, BaseStage, Begin, told_metrics
@@ -40,7 +40,8 @@ class ExtendSettings(BaseSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        expect_setting(self.steps >= 1, "steps", "be at least 1", self.steps)
+        for name in ("steps", "measured"):
+            expect_setting(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
         rising = (
             list(self.factors) == sorted(set(self.factors)) and min(self.factors, default=0) > 1
         )
@@ -71,16 +72,10 @@ class Extend(BaseStage):
         self.settings, self.begin = settings, begin
         self.size = settings.batches[phase]
         train, test = held_out(documents(Path(settings.text) if settings.text else None))
-        self.train, test_windows = (
-            Windows(
-                [begin.vocabulary.encode(text) for text in texts],
-                config.max_positions,
-                end=begin.vocabulary.end,
-            )
-            for texts in (train, test)
-        )
         longest = max(settings.factors) * original
-        self.test = spread(test_windows.stream, longest, settings.measured)
+        self.train = windows(train, begin.vocabulary, config.max_positions)
+        of_test = windows(test, begin.vocabulary, longest)
+        self.test = spread(of_test.stream, longest, settings.measured)
 
     def start(self) -> State:
         return State(self.begin.params, Moments())

@@ -12,25 +12,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..array import Array
+from ..errors import CouldNotRun
 from ..model import Route
-from ..ops import GRPO_PRESETS, group_advantages
+from ..ops import GRPO_PRESETS, group_advantages, grpo_forward
 from ..optimizer import Moments
-from .draws import generator
-from .evaluate import evaluation
+from .draws import generator, seed_of_rows
+from .evaluate import MOST, evaluation
 from .machine import Machine
-from .policy import grpo_gradients, log_probs, main_model, replay
+from .policy import grpo_gradients, grpo_normaliser, log_probs, main_model, replay
 from .reward_model import RewardModel, open_reward_model
 from .rewards import overlong, score
 from .rollout import Samples, sample_groups
 from .run import Guard, Metrics
 from .settings import expect_setting
 from .stage import BaseSettings, BaseStage, Begin, expect_kinds
-from .step import State, apply_gradients
+from .step import State, add_gradients, apply_gradients
 from .tasks import Problem, draw
 
 __all__ = ["GRPO", "GRPOSettings"]
@@ -48,27 +49,35 @@ class GRPOSettings(BaseSettings):
     minibatches: int = 1  # updates of a step
     temperature: float = 1.0
     top_p: float = 1.0
-    max_tokens: int = 64
-    learning_rate: float = 3e-4
-    warmup_steps: int = 0
+    max_tokens: int = MOST
+    learning_rate: float = 2e-4
+    warmup_steps: int = 10
     weight_decay: float = 0.0
     accuracy: float = 1.0  # the weights of the rewards' parts
     format: float = 0.2
-    model: float = 0.0
+    model: float = 0.0  # of the reward model; at 0 it is only watched
     reward_model: str = ""  # a checkpoint of that stage
     overlong: str = "kept"  # or penalty (DAPO's), or filter: outputs without an end teach nothing
     permuted: bool = False  # a control: rewards change places within each group
     variant: str = "deepseekmath"  # the preset of `grpo_forward`
-    loss: Mapping[str, Any] = field(default_factory=lambda: {"kl_weight": 0.0})  # its settings
-    scale: bool = True  # advantages are divided by the group's standard deviation
+    kl_weight: float = 0.0  # β
+    loss: Mapping[str, Any] = field(default_factory=dict)  # more settings of `grpo_forward`
+    scale: bool = True  # advantages are divided by the group's standard deviation, but for dr_grpo
     replay_routes: bool = False  # the experts chosen while sampling
     reference_every: int = 0  # steps after which the reference becomes the policy; 0: never
     problems: int = 512  # of an evaluation: of the training split
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("steps", "questions", "group", "minibatches", "max_tokens", "problems"):
+        for name in ("steps", "questions", "minibatches", "max_tokens", "problems"):
             expect_setting(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
+        for name in ("warmup_steps", "reference_every"):
+            expect_setting(getattr(self, name) >= 0, name, "be at least 0", getattr(self, name))
+        expect_setting(self.group >= 2, "group", "be at least 2", self.group)
+        expect_setting(self.temperature > 0, "temperature", "be positive", self.temperature)
+        expect_setting(0 < self.top_p <= 1, "top_p", "lie in (0, 1]", self.top_p)
+        judged = bool(self.reward_model) or self.model == 0
+        expect_setting(judged, "model", "be 0 without a reward_model", self.model)
         names = ", ".join(GRPO_PRESETS)
         expect_setting(self.variant in GRPO_PRESETS, "variant", f"be of {names}", self.variant)
         kept = ("kept", "penalty", "filter")
@@ -81,14 +90,45 @@ class GRPOSettings(BaseSettings):
             self.minibatches,
         )
         expect_kinds(self.kinds)
+        self.try_loss()
 
     @property
     def loss_settings(self) -> dict[str, Any]:
         """All settings of `grpo_forward`; of a constant length that of the longest output."""
-        found = GRPO_PRESETS[self.variant] | {
-            name: tuple(x) if isinstance(x, list) else x for name, x in self.loss.items()
-        }
+        given = {name: tuple(x) if isinstance(x, list) else x for name, x in self.loss.items()}
+        found = GRPO_PRESETS[self.variant] | {"kl_weight": self.kl_weight} | given
         return {"length": self.max_tokens} | found if found.get("average") == "constant" else found
+
+    def try_loss(self) -> None:
+        """CouldNotRun if `grpo_forward` does not take these settings, or they are not settings."""
+        one = np.zeros((1, 1))
+        arrays: dict[str, Any] = {"old_log_prob": one, "reference_log_prob": one}
+        arrays |= {"unclipped": None, "kept": None}
+        try:
+            grpo_forward(
+                one,
+                advantages=one[0],
+                mask=one == 0,
+                normaliser=1.0,
+                **arrays,
+                **self.loss_settings,
+            )
+        except (TypeError, ValueError) as error:
+            raise CouldNotRun(f"impossible loss: {error}") from error
+
+
+class Batch(NamedTuple):
+    """Outputs with what the loss takes as constants."""
+
+    samples: Samples
+    advantages: np.ndarray  # [N]
+    old: np.ndarray  # [N, T]: log-probabilities of the policy that sampled
+    reference: np.ndarray  # [N, T]
+
+    def take(self, rows: np.ndarray) -> Batch:
+        """Some of the outputs."""
+        arrays = (self.advantages[rows], self.old[rows], self.reference[rows])
+        return Batch(self.samples.take(rows), *arrays)
 
 
 class GRPO(BaseStage):
@@ -99,7 +139,7 @@ class GRPO(BaseStage):
         self.settings, self.begin = settings, begin
         self.judge: RewardModel | None = None
         if settings.reward_model:
-            self.judge = open_reward_model(settings.reward_model, machine)
+            self.judge = open_reward_model(settings.reward_model, machine, begin.vocabulary)
 
     def start(self) -> State:
         return State(self.begin.params, Moments(), extra=self.reference_of(self.begin.params))
@@ -116,23 +156,22 @@ class GRPO(BaseStage):
         samples = self.sample(state, problems)
         parts = self.rewards(samples, problems)
         advantages = self.advantages(parts["reward"], step)
-        old, reference = self.constants(state, samples)
-        order = generator(settings.seed, "minibatches", step).permutation(len(samples.tokens))
-        told: list[Metrics] = []
+        batch = Batch(samples, advantages, *self.constants(state, samples))
+        order = generator(settings.seed, "minibatches", step).permutation(len(advantages))
         rate = settings.learning_rate * min((step + 1) / max(settings.warmup_steps, 1), 1.0)
+        told: list[Metrics] = []
+        if settings.minibatches > 1:  # a later one may not be taken: then all stays as it was
+            state = copied(state)
         for rows in np.split(order, settings.minibatches):
-            rows = np.sort(rows)
-            loss, grads = self.gradients(
-                state, samples.take(rows), advantages[rows], old[rows], reference[rows]
-            )
-            guard(loss["loss"])
-            moments, norm = apply_gradients(
+            found, grads = self.gradients(state, batch.take(np.sort(rows)))
+            told.append(found)
+            if len(told) == settings.minibatches:
+                guard(float(np.mean([x["loss"] for x in told])))
+            moments, found["norm"] = apply_gradients(
                 state.params, grads, state.moments, self.optimizer, rate, settings.max_norm
             )
             state = state._replace(moments=moments)
-            told.append(loss | {"norm": norm})
-        means = {name: float(np.mean([x[name] for x in told])) for name in told[0]}
-        counted = samples.mask
+        old, counted = batch.old, samples.mask
         state = state._replace(
             step=step + 1,
             tokens=state.tokens + int(counted.sum()),
@@ -140,7 +179,7 @@ class GRPO(BaseStage):
         )
         if settings.reference_every and state.step % settings.reference_every == 0:
             state = state._replace(extra=self.reference_of(state.params))
-        return state, means | {
+        return state, averaged(told) | {
             **{name: float(np.mean(x)) for name, x in parts.items()},
             "length": float(samples.lengths.mean()),
             "entropy": float(-old[counted].mean()),
@@ -160,7 +199,7 @@ class GRPO(BaseStage):
             temperature=settings.temperature,
             top_p=settings.top_p,
             max_tokens=settings.max_tokens,
-            seed=(settings.seed * 1_000_003 + state.step) * settings.questions * settings.group,
+            seed=seed_of_rows(settings.seed, "outputs", state.step),
         )
 
     def rewards(self, samples: Samples, problems: list[Problem]) -> dict[str, np.ndarray]:
@@ -190,24 +229,35 @@ class GRPO(BaseStage):
         grouped = rewards.reshape(settings.questions, settings.group)
         if settings.permuted:
             grouped = generator(settings.seed, "permuted", step).permuted(grouped, axis=1)
-        return np.asarray(group_advantages(grouped, scale=settings.scale))
+        scale = settings.scale and settings.variant != "dr_grpo"
+        return np.asarray(group_advantages(grouped, scale=scale))
 
     def constants(self, state: State, samples: Samples) -> tuple[np.ndarray, np.ndarray]:
         """The log-probabilities [N, T] of the policy that sampled, and of the reference."""
         reference = {name.removeprefix(REFERENCE): x for name, x in state.extra.items()}
-        found = []
-        for params in (state.params, reference):
-            log_prob, _ = log_probs(
-                params,
-                self.config,
-                self.machine.place(samples.tokens),
-                key_mask=self.machine.place(samples.key_mask),
-                temperature=self.settings.temperature,
-                routes=self.routes(samples),
-                ops=self.machine.ops,
-            )
-            found.append(self.machine.fetched({"found": log_prob})["found"])
-        return found[0], found[1]
+        found: list[list[np.ndarray]] = [[], []]
+        for rows in self.parts(len(samples.tokens)):
+            some = samples.take(rows)
+            for params, routes, each in (
+                (state.params, self.routes(some), found[0]),
+                (reference, None, found[1]),  # which goes its own ways
+            ):
+                log_prob, _ = log_probs(
+                    params,
+                    self.config,
+                    self.machine.place(some.tokens),
+                    key_mask=self.machine.place(some.key_mask),
+                    temperature=self.settings.temperature,
+                    routes=routes,
+                    ops=self.machine.ops,
+                )
+                each.append(self.machine.fetched({"found": log_prob})["found"])
+        return np.concatenate(found[0]), np.concatenate(found[1])
+
+    def parts(self, count: int) -> list[np.ndarray]:
+        """The numbers 0 … count − 1, as many at a time as a forward reads rows."""
+        size = self.settings.rows or count
+        return [np.arange(count)[start : start + size] for start in range(0, count, size)]
 
     def routes(self, samples: Samples) -> dict[int, Route] | None:
         """The choices of experts while sampling, if they are to be replayed."""
@@ -215,35 +265,41 @@ class GRPO(BaseStage):
             return None
         return replay(samples.routes, self.machine.place(samples.key_mask))
 
-    def gradients(
-        self,
-        state: State,
-        samples: Samples,
-        advantages: np.ndarray,
-        old: np.ndarray,
-        reference: np.ndarray,
-    ) -> tuple[Metrics, dict[str, Array]]:
-        """The loss of a minibatch, what it tells, and every gradient."""
+    def gradients(self, state: State, batch: Batch) -> tuple[Metrics, dict[str, Array]]:
+        """Of a minibatch the loss, sums over tokens and outputs, and every gradient, added up over
+        parts of ``rows``."""
         settings, place = self.settings, self.machine.place
-        mask = samples.mask
+        mask = batch.samples.mask
         if settings.overlong == "filter":
-            mask = mask & np.array(samples.ended)[:, None]
-        told, grads = grpo_gradients(
-            state.params,
-            self.config,
-            place(samples.tokens),
-            key_mask=place(samples.key_mask),
-            mask=place(mask),
-            advantages=place(advantages.astype(self.machine.dtype)),
-            old_log_prob=None if settings.minibatches == 1 else place(old),
-            reference_log_prob=place(reference),
-            settings=settings.loss_settings,
-            temperature=settings.temperature,
-            routes=self.routes(samples),
-            ops=self.machine.ops,
-        )
-        numbers = ("loss", "clipped", "kl", "kept")
-        return {name: float(getattr(told, name)) for name in numbers}, grads
+            mask = mask & np.array(batch.samples.ended)[:, None]
+        normaliser = grpo_normaliser(mask, settings.loss_settings)
+        sums = dict[str, Array]()
+        told = dict.fromkeys(("loss", "tokens", "clipped", "kl", "kept", "outputs"), 0.0)
+        for rows in self.parts(len(mask)):
+            samples, advantages, old, reference = batch.take(rows)
+            found, grads = grpo_gradients(
+                state.params,
+                self.config,
+                place(samples.tokens),
+                key_mask=place(samples.key_mask),
+                mask=place(mask[rows]),
+                advantages=place(advantages.astype(self.machine.dtype)),
+                old_log_prob=None if settings.minibatches == 1 else place(old),
+                reference_log_prob=place(reference),
+                settings=settings.loss_settings,
+                normaliser=normaliser,
+                temperature=settings.temperature,
+                routes=self.routes(samples),
+                ops=self.machine.ops,
+            )
+            sums = add_gradients(sums, grads)
+            tokens, outputs = float(found.tokens), float(len(rows))
+            shares = {"loss": 1.0, "clipped": tokens, "kl": tokens, "kept": outputs}
+            for name, share in shares.items():
+                told[name] += share * float(getattr(found, name))
+            told["tokens"] += tokens
+            told["outputs"] += outputs
+        return told, sums
 
     def evaluate(self, state: State) -> Metrics:
         """Accuracy and format on problems of the training split."""
@@ -260,3 +316,26 @@ class GRPO(BaseStage):
 
     def progress(self, state: State, evaluated: Metrics) -> float:
         return state.step / self.settings.steps
+
+
+def copied(state: State) -> State:
+    """The state with arrays of its own for what an update changes."""
+    moments = state.moments
+    params, first, second = (
+        {name: x.copy() for name, x in arrays.items()}
+        for arrays in (state.params, moments.first, moments.second)
+    )
+    return state._replace(params=params, moments=Moments(moments.step, first, second))
+
+
+def averaged(told: list[Metrics]) -> Metrics:
+    """Of a step's minibatches: means over these, over their tokens, over their outputs."""
+    total = {name: sum(x[name] for x in told) for name in told[0]}
+    tokens = max(total["tokens"], 1.0)
+    return {
+        "loss": total["loss"] / len(told),
+        "norm": total["norm"] / len(told),
+        "clipped": total["clipped"] / tokens,
+        "kl": total["kl"] / tokens,
+        "kept": total["kept"] / total["outputs"],
+    }

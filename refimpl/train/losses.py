@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -23,21 +24,33 @@ def held_out_loss(
     params: Mapping[str, Array], windows: Windows, config: ModelConfig, machine: Machine
 ) -> float:
     """The mean loss per token of the first windows, in nats, without MTP."""
-    count = max(min(len(windows), MOST // windows.length), 1)
-    examples = windows.take(np.arange(count))
-    return float(position_losses(params, examples, config, machine).mean())
+    total, counted = _sums(params, _first(windows), config, machine)
+    return float(total.sum() / max(counted.sum(), 1))
 
 
 def position_losses(
     params: Mapping[str, Array], examples: Examples, config: ModelConfig, machine: Machine
 ) -> np.ndarray:
-    """The mean loss at each position [T] of the rows, in nats, without MTP."""
+    """The mean loss at each position [T] of the rows, in nats, without MTP; 0 where none counts."""
+    total, counted = _sums(params, examples, config, machine)
+    return np.asarray(total / np.maximum(counted, 1))
+
+
+def _first(windows: Windows) -> Examples:
+    """As many windows as a loss is measured on."""
+    return windows.take(np.arange(max(min(len(windows), MOST // windows.length), 1)))
+
+
+def _sums(
+    params: Mapping[str, Array], examples: Examples, config: ModelConfig, machine: Machine
+) -> tuple[np.ndarray, np.ndarray]:
+    """At each position [T] the losses of all rows together, and how many targets count."""
     rows, length = examples.tokens.shape
     size = max(AT_A_TIME // length, 1)
     total, counted = np.zeros(length), np.zeros(length)
     for start in range(0, rows, size):
         some = examples.rows(start, start + size)
-        arrays = {name: machine.place(x) for name, x in some.arrays().items()}
+        arrays: dict[str, Any] = {name: machine.place(x) for name, x in some.arrays().items()}
         targets, mask = arrays.pop("targets"), arrays.pop("mask", None)
         output, _ = forward(params, config=config, ops=machine.ops, with_loss=False, **arrays)
         found, _ = machine.ops.log_prob.forward(
@@ -45,7 +58,7 @@ def position_losses(
         )
         total -= machine.fetched({"found": found})["found"].sum(axis=0, dtype=np.float64)
         counted += len(some.tokens) if some.mask is None else some.mask.sum(axis=0)
-    return total / np.maximum(counted, 1)
+    return total, counted
 
 
 def spread(stream: np.ndarray, length: int, count: int) -> Examples:
@@ -62,8 +75,11 @@ def spread(stream: np.ndarray, length: int, count: int) -> Examples:
 def bigram_loss(train: Windows, test: Windows, vocabulary: int) -> float:
     """The loss per token of the bigram model of the training text, one added to each count, on the
     tokens that `held_out_loss` reads."""
-    counts = np.ones((vocabulary, vocabulary))
-    np.add.at(counts, (train.stream[:-1], train.stream[1:]), 1)
-    p = counts / counts.sum(axis=1, keepdims=True)
-    end = min(len(test), MOST // test.length) * test.length
-    return float(-np.log(p[test.stream[:end], test.stream[1 : end + 1]]).mean())
+    first = np.bincount(train.stream[:-1], minlength=vocabulary)
+    pairs, counts = np.unique(train.stream[:-1] * vocabulary + train.stream[1:], return_counts=True)
+    tokens, targets, mask, *_ = _first(test)
+    wanted = tokens * vocabulary + targets
+    place = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
+    seen = np.where(pairs[place] == wanted, counts[place], 0)
+    losses = -np.log((seen + 1) / (first[tokens] + vocabulary))
+    return float(losses.mean() if mask is None else losses[mask].mean())

@@ -51,6 +51,7 @@ SHOWN = {  # how jobs are called in pictures and tables
     "sft-hard": "SFT, harder task",
     "grpo-hard": "GRPO, harder task",
     "reward-model": "reward model",
+    "second-sft": "second SFT",
     "last": "last stage",
     "distilled": "student, distilled",
     "student-gold": "student, gold solutions",

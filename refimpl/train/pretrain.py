@@ -3,7 +3,7 @@ scaled down (2412.19437, section 4.2)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ..errors import CouldNotRun
 from ..generate import generate
 from ..optimizer import Moments
 from .documents import documents, held_out
-from .losses import held_out_loss
+from .losses import bigram_loss, held_out_loss
 from .machine import Machine
 from .packing import Windows
 from .run import Guard, Metrics
@@ -23,9 +23,9 @@ from .schedule import scaled
 from .settings import expect_setting
 from .stage import BaseSettings, BaseStage, told_metrics
 from .step import State, train_step
-from .vocabulary import make_vocabulary
+from .vocabulary import BYTES, Vocabulary, make_vocabulary
 
-__all__ = ["Pretrain", "PretrainSettings"]
+__all__ = ["Pretrain", "PretrainSettings", "new_config", "windows"]
 
 DRAFTED = 16  # windows in which the MTP modules draft
 
@@ -49,19 +49,16 @@ class PretrainSettings(BaseSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("tokens", "length", "batch", "warmup_steps"):
+        for name in ("tokens", "batch", "warmup_steps"):
             expect_setting(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
-
-    def config(self, vocabulary: int) -> ModelConfig:
-        """The model at its pre-training length, without YaRN."""
-        try:
-            return replace(
-                preset(self.preset),
-                vocabulary=vocabulary,
-                **{"max_positions": self.length, "yarn": None} | dict(self.model),
-            )
-        except (TypeError, ValueError) as error:
-            raise CouldNotRun(f"impossible: {error}", argument="model") from error
+        expect_setting(self.length >= 2, "length", "be at least 2", self.length)
+        least = BYTES.size
+        expect_setting(
+            self.vocabulary == 0 or self.vocabulary >= least,
+            "vocabulary",
+            f"be at least {least}, or 0 for bytes",
+            self.vocabulary,
+        )
 
 
 class Pretrain(BaseStage):
@@ -70,17 +67,19 @@ class Pretrain(BaseStage):
     def __init__(self, settings: PretrainSettings, machine: Machine) -> None:
         train, test = held_out(documents(Path(settings.text) if settings.text else None))
         vocabulary = make_vocabulary(train, settings.vocabulary)
-        super().__init__(settings, machine, settings.config(vocabulary.size), vocabulary)
+        config = new_config(
+            settings.preset,
+            settings.model,
+            vocabulary=vocabulary.size,
+            max_positions=settings.length,
+        )
+        super().__init__(settings, machine, config, vocabulary)
         self.settings = settings
         self.train, self.test = (
-            Windows(
-                [vocabulary.encode(text) for text in texts],
-                settings.length,
-                masked=settings.masked,
-                end=vocabulary.end,
-            )
+            windows(texts, vocabulary, settings.length, masked=settings.masked)
             for texts in (train, test)
         )
+        self.bigram = bigram_loss(self.train, self.test, vocabulary.size)
         self.schedule = scaled(
             settings.tokens,
             peak=settings.learning_rate,
@@ -114,24 +113,46 @@ class Pretrain(BaseStage):
         return state, told_metrics(told, rate, self.config)
 
     def evaluate(self, state: State) -> Metrics:
-        """The loss of held-out text, and the share of the MTP modules' drafts that the main model
-        chooses too, greedily, in the second half of held-out windows."""
+        """The loss of held-out text, a bigram model's, and the share of the MTP modules' drafts
+        that the main model chooses too, greedily, in the second half of held-out windows."""
         loss = held_out_loss(state.params, self.test, self.config, self.machine)
+        told = {"held_out": loss, "bigram": self.bigram}
         if not self.config.mtp_depth:
-            return {"held_out": loss}
+            return told
         half = self.settings.length // 2
-        windows = self.test.take(np.arange(min(DRAFTED, len(self.test)))).tokens
+        begun = self.test.take(np.arange(min(DRAFTED, len(self.test)))).tokens[:, :half]
         found = generate(
             state.params,
             self.config,
-            windows[:, : max(half, 1)].tolist(),
-            max_tokens=max(half, 1),
+            begun.tolist(),
+            max_tokens=half,
             speculate=self.config.mtp_depth,
             prefill=self.machine.prefill,
             decode=self.machine.decode,
         )
         drafted = sum(x.drafted for x in found)
-        return {"held_out": loss, "accepted": sum(x.accepted for x in found) / max(drafted, 1)}
+        return told | {"accepted": sum(x.accepted for x in found) / max(drafted, 1)}
 
     def progress(self, state: State, evaluated: Metrics) -> float:
         return state.tokens / self.settings.tokens
+
+
+def new_config(name: str, model: Mapping[str, Any], **fields: Any) -> ModelConfig:
+    """The preset ``name`` without YaRN, with ``fields``, and then those that ``model`` has;
+    CouldNotRun if there is no such model."""
+    try:
+        return replace(preset(name), **{"yarn": None} | fields | dict(model))
+    except (TypeError, ValueError) as error:
+        raise CouldNotRun(f"impossible model: {error}") from error
+
+
+def windows(
+    texts: Sequence[str], vocabulary: Vocabulary, length: int, *, masked: bool = False
+) -> Windows:
+    """Documents as windows of ``length``; CouldNotRun if they are too short."""
+    encoded = [vocabulary.encode(text) for text in texts]
+    count = sum(map(len, encoded)) + len(encoded)
+    expect_setting(
+        length < count, "length", f"be below {count}, the tokens of the text's smaller part", length
+    )
+    return Windows(encoded, length, end=vocabulary.end, masked=masked)

@@ -43,8 +43,10 @@ class Job:
     kinds: tuple[str, ...] = ()
 
 
-MIXTURE = {"untidy": 0.3, "sloppy": 0.2}
+MIXTURE = {"untidy": 0.2, "sloppy": 0.2}
+COLD_START = MIXTURE | {"distinct": 520, "steps": 450}
 STOP = {"stop": [0.40, 0.55]}
+SECOND = {"untidy": 0.5, "steps": 100, "learning_rate": 3e-4, "seed": 1}
 HARD = "add3"
 STUDENT_SFT = {"model": STUDENT, "steps": 800}
 
@@ -52,20 +54,21 @@ JOBS = [
     Job("base", "train"),
     Job("unbalanced", "train", settings={"bias_speed": 0.0}),
     Job("long", "extend", {"checkpoint": "base"}),
-    Job("sft", "sft", {"checkpoint": "long"}, MIXTURE | STOP, ("add2",)),
+    Job("sft", "sft", {"checkpoint": "long"}, COLD_START | STOP, ("add2",)),
     *(
         Job(f"grpo-{seed}", "grpo", {"checkpoint": "sft"}, {"seed": seed}, ("add2",))
         for seed in SEEDS
     ),
     Job("permuted", "grpo", {"checkpoint": "sft"}, {"permuted": True}, ("add2",)),
     Job("continued", "sft", {"checkpoint": "sft"}, MIXTURE | {"steps": 175, "seed": 1}, ("add2",)),
-    Job("sft-hard", "sft", {"checkpoint": "long"}, STOP | {"kinds": [HARD]}, (HARD,)),
+    Job("sft-hard", "sft", {"checkpoint": "sft"}, STOP | {"kinds": [HARD], "steps": 400}, (HARD,)),
     Job("grpo-hard", "grpo", {"checkpoint": "sft-hard"}, {"kinds": [HARD]}, (HARD,)),
     Job("reward-model", "reward-model", {"checkpoint": "sft"}),
+    Job("second-sft", "sft", {"checkpoint": "grpo-0"}, SECOND, ("add2",)),
     Job(
         "last",
         "grpo",
-        {"checkpoint": "grpo-0", "reward_model": "reward-model"},
+        {"checkpoint": "second-sft", "reward_model": "reward-model"},
         {"model": 0.2, "steps": 60},
         ("add2",),
     ),

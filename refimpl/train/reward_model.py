@@ -23,14 +23,17 @@ from .run import Guard, Metrics
 from .save import load_parameters
 from .schedule import decayed
 from .settings import expect_setting
+from .sft import tokens_of
 from .stage import BaseSettings, BaseStage, Begin, checkpoint_of, expect_kinds
-from .step import State, apply_gradients
+from .step import State, add_gradients, apply_gradients
 from .tasks import Problem, draw, held_out
+from .vocabulary import Vocabulary, open_vocabulary
 
 __all__ = ["RewardModel", "RewardModelSettings", "RewardModelStage", "open_reward_model"]
 
 HEAD = "reward_head.weight"
 FILE = "reward_head.safetensors"
+AT_A_TIME = 256  # rows of a forward that only rewards
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,18 @@ class RewardModelSettings(BaseSettings):
         expect_kinds(self.kinds)
 
 
+class Pairs(NamedTuple):
+    """Rows [N, T] of tokens, padded on the right, and where they are no padding."""
+
+    chosen: Array
+    rejected: Array
+    chosen_key_mask: Array
+    rejected_key_mask: Array
+
+    def take(self, start: int, stop: int) -> Pairs:
+        return Pairs(*(x[start:stop] for x in self))
+
+
 class RewardModelStage(BaseStage):
     """The pairs: of two right answers to a problem, the tidier one is chosen."""
 
@@ -61,6 +76,11 @@ class RewardModelStage(BaseStage):
         params, config = main_model(begin.params, begin.config)
         super().__init__(settings, machine, config, begin.vocabulary)
         self.settings, self.params = settings, dict(params)
+        try:
+            drawn = [held_out(kind, settings.problems) for kind in settings.kinds]
+        except ValueError as error:
+            raise CouldNotRun(f"problems: {error}") from error
+        self.held_out = [self.pairs(problems) for problems in drawn]
 
     def start(self) -> State:
         random = generator(self.settings.seed, "reward head").normal(size=(1, self.config.width))
@@ -70,24 +90,15 @@ class RewardModelStage(BaseStage):
     def step(self, state: State, guard: Guard) -> tuple[State, Metrics]:
         settings = self.settings
         kind = settings.kinds[state.step % len(settings.kinds)]
-        chosen, rejected = self.pairs(draw(kind, settings.seed, state.step, settings.batch))
+        pairs = self.pairs(draw(kind, settings.seed, state.step, settings.batch))
         rate = decayed(
             state.step, settings.steps, settings.learning_rate, warmup=settings.warmup_steps
         )
-        told, grads, dw = preference_gradients(
-            state.params,
-            self.config,
-            chosen[0],
-            rejected[0],
-            state.extra[HEAD],
-            chosen_key_mask=chosen[1],
-            rejected_key_mask=rejected[1],
-            ops=self.machine.ops,
-        )
-        guard(float(told.loss))
+        told, grads = self.gradients(state, pairs)
+        guard(told["loss"])
         moments, norm = apply_gradients(
             {**state.params, **state.extra},
-            grads | {HEAD: dw},
+            grads,
             state.moments,
             self.optimizer,
             rate,
@@ -96,31 +107,53 @@ class RewardModelStage(BaseStage):
         state = state._replace(
             moments=moments,
             step=state.step + 1,
-            tokens=state.tokens + int(chosen[1].sum() + rejected[1].sum()),
+            tokens=state.tokens + int(pairs.chosen_key_mask.sum() + pairs.rejected_key_mask.sum()),
             position=state.position + settings.batch,
         )
-        numbers = {"loss": float(told.loss), "ordered": float(told.accuracy)}
-        return state, numbers | {"norm": norm, "learning_rate": rate}
+        return state, told | {"norm": norm, "learning_rate": rate}
 
-    def pairs(self, problems: list[Problem]) -> list[tuple[Array, Array]]:
-        """The (tokens, key_mask) of tidy and of untidy solutions behind their prompts, as long as
-        one another."""
-        texts = [x.prompt + x.solution for x in problems] + [x.prompt + x.untidy for x in problems]
-        rows = [[*self.vocabulary.encode(text), self.vocabulary.end] for text in texts]
+    def gradients(self, state: State, pairs: Pairs) -> tuple[Metrics, dict[str, Array]]:
+        """The loss, the share of pairs that are ordered as the rule does, and every gradient,
+        summed over parts of ``rows``, two to a pair."""
+        count = len(pairs.chosen)
+        size = max(self.settings.rows // 2, 1) if self.settings.rows else count
+        told, sums = {"loss": 0.0, "ordered": 0.0}, dict[str, Array]()
+        for start in range(0, count, size):
+            part = pairs.take(start, start + size)
+            found, grads, dw = preference_gradients(
+                state.params,
+                self.config,
+                part.chosen,
+                part.rejected,
+                state.extra[HEAD],
+                chosen_key_mask=part.chosen_key_mask,
+                rejected_key_mask=part.rejected_key_mask,
+                normaliser=count,
+                ops=self.machine.ops,
+            )
+            sums = add_gradients(sums, grads | {HEAD: dw})
+            told["loss"] += float(found.loss)
+            told["ordered"] += float(found.accuracy) * len(part.chosen) / count
+        return told, sums
+
+    def pairs(self, problems: list[Problem]) -> Pairs:
+        """Tidy and untidy solutions behind their prompts, tokens as GRPO samples them."""
+        both = [(x.prompt, x.solution) for x in problems] + [(x.prompt, x.untidy) for x in problems]
+        rows = [tokens_of(self.vocabulary, *pair)[0] for pair in both]
         tokens, key_mask = map(self.machine.place, padded(rows, self.vocabulary.end))
         n = len(problems)
-        return [(tokens[:n], key_mask[:n]), (tokens[n:], key_mask[n:])]
+        return Pairs(tokens[:n], tokens[n:], key_mask[:n], key_mask[n:])
 
     def evaluate(self, state: State) -> Metrics:
         """The share of held-out pairs that it orders as the rule does, and the spread of its
         rewards."""
         judge = RewardModel(state.params, self.config, state.extra[HEAD], self.machine)
         right, every = [], []
-        for kind in self.settings.kinds:
-            chosen, rejected = self.pairs(held_out(kind, self.settings.problems))
-            both = [judge.raw(*pair) for pair in (chosen, rejected)]
-            right.append(both[0] > both[1])
-            every += both
+        for pairs in self.held_out:
+            chosen = judge.raw(pairs.chosen, pairs.chosen_key_mask)
+            rejected = judge.raw(pairs.rejected, pairs.rejected_key_mask)
+            right.append(chosen > rejected)
+            every += [chosen, rejected]
         found = np.concatenate(every)
         return {
             "ordered": float(np.mean(np.concatenate(right))),
@@ -155,17 +188,31 @@ class RewardModel(NamedTuple):
         return (self.raw(place(tokens), place(key_mask)) - self.mean) / self.spread
 
     def raw(self, tokens: Array, key_mask: Array) -> np.ndarray:
-        found = rewards(
-            self.params, self.config, tokens, self.head, key_mask=key_mask, ops=self.machine.ops
-        )
-        return self.machine.fetched({"rewards": found})["rewards"].astype(np.float64)
+        """h wᵀ [N] as the head gives it."""
+        found = []
+        for start in range(0, len(tokens), AT_A_TIME):
+            rows = slice(start, start + AT_A_TIME)
+            some = rewards(
+                self.params,
+                self.config,
+                tokens[rows],
+                self.head,
+                key_mask=key_mask[rows],
+                ops=self.machine.ops,
+            )
+            found.append(self.machine.fetched({"rewards": some})["rewards"])
+        return np.concatenate(found).astype(np.float64)
 
 
-def open_reward_model(checkpoint: str, machine: Machine) -> RewardModel:
-    """The result of the stage; CouldNotRun if the checkpoint has no reward head."""
+def open_reward_model(checkpoint: str, machine: Machine, vocabulary: Vocabulary) -> RewardModel:
+    """The result of the stage; CouldNotRun if the checkpoint has no reward head, or reads other
+    tokens than those of ``vocabulary``."""
     folder = checkpoint_of(Path(checkpoint))
     if not (folder / FILE).exists():
         raise CouldNotRun(f"{folder} has no {FILE}: it is no reward model", argument="reward_model")
+    own = open_vocabulary(folder).files
+    if own["tokenizer.json"] != vocabulary.files["tokenizer.json"]:
+        raise CouldNotRun(f"{folder} has another tokenizer than the policy")
     params, config = load_parameters(folder, machine)
     tensors, _ = read_tensor_file(folder / FILE)
     numbers = [float(tensors[name][0]) for name in ("mean", "spread")]

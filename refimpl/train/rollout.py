@@ -17,9 +17,10 @@ from ..config import ModelConfig
 from ..generate import Generation, generate
 from .machine import Machine
 from .policy import main_model
+from .settings import expect_setting
 from .vocabulary import Vocabulary
 
-__all__ = ["Samples", "sample_groups"]
+__all__ = ["Samples", "expect_room", "sample_groups"]
 
 
 class Samples(NamedTuple):
@@ -62,9 +63,15 @@ def sample_groups(
     max_tokens: int,
     seed: int,
 ) -> Samples:
-    """``group`` outputs of each prompt, those of a prompt together. MTP modules take no part."""
+    """``group`` outputs of each prompt, those of a prompt together. MTP modules take no part.
+
+    Log-probabilities are of the logits by ``temperature`` over the whole vocabulary, as `log_probs`
+    gives them when learning; ``top_p`` only limits what is drawn. CouldNotRun if the context has no
+    room.
+    """
     params, config = main_model(params, config)
     encoded = [vocabulary.encode(prompt) for prompt in prompts]
+    expect_room(config, encoded, max_tokens)
     found = generate(
         params,
         config,
@@ -80,6 +87,17 @@ def sample_groups(
         decode=machine.decode,
     )
     return as_arrays([p for p in encoded for _ in range(group)], found, vocabulary)
+
+
+def expect_room(config: ModelConfig, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+    """CouldNotRun unless so many tokens behind each prompt fit into the context."""
+    longest = max(map(len, prompts))
+    expect_setting(
+        longest + max_tokens <= config.context,
+        "max_tokens",
+        f"leave room for a prompt of {longest} tokens in the context of {config.context}",
+        max_tokens,
+    )
 
 
 def as_arrays(
@@ -104,7 +122,7 @@ def as_arrays(
         (place >= start - 1) & (place < stop - 1),
         log_prob,
         [x.routes for x in found],
-        [vocabulary.decode(x.tokens[:-1] if x.finish == "stop" else x.tokens) for x in found],
+        [vocabulary.decode(x.tokens) for x in found],
         [x.finish == "stop" for x in found],
         lengths,
     )

@@ -59,7 +59,8 @@ def make_settings(
 
     CouldNotRun names the setting that is unknown or wrong.
     """
-    whole = any(isinstance(x, dict) and name != "model" for name, x in tables.items())
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    whole = any(isinstance(x, dict) and name not in names for name, x in tables.items())
     given = dict(tables.get(stage, {}) if whole else tables)
     for override in overrides:
         name, equals, text = override.partition("=")
@@ -71,7 +72,6 @@ def make_settings(
             expect_setting(isinstance(place, dict), "set", "name a table's entry", override)
         place[last] = _value(text.strip())
     given |= options or {}
-    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     for name in given:
         if name not in names:
             raise CouldNotRun(

@@ -8,19 +8,20 @@ no reinforcement, the solutions come from a file.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import preset
 from ..errors import CouldNotRun
 from ..files import read_text
 from ..optimizer import Moments
 from .draws import generator
-from .evaluate import evaluation
+from .evaluate import MOST, evaluation
 from .machine import Machine
 from .packing import Examples, chosen, pack
+from .pretrain import new_config
+from .rewards import ANSWER, ANSWERED, THINK, THOUGHT
 from .run import Guard, Metrics
 from .schedule import decayed
 from .settings import expect_setting
@@ -29,7 +30,15 @@ from .step import State, train_step
 from .tasks import Problem, draw, sloppy
 from .vocabulary import Vocabulary, make_vocabulary
 
-__all__ = ["SFT", "SFTSettings", "begin_sft", "completion", "read_solutions"]
+__all__ = [
+    "SFT",
+    "SFTSettings",
+    "begin_sft",
+    "completion",
+    "in_turn",
+    "read_solutions",
+    "tokens_of",
+]
 
 
 @dataclass(frozen=True)
@@ -39,9 +48,7 @@ class SFTSettings(BaseSettings):
     model: Mapping[str, Any] = field(default_factory=dict)
     std: float = 0.06
     kinds: tuple[str, ...] = ("add2",)  # of problems, in turn
-    solutions: str = (
-        "worked"  # or answers (without a thought), or a file of prompts and completions
-    )
+    solutions: str = "worked"  # or answers (without a thought), or a file that distil writes
     distinct: int = 0  # problems that there are solutions to; 0: new ones at each step
     untidy: float = 0.0  # share of solutions that say more than they need
     sloppy: float = 0.0  # share of solutions without the tags of the thought
@@ -55,7 +62,7 @@ class SFTSettings(BaseSettings):
     mtp_weight: float = 0.1
     stop: tuple[float, ...] = ()  # end at the first evaluation with sampled accuracy between these
     problems: int = 512  # of an evaluation: of the training split
-    max_tokens: int = 64
+    max_tokens: int = MOST
     evaluate_every: int = 25
 
     def __post_init__(self) -> None:
@@ -64,7 +71,15 @@ class SFTSettings(BaseSettings):
             expect_setting(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
         for name in ("untidy", "sloppy", "end"):
             expect_setting(0 <= getattr(self, name) <= 1, name, "lie in 0…1", getattr(self, name))
-        expect_setting(len(self.stop) in (0, 2), "stop", "have two accuracies, or none", self.stop)
+        both = self.untidy + self.sloppy
+        expect_setting(both <= 1, "untidy", "be at most 1 with sloppy together", both)
+        expect_setting(self.distinct >= 0, "distinct", "be at least 0", self.distinct)
+        expect_setting(
+            self.stop == () or (len(self.stop) == 2 and self.stop[0] <= self.stop[1]),
+            "stop",
+            "be two accuracies that rise, or none",
+            self.stop,
+        )
         expect_kinds(self.kinds)
 
 
@@ -73,17 +88,14 @@ def begin_sft(settings: SFTSettings, machine: Machine) -> Begin:
     if settings.checkpoint:
         begin = begin_from(settings.checkpoint, machine)
         return replace(begin, config=replace(begin.config, mtp_weight=settings.mtp_weight))
-    vocabulary = make_vocabulary([], 0)
-    fields = {
-        "vocabulary": vocabulary.size,
-        "mtp_weight": settings.mtp_weight,
-        "max_positions": settings.length,
-        "yarn": None,
-    }
-    try:
-        config = replace(preset(settings.preset), **fields | dict(settings.model))
-    except (TypeError, ValueError) as error:
-        raise CouldNotRun(f"impossible: {error}", argument="model") from error
+    vocabulary = make_vocabulary()
+    config = new_config(
+        settings.preset,
+        settings.model,
+        vocabulary=vocabulary.size,
+        mtp_weight=settings.mtp_weight,
+        max_positions=settings.length,
+    )
     params = machine.parameters(config, seed=settings.seed, std=settings.std)
     return Begin(params, config, vocabulary)
 
@@ -91,10 +103,26 @@ def begin_sft(settings: SFTSettings, machine: Machine) -> Begin:
 class SFT(BaseStage):
     name = "sft"
 
-    def __init__(self, settings: SFTSettings, machine: Machine, begin: Begin) -> None:
+    def __init__(
+        self,
+        settings: SFTSettings,
+        machine: Machine,
+        begin: Begin,
+        given: list[tuple[str, str]] | None = None,
+    ) -> None:
+        """``given``: prompts and completions, in place of what the settings say."""
         super().__init__(settings, machine, begin.config, begin.vocabulary)
+        context = begin.config.context
+        expect_setting(
+            settings.length <= context,
+            "length",
+            f"be at most {context}, the context of the model",
+            settings.length,
+        )
         self.settings, self.begin = settings, begin
-        self.given = None
+        self.given = given
+        if given is not None:
+            return
         if settings.solutions not in ("worked", "answers"):
             self.given = read_solutions(Path(settings.solutions))
         elif settings.distinct:
@@ -135,17 +163,24 @@ class SFT(BaseStage):
         else:
             places = chosen(state.position, settings.batch, len(self.given), settings.seed)
             pairs = [self.given[place] for place in places]
-        return pack([tokens_of(self.vocabulary, *pair) for pair in pairs], settings.length)
+        rows = [tokens_of(self.vocabulary, *pair) for pair in pairs]
+        longest = max(len(tokens) for tokens, _ in rows)
+        expect_setting(
+            longest <= settings.length,
+            "length",
+            f"be at least {longest}, the tokens of a prompt with its solution",
+            settings.length,
+        )
+        return pack(rows, settings.length)
 
     def solved(self, number: int, count: int) -> list[tuple[str, str]]:
-        """The number-th draw of problems, prompts and completions, of all kinds in turn."""
-        settings, kinds = self.settings, self.settings.kinds
-        drawn = [draw(kind, settings.seed, number, -(-count // len(kinds))) for kind in kinds]
-        problems = [problem for together in zip(*drawn, strict=True) for problem in together]
-        random = generator(settings.seed, "solutions", number).random((len(problems), 2))
+        """The number-th draw of problems: prompts and completions."""
+        settings = self.settings
+        problems = in_turn(settings.kinds, settings.seed, number, count)
+        random = generator(settings.seed, "solutions", number).random(count)
         return [
-            (problem.prompt, completion(problem, settings, *map(float, r)))
-            for problem, r in zip(problems[:count], random, strict=False)
+            (problem.prompt, completion(problem, settings, float(u)))
+            for problem, u in zip(problems, random, strict=True)
         ]
 
     def evaluate(self, state: State) -> Metrics:
@@ -169,18 +204,24 @@ class SFT(BaseStage):
         return state.step / self.settings.steps
 
 
-def completion(problem: Problem, settings: SFTSettings, first: float, second: float) -> str:
-    """A solution, of the kind that two numbers in [0, 1) and the settings' shares choose."""
+def in_turn(kinds: Sequence[str], seed: int, number: int, count: int) -> list[Problem]:
+    """``count`` training problems, the ``number``-th draw, of all kinds in turn."""
+    drawn = [draw(kind, seed, number, -(-count // len(kinds))) for kind in kinds]
+    return [problem for together in zip(*drawn, strict=True) for problem in together][:count]
+
+
+def completion(problem: Problem, settings: SFTSettings, u: float) -> str:
+    """A solution, of the kind that a number ``u`` in [0, 1) chooses by the settings' shares."""
     if settings.solutions == "answers":
-        return f"<think></think><answer>{problem.answer}</answer>"
-    if second < settings.sloppy:
+        return f"{THINK}{THOUGHT}{ANSWER}{problem.answer}{ANSWERED}"
+    if u < settings.sloppy:
         return sloppy(problem)
-    return problem.untidy if first < settings.untidy else problem.solution
+    return problem.untidy if u < settings.sloppy + settings.untidy else problem.solution
 
 
 def tokens_of(vocabulary: Vocabulary, prompt: str, text: str) -> tuple[list[int], list[bool]]:
     """The tokens of a prompt, its completion and the end, and which are the completion's."""
-    before, after = vocabulary.encode(prompt), [*vocabulary.encode(text), vocabulary.end]
+    before, after = vocabulary.encode(prompt), [*vocabulary.encode_rest(text), vocabulary.end]
     return before + after, [False] * len(before) + [True] * len(after)
 
 

@@ -1,4 +1,5 @@
-"""The stages by name, and how each is run from its settings."""
+"""The stages by name, and how each is run from its settings. A stage is made before its folder, so
+that settings it can't have leave nothing behind."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..errors import CouldNotRun
 from .distil import DistilSettings, sample_solutions
 from .extend import Extend, ExtendSettings
 from .grpo import GRPO, GRPOSettings
@@ -15,7 +17,8 @@ from .machine import Machine
 from .pretrain import Pretrain, PretrainSettings
 from .reward_model import RewardModelSettings, RewardModelStage
 from .run import Live, Metrics, run
-from .sft import SFT, SFTSettings, begin_sft
+from .save import PHASE
+from .sft import SFT, SFTSettings, begin_sft, read_solutions
 from .stage import BaseSettings, begin_from, open_run
 
 __all__ = ["STAGES", "run_stage"]
@@ -32,61 +35,68 @@ def run_stage(name: str, path: Path, settings: BaseSettings, *, resume: bool = F
 
 
 def run_pretrain(path: Path, settings: PretrainSettings, machine: Machine, resume: bool) -> Metrics:
+    stage = Pretrain(settings, machine)
     folder = open_run(path, machine, "train", settings, resume=resume)
-    return run(Pretrain(settings, machine), folder, live=live("train"))
+    return run(stage, folder, live=live("train"))
 
 
 def run_extend(path: Path, settings: ExtendSettings, machine: Machine, resume: bool) -> Metrics:
     """Its phases, each a run; the last one in ``path`` itself, earlier ones below it."""
     result: Metrics = {}
     checkpoint = settings.checkpoint
+    there = {x.name for x in path.iterdir()} if path.is_dir() else set()
+    foreign = {name for name in there if not name.startswith(PHASE)}
+    if foreign and not (resume and "settings.toml" in there):
+        raise CouldNotRun(f"{path} is not empty: nothing was changed")
     phases = len(settings.factors)
     for phase in range(phases):
         place = path if phase == phases - 1 else path / f"phase-{phase + 1}"
+        stage = Extend(settings, machine, begin_from(checkpoint, machine), phase)
         of_phase = replace(settings, checkpoint=checkpoint)
         folder = open_run(
             place, machine, "extend", of_phase, {"checkpoint": checkpoint}, resume=resume
         )
         if not (folder.finished and phase < phases - 1):
-            stage = Extend(settings, machine, begin_from(checkpoint, machine), phase)
             result = run(stage, folder, live=live("extend"))
         checkpoint = str(place)
     return result
 
 
 def run_sft(path: Path, settings: SFTSettings, machine: Machine, resume: bool) -> Metrics:
+    stage = SFT(settings, machine, begin_sft(settings, machine))
     folder = open_run(path, machine, "sft", settings, inputs(settings), resume=resume)
-    return run(SFT(settings, machine, begin_sft(settings, machine)), folder, live=live("sft"))
+    return run(stage, folder, live=live("sft"))
 
 
 def run_distil(path: Path, settings: DistilSettings, machine: Machine, resume: bool) -> Metrics:
     """The teacher's solutions, once, and then a fine-tuning on them."""
+    begin = begin_sft(settings, machine)
     given = inputs(settings) | {"teacher": settings.teacher}
     folder = open_run(path, machine, "distil", settings, given, resume=resume)
     solutions = path / "solutions.jsonl"
     if not solutions.exists():
         accepted, asked = sample_solutions(settings, machine, solutions)
         print(f"distil: {accepted:,} of {asked:,} solutions accepted", file=sys.stderr)
-    begin = begin_sft(settings, machine)
-    stage = SFT(replace(settings, solutions=str(solutions)), machine, begin)
+    stage = SFT(settings, machine, begin, read_solutions(solutions))
+    stage.name = "distil"
     return run(stage, folder, live=live("distil"))
 
 
 def run_grpo(path: Path, settings: GRPOSettings, machine: Machine, resume: bool) -> Metrics:
+    stage = GRPO(settings, machine, begin_from(settings.checkpoint, machine))
     given = inputs(settings)
     if settings.reward_model:
         given["reward_model"] = settings.reward_model
     folder = open_run(path, machine, "grpo", settings, given, resume=resume)
-    begin = begin_from(settings.checkpoint, machine)
-    return run(GRPO(settings, machine, begin), folder, live=live("grpo"))
+    return run(stage, folder, live=live("grpo"))
 
 
 def run_reward_model(
     path: Path, settings: RewardModelSettings, machine: Machine, resume: bool
 ) -> Metrics:
+    stage = RewardModelStage(settings, machine, begin_from(settings.checkpoint, machine))
     folder = open_run(path, machine, "reward-model", settings, inputs(settings), resume=resume)
-    begin = begin_from(settings.checkpoint, machine)
-    return run(RewardModelStage(settings, machine, begin), folder, live=live("reward-model"))
+    return run(stage, folder, live=live("reward-model"))
 
 
 def inputs(settings: Any) -> dict[str, str]:

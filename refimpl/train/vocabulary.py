@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from ..checkpoint.config_json import read_object, stop_tokens
 from ..errors import CouldNotRun
 from ..files import read_json, read_text, write_json
-from ..tokenizer import Bytes, HuggingFace, Tokenizer
+from ..tokenizer import BROKEN, Bytes, HuggingFace, Tokenizer
 
 __all__ = [
     "END",
@@ -56,8 +56,15 @@ class Vocabulary(NamedTuple):
         return tokens[n:] if n and tuple(tokens[:n]) == self.first else tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text, without ``end``."""
-        return self.tokenizer.decode([token for token in tokens if token != self.end])
+        """The text, without ``end``; a token that only the model has, whose vocabulary may be the
+        larger, is shown as U+FFFD."""
+        runs: list[list[int]] = [[]]
+        for token in tokens:
+            if token >= self.size:
+                runs.append([])
+            elif token != self.end:
+                runs[-1].append(token)
+        return BROKEN.join(map(self.tokenizer.decode, runs))
 
 
 BYTES = Vocabulary(Bytes(TAGS), 256 + len(TAGS), END)

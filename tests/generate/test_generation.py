@@ -3,6 +3,7 @@ what the whole forward gives, and speculation changes no token."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from refimpl.model import forward, logits
 from refimpl.ops import REFERENCE, Op, Ops
 from refimpl.text import load_text
 
+import pretended_cupy
 from generate.examples import CHAINS, CONFIGS, PROMPTS, TINY, trained_model, whole
 from random_parameters import random_parameters
 from support import FULL
@@ -134,35 +136,20 @@ def test_what_is_recorded(name: str, temperature: float) -> None:
 
 
 def test_finished_rows_leave() -> None:
-    """Not before an eighth of the batch has finished, and then the caches have their rows no
-    longer; the head reads none of them in between."""
+    """At once: each step reads the rows that go on, and the group's prompt is one row."""
     config = replace(TINY, layers=1, dense_layers=1, mtp_depth=0)
-    params, sizes = random_parameters(config, std=0.3), list[tuple[int, int]]()
+    params, sizes = random_parameters(config, std=0.3), list[int]()
 
     def forward(x: np.ndarray, *weights: Any, **given: Any) -> Any:
-        sizes.append((len(x), 0))
+        sizes.append(len(x))
         return REFERENCE.mla.forward(x, *weights, **given)
 
-    def linear(x: np.ndarray, w: np.ndarray) -> Any:
-        if len(w) == config.vocabulary:
-            sizes[-1] = (sizes[-1][0], len(x))
-        return REFERENCE.linear.forward(x, w)
-
-    table = REFERENCE | {
-        "mla": Op(forward, REFERENCE.mla.backward),
-        "linear": Op(linear, REFERENCE.linear.backward),
-    }
+    table = REFERENCE | {"mla": Op(forward, REFERENCE.mla.backward)}
     options: Any = {"max_tokens": 40, "stop": range(0, 256, 20), "temperature": 1.0}
     found = generate(params, config, [[1, 2]], group=40, prefill=table, decode=table, **options)
     lengths = np.array([len(g.tokens) for g in found])
-    assert sizes[0] == (1, 40)
-    batch = 40
-    for step, (read, chosen) in enumerate(sizes[1:], 1):
-        going = int(np.sum(lengths > step))
-        batch = going if going <= 35 / 40 * batch else batch
-        assert (read, chosen) == (batch, going)
-    assert len({read for read, _ in sizes[1:]}) > 5
-    assert any(read > chosen for read, chosen in sizes[1:])
+    assert sizes == [1, *(int(np.sum(lengths > step)) for step in range(1, max(lengths)))]
+    assert len(set(sizes)) > 5
 
 
 # Sampling
@@ -216,6 +203,9 @@ def test_ends(trained: Any, speculate: int) -> None:
     (full,) = generate(params, config, [prompt], max_tokens=1000, speculate=speculate)
     assert (full.finish, len(full.tokens)) == ("context", config.max_positions - len(prompt))
     assert full.tokens[:30] == free.tokens
+    left = config.max_positions - len(prompt)
+    (both,) = generate(params, config, [prompt], max_tokens=left, speculate=speculate)
+    assert both == full._replace(finish="length")
     (one,) = generate(params, config, [prompt], max_tokens=1, speculate=speculate)
     assert one == Generation(free.tokens[:1], "length", 0, 0, 0)
 
@@ -301,6 +291,23 @@ def test_untrained_modules_change_nothing() -> None:
     plain, found = (generate(params, TINY, PROMPTS, max_tokens=20, speculate=n) for n in (0, 2))
     assert [g.tokens for g in found] == [g.tokens for g in plain]
     assert sum(g.accepted for g in found) < 0.1 * sum(g.drafted for g in found)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_on_cupy(trained: Any, top_p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups and records on CuPy's arrays: the same tokens and routes, and the same
+    log-probabilities but for rounding."""
+    monkeypatch.setitem(sys.modules, "cupy", pretended_cupy.Pretended("cupy"))
+    params, config = trained
+    there = {name: pretended_cupy.there(p) for name, p in params.items()}
+    options: Any = {"max_tokens": 8, "temperature": 1.0, "top_p": top_p, "stop": [32]}
+    options |= {"group": 2, "record": True}
+    found = generate(there, config, PROMPTS, **options)
+    for one, other in zip(found, generate(params, config, PROMPTS, **options), strict=True):
+        assert one[:5] == other[:5]
+        np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=1e-11)
+        for layer, routes in other.routes.items():
+            assert np.array_equal(one.routes[layer], routes)
 
 
 @pytest.mark.parametrize("speculate", [0, 2])

@@ -92,6 +92,19 @@ def test_one_number_picks_in_the_order_of_ids() -> None:
     assert drawn == np.searchsorted(np.cumsum(p), u, side="right").tolist()
 
 
+def test_edges_of_a_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number on the edge of two tokens is the later one's; none of probability 0 is drawn, not
+    even where a library's running sum, added in another order, rises there by rounding."""
+    sampler, p = Sampler(1.0), np.array([[0.0, 0.25, 0.0, 0.25, 0.5, 0.0]])
+    numbers = [0.0, 0.25 - 2**-54, 0.25, 0.5, 1 - 2**-53]
+    sampler.uniform = np.array([numbers])
+    assert [int(sampler.draw(p)[0, 0]) for _ in numbers] == [1, 1, 3, 4, 4]
+    up = np.array([[0, 0, 2**-54, 0, 0, 0]])
+    monkeypatch.setattr("refimpl.generate.sampler.running_sum", lambda p: np.cumsum(p, 1) + up)
+    sampler.drawn = 2
+    assert int(sampler.draw(p)[0, 0]) == 3
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.6, 1.0])
 def test_log_probs(temperature: float) -> None:
     """Of the whole softmax, whatever top_p; at temperature 0 that of temperature 1."""
