@@ -40,8 +40,9 @@ class DistilSettings(SFTSettings):
 
 
 def sample_solutions(settings: DistilSettings, machine: Machine, path: Path) -> tuple[int, int]:
-    """Write the teacher's completions that the rules accept (right, and in the format), or all, each
-    once, as JSONL; how many were accepted, the same one twice among them, of how many."""
+    """Write the teacher's completions that the rules accept (right, and in the format), or all of
+    them, each once, as JSONL; how many were accepted, the same one twice among them, of how
+    many."""
     teacher = begin_from(settings.teacher, machine, mtp=False)
     problems = in_turn(settings.kinds, settings.seed, TEACHING, settings.sampled)
     found = answers(

@@ -20,6 +20,7 @@ RIGHT = {  # greedy and sampled
     "continued": (0.91, 0.85),
     "sft-hard": (0.50, 0.40),
     "grpo-hard": (0.70, 0.56),
+    "second-sft": (0.80, 0.70),
     "last": (0.79, 0.70),
     "distilled": (0.55, 0.50),
     "student-gold": (0.69, 0.60),

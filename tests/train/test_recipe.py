@@ -64,9 +64,22 @@ def test_controls_differ_by_what_they_control(tmp_path: Path) -> None:
 
 def test_chosen() -> None:
     """Those that are needed come too, in the order of the whole."""
-    assert chosen(JOBS, []) == JOBS
-    names = [job.name for job in chosen(JOBS, ["last", "base"])]
-    assert names == ["base", "long", "sft", "grpo-0", "reward-model", "last"]
+    jobs = [
+        Job("a", "train"),
+        Job("b", "train"),
+        Job("c", "extend", {"checkpoint": "a"}),
+        Job("d", "sft", {"checkpoint": "c"}),
+        Job("e", "grpo", {"checkpoint": "d", "reward_model": "b"}),
+        Job("f", "sft"),
+    ]
+    for names, wanted in (
+        ([], "abcdef"),
+        (["d"], "acd"),
+        (["f", "c"], "acf"),
+        (["e"], "abcde"),
+        (["a", "a"], "a"),
+    ):
+        assert "".join(job.name for job in chosen(jobs, names)) == wanted
     with pytest.raises(CouldNotRun, match=r"^only must be of base, .*, got x$"):
         chosen(JOBS, ["x"])
 
