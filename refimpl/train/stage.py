@@ -25,6 +25,7 @@ __all__ = [
     "BaseStage",
     "Begin",
     "begin_from",
+    "digest_line",
     "digest_of",
     "expect_kinds",
     "open_run",
@@ -133,6 +134,11 @@ def digest_of(given: str) -> str:
         raise CouldNotRun(f"{path} can't be read: {error.strerror}") from error
 
 
+def digest_line(name: str, digest: str) -> str:
+    """How settings.toml says what a run read."""
+    return f"# {name}: {digest}"
+
+
 def texts_digest(texts: Sequence[str]) -> str:
     """The SHA-256 of documents, shortened: those that CPython ships differ by its version."""
     lengths = ",".join(str(len(text)) for text in texts)
@@ -150,7 +156,7 @@ def open_run(
 ) -> RunFolder:
     """A run's folder, open, whose settings.toml holds ``settings`` and the digests of what the run
     reads, by name: another input is another run."""
-    lines = [f"# {name}: {digest}" for name, digest in (inputs or {}).items()]
+    lines = [digest_line(name, digest) for name, digest in (inputs or {}).items()]
     folder = RunFolder(path, machine, "\n".join([*lines, to_toml({stage: settings})]))
     folder.open(resume=resume)
     return folder

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from train.kill import by_hash
 
 from refimpl.errors import CouldNotRun
 from refimpl.kernels.cpu.adamw import FusedAdamW
@@ -31,6 +30,7 @@ from refimpl.train.vocabulary import make_vocabulary
 
 from pretended_cupy import Pretended, ndarray
 from support import FULL, ROOT
+from train.kill import by_hash
 
 MODEL = {"width": 16, "layers": 2, "heads": 2, "q_latent": 8, "kv_latent": 8, "nope": 4, "rope": 4,
          "value": 4, "dense_hidden": 16, "experts": 4, "expert_hidden": 8}  # fmt: skip

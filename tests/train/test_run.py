@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from train.kill import MODEL, content
 
 from refimpl.files import held
 from refimpl.train.machine import open_machine
@@ -27,6 +26,7 @@ from refimpl.train.stage import begin_from
 from refimpl.train.step import NotTaken, not_finite
 
 from support import FULL, Done, refimpl_here
+from train.kill import MODEL, content
 
 HERE = Path(__file__).parent
 LINE = ["sft", "--implementation", "reference", "--set", MODEL]
