@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import ModelConfig, preset
+from ..config import ModelConfig, Yarn, preset
 from ..errors import CouldNotRun
 from ..generate import generate
 from ..optimizer import Moments
@@ -140,8 +140,11 @@ class Pretrain(BaseStage):
 def new_config(name: str, model: Mapping[str, Any], **fields: Any) -> ModelConfig:
     """The preset ``name`` without YaRN, with ``fields``, and then those that ``model`` has;
     CouldNotRun if there is no such model."""
+    given = dict(model)
     try:
-        return replace(preset(name), **{"yarn": None} | fields | dict(model))
+        if (yarn := given.get("yarn")) is not None:  # a table, or its values in order
+            given["yarn"] = Yarn(**yarn) if isinstance(yarn, Mapping) else Yarn(*yarn)
+        return replace(preset(name), **{"yarn": None} | fields | given)
     except (TypeError, ValueError) as error:
         raise CouldNotRun(f"impossible model: {error}") from error
 
