@@ -13,9 +13,20 @@ from refimpl.train.stages import STAGES
 from small_stage import MODEL
 from support import Done, refimpl_here
 
-SMALL = ("--set", f"model={{ {', '.join(f'{name} = {x}' for name, x in MODEL.items())} }}",
-         "--set", "tokens=200", "--set", "length=16", "--set", "batch=5", "--set", "warmup_steps=1",
-         "--implementation", "reference")  # fmt: skip
+SMALL = (
+    "--set",
+    f"model={{ {', '.join(f'{name} = {x}' for name, x in MODEL.items())} }}",
+    "--set",
+    "tokens=200",
+    "--set",
+    "length=16",
+    "--set",
+    "batch=5",
+    "--set",
+    "warmup_steps=1",
+    "--implementation",
+    "reference",
+)
 
 
 @pytest.fixture(scope="module")

@@ -86,7 +86,8 @@ def samples() -> list[Sample]:
 def ours(
     config: ModelConfig, params: dict[str, np.ndarray], batches: Sequence[Batch], gamma: float
 ) -> Trained:
-    optimizer, state, told = AdamW(weight_decay=DECAY), State(params, Moments()), []
+    optimizer, told = AdamW(weight_decay=DECAY), []
+    state = State(params, Moments())
     for (tokens, real, document), rate in zip(batches, rates(len(batches)), strict=True):
         arrays = {"tokens": tokens, "key_mask": real, "segments": document}
         state, step = train_step(
@@ -111,7 +112,8 @@ def ours_grpo(
     samples: Sequence[Sample],
     ops: Ops = REFERENCE,
 ) -> Trained:
-    optimizer, moments, told = AdamW(weight_decay=DECAY), Moments(), []
+    optimizer, moments = AdamW(weight_decay=DECAY), Moments()
+    told = []
     for sample, rate in zip(samples, rates(len(samples)), strict=True):
         step, grads = grpo_gradients(
             params,

@@ -18,8 +18,12 @@ from refimpl.train.run import Guard
 from small_stage import COMMON, MACHINE, begin
 
 SMALL: dict[str, Any] = COMMON | {
-    "factors": (2, 4), "batches": (3, 2), "steps": 2, "measured": 4, "beta_fast": 3.0,
-}  # fmt: skip
+    "factors": (2, 4),
+    "batches": (3, 2),
+    "steps": 2,
+    "measured": 4,
+    "beta_fast": 3.0,
+}
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,13 @@ from refimpl.train.vocabulary import make_vocabulary
 from small_stage import COMMON, MACHINE, MODEL, same
 
 SMALL: dict[str, Any] = COMMON | {
-    "model": MODEL, "tokens": 20 * 64, "length": 8, "batch": 10, "warmup_steps": 3,
+    "model": MODEL,
+    "tokens": 20 * 64,
+    "length": 8,
+    "batch": 10,
+    "warmup_steps": 3,
     "learning_rate": 0.02,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
