@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: bench digests verify test test-full test-newest oracle peers kernels gpu gpu-more ladder check bugs power mutants memory memory-grads clean
+.PHONY: bench digests verify test test-full test-newest oracle peers kernels gpu gpu-more ladder check bugs power mutants memory memory-grads recipe clean
 
 verify: .venv/base  ## prove every gradient on real text
 	$(BIN)/refimpl verify
@@ -77,6 +77,10 @@ memory: .venv/base  ## measure the peak memory of flash attention, of the fused 
 
 memory-grads: .venv/base  ## measure the peak memory of `refimpl grads` on V2-Lite's shape, 4 layers (14 GB of files)
 	$(BIN)/refimpl memory --grads
+
+# A quarter of an hour on two quiet cores; if interrupted, the same command goes on.
+recipe: .venv/dev  ## pre-train, extend, fine-tune, reinforce and distil a tiny model; claims, pictures and report in build/recipe
+	$(BIN)/refimpl recipe --out build/recipe $(ARGUMENTS)
 
 .venv/base: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (make PYTHON=...)")'

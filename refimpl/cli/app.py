@@ -76,11 +76,7 @@ class Commands(TyperGroup):
         except CouldNotRun as error:
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
             given = command.params if command is not None else []
-            options = {
-                x.name.rstrip("_"): x.opts[0]  # set_ is --set
-                for x in given
-                if x.name and x.opts[0].startswith("--")
-            }
+            options = {x.name: x.opts[0] for x in given if x.name and x.opts[0].startswith("--")}
             raise CouldNotRun(error.spelled(options)) from error
 
 

@@ -72,7 +72,7 @@ def command(
     try:
         result = run_stage(stage, out, chosen, resume=resume)
     except Interrupted as stopped:
-        typer.echo(str(stopped), err=True)
+        typer.echo(f"refimpl: {stopped} --resume", err=True)
         raise typer.Exit(130) from stopped
     console().print(f"{stage}: {result['steps']:,} steps, {shown(result['evaluation'])}")
     console().print(f"the result is {out / 'checkpoint'}")

@@ -27,6 +27,7 @@ class DistilSettings(SFTSettings):
     teacher: str = ""  # a checkpoint
     sampled: int = 8192  # problems that the teacher is given; one may come twice
     temperature: float = 1.0
+    verified: bool = True  # only solutions that the rules accept; False: all
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,8 +40,9 @@ class DistilSettings(SFTSettings):
 
 
 def sample_solutions(settings: DistilSettings, machine: Machine, path: Path) -> tuple[int, int]:
-    """Write the teacher's completions that the rules accept (right, and in the format), each once,
-    as JSONL; how many were accepted, the same one twice among them, of how many."""
+    """Write the teacher's completions that the rules accept (right, and in the format), or all of
+    them, each once, as JSONL; how many were accepted, the same one twice among them, of how
+    many."""
     teacher = begin_from(settings.teacher, machine, mtp=False)
     problems = in_turn(settings.kinds, settings.seed, TEACHING, settings.sampled)
     found = answers(
@@ -56,7 +58,7 @@ def sample_solutions(settings: DistilSettings, machine: Machine, path: Path) -> 
     accepted = [
         json.dumps({"prompt": problem.prompt, "completion": text})
         for problem, (text, ended, _) in zip(problems, found, strict=True)
-        if all(score(text, problem.answer, ended=ended).values())
+        if not settings.verified or all(score(text, problem.answer, ended=ended).values())
     ]
     if not accepted:
         raise CouldNotRun(f"the teacher has no right solution to {len(problems)} problems")

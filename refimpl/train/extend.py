@@ -17,7 +17,7 @@ from .machine import Machine
 from .pretrain import windows
 from .run import Guard, Metrics
 from .settings import expect_setting
-from .stage import BaseSettings, BaseStage, Begin, told_metrics
+from .stage import BaseSettings, BaseStage, Begin, texts_digest, told_metrics
 from .step import State, train_step
 
 __all__ = ["Extend", "ExtendSettings"]
@@ -71,7 +71,9 @@ class Extend(BaseStage):
         super().__init__(settings, machine, config, begin.vocabulary)
         self.settings, self.begin = settings, begin
         self.size = settings.batches[phase]
-        train, test = held_out(documents(Path(settings.text) if settings.text else None))
+        texts = documents(Path(settings.text) if settings.text else None)
+        self.inputs = {"text": texts_digest(texts)}
+        train, test = held_out(texts)
         longest = max(settings.factors) * original
         self.train = windows(train, begin.vocabulary, config.max_positions)
         of_test = windows(test, begin.vocabulary, longest)

@@ -31,7 +31,7 @@ from .rollout import Samples, sample_groups
 from .run import Guard, Metrics
 from .settings import expect_setting
 from .stage import BaseSettings, BaseStage, Begin, expect_kinds
-from .step import State, add_gradients, apply_gradients
+from .step import State, add_gradients, apply_gradients, copied
 from .tasks import Problem, draw
 
 __all__ = ["GRPO", "GRPOSettings"]
@@ -168,7 +168,13 @@ class GRPO(BaseStage):
             if len(told) == settings.minibatches:
                 guard(float(np.mean([x["loss"] for x in told])))
             moments, found["norm"] = apply_gradients(
-                state.params, grads, state.moments, self.optimizer, rate, settings.max_norm
+                state.params,
+                grads,
+                state.moments,
+                self.optimizer,
+                rate,
+                settings.max_norm,
+                loss=found["loss"],
             )
             state = state._replace(moments=moments)
         old, counted = batch.old, samples.mask
@@ -316,16 +322,6 @@ class GRPO(BaseStage):
 
     def progress(self, state: State, evaluated: Metrics) -> float:
         return state.step / self.settings.steps
-
-
-def copied(state: State) -> State:
-    """The state with arrays of its own for what an update changes."""
-    moments = state.moments
-    params, first, second = (
-        {name: x.copy() for name, x in arrays.items()}
-        for arrays in (state.params, moments.first, moments.second)
-    )
-    return state._replace(params=params, moments=Moments(moments.step, first, second))
 
 
 def averaged(told: list[Metrics]) -> Metrics:

@@ -48,7 +48,7 @@ class Machine:
         }
 
     def fetched(self, arrays: Mapping[str, Array]) -> dict[str, np.ndarray]:
-        """Copies in the host's memory."""
+        """As NumPy's arrays; on NumPy the same ones."""
         return {name: np.asarray(x.get() if hasattr(x, "get") else x) for name, x in arrays.items()}
 
 

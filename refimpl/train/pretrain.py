@@ -4,13 +4,14 @@ scaled down (2412.19437, section 4.2)."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..config import ModelConfig, Yarn, preset
+from ..checkpoint.config_json import config_dict
+from ..config import ModelConfig, preset
 from ..errors import CouldNotRun
 from ..generate import generate
 from ..optimizer import Moments
@@ -21,12 +22,13 @@ from .packing import Windows
 from .run import Guard, Metrics
 from .schedule import scaled
 from .settings import expect_setting
-from .stage import BaseSettings, BaseStage, told_metrics
+from .stage import BaseSettings, BaseStage, texts_digest, told_metrics
 from .step import State, train_step
 from .vocabulary import BYTES, Vocabulary, make_vocabulary
 
 __all__ = ["Pretrain", "PretrainSettings", "new_config", "windows"]
 
+NOT_CHANGED = ("vocabulary", "yarn", "conventions")  # of a preset, by settings
 DRAFTED = 16  # windows in which the MTP modules draft
 
 
@@ -51,6 +53,7 @@ class PretrainSettings(BaseSettings):
         super().__post_init__()
         for name in ("tokens", "batch", "warmup_steps"):
             expect_setting(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
+        expect_setting(self.std > 0, "std", "be positive", self.std)
         expect_setting(self.length >= 2, "length", "be at least 2", self.length)
         least = BYTES.size
         expect_setting(
@@ -65,7 +68,9 @@ class Pretrain(BaseStage):
     name = "train"
 
     def __init__(self, settings: PretrainSettings, machine: Machine) -> None:
-        train, test = held_out(documents(Path(settings.text) if settings.text else None))
+        texts = documents(Path(settings.text) if settings.text else None)
+        self.inputs = {"text": texts_digest(texts)}
+        train, test = held_out(texts)
         vocabulary = make_vocabulary(train, settings.vocabulary)
         config = new_config(
             settings.preset,
@@ -137,16 +142,27 @@ class Pretrain(BaseStage):
         return state.tokens / self.settings.tokens
 
 
-def new_config(name: str, model: Mapping[str, Any], **fields: Any) -> ModelConfig:
-    """The preset ``name`` without YaRN, with ``fields``, and then those that ``model`` has;
+def new_config(name: str, model: Mapping[str, Any], **given: Any) -> ModelConfig:
+    """The preset ``name`` without YaRN, with ``given``, and then the fields that ``model`` has;
     CouldNotRun if there is no such model."""
-    given = dict(model)
     try:
-        if (yarn := given.get("yarn")) is not None:  # a table, or its values in order
-            given["yarn"] = Yarn(**yarn) if isinstance(yarn, Mapping) else Yarn(*yarn)
-        return replace(preset(name), **{"yarn": None} | fields | given)
-    except (TypeError, ValueError) as error:
+        base = replace(preset(name), **{"yarn": None} | given)
+        names = [x.name for x in fields(base) if x.name not in NOT_CHANGED]
+        for key, value in model.items():
+            if key not in names:
+                raise CouldNotRun(f"model has no setting {key}; there are {', '.join(names)}")
+            old = getattr(base, key)
+            kinds = (int, float) if type(old) is float else (int if old is None else type(old),)
+            expect_setting(type(value) in kinds, f"model.{key}", f"be as {old!r} is", value)
+        made = replace(base, **model)
+    except ValueError as error:
         raise CouldNotRun(f"impossible model: {error}") from error
+    least = base.max_positions
+    config_dict(made, dtype="float32")  # CouldNotRun if no file could hold it
+    context, depth = made.context, made.mtp_depth
+    expect_setting(least <= context, "model", f"have a context of at least {least}", context)
+    expect_setting(depth < least, "model.mtp_depth", f"be below {least}, the length", depth)
+    return made
 
 
 def windows(

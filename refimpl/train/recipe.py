@@ -1,26 +1,27 @@
-"""The whole recipe: every stage, its controls, and what each shows, as a graph of commands.
+"""The recipe: every stage, its controls, and the jobs that show what each is worth, as a graph.
 
-A job is a stage in a process of its own, with one thread, as many at a time as there are cores; a
-finished job is not run again, an interrupted one goes on where it stopped. What the jobs wrote is
-gathered in results.json, from which pictures and report are made.
+A job is a stage in a process of its own, and then its evaluation on held-out problems. It stands in
+OUT/<job>, the stage's folder, with held_out-<kind>.json in it; `graph` runs the jobs.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import CouldNotRun
-from .settings import toml_value
+from ..files import read_json, read_text
+from .settings import make_settings, to_toml, toml_value
+from .stage import digest_line, digest_of
+from .stages import STAGES
+from .tasks import held_out
 
-__all__ = ["JOBS", "Job", "commands", "run_jobs", "toy"]
+__all__ = ["JOBS", "PROBLEMS", "Job", "Recipe", "chosen", "toy"]
 
+PROBLEMS = 1500  # held-out ones of a kind that are asked, or all if there are fewer
 STUDENT = {"width": 32, "layers": 2, "heads": 2, "q_latent": 16, "kv_latent": 16, "nope": 8,
            "rope": 8, "value": 8, "dense_hidden": 64, "experts": 4, "expert_hidden": 16,
            "mtp_depth": 0}  # fmt: skip
@@ -45,6 +46,7 @@ class Job:
 MIXTURE = {"untidy": 0.2, "sloppy": 0.2}
 COLD_START = MIXTURE | {"distinct": 520, "steps": 450}
 STOP = {"stop": [0.40, 0.55]}
+SECOND = {"untidy": 0.5, "steps": 100, "learning_rate": 3e-4, "seed": 1}
 HARD = "add3"
 STUDENT_SFT = {"model": STUDENT, "steps": 800}
 
@@ -62,10 +64,11 @@ JOBS = [
     Job("sft-hard", "sft", {"checkpoint": "sft"}, STOP | {"kinds": [HARD], "steps": 400}, (HARD,)),
     Job("grpo-hard", "grpo", {"checkpoint": "sft-hard"}, {"kinds": [HARD]}, (HARD,)),
     Job("reward-model", "reward-model", {"checkpoint": "sft"}),
+    Job("second-sft", "sft", {"checkpoint": "grpo-0"}, SECOND, ("add2",)),
     Job(
         "last",
         "grpo",
-        {"checkpoint": "grpo-0", "reward_model": "reward-model"},
+        {"checkpoint": "second-sft", "reward_model": "reward-model"},
         {"model": 0.2, "steps": 60},
         ("add2",),
     ),
@@ -77,112 +80,119 @@ JOBS = [
 
 
 def toy(jobs: Sequence[Job]) -> list[Job]:
-    """The same graph at a size that takes seconds, which shows that it runs and nothing else."""
+    """The same graph at a size that takes seconds, which shows that it runs and nothing else. Its
+    text is this file, and the student learns whatever the teacher says."""
+    text, brief = {"text": __file__}, {"problems": 4, "max_tokens": 8}
+    sft = {"steps": 2, "batch": 8} | brief
     small: dict[str, dict[str, Any]] = {
-        "train": {"tokens": 4096, "batch": 16, "warmup_steps": 2, "evaluate_every": 4},
-        "extend": {"steps": 2, "factors": [2, 4], "batches": [4, 2]},
-        "sft": {"steps": 3, "batch": 8, "problems": 8, "max_tokens": 12, "evaluate_every": 2},
-        "grpo": {"steps": 2, "questions": 2, "group": 4, "problems": 8, "max_tokens": 12},
+        "train": {"tokens": 2048, "length": 16, "batch": 16, "warmup_steps": 2} | text,
+        "extend": {"steps": 2, "factors": [2, 4], "batches": [4, 2], "measured": 8} | text,
+        "sft": sft,
+        "grpo": {"steps": 2, "questions": 2, "group": 4} | brief,
         "reward-model": {"steps": 2, "batch": 4, "problems": 8},
+        "distil": sft | {"sampled": 8, "verified": False},
     }
-    small["distil"] = small["sft"] | {"sampled": 8}
-    return [
-        Job(job.name, job.stage, job.inputs, {**job.settings, **small[job.stage]}, job.kinds)
-        for job in jobs
-    ]
+    return [replace(job, settings={**job.settings, **small[job.stage]}) for job in jobs]
 
 
-def commands(job: Job, out: Path, problems: int, common: Sequence[str]) -> list[list[str]]:
-    """What runs a job: its stage, which goes on where it stopped, and its evaluation."""
-    begin = [sys.executable, "-m", "refimpl"]
-    place = out / job.name
-    line = [*begin, job.stage, "--out", str(place), *common]
-    for name, value in job.settings.items():
-        line += ["--set", f"{name}={toml_value(value)}"]
-    for name, other in job.inputs.items():
-        line += ["--set", f"{name}={toml_value(str(out / other))}"]
-    if (place / "settings.toml").exists():
-        line.append("--resume")
-    found = [] if (place / "result.json").exists() else [line]
-    if job.kinds and not (out / f"{job.name}.json").exists():
-        kinds = [part for kind in job.kinds for part in ("--kind", kind)]
-        result = str(out / f"{job.name}.json")
-        line = [*begin, "eval", "--checkpoint", str(place), "--problems", str(problems)]
-        found.append([*line, *kinds, "--json", result, *common])
-    return found
+def chosen(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
+    """The jobs of these names and those that they need, in order; all without names."""
+    by_name = {job.name: job for job in jobs}
+    for name in names:
+        if name not in by_name:
+            raise CouldNotRun(f"must be of {', '.join(by_name)}, got {name}", argument="only")
+    found = set(names or by_name)
+    for job in reversed(jobs):  # a job stands behind those that it needs
+        if job.name in found:
+            found |= set(job.inputs.values())
+    return [job for job in jobs if job.name in found]
 
 
-def run_jobs(
-    jobs: Sequence[Job],
-    out: Path,
-    *,
-    workers: int,
-    problems: int,
-    common: Sequence[str] = (),
-    tell: Callable[[str], None] = print,
-) -> None:
-    """Run all jobs, each as soon as those that it needs are done, ``workers`` at a time.
+@dataclass(frozen=True)
+class Recipe:
+    """Jobs in a folder.
 
-    What a job prints goes to OUT/<job>.log. CouldNotRun names the job that failed, with its last
-    line; the others that had begun are ended, and resume. Ctrl-C is handed to all.
+    ``problems``: held-out ones of a kind that are asked at most. ``common``: settings of every job
+    (backend, implementation, dtype).
     """
-    out.mkdir(parents=True, exist_ok=True)
-    waiting, done = list(jobs), set[str]()
-    running: dict[str, Running] = {}
-    try:
-        while waiting or running:
-            for job in list(waiting):
-                if len(running) < workers and set(job.inputs.values()) <= done:
-                    waiting.remove(job)
-                    running[job.name] = Running(job, commands(job, out, problems, common), out)
-                    tell(f"{job.name}: begins")
-            for name, process in list(running.items()):
-                if process.over():
-                    del running[name]
-                    done.add(name)
-                    tell(f"{name}: done in {process.seconds:.0f} s")
-            time.sleep(0.05)
-    finally:
-        for process in running.values():
-            process.stop()
 
+    out: Path
+    jobs: Sequence[Job]
+    problems: int = PROBLEMS
+    common: Mapping[str, str] = field(default_factory=dict)
 
-class Running:
-    """The commands of a job, one after the other; the time that each took is kept beside."""
+    @property
+    def needs(self) -> dict[str, set[str]]:
+        return {job.name: set(job.inputs.values()) for job in self.jobs}
 
-    def __init__(self, job: Job, lines: list[list[str]], out: Path) -> None:
-        self.job = job
-        self.lines = lines
-        self.out = out
-        self.begin = time.monotonic()
-        self.process: subprocess.Popen[bytes] | None = None
-        self.seconds = 0.0
+    def job(self, name: str) -> Job:
+        return next(job for job in self.jobs if job.name == name)
 
-    def over(self) -> bool:
-        """Whether all commands are done; begins the next one."""
-        if self.process is not None:
-            if (code := self.process.poll()) is None:
-                return False
-            if code:
-                log = (self.out / f"{self.job.name}.log").read_text(errors="replace")
-                last = log.strip().splitlines()[-1:] or ["it printed nothing"]
-                raise CouldNotRun(f"{self.job.name} ended with exit code {code}: {last[0]}")
-        if not self.lines:
-            self.seconds = time.monotonic() - self.begin
-            return True
-        self._start(self.lines.pop(0))
-        return False
+    def next_command(self, name: str) -> list[str] | None:
+        """What a job has to run next: its stage, which goes on where it stopped, then an evaluation
+        per kind; None when all are done. CouldNotRun if what is done is of other settings."""
+        job, place = self.job(name), self.out / name
+        begin = [sys.executable, "-m", "refimpl"]
+        options = [part for key, x in self.common.items() for part in (f"--{key}", x)]
+        if not (place / "result.json").exists():
+            sets = [part for x in self.overrides(job) for part in ("--set", x)]
+            return [*begin, job.stage, "--out", str(place), *sets, *options, "--resume"]
+        self.expect_current(job)
+        for kind in job.kinds:
+            count = asked(kind, self.problems)
+            file = held_out_file(place, kind)
+            if (
+                not file.exists()
+                or read_json(file)["results"][f"{kind} greedy"]["problems"] != count
+            ):
+                line = [*begin, "eval", "--checkpoint", str(place), "--json", str(file)]
+                line += ["--kind", kind, "--problems", str(count)]
+                return [*line, "--max-tokens", str(self.settings(job).max_tokens), *options]
+        return None
 
-    def _start(self, line: list[str]) -> None:
-        """One thread each: the cores are the jobs'."""
-        one = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        with (self.out / f"{self.job.name}.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                line, stdout=log, stderr=log, env=os.environ | one, start_new_session=False
+    def overrides(self, job: Job) -> list[str]:
+        """The job's settings, as ``--set`` takes them."""
+        inputs = {name: str(self.out / other) for name, other in job.inputs.items()}
+        return [f"{name}={toml_value(x)}" for name, x in {**job.settings, **inputs}.items()]
+
+    def settings(self, job: Job) -> Any:
+        """All settings of a job."""
+        kind = STAGES[job.stage].settings
+        return make_settings(kind, job.stage, {}, self.overrides(job), self.common)
+
+    def expect_current(self, job: Job) -> None:
+        """CouldNotRun unless a finished job has today's settings and began from what its inputs are
+        now: results of several recipes are never mixed."""
+        place = self.out / job.name
+        first = place / "phase-1" / "settings.toml"  # of a stage with phases, which began there
+        begun = first if first.exists() else place / "settings.toml"
+        lines = read_text(begun, str(begun)).splitlines()
+        digests = {line for line in lines if line.startswith("# ")}
+        written = [line for line in lines if line not in digests]
+        now = {
+            digest_line(name, digest_of(str(self.out / other)))
+            for name, other in job.inputs.items()
+        }
+        wrong = ""
+        if written != to_toml({job.stage: self.settings(job)}).splitlines():
+            wrong = "has other settings than this recipe"
+        elif not now <= digests:
+            wrong = f"began from another {' or '.join(job.inputs.values())} than there is"
+        if wrong:
+            raise CouldNotRun(
+                f"{place} {wrong}: remove it and the same command runs it again, or take another "
+                "folder"
             )
 
-    def stop(self) -> None:
-        """End it; it resumes from its last state."""
-        if self.process is not None and self.process.poll() is None:
-            self.process.terminate()
-            self.process.wait()
+
+def held_out_file(place: Path, kind: str) -> Path:
+    """The evaluation of a job on the held-out problems of a kind."""
+    return place / f"held_out-{kind}.json"
+
+
+def asked(kind: str, most: int) -> int:
+    """How many of the kind's held-out problems are asked."""
+    try:
+        return len(held_out(kind, most))
+    except ValueError:  # there are fewer
+        return len(held_out(kind))

@@ -103,6 +103,7 @@ class RewardModelStage(BaseStage):
             self.optimizer,
             rate,
             settings.max_norm,
+            loss=told["loss"],
         )
         state = state._replace(
             moments=moments,

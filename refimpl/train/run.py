@@ -11,17 +11,17 @@ import signal
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from math import isfinite
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, NoReturn, Protocol, TextIO
 
 from ..config import ModelConfig
 from ..errors import CouldNotRun
-from ..files import held
 from .save import RunFolder
-from .step import NotTaken, State
+from .step import NotTaken, State, not_finite
 
 __all__ = ["Guard", "Interrupted", "Live", "Stage", "run"]
 
@@ -55,89 +55,105 @@ class Stage(Protocol):
 
 
 class Guard:
-    """Stops a run whose loss is not finite, or jumps by more than ``jump`` above the median of the
-    last ones."""
+    """Stops a run whose loss jumps by more than ``jump`` above the median of the last steps'."""
 
-    def __init__(self, jump: float, losses: list[float]) -> None:
+    def __init__(self, jump: float, losses: Iterable[float] = ()) -> None:
         self.jump = jump
-        self.recent = deque(losses, RECENT)
+        self.recent = deque(losses, RECENT)  # one per step: `run` adds those that were taken
 
     def __call__(self, loss: float) -> None:
-        """`NotTaken` says what is wrong with the loss of a step that was not taken yet."""
-        if not isfinite(loss):
-            raise NotTaken(f"the loss is {loss}")
-        if len(self.recent) == RECENT:
+        """`NotTaken` if the loss of a step that was not taken yet jumps; what is not finite is for
+        `apply_gradients` to say, which knows the tensors."""
+        if len(self.recent) == RECENT and isfinite(loss):
             usual = statistics.median(self.recent)
             if loss > usual + self.jump:
                 raise NotTaken(
                     f"the loss jumps to {loss:.4g}, {loss - usual:.3g} above the median of the "
                     f"last {RECENT} steps (allowed: jump={self.jump:g})"
                 )
-        self.recent.append(loss)
 
 
 class Interrupted(Exception):
-    """Ctrl-C: the state is saved, and the message says how to go on."""
+    """Ctrl-C: the state is saved. The message ends where the option to resume belongs."""
 
 
 def run(stage: Stage, folder: RunFolder, *, live: Live | None = None) -> Metrics:
     """Run a stage to its end in ``folder``, which is open, from its latest state; the result, which
     result.json holds too.
 
-    CouldNotRun if the folder can't be used, or the loss is not finite or jumps: then the state
-    before that step is saved beside, to look into. `Interrupted` after Ctrl-C.
+    CouldNotRun if the folder can't be used, or a step can't be taken since loss or gradients are
+    not finite or the loss jumps: then the state before that step is saved beside, to look into.
+    `Interrupted` after Ctrl-C.
     """
     live = live or Live(stage.name, None)
     if folder.finished:
         raise CouldNotRun(f"{folder.path} holds a finished run: nothing was changed")
     state = folder.latest(stage.config) or stage.start()
     past = folder.metrics()
-    guard = Guard(stage.jump, [x["loss"] for x in past if isinstance(x.get("loss"), float)])
-    evaluated: Metrics = next((x for x in reversed(past) if x.get("kind") == "evaluation"), {})
-    due = not past or past[-1]["step"] != state.step or past[-1]["kind"] != "evaluation"
+    guard = Guard(stage.jump, [x["loss"] for x in past if x["kind"] == "step"])
+    evaluated: Metrics = next((x for x in reversed(past) if x["kind"] == "evaluation"), {})
     begin, first = time.perf_counter(), stage.progress(state, evaluated)
-    with held(folder.path), interrupts() as interrupted, live:
+    with interrupts() as interrupted, live:
         while True:
             over = stage.progress(state, evaluated) >= 1
-            if due and (over or state.step % stage.evaluate_every == 0):
-                evaluated = {"kind": "evaluation", "step": state.step} | stage.evaluate(state)
+            due = over or state.step % stage.evaluate_every == 0
+            if due and evaluated.get("step") != state.step:
+                evaluated = {"kind": "evaluation", "step": state.step}
+                with stopping(stage, state, folder, f"the model after step {state.step}"):
+                    evaluated |= stage.evaluate(state)
                 folder.write_metrics(evaluated)
                 live.tell(evaluated)
             if (done := stage.progress(state, evaluated)) >= 1:
                 break
+            if interrupted():
+                _stop(stage, state, folder)
             state, told = _step(stage, state, guard, folder)
-            due = True
             folder.write_metrics({"kind": "step", "step": state.step} | told)
             live.step(state.step, told, _left(begin, first, done))
-            if interrupted():
-                folder.save(state, stage.config)
-                raise Interrupted(
-                    f"stopped after step {state.step}, which is saved: the same command with "
-                    "--resume goes on"
-                )
             if state.step % stage.save_every == 0:
                 folder.save(state, stage.config)
+            if interrupted():  # before the evaluation, which may take long
+                _stop(stage, state, folder)
     result = {
         "stage": stage.name,
         "steps": state.step,
         "tokens": state.tokens,
         "evaluation": {k: x for k, x in evaluated.items() if k not in ("kind", "step")},
     }
-    folder.finish(state, stage.config, result, lambda path: stage.add_to_checkpoint(state, path))
+    folder.finish(state, stage.config, result, partial(stage.add_to_checkpoint, state))
     return result
 
 
+def _stop(stage: Stage, state: State, folder: RunFolder) -> NoReturn:
+    folder.save(state, stage.config)
+    raise Interrupted(f"stopped after step {state.step}, which is saved: go on by")
+
+
 def _step(stage: Stage, state: State, guard: Guard, folder: RunFolder) -> tuple[State, Metrics]:
-    """A step with its time; CouldNotRun with the saved state if it can't be taken."""
+    """A step with its time."""
     begin = time.perf_counter()
-    try:
+    with stopping(stage, state, folder, f"step {state.step + 1}"):
         after, told = stage.step(state, guard)
-    except NotTaken as reason:
-        saved = folder.save(state, stage.config, f"stopped-{state.step:06d}")
-        raise CouldNotRun(
-            f"step {state.step + 1} was not taken: {reason}; the state before it is {saved}"
-        ) from reason
+    guard.recent.append(told["loss"])
     return after, told | {"seconds": time.perf_counter() - begin}
+
+
+@contextmanager
+def stopping(stage: Stage, state: State, folder: RunFolder, what: str) -> Iterator[None]:
+    """CouldNotRun, with the state saved, if ``what`` is stopped by numbers: a step that is not
+    taken, or a model whose logits are not numbers."""
+    try:
+        yield
+    except (NotTaken, ValueError) as error:
+        reason = str(error)
+        if isinstance(error, ValueError):
+            name = not_finite(state.params)
+            if name is None and "NaN" not in reason:
+                raise
+            reason = f"{name} is not finite" if name else reason
+        add = partial(stage.add_to_checkpoint, state)
+        saved = folder.save(state, stage.config, f"stopped-{state.step:06d}", add)
+        raise CouldNotRun(f"stopped at {what}: {reason}; the state is saved in {saved}") from error
 
 
 def _left(begin: float, first: float, done: float) -> float | None:

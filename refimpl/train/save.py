@@ -5,18 +5,20 @@ and going on from it gives the same bits.
     metrics.jsonl       a line per step or evaluation
     state-000100/       after step 100: checkpoint/ in Hugging Face's layout, moments and extra
                         tensors as safetensors, state.json
+    stopped-000100/     the same, before a step that was not taken: to look into
     checkpoint/         the result, in Hugging Face's layout; with result.json the run is finished
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +28,58 @@ from ..checkpoint import Checkpoint, save_checkpoint
 from ..checkpoint.tensor_file import read_tensor_file, write_tensor_file
 from ..config import ModelConfig
 from ..errors import CouldNotRun
-from ..files import file_digest, read_json, read_text, replacing_folder, write_json, write_text
+from ..files import (
+    PARTIAL,
+    file_digest,
+    parse_json,
+    read_json,
+    read_text,
+    replacing_folder,
+    write_json,
+    write_text,
+)
 from ..optimizer import Moments
 from .machine import Machine
 from .step import State
 
-__all__ = ["RunFolder", "load_parameters", "model_digest"]
+__all__ = ["RunFolder", "expect_place", "is_finished", "is_run", "load_parameters", "model_digest"]
 
+FORMAT = 1  # of state.json, and of what it stands for
+COUNTS = ("format", "step", "moments", "tokens", "position", "metrics")  # integers of state.json
+SETTINGS = "settings.toml"
+RESULT = "result.json"
+METRICS = "metrics.jsonl"
 STATE = "state-"
 PHASE = "phase-"  # earlier runs of the same stage, inside its folder
 Extend = Callable[[Path], None]
 
 
+def is_run(path: Path) -> bool:
+    return (path / SETTINGS).exists()
+
+
+def is_finished(path: Path) -> bool:
+    return (path / RESULT).exists()
+
+
+def expect_place(path: Path, *, resume: bool) -> None:
+    """CouldNotRun unless a run can begin in the folder, which is new or empty, or it holds a run
+    that is not finished and is to go on. Nothing is written."""
+    try:
+        there = [x.name for x in path.iterdir()] if path.exists() else []
+    except OSError as error:
+        raise CouldNotRun(f"{path} can't be used: {error.strerror}") from error
+    if is_finished(path):
+        raise CouldNotRun(f"{path} holds a finished run: nothing was changed")
+    begun = is_run(path) or any(name.startswith(PHASE) for name in there)
+    if begun and not resume:
+        raise CouldNotRun(f"{path} holds a run already: go on with it by", remedy="resume")
+    if not begun and any(not name.endswith(PARTIAL) for name in there):
+        raise CouldNotRun(f"{path} is not empty and holds no run: nothing was changed")
+
+
 class RunFolder:
-    """The folder of one run; see the module."""
+    """The folder of one run; see the module. Of two processes only one may use it (`held`)."""
 
     def __init__(self, path: Path, machine: Machine, settings: str) -> None:
         self.path = path
@@ -47,92 +87,100 @@ class RunFolder:
         self.settings = settings
 
     def open(self, *, resume: bool) -> None:
-        """Make the folder, or find in it what is to be resumed; CouldNotRun if something else is
-        there, or a run with other settings."""
-        begun = self.path / "settings.toml"
-        try:
-            if not begun.exists():
-                there = sorted(self.path.iterdir()) if self.path.exists() else []
-                if any(not x.name.startswith(PHASE) for x in there):
-                    raise CouldNotRun(
-                        f"{self.path} is not empty and holds no run: nothing was changed"
-                    )
+        """Make the folder, or find in it what is to be resumed, and remove what an interrupted
+        process left half-written; CouldNotRun as `expect_place`, or if the run there has other
+        settings."""
+        if not self.finished:
+            expect_place(self.path, resume=resume)
+        with self._writing():
+            if not is_run(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
-                write_text(begun, self.settings)
-            elif not resume:
+                write_text(self.path / SETTINGS, self.settings)
+            begun = self.path / SETTINGS
+            there, given = (x.splitlines() for x in (read_text(begun, str(begun)), self.settings))
+            if there != given:
+                ours = next((x for x in given if x not in there), "fewer")
                 raise CouldNotRun(
-                    f"{self.path} holds a run already: go on with it by", remedy="resume"
+                    f"{begun} has other settings than this run ({ours}): give the same, or another "
+                    "folder"
                 )
-        except OSError as error:
-            raise CouldNotRun(f"{self.path} can't be written: {error.strerror}") from error
-        if read_text(begun, str(begun)) != self.settings:
-            raise CouldNotRun(
-                f"{begun} has other settings than this run: give them, or another folder"
-            )
+            for rest in self.path.glob(f"*{PARTIAL}"):
+                remove(rest)
 
     @property
     def finished(self) -> bool:
-        return (self.path / "result.json").exists()
+        return is_finished(self.path)
 
     def states(self) -> list[Path]:
         """The saved states, the latest last."""
-        return sorted(
-            x for x in self.path.glob(f"{STATE}*") if x.name.removeprefix(STATE).isdigit()
-        )
+        found = (x for x in self.path.glob(f"{STATE}*") if x.name.removeprefix(STATE).isdigit())
+        return sorted(found, key=lambda x: int(x.name.removeprefix(STATE)))
 
-    def save(self, state: State, config: ModelConfig, name: str | None = None) -> Path:
-        """Save a state beside the one before, which then goes."""
+    def save(
+        self,
+        state: State,
+        config: ModelConfig,
+        name: str | None = None,
+        add: Extend = lambda folder: None,
+    ) -> Path:
+        """Save a state beside the one before, which then goes; or, for ``name``, beside all.
+        ``add`` puts more into its checkpoint."""
         target = self.path / (name or f"{STATE}{state.step:06d}")
-        before = self.states()
-        if target.exists():
-            shutil.rmtree(target)
-        metrics = self.path / "metrics.jsonl"
+        before = [] if name else [x for x in self.states() if x != target]
+        with self._writing():
+            if name or not target.exists():  # else the same: a run has one state after a step
+                self._save(state, config, target, add)
+            for old in before:
+                remove(old)
+        return target
+
+    def _save(self, state: State, config: ModelConfig, target: Path, add: Extend) -> None:
         with replacing_folder(target) as folder:
-            params, fetched = self.machine.fetched(state.params), self.machine.fetched
-            save_checkpoint(params, config, folder / "checkpoint", dtype=self.machine.dtype)
-            write_tensor_file(
-                folder / "moments.safetensors",
-                {f"first/{key}": x for key, x in fetched(state.moments.first).items()}
-                | {f"second/{key}": x for key, x in fetched(state.moments.second).items()},
-            )
-            write_tensor_file(folder / "extra.safetensors", fetched(state.extra))
+            self._write(state, config, folder)
+            add(folder / "checkpoint")
+            files = {
+                x.relative_to(folder).as_posix(): file_digest(x)
+                for x in sorted(folder.rglob("*"))
+                if x.is_file()
+            }
             counts = {
+                "format": FORMAT,
                 "step": state.step,
                 "moments": state.moments.step,
                 "tokens": state.tokens,
                 "position": state.position,
-                "metrics": metrics.stat().st_size if metrics.exists() else 0,
+                "metrics": self._sync_metrics(),
+                "files": files,
             }
             write_json(folder / "state.json", counts)
-        if name is None:
-            for old in before:
-                if old != target:
-                    shutil.rmtree(old)
-        return target
+            remove(target)
+
+    def _write(self, state: State, config: ModelConfig, folder: Path) -> None:
+        """All tensors of a state."""
+        fetched, moments = self.machine.fetched, state.moments
+        save_checkpoint(
+            fetched(state.params), config, folder / "checkpoint", dtype=self.machine.dtype
+        )
+        both = {f"first/{name}": x for name, x in moments.first.items()}
+        both |= {f"second/{name}": x for name, x in moments.second.items()}
+        write_tensor_file(folder / "moments.safetensors", fetched(both))
+        write_tensor_file(folder / "extra.safetensors", fetched(state.extra))
 
     def latest(self, config: ModelConfig) -> State | None:
-        """The latest state, with the metrics cut back to it; None if none was saved."""
+        """The latest state, with the metrics cut back to it; None if none was saved. CouldNotRun if
+        it is not as it was saved."""
         if not (found := self.states()):
             self._cut_metrics(0)
             return None
         folder = found[-1]
-        counts = read_json(folder / "state.json")
-        for name in ("step", "moments", "tokens", "position", "metrics"):
-            if not isinstance(counts, dict) or type(counts.get(name)) is not int:
-                raise CouldNotRun(f"{folder / 'state.json'} must hold {name} as an integer")
+        counts = self._counts(folder)
         params, _ = load_parameters(folder / "checkpoint", self.machine, config)
         moments = self._tensors(folder / "moments.safetensors")
         first, second = (
-            {key.removeprefix(part): x for key, x in moments.items() if key.startswith(part)}
+            {name.removeprefix(part): x for name, x in moments.items() if name.startswith(part)}
             for part in ("first/", "second/")
         )
-        wrong = [
-            key for key, x in first.items() if key not in second or x.shape != second[key].shape
-        ]
-        if wrong or len(first) != len(second):
-            raise CouldNotRun(
-                f"{folder / 'moments.safetensors'} must hold both moments of a tensor"
-            )
+        extra = self._tensors(folder / "extra.safetensors")
         self._cut_metrics(counts["metrics"])
         return State(
             params,
@@ -140,8 +188,28 @@ class RunFolder:
             counts["step"],
             counts["tokens"],
             counts["position"],
-            self._tensors(folder / "extra.safetensors"),
+            extra,
         )
+
+    def _counts(self, folder: Path) -> dict[str, Any]:
+        """What state.json says, if the files beside it are those that were saved."""
+        told = read_json(folder / "state.json")
+        told = told if isinstance(told, dict) else {}
+        if type(told.get("format")) is int and told["format"] != FORMAT:
+            raise CouldNotRun(
+                f"{folder} was saved by another version of refimpl: its format is "
+                f"{told['format']}, not {FORMAT}"
+            )
+        files = told.get("files")
+        if not (isinstance(files, dict) and all(type(told.get(x)) is int for x in COUNTS)):
+            raise CouldNotRun(f"{folder / 'state.json'} must hold {', '.join(COUNTS)} and files")
+        for name, digest in files.items():
+            if not (folder / name).is_file() or file_digest(folder / name) != digest:
+                raise CouldNotRun(
+                    f"{folder / name} is not as it was saved: remove {folder} to go on from the "
+                    "state before it, or from the beginning"
+                )
+        return told
 
     def _tensors(self, path: Path) -> dict[str, Any]:
         """The tensors of a file in their own type, on the machine."""
@@ -149,24 +217,34 @@ class RunFolder:
             name: self.machine.place(np.array(x)) for name, x in read_tensor_file(path)[0].items()
         }
 
-    def _cut_metrics(self, size: int) -> None:
-        """Forget what was written after the state."""
-        path = self.path / "metrics.jsonl"
-        if path.exists():
-            if path.stat().st_size < size:
-                raise CouldNotRun(f"{path} must have at least {size} bytes, as the state says")
-            os.truncate(path, size)
-
     def write_metrics(self, line: Mapping[str, Any]) -> None:
         """Add a line; numbers that are not finite become texts."""
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line, default=_plain) + "\n")
+        with self._writing(), (self.path / METRICS).open("a") as file:
+            file.write(json.dumps(plain(line)) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        path = self.path / "metrics.jsonl"
+        """The lines so far; CouldNotRun if one is no JSON."""
+        path = self.path / METRICS
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        return [parse_json(line, f"{path}, line {i}") for i, line in enumerate(lines, 1)]
+
+    def _sync_metrics(self) -> int:
+        """The metrics are on the disk; how many bytes they have."""
+        path = self.path / METRICS
         if not path.exists():
-            return []
-        return [json.loads(line) for line in path.read_text().splitlines()]
+            return 0
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        return path.stat().st_size
+
+    def _cut_metrics(self, size: int) -> None:
+        """Forget what was written after the state."""
+        path = self.path / METRICS
+        if (path.stat().st_size if path.exists() else 0) < size:
+            raise CouldNotRun(f"{path} must have at least {size} bytes, as the state says")
+        if path.exists():
+            with self._writing():
+                os.truncate(path, size)
 
     def finish(
         self,
@@ -178,19 +256,40 @@ class RunFolder:
         """The result: its checkpoint, with what ``add`` puts beside the weights, then result.json;
         then the saved states go."""
         target = self.path / "checkpoint"
-        if target.exists():  # of a run that was stopped between these lines
-            shutil.rmtree(target)
-        with replacing_folder(target) as folder:
-            inside = folder / "weights"
-            params = self.machine.fetched(state.params)
-            save_checkpoint(params, config, inside, dtype=self.machine.dtype)
-            for file in inside.iterdir():
-                file.rename(folder / file.name)
-            inside.rmdir()
-            add(folder)
-        write_text(self.path / "result.json", json.dumps(result, indent=1, default=_plain) + "\n")
-        for old in self.states():
-            shutil.rmtree(old)
+        with self._writing():
+            with replacing_folder(target) as folder:
+                params = self.machine.fetched(state.params)
+                save_checkpoint(params, config, folder, dtype=self.machine.dtype)
+                add(folder)
+                remove(target)  # of a process that was stopped before result.json
+            self._sync_metrics()
+            write_json(self.path / RESULT, plain(result))
+            for old in self.states():
+                remove(old)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """CouldNotRun for an error of the disk, with what to do."""
+        try:
+            yield
+        except (OSError, CouldNotRun) as error:
+            cause = error.__cause__ if isinstance(error, CouldNotRun) else error
+            if not isinstance(cause, OSError):
+                raise
+            kept = f"{self.states()[-1].name} is kept" if self.states() else "no state is saved yet"
+            raise CouldNotRun(
+                f"{self.path} can't be written: {cause.strerror}; {kept}: make it right, and go on "
+                "by",
+                remedy="resume",
+            ) from error
+
+
+def remove(path: Path) -> None:
+    """A file, or a folder with all in it, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def load_parameters(
@@ -224,8 +323,13 @@ def model_digest(folder: Path) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
 
 
-def _plain(x: Any) -> Any:
-    """NumPy's numbers and arrays as JSON has them."""
-    with contextlib.suppress(AttributeError):
-        return x.tolist()
-    return str(x)
+def plain(x: Any) -> Any:
+    """As JSON has it: NumPy's numbers and arrays as lists and numbers, those that are not finite as
+    texts."""
+    if isinstance(x, Mapping):
+        return {name: plain(value) for name, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [plain(value) for value in x]
+    if hasattr(x, "tolist"):
+        return plain(x.tolist())
+    return str(x) if isinstance(x, float) and not isfinite(x) else x

@@ -8,20 +8,34 @@ is that of one stage. Every field is a number, a text, true or false, a list of 
 from __future__ import annotations
 
 import json
+import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, fields
 from math import isfinite
 from pathlib import Path
-from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from ..errors import CouldNotRun
 from ..files import read_text
 
-__all__ = ["check_types", "expect_setting", "make_settings", "read_tables", "to_toml", "toml_value"]
+__all__ = [
+    "NAMES",
+    "check_types",
+    "expect_setting",
+    "make_settings",
+    "possible",
+    "read_tables",
+    "to_toml",
+    "toml_value",
+]
 
 S = TypeVar("S")
+NAMES = ("train", "extend", "sft", "grpo", "reward-model", "distil")  # of the stages
+BARE = re.compile("[A-Za-z0-9_-]+")  # a key that TOML does not quote
+TOLD = {int: "an integer", float: "a number", str: "a text", bool: "true or false", tuple: "a list"}
 
 
 def expect_setting(holds: bool, name: str, wanted: str, got: object) -> None:
@@ -30,17 +44,26 @@ def expect_setting(holds: bool, name: str, wanted: str, got: object) -> None:
         raise CouldNotRun(f"must {wanted}, got {got!r}", argument=name)
 
 
+@contextmanager
+def possible() -> Iterator[None]:
+    """CouldNotRun for a ValueError inside: there, settings make a model, an optimizer, or data."""
+    try:
+        yield
+    except ValueError as error:
+        raise CouldNotRun(f"impossible settings: {error}") from error
+
+
 def check_types(record: Any) -> None:
-    """CouldNotRun unless each field of the dataclass has the type of its annotation, and numbers
-    are finite."""
+    """CouldNotRun unless each field of the dataclass has the type of its annotation, numbers are
+    finite, and texts are UTF-8."""
     hints = get_type_hints(type(record))
     for field in fields(record):
-        value = getattr(record, field.name)
-        expect_setting(
-            _is(value, hints[field.name]), field.name, f"be {_told(hints[field.name])}", value
-        )
-        if isinstance(value, float):
-            expect_setting(isfinite(value), field.name, "be finite", value)
+        name, value, hint = field.name, getattr(record, field.name), hints[field.name]
+        told = TOLD.get(get_origin(hint) or hint, "a table")
+        if inside := get_args(hint)[:1] if told == "a list" else ():
+            told += f" whose entries are each {TOLD[inside[0]]}"
+        expect_setting(_is(value, hint), name, f"be {told}", value)
+        _check_plain(name, value)
 
 
 def make_settings(
@@ -54,30 +77,28 @@ def make_settings(
 
     Args:
         tables: what `read_tables` gives.
-        overrides: ``name=value`` each, the value as TOML has it; a bare word is a text.
+        overrides: ``name=value`` each, the value as TOML has it; what is not TOML is a text.
         options: more of them, by name.
 
     CouldNotRun names the setting that is unknown or wrong.
     """
-    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-    whole = any(isinstance(x, dict) and name not in names for name, x in tables.items())
-    given = dict(tables.get(stage, {}) if whole else tables)
+    given = deepcopy(dict(_table(stage, tables)))
     for override in overrides:
         name, equals, text = override.partition("=")
-        expect_setting(bool(equals and name), "set", "be name=value", override)
+        expect_setting(bool(equals and name.strip()), "set_", "be name=value", override)
         *path, last = name.strip().split(".")
         place = given
         for part in path:
             place = place.setdefault(part, {})
-            expect_setting(isinstance(place, dict), "set", "name a table's entry", override)
+            expect_setting(isinstance(place, dict), "set_", "name a table's entry", override)
         place[last] = _value(text.strip())
     given |= options or {}
-    for name in given:
-        if name not in names:
-            raise CouldNotRun(
-                f"{stage} has no setting {name}; there are {', '.join(sorted(names))}"
-            )
     hints = get_type_hints(kind)
+    for name in given:
+        if name not in hints:
+            raise CouldNotRun(
+                f"{stage} has no setting {name}; there are {', '.join(sorted(hints))}"
+            )
     return kind(**{name: _as(value, hints[name]) for name, value in given.items()})
 
 
@@ -87,65 +108,88 @@ def read_tables(path: Path | None) -> dict[str, Any]:
         return {}
     try:
         return tomllib.loads(read_text(path, str(path)))
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise CouldNotRun(f"{path} is not TOML: {error}") from error
 
 
 def to_toml(tables: Mapping[str, Any]) -> str:
-    """TOML of dataclasses by their table's name, every setting written; None is left out."""
+    """TOML of dataclasses by their table's name, every setting written."""
     lines = []
     for stage, record in tables.items():
-        plain = {name: x for name, x in asdict(record).items() if x is not None}
         lines.append(f"[{stage}]")
-        lines += [f"{name} = {toml_value(x)}" for name, x in plain.items()]
+        lines += [f"{name} = {toml_value(x)}" for name, x in asdict(record).items()]
         lines.append("")
     return "\n".join(lines)
 
 
 def toml_value(x: Any) -> str:
+    """One line; a table's entries in the order of their names."""
     if isinstance(x, Mapping):
-        return "{ " + ", ".join(f"{key} = {toml_value(value)}" for key, value in x.items()) + " }"
+        entries = (f"{_key(key)} = {toml_value(x[key])}" for key in sorted(x))
+        return "{ " + ", ".join(entries) + " }" if x else "{}"
     if isinstance(x, (list, tuple)):
         return "[" + ", ".join(map(toml_value, x)) + "]"
-    return json.dumps(x, ensure_ascii=False)  # TOML's numbers, texts and booleans are JSON's
+    # TOML's numbers, texts and booleans are JSON's, but for DEL, which must be escaped
+    return json.dumps(x, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _table(stage: str, tables: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The stage's part of a file: all of it, unless it has tables of stages and of nothing else."""
+    if not any(name in NAMES for name in tables):
+        return tables
+    for name, table in tables.items():
+        if name not in NAMES or not isinstance(table, dict):
+            raise CouldNotRun(
+                f"a file of settings with a table per stage must hold nothing else, got {name}"
+            )
+    found: Mapping[str, Any] = tables.get(stage, {})
+    return found
+
+
+def _key(key: str) -> str:
+    return key if BARE.fullmatch(key) else toml_value(key)
 
 
 def _value(text: str) -> Any:
     """A value as TOML has it, or else the text."""
     try:
-        return tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
+        found = tomllib.loads(f"x = {text}")
+    except (ValueError, RecursionError):
         return text
+    return found["x"] if len(found) == 1 else text
 
 
 def _as(value: Any, hint: Any) -> Any:
     """TOML's lists as tuples, and its integers as floats where these are wanted."""
-    if isinstance(value, list):
-        return tuple(_as(x, (get_args(hint) or (Any,))[0]) for x in value)
-    kinds = get_args(hint) if get_origin(hint) not in (tuple, dict) else ()
-    if type(value) is int and float in (hint, *kinds) and int not in (hint, *kinds):
+    if isinstance(value, list) and get_origin(hint) is tuple:
+        return tuple(_as(x, get_args(hint)[0]) for x in value)
+    if hint is float and type(value) is int and abs(value) < 2**1023:
         return float(value)
     return value
 
 
 def _is(value: Any, hint: Any) -> bool:
-    origin, inside = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return True
+    origin = get_origin(hint)
     if origin is tuple:
-        return isinstance(value, tuple) and all(_is(x, inside[0]) for x in value)
-    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
+        return isinstance(value, tuple) and all(_is(x, get_args(hint)[0]) for x in value)
+    if origin is not None:
         return isinstance(value, Mapping)
-    if inside:  # a union
-        return any(_is(value, kind) for kind in inside)
-    if hint is float:
-        return type(value) in (int, float)
-    return type(value) is hint if hint is not NoneType else value is None
+    return type(value) is hint
 
 
-def _told(hint: Any) -> str:
-    names = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
-    if hint in names:
-        return names[hint]
-    kinds = [kind for kind in get_args(hint) if kind is not NoneType]
-    return names.get(kinds[0], "a list or a table") if kinds else "a list or a table"
+def _check_plain(name: str, value: Any) -> None:
+    """CouldNotRun unless TOML can say it, and all numbers are finite."""
+    if isinstance(value, Mapping):
+        for key, x in value.items():
+            _check_plain(name, key)
+            _check_plain(f"{name}.{key}", x)
+    elif isinstance(value, (list, tuple)):
+        for x in value:
+            _check_plain(name, x)
+    elif isinstance(value, float):
+        expect_setting(isfinite(value), name, "be finite", value)
+    elif isinstance(value, str):
+        whole = not any("\ud800" <= x <= "\udfff" for x in value)
+        expect_setting(whole, name, "be Unicode", value)
+    else:
+        expect_setting(type(value) in (int, bool), name, "be a number, text, list or table", value)

@@ -40,6 +40,8 @@ __all__ = [
     "tokens_of",
 ]
 
+OWN = ("worked", "answers")  # solutions that come from no file
+
 
 @dataclass(frozen=True)
 class SFTSettings(BaseSettings):
@@ -71,6 +73,7 @@ class SFTSettings(BaseSettings):
             expect_setting(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
         for name in ("untidy", "sloppy", "end"):
             expect_setting(0 <= getattr(self, name) <= 1, name, "lie in 0…1", getattr(self, name))
+        expect_setting(self.std > 0, "std", "be positive", self.std)
         both = self.untidy + self.sloppy
         expect_setting(both <= 1, "untidy", "be at most 1 with sloppy together", both)
         expect_setting(self.distinct >= 0, "distinct", "be at least 0", self.distinct)
@@ -123,7 +126,7 @@ class SFT(BaseStage):
         self.given = given
         if given is not None:
             return
-        if settings.solutions not in ("worked", "answers"):
+        if settings.solutions not in OWN:
             self.given = read_solutions(Path(settings.solutions))
         elif settings.distinct:
             self.given = self.solved(0, settings.distinct)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..config import ModelConfig
 from ..errors import CouldNotRun
-from ..files import write_text
+from ..files import file_digest, write_text
 from ..optimizer import AdamW
 from .machine import Machine, open_machine
 from .run import Metrics
-from .save import RunFolder, load_parameters, model_digest
+from .save import RunFolder, is_finished, is_run, load_parameters, model_digest
 from .settings import check_types, expect_setting, to_toml
 from .step import State, Told, max_violation
 from .tasks import KINDS
@@ -24,8 +25,11 @@ __all__ = [
     "BaseStage",
     "Begin",
     "begin_from",
+    "digest_line",
+    "digest_of",
     "expect_kinds",
     "open_run",
+    "texts_digest",
     "told_metrics",
 ]
 
@@ -56,6 +60,9 @@ class BaseSettings:
             expect_setting(getattr(self, name) >= 0, name, "be at least 0", getattr(self, name))
         for name in ("max_norm", "jump"):
             expect_setting(getattr(self, name) > 0, name, "be positive", getattr(self, name))
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            expect_setting(0 <= value < 1, name, "be at least 0 and below 1", value)
 
     def machine(self) -> Machine:
         return open_machine(self.backend, self.implementation, self.dtype)
@@ -110,12 +117,32 @@ def expect_kinds(kinds: tuple[str, ...]) -> None:
 
 
 def checkpoint_of(path: Path) -> Path:
-    """The checkpoint that a path means; CouldNotRun if it is that of an unfinished run."""
-    if (path / "checkpoint" / "config.json").exists():
-        return path / "checkpoint"
-    if (path / "settings.toml").exists():
+    """The checkpoint that a path means: itself, that of a finished run, or that of a saved state;
+    CouldNotRun if the run is not finished."""
+    if is_run(path) and not is_finished(path):
         raise CouldNotRun(f"{path} holds a run that is not finished: go on with it first")
-    return path
+    inside = path / "checkpoint"
+    return inside if (inside / "config.json").exists() else path
+
+
+def digest_of(given: str) -> str:
+    """The digest of what a stage reads: a file, or a checkpoint."""
+    path = checkpoint_of(Path(given))
+    try:
+        return model_digest(path) if path.is_dir() else file_digest(path)
+    except OSError as error:
+        raise CouldNotRun(f"{path} can't be read: {error.strerror}") from error
+
+
+def digest_line(name: str, digest: str) -> str:
+    """How settings.toml says what a run read."""
+    return f"# {name}: {digest}"
+
+
+def texts_digest(texts: Sequence[str]) -> str:
+    """The SHA-256 of documents, shortened: those that CPython ships differ by its version."""
+    lengths = ",".join(str(len(text)) for text in texts)
+    return hashlib.sha256("\n".join([lengths, *texts]).encode()).hexdigest()[:16]
 
 
 def open_run(
@@ -127,12 +154,9 @@ def open_run(
     *,
     resume: bool,
 ) -> RunFolder:
-    """A run's folder, whose settings.toml holds ``settings`` and the digests of the checkpoints
-    that it reads: another input is another run."""
-    lines = []
-    for name, given in (inputs or {}).items():
-        expect_setting(bool(given), name, "name a checkpoint", given)
-        lines.append(f"# {name}: {model_digest(checkpoint_of(Path(given)))}")
+    """A run's folder, open, whose settings.toml holds ``settings`` and the digests of what the run
+    reads, by name: another input is another run."""
+    lines = [digest_line(name, digest) for name, digest in (inputs or {}).items()]
     folder = RunFolder(path, machine, "\n".join([*lines, to_toml({stage: settings})]))
     folder.open(resume=resume)
     return folder

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import CouldNotRun
+from ..files import held
 from .distil import DistilSettings, sample_solutions
 from .extend import Extend, ExtendSettings
 from .grpo import GRPO, GRPOSettings
@@ -17,9 +17,10 @@ from .machine import Machine
 from .pretrain import Pretrain, PretrainSettings
 from .reward_model import RewardModelSettings, RewardModelStage
 from .run import Live, Metrics, run
-from .save import PHASE
-from .sft import SFT, SFTSettings, begin_sft, read_solutions
-from .stage import BaseSettings, begin_from, open_run
+from .save import PHASE, expect_place
+from .settings import expect_setting, possible
+from .sft import OWN, SFT, SFTSettings, begin_sft, read_solutions
+from .stage import BaseSettings, begin_from, digest_of, open_run
 
 __all__ = ["STAGES", "run_stage"]
 
@@ -30,13 +31,16 @@ class Kind(NamedTuple):
 
 
 def run_stage(name: str, path: Path, settings: BaseSettings, *, resume: bool = False) -> Metrics:
-    """Run a stage in the folder ``path``; the result."""
-    return STAGES[name].run(path, settings, settings.machine(), resume)
+    """Run a stage in the folder ``path``, which no other process may use meanwhile; the result."""
+    with held(path):
+        expect_place(path, resume=resume)
+        return STAGES[name].run(path, settings, settings.machine(), resume)
 
 
 def run_pretrain(path: Path, settings: PretrainSettings, machine: Machine, resume: bool) -> Metrics:
-    stage = Pretrain(settings, machine)
-    folder = open_run(path, machine, "train", settings, resume=resume)
+    with possible():
+        stage = Pretrain(settings, machine)
+    folder = open_run(path, machine, "train", settings, stage.inputs, resume=resume)
     return run(stage, folder, live=live("train"))
 
 
@@ -44,18 +48,14 @@ def run_extend(path: Path, settings: ExtendSettings, machine: Machine, resume: b
     """Its phases, each a run; the last one in ``path`` itself, earlier ones below it."""
     result: Metrics = {}
     checkpoint = settings.checkpoint
-    there = {x.name for x in path.iterdir()} if path.is_dir() else set()
-    foreign = {name for name in there if not name.startswith(PHASE)}
-    if foreign and not (resume and "settings.toml" in there):
-        raise CouldNotRun(f"{path} is not empty: nothing was changed")
     phases = len(settings.factors)
     for phase in range(phases):
-        place = path if phase == phases - 1 else path / f"phase-{phase + 1}"
-        stage = Extend(settings, machine, begin_from(checkpoint, machine), phase)
+        place = path if phase == phases - 1 else path / f"{PHASE}{phase + 1}"
+        with possible():
+            stage = Extend(settings, machine, begin_from(checkpoint, machine), phase)
         of_phase = replace(settings, checkpoint=checkpoint)
-        folder = open_run(
-            place, machine, "extend", of_phase, {"checkpoint": checkpoint}, resume=resume
-        )
+        given = inputs(of_phase) | stage.inputs
+        folder = open_run(place, machine, "extend", of_phase, given, resume=True)
         if not (folder.finished and phase < phases - 1):
             result = run(stage, folder, live=live("extend"))
         checkpoint = str(place)
@@ -63,45 +63,51 @@ def run_extend(path: Path, settings: ExtendSettings, machine: Machine, resume: b
 
 
 def run_sft(path: Path, settings: SFTSettings, machine: Machine, resume: bool) -> Metrics:
-    stage = SFT(settings, machine, begin_sft(settings, machine))
+    with possible():
+        stage = SFT(settings, machine, begin_sft(settings, machine))
     folder = open_run(path, machine, "sft", settings, inputs(settings), resume=resume)
     return run(stage, folder, live=live("sft"))
 
 
 def run_distil(path: Path, settings: DistilSettings, machine: Machine, resume: bool) -> Metrics:
     """The teacher's solutions, once, and then a fine-tuning on them."""
-    begin = begin_sft(settings, machine)
-    given = inputs(settings) | {"teacher": settings.teacher}
-    folder = open_run(path, machine, "distil", settings, given, resume=resume)
+    with possible():
+        begin = begin_sft(settings, machine)
+    expect_setting(bool(settings.teacher), "teacher", "name a checkpoint", settings.teacher)
+    folder = open_run(path, machine, "distil", settings, inputs(settings), resume=resume)
     solutions = path / "solutions.jsonl"
     if not solutions.exists():
         accepted, asked = sample_solutions(settings, machine, solutions)
         print(f"distil: {accepted:,} of {asked:,} solutions accepted", file=sys.stderr)
-    stage = SFT(settings, machine, begin, read_solutions(solutions))
+    with possible():
+        stage = SFT(settings, machine, begin, read_solutions(solutions))
     stage.name = "distil"
     return run(stage, folder, live=live("distil"))
 
 
 def run_grpo(path: Path, settings: GRPOSettings, machine: Machine, resume: bool) -> Metrics:
-    stage = GRPO(settings, machine, begin_from(settings.checkpoint, machine))
-    given = inputs(settings)
-    if settings.reward_model:
-        given["reward_model"] = settings.reward_model
-    folder = open_run(path, machine, "grpo", settings, given, resume=resume)
+    with possible():
+        stage = GRPO(settings, machine, begin_from(settings.checkpoint, machine))
+    folder = open_run(path, machine, "grpo", settings, inputs(settings), resume=resume)
     return run(stage, folder, live=live("grpo"))
 
 
 def run_reward_model(
     path: Path, settings: RewardModelSettings, machine: Machine, resume: bool
 ) -> Metrics:
-    stage = RewardModelStage(settings, machine, begin_from(settings.checkpoint, machine))
+    with possible():
+        stage = RewardModelStage(settings, machine, begin_from(settings.checkpoint, machine))
     folder = open_run(path, machine, "reward-model", settings, inputs(settings), resume=resume)
     return run(stage, folder, live=live("reward-model"))
 
 
 def inputs(settings: Any) -> dict[str, str]:
-    """The checkpoint that a stage reads, if it has one."""
-    return {"checkpoint": settings.checkpoint} if settings.checkpoint else {}
+    """The digests of the checkpoints and the file of solutions that a stage reads."""
+    names = ["checkpoint", "teacher", "reward_model"]
+    if getattr(settings, "solutions", OWN[0]) not in OWN:
+        names.append("solutions")
+    given = {name: getattr(settings, name, "") for name in names}
+    return {name: digest_of(x) for name, x in given.items() if x}
 
 
 def live(name: str) -> Live:

@@ -28,8 +28,10 @@ __all__ = [
     "Told",
     "add_gradients",
     "apply_gradients",
+    "copied",
     "loss_gradients",
     "max_violation",
+    "not_finite",
     "train_step",
 ]
 
@@ -40,7 +42,7 @@ class State(NamedTuple):
     params: dict[str, Array]
     moments: Moments
     step: int = 0  # steps taken
-    tokens: int = 0  # targets seen
+    tokens: int = 0  # read so far, padding included
     position: int = 0  # rows, or problems, drawn
     extra: Mapping[str, Array] = {}  # a stage's own: a reward head, a reference model
 
@@ -57,7 +59,7 @@ class Told(NamedTuple):
 
 
 class NotTaken(Exception):
-    """A step that was not taken: the state is as before it."""
+    """A step that was not taken: the state is as before it. The message says why."""
 
 
 def train_step(
@@ -86,7 +88,7 @@ def train_step(
     told, grads = loss_gradients(state.params, given, config, machine, rows=rows)
     expect(told.loss)
     moments, norm = apply_gradients(
-        state.params, grads, state.moments, optimizer, learning_rate, max_norm
+        state.params, grads, state.moments, optimizer, learning_rate, max_norm, loss=told.loss
     )
     update_gate_biases(state.params, told.loads, gamma, config)
     state = state._replace(
@@ -135,7 +137,7 @@ def told_of(outputs: Sequence[ModelOutput]) -> Told:
 
 def add_gradients(sums: dict[str, Array], more: dict[str, Array]) -> dict[str, Array]:
     """The sums with another part's gradients added."""
-    return {name: sums[name] + g if name in sums else g for name, g in more.items()}
+    return sums | {name: sums[name] + g if name in sums else g for name, g in more.items()}
 
 
 def apply_gradients(
@@ -145,16 +147,39 @@ def apply_gradients(
     optimizer: AdamW,
     learning_rate: float,
     max_norm: float,
+    *,
+    loss: float = 0.0,
 ) -> tuple[Moments, float]:
-    """Clip and take AdamW's step, in place: the moments, and the norm before. `NotTaken` names the
-    first tensor whose gradient is not finite, before anything changes."""
+    """Clip and take AdamW's step, in place: the moments, and the norm before.
+
+    `NotTaken`, before parameters and moments change, if ``loss`` or a gradient is not finite: the
+    message names the first tensor that is not, a parameter rather than a gradient.
+    """
     norm = clip_global_norm(grads, max_norm)
-    if not isfinite(norm):
-        for name, g in grads.items():
-            if not bool(library(g).all(library(g).isfinite(g))):
-                raise NotTaken(f"the gradient of {name} is not finite")
-        raise NotTaken("the gradients' norm overflows")
+    if not (isfinite(loss) and isfinite(norm)):
+        named = {name: params[name] for name in grads}
+        named |= {f"the gradient of {name}": g for name, g in grads.items()}
+        wrong = not_finite(named)
+        told = f"{wrong} is not finite" if wrong else f"the norm of the gradients {norm:.4g}"
+        raise NotTaken(f"the loss is {loss:.4g}, and {told}")
     return optimizer.update(params, grads, moments, learning_rate), norm
+
+
+def not_finite(tensors: Mapping[str, Array]) -> str | None:
+    """The name of the first tensor that holds NaN or infinity."""
+    for name, x in tensors.items():
+        if not bool(library(x).all(library(x).isfinite(x))):
+            return name
+    return None
+
+
+def copied(state: State) -> State:
+    """A state whose parameters and moments no step on the other reaches."""
+    first, second = ({name: x.copy() for name, x in m.items()} for m in state.moments[1:])
+    return state._replace(
+        params={name: x.copy() for name, x in state.params.items()},
+        moments=Moments(state.moments.step, first, second),
+    )
 
 
 def max_violation(load: Array) -> float:

@@ -51,15 +51,10 @@ def test_a_run(text: Path, tmp_path: Path) -> None:
     assert ", bigram " in last
     assert where == f"the result is {tmp_path / 'out' / 'checkpoint'}"
     assert (tmp_path / "out" / "checkpoint" / "config.json").exists()
-    again = train(text, tmp_path / "out")
-    assert (again.returncode, again.stdout) == (2, "")
-    assert again.stderr.endswith("holds a run already: go on with it by --resume\n")
-    more = train(text, tmp_path / "out", "--resume", "--set", "batch=6")
-    assert more.returncode == 2
-    assert "has other settings than this run" in more.stderr
-    over = train(text, tmp_path / "out", "--resume")
-    assert over.returncode == 2
-    assert "holds a finished run: nothing was changed" in over.stderr
+    for more in ((), ("--resume",)):
+        again = train(text, tmp_path / "out", *more)
+        assert (again.returncode, again.stdout) == (2, "")
+        assert again.stderr.endswith("holds a finished run: nothing was changed\n")
 
 
 def test_settings_come_in_order(text: Path, tmp_path: Path) -> None:
@@ -109,26 +104,27 @@ def test_help(stage: str) -> None:
         (("train", "--text", "/none"), "--text /none can't be read"),
         (("sft", "--checkpoint", "/none"), "/none"),
         (("grpo",), "--checkpoint must name the checkpoint to begin with, got ''"),
-        (("distil", "--set", "model.foo=1"), "impossible model: "),
+        (("distil", "--set", "model.foo=1"), "model has no setting foo; there are width, "),
         (("extend", "--teacher", "x"), "no such option: --teacher"),
     ],
 )
 def test_what_cannot_be(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
-    """One line, exit code 2, and no folder."""
+    """One line, exit code 2, and nothing in the folder."""
     done = refimpl_here(*arguments, "--out", tmp_path / "out")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("refimpl: ")
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").glob("*"))
 
 
 def test_interrupted(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Says how to go on, and leaves with 130."""
 
     def stopped(*given: object, **options: object) -> None:
-        raise Interrupted("stopped after step 3")
+        raise Interrupted("stopped after step 3: the same command with")
 
     monkeypatch.setattr("refimpl.cli.train.run_stage", stopped)
     done = train(text, tmp_path / "out")
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped after step 3\n")
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "refimpl: stopped after step 3: the same command with --resume\n"

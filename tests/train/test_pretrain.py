@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refimpl.config import Yarn
 from refimpl.errors import CouldNotRun
 from refimpl.train.losses import bigram_loss, held_out_loss
 from refimpl.train.pretrain import Pretrain, PretrainSettings, new_config, windows
@@ -106,13 +105,17 @@ def test_masked_documents(text: str) -> None:
 
 
 def test_new_config() -> None:
-    """Without YaRN, fields and then those that differ."""
-    found = new_config("tiny", {"layers": 2, "vocabulary": 300}, vocabulary=261, max_positions=9)
-    assert (found.layers, found.vocabulary, found.max_positions, found.yarn) == (2, 300, 9, None)
-    for yarn in ({"factor": 4.0, "original": 8}, [4.0, 8]):
-        assert new_config("tiny", {"yarn": yarn}).yarn == Yarn(4.0, 8)
-    for model in ({"foo": 1}, {"yarn": {"foo": 1}}, {"yarn": 3}, {"width": "x"}, {"top_k": 100}):
-        with pytest.raises(CouldNotRun, match="impossible model: "):
+    """Without YaRN, what is given and then the fields that differ."""
+    found = new_config("tiny", {"layers": 2, "width": 24}, vocabulary=261, max_positions=9)
+    assert (found.layers, found.width, found.vocabulary) == (2, 24, 261)
+    assert (found.max_positions, found.yarn) == (9, None)
+    for model, said in (
+        ({"foo": 1}, "model has no setting foo; there are width, layers, "),
+        ({"vocabulary": 300}, "model has no setting vocabulary"),
+        ({"width": "x"}, "model.width must be as 20 is, got 'x'"),
+        ({"top_k": 100}, "impossible model: "),
+    ):
+        with pytest.raises(CouldNotRun, match=said):
             new_config("tiny", model)
     with pytest.raises(CouldNotRun, match="impossible model: preset must be one of tiny, "):
         new_config("huge", {})

@@ -1,0 +1,192 @@
+"""Machines: the names that are refused, the types of parameters; stages under a pretended CuPy give
+NumPy's results."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refimpl.errors import CouldNotRun
+from refimpl.kernels.cpu.adamw import FusedAdamW
+from refimpl.ops import IMPLEMENTATIONS, REFERENCE
+from refimpl.optimizer import AdamW
+from refimpl.parameters import init_parameters, is_buffer
+from refimpl.train.grpo import GRPO, GRPOSettings
+from refimpl.train.machine import Machine, open_machine
+from refimpl.train.pretrain import Pretrain, PretrainSettings, new_config
+from refimpl.train.reward_model import RewardModelSettings, RewardModelStage
+from refimpl.train.run import Guard
+from refimpl.train.settings import toml_value
+from refimpl.train.sft import SFT, SFTSettings, begin_sft
+from refimpl.train.stage import Begin
+from refimpl.train.vocabulary import make_vocabulary
+
+from pretended_cupy import Pretended, ndarray
+from support import FULL, ROOT
+from train.kill import by_hash
+
+MODEL = {"width": 16, "layers": 2, "heads": 2, "q_latent": 8, "kv_latent": 8, "nope": 4, "rope": 4,
+         "value": 4, "dense_hidden": 16, "experts": 4, "expert_hidden": 8}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (("cuda",), "backend must be numpy or cupy, got cuda"),
+        (("numpy", "quick"), "implementation must be fastest or one of "),
+        (("numpy", "cuda"), "backend must be cupy for the implementation cuda, got numpy"),
+        (("numpy", "numba_cuda"), "backend must be cupy for the implementation numba_cuda"),
+        (("cupy", "numba_cpu"), "backend must be numpy for the implementation numba_cpu, got cupy"),
+        (("numpy", "fastest", "bfloat16"), "dtype must be float32 or float64, got bfloat16"),
+    ],
+)
+def test_refused(given: tuple[str, ...], line: str) -> None:
+    with pytest.raises(CouldNotRun) as error:
+        open_machine(*given)
+    assert str(error.value).startswith(line)
+
+
+def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without CuPy, and with CuPy that finds no device."""
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(CouldNotRun, match=r"^backend cupy needs CuPy: pip install"):
+        open_machine("cupy", "reference")
+    cupy = Pretended("cupy")
+    cupy.cuda.runtime = type("None", (), {"getDeviceCount": lambda: 0, "CUDARuntimeError": OSError})
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    with pytest.raises(CouldNotRun, match=r"^backend cupy needs a GPU, found none$"):
+        open_machine("cupy", "reference")
+
+
+def test_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tables, and the optimizer, of each implementation on NumPy; fastest is what is there."""
+    found = open_machine("numpy", "reference")
+    assert (found.ops, found.optimizer) == (REFERENCE, AdamW)
+    assert found.decode["mla"] is IMPLEMENTATIONS["absorbed"].mla
+    fused = open_machine()
+    assert (fused.implementation, fused.optimizer) == ("numba_cpu", FusedAdamW)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert open_machine().implementation == "reference"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_types(dtype: str) -> None:
+    """Parameters are of the machine's type; the gates' biases float32 always, as files have
+    them; the same as `init_parameters` draws."""
+    machine = open_machine("numpy", "reference", dtype)
+    config = new_config("mini", MODEL, vocabulary=261)
+    params = machine.parameters(config, seed=3, std=0.05)
+    expected = init_parameters(config, seed=3, std=0.05, dtype=dtype)
+    for name, x in params.items():
+        assert x.dtype == ("float32" if is_buffer(name) else dtype)
+        np.testing.assert_array_equal(x, expected[name])
+    assert any(map(is_buffer, params))
+    given = {name: x.astype("float64") for name, x in params.items()}
+    assert all(x.dtype == params[name].dtype for name, x in machine.placed(given).items())
+    assert machine.fetched(params)["model.norm.weight"] is params["model.norm.weight"]
+
+
+def text(folder: Path) -> str:
+    path = folder / "text.txt"
+    path.write_text("".join(f"The cat sat on mat {i} of {i * 7 % 13}.\n" for i in range(90)))
+    return str(path)
+
+
+def pretrain(machine: Machine, folder: Path) -> Any:
+    settings = PretrainSettings(
+        model=MODEL, text=text(folder), tokens=200, length=8, batch=4, warmup_steps=1, rows=3
+    )
+    return Pretrain(settings, machine)
+
+
+def sft(machine: Machine, folder: Path) -> Any:
+    settings = SFTSettings(model=MODEL, steps=2, batch=3, problems=3, max_tokens=4)
+    return SFT(settings, machine, begin_sft(settings, machine))
+
+
+def begin(machine: Machine) -> Begin:
+    vocabulary = make_vocabulary()
+    config = new_config("mini", MODEL, vocabulary=vocabulary.size)
+    return Begin(machine.parameters(config, seed=0, std=0.3), config, vocabulary)
+
+
+def grpo(machine: Machine, folder: Path) -> Any:
+    settings = GRPOSettings(
+        questions=2, group=3, problems=3, max_tokens=5, minibatches=2, replay_routes=True,
+        steps=2, reference_every=1, loss={"kl_weight": 0.1}, overlong="penalty",
+    )  # fmt: skip
+    return GRPO(settings, machine, begin(machine))
+
+
+def reward_model(machine: Machine, folder: Path) -> Any:
+    settings = RewardModelSettings(steps=2, batch=3, problems=3)
+    return RewardModelStage(settings, machine, begin(machine))
+
+
+def trained(make: Callable[[Machine, Path], Any], machine: Machine, folder: Path) -> Any:
+    """Two steps of a stage and an evaluation: all that it told, the model in the end."""
+    stage = make(machine, folder)
+    state = stage.start()
+    told = []
+    for _ in range(2):
+        state, metrics = stage.step(state, Guard(stage.jump))
+        told.append(metrics)
+    told.append(stage.evaluate(state))
+    assert all(isinstance(x, ndarray if machine.backend == "cupy" else np.ndarray)
+               for x in [*state.params.values(), *state.moments.first.values()])  # fmt: skip
+    return told, machine.fetched({**state.params, **state.extra})
+
+
+def close(found: Any, expected: Any, bound: float) -> None:
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for name in expected:
+            close(found[name], expected[name], bound)
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected)
+        for pair in zip(found, expected, strict=True):
+            close(*pair, bound)
+    elif isinstance(expected, (float, np.ndarray)):
+        np.testing.assert_allclose(found, expected, rtol=bound, atol=bound)
+    else:
+        assert found == expected
+
+
+@pytest.mark.parametrize("make", [pretrain, sft, grpo, reward_model])
+def test_pretended(
+    make: Callable[[Machine, Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps on a pretended CuPy, whose arrays don't mix with NumPy's and whose sums have
+    another order, tell what NumPy tells, in float64 to 1e-9: texts, accuracies and loads too."""
+    monkeypatch.setattr("refimpl.train.grpo.score", by_hash)
+    expected = trained(make, open_machine("numpy", "reference", "float64"), tmp_path)
+    monkeypatch.setitem(sys.modules, "cupy", Pretended("cupy"))
+    close(trained(make, open_machine("cupy", "reference", "float64"), tmp_path), expected, 1e-9)
+
+
+@pytest.mark.skipif(not FULL, reason="kernels under the interpreter; make test-full")
+def test_kernels(tmp_path: Path) -> None:
+    """Pre-training through the kernels of CUDA C, under the interpreter, ends near NumPy's: after
+    two steps in float32 their losses differ by rounding."""
+    model = MODEL | {"layers": 1, "dense_layers": 0, "mtp_depth": 0}
+    found = {}
+    for backend, implementation in (("numpy", "reference"), ("cupy", "cuda")):
+        device = [] if backend == "numpy" else ["-m", "pretended_device"]
+        line = [sys.executable, *device, "-m", "refimpl"]
+        line += ["train", "--out", str(tmp_path / backend), "--text", text(tmp_path)]
+        line += ["--backend", backend, "--implementation", implementation]
+        for setting in ("tokens=16", "length=8", "batch=1", "warmup_steps=1"):
+            line += ["--set", setting]
+        line += ["--set", f"model={toml_value(model)}"]
+        subprocess.run(line, cwd=ROOT / "tests", check=True, capture_output=True)
+        lines = (tmp_path / backend / "metrics.jsonl").read_text().splitlines()
+        found[backend] = [json.loads(x) | {"seconds": 0} for x in lines]
+    assert len(found["cupy"]) == 4
+    close(found["cupy"], found["numpy"], 1e-5)

@@ -1,0 +1,54 @@
+"""The page has every claim, picture, accuracy, sample and job, and no text breaks its tables."""
+
+from __future__ import annotations
+
+import re
+
+from refimpl.train.plots import PICTURES
+from refimpl.train.recipe import JOBS
+from refimpl.train.report import report
+
+from train.recipe_results import example
+
+
+def test_all_of_it() -> None:
+    results = example()
+    page = report(results, PICTURES, "pictures")
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    for claim in results["claims"]:
+        verdict = "holds" if claim["holds"] else "–"
+        assert any(row.startswith(f"| {claim['name']} |") and verdict in row for row in rows)
+    for picture in PICTURES:
+        assert f"![{picture.title}](pictures/{picture.name}.svg)" in page
+    for job in JOBS:
+        assert sum(row.startswith(f"| {job.name} | {job.stage} |") for row in rows) == 1
+    assert "| GRPO, seed 1 | add2 | 1,215 | 0.760 (0.730 … 0.790) | 0.610 (0.580 … 0.640) |" in page
+    assert "All jobs together took 14 min 30 s." in page
+    assert "mean nothing" not in page
+
+
+def test_tables_stay_whole() -> None:
+    """A sample may hold what Markdown reads: every row has as many cells as its head."""
+    page = report(example(), [], "")
+    assert "| SFT | `85+63=` | `\\|'\\n` | `<answer>148</answer>` |" in page
+    for block in page.split("\n\n"):
+        if block.startswith("| "):
+            cells = {len(re.split(r"(?<!\\)\|", row)) for row in block.splitlines()}
+            assert len(cells) == 1, block
+    assert "![" not in page
+
+
+def test_failures_and_toys_are_said() -> None:
+    results = example() | {"toy": True}
+    results["claims"][0]["holds"] = False
+    page = report(results, [], "")
+    assert "| below ≥ 0.5 | FAILS |" in page
+    assert "its numbers mean nothing" in page
+
+
+def test_a_part_of_a_recipe() -> None:
+    """Without pictures, accuracies and samples the page has none of their headings."""
+    results = example()
+    results["jobs"] = {"base": results["jobs"]["base"]}
+    page = report(results, [], "")
+    assert re.findall("^## (.*)", page, re.M) == ["Claims", "Jobs"]
