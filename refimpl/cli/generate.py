@@ -20,6 +20,7 @@ from ..generate import Generation, check_request, generate
 from ..kernels.columns import ON_CPU, for_generation
 from ..memory import available_memory
 from ..tokenizer import Bytes, HuggingFace, TextStream, Tokenizer
+from ..train.stage import checkpoint_of
 from .app import (
     CONVENTION,
     Json,
@@ -35,7 +36,12 @@ from .inputs import token_lists
 
 @app.command("generate")
 def generate_command(
-    checkpoint: Annotated[Path, typer.Option(help="Folder with config.json and safetensors.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Option(
+            help="Folder with config.json and safetensors, or that of a finished run of training."
+        ),
+    ],
     prompt: Annotated[
         list[str] | None, typer.Option(help="A text to continue; may be given several times.")
     ] = None,
@@ -92,6 +98,7 @@ def generate_command(
     expect_choice("implementation", implementation, ON_CPU)
     if json_file is not None:
         check_writable(json_file)
+    checkpoint = checkpoint_of(checkpoint)
     source = Checkpoint.open(
         checkpoint, dtype=dtype, conventions=CONVENTIONS[convention], mtp=speculate != 0
     )

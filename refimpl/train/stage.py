@@ -25,6 +25,7 @@ __all__ = [
     "BaseStage",
     "Begin",
     "begin_from",
+    "checkpoint_of",
     "digest_line",
     "digest_of",
     "expect_kinds",

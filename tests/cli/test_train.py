@@ -50,6 +50,8 @@ def test_a_run(text: Path, tmp_path: Path) -> None:
     assert last.startswith("train: 4 steps, held out ")
     assert ", bigram " in last
     assert where == f"the result is {tmp_path / 'out' / 'checkpoint'}"
+    run = ("generate", "--checkpoint", tmp_path / "out", "--prompt", "the", "--max-tokens", 1)
+    assert refimpl_here(*run).returncode == 0
     assert (tmp_path / "out" / "checkpoint" / "config.json").exists()
     for more in ((), ("--resume",)):
         again = train(text, tmp_path / "out", *more)
