@@ -18,7 +18,7 @@ from .rollout import expect_room
 from .tasks import Problem, draw
 from .vocabulary import Vocabulary
 
-__all__ = ["Measured", "answers", "evaluation", "interval", "measured"]
+__all__ = ["Measured", "answers", "evaluation", "expect_answers", "interval", "measured"]
 
 AT_A_TIME = 1024  # problems in one batch
 EVALUATION = 10**6  # the number of the draw that evaluations take, which no step has
@@ -58,6 +58,21 @@ def evaluation(
             told |= {f"{name}{suffix}": found.accuracy, f"format_{name}{suffix}": found.format}
             told[f"samples_{name}{suffix}"] = found.samples
     return told
+
+
+def expect_answers(
+    config: ModelConfig,
+    vocabulary: Vocabulary,
+    *,
+    kinds: Sequence[str],
+    seed: int,
+    problems: int,
+    max_tokens: int,
+) -> None:
+    """CouldNotRun unless the context has room for the answers of an `evaluation`."""
+    for kind in kinds:
+        drawn = draw(kind, seed, EVALUATION, problems)
+        expect_room(config, [vocabulary.encode(problem.prompt) for problem in drawn], max_tokens)
 
 
 class Measured(NamedTuple):

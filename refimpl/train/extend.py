@@ -42,6 +42,8 @@ class ExtendSettings(BaseSettings):
         super().__post_init__()
         for name in ("steps", "measured"):
             expect_setting(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
+        for name in ("bias_speed", "mtp_weight"):
+            expect_setting(getattr(self, name) >= 0, name, "be at least 0", getattr(self, name))
         rising = (
             list(self.factors) == sorted(set(self.factors)) and min(self.factors, default=0) > 1
         )

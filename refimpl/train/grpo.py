@@ -22,7 +22,7 @@ from ..model import Route
 from ..ops import GRPO_PRESETS, group_advantages, grpo_forward
 from ..optimizer import Moments
 from .draws import generator, seed_of_rows
-from .evaluate import MOST, evaluation
+from .evaluate import MOST, evaluation, expect_answers
 from .machine import Machine
 from .policy import grpo_gradients, grpo_normaliser, log_probs, main_model, replay
 from .reward_model import RewardModel, open_reward_model
@@ -136,6 +136,14 @@ class GRPO(BaseStage):
 
     def __init__(self, settings: GRPOSettings, machine: Machine, begin: Begin) -> None:
         super().__init__(settings, machine, begin.config, begin.vocabulary)
+        expect_answers(
+            begin.config,
+            begin.vocabulary,
+            kinds=settings.kinds,
+            seed=settings.seed,
+            problems=settings.problems,
+            max_tokens=settings.max_tokens,
+        )
         self.settings, self.begin = settings, begin
         self.judge: RewardModel | None = None
         if settings.reward_model:

@@ -54,6 +54,7 @@ class PretrainSettings(BaseSettings):
         for name in ("tokens", "batch", "warmup_steps"):
             expect_setting(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
         expect_setting(self.std > 0, "std", "be positive", self.std)
+        expect_setting(self.bias_speed >= 0, "bias_speed", "be at least 0", self.bias_speed)
         expect_setting(self.length >= 2, "length", "be at least 2", self.length)
         least = BYTES.size
         expect_setting(

@@ -17,7 +17,7 @@ from ..errors import CouldNotRun
 from ..files import read_text
 from ..optimizer import Moments
 from .draws import generator
-from .evaluate import MOST, evaluation
+from .evaluate import MOST, evaluation, expect_answers
 from .machine import Machine
 from .packing import Examples, chosen, pack
 from .pretrain import new_config
@@ -84,6 +84,8 @@ class SFTSettings(BaseSettings):
             self.stop,
         )
         expect_kinds(self.kinds)
+        for name in ("bias_speed", "mtp_weight"):
+            expect_setting(getattr(self, name) >= 0, name, "be at least 0", getattr(self, name))
 
 
 def begin_sft(settings: SFTSettings, machine: Machine) -> Begin:
@@ -106,14 +108,7 @@ def begin_sft(settings: SFTSettings, machine: Machine) -> Begin:
 class SFT(BaseStage):
     name = "sft"
 
-    def __init__(
-        self,
-        settings: SFTSettings,
-        machine: Machine,
-        begin: Begin,
-        given: list[tuple[str, str]] | None = None,
-    ) -> None:
-        """``given``: prompts and completions, in place of what the settings say."""
+    def __init__(self, settings: SFTSettings, machine: Machine, begin: Begin) -> None:
         super().__init__(settings, machine, begin.config, begin.vocabulary)
         context = begin.config.context
         expect_setting(
@@ -122,10 +117,16 @@ class SFT(BaseStage):
             f"be at most {context}, the context of the model",
             settings.length,
         )
+        expect_answers(
+            begin.config,
+            begin.vocabulary,
+            kinds=settings.kinds,
+            seed=settings.seed,
+            problems=settings.problems,
+            max_tokens=settings.max_tokens,
+        )
         self.settings, self.begin = settings, begin
-        self.given = given
-        if given is not None:
-            return
+        self.given: list[tuple[str, str]] | None = None  # prompts and completions; None: new ones
         if settings.solutions not in OWN:
             self.given = read_solutions(Path(settings.solutions))
         elif settings.distinct:

@@ -72,15 +72,14 @@ def run_sft(path: Path, settings: SFTSettings, machine: Machine, resume: bool) -
 def run_distil(path: Path, settings: DistilSettings, machine: Machine, resume: bool) -> Metrics:
     """The teacher's solutions, once, and then a fine-tuning on them."""
     with possible():
-        begin = begin_sft(settings, machine)
+        stage = SFT(settings, machine, begin_sft(settings, machine))
     expect_setting(bool(settings.teacher), "teacher", "name a checkpoint", settings.teacher)
     folder = open_run(path, machine, "distil", settings, inputs(settings), resume=resume)
     solutions = path / "solutions.jsonl"
     if not solutions.exists():
         accepted, asked = sample_solutions(settings, machine, solutions)
         print(f"distil: {accepted:,} of {asked:,} solutions accepted", file=sys.stderr)
-    with possible():
-        stage = SFT(settings, machine, begin, read_solutions(solutions))
+    stage.given = read_solutions(solutions)
     stage.name = "distil"
     return run(stage, folder, live=live("distil"))
 
