@@ -90,7 +90,11 @@ def add(stage: str) -> None:
     parameters = [x for name, x in signature.parameters.items() if name not in left_out]
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     named = ", ".join(f"{x.name}={toml_value(default(x))}" for x in settings)
-    run.__doc__ = f"{HELP[stage]}\n\nSettings and their defaults: {named}."
+    source = STAGES[stage].settings.__module__.replace(".", "/")
+    run.__doc__ = (
+        f"{HELP[stage]}\n\nSettings and their defaults: {named}. {source}.py says what each is, "
+        "and refimpl/train/stage.py those of all stages."
+    )
     app.command(stage)(run)
 
 
