@@ -18,6 +18,7 @@ from refimpl.kernels.cpu.adamw import FusedAdamW
 from refimpl.ops import IMPLEMENTATIONS, REFERENCE
 from refimpl.optimizer import AdamW
 from refimpl.parameters import init_parameters, is_buffer
+from refimpl.train import machine
 from refimpl.train.grpo import GRPO, GRPOSettings
 from refimpl.train.machine import Machine, open_machine
 from refimpl.train.pretrain import Pretrain, PretrainSettings, new_config
@@ -83,6 +84,14 @@ def test_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.decode["mla"] is IMPLEMENTATIONS["absorbed"].mla
     fused = open_machine()
     assert (fused.implementation, fused.optimizer) == ("numba_cpu", FusedAdamW)
+    with monkeypatch.context() as patch:  # where there is a device
+        patch.setattr(machine, "placement", lambda backend: np.array)
+        patch.setattr(machine, "table_of", lambda name: REFERENCE)
+        patch.setattr(machine, "optimizer_of", lambda name: AdamW)
+        device = open_machine("cupy")
+    assert device.implementation == "cuda"
+    assert device.ops == device.prefill == REFERENCE
+    assert device.decode == found.decode
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert open_machine().implementation == "reference"
 

@@ -129,6 +129,7 @@ def test_ctrl_c(whole: Path, tmp_path: Path, number: int, monkeypatch: pytest.Mo
     line = f"refimpl: stopped after step {step}, which is saved: go on by --resume"
     assert done.stderr.splitlines()[-1] == line
     assert [x.name for x in (tmp_path / "run").glob("state-*")] == [f"state-{step:06d}"]
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == number
     assert sft(tmp_path / "run", resume=True).returncode == 0
     assert content(tmp_path / "run") == content(whole)
 

@@ -75,6 +75,17 @@ def test_round_trip(tmp_path: Path, dtype: str) -> None:
         x[...] = 0
 
 
+def test_twice(tmp_path: Path) -> None:
+    """A run has one state after a step: it is not written again over itself."""
+    folder = opened(tmp_path)
+    place = folder.save(state_after(1), CONFIG)
+    before = files(tmp_path)
+    folder.write_metrics({"kind": "evaluation", "step": 1})
+    assert folder.save(state_after(1), CONFIG) == place
+    assert files(place) == {Path(x).relative_to(place.name).as_posix(): y
+                            for x, y in before.items() if x.startswith(place.name)}  # fmt: skip
+
+
 def test_order(tmp_path: Path) -> None:
     """The latest is that of the most steps, also where their number has more digits."""
     folder = opened(tmp_path)

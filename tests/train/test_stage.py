@@ -206,6 +206,23 @@ def test_other_text(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert texts_digest(["a", "b\nc"]) != texts_digest(["a\nb", "c"])
 
 
+INPUTS = {"train": ["text"], "extend": ["checkpoint", "text"], "distil": ["teacher"]}
+
+
+@pytest.mark.parametrize("stage", GIVEN)
+def test_inputs(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    """settings.toml has the digests of all that a stage reads."""
+    told = {"steps": 0, "evaluation": {}}
+    monkeypatch.setattr("refimpl.train.stages.run", lambda stage, folder, live: told)
+    line = line_of(made, stage, out=str(tmp_path / "out"))
+    if stage == "distil":
+        line += ["--set", "verified=false"]
+    assert refimpl_here(*line, cwd=made).returncode == 0
+    lines = (tmp_path / "out" / "settings.toml").read_text().splitlines()
+    found = [x.split()[1].rstrip(":") for x in lines if x.startswith("# ")]
+    assert found == INPUTS.get(stage, ["checkpoint"])
+
+
 @pytest.mark.parametrize("stage", ["extend", "sft", "grpo", "reward-model"])
 def test_unfinished(made: Path, tmp_path: Path, stage: str) -> None:
     """Options are settings, and go before --set; the folder of an unfinished run is no checkpoint
