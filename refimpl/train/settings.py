@@ -58,7 +58,8 @@ def check_types(record: Any) -> None:
     finite, and texts are UTF-8."""
     hints = get_type_hints(type(record))
     for field in fields(record):
-        name, value, hint = field.name, getattr(record, field.name), hints[field.name]
+        name, hint = field.name, hints[field.name]
+        value = getattr(record, name)
         told = TOLD.get(get_origin(hint) or hint, "a table")
         if inside := get_args(hint)[:1] if told == "a list" else ():
             told += f" whose entries are each {TOLD[inside[0]]}"

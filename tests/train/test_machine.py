@@ -95,7 +95,7 @@ def test_types(dtype: str) -> None:
 
 def text(folder: Path) -> str:
     path = folder / "text.txt"
-    path.write_text("".join(f"The cat sat on mat {i} of {i * 7 % 13}.\n" for i in range(90)))
+    path.write_text("".join(f"The cat sat on mat {i} of {i * 7 % 13}.\n" for i in range(45)))
     return str(path)
 
 
@@ -131,14 +131,15 @@ def reward_model(machine: Machine, folder: Path) -> Any:
 
 
 def trained(make: Callable[[Machine, Path], Any], machine: Machine, folder: Path) -> Any:
-    """Two steps of a stage and an evaluation: all that it told, the model in the end."""
+    """Two steps of a stage, and in make test-full an evaluation: what it told, and its model."""
     stage = make(machine, folder)
     state = stage.start()
     told = []
     for _ in range(2):
         state, metrics = stage.step(state, Guard(stage.jump))
         told.append(metrics)
-    told.append(stage.evaluate(state))
+    if FULL:
+        told.append(stage.evaluate(state))
     assert all(isinstance(x, ndarray if machine.backend == "cupy" else np.ndarray)
                for x in [*state.params.values(), *state.moments.first.values()])  # fmt: skip
     return told, machine.fetched({**state.params, **state.extra})

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,6 +25,8 @@ from refimpl.train.settings import (
     toml_value,
 )
 from refimpl.train.stages import STAGES
+
+from support import FULL
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,7 @@ VALUES = st.recursive(
 )
 
 
+@hypothesis.settings(max_examples=500 if FULL else 40)
 @given(
     st.builds(
         Settings,

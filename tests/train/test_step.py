@@ -86,7 +86,7 @@ def test_parts(kind: str, depth: int) -> None:
     params, arrays = random_parameters(config), batch(config, kind)
     output, saved = forward(params, config=config, ops=MACHINE.ops, **arrays)
     expected = backward(saved)
-    for rows in (None, 1, 3, len(arrays["tokens"]), 100):
+    for rows in (1, 3, 100):
         told, grads = loss_gradients(params, arrays, config, MACHINE, rows=rows)
         close(told.loss, output.loss)
         close(told.main, output.main)
