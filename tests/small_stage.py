@@ -18,8 +18,22 @@ from random_parameters import random_parameters
 MACHINE = open_machine("numpy", "reference", "float64")
 CONFIG = replace(preset("tiny"), vocabulary=261, layers=2, mtp_depth=1, max_positions=64, yarn=None)
 COMMON = {"implementation": "reference", "dtype": "float64"}
-MODEL = {name: getattr(CONFIG, name) for name in ("width", "heads", "q_latent", "kv_latent",
-         "nope", "rope", "value", "dense_hidden", "expert_hidden", "experts", "top_k")}  # fmt: skip
+MODEL = {
+    name: getattr(CONFIG, name)
+    for name in (
+        "width",
+        "heads",
+        "q_latent",
+        "kv_latent",
+        "nope",
+        "rope",
+        "value",
+        "dense_hidden",
+        "expert_hidden",
+        "experts",
+        "top_k",
+    )
+}
 
 
 def begin(config: ModelConfig = CONFIG, **changed: Any) -> Begin:

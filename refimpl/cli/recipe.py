@@ -80,15 +80,15 @@ def recipe_command(
 
 
 def run_jobs(recipe: Recipe, workers: int) -> None:
-    """Exit code 130 and a line at Ctrl-C."""
+    """At Ctrl-C a line says how to go on."""
     try:
         with live() as (tell, show):
             run_graph(
                 recipe.needs, recipe.next_command, recipe.out, workers=workers, tell=tell, show=show
             )
-    except KeyboardInterrupt as stopped:
+    except KeyboardInterrupt:
         typer.echo("stopped: the same command goes on", err=True)
-        raise typer.Exit(130) from stopped
+        raise
 
 
 def write_all(recipe: Recipe, workers: int, small: bool) -> list[Claim]:

@@ -277,8 +277,9 @@ PICTURES: Sequence[Picture] = (
     Picture(
         "pretraining",
         "Pre-training",
-        "Losses of training and of held-out text, beside a bigram model of the training text; and "
-        "the share of the tokens drafted by the MTP module that the model chooses too, greedily.",
+        "Losses of training and of held-out text, beside a bigram model of the training text. The "
+        "MTP module reads the token between, and its loss leaves out a row's first tokens, which "
+        "are the hardest. Right: the share of its drafts that the model chooses too, greedily.",
         ("base",),
         pretraining,
     ),

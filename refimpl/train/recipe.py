@@ -22,9 +22,20 @@ from .tasks import held_out
 __all__ = ["JOBS", "PROBLEMS", "Job", "Recipe", "chosen", "toy"]
 
 PROBLEMS = 1500  # held-out ones of a kind that are asked, or all if there are fewer
-STUDENT = {"width": 32, "layers": 2, "heads": 2, "q_latent": 16, "kv_latent": 16, "nope": 8,
-           "rope": 8, "value": 8, "dense_hidden": 64, "experts": 4, "expert_hidden": 16,
-           "mtp_depth": 0}  # fmt: skip
+STUDENT = {
+    "width": 32,
+    "layers": 2,
+    "heads": 2,
+    "q_latent": 16,
+    "kv_latent": 16,
+    "nope": 8,
+    "rope": 8,
+    "value": 8,
+    "dense_hidden": 64,
+    "experts": 4,
+    "expert_hidden": 16,
+    "mtp_depth": 0,
+}
 SEEDS = (0, 1, 2)
 
 

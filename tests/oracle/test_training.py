@@ -15,16 +15,20 @@ import pytest
 pytest.importorskip("torch", reason="the extra `oracle` is not installed")
 
 from refimpl.config import ModelConfig, preset
-from refimpl.model import backward, forward
 from refimpl.ops import REFERENCE, Op, Ops
-from refimpl.optimizer import AdamW, Moments, clip_global_norm, update_gate_biases
+from refimpl.optimizer import AdamW, Moments
 from refimpl.parameters import head_name, is_buffer, module_name, mtp_layers
 from refimpl.text import load_text
+from refimpl.train import policy
+from refimpl.train.machine import open_machine
+from refimpl.train.policy import grpo_gradients
+from refimpl.train.step import State, apply_gradients, train_step
 
 from oracle.torch_model import Batch, Sample, Trained, train, train_grpo
 from random_parameters import random_parameters
 
 TINY = preset("tiny")
+MACHINE = open_machine("numpy", "reference", "float64")
 STEPS, GRPO_STEPS = 100, 10
 ROWS, LENGTH = 4, 24
 MOST, GRPO_MOST = 1.0, 3.0  # norm of the gradients: some are above, some below
@@ -82,16 +86,24 @@ def samples() -> list[Sample]:
 def ours(
     config: ModelConfig, params: dict[str, np.ndarray], batches: Sequence[Batch], gamma: float
 ) -> Trained:
-    optimizer, moments = AdamW(weight_decay=DECAY), Moments()
-    told = []
+    optimizer, told = AdamW(weight_decay=DECAY), []
+    state = State(params, Moments())
     for (tokens, real, document), rate in zip(batches, rates(len(batches)), strict=True):
-        output, saved = forward(params, tokens, config, key_mask=real, segments=document)
-        grads = backward(saved)
-        told.append((float(output.loss), clip_global_norm(grads, MOST)))
-        moments = optimizer.update(params, grads, moments, rate)
-        update_gate_biases(params, output.loads, gamma, config)
+        arrays = {"tokens": tokens, "key_mask": real, "segments": document}
+        state, step = train_step(
+            state,
+            arrays,
+            config,
+            MACHINE,
+            optimizer,
+            learning_rate=rate,
+            max_norm=MOST,
+            gamma=gamma,
+            rows=3,  # at a time: three and one
+        )
+        told.append((step.loss, step.norm))
     losses, norms = zip(*told, strict=True)
-    return losses, norms, params
+    return losses, norms, state.params
 
 
 def ours_grpo(
@@ -102,31 +114,21 @@ def ours_grpo(
 ) -> Trained:
     optimizer, moments = AdamW(weight_decay=DECAY), Moments()
     told = []
-    left_out = tuple(f"{module_name(layer)}." for layer in mtp_layers(config))
-    head = head_name(config)
     for sample, rate in zip(samples, rates(len(samples)), strict=True):
-        output, saved = forward(
-            params, sample.tokens, config, key_mask=sample.real, with_loss=False
-        )
-        targets = np.roll(sample.tokens, -1, axis=1)
-        log_prob, of_log_prob = ops.log_prob.forward(
-            output.hidden, params[head], targets=targets, mask=sample.counts
-        )
-        loss, of_loss = ops.grpo.forward(
-            log_prob,
-            advantages=sample.advantages,
+        step, grads = grpo_gradients(
+            params,
+            config,
+            sample.tokens,
+            key_mask=sample.real,
             mask=sample.counts,
+            advantages=sample.advantages,
             old_log_prob=sample.old,
             reference_log_prob=sample.reference,
-            clip=(CLIP, CLIP),
-            kl_weight=BETA,
+            settings={"clip": (CLIP, CLIP), "kl_weight": BETA},
+            ops=ops,
         )
-        dhidden, dhead = ops.log_prob.backward(ops.grpo.backward(1.0, of_loss), of_log_prob)
-        grads = backward(saved, dhidden=dhidden)
-        grads[head] = grads[head] + dhead
-        grads = {name: g for name, g in grads.items() if not name.startswith(left_out)}
-        told.append((float(loss.loss), clip_global_norm(grads, GRPO_MOST)))
-        moments = optimizer.update(params, grads, moments, rate)
+        moments, norm = apply_gradients(params, grads, moments, optimizer, rate, GRPO_MOST)
+        told.append((float(step.loss), norm))
     losses, norms = zip(*told, strict=True)
     return losses, norms, params
 
@@ -227,15 +229,21 @@ def test_mistakes_in_training_are_seen() -> None:
 
 
 def test_mistakes_in_grpo_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Planted in ours: the head's own gradient forgotten; a decay of MTP modules, which have no
-    gradient; β off by 1 %; either bound of the ratio."""
+    """Planted in ours: the head's own gradient forgotten; MTP modules with a gradient of zeros,
+    which AdamW's decay shrinks; β off by 1 %; either bound of the ratio."""
     given = samples()[:2]
     wanted = theirs_grpo(given)
     assert largest(ours_grpo(TINY, start(), given), wanted)[0] <= BOUND
     forgotten = REFERENCE | {"log_prob": Op(REFERENCE.log_prob.forward, without_dhead)}
     found = ours_grpo(TINY, start(), given, forgotten)
     assert largest(found, wanted, head_name(TINY))[0] > 1e-4
-    monkeypatch.setattr(f"{__name__}.mtp_layers", lambda config: range(0))
+    backward = policy.log_probs_backward
+
+    def with_zeros(*given: Any) -> Any:
+        zeros = {name: np.zeros_like(x) for name, x in start().items() if not is_buffer(name)}
+        return zeros | backward(*given)
+
+    monkeypatch.setattr(policy, "log_probs_backward", with_zeros)
     found = ours_grpo(TINY, start(), given)
     assert largest(found, wanted, module_name(TINY.layers))[0] > 1e-5
     assert largest(found, wanted, head_name(TINY))[0] <= BOUND

@@ -103,8 +103,12 @@ def test_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     start = begin()
     options: Any = {"kinds": ("add2", "sort4"), "seed": 3, "problems": 6, "max_tokens": 8}
     found = evaluation(start.params, CONFIG, start.vocabulary, MACHINE, **options)
-    names = [f"{what}{how}{kind}" for kind in ("", "_sort4") for how in ("greedy", "sampled")
-             for what in ("", "format_", "samples_")]  # fmt: skip
+    names = [
+        f"{what}{how}{kind}"
+        for kind in ("", "_sort4")
+        for how in ("greedy", "sampled")
+        for what in ("", "format_", "samples_")
+    ]
     assert sorted(found) == sorted(names)
     assert found["greedy"] == 0.0
     assert [len(x[0]) for x in asked] == [6] * 4

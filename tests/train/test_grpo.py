@@ -21,8 +21,13 @@ from refimpl.train.tasks import Problem, draw, make, sloppy
 
 from small_stage import COMMON, CONFIG, MACHINE, begin, far, same
 
-SMALL: dict[str, Any] = COMMON | {"questions": 2, "group": 4, "max_tokens": 6, "problems": 4,
-                                  "warmup_steps": 0}  # fmt: skip
+SMALL: dict[str, Any] = COMMON | {
+    "questions": 2,
+    "group": 4,
+    "max_tokens": 6,
+    "problems": 4,
+    "warmup_steps": 0,
+}
 VARIANTS: dict[str, dict[str, Any]] = {name: {} for name in GRPO_PRESETS}
 VARIANTS["v3.2"] = {"off_policy": 0.01}
 Params = dict[str, np.ndarray]
@@ -101,8 +106,9 @@ def test_any_number_of_rows(variant: str) -> None:
     state, batch = drawn(whole)
     ended = [row % 3 > 0 for row in range(8)]
     batch = batch._replace(samples=batch.samples._replace(ended=ended))
-    for each in zip(whole.constants(state, batch.samples), parts.constants(state, batch.samples),
-                    strict=True):  # fmt: skip
+    for each in zip(
+        whole.constants(state, batch.samples), parts.constants(state, batch.samples), strict=True
+    ):
         assert np.max(np.abs(each[0] - each[1])[batch.samples.mask]) <= 1e-12
     state = moved(state)
     told, grads = whole.gradients(state, batch)
@@ -161,8 +167,9 @@ def test_a_step_leaves() -> None:
     for name, x in before.items():
         stays = is_buffer(name) or name.startswith(modules)
         assert np.array_equal(state.params[name], x) == stays, name
-    assert all(x is not state.params.get(k.removeprefix("reference/"))
-               for k, x in state.extra.items())  # fmt: skip
+    assert all(
+        x is not state.params.get(k.removeprefix("reference/")) for k, x in state.extra.items()
+    )
     assert (state.step, state.position) == (2, 4)
 
 
@@ -224,8 +231,9 @@ def given(texts: list[str], ended: list[bool], lengths: list[int]) -> Samples:
 def outputs(problems: list[Problem]) -> Samples:
     a, b = problems
     texts = [a.solution, sloppy(a), b.solution, a.solution, b.solution, "", b.untidy, "12"]
-    return given(texts, [True, True, True, False, True, True, True, True],
-                 [20, 18, 19, 24, 22, 1, 30, 24])  # fmt: skip
+    return given(
+        texts, [True, True, True, False, True, True, True, True], [20, 18, 19, 24, 22, 1, 30, 24]
+    )
 
 
 def test_rewards() -> None:
@@ -270,8 +278,14 @@ def test_what_a_step_tells(monkeypatch: pytest.MonkeyPatch) -> None:
         return draw(kind, seed, number, count)
 
     monkeypatch.setattr(grpo, "draw", watched)
-    made = stage(kinds=("add2", "sort4"), temperature=0.7, top_p=0.9, replay_routes=True,
-                 warmup_steps=4, learning_rate=0.4)  # fmt: skip
+    made = stage(
+        kinds=("add2", "sort4"),
+        temperature=0.7,
+        top_p=0.9,
+        replay_routes=True,
+        warmup_steps=4,
+        learning_rate=0.4,
+    )
     state = made.start()
     samples = made.sample(state, draw("add2", 0, 0, 2))
     old, reference = made.constants(state, samples)
@@ -305,7 +319,8 @@ def test_it_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bandit: one token, right if it is ASCII. From chance, half of all, to nearly always."""
     monkeypatch.setattr(grpo, "score", parity)
     made = stage(max_tokens=1, questions=4, group=8, learning_rate=0.03)
-    state, told, guard = made.start(), [], Guard(3.0, [])
+    state, guard = made.start(), Guard(3.0, [])
+    told = []
     for _ in range(20):
         state, metrics = made.step(state, guard)
         told.append(metrics["accuracy"])
@@ -316,7 +331,8 @@ def test_it_learns(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_permuted_rewards_teach_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grpo, "score", parity)
     made = stage(max_tokens=1, questions=4, group=8, learning_rate=0.03, permuted=True)
-    state, told, guard = made.start(), [], Guard(3.0, [])
+    state, guard = made.start(), Guard(3.0, [])
+    told = []
     for _ in range(20):
         state, metrics = made.step(state, guard)
         told.append(metrics["accuracy"])

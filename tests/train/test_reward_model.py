@@ -72,7 +72,8 @@ def test_it_learns() -> None:
     """Held-out pairs are ordered as the rule does, from a loss of about ln 2; the head of the
     vocabulary and the gates' biases stay, MTP modules are left out."""
     made = stage(steps=30, learning_rate=0.01, batch=8, problems=40)
-    state, guard, losses = made.start(), Guard(3.0, []), []
+    state, guard = made.start(), Guard(3.0, [])
+    losses = []
     before = {name: x.copy() for name, x in state.params.items()}
     assert not any(name.startswith(module_name(CONFIG.layers)) for name in before)
     for _ in range(30):

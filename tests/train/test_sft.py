@@ -117,7 +117,8 @@ def test_it_learns() -> None:
     """Three solutions by heart: the loss falls from ln 261 = 5.6 below 1, on the decayed rate; the
     MTP modules and the gates' biases learn too."""
     sft = stage(distinct=3, batch=3, steps=20, learning_rate=0.03)
-    state, guard, told = sft.start(), Guard(3.0, []), []
+    state, guard = sft.start(), Guard(3.0, [])
+    told = []
     before = {name: x.copy() for name, x in state.params.items()}
     for step in range(20):
         state, metrics = sft.step(state, guard)
