@@ -1,12 +1,12 @@
 """Kill every stage with SIGKILL, go on, kill again, and compare the end with that of a run that was
 never killed: checkpoint and results byte for byte, metrics but for their times.
 
-``python tests/train/kill.py --kills 20`` kills each stage 20 times: by turns after a random time,
-and just before a random write, at which a process kills itself (a file put on the disk or into its
-place, a folder removed, a line of metrics, of which half is written). A killed process is a fork of
-this one that runs the command line; the run that is not killed is ``python -m refimpl``. A model of
-this size solves nothing, so in grpo, whose runs are all forks, a hash of the answer says what is
-right.
+``python tests/train/kill.py --kills 20`` kills each stage 20 times: by turns after a random time in
+the last two thirds of a run, and just before a random write, at which a process kills itself (a
+file put on the disk or into its place, a folder removed, a line of metrics, of which half is
+written). A killed process is a fork of this one that runs the command line; the run that is not
+killed is ``python -m refimpl``. A model of this size solves nothing, so in grpo, whose runs are all
+forks, a hash of the answer says what is right.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def killed(stage: str, inputs: Path, number: int, seconds: float, writes: int) -
             code = ended(forked(folder, line))
         elif number % 2:
             pid = forked(folder, line)
-            time.sleep(draw.uniform(0, seconds))
+            time.sleep(draw.uniform(seconds / 3, seconds))
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             code = ended(pid)

@@ -365,9 +365,12 @@ def test_kills() -> None:
 
 
 @pytest.mark.skipif(not FULL, reason="minutes: 20 kills of every stage; make test-full")
-@pytest.mark.parametrize("stages", ["train,extend", "sft,grpo", "reward-model,distil"])
-def test_all_kills(stages: str) -> None:
-    kill_stages(stages, 20)
+@pytest.mark.parametrize(
+    ("stages", "implementation"),
+    [("train,extend", "reference"), ("sft,grpo", "fastest"), ("reward-model,distil", "reference")],
+)
+def test_all_kills(stages: str, implementation: str) -> None:
+    kill_stages(stages, 20, "--implementation", implementation)
 
 
 def kill_stages(stages: str, kills: int, *options: str) -> None:
