@@ -33,21 +33,21 @@ def main(copied: int = 160, steps: int = 25, questions: int = 16, group: int = 8
         batch = pack([tokens_of(vocabulary, *pair) for pair in solved], length=64).arrays()
         rate = 8e-3 * min((step + 1) / 10, 1 - step / copied)
         state, told = train_step(state, batch, config, machine, optimizer, learning_rate=rate)
-        if (step + 1) % 50 == 0:
-            print(f"copied {step + 1} batches: loss {told.main:.3f}")
+    print(f"copied {copied} batches: loss {told.main:.3f}")
     params, moments, rewards = state.params, Moments(), []
     for step in range(steps):
         problems = draw("add2", 1, step, questions)
+        prompts, answers = zip(*((x.prompt, x.answer) for x in problems), strict=True)
+        seed = step * questions * group
         samples = sample_groups(
-            params, config, vocabulary, machine, [x.prompt for x in problems], group=group,
-            temperature=1.0, top_p=1.0, max_tokens=32, seed=step * questions * group)  # fmt: skip
-        parts = [score(samples.texts[i], problems[i // group].answer, ended=samples.ended[i])
-                 for i in range(questions * group)]  # fmt: skip
+            params, config, vocabulary, machine, prompts, group=group, max_tokens=32, seed=seed
+        )
+        outputs = zip(samples.texts, np.repeat(answers, group), samples.ended, strict=True)
+        parts = [score(text, answer, ended=ended) for text, answer, ended in outputs]
         reward = np.array([total(x) for x in parts], machine.dtype).reshape(questions, group)
-        told, grads = grpo_gradients(
-            params, config, samples.tokens, key_mask=samples.key_mask, mask=samples.mask,
-            advantages=group_advantages(reward), settings=GRPO_PRESETS["dapo"], ops=machine.ops,
-        )  # fmt: skip
+        given = {"key_mask": samples.key_mask, "mask": samples.mask, "ops": machine.ops}
+        given |= {"advantages": group_advantages(reward), "settings": GRPO_PRESETS["dapo"]}
+        _, grads = grpo_gradients(params, config, samples.tokens, **given)
         moments, _ = apply_gradients(params, grads, moments, optimizer, 3e-4, max_norm=1.0)
         rewards.append(float(reward.mean()))
         right, form = (np.mean([x[name] for x in parts]) for name in ("accuracy", "format"))

@@ -7,7 +7,7 @@ import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -193,7 +193,6 @@ def _example(
     return case, tested, common
 
 
-@cache
 def placed(pair: AnyOp, place: Callable[[Any], Any]) -> AnyOp:
     """The pair run on another device, to which ``place`` moves an array, from and to NumPy
     arrays."""

@@ -60,7 +60,7 @@ def bench(
     ] = None,
     json_file: Json = None,
 ) -> None:
-    """Measure speed and memory, on a GPU or a CPU, or show results.
+    """Measure speed and memory, or show results.
 
     With --gpu, per row: the time (median and range), the floor (the least time that the row's bytes
     or products take at this card's own speed), the target (the time that is asked for, scaled by

@@ -32,9 +32,10 @@ def eval_command(
     dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
     json_file: Json = None,
 ) -> None:
-    """Share of held-out problems that a model answers exactly, with its 95 % interval.
+    """Count right answers to held-out problems.
 
-    Greedy: always the most probable token. Sampled: one answer per problem at temperature 1.
+    Their share stands with its 95 % interval. Greedy: always the most probable token.
+    Sampled: one answer per problem at temperature 1.
     """
     if json_file is not None:
         check_writable(json_file)

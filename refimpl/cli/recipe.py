@@ -20,7 +20,7 @@ from ..train.claims import Claim
 from ..train.graph import run_graph
 from ..train.machine import open_machine
 from ..train.plots import draw
-from ..train.recipe import JOBS, PROBLEMS, Job, Recipe, chosen, toy
+from ..train.recipe import JOBS, PROBLEMS, Job, Recipe, Task, chosen, toy
 from ..train.report import report
 from ..train.results import gather, write_results
 from ..train.settings import toml_value
@@ -52,9 +52,10 @@ def recipe_command(
     ] = None,
     list_: Annotated[bool, Option("--list", help="Show the jobs and exit.")] = False,
 ) -> None:
-    """The whole recipe: pre-train, extend, fine-tune, reinforce, distil, and the controls beside.
+    """Run the whole recipe, from text to a student.
 
-    Writes results.json, report.md and pictures, and shows whether what the recipe must show holds.
+    Every stage, and the controls beside. Writes results.json, report.md and pictures, and shows
+    whether what the recipe must show holds.
     """
     jobs = chosen(toy(JOBS) if small else JOBS, only or [])
     if list_:
@@ -79,16 +80,33 @@ def recipe_command(
         raise typer.Exit(1)
 
 
+def command_line(task: Task | None) -> list[str] | None:
+    """What runs a task in a process of its own."""
+    if task is None:
+        return None
+    line = [sys.executable, "-m", "refimpl", task.command]
+    for name, value in task.options.items():
+        option = f"--{name.replace('_', '-')}"
+        for each in value if isinstance(value, list) else [value]:
+            line += [option] if each is True else [option, str(each)]
+    return line
+
+
 def run_jobs(recipe: Recipe, workers: int) -> None:
-    """Exit code 130 and a line at Ctrl-C."""
+    """At Ctrl-C a line says how to go on."""
     try:
         with live() as (tell, show):
             run_graph(
-                recipe.needs, recipe.next_command, recipe.out, workers=workers, tell=tell, show=show
+                recipe.needs,
+                lambda name: command_line(recipe.next_task(name)),
+                recipe.out,
+                workers=workers,
+                tell=tell,
+                show=show,
             )
-    except KeyboardInterrupt as stopped:
+    except KeyboardInterrupt:
         typer.echo("stopped: the same command goes on", err=True)
-        raise typer.Exit(130) from stopped
+        raise
 
 
 def write_all(recipe: Recipe, workers: int, small: bool) -> list[Claim]:

@@ -16,12 +16,12 @@ from ..train.stages import STAGES, run_stage
 from .app import app, console
 
 HELP = {
-    "train": "Pre-train a model on text: MTP, bias balancing, V3's schedules scaled down.",
+    "train": "Pre-train a model on text.\n\nMTP, bias balancing, V3's schedules scaled down.",
     "extend": "Extend a model's context by YaRN, in phases.",
-    "sft": "Fine-tune on solutions of verifiable problems; the loss counts the answers alone.",
+    "sft": "Fine-tune on solved problems.\n\nThe loss counts the completions alone.",
     "grpo": "Reinforce by GRPO with rule-based rewards.",
     "reward-model": "Train a reward model on pairs that a rule orders.",
-    "distil": "Sample solutions from a teacher, keep those that are right, fine-tune a student.",
+    "distil": "Fine-tune a student on a teacher's solutions.\n\nThose that are right are kept.",
 }
 Option = typer.Option
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from ..errors import CouldNotRun
@@ -84,6 +85,7 @@ def on_cpu(implementation: str) -> Ops:
     return IMPLEMENTATIONS[implementation]
 
 
+@cache
 def table_of(implementation: str) -> Ops:
     """The table of any implementation; CouldNotRun for kernels without a GPU or without Numba."""
     if implementation not in COLUMNS:

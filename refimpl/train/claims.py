@@ -173,6 +173,19 @@ def continued(results: Mapping[str, Any]) -> Iterator[Claim]:
         )
 
 
+def minibatches(results: Mapping[str, Any]) -> Iterator[Claim]:
+    clipped = job(results, "minibatches")["end"]["clipped"]
+    for how in HOW:
+        ends = [accuracy(results, name, how).right for name in seeds(results)]
+        values = {"four": accuracy(results, "minibatches", how).right}
+        yield Claim(
+            f"{how} accuracy by GRPO with four updates a step, beside one",
+            values | {"one, mean": sum(ends) / len(ends), "clip fraction": clipped},
+            "",
+            None,
+        )
+
+
 def harder(results: Mapping[str, Any]) -> Iterator[Claim]:
     kind = job(results, "grpo-hard")["settings"]["kinds"][0]
     for how, bound in (("sampled", f"grpo ≥ sft + {RISE}"), ("greedy", "")):
@@ -246,6 +259,7 @@ PARTS: tuple[Callable[[Mapping[str, Any]], Iterator[Claim]], ...] = (
     reinforced,
     permuted,
     continued,
+    minibatches,
     harder,
     reward_model,
     last_stage,

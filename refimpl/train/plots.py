@@ -47,6 +47,7 @@ SHOWN = {  # how jobs are called in pictures and tables
     "grpo-1": "GRPO, seed 1",
     "grpo-2": "GRPO, seed 2",
     "permuted": "GRPO, permuted rewards",
+    "minibatches": "GRPO, 4 minibatches",
     "continued": "continued SFT",
     "sft-hard": "SFT, harder task",
     "grpo-hard": "GRPO, harder task",
@@ -58,7 +59,13 @@ SHOWN = {  # how jobs are called in pictures and tables
     "student-answers": "student, answers alone",
     "student-grpo": "student, its own GRPO",
 }
-SEEDS = {"grpo-0": BLUE, "grpo-1": SKY, "grpo-2": GREEN, "permuted": ORANGE}
+GRPO = {  # colours and strokes
+    "grpo-0": (BLUE, "-"),
+    "grpo-1": (SKY, "-"),
+    "grpo-2": (GREEN, "-"),
+    "minibatches": ("black", ":"),
+    "permuted": (ORANGE, "--"),
+}
 Jobs = Mapping[str, Any]
 
 
@@ -208,9 +215,8 @@ def reinforcement(figure: Any, jobs: Jobs, results: Mapping[str, Any]) -> None:
         "entropy": ("entropy", "nats per token"),
     }
     for panel, (name, (title, unit)) in zip(panels.flat, titles.items(), strict=True):
-        for job, colour in SEEDS.items():
+        for job, (colour, style) in GRPO.items():
             if job in jobs and name in (curves := jobs[job]["curves"]):
-                style = "--" if job == "permuted" else "-"
                 panel.plot(curves["step"], curves[name], style, color=colour, label=SHOWN[job])
         panel.set(title=title, ylabel=unit)
         if name in ("kl", "clipped", "entropy"):
@@ -219,7 +225,7 @@ def reinforcement(figure: Any, jobs: Jobs, results: Mapping[str, Any]) -> None:
     for panel in panels[-1]:
         panel.set_xlabel("step")
     handles, labels = panels.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    figure.legend(handles, labels, loc="outside lower center", ncols=5)
 
 
 def last_stage(figure: Any, jobs: Jobs, results: Mapping[str, Any]) -> None:
@@ -277,8 +283,9 @@ PICTURES: Sequence[Picture] = (
     Picture(
         "pretraining",
         "Pre-training",
-        "Losses of training and of held-out text, beside a bigram model of the training text; and "
-        "the share of the tokens drafted by the MTP module that the model chooses too, greedily.",
+        "Losses of training and of held-out text, beside a bigram model of the training text. The "
+        "MTP module reads the token between, and its loss leaves out a row's first tokens, which "
+        "are the hardest. Right: the share of its drafts that the model chooses too, greedily.",
         ("base",),
         pretraining,
     ),
@@ -311,8 +318,9 @@ PICTURES: Sequence[Picture] = (
     Picture(
         "grpo",
         "GRPO",
-        "Three seeds, and a control whose rewards change places within each group. Where a step "
-        "has one update, its ratios are 1 and nothing is clipped.",
+        "Three seeds; a run with four updates a step, in minibatches; and a control whose rewards "
+        "change places within each group. Where a step has one update, ratios are 1 and nothing is "
+        "clipped.",
         ("grpo-0",),
         reinforcement,
         (7.6, 4.6),

@@ -6,11 +6,10 @@ OUT/<job>, the stage's folder, with held_out-<kind>.json in it; `graph` runs the
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import CouldNotRun
 from ..files import read_json, read_text
@@ -19,12 +18,23 @@ from .stage import digest_line, digest_of
 from .stages import STAGES
 from .tasks import held_out
 
-__all__ = ["JOBS", "PROBLEMS", "Job", "Recipe", "chosen", "toy"]
+__all__ = ["JOBS", "PROBLEMS", "Job", "Recipe", "Task", "chosen", "toy"]
 
 PROBLEMS = 1500  # held-out ones of a kind that are asked, or all if there are fewer
-STUDENT = {"width": 32, "layers": 2, "heads": 2, "q_latent": 16, "kv_latent": 16, "nope": 8,
-           "rope": 8, "value": 8, "dense_hidden": 64, "experts": 4, "expert_hidden": 16,
-           "mtp_depth": 0}  # fmt: skip
+STUDENT = {
+    "width": 32,
+    "layers": 2,
+    "heads": 2,
+    "q_latent": 16,
+    "kv_latent": 16,
+    "nope": 8,
+    "rope": 8,
+    "value": 8,
+    "dense_hidden": 64,
+    "experts": 4,
+    "expert_hidden": 16,
+    "mtp_depth": 0,
+}
 SEEDS = (0, 1, 2)
 
 
@@ -43,11 +53,19 @@ class Job:
     kinds: tuple[str, ...] = ()
 
 
+class Task(NamedTuple):
+    """A command, and its options: True for one without a value, a list for one given repeatedly."""
+
+    command: str
+    options: Mapping[str, Any]
+
+
 MIXTURE = {"untidy": 0.2, "sloppy": 0.2}
 COLD_START = MIXTURE | {"distinct": 520, "steps": 450}
-STOP = {"stop": [0.40, 0.55]}
+STOP = {"stop": [0.40, 0.55], "evaluate_every": 15, "problems": 256}
 SECOND = {"untidy": 0.5, "steps": 100, "learning_rate": 3e-4, "seed": 1}
 HARD = "add3"
+HARD_START = STOP | {"kinds": [HARD], "steps": 400, "learning_rate": 4e-3, "evaluate_every": 10}
 STUDENT_SFT = {"model": STUDENT, "steps": 800}
 
 JOBS = [
@@ -60,8 +78,9 @@ JOBS = [
         for seed in SEEDS
     ),
     Job("permuted", "grpo", {"checkpoint": "sft"}, {"permuted": True}, ("add2",)),
+    Job("minibatches", "grpo", {"checkpoint": "sft"}, {"minibatches": 4}, ("add2",)),
     Job("continued", "sft", {"checkpoint": "sft"}, MIXTURE | {"steps": 175, "seed": 1}, ("add2",)),
-    Job("sft-hard", "sft", {"checkpoint": "sft"}, STOP | {"kinds": [HARD], "steps": 400}, (HARD,)),
+    Job("sft-hard", "sft", {"checkpoint": "sft"}, HARD_START, (HARD,)),
     Job("grpo-hard", "grpo", {"checkpoint": "sft-hard"}, {"kinds": [HARD]}, (HARD,)),
     Job("reward-model", "reward-model", {"checkpoint": "sft"}),
     Job("second-sft", "sft", {"checkpoint": "grpo-0"}, SECOND, ("add2",)),
@@ -128,15 +147,13 @@ class Recipe:
     def job(self, name: str) -> Job:
         return next(job for job in self.jobs if job.name == name)
 
-    def next_command(self, name: str) -> list[str] | None:
-        """What a job has to run next: its stage, which goes on where it stopped, then an evaluation
+    def next_task(self, name: str) -> Task | None:
+        """What a job has to do next: its stage, which goes on where it stopped, then an evaluation
         per kind; None when all are done. CouldNotRun if what is done is of other settings."""
         job, place = self.job(name), self.out / name
-        begin = [sys.executable, "-m", "refimpl"]
-        options = [part for key, x in self.common.items() for part in (f"--{key}", x)]
         if not (place / "result.json").exists():
-            sets = [part for x in self.overrides(job) for part in ("--set", x)]
-            return [*begin, job.stage, "--out", str(place), *sets, *options, "--resume"]
+            options = {"out": place, "set": self.overrides(job), **self.common, "resume": True}
+            return Task(job.stage, options)
         self.expect_current(job)
         for kind in job.kinds:
             count = asked(kind, self.problems)
@@ -145,13 +162,13 @@ class Recipe:
                 not file.exists()
                 or read_json(file)["results"][f"{kind} greedy"]["problems"] != count
             ):
-                line = [*begin, "eval", "--checkpoint", str(place), "--json", str(file)]
-                line += ["--kind", kind, "--problems", str(count)]
-                return [*line, "--max-tokens", str(self.settings(job).max_tokens), *options]
+                options = {"checkpoint": place, "json": file, "kind": kind, "problems": count}
+                most = self.settings(job).max_tokens
+                return Task("eval", options | {"max_tokens": most, **self.common})
         return None
 
     def overrides(self, job: Job) -> list[str]:
-        """The job's settings, as ``--set`` takes them."""
+        """The job's settings, as ``set`` takes them."""
         inputs = {name: str(self.out / other) for name, other in job.inputs.items()}
         return [f"{name}={toml_value(x)}" for name, x in {**job.settings, **inputs}.items()]
 

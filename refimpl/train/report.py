@@ -49,7 +49,7 @@ def head(results: Mapping[str, Any]) -> Iterator[str]:
 
 
 def claims(found: Sequence[Claim]) -> Iterator[str]:
-    rows = [(x.name, x.numbers, x.bound or "–", x.verdict) for x in found]
+    rows = [(x.name, x.numbers, x.bound, x.verdict) for x in found]
     yield table(("claim", "numbers", "bound", ""), rows)
 
 

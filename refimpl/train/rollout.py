@@ -58,8 +58,8 @@ def sample_groups(
     prompts: Sequence[str],
     *,
     group: int,
-    temperature: float,
-    top_p: float,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
     max_tokens: int,
     seed: int,
 ) -> Samples:

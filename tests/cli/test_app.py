@@ -15,8 +15,8 @@ import pytest
 import refimpl
 from refimpl.cli.app import ORDER, app
 from refimpl.errors import CouldNotRun
+from refimpl.kernels.columns import table_of
 from refimpl.kernels.cpu.compile import numba
-from refimpl.verify import _table
 
 from golden.checkpoint_values import TRAINED
 from support import refimpl_here, refimpl_process
@@ -220,7 +220,7 @@ def test_without_numba(
     """--implementation numba_cpu is one line that says what to install, and nothing is written."""
     monkeypatch.setitem(sys.modules, "numba", None)
     numba.cache_clear()
-    _table.cache_clear()
+    table_of.cache_clear()
     (tmp_path / "tokens.json").write_text("[1, 2, 3]")
     done = refimpl_here(*command, "--implementation", "numba_cpu", cwd=tmp_path)
     assert done.returncode == 2

@@ -1,12 +1,12 @@
 """Kill every stage with SIGKILL, go on, kill again, and compare the end with that of a run that was
 never killed: checkpoint and results byte for byte, metrics but for their times.
 
-``python tests/train/kill.py --kills 20`` kills each stage 20 times: by turns after a random time,
-and just before a random write, at which a process kills itself (a file put on the disk or into its
-place, a folder removed, a line of metrics, of which half is written). A killed process is a fork of
-this one that runs the command line; the run that is not killed is ``python -m refimpl``. A model of
-this size solves nothing, so in grpo and distil, whose runs are all forks, a hash of the answer says
-what is right.
+``python tests/train/kill.py --kills 20`` kills each stage 20 times: by turns after a random time in
+the last two thirds of a run, and just before a random write, at which a process kills itself (a
+file put on the disk or into its place, a folder removed, a line of metrics, of which half is
+written). A killed process is a fork of this one that runs the command line; the run that is not
+killed is ``python -m refimpl``. A model of this size solves nothing, so in grpo, whose runs are all
+forks, a hash of the answer says what is right.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if __name__ == "__main__":
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # this process, with one thread, may fork
 
 from refimpl.cli import main
-from refimpl.train import distil, grpo
+from refimpl.train import grpo
 from refimpl.train.save import RunFolder
 
 MODEL = (
@@ -62,7 +62,7 @@ STAGES: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {  # what each begin
         (*ANSWERS, "questions=2", "group=4", "minibatches=2", "reference_every=2"),
     ),
     "reward-model": ({"checkpoint": "sft"}, (*SMALL, "batch=4", "save_every=1")),
-    "distil": ({"teacher": "sft"}, (*ANSWERS, MODEL, "batch=4", "sampled=8")),
+    "distil": ({"teacher": "sft"}, (*ANSWERS, MODEL, "batch=4", "sampled=8", "verified=false")),
 }
 IMPLEMENTATION = "REFIMPL_KILL_IMPLEMENTATION"
 WRITES = ("fsync", "replace", "rename", "unlink", "truncate")  # of os
@@ -100,7 +100,7 @@ def forked(folder: Path, line: list[str], before: Callable[[], Any] = lambda: No
             os.dup2(log.fileno(), 2)
         sys.argv = ["refimpl", *line]
         os.environ["REFIMPL_TRACEBACK"] = "1"
-        distil.score = grpo.score = by_hash
+        grpo.score = by_hash
         before()
         try:
             main()
@@ -208,7 +208,7 @@ def killed(stage: str, inputs: Path, number: int, seconds: float, writes: int) -
             code = ended(forked(folder, line))
         elif number % 2:
             pid = forked(folder, line)
-            time.sleep(draw.uniform(0, seconds))
+            time.sleep(draw.uniform(seconds / 3, seconds))
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             code = ended(pid)
@@ -228,7 +228,7 @@ def uninterrupted(stage: str, inputs: Path, *, fork: bool = False) -> Path:
     folder = inputs / f"{stage}-whole"
     folder.mkdir()
     line = arguments(stage, inputs)
-    if fork or stage in ("grpo", "distil"):
+    if fork or stage == "grpo":
         assert ended(forked(folder, line)) == 0, (folder / "log").read_text()
     else:
         subprocess.run([sys.executable, "-m", "refimpl", *line], cwd=folder, check=True, stderr=-3)

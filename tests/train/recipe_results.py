@@ -17,6 +17,7 @@ RIGHT = {  # greedy and sampled
     "grpo-1": (0.76, 0.61),
     "grpo-2": (0.85, 0.75),
     "permuted": (0.10, 0.05),
+    "minibatches": (0.75, 0.65),
     "continued": (0.91, 0.85),
     "sft-hard": (0.50, 0.40),
     "grpo-hard": (0.70, 0.56),

@@ -18,6 +18,7 @@ from refimpl.kernels.cpu.adamw import FusedAdamW
 from refimpl.ops import IMPLEMENTATIONS, REFERENCE
 from refimpl.optimizer import AdamW
 from refimpl.parameters import init_parameters, is_buffer
+from refimpl.train import machine
 from refimpl.train.grpo import GRPO, GRPOSettings
 from refimpl.train.machine import Machine, open_machine
 from refimpl.train.pretrain import Pretrain, PretrainSettings, new_config
@@ -32,8 +33,19 @@ from pretended_cupy import Pretended, ndarray
 from support import FULL, ROOT
 from train.kill import by_hash
 
-MODEL = {"width": 16, "layers": 2, "heads": 2, "q_latent": 8, "kv_latent": 8, "nope": 4, "rope": 4,
-         "value": 4, "dense_hidden": 16, "experts": 4, "expert_hidden": 8}  # fmt: skip
+MODEL = {
+    "width": 16,
+    "layers": 2,
+    "heads": 2,
+    "q_latent": 8,
+    "kv_latent": 8,
+    "nope": 4,
+    "rope": 4,
+    "value": 4,
+    "dense_hidden": 16,
+    "experts": 4,
+    "expert_hidden": 8,
+}
 
 
 @pytest.mark.parametrize(
@@ -72,6 +84,14 @@ def test_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.decode["mla"] is IMPLEMENTATIONS["absorbed"].mla
     fused = open_machine()
     assert (fused.implementation, fused.optimizer) == ("numba_cpu", FusedAdamW)
+    with monkeypatch.context() as patch:  # where there is a device
+        patch.setattr(machine, "placement", lambda backend: np.array)
+        patch.setattr(machine, "table_of", lambda name: REFERENCE)
+        patch.setattr(machine, "optimizer_of", lambda name: AdamW)
+        device = open_machine("cupy")
+    assert device.implementation == "cuda"
+    assert device.ops == device.prefill == REFERENCE
+    assert device.decode == found.decode
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert open_machine().implementation == "reference"
 
@@ -119,9 +139,17 @@ def begin(machine: Machine) -> Begin:
 
 def grpo(machine: Machine, folder: Path) -> Any:
     settings = GRPOSettings(
-        questions=2, group=3, problems=3, max_tokens=5, minibatches=2, replay_routes=True,
-        steps=2, reference_every=1, loss={"kl_weight": 0.1}, overlong="penalty",
-    )  # fmt: skip
+        questions=2,
+        group=3,
+        problems=3,
+        max_tokens=5,
+        minibatches=2,
+        replay_routes=True,
+        steps=2,
+        reference_every=1,
+        loss={"kl_weight": 0.1},
+        overlong="penalty",
+    )
     return GRPO(settings, machine, begin(machine))
 
 
@@ -140,8 +168,10 @@ def trained(make: Callable[[Machine, Path], Any], machine: Machine, folder: Path
         told.append(metrics)
     if FULL:
         told.append(stage.evaluate(state))
-    assert all(isinstance(x, ndarray if machine.backend == "cupy" else np.ndarray)
-               for x in [*state.params.values(), *state.moments.first.values()])  # fmt: skip
+    assert all(
+        isinstance(x, ndarray if machine.backend == "cupy" else np.ndarray)
+        for x in [*state.params.values(), *state.moments.first.values()]
+    )
     return told, machine.fetched({**state.params, **state.extra})
 
 

@@ -92,33 +92,29 @@ def test_asked() -> None:
     assert asked("add3", 1500) == 1500
 
 
-def test_next_command(tmp_path: Path) -> None:
+def test_next_task(tmp_path: Path) -> None:
     """The stage, which goes on where it stopped; an evaluation, again for more problems; done."""
     jobs = [Job("a", "sft"), Job("b", "grpo", {"checkpoint": "a"}, {"max_tokens": 9}, ("add2",))]
     recipe = Recipe(tmp_path, jobs, 40, {"dtype": "float64"})
     finished(recipe, "a")
-    assert recipe.next_command("a") is None
+    assert recipe.next_task("a") is None
     place = tmp_path / "b"
-    command = recipe.next_command("b")
-    assert command is not None
-    sets = ["--set", "max_tokens=9", "--set", f'checkpoint="{tmp_path / "a"}"']
-    assert command[3:] == ["grpo", "--out", str(place), *sets, "--dtype", "float64", "--resume"]
-    overrides = [command[i + 1] for i, x in enumerate(command) if x == "--set"]
+    task = recipe.next_task("b")
+    assert task is not None
+    sets = ["max_tokens=9", f'checkpoint="{tmp_path / "a"}"']
+    options = {"out": place, "set": sets, "dtype": "float64", "resume": True}
+    assert task == ("grpo", options)
     assert make_settings(
-        STAGES["grpo"].settings, "grpo", {}, overrides, {"dtype": "float64"}
+        STAGES["grpo"].settings, "grpo", {}, sets, {"dtype": "float64"}
     ) == recipe.settings(jobs[1])
     finished(recipe, "b")
-    wanted = (
-        f"eval --checkpoint {place} --json {place / 'held_out-add2.json'} --kind add2 "
-        "--problems 40 --max-tokens 9 --dtype float64"
-    )
-    evaluation = recipe.next_command("b")
-    assert evaluation is not None
-    assert " ".join(evaluation[3:]) == wanted
+    options = {"checkpoint": place, "json": place / "held_out-add2.json", "kind": "add2"}
+    options |= {"problems": 40, "max_tokens": 9, "dtype": "float64"}
+    assert recipe.next_task("b") == ("eval", options)
     for problems, again in ((39, True), (40, False)):
         told = {"results": {"add2 greedy": {"problems": problems}}}
         (place / "held_out-add2.json").write_text(json.dumps(told))
-        assert (recipe.next_command("b") is not None) == again
+        assert (recipe.next_task("b") is not None) == again
 
 
 @pytest.mark.parametrize("phases", [False, True])
@@ -132,11 +128,11 @@ def test_what_is_out_of_date(phases: bool, tmp_path: Path) -> None:
         (place / "phase-1").mkdir()
         (place / "settings.toml").rename(place / "phase-1" / "settings.toml")
         (place / "settings.toml").write_text("# checkpoint: another\n[extend]\n")
-    assert recipe.next_command("b") is None
+    assert recipe.next_task("b") is None
 
     def refused(changed: Recipe) -> str:
         with pytest.raises(CouldNotRun) as error:
-            changed.next_command("b")
+            changed.next_task("b")
         return str(error.value)
 
     end = ": remove it and the same command runs it again, or take another folder"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 
+from refimpl.train.claims import judge
 from refimpl.train.plots import PICTURES
 from refimpl.train.recipe import JOBS
 from refimpl.train.report import report
 
+from support import ROOT
 from train.recipe_results import example
 
 
@@ -52,3 +55,21 @@ def test_a_part_of_a_recipe() -> None:
     results["jobs"] = {"base": results["jobs"]["base"]}
     page = report(results, [], "")
     assert re.findall("^## (.*)", page, re.M) == ["Claims", "Jobs"]
+
+
+def test_what_is_committed_is_one() -> None:
+    """Claims, report and pictures follow from the committed results, every claim holds, and the
+    page has these numbers."""
+    folder = ROOT / "benchmarks" / "results" / "recipe"
+    results = json.loads((folder / "results.json").read_text())
+    claims = judge(results)
+    assert [x._asdict() for x in claims] == results["claims"]
+    assert not results["toy"]
+    assert all(x.holds is not False for x in claims)
+    assert (folder / "report.md").read_text() == report(results, PICTURES, "pictures")
+    names = {f"{x.name}.svg" for x in PICTURES}
+    assert {x.name for x in (folder / "pictures").iterdir()} == names
+    page = (ROOT / "derivations" / "recipe.md").read_text().splitlines()
+    for claim in claims:
+        row = f"| {claim.name} | {claim.numbers} | {claim.bound} | {claim.verdict} |"
+        assert row in page, row

@@ -30,8 +30,14 @@ from train.kill import MODEL, content
 
 HERE = Path(__file__).parent
 LINE = ["sft", "--implementation", "reference", "--set", MODEL]
-SETTINGS = {"steps": 4, "batch": 2, "problems": 2, "max_tokens": 4, "save_every": 2,
-            "evaluate_every": 3}  # fmt: skip
+SETTINGS = {
+    "steps": 4,
+    "batch": 2,
+    "problems": 2,
+    "max_tokens": 4,
+    "save_every": 2,
+    "evaluate_every": 3,
+}
 
 
 def sft(out: Path, *more: str, resume: bool = False, **changed: Any) -> Done:
@@ -59,14 +65,25 @@ def test_metrics(whole: Path) -> None:
     """A line per step and evaluation, in order; the result is the last evaluation."""
     lines = RunFolder(whole, open_machine(), "").metrics()
     kinds = [(x["kind"], x["step"]) for x in lines]
-    assert kinds == [("evaluation", 0), ("step", 1), ("step", 2), ("step", 3), ("evaluation", 3),
-                     ("step", 4), ("evaluation", 4)]  # fmt: skip
+    assert kinds == [
+        ("evaluation", 0),
+        ("step", 1),
+        ("step", 2),
+        ("step", 3),
+        ("evaluation", 3),
+        ("step", 4),
+        ("evaluation", 4),
+    ]
     result = json.loads((whole / "result.json").read_text())
     assert result["evaluation"] | {"kind": "evaluation", "step": 4} == lines[-1]
     assert (result["stage"], result["steps"]) == ("sft", 4)
     assert all(x["seconds"] > 0 for x in lines if x["kind"] == "step")
     assert sorted(x.name for x in whole.iterdir()) == [
-        "checkpoint", "metrics.jsonl", "result.json", "settings.toml"]  # fmt: skip
+        "checkpoint",
+        "metrics.jsonl",
+        "result.json",
+        "settings.toml",
+    ]
 
 
 @pytest.mark.parametrize("number", [0, 1, 3, 5, 6])
@@ -112,6 +129,7 @@ def test_ctrl_c(whole: Path, tmp_path: Path, number: int, monkeypatch: pytest.Mo
     line = f"refimpl: stopped after step {step}, which is saved: go on by --resume"
     assert done.stderr.splitlines()[-1] == line
     assert [x.name for x in (tmp_path / "run").glob("state-*")] == [f"state-{step:06d}"]
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == number
     assert sft(tmp_path / "run", resume=True).returncode == 0
     assert content(tmp_path / "run") == content(whole)
 
@@ -157,8 +175,7 @@ def test_process(whole: Path, tmp_path: Path) -> None:
         second = sft(out, resume=True, steps=10**6)
         process.send_signal(signal.SIGINT)
         _, told = process.communicate(timeout=60)
-    assert (second.returncode, second.stderr) == (
-        2, f"refimpl: {out} is in use by another run\n")  # fmt: skip
+    assert (second.returncode, second.stderr) == (2, f"refimpl: {out} is in use by another run\n")
     assert process.returncode == 130
     last = told.splitlines()[-1]
     step = int(
@@ -348,9 +365,12 @@ def test_kills() -> None:
 
 
 @pytest.mark.skipif(not FULL, reason="minutes: 20 kills of every stage; make test-full")
-@pytest.mark.parametrize("stages", ["train,extend", "sft,grpo", "reward-model,distil"])
-def test_all_kills(stages: str) -> None:
-    kill_stages(stages, 20)
+@pytest.mark.parametrize(
+    ("stages", "implementation"),
+    [("train,extend", "reference"), ("sft,grpo", "fastest"), ("reward-model,distil", "reference")],
+)
+def test_all_kills(stages: str, implementation: str) -> None:
+    kill_stages(stages, 20, "--implementation", implementation)
 
 
 def kill_stages(stages: str, kills: int, *options: str) -> None:

@@ -75,6 +75,16 @@ def test_round_trip(tmp_path: Path, dtype: str) -> None:
         x[...] = 0
 
 
+def test_twice(tmp_path: Path) -> None:
+    """A run has one state after a step: it is not written again over itself."""
+    folder = opened(tmp_path)
+    place = folder.save(state_after(1), CONFIG)
+    before = files(tmp_path)
+    folder.write_metrics({"kind": "evaluation", "step": 1})
+    assert folder.save(state_after(1), CONFIG) == place
+    assert files(tmp_path) == before | {"metrics.jsonl": b'{"kind": "evaluation", "step": 1}\n'}
+
+
 def test_order(tmp_path: Path) -> None:
     """The latest is that of the most steps, also where their number has more digits."""
     folder = opened(tmp_path)
@@ -92,8 +102,12 @@ def test_not_as_saved(tmp_path: Path) -> None:
     target = folder.save(state_after(1), CONFIG)
     folder.write_metrics({"step": 2})
     names = [x for x in files(target) if x != "state.json"]
-    assert sorted(names) == ["checkpoint/config.json", "checkpoint/model.safetensors",
-                             "extra.safetensors", "moments.safetensors"]  # fmt: skip
+    assert sorted(names) == [
+        "checkpoint/config.json",
+        "checkpoint/model.safetensors",
+        "extra.safetensors",
+        "moments.safetensors",
+    ]
     line = "is not as it was saved: remove .*state-000001 to go on from the state before it"
     for name in names:
         whole = (target / name).read_bytes()
@@ -118,12 +132,16 @@ def test_not_as_saved(tmp_path: Path) -> None:
         (lambda x: b"[]", "must hold format, step, moments, tokens, position, metrics and files"),
         (lambda x: x.replace(b'"step": 1', b'"step": "1"'), "must hold format, step"),
         (lambda x: x.replace(b'"files"', b'"file"'), "metrics and files$"),
-        (lambda x: x.replace(b'"format": 1', b'"format": 2'),
-         "was saved by another version of refimpl: its format is 2, not 1$"),
-        (lambda x: x.replace(b'"metrics": 12', b'"metrics": 13'),
-         r"metrics\.jsonl must have at least 13 bytes, as the state says$"),
+        (
+            lambda x: x.replace(b'"format": 1', b'"format": 2'),
+            "was saved by another version of refimpl: its format is 2, not 1$",
+        ),
+        (
+            lambda x: x.replace(b'"metrics": 12', b'"metrics": 13'),
+            r"metrics\.jsonl must have at least 13 bytes, as the state says$",
+        ),
     ],
-)  # fmt: skip
+)
 def test_foreign_state(tmp_path: Path, change: Callable[[bytes], bytes], line: str) -> None:
     folder = opened(tmp_path)
     folder.write_metrics({"step": 1})
@@ -361,9 +379,12 @@ def test_finish(tmp_path: Path) -> None:
     result = {"steps": np.int64(2), "loss": float("nan")}
     folder.finish(state, CONFIG, result, lambda place: (place / "x.txt").write_text("x") and None)
     assert sorted(files(folder.path)) == [
-        "checkpoint/config.json", "checkpoint/model.safetensors", "checkpoint/x.txt",
-        "result.json", "settings.toml",
-    ]  # fmt: skip
+        "checkpoint/config.json",
+        "checkpoint/model.safetensors",
+        "checkpoint/x.txt",
+        "result.json",
+        "settings.toml",
+    ]
     assert json.loads((folder.path / "result.json").read_text()) == {"steps": 2, "loss": "nan"}
     found = Checkpoint.open(folder.path / "checkpoint", dtype="float64")
     assert all(found.tensor(name).tobytes() == x.tobytes() for name, x in state.params.items())
@@ -376,9 +397,11 @@ def test_stopped(tmp_path: Path) -> None:
     folder.save(state_after(1), CONFIG)
     for text in ("x", "y"):
         place = folder.save(
-            state_after(2), CONFIG, "stopped-000002",
+            state_after(2),
+            CONFIG,
+            "stopped-000002",
             lambda place, text=text: (place / "x.txt").write_text(text) and None,  # type: ignore[misc]
-        )  # fmt: skip
+        )
         assert (place / "checkpoint" / "x.txt").read_text() == text
     latest = folder.latest(CONFIG)
     assert latest is not None

@@ -43,13 +43,19 @@ SHORT = ("steps=1", "problems=2")
 ANSWERS = (*SHORT, "max_tokens=4")
 GIVEN: dict[str, tuple[str, ...]] = {
     "train": ("text=text.txt", "tokens=32", "batch=2", "length=8", f"model={toml_value(MODEL)}"),
-    "extend": ("text=text.txt", "steps=1", "factors=[2]", "batches=[1]", "measured=2",
-               "checkpoint=base"),
+    "extend": (
+        "text=text.txt",
+        "steps=1",
+        "factors=[2]",
+        "batches=[1]",
+        "measured=2",
+        "checkpoint=base",
+    ),
     "sft": (*ANSWERS, "batch=2", "checkpoint=base"),
     "grpo": (*ANSWERS, "questions=1", "group=2", "checkpoint=base"),
     "reward-model": (*SHORT, "batch=2", "checkpoint=base"),
     "distil": (*ANSWERS, "batch=2", "sampled=2", "teacher=base", f"model={toml_value(MODEL)}"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +119,11 @@ FAULTS = [  # stage, a setting, the line
     ("sft", "checkpoint=foreign", "foreign has no tokenizer.json: give a checkpoint that has one"),
     ("sft", "checkpoint=bytes", "bytes/tokenizer.json has 261 tokens, and the model of "),
     ("sft", "checkpoint=cut", "cut/model.safetensors is cut off or not a safetensors file: "),
-    ("sft", "checkpoint=unfinished",
-     "unfinished holds a run that is not finished: go on with it first"),
+    (
+        "sft",
+        "checkpoint=unfinished",
+        "unfinished holds a run that is not finished: go on with it first",
+    ),
     ("sft", "solutions=nowhere", f"nowhere can't be read: {NO}"),
     ("sft", "solutions=text.txt", "text.txt, line 1: must be a JSON object with prompt and"),
     ("grpo", "checkpoint=", "--checkpoint must name the checkpoint to begin with, got ''"),
@@ -123,7 +132,7 @@ FAULTS = [  # stage, a setting, the line
     ("grpo", "reward_model=base", "reward_model base has no reward_head.safetensors: it is no"),
     ("reward-model", "problems=99999", "problems: count must be at most 1215 for"),
     ("distil", "teacher=", "--teacher must name a checkpoint, got ''"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("stage", "setting", "told"), FAULTS, ids=lambda x: str(x)[:40])
@@ -197,6 +206,23 @@ def test_other_text(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert texts_digest(["a", "b\nc"]) != texts_digest(["a\nb", "c"])
 
 
+INPUTS = {"train": ["text"], "extend": ["checkpoint", "text"], "distil": ["teacher"]}
+
+
+@pytest.mark.parametrize("stage", GIVEN)
+def test_inputs(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    """settings.toml has the digests of all that a stage reads."""
+    told = {"steps": 0, "evaluation": {}}
+    monkeypatch.setattr("refimpl.train.stages.run", lambda stage, folder, live: told)
+    line = line_of(made, stage, out=str(tmp_path / "out"))
+    if stage == "distil":
+        line += ["--set", "verified=false"]
+    assert refimpl_here(*line, cwd=made).returncode == 0
+    lines = (tmp_path / "out" / "settings.toml").read_text().splitlines()
+    found = [x.split()[1].rstrip(":") for x in lines if x.startswith("# ")]
+    assert found == INPUTS.get(stage, ["checkpoint"])
+
+
 @pytest.mark.parametrize("stage", ["extend", "sft", "grpo", "reward-model"])
 def test_unfinished(made: Path, tmp_path: Path, stage: str) -> None:
     """Options are settings, and go before --set; the folder of an unfinished run is no checkpoint
@@ -210,10 +236,19 @@ def test_unfinished(made: Path, tmp_path: Path, stage: str) -> None:
 def test_base_settings() -> None:
     """Bounds of what every stage has."""
     for wrong in (
-        {"save_every": 0}, {"evaluate_every": 0}, {"seed": -1}, {"rows": -1}, {"jump": 0.0},
-        {"learning_rate": -1.0}, {"weight_decay": -0.1}, {"max_norm": 0.0}, {"beta1": 1.0},
-        {"beta2": -0.1}, {"learning_rate": "x"}, {"jump": float("inf")},
-    ):  # fmt: skip
+        {"save_every": 0},
+        {"evaluate_every": 0},
+        {"seed": -1},
+        {"rows": -1},
+        {"jump": 0.0},
+        {"learning_rate": -1.0},
+        {"weight_decay": -0.1},
+        {"max_norm": 0.0},
+        {"beta1": 1.0},
+        {"beta2": -0.1},
+        {"learning_rate": "x"},
+        {"jump": float("inf")},
+    ):
         with pytest.raises(CouldNotRun, match=rf"^{next(iter(wrong))} must be "):
             BaseSettings(**wrong)  # type: ignore[arg-type]
     settings = BaseSettings(beta1=0.5, weight_decay=0.0)
@@ -263,9 +298,14 @@ def test_told() -> None:
     loads = {1: np.array([2, 2]), 2: np.array([3, 1]), 3: np.array([4, 0])}
     told = told_metrics(Told(3.0, 2.0, [0.5], 0.1, loads, 1.5), 1e-3, config)
     expected: dict[str, Any] = {
-        "loss": 3.0, "main": 2.0, "mtp": [0.5], "balance": 0.1, "norm": 1.5,
-        "learning_rate": 1e-3, "violation": 0.5,
+        "loss": 3.0,
+        "main": 2.0,
+        "mtp": [0.5],
+        "balance": 0.1,
+        "norm": 1.5,
+        "learning_rate": 1e-3,
+        "violation": 0.5,
         "loads": {"1": [2, 2], "2": [3, 1], "3": [4, 0]},
-    }  # fmt: skip
+    }
     assert json.loads(json.dumps(told)) == expected
     assert told_metrics(Told(3.0, 2.0, [], 0.0, {}), 1e-3, config)["violation"] == 0

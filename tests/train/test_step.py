@@ -173,8 +173,9 @@ def test_gradient_not_finite() -> None:
         with pytest.raises(NotTaken, match=line):
             apply_gradients(params, grads, Moments(), OPTIMIZER, 1e-2, 1.0, loss=loss)
     with pytest.raises(NotTaken, match=r"^the loss is nan, and the norm of the gradients 1\.414$"):
-        apply_gradients({"a": params["a"]}, {"a": grads["a"]}, Moments(), OPTIMIZER, 1e-2, 1.0,
-                        loss=np.nan)  # fmt: skip
+        apply_gradients(
+            {"a": params["a"]}, {"a": grads["a"]}, Moments(), OPTIMIZER, 1e-2, 1.0, loss=np.nan
+        )
     assert all((x == 1).all() for x in params.values())
 
 
