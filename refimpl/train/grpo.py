@@ -29,6 +29,7 @@ from .reward_model import RewardModel, open_reward_model
 from .rewards import overlong, score
 from .rollout import Samples, sample_groups
 from .run import Guard, Metrics
+from .schedule import decayed
 from .settings import expect_setting
 from .stage import BaseSettings, BaseStage, Begin, expect_kinds
 from .step import State, add_gradients, apply_gradients, copied
@@ -52,6 +53,7 @@ class GRPOSettings(BaseSettings):
     max_tokens: int = MOST
     learning_rate: float = 2e-4
     warmup_steps: int = 10
+    end: float = 0.1  # the last learning rate, as a share of the highest
     weight_decay: float = 0.0
     accuracy: float = 1.0  # the weights of the rewards' parts
     format: float = 0.2
@@ -73,6 +75,7 @@ class GRPOSettings(BaseSettings):
             expect_setting(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
         for name in ("warmup_steps", "reference_every"):
             expect_setting(getattr(self, name) >= 0, name, "be at least 0", getattr(self, name))
+        expect_setting(0 <= self.end <= 1, "end", "lie in 0…1", self.end)
         expect_setting(self.group >= 2, "group", "be at least 2", self.group)
         expect_setting(self.temperature > 0, "temperature", "be positive", self.temperature)
         expect_setting(0 < self.top_p <= 1, "top_p", "lie in (0, 1]", self.top_p)
@@ -166,7 +169,13 @@ class GRPO(BaseStage):
         advantages = self.advantages(parts["reward"], step)
         batch = Batch(samples, advantages, *self.constants(state, samples))
         order = generator(settings.seed, "minibatches", step).permutation(len(advantages))
-        rate = settings.learning_rate * min((step + 1) / max(settings.warmup_steps, 1), 1.0)
+        rate = decayed(
+            step,
+            settings.steps,
+            settings.learning_rate,
+            warmup=settings.warmup_steps,
+            end=settings.end,
+        )
         told: list[Metrics] = []
         if settings.minibatches > 1:  # a later one may not be taken: then all stays as it was
             state = copied(state)
