@@ -18,6 +18,7 @@ import numpy as np
 
 from ..array import Array
 from ..errors import CouldNotRun
+from ..grads.grpo import SETTINGS
 from ..model import Route
 from ..ops import GRPO_PRESETS, group_advantages, grpo_forward
 from ..optimizer import Moments
@@ -73,6 +74,7 @@ class GRPOSettings(BaseSettings):
         super().__post_init__()
         for name in ("steps", "questions", "minibatches", "max_tokens", "problems"):
             expect_setting(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
+        expect_setting(self.problems <= 10**5, "problems", "be at most 100,000", self.problems)
         for name in ("warmup_steps", "reference_every"):
             expect_setting(getattr(self, name) >= 0, name, "be at least 0", getattr(self, name))
         expect_setting(0 <= self.end <= 1, "end", "lie in 0…1", self.end)
@@ -104,6 +106,9 @@ class GRPOSettings(BaseSettings):
 
     def try_loss(self) -> None:
         """CouldNotRun if `grpo_forward` does not take these settings, or they are not settings."""
+        for name in self.loss:
+            if name not in SETTINGS:
+                raise CouldNotRun(f"loss has no setting {name}; there are {', '.join(SETTINGS)}")
         one = np.zeros((1, 1))
         arrays: dict[str, Any] = {"old_log_prob": one, "reference_log_prob": one}
         arrays |= {"unclipped": None, "kept": None}

@@ -143,6 +143,9 @@ class Pretrain(BaseStage):
         return state.tokens / self.settings.tokens
 
 
+TYPES = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
+
+
 def new_config(name: str, model: Mapping[str, Any], **given: Any) -> ModelConfig:
     """The preset ``name`` without YaRN, with ``given``, and then the fields that ``model`` has;
     CouldNotRun if there is no such model."""
@@ -154,7 +157,7 @@ def new_config(name: str, model: Mapping[str, Any], **given: Any) -> ModelConfig
                 raise CouldNotRun(f"model has no setting {key}; there are {', '.join(names)}")
             old = getattr(base, key)
             kinds = (int, float) if type(old) is float else (int if old is None else type(old),)
-            expect_setting(type(value) in kinds, f"model.{key}", f"be as {old!r} is", value)
+            expect_setting(type(value) in kinds, f"model.{key}", f"be {TYPES[kinds[-1]]}", value)
         made = replace(base, **model)
     except ValueError as error:
         raise CouldNotRun(f"impossible model: {error}") from error

@@ -52,6 +52,7 @@ class RewardModelSettings(BaseSettings):
         super().__post_init__()
         for name in ("steps", "batch", "warmup_steps", "problems"):
             expect_setting(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
+        expect_setting(self.problems <= 10**5, "problems", "be at most 100,000", self.problems)
         expect_kinds(self.kinds)
 
 

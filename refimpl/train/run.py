@@ -126,7 +126,9 @@ def run(stage: Stage, folder: RunFolder, *, live: Live | None = None) -> Metrics
 
 def _stop(stage: Stage, state: State, folder: RunFolder) -> NoReturn:
     folder.save(state, stage.config)
-    raise Interrupted(f"stopped after step {state.step}, which is saved: go on by")
+    raise Interrupted(
+        f"stopped after step {state.step}, which is saved: the same command goes on with"
+    )
 
 
 def _step(stage: Stage, state: State, guard: Guard, folder: RunFolder) -> tuple[State, Metrics]:

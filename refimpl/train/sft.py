@@ -71,6 +71,7 @@ class SFTSettings(BaseSettings):
         super().__post_init__()
         for name in ("steps", "batch", "length", "warmup_steps", "problems", "max_tokens"):
             expect_setting(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
+        expect_setting(self.problems <= 10**5, "problems", "be at most 100,000", self.problems)
         for name in ("untidy", "sloppy", "end"):
             expect_setting(0 <= getattr(self, name) <= 1, name, "lie in 0…1", getattr(self, name))
         expect_setting(self.std > 0, "std", "be positive", self.std)
@@ -114,7 +115,7 @@ class SFT(BaseStage):
         expect_setting(
             settings.length <= context,
             "length",
-            f"be at most {context}, the context of the model",
+            f"be at most {context}, the context of the model (refimpl extend makes it longer)",
             settings.length,
         )
         expect_answers(

@@ -349,10 +349,10 @@ def test_permuted_rewards_teach_nothing(monkeypatch: pytest.MonkeyPatch) -> None
         ({"model": 0.5}, "model must be 0 without a reward_model, got 0.5"),
         ({"variant": "ppo"}, "variant must be of deepseekmath"),
         ({"overlong": "cut"}, "overlong must be of kept, penalty, filter, got 'cut'"),
-        ({"loss": {"clop": 1}}, "impossible loss: .* unexpected keyword argument 'clop'"),
+        ({"loss": {"clop": 1}}, "loss has no setting clop; there are clip, "),
         ({"loss": {"clip": [-1, 0]}}, "impossible loss: clip must be two numbers"),
-        ({"loss": {"normaliser": 1.0}}, "impossible loss: .*multiple values for .*normaliser"),
-        ({"loss": {"kept": [True]}}, "impossible loss: .*multiple values for .*kept"),
+        ({"loss": {"normaliser": 1.0}}, "loss has no setting normaliser; there are "),
+        ({"loss": {"kept": [True]}}, "loss has no setting kept; there are "),
     ],
 )
 def test_settings_that_cannot_be(changed: dict[str, Any], said: str) -> None:

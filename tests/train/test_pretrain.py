@@ -112,7 +112,7 @@ def test_new_config() -> None:
     for model, said in (
         ({"foo": 1}, "model has no setting foo; there are width, layers, "),
         ({"vocabulary": 300}, "model has no setting vocabulary"),
-        ({"width": "x"}, "model.width must be as 20 is, got 'x'"),
+        ({"width": "x"}, "model.width must be an integer, got 'x'"),
         ({"top_k": 100}, "impossible model: "),
     ):
         with pytest.raises(CouldNotRun, match=said):

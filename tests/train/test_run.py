@@ -126,7 +126,8 @@ def test_ctrl_c(whole: Path, tmp_path: Path, number: int, monkeypatch: pytest.Mo
     monkeypatch.undo()
     step = {1: 0, 4: 3, 5: 3}[number]
     assert done.returncode == 130
-    line = f"refimpl: stopped after step {step}, which is saved: go on by --resume"
+    line = f"refimpl: stopped after step {step}, which is saved: "
+    line += "the same command goes on with --resume"
     assert done.stderr.splitlines()[-1] == line
     assert [x.name for x in (tmp_path / "run").glob("state-*")] == [f"state-{step:06d}"]
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == number
@@ -179,7 +180,10 @@ def test_process(whole: Path, tmp_path: Path) -> None:
     assert process.returncode == 130
     last = told.splitlines()[-1]
     step = int(
-        re.findall("stopped after step ([0-9]+), which is saved: go on by --resume", last)[0]
+        re.findall(
+            "stopped after step ([0-9]+), which is saved: the same command goes on with --resume",
+            last,
+        )[0]
     )
     assert (out / f"state-{step:06d}" / "state.json").exists()
     lines = [json.loads(x) for x in metrics.read_text().splitlines()]

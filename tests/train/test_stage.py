@@ -90,9 +90,9 @@ def line_of(made: Path, stage: str, *more: str, out: str = "out") -> list[str]:
 NO = "No such file or directory"
 FAULTS = [  # stage, a setting, the line
     ("train", "model.top_k=99", "impossible model: top_k must be at most 8, experts / groups ×"),
-    ("train", "model.width=1.5", "model.width must be as 64 is, got 1.5"),
+    ("train", "model.width=1.5", "model.width must be an integer, got 1.5"),
     ("train", "model.vocabulary=5", "model has no setting vocabulary; there are width, layers, "),
-    ("train", "model.q_latent=a", "model.q_latent must be as 32 is, got 'a'"),
+    ("train", "model.q_latent=a", "model.q_latent must be an integer, got 'a'"),
     ("train", "model.max_positions=4", "model must have a context of at least 8, got 4"),
     ("train", "model.mtp_depth=8", "model.mtp_depth must be below 8, the length, got 8"),
     ("train", "model.gate=softmax", "no config.json stands for gate='softmax'"),
@@ -128,7 +128,7 @@ FAULTS = [  # stage, a setting, the line
     ("sft", "solutions=text.txt", "text.txt, line 1: must be a JSON object with prompt and"),
     ("grpo", "checkpoint=", "--checkpoint must name the checkpoint to begin with, got ''"),
     ("grpo", "minibatches=3", "minibatches must divide questions × group = 2, got 3"),
-    ("grpo", "loss.x=1", "impossible loss: "),
+    ("grpo", "loss.x=1", "loss has no setting x; "),
     ("grpo", "reward_model=base", "reward_model base has no reward_head.safetensors: it is no"),
     ("reward-model", "problems=99999", "problems: count must be at most 1215 for"),
     ("distil", "teacher=", "--teacher must name a checkpoint, got ''"),
