@@ -123,7 +123,8 @@ def test_records_are_frozen() -> None:
 
 def test_unknown_preset() -> None:
     with pytest.raises(
-        ValueError, match=r"preset must be one of tiny, v3, .*, kimi-k2, glm-4.7-flash, got 'v4'"
+        ValueError,
+        match=r"preset must be one of tiny, mini, v3, .*, kimi-k2, glm-4.7-flash, got 'v4'",
     ):
         preset("v4")
 

@@ -20,7 +20,7 @@ from support import refimpl_here
     [
         (
             ["v4"],
-            "v4 is neither a preset (tiny, v3, v2, v2-lite, moonlight-16b, kimi-k2, "
+            "v4 is neither a preset (tiny, mini, v3, v2, v2-lite, moonlight-16b, kimi-k2, "
             "glm-4.7-flash) nor a file",
         ),
         (["missing.json"], "missing.json is neither a preset"),

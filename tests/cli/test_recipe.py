@@ -138,7 +138,7 @@ def test_results(whole: Whole) -> None:
     assert results["machine"]["implementation"] == "reference"
     assert results["seconds"] > 0
     assert 2 < results["bigram"] < 4
-    assert len(results["claims"]) == 21
+    assert len(results["claims"]) == 23
     jobs = results["jobs"]
     assert jobs["sft"]["held_out"]["add2"]["greedy"]["problems"] == 8
     assert [jobs["long"]["phases"][0]["lengths"], jobs["long"]["lengths"]] == [

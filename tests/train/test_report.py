@@ -73,3 +73,16 @@ def test_what_is_committed_is_one() -> None:
     for claim in claims:
         row = f"| {claim.name} | {claim.numbers} | {claim.bound} | {claim.verdict} |"
         assert row in page, row
+    values = {claim.name: claim.values for claim in claims}
+    found, student = (
+        values[f"greedy accuracy {x}"] for x in ("from SFT to GRPO", "of the student")
+    )
+    ends = [x for name, x in found.items() if name != "sft"]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for said in (
+        f"{found['sft']:.2f} after fine-tuning, {min(ends):.2f} to {max(ends):.2f} after GRPO",
+        f"{student['distilled']:.2f} from its teacher's solutions",
+        f"{student['its own GRPO']:.2f} by its own GRPO",
+        f"{round(results['seconds'] / 60)} minutes on two cores",
+    ):
+        assert said in readme, said

@@ -325,6 +325,7 @@ def die_at(number: int, work: Callable[[], Any]) -> NoReturn:
 
 
 @pytest.mark.filterwarnings("ignore:This process")  # of Python 3.12: has threads, and forks
+@pytest.mark.filterwarnings("ignore:os.fork")  # of JAX, where another test has imported it
 @pytest.mark.parametrize("what", ["state", "result"])
 def test_power_cut(tmp_path: Path, what: str) -> None:
     """A process that ends at any point of a save or of the end leaves a folder that opens: with

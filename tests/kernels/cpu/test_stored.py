@@ -136,11 +136,13 @@ def test_errors(x: np.ndarray, shape: tuple[int, int], message: str) -> None:
 @pytest.mark.parametrize("implementation", ON_CPU)
 def test_tables_for_generation(implementation: str) -> None:
     """The prompt by the implementation's ops, the rest with MLA absorbed; numba_cpu's linear map
-    takes stored weights, and nothing in the table would refuse them."""
+    takes stored weights, and nothing in the table would refuse them. Its attention is the
+    reference's where a token is read: a task per row is more than there is to do."""
     prefill, decode = for_generation(implementation)
     plain, absorbed = on_cpu(implementation), IMPLEMENTATIONS["absorbed"].mla
     assert decode.mla == absorbed
-    assert {name for name in decode if decode[name] != prefill[name]} <= {"mla"}
+    others = {"mla", "attention"} if implementation == "numba_cpu" else {"mla"}
+    assert {name for name in decode if decode[name] != prefill[name]} <= others
     for name in prefill:
         if implementation != "numba_cpu" or name in LEAVES.keys() - {"linear", "embedding"}:
             assert prefill[name] == plain[name], name
