@@ -1,7 +1,7 @@
 """`refimpl generate` beside transformers' `generate`, on a random bfloat16 checkpoint: time to the
 first token, tokens per second behind it, and memory. Not part of the package.
 
-    python benchmarks/generation.py                      # V2-Lite's shape, 4 of its layers: 4.3 GB
+    python benchmarks/generation.py                      # V2-Lite's shape, 4 of its layers: 4.5 GB
     python benchmarks/generation.py --column ours --layers 2
 
 Each column is a process of its own, one after another, and does what `refimpl generate` or

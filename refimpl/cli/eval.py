@@ -21,21 +21,22 @@ def eval_command(
         list[str] | None, typer.Option(help="Kind of problems; may be given several times.")
     ] = None,
     problems: Annotated[
-        int, typer.Option(min=0, help="How many held-out problems of each kind; 0: all.")
+        int, typer.Option(min=0, help="Number of held-out problems of each kind; 0: all.")
     ] = 0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = MOST,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampled answers.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampled answers.")] = 0,
     backend: Annotated[str, typer.Option(help="numpy, or cupy for a GPU.")] = "numpy",
     implementation: Annotated[
-        str, typer.Option(help="Of the ops; by default the fastest that is there.")
+        str, typer.Option(help="Of the ops; fastest: of those installed.")
     ] = "fastest",
     dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
     json_file: Json = None,
 ) -> None:
     """Count right answers to held-out problems.
 
-    Their share stands with its 95 % interval. Greedy: always the most probable token.
-    Sampled: one answer per problem at temperature 1.
+    Shows the share of right answers with its 95 % interval, the share in the right format, and the
+    mean number of tokens. Greedy: always the most probable token. Sampled: one answer per problem
+    at temperature 1.
     """
     if json_file is not None:
         check_writable(json_file)

@@ -32,30 +32,30 @@ Option = typer.Option
 @app.command("recipe")
 def recipe_command(
     out: Annotated[
-        Path | None, Option(help="Folder of the jobs and the results; the same command goes on.")
+        Path | None, Option(help="Folder of jobs and results. If interrupted, run it again.")
     ] = None,
     small: Annotated[
-        bool, Option("--toy", help="At a size of seconds, which shows that everything runs.")
+        bool, Option("--toy", help="Tiny jobs of seconds, to see that everything runs.")
     ] = False,
-    workers: Annotated[int, Option(help="Jobs at a time, each with one thread.")] = 2,
+    workers: Annotated[int, Option(help="Number of jobs at a time, each with one thread.")] = 2,
     problems: Annotated[
-        int, Option(help="How many held-out problems of a kind are asked at most.")
+        int, Option(help="Most held-out problems of a kind in an evaluation.")
     ] = PROBLEMS,
     backend: Annotated[str | None, Option(help="numpy, or cupy for a GPU.")] = None,
     implementation: Annotated[
-        str | None, Option(help="Of the ops; by default the fastest that is there.")
+        str | None, Option(help="Of the ops; default: the fastest installed.")
     ] = None,
     dtype: Annotated[str | None, Option(help="float32 or float64.")] = None,
     only: Annotated[
         list[str] | None,
-        Option(help="A job, with those that it needs; may be given several times."),
+        Option(help="Run this job and those it needs; may be given several times."),
     ] = None,
     list_: Annotated[bool, Option("--list", help="Show the jobs and exit.")] = False,
 ) -> None:
     """Run the whole recipe, from text to a student.
 
-    Every stage, and the controls beside. Writes results.json, report.md and pictures, and shows
-    whether what the recipe must show holds.
+    Every stage and its controls. Writes results.json, report.md and pictures, and shows which
+    claims hold.
     """
     jobs = chosen(toy(JOBS) if small else JOBS, only or [])
     if list_:

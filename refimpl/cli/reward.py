@@ -16,8 +16,8 @@ from .app import Json, app, check_writable, console, counted, replace_json
 
 MOST = 2**30  # bytes
 PARTS = {
-    "accuracy": "one <answer>…</answer>, and in it exactly the answer",
-    "format": "the whole is <think>…</think><answer>…</answer>",
+    "accuracy": "one <answer>…</answer>, which holds exactly the answer",
+    "format": "the completion is <think>…</think><answer>…</answer>",
     "both": "accuracy and format",
 }
 
@@ -38,10 +38,10 @@ def reward(
 ) -> None:
     """Score completions by the rules of training.
 
-    accuracy: the completion has one <answer>…</answer>, which holds exactly the answer, but for
-    spaces around it. format: the completion is <think>…</think><answer>…</answer>, each tag once
-    and nothing around, and it was not cut off. Give completions without the prompt and without the
-    token that ends them.
+    accuracy: the completion has one <answer>…</answer>, which holds exactly the answer; spaces
+    around it are ignored. format: the completion is <think>…</think><answer>…</answer>, each tag
+    once and nothing around the blocks, and it was not cut off. Give completions without the prompt
+    and without the token that ends them.
     """
     for path, option in ((out, "--out"), (json_file, "--json")):
         if path is not None:

@@ -18,35 +18,35 @@ from .app import app, console
 HELP = {
     "train": "Pre-train a model on text.\n\nMTP, bias balancing, V3's schedules scaled down.",
     "extend": "Extend a model's context by YaRN, in phases.",
-    "sft": "Fine-tune on solved problems.\n\nThe loss counts the completions alone.",
+    "sft": "Fine-tune on solved problems.\n\nOnly the tokens of completions count in the loss.",
     "grpo": "Reinforce by GRPO with rule-based rewards.",
     "reward-model": "Train a reward model on pairs that a rule orders.",
-    "distil": "Fine-tune a student on a teacher's solutions.\n\nThose that are right are kept.",
+    "distil": "Fine-tune a student on a teacher's solutions.\n\nThose that the rules accept are kept.",
 }
 Option = typer.Option
 
 
 def command(
-    out: Annotated[Path, Option(help="Folder of the run; it must be new, or resumed.")],
+    out: Annotated[Path, Option(help="Folder of the run; new or empty, unless with --resume.")],
     settings: Annotated[Path | None, Option(help="TOML file with a table per stage.")] = None,
     set_: Annotated[
         list[str] | None,
-        Option("--set", help="A setting, as in steps=200; may be given several times."),
+        Option("--set", help="A setting, such as steps=200; may be given several times."),
     ] = None,
-    resume: Annotated[bool, Option(help="Go on where the run in --out stopped.")] = False,
+    resume: Annotated[bool, Option(help="Continue the run in --out where it stopped.")] = False,
     checkpoint: Annotated[
-        str | None, Option(help="Where to begin: a checkpoint, or the folder of a finished run.")
+        str | None, Option(help="Model to begin with: a checkpoint, or a finished run.")
     ] = None,
     teacher: Annotated[
-        str | None, Option(help="Whose solutions are learnt: a checkpoint, or a finished run.")
+        str | None, Option(help="Model that solves the problems: a checkpoint, or a finished run.")
     ] = None,
     text: Annotated[
-        str | None, Option(help="A text, or a folder of texts; by default what CPython ships.")
+        str | None, Option(help="Text file, or folder of them; default: English text of CPython.")
     ] = None,
-    seed: Annotated[int | None, Option(help="Seed of all draws.")] = None,
+    seed: Annotated[int | None, Option(help="Seed of all random numbers.")] = None,
     backend: Annotated[str | None, Option(help="numpy, or cupy for a GPU.")] = None,
     implementation: Annotated[
-        str | None, Option(help="Of the ops; by default the fastest that is there.")
+        str | None, Option(help="Of the ops; default: the fastest installed.")
     ] = None,
     dtype: Annotated[str | None, Option(help="float32 or float64.")] = None,
     *,

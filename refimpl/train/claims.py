@@ -1,6 +1,6 @@
 """What the recipe must show, judged from its results: each claim with its numbers and its bound.
 
-A claim whose jobs have not all run is left out. One without a bound is only shown beside others.
+A claim whose jobs have not all run is left out. A claim without a bound is shown, not judged.
 """
 
 from __future__ import annotations

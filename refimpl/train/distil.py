@@ -1,5 +1,5 @@
-"""Distillation: solutions that a teacher samples and the rules accept, for a smaller student to
-learn (DeepSeek-R1, 2501.12948, section 2.4: no reinforcement of the student)."""
+"""Distillation: a student is fine-tuned on solutions that a teacher samples and the rules accept
+(DeepSeek-R1, 2501.12948, section 2.4)."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ TEACHING = 10**6 + 1  # the number of the draw that the teacher is given
 @dataclass(frozen=True)
 class DistilSettings(SFTSettings):
     teacher: str = ""  # a checkpoint
-    sampled: int = 8192  # problems that the teacher is given; one may come twice
-    temperature: float = 1.0
-    verified: bool = True  # only solutions that the rules accept; False: all
+    sampled: int = 8192  # problems given to the teacher; the same one may occur twice
+    temperature: float = 1.0  # of the teacher
+    verified: bool = True  # keep only solutions that the rules accept; False: keep all
 
     def __post_init__(self) -> None:
         super().__post_init__()

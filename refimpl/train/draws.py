@@ -1,5 +1,5 @@
-"""Random numbers that depend on nothing but their names: a resumed run draws what it would have
-drawn."""
+"""Random numbers that depend only on a seed, a name and counters: a resumed run draws the same
+numbers as one that was not stopped."""
 
 from __future__ import annotations
 

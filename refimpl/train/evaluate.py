@@ -1,5 +1,5 @@
-"""How well a model answers verifiable problems: exact match by the rules of `rewards`, with its
-95 % interval (Wilson's)."""
+"""The share of verifiable problems that a model answers exactly, by the rules of `rewards`, with
+its 95 % interval (Wilson's)."""
 
 from __future__ import annotations
 

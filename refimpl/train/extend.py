@@ -27,15 +27,15 @@ __all__ = ["Extend", "ExtendSettings"]
 class ExtendSettings(BaseSettings):
     checkpoint: str = ""
     text: str = ""  # as in pre-training
-    factors: tuple[int, ...] = (4, 16)  # of the original length, a phase each
-    batches: tuple[int, ...] = (16, 4)  # sequences of a step in each phase
-    steps: int = 60  # of a phase
+    factors: tuple[int, ...] = (4, 16)  # new length over the original one, of each phase
+    batches: tuple[int, ...] = (16, 4)  # sequences per step, of each phase
+    steps: int = 60  # per phase
     learning_rate: float = 1e-3
-    bias_speed: float = 1e-3
-    mtp_weight: float = 0.1
+    bias_speed: float = 1e-3  # γ of the gates' biases
+    mtp_weight: float = 0.1  # λ
     beta_fast: float = 4.0  # YaRN's: at lengths below 100, 32 turns would keep no pair
     beta_slow: float = 1.0
-    measured: int = 256  # held-out rows, of the last phase's length
+    measured: int = 256  # held-out rows in an evaluation, of the last phase's length
     evaluate_every: int = 1000
 
     def __post_init__(self) -> None:

@@ -1,8 +1,8 @@
 """Jobs that need one another's results, each a chain of commands in processes of their own.
 
-What is done is seen from the files that the commands write, so a graph that was interrupted, even
-killed, goes on: a job's next command is asked for when the one before has ended. A job's log is
-locked by the process that writes it; a process that outlives its graph is waited for.
+The files that the commands write say what is done, so a graph that was interrupted, or killed,
+resumes. A job's next command is asked for when the one before has ended. A job's log is locked by
+the process that writes it; if a process outlives its graph, the next graph waits for it.
 """
 
 from __future__ import annotations

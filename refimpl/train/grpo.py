@@ -1,10 +1,9 @@
 """Reinforcement with rule-based rewards: GRPO on verifiable problems (DeepSeekMath, 2402.03300;
-DeepSeek-R1, 2501.12948, sections 2.2 and 2.3), and R1's last stage, where a reward model speaks
-beside the rules.
+DeepSeek-R1, 2501.12948, sections 2.2 and 2.3), and R1's last stage, which adds a reward model.
 
-A step draws problems, samples a group of answers to each, rewards them by rule, and follows the
-gradient of the GRPO loss in one or several minibatches, whose ratios are to the policy that
-sampled. MTP modules take no part, and the gates' biases stay: they would change routes between
+A step draws problems, samples a group of answers to each, and rewards them by rule. It then follows
+the gradient of the GRPO loss, in one or several minibatches; ratios are to the policy that sampled.
+MTP modules take no part. The gates' biases stay, since moving them would change routes between
 sampling and learning.
 """
 
@@ -44,31 +43,31 @@ REFERENCE = "reference/"  # before the names of the reference model's tensors
 @dataclass(frozen=True)
 class GRPOSettings(BaseSettings):
     checkpoint: str = ""
-    kinds: tuple[str, ...] = ("add2",)  # of problems, in turn
+    kinds: tuple[str, ...] = ("add2",)  # of problems, in turn, one per step
     steps: int = 150
-    questions: int = 16  # of a step
-    group: int = 16  # answers to a question
-    minibatches: int = 1  # updates of a step
+    questions: int = 16  # per step
+    group: int = 16  # answers per question
+    minibatches: int = 1  # updates per step
     temperature: float = 1.0
     top_p: float = 1.0
-    max_tokens: int = MOST
+    max_tokens: int = MOST  # of an answer
     learning_rate: float = 2e-4
     warmup_steps: int = 10
     end: float = 0.1  # the last learning rate, as a share of the highest
     weight_decay: float = 0.0
-    accuracy: float = 1.0  # the weights of the rewards' parts
-    format: float = 0.2
-    model: float = 0.0  # of the reward model; at 0 it is only watched
-    reward_model: str = ""  # a checkpoint of that stage
-    overlong: str = "kept"  # or penalty (DAPO's), or filter: outputs without an end teach nothing
-    permuted: bool = False  # a control: rewards change places within each group
-    variant: str = "deepseekmath"  # the preset of `grpo_forward`
+    accuracy: float = 1.0  # weight of this part of the reward
+    format: float = 0.2  # the same
+    model: float = 0.0  # weight of the reward model; 0: its reward is only recorded
+    reward_model: str = ""  # checkpoint of a reward model
+    overlong: str = "kept"  # or penalty (DAPO's), or filter (leave out outputs that were cut off)
+    permuted: bool = False  # a control: permute rewards within each group
+    variant: str = "deepseekmath"  # a name in `GRPO_PRESETS`
     kl_weight: float = 0.0  # β
     loss: Mapping[str, Any] = field(default_factory=dict)  # more settings of `grpo_forward`
-    scale: bool = True  # advantages are divided by the group's standard deviation, but for dr_grpo
-    replay_routes: bool = False  # the experts chosen while sampling
-    reference_every: int = 0  # steps after which the reference becomes the policy; 0: never
-    problems: int = 512  # of an evaluation: of the training split
+    scale: bool = True  # divide advantages by the group's standard deviation; not in dr_grpo
+    replay_routes: bool = False  # learn with the experts chosen while sampling
+    reference_every: int = 0  # steps after which the policy replaces the reference; 0: never
+    problems: int = 512  # in an evaluation, from the training split
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""Losses of text that a model was not trained on: in all, by position, and a bigram's to beat."""
+"""Losses of held-out text: of a model, in all and by position, and of a bigram model."""
 
 from __future__ import annotations
 

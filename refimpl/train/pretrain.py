@@ -37,13 +37,13 @@ class PretrainSettings(BaseSettings):
     learning_rate: float = 4e-3
     preset: str = "mini"
     model: Mapping[str, Any] = field(default_factory=dict)  # fields that differ from the preset's
-    std: float = 0.06  # of the initial weights
+    std: float = 0.06  # standard deviation of the initial weights
     text: str = ""  # a file or a folder; empty: the English text that CPython ships
-    vocabulary: int = 0  # tokens of a BPE trained on the text; 0: bytes
-    masked: bool = False  # attention stays within a document
+    vocabulary: int = 0  # size of a BPE vocabulary trained on the text; 0: bytes
+    masked: bool = False  # keep attention within a document
     tokens: int = 1_024_000  # in all
-    length: int = 32
-    batch: int = 64  # sequences, after the ramp
+    length: int = 32  # tokens of a sequence
+    batch: int = 64  # sequences per step, once it has grown to its full size
     warmup_steps: int = 20
     bias_speed: float = 1e-3  # γ of the gates' biases
     save_every: int = 200

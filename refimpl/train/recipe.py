@@ -1,7 +1,7 @@
-"""The recipe: every stage, its controls, and the jobs that show what each is worth, as a graph.
+"""The recipe as a graph of jobs: every stage, its controls, and what they are compared with.
 
-A job is a stage in a process of its own, and then its evaluation on held-out problems. It stands in
-OUT/<job>, the stage's folder, with held_out-<kind>.json in it; `graph` runs the jobs.
+A job runs a stage in its own process, then evaluates it on held-out problems. Its folder OUT/<job>
+is the stage's, with held_out-<kind>.json in it. `graph` runs the jobs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
-"""A reward model: a head of one number on a fine-tuned model's last hidden state, trained on pairs
-that a rule orders (DeepSeek-R1, 2501.12948, section 3.1: helpfulness by pairs; the loss is
-`preference_loss`)."""
+"""A reward model: a head of one number on a fine-tuned model's last hidden state, trained by
+`preference_loss` on pairs that a rule orders (pairs: DeepSeek-R1, 2501.12948, section 3.1)."""
 
 from __future__ import annotations
 
@@ -41,11 +40,11 @@ class RewardModelSettings(BaseSettings):
     checkpoint: str = ""  # of the fine-tuned model
     kinds: tuple[str, ...] = ("add2",)
     steps: int = 60
-    batch: int = 32  # pairs of a step
+    batch: int = 32  # pairs per step
     learning_rate: float = 1e-3
     warmup_steps: int = 5
     weight_decay: float = 0.0
-    problems: int = 512  # held-out pairs of an evaluation
+    problems: int = 512  # held-out pairs of each kind in an evaluation
     evaluate_every: int = 20
 
     def __post_init__(self) -> None:

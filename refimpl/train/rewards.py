@@ -1,11 +1,11 @@
-"""Rewards by rule, from a completion's text: DeepSeek-R1's (2501.12948, section 2.2.2), what is too
-long, and which of two right answers is the tidier.
+"""Rewards by rule, from a completion's text: DeepSeek-R1's (2501.12948, section 2.2.2), a penalty
+of long outputs, and which of two right answers is the tidier.
 
 R1-Zero is trained with two rules and no learned reward. Its accuracy reward asks for the final
 answer in a given form, so that a rule can compare it; its format reward asks for the thinking
 between <think> and </think>, as its template (table 1) does, which also has the answer between
-<answer> and </answer>. `accuracy` and `formatted` are these two, made exact. The time of every rule
-is linear in the text.
+<answer> and </answer>. `accuracy` and `formatted` define the two exactly. The time of every rule is
+linear in the text.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""The loop that all stages share: evaluate, step, tell, save; stop cleanly, and go on where it
-stopped.
+"""The loop that all stages share: evaluate, step, record, save; stop cleanly, and resume.
 
 What a step does is a function of settings and state alone, so a run that was killed and resumed has
 the same bits as one that was not.

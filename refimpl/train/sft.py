@@ -1,8 +1,8 @@
-"""Supervised fine-tuning: solutions of verifiable problems, packed with the document mask, whose
-loss counts the completions alone.
+"""Supervised fine-tuning on solutions of verifiable problems.
 
-On the outputs of another model this is R1's distillation (DeepSeek-R1, 2501.12948, section 2.4):
-no reinforcement, the solutions come from a file.
+Problems are packed into rows with the document mask; only the tokens of completions are targets.
+If the solutions are another model's outputs, read from a file, this is the distillation of R1
+(DeepSeek-R1, 2501.12948, section 2.4).
 """
 
 from __future__ import annotations
@@ -46,25 +46,25 @@ OWN = ("worked", "answers")  # solutions that come from no file
 @dataclass(frozen=True)
 class SFTSettings(BaseSettings):
     checkpoint: str = ""  # empty: a new model
-    preset: str = "mini"  # of a new model, as in pre-training
+    preset: str = "mini"  # preset, model and std: of a new model, as in pre-training
     model: Mapping[str, Any] = field(default_factory=dict)
     std: float = 0.06
-    kinds: tuple[str, ...] = ("add2",)  # of problems, in turn
-    solutions: str = "worked"  # or answers (without a thought), or a file that distil writes
-    distinct: int = 0  # problems that there are solutions to; 0: new ones at each step
-    untidy: float = 0.0  # share of solutions that say more than they need
+    kinds: tuple[str, ...] = ("add2",)  # of problems, in turn within a batch
+    solutions: str = "worked"  # or answers (the thought is empty), or a JSONL file
+    distinct: int = 0  # number of problems; 0: new ones at each step
+    untidy: float = 0.0  # share of solutions with a needless step or word
     sloppy: float = 0.0  # share of solutions without the tags of the thought
     steps: int = 600
-    batch: int = 64  # problems of a step
+    batch: int = 64  # problems per step
     length: int = 64  # tokens of a packed row
     learning_rate: float = 6e-3
     warmup_steps: int = 10
     end: float = 0.1  # the last learning rate, as a share of the highest
-    bias_speed: float = 1e-3
-    mtp_weight: float = 0.1
-    stop: tuple[float, ...] = ()  # end at the first evaluation with sampled accuracy between these
-    problems: int = 512  # of an evaluation: of the training split
-    max_tokens: int = MOST
+    bias_speed: float = 1e-3  # γ of the gates' biases
+    mtp_weight: float = 0.1  # λ
+    stop: tuple[float, ...] = ()  # end once an evaluation's sampled accuracy is between these
+    problems: int = 512  # in an evaluation, from the training split
+    max_tokens: int = MOST  # of an answer in an evaluation
     evaluate_every: int = 25
 
     def __post_init__(self) -> None:

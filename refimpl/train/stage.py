@@ -41,17 +41,17 @@ class BaseSettings:
 
     seed: int = 0
     backend: str = "numpy"  # or cupy
-    implementation: str = "fastest"  # of the ops: numba_cpu where it is installed, on a GPU cuda
+    implementation: str = "fastest"  # of the ops; fastest: numba_cpu if installed, on a GPU cuda
     dtype: str = "float32"
     learning_rate: float = 1e-3  # the highest
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
-    max_norm: float = 1.0  # of the gradients
-    rows: int = 0  # that a forward reads at a time; 0: the whole batch
+    max_norm: float = 1.0  # of the gradients; a larger one is scaled down
+    rows: int = 0  # rows per forward; 0: the whole batch
     save_every: int = 100  # steps
     evaluate_every: int = 50  # steps
-    jump: float = 3.0  # of the loss above its last median, that stops the run
+    jump: float = 3.0  # a loss this far above the median of the last ones stops the run
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -1,5 +1,5 @@
-"""The stages by name, and how each is run from its settings. A stage is made before its folder, so
-that settings it can't have leave nothing behind."""
+"""The stages by name, and how each is run from its settings. A stage is made before its folder:
+impossible settings leave no folder behind."""
 
 from __future__ import annotations
 
