@@ -21,7 +21,7 @@ HELP = {
     "sft": "Fine-tune on solved problems.\n\nOnly the tokens of completions count in the loss.",
     "grpo": "Reinforce by GRPO with rule-based rewards.",
     "reward-model": "Train a reward model on pairs that a rule orders.",
-    "distil": "Fine-tune a student on a teacher's solutions.\n\nThose that the rules accept are kept.",
+    "distil": "Fine-tune a student on a teacher's solutions.\n\nThe rules choose which are kept.",
 }
 Option = typer.Option
 
