@@ -170,6 +170,5 @@ def test_what_has_not_run_is_left_out(gone: str) -> None:
     del results["jobs"][gone]
     found = {x.name for x in judge(results)}
     assert found < {x.name for x in judge(example())}
-    needed = ("sft", "permuted", "continued", "grpo-hard", "last", "distilled", "student-grpo")
-    assert ("seconds in all" in found) == (gone not in needed)
+    assert "seconds in all" not in found  # a part of the jobs takes less
     assert judge({**results, "jobs": {}}) == []
