@@ -180,7 +180,7 @@ def minibatches(results: Mapping[str, Any]) -> Iterator[Claim]:
         values = {"four": accuracy(results, "minibatches", how).right}
         yield Claim(
             f"{how} accuracy by GRPO with four updates a step, beside one",
-            values | {"one, mean": sum(ends) / len(ends), "most clipped": clipped},
+            values | {"one, mean": sum(ends) / len(ends), "top of the clip curve": clipped},
             "",
             None,
         )

@@ -51,7 +51,7 @@ class SFTSettings(BaseSettings):
     std: float = 0.06
     kinds: tuple[str, ...] = ("add2",)  # of problems, in turn
     solutions: str = "worked"  # or answers (without a thought), or a file that distil writes
-    distinct: int = 0  # problems that there are solutions to; 0: new ones at each step
+    distinct: int = 0  # draws that there are solutions to, a few of them twice; 0: new at each step
     untidy: float = 0.0  # share of solutions that say more than they need
     sloppy: float = 0.0  # share of solutions without the tags of the thought
     steps: int = 600
