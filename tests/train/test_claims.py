@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from math import nan
 from typing import Any
 
 import pytest
@@ -130,6 +131,21 @@ def test_bounds(inside: Change, beyond: Change, name: str) -> None:
         failed = {x.name for x in judge(results) if x.holds is False}
         assert len(failed) == len(wanted)
         assert all(x.startswith(name) for x in failed)
+
+
+NAN = [
+    put("long", "evaluations", "ratio", value=nan, last=True),
+    right("grpo-2", "greedy", nan),
+    right("grpo-1", "sampled", nan, "format"),
+    right("student-grpo", "greedy", nan, "high"),
+]
+
+
+@pytest.mark.parametrize("change", NAN)
+def test_no_number_holds_no_claim(change: Change) -> None:
+    results = example()
+    change(results)
+    assert [x.name for x in judge(results) if x.holds is False]
 
 
 def test_every_claim_with_a_bound_is_changed_above() -> None:
