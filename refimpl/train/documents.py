@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..errors import CouldNotRun
@@ -18,6 +19,7 @@ KINDS = (".txt", ".md", ".rst")
 LEAST = 1024  # characters in all: from fewer nothing can be held out that tells anything
 MOST = 2**28  # bytes in all
 SHARE = 1 / 16
+PARAGRAPH = 60  # characters: a shorter one, as a heading, may well be in texts that share nothing
 
 
 def documents(path: Path | None = None) -> list[str]:
@@ -63,22 +65,54 @@ def held_out(documents: Sequence[str], share: float = SHARE) -> tuple[list[str],
     documents are held out while they fit into ``share`` of all characters; where none fits, the
     shortest one.
 
-    A document that is there twice stands on one side. A single one is cut behind the last line that
-    ends in the first 1 − ``share`` of it. ValueError unless 0 < share < 1 and the text can be cut.
+    Documents that share a paragraph stand on one side, as if they were one: a chapter with its
+    sections, a document that is there twice. If that joins all, or there is one only, their text is
+    cut behind the last line that ends in the first 1 − ``share`` of it. ValueError unless
+    0 < share < 1 and the text can be cut.
     """
     if not 0 < share < 1:
         raise ValueError(f"share must lie between 0 and 1, got {share}")
     texts = sorted(set(documents), key=lambda text: hashlib.sha256(text.encode()).digest())
-    if len(texts) < 2:
-        return _cut("".join(texts), share)
+    groups = _sharing(texts)
+    if len(groups) < 2:
+        return _cut("\n".join(texts), share)
     left = share * sum(map(len, texts))
     held: set[str] = set()
-    for text in texts:
-        if len(text) <= left:
-            held.add(text)
-            left -= len(text)
-    held = held or {min(texts, key=len)}
+    for group in groups:
+        if (size := sum(map(len, group))) <= left:
+            held.update(group)
+            left -= size
+    held = held or set(min(groups, key=lambda group: sum(map(len, group))))
     return [text for text in documents if text not in held], [x for x in documents if x in held]
+
+
+def _sharing(texts: Sequence[str]) -> list[list[str]]:
+    """The texts in groups, in the order of each group's first: those that share a paragraph, with
+    one another or with a third, are together."""
+    first: dict[str, int] = {}  # the text where a paragraph came first
+    earlier = list(range(len(texts)))  # a text of the same group; the first one's is itself
+
+    def root(place: int) -> int:
+        while earlier[place] != place:
+            earlier[place] = earlier[earlier[place]]
+            place = earlier[place]
+        return place
+
+    for place, text in enumerate(texts):
+        for paragraph in _paragraphs(text):
+            one, other = sorted((root(place), root(first.setdefault(paragraph, place))))
+            earlier[other] = one
+    groups: dict[int, list[str]] = {}
+    for place, text in enumerate(texts):
+        groups.setdefault(root(place), []).append(text)
+    return list(groups.values())
+
+
+def _paragraphs(text: str) -> Iterator[str]:
+    """What stands between blank lines, however its lines are broken and indented."""
+    for part in re.split(r"\n\s*\n", text):
+        if len(paragraph := " ".join(part.split())) >= PARAGRAPH:
+            yield paragraph
 
 
 def _cut(text: str, share: float) -> tuple[list[str], list[str]]:

@@ -65,8 +65,17 @@ class Extend(BaseStage):
         self, settings: ExtendSettings, machine: Machine, begin: Begin, phase: int
     ) -> None:
         config, factor = begin.config, settings.factors[phase]
-        original = config.max_positions if config.yarn is None else config.yarn.original
-        yarn = Yarn(float(factor), original, settings.beta_fast, settings.beta_slow)
+        before = config.yarn or Yarn(original=config.max_positions)
+        original = before.original
+        expect_setting(
+            factor * original > config.max_positions,
+            "factors",
+            f"be above {config.max_positions / original:g}, by which the context is longer already",
+            factor,
+        )
+        yarn = before._replace(
+            factor=float(factor), beta_fast=settings.beta_fast, beta_slow=settings.beta_slow
+        )
         config = replace(
             config, max_positions=factor * original, yarn=yarn, mtp_weight=settings.mtp_weight
         )

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from ..config import ModelConfig
 from ..errors import CouldNotRun
 from ..optimizer import Moments
 from .draws import generator
+from .evaluate import EVALUATION
 from .machine import Machine
 from .policy import main_model, preference_gradients, rewards
 from .run import Guard, Metrics
@@ -146,35 +147,42 @@ class RewardModelStage(BaseStage):
         return Pairs(tokens[:n], tokens[n:], key_mask[:n], key_mask[n:])
 
     def evaluate(self, state: State) -> Metrics:
-        """The share of held-out pairs that it orders as the rule does, and the spread of its
-        rewards."""
+        """The share of held-out pairs that it orders as the rule does, and the mean and spread of
+        its rewards."""
+        chosen, rejected = self.judged(state, self.held_out)
+        return {"ordered": float(np.mean(chosen > rejected)), **spread(chosen, rejected)}
+
+    def judged(self, state: State, every: Iterable[Pairs]) -> tuple[np.ndarray, np.ndarray]:
+        """The raw rewards of all chosen and all rejected answers."""
         judge = RewardModel(state.params, self.config, state.extra[HEAD], self.machine)
-        right, every = [], []
-        for pairs in self.held_out:
-            chosen = judge.raw(pairs.chosen, pairs.chosen_key_mask)
-            rejected = judge.raw(pairs.rejected, pairs.rejected_key_mask)
-            right.append(chosen > rejected)
-            every += [chosen, rejected]
-        found = np.concatenate(every)
-        return {
-            "ordered": float(np.mean(np.concatenate(right))),
-            "mean": float(found.mean()),
-            "spread": float(found.std()),
-        }
+        found = [
+            (
+                judge.raw(pairs.chosen, pairs.chosen_key_mask),
+                judge.raw(pairs.rejected, pairs.rejected_key_mask),
+            )
+            for pairs in every
+        ]
+        chosen, rejected = map(np.concatenate, zip(*found, strict=True))
+        return chosen, rejected
 
     def progress(self, state: State, evaluated: Metrics) -> float:
         return state.step / self.settings.steps
 
     def add_to_checkpoint(self, state: State, folder: Path) -> None:
+        """With the unit of its rewards. That is of problems for training: it goes into the rewards
+        of a later stage, which must know nothing of those held out."""
         super().add_to_checkpoint(state, folder)
-        told = self.evaluate(state)
-        head = self.machine.fetched(state.extra)
-        numbers = {name: np.array([told[name]]) for name in ("mean", "spread")}
-        write_tensor_file(folder / FILE, head | numbers)
+        settings = self.settings
+        drawn = (
+            draw(kind, settings.seed, EVALUATION, settings.problems) for kind in settings.kinds
+        )
+        unit = spread(*self.judged(state, map(self.pairs, drawn)))
+        numbers = {name: np.array([x]) for name, x in unit.items()}
+        write_tensor_file(folder / FILE, self.machine.fetched(state.extra) | numbers)
 
 
 class RewardModel(NamedTuple):
-    """Rewards in units of their spread over held-out pairs, around their mean."""
+    """Rewards in units of their spread over pairs for training, around their mean."""
 
     params: Mapping[str, Array]
     config: ModelConfig
@@ -218,6 +226,12 @@ def open_reward_model(checkpoint: str, machine: Machine, vocabulary: Vocabulary)
     tensors, _ = read_tensor_file(folder / FILE)
     numbers = [float(tensors[name][0]) for name in ("mean", "spread")]
     return RewardModel(params, config, machine.place(np.array(tensors[HEAD])), machine, *numbers)
+
+
+def spread(chosen: np.ndarray, rejected: np.ndarray) -> dict[str, float]:
+    """Mean and standard deviation of the rewards of both."""
+    both = np.concatenate([chosen, rejected])
+    return {"mean": float(both.mean()), "spread": float(both.std())}
 
 
 def padded(rows: list[list[int]], fill: int) -> tuple[np.ndarray, np.ndarray]:

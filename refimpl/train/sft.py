@@ -51,7 +51,7 @@ class SFTSettings(BaseSettings):
     std: float = 0.06
     kinds: tuple[str, ...] = ("add2",)  # of problems, in turn within a batch
     solutions: str = "worked"  # or answers (the thought is empty), or a JSONL file
-    distinct: int = 0  # number of problems; 0: new ones at each step
+    distinct: int = 0  # draws with a solution, a few of them twice; 0: new ones at each step
     untidy: float = 0.0  # share of solutions with a needless step or word
     sloppy: float = 0.0  # share of solutions without the tags of the thought
     steps: int = 600

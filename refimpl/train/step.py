@@ -42,7 +42,7 @@ class State(NamedTuple):
     params: dict[str, Array]
     moments: Moments
     step: int = 0  # steps taken
-    tokens: int = 0  # read so far, padding included
+    tokens: int = 0  # so far: read, padding included; of GRPO sampled, of pairs without padding
     position: int = 0  # rows, or problems, drawn
     extra: Mapping[str, Array] = {}  # a stage's own: a reward head, a reference model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from math import nan
 from typing import Any
 
 import pytest
@@ -132,6 +133,21 @@ def test_bounds(inside: Change, beyond: Change, name: str) -> None:
         assert all(x.startswith(name) for x in failed)
 
 
+NAN = [
+    put("long", "evaluations", "ratio", value=nan, last=True),
+    right("grpo-2", "greedy", nan),
+    right("grpo-1", "sampled", nan, "format"),
+    right("student-grpo", "greedy", nan, "high"),
+]
+
+
+@pytest.mark.parametrize("change", NAN)
+def test_no_number_holds_no_claim(change: Change) -> None:
+    results = example()
+    change(results)
+    assert [x.name for x in judge(results) if x.holds is False]
+
+
 def test_every_claim_with_a_bound_is_changed_above() -> None:
     bounded = [x.name for x in judge(example()) if x.holds is not None]
     names = {name for _, _, name in CHANGES}
@@ -170,6 +186,5 @@ def test_what_has_not_run_is_left_out(gone: str) -> None:
     del results["jobs"][gone]
     found = {x.name for x in judge(results)}
     assert found < {x.name for x in judge(example())}
-    needed = ("sft", "permuted", "continued", "grpo-hard", "last", "distilled", "student-grpo")
-    assert ("seconds in all" in found) == (gone not in needed)
+    assert "seconds in all" not in found  # a part of the jobs takes less
     assert judge({**results, "jobs": {}}) == []

@@ -67,6 +67,34 @@ def test_held_out_by_hash() -> None:
     assert digest[:16] == "6fb518c62a8934b8"
 
 
+def test_documents_that_share_a_paragraph_stand_on_one_side() -> None:
+    """A chapter and its sections, however broken into lines; a heading alone joins nothing."""
+    paragraphs = [
+        f"paragraph {i}, which says a thing, and is as long as a line or two" for i in range(9)
+    ]
+    chapter = "\n\n".join(paragraphs[:6])
+    sections = ["Title\n\n" + paragraphs[1].replace(", ", ",\n   "), "Title\n\n" + paragraphs[4]]
+    others = ["Title\n\n" + x for x in paragraphs[6:]]
+    for share in (0.2, 0.5, 0.8):
+        sides = held_out([chapter, *sections, *others], share)
+        assert [{chapter, *sections} & set(side) for side in sides].count(set()) == 1
+    assert all(set(others) & set(side) for side in held_out([chapter, *sections, *others], 0.2))
+    training, held = held_out([chapter, *sections])  # all are joined
+    assert len(training) == len(held) == 1
+    assert len(training[0] + held[0]) == sum(map(len, (chapter, *sections))) + 2
+
+
+def test_held_out_topics_are_not_trained_on() -> None:
+    """Of all pieces of 60 characters of the held-out topics, 44 % were in a topic for training when
+    each stood for itself."""
+    training, held = (
+        {text[i : i + 60] for text in side for i in range(len(text) - 59)}
+        for side in held_out(documents())
+    )
+    assert len(held) > 20_000
+    assert len(held & training) < 0.03 * len(held)
+
+
 def test_held_out_of_few() -> None:
     """At least one, never all, and the longer one for training."""
     short, long = "short", "long" * 9

@@ -86,6 +86,19 @@ def test_evaluation(text: str) -> None:
     assert (found["inside_plain"], found["ratio_plain"]) == (inside, beyond / inside)
 
 
+def test_a_model_with_yarn_already(text: str) -> None:
+    """It is never made shorter, and its temperatures stay."""
+    first = begin(max_positions=8)
+    yarn = Yarn(2.0, 8, 3.0, 1.0, 0.7, 0.9)
+    first = replace(first, config=replace(first.config, max_positions=16, yarn=yarn))
+    given = SMALL | {"text": text}
+    with pytest.raises(CouldNotRun, match=r"factors must be above 2, by which .*, got 2$"):
+        Extend(ExtendSettings(**given), MACHINE, first, 0)
+    made = Extend(ExtendSettings(**given | {"factors": (4, 6)}), MACHINE, first, 0)
+    assert made.config.yarn == Yarn(4.0, 8, 3.0, 1.0, 0.7, 0.9)
+    assert made.config.max_positions == 32
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [

@@ -11,6 +11,7 @@ import pytest
 from refimpl.errors import CouldNotRun
 from refimpl.parameters import HEAD as VOCABULARY_HEAD
 from refimpl.parameters import module_name
+from refimpl.train.evaluate import EVALUATION
 from refimpl.train.policy import main_model, preference_gradients
 from refimpl.train.reward_model import (
     FILE,
@@ -22,7 +23,7 @@ from refimpl.train.reward_model import (
 )
 from refimpl.train.run import Guard
 from refimpl.train.save import RunFolder
-from refimpl.train.tasks import draw, held_out
+from refimpl.train.tasks import Problem, draw, held_out
 from refimpl.train.vocabulary import END, make_vocabulary, train_bpe, write_vocabulary
 
 from small_stage import COMMON, CONFIG, MACHINE, begin, far, same
@@ -96,21 +97,26 @@ def written(folder: Path) -> tuple[RewardModelStage, Any]:
 
 
 def test_opened_again(tmp_path: Path) -> None:
-    """Rewards in units of their spread over the held-out pairs, around their mean."""
+    """Rewards in units of their spread over pairs for training, around their mean: a later stage
+    is told nothing of the problems held out."""
     made, state = written(tmp_path / "rm")
     judge = open_reward_model(str(tmp_path / "rm"), MACHINE, make_vocabulary())
     assert same(dict(judge.params), state.params)
-    pairs = made.pairs(held_out("add2", 6))
-    both = np.concatenate(
-        [
-            judge.rewards(pairs.chosen, pairs.chosen_key_mask),
-            judge.rewards(pairs.rejected, pairs.rejected_key_mask),
-        ]
-    )
-    assert abs(both.mean()) <= 1e-12
-    assert abs(both.std() - 1) <= 1e-12
-    ordered = np.mean(both[:6] > both[6:])
-    assert made.evaluate(state)["ordered"] == ordered
+
+    def both(problems: list[Problem]) -> np.ndarray:
+        pairs = made.pairs(problems)
+        chosen = judge.rewards(pairs.chosen, pairs.chosen_key_mask)
+        return np.concatenate([chosen, judge.rewards(pairs.rejected, pairs.rejected_key_mask)])
+
+    units = both(draw("add2", made.settings.seed, EVALUATION, 6))
+    assert abs(units.mean()) <= 1e-12
+    assert abs(units.std() - 1) <= 1e-12
+    held = both(held_out("add2", 6))
+    assert abs(held.mean()) > 1e-3
+    told = made.evaluate(state)
+    assert told["ordered"] == np.mean(held[:6] > held[6:])
+    assert abs(told["mean"] - (judge.mean + judge.spread * held.mean())) <= 1e-12
+    assert abs(told["spread"] - judge.spread * held.std()) <= 1e-12
 
 
 def test_a_row_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
