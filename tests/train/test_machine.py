@@ -202,22 +202,33 @@ def test_pretended(
     close(trained(make, open_machine("cupy", "reference", "float64"), tmp_path), expected, 1e-9)
 
 
+def run_on(backend: str, out: Path, stage: str, *settings: str) -> list[dict[str, Any]]:
+    """A stage by the command line, on NumPy or by the kernels of CUDA C under the interpreter: its
+    metrics, times left out."""
+    device = [] if backend == "numpy" else ["-m", "pretended_device"]
+    implementation = "reference" if backend == "numpy" else "cuda"
+    module = "train.hashed" if stage == "grpo" else "refimpl"
+    line = [sys.executable, *device, "-m", module, stage, "--out", str(out)]
+    line += ["--backend", backend, "--implementation", implementation]
+    line += [part for setting in settings for part in ("--set", setting)]
+    subprocess.run(line, cwd=ROOT / "tests", check=True, capture_output=True)
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(x) | {"seconds": 0} for x in lines]
+
+
 @pytest.mark.skipif(not FULL, reason="kernels under the interpreter; make test-full")
 def test_kernels(tmp_path: Path) -> None:
-    """Pre-training through the kernels of CUDA C, under the interpreter, ends near NumPy's: after
-    two steps in float32 their losses differ by rounding."""
+    """Pre-training and GRPO through the kernels of CUDA C, under the interpreter, end near NumPy's:
+    in float32 their numbers differ by rounding, and the outputs that are sampled are the same."""
     model = MODEL | {"layers": 1, "dense_layers": 0, "mtp_depth": 0}
-    found = {}
-    for backend, implementation in (("numpy", "reference"), ("cupy", "cuda")):
-        device = [] if backend == "numpy" else ["-m", "pretended_device"]
-        line = [sys.executable, *device, "-m", "refimpl"]
-        line += ["train", "--out", str(tmp_path / backend), "--text", text(tmp_path)]
-        line += ["--backend", backend, "--implementation", implementation]
-        for setting in ("tokens=16", "length=8", "batch=1", "warmup_steps=1"):
-            line += ["--set", setting]
-        line += ["--set", f"model={toml_value(model)}"]
-        subprocess.run(line, cwd=ROOT / "tests", check=True, capture_output=True)
-        lines = (tmp_path / backend / "metrics.jsonl").read_text().splitlines()
-        found[backend] = [json.loads(x) | {"seconds": 0} for x in lines]
+    settings = ["tokens=32", "length=16", "batch=1", "warmup_steps=1"]
+    settings += [f"model={toml_value(model)}", f"text={toml_value(text(tmp_path))}"]
+    found = {x: run_on(x, tmp_path / x, "train", *settings) for x in ("numpy", "cupy")}
     assert len(found["cupy"]) == 4
     close(found["cupy"], found["numpy"], 1e-5)
+    settings = ["steps=1", "questions=1", "group=4", "max_tokens=4", "problems=1"]
+    settings += [f"checkpoint={toml_value(str(tmp_path / 'numpy'))}", "kl_weight=0.1"]
+    found = {x: run_on(x, tmp_path / f"{x}-grpo", "grpo", *settings) for x in found}
+    assert len(found["cupy"]) == 3
+    assert found["numpy"][1]["norm"] > 1e-3
+    close(found["cupy"], found["numpy"], 1e-4)
