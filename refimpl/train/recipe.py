@@ -61,7 +61,7 @@ class Task(NamedTuple):
 
 
 MIXTURE = {"untidy": 0.2, "sloppy": 0.2}
-COLD_START = MIXTURE | {"distinct": 700, "steps": 600}
+COLD_START = MIXTURE | {"distinct": 1500, "steps": 600}
 STOP = {"stop": [0.40, 0.55], "evaluate_every": 15, "problems": 256}
 SECOND = {"untidy": 0.5, "steps": 100, "learning_rate": 3e-4, "seed": 1}
 HARD = "add3"
