@@ -17,12 +17,13 @@ import numpy as np
 
 from ..array import Array
 from ..errors import CouldNotRun
+from ..generate.sampler import to_numpy
 from ..grads.grpo import SETTINGS
 from ..model import Route
 from ..ops import GRPO_PRESETS, group_advantages, grpo_forward
 from ..optimizer import Moments
 from .draws import generator, seed_of_rows
-from .evaluate import MOST, evaluation, expect_answers
+from .evaluate import MOST
 from .machine import Machine
 from .policy import grpo_gradients, grpo_normaliser, log_probs, main_model, replay
 from .reward_model import RewardModel, open_reward_model
@@ -31,7 +32,7 @@ from .rollout import Samples, sample_groups
 from .run import Guard, Metrics
 from .schedule import decayed
 from .settings import expect_setting
-from .stage import BaseSettings, BaseStage, Begin, expect_kinds
+from .stage import AnsweringStage, BaseSettings, Begin, expect_kinds
 from .step import State, add_gradients, apply_gradients, copied
 from .tasks import Problem, draw
 
@@ -138,20 +139,12 @@ class Batch(NamedTuple):
         return Batch(self.samples.take(rows), *arrays)
 
 
-class GRPO(BaseStage):
+class GRPO(AnsweringStage):
     name = "grpo"
 
     def __init__(self, settings: GRPOSettings, machine: Machine, begin: Begin) -> None:
-        super().__init__(settings, machine, begin.config, begin.vocabulary)
-        expect_answers(
-            begin.config,
-            begin.vocabulary,
-            kinds=settings.kinds,
-            seed=settings.seed,
-            problems=settings.problems,
-            max_tokens=settings.max_tokens,
-        )
-        self.settings, self.begin = settings, begin
+        super().__init__(settings, machine, begin)
+        self.settings = settings
         self.judge: RewardModel | None = None
         if settings.reward_model:
             self.judge = open_reward_model(settings.reward_model, machine, begin.vocabulary)
@@ -278,7 +271,7 @@ class GRPO(BaseStage):
                     routes=routes,
                     ops=self.machine.ops,
                 )
-                each.append(self.machine.fetched({"found": log_prob})["found"])
+                each.append(to_numpy(log_prob))
         return np.concatenate(found[0]), np.concatenate(found[1])
 
     def parts(self, count: int) -> list[np.ndarray]:
@@ -327,19 +320,6 @@ class GRPO(BaseStage):
             told["tokens"] += tokens
             told["outputs"] += outputs
         return told, sums
-
-    def evaluate(self, state: State) -> Metrics:
-        """Accuracy and format on problems of the training split."""
-        return evaluation(
-            state.params,
-            self.config,
-            self.vocabulary,
-            self.machine,
-            kinds=self.settings.kinds,
-            seed=self.settings.seed,
-            problems=self.settings.problems,
-            max_tokens=self.settings.max_tokens,
-        )
 
     def progress(self, state: State, evaluated: Metrics) -> float:
         return state.step / self.settings.steps

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..array import Array
 from ..config import ModelConfig
+from ..generate.sampler import to_numpy
 from ..model import forward
 from ..parameters import head_name
 from .machine import Machine
@@ -56,7 +57,7 @@ def _sums(
         found, _ = machine.ops.log_prob.forward(
             output.hidden, params[head_name(config)], targets=targets, mask=mask
         )
-        total -= machine.fetched({"found": found})["found"].sum(axis=0, dtype=np.float64)
+        total -= to_numpy(found).sum(axis=0, dtype=np.float64)
         counted += len(some.tokens) if some.mask is None else some.mask.sum(axis=0)
     return total, counted
 

@@ -12,6 +12,7 @@ import numpy as np
 from ..array import Array
 from ..config import ModelConfig
 from ..errors import CouldNotRun
+from ..generate.sampler import to_numpy
 from ..kernels.columns import COLUMNS, ON_CPU, for_generation, placement, table_of
 from ..ops import IMPLEMENTATIONS, Ops
 from ..optimizer import AdamW
@@ -49,7 +50,7 @@ class Machine:
 
     def fetched(self, arrays: Mapping[str, Array]) -> dict[str, np.ndarray]:
         """As NumPy's arrays; on NumPy the same ones."""
-        return {name: np.asarray(x.get() if hasattr(x, "get") else x) for name, x in arrays.items()}
+        return {name: to_numpy(x) for name, x in arrays.items()}
 
 
 def open_machine(

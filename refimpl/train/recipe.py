@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from ..errors import CouldNotRun
 from ..files import read_json, read_text
+from .save import PHASE
 from .settings import make_settings, to_toml, toml_value
 from .stage import digest_line, digest_of
 from .stages import STAGES
@@ -181,7 +182,7 @@ class Recipe:
         """CouldNotRun unless a finished job has today's settings and began from what its inputs are
         now: results of several recipes are never mixed."""
         place = self.out / job.name
-        first = place / "phase-1" / "settings.toml"  # of a stage with phases, which began there
+        first = place / f"{PHASE}1" / "settings.toml"  # of a stage with phases, which began there
         begun = first if first.exists() else place / "settings.toml"
         lines = read_text(begun, str(begun)).splitlines()
         digests = {line for line in lines if line.startswith("# ")}

@@ -25,15 +25,12 @@ from ..bench.cpu.run import model_name
 from ..bench.run import commit_of_checkout
 from ..files import read_json, write_text
 from .claims import judge
-from .documents import documents, held_out
 from .graph import Seconds
-from .losses import bigram_loss
 from .machine import open_machine
-from .packing import Windows
 from .recipe import Job, Recipe, held_out_file
-from .vocabulary import open_vocabulary
+from .save import PHASE
 
-__all__ = ["gather", "read_results", "run_of", "write_results"]
+__all__ = ["gather", "run_of", "write_results"]
 
 SCHEMA = 1
 POINTS = 60  # of a curve at most
@@ -60,18 +57,14 @@ def gather(recipe: Recipe, *, workers: int, toy: bool) -> dict[str, Any]:
     }
     for job in finished:
         if job.name == "base":
-            results["bigram"] = bigram_of(recipe.out / job.name, recipe.settings(job))
+            told = read_json(recipe.out / job.name / "result.json")["evaluation"]
+            results["bigram"] = told["bigram"]
     return results | {"claims": [x._asdict() for x in judge(results)]}
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
     """As JSON, a list of numbers on one line."""
     write_text(path, _json(results) + "\n")
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = read_json(path)
-    return found
 
 
 def machine_of(common: Mapping[str, str]) -> dict[str, Any]:
@@ -113,17 +106,6 @@ def blas() -> str:
     return f"{found.get('name', 'unknown')} {found.get('version', '')}".strip()
 
 
-def bigram_of(place: Path, settings: Any) -> float:
-    """The loss of the bigram model of the text that a pre-training read."""
-    vocabulary = open_vocabulary(place / "checkpoint")
-    texts = held_out(documents(Path(settings.text) if settings.text else None))
-    train, test = (
-        Windows([vocabulary.encode(x) for x in some], settings.length, end=vocabulary.end)
-        for some in texts
-    )
-    return bigram_loss(train, test, vocabulary.size)
-
-
 def job_of(out: Path, job: Job) -> dict[str, Any]:
     place = out / job.name
     found: dict[str, Any] = {
@@ -132,7 +114,7 @@ def job_of(out: Path, job: Job) -> dict[str, Any]:
         "settings": dict(job.settings),
     }
     found |= run_of(place)
-    if phases := sorted(place.glob("phase-*")):
+    if phases := sorted(place.glob(f"{PHASE}*")):
         found["phases"] = [run_of(phase) for phase in phases]
     files = [held_out_file(place, kind) for kind in job.kinds]
     for file in files:

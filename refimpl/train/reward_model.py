@@ -14,6 +14,7 @@ from ..array import Array
 from ..checkpoint.tensor_file import read_tensor_file, write_tensor_file
 from ..config import ModelConfig
 from ..errors import CouldNotRun
+from ..generate.sampler import to_numpy
 from ..optimizer import Moments
 from .draws import generator
 from .evaluate import EVALUATION
@@ -209,7 +210,7 @@ class RewardModel(NamedTuple):
                 key_mask=key_mask[rows],
                 ops=self.machine.ops,
             )
-            found.append(self.machine.fetched({"rewards": some})["rewards"])
+            found.append(to_numpy(some))
         return np.concatenate(found).astype(np.float64)
 
 

@@ -194,7 +194,6 @@ class Live:
         self.stream = stream
         self.moves = stream is not None and stream.isatty()
         self.last = 0.0
-        self.seconds = deque[float](maxlen=RECENT)
 
     def __enter__(self) -> Live:
         return self
@@ -204,7 +203,6 @@ class Live:
 
     def step(self, step: int, told: Mapping[str, Any], left: float | None) -> None:
         """Show a step, at most five times a second."""
-        self.seconds.append(told["seconds"])
         now = time.monotonic()
         if not self.moves or now - self.last < 0.2:
             return

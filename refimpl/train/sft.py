@@ -17,7 +17,7 @@ from ..errors import CouldNotRun
 from ..files import read_text
 from ..optimizer import Moments
 from .draws import generator
-from .evaluate import MOST, evaluation, expect_answers
+from .evaluate import MOST
 from .machine import Machine
 from .packing import Examples, chosen, pack
 from .pretrain import new_config
@@ -25,7 +25,7 @@ from .rewards import ANSWER, ANSWERED, THINK, THOUGHT
 from .run import Guard, Metrics
 from .schedule import decayed
 from .settings import expect_setting
-from .stage import BaseSettings, BaseStage, Begin, begin_from, expect_kinds, told_metrics
+from .stage import AnsweringStage, BaseSettings, Begin, begin_from, expect_kinds, told_metrics
 from .step import State, train_step
 from .tasks import Problem, draw, sloppy
 from .vocabulary import Vocabulary, make_vocabulary
@@ -106,11 +106,11 @@ def begin_sft(settings: SFTSettings, machine: Machine) -> Begin:
     return Begin(params, config, vocabulary)
 
 
-class SFT(BaseStage):
+class SFT(AnsweringStage):
     name = "sft"
 
     def __init__(self, settings: SFTSettings, machine: Machine, begin: Begin) -> None:
-        super().__init__(settings, machine, begin.config, begin.vocabulary)
+        super().__init__(settings, machine, begin)
         context = begin.config.context
         expect_setting(
             settings.length <= context,
@@ -118,15 +118,7 @@ class SFT(BaseStage):
             f"be at most {context}, the context of the model (refimpl extend makes it longer)",
             settings.length,
         )
-        expect_answers(
-            begin.config,
-            begin.vocabulary,
-            kinds=settings.kinds,
-            seed=settings.seed,
-            problems=settings.problems,
-            max_tokens=settings.max_tokens,
-        )
-        self.settings, self.begin = settings, begin
+        self.settings = settings
         self.given: list[tuple[str, str]] | None = None  # prompts and completions; None: new ones
         if settings.solutions not in OWN:
             self.given = read_solutions(Path(settings.solutions))
@@ -187,19 +179,6 @@ class SFT(BaseStage):
             (problem.prompt, completion(problem, settings, float(u)))
             for problem, u in zip(problems, random, strict=True)
         ]
-
-    def evaluate(self, state: State) -> Metrics:
-        """Accuracy and format on problems of the training split."""
-        return evaluation(
-            state.params,
-            self.config,
-            self.vocabulary,
-            self.machine,
-            kinds=self.settings.kinds,
-            seed=self.settings.seed,
-            problems=self.settings.problems,
-            max_tokens=self.settings.max_tokens,
-        )
 
     def progress(self, state: State, evaluated: Metrics) -> float:
         if self.settings.stop and evaluated.get("step") == state.step:

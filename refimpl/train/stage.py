@@ -12,6 +12,7 @@ from ..config import ModelConfig
 from ..errors import CouldNotRun
 from ..files import file_digest, write_text
 from ..optimizer import AdamW
+from .evaluate import evaluation, expect_answers
 from .machine import Machine, open_machine
 from .run import Metrics
 from .save import RunFolder, is_finished, is_run, load_parameters, model_digest
@@ -21,6 +22,7 @@ from .tasks import KINDS
 from .vocabulary import Vocabulary, open_vocabulary
 
 __all__ = [
+    "AnsweringStage",
     "BaseSettings",
     "BaseStage",
     "Begin",
@@ -101,6 +103,23 @@ class BaseStage:
     def add_to_checkpoint(self, state: State, folder: Path) -> None:
         for name, text in self.vocabulary.files.items():
             write_text(folder / name, text)
+
+
+class AnsweringStage(BaseStage):
+    """A stage that is evaluated on problems of the training split; ``kinds``, ``seed``,
+    ``problems`` and ``max_tokens`` of an answer are settings of these names."""
+
+    def __init__(self, settings: Any, machine: Machine, begin: Begin) -> None:
+        super().__init__(settings, machine, begin.config, begin.vocabulary)
+        self.begin = begin
+        self.asked: dict[str, Any] = {
+            name: getattr(settings, name) for name in ("kinds", "seed", "problems", "max_tokens")
+        }
+        expect_answers(self.config, self.vocabulary, **self.asked)
+
+    def evaluate(self, state: State) -> Metrics:
+        """Accuracy and format."""
+        return evaluation(state.params, self.config, self.vocabulary, self.machine, **self.asked)
 
 
 def begin_from(checkpoint: str, machine: Machine, *, mtp: bool = True) -> Begin:

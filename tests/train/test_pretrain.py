@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import log
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 
 from refimpl.errors import CouldNotRun
 from refimpl.train.losses import bigram_loss, held_out_loss
+from refimpl.train.machine import open_machine
 from refimpl.train.pretrain import Pretrain, PretrainSettings, new_config, windows
 from refimpl.train.run import Guard
 from refimpl.train.schedule import scaled
@@ -141,3 +144,14 @@ def test_windows() -> None:
 def test_settings_that_cannot_be(text: str, changed: dict[str, Any], said: str) -> None:
     with pytest.raises(CouldNotRun, match=said):
         stage(text, **changed)
+
+
+def test_bigram(tmp_path: Path) -> None:
+    """Of the documents and windows of the training; by hand on a text of two letters."""
+    text = tmp_path / "text.txt"
+    text.write_text("ab" * 1000 + "\n" + "ab" * 70)
+    machine = open_machine("numpy", "reference")
+    found = Pretrain(PretrainSettings(text=str(text), length=45), machine).bigram
+    # 1,000 times ab, 999 times ba, once b\n: add-one over 261 tokens; held out is ab … ab
+    a, b = log((1000 + 1) / (1000 + 261)), log((999 + 1) / (1000 + 261))
+    assert found == pytest.approx(-(68 * a + 67 * b) / 135)  # three windows

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from math import log
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +10,9 @@ import jsonschema
 import numpy as np
 import pytest
 
-from refimpl.train.pretrain import PretrainSettings
+from refimpl.files import read_json
 from refimpl.train.recipe import Job, Recipe
-from refimpl.train.results import (
-    bigram_of,
-    gather,
-    machine_of,
-    octaves,
-    read_results,
-    run_of,
-    write_results,
-)
-from refimpl.train.vocabulary import make_vocabulary
+from refimpl.train.results import gather, machine_of, octaves, run_of, write_results
 
 from train.recipe_results import SCHEMA, example
 
@@ -124,23 +114,8 @@ def test_file(tmp_path: Path) -> None:
     results = example() | {"text": 'a [1,  2]\n"é', "empty": [{}, [], None]}
     path = tmp_path / "results.json"
     write_results(path, results)
-    assert read_results(path) == json.loads(json.dumps(results))
+    assert read_json(path) == json.loads(json.dumps(results))
     assert '"step": [10, 20, 30, 40]' in path.read_text()
     jsonschema.validate(example(), SCHEMA)
     longest = max(path.read_text().splitlines(), key=len)
     assert len(longest) < 400
-
-
-def test_bigram(tmp_path: Path) -> None:
-    """Of the very documents and windows of the pre-training; by hand on a text of two letters."""
-    text = tmp_path / "text.txt"
-    text.write_text("ab" * 1000 + "\n" + "ab" * 70)
-    place = tmp_path / "base"
-    (place / "checkpoint").mkdir(parents=True)
-    vocabulary = make_vocabulary([], 0)
-    for name, content in vocabulary.files.items():
-        (place / "checkpoint" / name).write_text(content)
-    found = bigram_of(place, PretrainSettings(text=str(text), length=45))
-    # 1,000 times ab, 999 times ba, once b\n: add-one over 261 tokens; held out is ab … ab
-    a, b = log((1000 + 1) / (1000 + 261)), log((999 + 1) / (1000 + 261))
-    assert found == pytest.approx(-(68 * a + 67 * b) / 135)  # three windows
