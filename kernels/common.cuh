@@ -86,12 +86,94 @@ __device__ __forceinline__ void st_global_v4(void* address, Chunk from) {
                  : "memory");
 }
 
+// ld.shared.v4.u32: 16 bytes of shared memory in one access, at multiples of 16.
+__device__ __forceinline__ Chunk ld_shared_v4(const void* address) {
+    Chunk to;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to.word[0]), "=r"(to.word[1]), "=r"(to.word[2]), "=r"(to.word[3])
+                 : "r"(static_cast<unsigned>(__cvta_generic_to_shared(address)))
+                 : "memory");
+    return to;
+}
+
 // cvt.rn.bf16.f32: to bfloat16, to the nearest, ties to even. One instruction; in integer arithmetic it is five. sm_80 on.
 __device__ __forceinline__ unsigned short cvt_rn_bf16(float x) {
     unsigned short bits;
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
     return bits;
 }
+
+// ex2.approx.ftz.f32: 2^x within 2 units of float32 (2^-22 relative), in one instruction of the special function unit,
+// where exp2f is that and a correction of its range. Subnormal x is 0, and a subnormal result too: legal where such small
+// numbers may vanish.
+__device__ __forceinline__ float ex2_approx_ftz(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// cp.async.cg.shared.global.L2::128B: 16 bytes from global to shared memory on their way while the thread goes on, past
+// its registers and past L1. Only the first `bytes` (0 to 16) are read, the rest are zeros. Legal at addresses that are
+// multiples of 16. The bytes may be neither read nor written until this thread has waited (cp_async_wait), and by other
+// threads not before a barrier after that. sm_80 on.
+__device__ __forceinline__ void cp_async_16(void* shared_to, const void* from, int bytes) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+                 :
+                 : "r"(static_cast<unsigned>(__cvta_generic_to_shared(shared_to))),
+                   "l"(__cvta_generic_to_global(from)), "r"(bytes)
+                 : "memory");
+}
+
+// cp.async.commit_group: this thread's copies since the last commit become a group, which may be empty.
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// cp.async.wait_group: waits until at most the N youngest of this thread's groups are on their way.
+template <int N>
+__device__ __forceinline__ void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" : : "n"(N) : "memory");
+}
+
+#if defined(STORAGE_BFLOAT16)
+// cvt.rn.bf16x2.f32: two numbers in one instruction, `low` in the lower half, which lies first in memory. sm_80 on.
+__device__ __forceinline__ unsigned cvt_rn_bf16x2(float high, float low) {
+    unsigned bits;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    return bits;
+}
+
+// The next three are of a whole warp: all 32 lanes must execute the very same call together. Lane i has the row i / 4
+// and the pair of columns 2 (i % 4) in each 8 × 8 part of a matrix; the lower half of a register is the left element.
+
+// mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32: d += A B of tensor cores, A 16 × 16, B 16 × 8, d 16 × 8 in
+// float32: 4,096 multiply-adds. a: the upper left, lower left, upper right and lower right part of A. b0, b1: the upper
+// and lower half of B, whose pairs lie along its columns (so Bᵀ as A). d: row i / 4, then row i / 4 + 8, two columns each.
+// sm_80 on.
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// ldmatrix.sync.aligned.m8n8.x4.shared.b16: four matrices of 8 × 8 from shared memory to such parts, r[m] of matrix m, in
+// one instruction for what would be 4 loads of a lane. Lane i gives the address of row i % 8 of matrix i / 8: 16 bytes at
+// a multiple of 16. Free of bank conflicts where the 8 rows of a matrix lie in different eighths of 128 bytes, as they do
+// if a row of the array is an odd number of 16 bytes long.
+__device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], const void* shared_address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(static_cast<unsigned>(__cvta_generic_to_shared(shared_address)))
+                 : "memory");
+}
+
+// The same, each matrix transposed: lane i gets rows 2 (i % 4) and 2 (i % 4) + 1 of column i / 4.
+__device__ __forceinline__ void ldmatrix_x4_trans(unsigned (&r)[4], const void* shared_address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(static_cast<unsigned>(__cvta_generic_to_shared(shared_address)))
+                 : "memory");
+}
+#endif
 
 // ---- between storage and arithmetic
 

@@ -10,6 +10,7 @@ from ..errors import CouldNotRun
 from ..ops import IMPLEMENTATIONS, REFERENCE, Op, Ops
 from .cross_entropy import cross_entropy
 from .embedding import embedding
+from .flash_attention import attention
 from .grpo import grpo
 from .launch import Launch, NumbaLaunch
 from .linear import linear_backward, linear_forward
@@ -43,6 +44,7 @@ CUDA = {
     "log_prob": log_prob,
     "moe": moe,
     "grpo": grpo,
+    "attention": attention,
 }
 """What makes each op that has kernels in CUDA C from a `Launch`."""
 

@@ -95,8 +95,10 @@ def _usage(part: str) -> Usage:
 
 
 @cache
-def compile_kernel(stem: str, target: str, storage: str) -> Module:
-    """``kernels/<stem>.cu`` for a target and a storage type.
+def compile_kernel(
+    stem: str, target: str, storage: str, defines: tuple[tuple[str, int], ...] = ()
+) -> Module:
+    """``kernels/<stem>.cu`` for a target and a storage type, with such constants.
 
     ValueError for an unknown name; CouldNotRun if there is no NVRTC; BuildError if it does not
     compile.
@@ -108,7 +110,10 @@ def compile_kernel(stem: str, target: str, storage: str) -> Module:
     ):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value}")
-    source = f"#define STORAGE_{storage.upper()} 1\n#line 1\n" + (SOURCE / f"{stem}.cu").read_text()
+    constants = "".join(
+        f"#define {name} {value}\n" for name, value in ((f"STORAGE_{storage.upper()}", 1), *defines)
+    )
+    source = f"{constants}#line 1\n" + (SOURCE / f"{stem}.cu").read_text()
     return build(stem, target, storage, source)
 
 

@@ -201,9 +201,10 @@ class Kernels:
         threads: int | tuple[int, int],
         *arguments: Any,
         shared: int = 0,
+        defines: tuple[tuple[str, int], ...] = (),
     ) -> None:
         """Run ``kernel`` on so many blocks; nothing on 0 of them. Python ints, below 2³⁰, are int32
-        parameters."""
+        parameters. ``defines``: constants that a kernel in CUDA C is compiled with."""
         grid = (blocks,) if isinstance(blocks, int) else blocks
         if 0 in grid:
             return
@@ -222,7 +223,7 @@ class Kernels:
         if isinstance(self.launch, NumbaLaunch):
             module = compile_numba(self.stem, kernel, self.launch.target, storage)
         else:
-            module = compile_kernel(self.stem, self.launch.target, storage)
+            module = compile_kernel(self.stem, self.launch.target, storage, defines)
         self.launch(module, kernel, grid, block, typed, shared=shared)
 
 

@@ -16,6 +16,9 @@ from .compile import TARGETS, Module
 __all__ = ["DeviceLaunch", "ForwardedLaunch", "Launch", "NumbaLaunch"]
 
 
+UNASKED = 48 << 10  # bytes of shared memory that a block gets without asking
+
+
 class Launch(Protocol):
     """What the host side needs from whatever executes kernels."""
 
@@ -97,6 +100,8 @@ class DeviceLaunch:
         key = module.cubin, kernel
         if key not in self._kernels:
             self._kernels[key] = self._cupy.RawModule(path=str(module.cubin)).get_function(kernel)
+        if shared > UNASKED:
+            self._kernels[key].max_dynamic_shared_size_bytes = shared
         self._kernels[key](grid, block, tuple(arguments), shared_mem=shared)
 
     def empty(self, shape: tuple[int, ...], dtype: Any, like: Array) -> Array:

@@ -31,6 +31,10 @@ ALL = FULL or LARGE  # on the GPU time is the compiler's, not the kernels'
 SANITIZED = os.environ.get("REFIMPL_SANITIZER") == "1"  # under compute-sanitizer
 
 
+# Bytes of a block that a launch may ask for (CUDA C++ Programming Guide, compute capabilities)
+MOST_SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10}
+
+
 class InterpreterLaunch:
     """Executes kernels from their PTX, on NumPy arrays. What they shall write is NaN (or all ones)
     before, and reading it before that is an error."""
@@ -64,6 +68,7 @@ class InterpreterLaunch:
             block,
             given,
             shared=shared,
+            most_shared=MOST_SHARED[self.target],
             seed=self.seed,
             uninitialised=unwritten,
         )

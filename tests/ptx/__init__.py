@@ -34,6 +34,7 @@ def run(
     arguments: Sequence[Any],
     *,
     shared: int = 0,
+    most_shared: int = MOST_SHARED,
     seed: int = 0,
     uninitialised: Sequence[np.ndarray] = (),
     races: bool = True,
@@ -44,7 +45,8 @@ def run(
 
     grid, block: up to 3 sizes. arguments: NumPy scalars of the parameters' sizes and NumPy arrays:
     contiguous, one given twice is one allocation, one that isn't writeable may not be written.
-    shared: bytes of dynamic shared memory.
+    shared: bytes of dynamic shared memory. most_shared: what the launch has been allowed of it and
+    of static shared memory, which alone has at most 48 KB.
     seed: fixes the order of warps and the errors of approximations. uninitialised: arrays among the
     arguments whose bytes may not be read before they are written. races: look for them. limit: of
     steps, to end endless loops.
@@ -67,11 +69,10 @@ def run(
             "1, 2¹⁶ − 1 blocks"
         )
         raise ValueError(f"{wanted}, got {sizes[1]} and {sizes[0]}")
-    needed = shared + sum(variable.size for variable in entry.shared)
-    if needed > MOST_SHARED:
-        raise ValueError(
-            f"shared memory must be at most {MOST_SHARED} bytes of a block, got {needed}"
-        )
+    static = sum(variable.size for variable in entry.shared)
+    for needed, most in ((static, MOST_SHARED), (shared + static, most_shared)):
+        if needed > most:
+            raise ValueError(f"shared memory must be at most {most} bytes of a block, got {needed}")
     lanes = -(-int(np.prod(sizes[1])) // 32) * 32
     blocks = max(1, min(int(np.prod(sizes[0])), MOST_LANES // lanes))
     room = 1 << (blocks - 1).bit_length()  # for more, so that more launches find their machine

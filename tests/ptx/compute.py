@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import arithmetic as fp
-from .parse import DTYPES, Operand, Symbol, Vector
+from .parse import DTYPES, Operand, Register, Symbol, Vector
 
 if TYPE_CHECKING:
     from .machine import Lanes, Machine
@@ -103,6 +103,10 @@ FORMS: dict[str, tuple[str, Callable[..., Array]]] = {
     "cvt.rni.f32.f32": ("t → t", np.rint),
     "cvt.sat.f32.f32": ("t → t", fp.saturate),
     "cvt.rn.bf16.f32": ("t → b16", fp.to_bf16),
+    "cvt.rn.bf16x2.f32": (
+        "t t → b32",
+        lambda a, b: fp.to_bf16(a) * np.uint32(65536) | fp.to_bf16(b),
+    ),
     "setp.eq": ("t t → pred", np.equal),
     "setp.ne": ("t t → pred", lambda a, b: (a < b) | (a > b)),
     "setp.lt": ("t t → pred", np.less),
@@ -149,9 +153,24 @@ def bind(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
     *sources, _, result = [named.get(name, name) for name in types.split()]
     write = m.writer(operands[0], result)
     read = [
-        m.reader(operand, source) for operand, source in zip(operands[1:], sources, strict=True)
+        converted(m, operand, source) if opcode.startswith("cvt.") else m.reader(operand, source)
+        for operand, source in zip(operands[1:], sources, strict=True)
     ]
     return lambda lanes: write(lanes, function(*[r(lanes) for r in read]))
+
+
+def width(type: str) -> int:
+    """Bytes; 0 of a special register, whose type is its own."""
+    return np.dtype(DTYPES[type]).itemsize if type in DTYPES else 0
+
+
+def converted(m: Machine, operand: Operand, type: str) -> Callable[[Lanes], Array]:
+    """As `Machine.reader`; the register of what is converted may be wider, and its lowest bits
+    count."""
+    if isinstance(operand, Register) and width(operand.type) > width(type):
+        wide = m.view(operand, f"u{8 * width(operand.type)}")
+        return lambda lanes: wide[lanes].astype(f"u{width(type)}").view(DTYPES[type])
+    return m.reader(operand, type)
 
 
 def move_halves(m: Machine, type: str, target: Operand, source: Operand) -> Step:

@@ -17,7 +17,7 @@ from . import compute
 from . import machine as run
 from .compute import Step
 from .memory import Arena
-from .parse import DTYPES, Address, Instruction, Operand, Register, Vector
+from .parse import DTYPES, Address, Immediate, Instruction, Operand, Register, Vector
 
 if TYPE_CHECKING:
     from .machine import Lanes, Machine
@@ -27,6 +27,7 @@ HINTS = r"\.L1::no_allocate\.L2::256B"
 MEMORY = re.compile(
     rf"((?:ld\.global(?:\.nc(?:{HINTS})?)?)|ld\.shared|ld\.param|st\.global|st\.shared)(?:\.v([24]))?\.([busf]\d+)"
 )
+LDMATRIX = re.compile(r"ldmatrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared(?:::cta)?\.b16")
 ADD = re.compile(r"atom(?:\.relaxed\.gpu)?\.(global|shared)\.add\.(f32|u32)")  # what atom means
 
 
@@ -209,32 +210,35 @@ class Copy(NamedTuple):
 
 
 def copy_asynchronously(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
-    """16 bytes a lane."""
+    """16 bytes a lane, or 16 zeros where the size of the source is 0."""
     if opcode == "cp.async.commit_group":
         return lambda lanes: m.copy_group.__setitem__(lanes, m.copy_group[lanes] + 1)
     if opcode == "cp.async.wait_group":
         keep = int(operands[0].value("u32")[0])
         return lambda lanes: land(m, lanes, keep)
-    if (
-        opcode != "cp.async.cg.shared.global"
-        or len(operands) != 3
-        or operands[2].value("u32") != 16
-    ):
+    plain = opcode.replace(".L2::128B", "").replace(".shared::cta", ".shared")
+    if plain != "cp.async.cg.shared.global" or operands[2].value("u32") != 16:
         raise m.unsupported(f"this form of {opcode}")
     targets, sources = (
         reach(m, operands[0], m.shared, 16, True),
         reach(m, operands[1], m.memory, 16, False),
     )
+    size = m.reader(operands[3] if len(operands) == 4 else operands[2], "u32")
 
     def step(lanes: Lanes) -> None:
-        target = targets(lanes)
-        source = sources(lanes)
-        thread = m.thread[lanes]
-        m.memory.check_read(source, 16, thread, False)
-        m.shared.check_write(target, 16, thread)
+        target, sizes = targets(lanes), np.broadcast_to(size(lanes), m.index[lanes].shape)
+        if (wrong := (sizes != 0) & (sizes != 16)).any():
+            m.fail(wrong, lambda i: f"a source of {sizes[i]} bytes, not 0 or 16, is not supported")
+        data = np.zeros((len(target), 16), np.uint8)
+        if sizes.any():  # of 0 bytes nothing is read, wherever the address points
+            some = m.running = m.index[lanes][sizes == 16]
+            source = sources(some)
+            m.memory.check_read(source, 16, m.thread[some], False)
+            data[sizes == 16] = m.memory.bytes[source[:, None] + np.arange(16)]
+            m.running = lanes
+        m.shared.check_write(target, 16, m.thread[lanes])
         m.shared.valid[m.shared.spread(target, 16)] = False
         m.shared.bytes[target[:, None] + np.arange(16)] = 0xFF
-        data = m.memory.bytes[source[:, None] + np.arange(16)]
         m.pending.append(Copy(m.index[lanes], m.copy_group[lanes].copy(), target, data))
 
     return step
@@ -358,6 +362,86 @@ def reduce(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
     return together(m, operands[2], body)
 
 
+# Matrices: a warp's 32 lanes hold them together. Of 8 × 8 numbers of 16 bits, lane i holds row i // 4
+# and in it the columns 2 (i % 4), in the lower half of a register, and 2 (i % 4) + 1.
+
+
+def aligned(m: Machine, body: Callable[[Lanes, Array], None]) -> Step:
+    """Run the body on warps that have come whole; it gets the lanes, and their numbers [warps,
+    32]."""
+
+    def whole(lanes: Lanes) -> None:
+        index = m.index[lanes]
+        here = np.bincount(m.warp[index], minlength=m.lanes // 32)[m.warp[index]]
+        if (wrong := here != 32).any():
+            m.fail(wrong, "lanes missing: all 32 of a warp must execute this together")
+        body(lanes, index.reshape(-1, 32))
+
+    return together(m, Immediate("-1"), whole)
+
+
+def load_matrices(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
+    """ldmatrix: lane i gives the address of row i % 8 of matrix i // 8, and register j of all lanes
+    gets matrix j."""
+    match = LDMATRIX.fullmatch(opcode)
+    if not match or len(operands[0]) != int(match[1]):
+        raise m.unsupported(f"this form of {opcode}")
+    count = int(match[1])
+    positions = reach(m, operands[1], m.shared, 16, False)
+    writers = [m.writer(register, "u32") for register in operands[0]]
+
+    def body(lanes: Lanes, warps: Array) -> None:
+        rows = m.running = warps[:, : 8 * count].ravel()
+        position = positions(rows)
+        m.shared.check_read(position, 16, m.thread[rows], False)
+        m.running = lanes
+        found = m.shared.bytes[position[:, None] + np.arange(16)].view(np.uint16)
+        matrices = found.reshape(-1, count, 8, 8)
+        if match[2]:
+            matrices = np.ascontiguousarray(matrices.swapaxes(2, 3))
+        words = matrices.reshape(-1, count, 64).view(np.uint32)
+        for j, write in enumerate(writers):
+            write(lanes, words[:, j].ravel())
+
+    return aligned(m, body)
+
+
+def multiply_matrices(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
+    """mma.sync: d = a b + c, a 16 × 16 and b 16 × 8 in bfloat16, c and d in float32.
+
+    Each sum is taken in float64 and rounded once. Hardware aligns the products of a sum and
+    truncates them, and its order is not documented: there the last places may differ.
+    """
+    if opcode != "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32":
+        raise m.unsupported(f"this form of {opcode}")
+    d, a, b, c = operands
+    writers = [m.writer(register, "f32") for register in d]
+    read_a, read_b = ([m.reader(register, "u32") for register in part] for part in (a, b))
+    read_c = [m.reader(register, "f32") for register in c]
+
+    def numbers(lanes: Lanes, read: Callable[[Lanes], Array]) -> Array:
+        """The 8 × 8 numbers of a register, [warps, 8, 8]."""
+        halves = np.ascontiguousarray(read(lanes)).view(np.uint16).astype(np.uint32) << 16
+        return halves.view(np.float32).reshape(-1, 8, 8)
+
+    def body(lanes: Lanes, warps: Array) -> None:
+        count = len(warps)
+        left = np.empty((count, 16, 16))
+        for j, read in enumerate(read_a):  # upper left, lower left, upper right, lower right
+            left[:, j % 2 * 8 :, j // 2 * 8 :][:, :8, :8] = numbers(lanes, read)
+        right = np.empty((count, 8, 16))  # bᵀ: a register's pairs lie along columns of b
+        for j, read in enumerate(read_b):
+            right[:, :, j * 8 : j * 8 + 8] = numbers(lanes, read)
+        added = np.stack(
+            [np.broadcast_to(read(lanes), (32 * count,)).reshape(count, 8, 4) for read in read_c]
+        )  # [register, warp, row, pair]: registers 0, 1 in the upper half, 2, 3 in the lower one
+        total = (left @ right.swapaxes(1, 2)).reshape(count, 2, 8, 4, 2)
+        for j, write in enumerate(writers):
+            write(lanes, (total[:, j // 2, :, :, j % 2] + added[j]).astype(np.float32).ravel())
+
+    return aligned(m, body)
+
+
 FAMILIES: dict[str, Callable[[Machine, str, tuple[Operand, ...]], Step]] = {
     "bra": branch,
     "ret": leave,
@@ -368,4 +452,6 @@ FAMILIES: dict[str, Callable[[Machine, str, tuple[Operand, ...]], Step]] = {
     "bar": barrier,
     "shfl": shuffle,
     "redux": reduce,
+    "ldmatrix": load_matrices,
+    "mma": multiply_matrices,
 }

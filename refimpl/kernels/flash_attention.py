@@ -1,0 +1,246 @@
+"""Attention on kernels/flash_attention.cu: as `refimpl.ops.flash_attention`, and in the place of
+`refimpl.ops.attention`; for bfloat16 too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..array import Array, expect, library
+from ..ops import REFERENCE, AnyOp, Op
+from ..ops.attention import AttentionSaved, check_attention
+from ..ops.choices import BlindQuery
+from .host import Kernels, Numbers, cover, numbers, ready
+from .launch import Launch, NumbaLaunch
+
+__all__ = ["FlashAttentionSaved", "Tiles", "attention", "flash_attention", "tiles"]
+
+WIDEST = 256  # keys and values: a warp's sums of 16 rows lie in registers
+OWN = 16  # rows of a warp, as in the kernel
+SHARED = 99 << 10  # bytes of a block on every target: other tiles would add in another order
+# Warps of a block, and rows of a tile of the other side, the best first
+FORWARD = ((4, 64), (4, 32), (2, 32), (2, 16), (1, 16), (1, 8))
+BACKWARD = ((4, 32), (2, 32), (2, 16), (1, 16), (1, 8))
+ROW_THREADS = 128  # of a block of flash_attention_row_sum, a warp a row
+
+
+class FlashAttentionSaved(NamedTuple):
+    q: Array  # [B, T, H, X]
+    k: Array  # [B, S, H or 1, X]
+    v: Array  # [B, S, H or 1, V]
+    o: Array  # [B, T, H, V]
+    lse: Array  # [B, H, T], in float32 for bfloat16
+    scale: float
+    causal: bool
+    key_mask: Array  # [B, S] uint8, or one element that nobody reads
+    segments: Array  # [B, S] int64, or one element that nobody reads
+    masked: bool
+
+
+class Tiles(NamedTuple):
+    """How the kernels of some widths and a storage type are compiled and launched."""
+
+    key_width: int  # of the kernel, a multiple of 16
+    value_width: int
+    forward: tuple[int, int]  # warps, rows of the other side's tiles
+    backward: tuple[int, int]
+    forward_shared: int  # bytes
+    backward_shared: int
+
+    @property
+    def defines(self) -> tuple[tuple[str, int], ...]:
+        """What the source is compiled with."""
+        return (
+            ("KEY_WIDTH", self.key_width),
+            ("VALUE_WIDTH", self.value_width),
+            ("FORWARD_WARPS", self.forward[0]),
+            ("FORWARD_KEYS", self.forward[1]),
+            ("BACKWARD_WARPS", self.backward[0]),
+            ("BACKWARD_ROWS", self.backward[1]),
+        )
+
+
+def tiles(storage: str, key_width: int, value_width: int) -> Tiles:
+    """The largest tiles whose rows have room in the shared memory that every GPU has; ValueError
+    for a width above 256."""
+    size = {"float64": 8, "float32": 4, "bfloat16": 2}[storage]
+    for name, width in (("q", key_width), ("v", value_width)):
+        if width > WIDEST:
+            raise ValueError(f"{name} must be at most {WIDEST} wide, got {width}")
+    x, v = (OWN * cover(max(width, 1), OWN) for width in (key_width, value_width))
+    key_row, value_row = x * size + 16, v * size + 16
+
+    def forward_bytes(warps: int, rows: int) -> int:
+        return OWN * warps * key_row + rows * (key_row + value_row)
+
+    def backward_bytes(warps: int, rows: int) -> int:
+        return (OWN * warps + rows) * (key_row + value_row)
+
+    least = OWN if storage == "bfloat16" else 1  # rows of one product on tensor cores
+    forward = next(t for t in FORWARD if t[1] >= least and forward_bytes(*t) <= SHARED)
+    backward = next(t for t in BACKWARD if t[1] >= least and backward_bytes(*t) <= SHARED)
+    return Tiles(x, v, forward, backward, forward_bytes(*forward), backward_bytes(*backward))
+
+
+def flash_attention(launch: Launch) -> AnyOp:
+    """The op on ``launch``."""
+    kernels = Kernels(launch, "flash_attention")
+
+    def flash_attention_forward(
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        scale: float,
+        causal: bool = True,
+        key_mask: Array | None = None,
+        segments: Array | None = None,
+        block: int = 128,
+    ) -> tuple[Array, FlashAttentionSaved]:
+        n = numbers(q=q, k=k, v=v)
+        check_attention(q, k, v, causal, key_mask, segments)
+        if block < 1:  # the kernel's tiles are its own
+            raise ValueError(f"block must be at least 1, got {block}")
+        tiles(n.storage, q.shape[3], v.shape[3])
+        q, k, v = ready(q), ready(k), ready(v)
+        (b, t, h, _), width = q.shape, v.shape[3]
+        o = kernels.empty((b, t, h, width), q.dtype, q)
+        lse = kernels.empty((b, h, t), n.real, q)
+        masks = _masks(q, k, key_mask, segments)
+        saved = FlashAttentionSaved(q, k, v, o, lse, float(scale), bool(causal), *masks)
+        _over_queries(kernels, "flash_attention_forward", n, saved, o, lse, q, k, v)
+        return o, saved
+
+    def flash_attention_backward(
+        do: Array, saved: FlashAttentionSaved
+    ) -> tuple[Array, Array, Array]:
+        q, k, v, o, lse, *_ = saved
+        n = numbers(q=q, do=do)
+        expect("do", do, "(B, T, H, V)", tuple(o.shape))
+        do = ready(do)
+        b, t, h, width = o.shape
+        row_sum = kernels.empty(lse.shape, n.real, q)
+        rows, at_once = b * t * h, ROW_THREADS // 32
+        kernels(
+            "flash_attention_row_sum",
+            n.storage,
+            cover(rows, at_once),
+            ROW_THREADS,
+            row_sum,
+            do,
+            o,
+            np.int64(rows),
+            t,
+            h,
+            width,
+            defines=_defines(launch, n, saved),
+        )
+        dq, dk, dv = (kernels.empty(x.shape, x.dtype, x) for x in (q, k, v))
+        given = do, q, k, v, lse, row_sum
+        _over_keys(kernels, "flash_attention_backward_keys", n, saved, dk, dv, *given)
+        _over_queries(kernels, "flash_attention_backward_queries", n, saved, dq, *given)
+        return dq, dk, dv
+
+    return Op(flash_attention_forward, flash_attention_backward)
+
+
+def attention(launch: Launch) -> AnyOp:
+    """`flash_attention` with the arguments of the op `attention`; the mean of all values for a
+    query that sees nothing is left to that."""
+    flash, reference = flash_attention(launch), REFERENCE["attention"]
+
+    def attention_forward(
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        scale: float,
+        causal: bool = True,
+        key_mask: Array | None = None,
+        segments: Array | None = None,
+        blind: BlindQuery = "zero",
+    ) -> tuple[Array, Any]:
+        arguments: dict[str, Any] = {
+            "scale": scale,
+            "causal": causal,
+            "key_mask": key_mask,
+            "segments": segments,
+        }
+        if blind == "zero":
+            return flash.forward(q, k, v, **arguments)
+        return reference.forward(q, k, v, **arguments, blind=blind)
+
+    def attention_backward(do: Array, saved: Any) -> tuple[Array, Array, Array]:
+        pair = reference if isinstance(saved, AttentionSaved) else flash
+        return pair.backward(do, saved)
+
+    return Op(attention_forward, attention_backward)
+
+
+def _masks(
+    q: Array, k: Array, key_mask: Array | None, segments: Array | None
+) -> tuple[Array, Array, bool]:
+    """Both masks as the kernels read them, and whether they do."""
+    xp, shape = library(q), k.shape[:2]
+    masked = key_mask is not None or segments is not None
+    if not masked:
+        return xp.zeros(1, dtype=xp.uint8), xp.zeros(1, dtype=xp.int64), False
+    shown = xp.ones(shape, dtype=xp.uint8) if key_mask is None else ready(key_mask, xp.uint8)
+    owner = xp.zeros(shape, dtype=xp.int64) if segments is None else ready(segments, xp.int64)
+    return shown, owner, True
+
+
+def _defines(launch: Launch, n: Numbers, saved: FlashAttentionSaved) -> tuple[Any, ...]:
+    if isinstance(launch, NumbaLaunch):
+        return ()
+    return tiles(n.storage, saved.q.shape[3], saved.v.shape[3]).defines
+
+
+def _settings(n: Numbers, saved: FlashAttentionSaved) -> Iterator[Any]:
+    """The arguments behind the arrays."""
+    q, k, v = saved.q, saved.k, saved.v
+    yield from (saved.key_mask, saved.segments, q.shape[1], k.shape[1], q.shape[2])
+    yield from (k.shape[2], v.shape[2], q.shape[3], v.shape[3])
+    yield from (n.scalar(saved.scale), int(saved.causal), int(saved.masked))
+
+
+def _over_queries(
+    kernels: Kernels, kernel: str, n: Numbers, saved: FlashAttentionSaved, *arrays: Array
+) -> None:
+    """A block takes some queries of a head."""
+    b, t, h, x = saved.q.shape
+    tile = tiles(n.storage, x, saved.v.shape[3])
+    forward = kernel.endswith("forward")
+    warps = (tile.forward if forward else tile.backward)[0]
+    kernels(
+        kernel,
+        n.storage,
+        (b * h, cover(t, OWN * warps)),
+        32 * warps,
+        *arrays,
+        *_settings(n, saved),
+        shared=tile.forward_shared if forward else tile.backward_shared,
+        defines=tile.defines,
+    )
+
+
+def _over_keys(
+    kernels: Kernels, kernel: str, n: Numbers, saved: FlashAttentionSaved, *arrays: Array
+) -> None:
+    """A block takes some keys of a head, or of one that the queries' heads share."""
+    b, s, heads, x = saved.k.shape
+    tile = tiles(n.storage, x, saved.v.shape[3])
+    warps = tile.backward[0]
+    alone = heads == saved.v.shape[2] == saved.q.shape[2]
+    kernels(
+        kernel,
+        n.storage,
+        (b * heads if alone else b, cover(s, OWN * warps)),
+        32 * warps,
+        *arrays,
+        *_settings(n, saved),
+        shared=tile.backward_shared,
+        defines=tile.defines,
+    )
