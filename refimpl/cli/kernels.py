@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import chain
 
+from ..kernels.columns import variants
 from ..kernels.compile import STEMS, STORAGE, TARGETS, compile_kernel
 from ..kernels.kept import kernels_folder
 from ..kernels.numba_cuda import NUMBA_STEMS, NUMBA_STORAGE, compile_numba, kernels_of
@@ -19,12 +20,13 @@ def kernels() -> None:
     REFIMPL_KERNELS names it there; where there are compilers, they must be of the same releases.
     """
     twins = [(stem, name) for stem in NUMBA_STEMS for name in kernels_of(stem, NUMBA_STORAGE[0])]
-    total = len(TARGETS) * (len(STEMS) * len(STORAGE) + len(twins) * len(NUMBA_STORAGE))
+    sources = [(s, kind, made) for s in STEMS for kind in STORAGE for made in variants(s, kind)]
+    total = len(TARGETS) * (len(sources) + len(twins) * len(NUMBA_STORAGE))
     entries = set()
     done = 0
     with progress("compiling") as move:
         for target in TARGETS:
-            made = (compile_kernel(stem, target, kind) for stem in STEMS for kind in STORAGE)
+            made = (compile_kernel(stem, target, kind, with_) for stem, kind, with_ in sources)
             numba = (compile_numba(*twin, target, kind) for twin in twins for kind in NUMBA_STORAGE)
             for module in chain(made, numba):
                 done += 1

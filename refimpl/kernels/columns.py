@@ -10,7 +10,7 @@ from ..errors import CouldNotRun
 from ..ops import IMPLEMENTATIONS, REFERENCE, Op, Ops
 from .cross_entropy import cross_entropy
 from .embedding import embedding
-from .flash_attention import attention
+from .flash_attention import COMPILED_AHEAD, attention, tiles
 from .grpo import grpo
 from .launch import Launch, NumbaLaunch
 from .linear import linear_backward, linear_forward
@@ -32,6 +32,7 @@ __all__ = [
     "on_cpu",
     "placement",
     "table_of",
+    "variants",
 ]
 
 CUDA = {
@@ -66,6 +67,13 @@ def numba_cuda_table(launch: Launch) -> Ops:
     """As `cuda_table`, with the kernels in Numba CUDA; without bfloat16."""
     kernels = {name: make(NumbaLaunch(launch)) for name, make in NUMBA_CUDA.items()}
     return REFERENCE | {"linear": Op(linear_forward, linear_backward)} | kernels
+
+
+def variants(stem: str, storage: str) -> list[tuple[tuple[str, int], ...]]:
+    """The constants that a source in CUDA C is compiled with ahead of its use; of most, none."""
+    if stem != "flash_attention":
+        return [()]
+    return [tiles(storage, *widths).defines for widths in COMPILED_AHEAD]
 
 
 COLUMNS = {"cuda": cuda_table, "numba_cuda": numba_cuda_table}

@@ -110,11 +110,14 @@ def compile_kernel(
     ):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value}")
-    constants = "".join(
-        f"#define {name} {value}\n" for name, value in ((f"STORAGE_{storage.upper()}", 1), *defines)
-    )
-    source = f"{constants}#line 1\n" + (SOURCE / f"{stem}.cu").read_text()
+    source = constants(storage, defines) + (SOURCE / f"{stem}.cu").read_text()
     return build(stem, target, storage, source)
+
+
+def constants(storage: str, defines: tuple[tuple[str, int], ...] = ()) -> str:
+    """What is put before a source."""
+    all_of_them = ((f"STORAGE_{storage.upper()}", 1), *defines)
+    return "".join(f"#define {name} {value}\n" for name, value in all_of_them) + "#line 1\n"
 
 
 def build(stem: str, target: str, storage: str, source: str) -> Module:

@@ -13,16 +13,21 @@ from ..ops import REFERENCE, AnyOp, Op
 from ..ops.attention import AttentionSaved, check_attention
 from ..ops.choices import BlindQuery
 from .host import Kernels, Numbers, cover, numbers, ready
-from .launch import Launch, NumbaLaunch
+from .launch import Launch
 
-__all__ = ["FlashAttentionSaved", "Tiles", "attention", "flash_attention", "tiles"]
+__all__ = [
+    "COMPILED_AHEAD",
+    "FlashAttentionSaved",
+    "Sizes",
+    "Tiles",
+    "attention",
+    "flash_attention",
+    "tiles",
+]
 
 WIDEST = 256  # keys and values: a warp's sums of 16 rows lie in registers
 OWN = 16  # rows of a warp, as in the kernel
 SHARED = 99 << 10  # bytes of a block on every target: other tiles would add in another order
-# Warps of a block, and rows of a tile of the other side, the best first
-FORWARD = ((4, 64), (4, 32), (2, 32), (2, 16), (1, 16), (1, 8))
-BACKWARD = ((4, 32), (2, 32), (2, 16), (1, 16), (1, 8))
 ROW_THREADS = 128  # of a block of flash_attention_row_sum, a warp a row
 
 
@@ -37,6 +42,13 @@ class FlashAttentionSaved(NamedTuple):
     key_mask: Array  # [B, S] uint8, or one element that nobody reads
     segments: Array  # [B, S] int64, or one element that nobody reads
     masked: bool
+
+
+class Sizes(NamedTuple):
+    """Warps of a block, and rows of a tile of the other side: the best first."""
+
+    forward: tuple[tuple[int, int], ...] = ((4, 64), (4, 32), (2, 32), (2, 16), (1, 16), (1, 8))
+    backward: tuple[tuple[int, int], ...] = ((4, 32), (2, 32), (2, 16), (1, 16), (1, 8))
 
 
 class Tiles(NamedTuple):
@@ -62,9 +74,15 @@ class Tiles(NamedTuple):
         )
 
 
-def tiles(storage: str, key_width: int, value_width: int) -> Tiles:
-    """The largest tiles whose rows have room in the shared memory that every GPU has; ValueError
-    for a width above 256."""
+SIZES = Sizes()
+COMPILED_AHEAD = ((192, 128), (128, 128), (256, 256), (16, 16), (32, 16))
+"""Widths of keys and values: V3's, those of models without rotated parts, GLM-4.7-Flash's, those of
+the presets tiny and mini. Others are compiled when they are met."""
+
+
+def tiles(storage: str, key_width: int, value_width: int, sizes: Sizes = SIZES) -> Tiles:
+    """The first tiles whose rows have room in the shared memory that every GPU has; ValueError for
+    a width above 256."""
     size = {"float64": 8, "float32": 4, "bfloat16": 2}[storage]
     for name, width in (("q", key_width), ("v", value_width)):
         if width > WIDEST:
@@ -79,14 +97,17 @@ def tiles(storage: str, key_width: int, value_width: int) -> Tiles:
         return (OWN * warps + rows) * (key_row + value_row)
 
     least = OWN if storage == "bfloat16" else 1  # rows of one product on tensor cores
-    forward = next(t for t in FORWARD if t[1] >= least and forward_bytes(*t) <= SHARED)
-    backward = next(t for t in BACKWARD if t[1] >= least and backward_bytes(*t) <= SHARED)
+    forward = next(t for t in sizes.forward if t[1] >= least and forward_bytes(*t) <= SHARED)
+    backward = next(t for t in sizes.backward if t[1] >= least and backward_bytes(*t) <= SHARED)
     return Tiles(x, v, forward, backward, forward_bytes(*forward), backward_bytes(*backward))
 
 
-def flash_attention(launch: Launch) -> AnyOp:
+def flash_attention(launch: Launch, sizes: Sizes = SIZES) -> AnyOp:
     """The op on ``launch``."""
     kernels = Kernels(launch, "flash_attention")
+
+    def tile(n: Numbers, q: Array, v: Array) -> Tiles:
+        return tiles(n.storage, q.shape[3], v.shape[3], sizes)
 
     def flash_attention_forward(
         q: Array,
@@ -103,14 +124,14 @@ def flash_attention(launch: Launch) -> AnyOp:
         check_attention(q, k, v, causal, key_mask, segments)
         if block < 1:  # the kernel's tiles are its own
             raise ValueError(f"block must be at least 1, got {block}")
-        tiles(n.storage, q.shape[3], v.shape[3])
+        shape = tile(n, q, v)
         q, k, v = ready(q), ready(k), ready(v)
         (b, t, h, _), width = q.shape, v.shape[3]
         o = kernels.empty((b, t, h, width), q.dtype, q)
         lse = kernels.empty((b, h, t), n.real, q)
         masks = _masks(q, k, key_mask, segments)
         saved = FlashAttentionSaved(q, k, v, o, lse, float(scale), bool(causal), *masks)
-        _over_queries(kernels, "flash_attention_forward", n, saved, o, lse, q, k, v)
+        _over_queries(kernels, "flash_attention_forward", n, saved, shape, o, lse, q, k, v)
         return o, saved
 
     def flash_attention_backward(
@@ -119,7 +140,7 @@ def flash_attention(launch: Launch) -> AnyOp:
         q, k, v, o, lse, *_ = saved
         n = numbers(q=q, do=do)
         expect("do", do, "(B, T, H, V)", tuple(o.shape))
-        do = ready(do)
+        do, shape = ready(do), tile(n, q, v)
         b, t, h, width = o.shape
         row_sum = kernels.empty(lse.shape, n.real, q)
         rows, at_once = b * t * h, ROW_THREADS // 32
@@ -135,21 +156,21 @@ def flash_attention(launch: Launch) -> AnyOp:
             t,
             h,
             width,
-            defines=_defines(launch, n, saved),
+            defines=shape.defines,
         )
         dq, dk, dv = (kernels.empty(x.shape, x.dtype, x) for x in (q, k, v))
         given = do, q, k, v, lse, row_sum
-        _over_keys(kernels, "flash_attention_backward_keys", n, saved, dk, dv, *given)
-        _over_queries(kernels, "flash_attention_backward_queries", n, saved, dq, *given)
+        _over_keys(kernels, "flash_attention_backward_keys", n, saved, shape, dk, dv, *given)
+        _over_queries(kernels, "flash_attention_backward_queries", n, saved, shape, dq, *given)
         return dq, dk, dv
 
     return Op(flash_attention_forward, flash_attention_backward)
 
 
-def attention(launch: Launch) -> AnyOp:
+def attention(launch: Launch, sizes: Sizes = SIZES) -> AnyOp:
     """`flash_attention` with the arguments of the op `attention`; the mean of all values for a
-    query that sees nothing is left to that."""
-    flash, reference = flash_attention(launch), REFERENCE["attention"]
+    query that sees nothing, and wider heads, are left to that."""
+    flash, reference = flash_attention(launch, sizes), REFERENCE["attention"]
 
     def attention_forward(
         q: Array,
@@ -168,7 +189,7 @@ def attention(launch: Launch) -> AnyOp:
             "key_mask": key_mask,
             "segments": segments,
         }
-        if blind == "zero":
+        if blind == "zero" and max(q.shape[-1], v.shape[-1]) <= WIDEST:
             return flash.forward(q, k, v, **arguments)
         return reference.forward(q, k, v, **arguments, blind=blind)
 
@@ -192,12 +213,6 @@ def _masks(
     return shown, owner, True
 
 
-def _defines(launch: Launch, n: Numbers, saved: FlashAttentionSaved) -> tuple[Any, ...]:
-    if isinstance(launch, NumbaLaunch):
-        return ()
-    return tiles(n.storage, saved.q.shape[3], saved.v.shape[3]).defines
-
-
 def _settings(n: Numbers, saved: FlashAttentionSaved) -> Iterator[Any]:
     """The arguments behind the arrays."""
     q, k, v = saved.q, saved.k, saved.v
@@ -207,13 +222,17 @@ def _settings(n: Numbers, saved: FlashAttentionSaved) -> Iterator[Any]:
 
 
 def _over_queries(
-    kernels: Kernels, kernel: str, n: Numbers, saved: FlashAttentionSaved, *arrays: Array
+    kernels: Kernels,
+    kernel: str,
+    n: Numbers,
+    saved: FlashAttentionSaved,
+    shape: Tiles,
+    *arrays: Array,
 ) -> None:
     """A block takes some queries of a head."""
-    b, t, h, x = saved.q.shape
-    tile = tiles(n.storage, x, saved.v.shape[3])
+    b, t, h, _ = saved.q.shape
     forward = kernel.endswith("forward")
-    warps = (tile.forward if forward else tile.backward)[0]
+    warps, _ = shape.forward if forward else shape.backward
     kernels(
         kernel,
         n.storage,
@@ -221,18 +240,22 @@ def _over_queries(
         32 * warps,
         *arrays,
         *_settings(n, saved),
-        shared=tile.forward_shared if forward else tile.backward_shared,
-        defines=tile.defines,
+        shared=shape.forward_shared if forward else shape.backward_shared,
+        defines=shape.defines,
     )
 
 
 def _over_keys(
-    kernels: Kernels, kernel: str, n: Numbers, saved: FlashAttentionSaved, *arrays: Array
+    kernels: Kernels,
+    kernel: str,
+    n: Numbers,
+    saved: FlashAttentionSaved,
+    shape: Tiles,
+    *arrays: Array,
 ) -> None:
     """A block takes some keys of a head, or of one that the queries' heads share."""
-    b, s, heads, x = saved.k.shape
-    tile = tiles(n.storage, x, saved.v.shape[3])
-    warps = tile.backward[0]
+    b, s, heads, _ = saved.k.shape
+    warps, _ = shape.backward
     alone = heads == saved.v.shape[2] == saved.q.shape[2]
     kernels(
         kernel,
@@ -241,6 +264,6 @@ def _over_keys(
         32 * warps,
         *arrays,
         *_settings(n, saved),
-        shared=tile.backward_shared,
-        defines=tile.defines,
+        shared=shape.backward_shared,
+        defines=shape.defines,
     )

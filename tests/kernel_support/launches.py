@@ -15,6 +15,7 @@ from refimpl.array import library
 from refimpl.check.cases import pair_of
 from refimpl.kernels.columns import COLUMNS
 from refimpl.kernels.compile import STORAGE, Module
+from refimpl.kernels.flash_attention import Sizes, attention
 from refimpl.kernels.launch import DeviceLaunch, Launch, NumbaLaunch
 from refimpl.kernels.numba_cuda import NUMBA_STORAGE
 from refimpl.ops import Ops
@@ -33,6 +34,9 @@ SANITIZED = os.environ.get("REFIMPL_SANITIZER") == "1"  # under compute-sanitize
 
 # Bytes of a block that a launch may ask for (CUDA C++ Programming Guide, compute capabilities)
 MOST_SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10}
+
+
+SMALL = Sizes(((2, 16),), ((2, 16),))  # tiles of attention of which small examples have several
 
 
 class InterpreterLaunch:
@@ -142,7 +146,8 @@ def make_table(launch: Launch, column: str = "cuda") -> Ops:
     """A column, from and to NumPy arrays wherever it runs."""
     table = COLUMNS[column](launch)
     if not ON_DEVICE:
-        return table
+        small = {"attention": attention(launch, SMALL)} if column == "cuda" else {}
+        return table | small
     return table | {name: placed(pair, to_device) for name, pair in table.items()}
 
 

@@ -22,8 +22,95 @@ from .rule import compare
 from .shapes import SHAPES
 from ptx import PTXError
 
+FILES = {"attention": "flash_attention"}  # stems that are not the op's name
 # op: {name: (what stands there, what a mistake would put)}
 PLANTED: dict[str, dict[str, tuple[str, str]]] = {
+    "attention": {
+        "wait for the keys missing": (
+            "cp_async_wait<1>();  // the keys; the values may still be on their way",
+            "",
+        ),
+        "barrier before the keys missing": (
+            "cp_async_wait<1>();  // the keys; the values may still be on their way\n"
+            "        __syncthreads();",
+            "cp_async_wait<1>();",
+        ),
+        "stale stage: keys fetched too early": (
+            "real score[KEYS / 8][4] = {};\n        add_scores<KEY_WIDTH>(score, q_tile + "
+            "threadIdx.x / WARP * OWN * stride(KEY_WIDTH), k_tile);\n        __syncthreads();\n"
+            "        if (s + KEYS < end) fetch<KEY_WIDTH, KEYS, THREADS>(k_tile, k, of_k, s + KEYS);",
+            "real score[KEYS / 8][4] = {};\n"
+            "        if (s + KEYS < end) fetch<KEY_WIDTH, KEYS, THREADS>(k_tile, k, of_k, s + KEYS);\n"
+            "        add_scores<KEY_WIDTH>(score, q_tile + threadIdx.x / WARP * OWN * "
+            "stride(KEY_WIDTH), k_tile);\n        __syncthreads();",
+        ),
+        "wait for one group too few": (
+            "cp_async_wait<1>();\n        __syncthreads();\n        add_mixed<VALUE_WIDTH>(numerator",
+            "cp_async_wait<2>();\n        __syncthreads();\n        add_mixed<VALUE_WIDTH>(numerator",
+        ),
+        "lane address of a tile's row": (
+            "a + lane() % 16 * stride(WIDTH) + i + lane() / 16 * 8",
+            "a + lane() % 16 * stride(WIDTH) + i + lane() / 8 % 2 * 8",
+        ),
+        ".trans missing": ("ldmatrix_x4_trans(y, b", "ldmatrix_x4(y, b"),
+        "fragments in another order": (
+            "mma_m16n8k16(sum[n], x, y[0], y[1]);\n            mma_m16n8k16(sum[n + 1], x, y[2], "
+            "y[3]);\n        }\n    }\n#else\n#pragma unroll 1",
+            "mma_m16n8k16(sum[n], x, y[0], y[2]);\n            mma_m16n8k16(sum[n + 1], x, y[1], "
+            "y[3]);\n        }\n    }\n#else\n#pragma unroll 1",
+        ),
+        "wrong half of an operand": (
+            "{cvt_rn_bf16x2(p[k][1], p[k][0])",
+            "{cvt_rn_bf16x2(p[k][0], p[k][1])",
+        ),
+        "numerator not rescaled": ("numerator[n][i] *= decay[i / 2]", "numerator[n][i] *= 1"),
+        "sum not rescaled": ("total[i] *= decay[i];", ""),
+        "diagonal hidden": ("(causal && s > position(t))", "(causal && s >= position(t))"),
+        "diagonal one too far": ("(causal && s > position(t))", "(causal && s > position(t) + 1)"),
+        "last tile of keys left out": (
+            "return causal ? position(t < queries ? t : queries) : keys;",
+            "return (causal ? position(t < queries ? t : queries) : keys) - 1;",
+        ),
+        "first queries left out": (
+            "first - (keys - queries) : 0;  // see none",
+            "first - (keys - queries) + QUERIES : 0;  // see none",
+        ),
+        "dropped tail: keys past the end seen": ("s >= keys || (causal", "(causal"),
+        "tail of a row not zero": (
+            "cp_async_16(to, from, inside ? 16 : 0);",
+            "cp_async_16(to, from, 16);",
+        ),
+        "a row that sees nothing": ("(any ? largest[i] : 0)", "largest[i]"),
+        "a row that sees nothing divides by 0": ("any ? finite(sum) : 1;", "finite(sum);"),
+        "overflow gives a clean number": ("any ? finite(sum) : 1;", "any ? sum : 1;"),
+        "padding seen": ("return key_mask[s] && segments[s]", "return segments[s]"),
+        "segments of the first query": (
+            "segments[position(t) < 0 ? 0 : position(t)]",
+            "segments[t]",
+        ),
+        "tile taken for one that all see": (
+            "(!causal || s + some_keys - 1 <= position(t))",
+            "true",
+        ),
+        "last head alone in dk": (
+            "if (key_heads == heads || h == heads - 1) {\n            store<KEY_WIDTH>(dk, dk_sum, "
+            "of_k, own);",
+            "{\n            store<KEY_WIDTH>(dk, dk_sum, of_k, own);",
+        ),
+        "row sums of another head": (
+            "const real* own_sum = row_sum + (static_cast<int64>(batch) * heads + h) * queries;",
+            "const real* own_sum = row_sum + (static_cast<int64>(batch) * heads + begin) * queries;",
+        ),
+        "ds without the scale": (
+            "dp[n][i] = shown ? scale * p[n][i]",
+            "dp[n][i] = shown ? p[n][i]",
+        ),
+        "do overwritten while it is read": (
+            "if (part + SOME == QUERIES) {  // nobody needs this tile of do any more\n"
+            "                    __syncthreads();",
+            "if (part + SOME == QUERIES) {",
+        ),
+    },
     "rms_norm": {
         "mean of one element less": (
             "root(finite(block_sum(sum) / width + eps))",
@@ -153,18 +240,19 @@ def sources() -> dict[str, str]:
 
 
 def plant(op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the host side run the kernels of ``op`` with the mistake, in float64."""
+    """Let the host side run the kernels of ``op`` with the mistake."""
     old, new = PLANTED[op][name]
     header = (SOURCE / "common.cuh").read_text().replace("#pragma once\n", "")
-    source = sources()[op].replace('#include "common.cuh"\n', header)
+    planted_in = FILES.get(op, op)
+    source = sources()[planted_in].replace('#include "common.cuh"\n', header)
     assert source.count(old) == 1, f"{name}: its place is gone"
-    edited = "#define STORAGE_FLOAT64 1\n" + source.replace(old, new)
+    edited = source.replace(old, new)
     real = host.compile_kernel
 
-    def wrong(stem: str, target: str, storage: str) -> compile.Module:
-        if stem == op:
-            return build(stem, target, storage, edited)
-        return real(stem, target, storage)
+    def wrong(stem: str, target: str, storage: str, defines: Any = ()) -> compile.Module:
+        if stem == planted_in:
+            return build(stem, target, storage, compile.constants(storage, defines) + edited)
+        return real(stem, target, storage, defines)
 
     monkeypatch.setattr(host, "compile_kernel", wrong)
 
@@ -197,7 +285,9 @@ def plant_in_numba(op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "compile_numba", wrong)
 
 
-def assert_seen(op: str, *more: Callable[[], Any], column: str = "cuda") -> None:
+def assert_seen(
+    op: str, *more: Callable[[], Any], column: str = "cuda", storage: str = "float64"
+) -> None:
     """What is planted fails the rule of `compare`, or one of the tests ``more``, on one of 40
     seeds."""
     for seed in range(40):
@@ -206,7 +296,7 @@ def assert_seen(op: str, *more: Callable[[], Any], column: str = "cuda") -> None
                 op,
                 TABLES[column][op],
                 SHAPES[op](RandomDraw(seed)),
-                "float64",
+                storage,
                 seed,
                 ops_of(op, column),
             )

@@ -108,6 +108,26 @@ def _moe(draw: Draw) -> Case:
     return Case((x, weights, *routed, *extra), {"indices": indices})
 
 
+def _attention(draw: Draw) -> Case:
+    """Several tiles of `launches.SMALL`, ragged at the ends, and widths of two kernels."""
+    b, h = draw.integer(1, 2), draw.choice([1, 2, 3])
+    t, more = draw.choice([1, 20, 33, 40]), draw.choice([0, 0, 1, 9, 18])
+    more = max(more, 20 - t)  # of one key alone the gradient of the scores is nothing but rounding
+    x, v = draw.choice([(9, 6), (16, 16), (16, 8), (24, 16)])
+    causal = draw.choice([True, True, False])
+    key_mask = draw.choice([None, draw.rng.random((b, t + more)) < 0.6])
+    segments = draw.choice([None, np.sort(draw.rng.integers(-1, 3, (b, t + more)))])
+    if segments is None and not causal and draw.choice([True, False]):
+        t, more = t + 2 * more, -more  # more queries than keys
+        key_mask = None if key_mask is None else key_mask[:, : t + more]
+    s = t + more
+    key_heads, value_heads = draw.choice([(h, h), (1, 1), (1, h), (h, 1)])
+    shapes = (b, t, h, x), (b, s, key_heads, x), (b, s, value_heads, v)
+    kwargs = {"scale": draw.choice([0.3, 1.0]), "causal": causal}
+    kwargs |= {"key_mask": key_mask, "segments": segments}
+    return Case([draw.rng.normal(size=shape) for shape in shapes], kwargs)
+
+
 SHAPES: dict[str, Callable[[Draw], Case]] = {
     "rms_norm": _rms_norm,
     "swiglu": _swiglu,
@@ -117,6 +137,7 @@ SHAPES: dict[str, Callable[[Draw], Case]] = {
     "embedding": _embedding,
     "router": _router,
     "moe": _moe,
+    "attention": _attention,
     "grpo": CASES["grpo"],
 }
 
