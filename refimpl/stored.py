@@ -1,14 +1,19 @@
 """The rule for an implementation that stores float32 or bfloat16: how far it may err.
 
 Truth is the float64 reference on the same inputs, which the type holds exactly, with the same
-choices. A kernel's error is at most `FACTOR` times that of the float32 reference, and one unit: of
-the element in the type that it is stored in, and of the largest in the type that arithmetic is done
-in. What is made of several ops stores its intermediate results, too, so it is compared with the
-reference that rounds at the same places (`stored_table`).
+choices. A kernel's error is at most twice that of the float32 reference, and one unit: of the
+element in the type that it is stored in, and of the largest in the type that arithmetic is done in.
+One small example may be lucky, so the reference's error is the largest of 8 runs, in all but one of
+which float32 inputs are moved within their rounding.
 
-Rounded to the nearest, one small example may be lucky. So the reference's error is the largest of
-`RUNS`: of an op on float32 inputs that are moved within their rounding, of several ops with results
-that are rounded up or down by chance.
+What is made of several ops, a model above all, stores its intermediate results, too. It is compared
+with the reference that rounds at the same places (`stored_table`): to the nearest, two such runs
+may be nearly the same or not, so in 16 runs each number is rounded up or down by chance, and 3 times
+the largest of their errors is allowed. The first roundings of a model move all that follows, so
+errors scatter like few random numbers. Of 7,800 tensors of 120 examples (tiny, its variant and GRPO,
+under the interpreter) the furthest had 2.14 times the largest of 16, 2.76 of 8, 1.78 of 24; half
+of them are allowed less than 10 % of their largest element, one in 100 more than 45 %. So this says
+that nothing is lost on the way to the device; that a gradient is right, float32 says.
 """
 
 from __future__ import annotations
@@ -43,6 +48,7 @@ __all__ = [
 DTYPES = {"float64": np.float64, "float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 WIDE = {"float64": np.float64, "float32": np.float32, "bfloat16": np.float32}
 RUNS, FACTOR = 8, 2
+RUNS_OF_SEVERAL, FACTOR_OF_SEVERAL = 16, 3
 UNITS = 64  # of float64: the error that its reference, which is no better, is taken to have
 # Arrays that are constants of the derivative and data all the same: what moves with the inputs
 DATA = ("advantages", "old_log_prob", "reference_log_prob")
@@ -149,9 +155,11 @@ def compare(
     exact = results(reference, exact_inputs, exact_constants, widened(cotangents, np.float64))
     if runs is None:
         below = partial(lower, algorithm or reference, inputs, constants, cotangents, wide, rng)
+        count, factor = RUNS if storage != "float64" else 1, FACTOR
     else:
         below = partial(narrow, runs, inputs, constants, cotangents)
-    plain = [below(run) for run in range(RUNS if storage != "float64" else 1)]
+        count, factor = RUNS_OF_SEVERAL, FACTOR_OF_SEVERAL
+    plain = [below(run) for run in range(count)]
     found = results(pair, inputs, constants | extra, cotangents)
     told = []
     for i, (got, wanted) in enumerate(zip(found, exact, strict=True)):
@@ -161,7 +169,7 @@ def compare(
         error = max(np.max(np.abs(low[i] - wanted), initial=0) for low in plain)
         if storage == "float64":
             error = UNITS * np.finfo(np.float64).eps * largest
-        told.append(Result(got, wanted, float(error), FACTOR * error + unit))
+        told.append(Result(got, wanted, float(error), factor * error + unit))
     return told
 
 

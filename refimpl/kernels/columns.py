@@ -22,6 +22,7 @@ from .swiglu import swiglu
 
 __all__ = [
     "COLUMNS",
+    "COMPOSITES",
     "CUDA",
     "NUMBA_CUDA",
     "ON_CPU",
@@ -45,6 +46,10 @@ CUDA = {
     "grpo": grpo,
 }
 """What makes each op that has kernels in CUDA C from a `Launch`."""
+
+COMPOSITES = ("linear", "ffn", "mla", "mtp", "head_cross_entropy")
+"""Ops made of those, which bfloat16 reaches too: cuBLAS's product, and what holds no arithmetic but
+sums of two."""
 
 NUMBA_CUDA = {
     name: CUDA[name]
