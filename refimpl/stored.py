@@ -6,14 +6,15 @@ element in the type that it is stored in, and of the largest in the type that ar
 One small example may be lucky, so the reference's error is the largest of 8 runs, in all but one of
 which float32 inputs are moved within their rounding.
 
-What is made of several ops, a model above all, stores its intermediate results, too. It is compared
-with the reference that rounds at the same places (`stored_table`): to the nearest, two such runs
-may be nearly the same or not, so in 16 runs each number is rounded up or down by chance, and 3 times
-the largest of their errors is allowed. The first roundings of a model move all that follows, so
-errors scatter like few random numbers. Of 7,800 tensors of 120 examples (tiny, its variant and GRPO,
-under the interpreter) the furthest had 2.14 times the largest of 16, 2.76 of 8, 1.78 of 24; half
-of them are allowed less than 10 % of their largest element, one in 100 more than 45 %. So this says
-that nothing is lost on the way to the device; that a gradient is right, float32 says.
+What is made of several ops, a model above all, stores its intermediate results, too. It is
+compared with the reference that rounds at the same places (`stored_table`): to the nearest, two
+such runs may be nearly the same or not, so in 16 runs each number is rounded up or down by chance,
+and 3 times the largest of their errors is allowed. The first roundings of a model move all that
+follows, so errors scatter like few random numbers. Of 7,800 tensors of 120 examples (tiny, its
+variant and GRPO, under the interpreter) the furthest had 2.14 times the largest of 16, 2.76 of 8,
+1.78 of 24; half of them are allowed less than 10 % of their largest element, one in 100 more than
+43 %. So this says that nothing is lost on the way to the device; that a gradient is right, float32
+says.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import numpy as np
 from .check.cases import Case
 from .check.rules import Pair
 from .grads.rounded import round_bfloat16, rounded_by_chance
+from .grads.units import roundoff
 from .ops import NETWORKS, REFERENCE, AnyOp, Op, Ops
 
 __all__ = [
@@ -90,7 +92,7 @@ class Result(NamedTuple):
 
     @property
     def error(self) -> np.ndarray:
-        return np.abs(self.got.astype(np.float64) - self.wanted)
+        return np.asarray(np.abs(self.got.astype(np.float64) - self.wanted))
 
     @property
     def ratio(self) -> float:
@@ -164,7 +166,7 @@ def compare(
     told = []
     for i, (got, wanted) in enumerate(zip(found, exact, strict=True)):
         largest = np.max(np.abs(wanted), initial=0)
-        unit = float(ml_dtypes.finfo(got.dtype).eps) * np.abs(wanted)  # type: ignore[no-untyped-call]
+        unit = 2 * roundoff(str(got.dtype)) * np.abs(wanted)
         unit = unit + float(np.finfo(wide).eps) * largest
         error = max(np.max(np.abs(low[i] - wanted), initial=0) for low in plain)
         if storage == "float64":
@@ -184,12 +186,11 @@ def lower(
 ) -> list[np.ndarray]:
     """The results of ``op`` in the type that arithmetic is done in; in all runs but the first,
     inputs, cotangents and `DATA` are `moved`."""
-    low, constants = widened([*inputs, *cotangents], wide), widened(dict(constants), wide)
+    low, given = widened([*inputs, *cotangents], wide), widened(dict(constants), wide)
     if run:
         low = [x if x is None else moved(x, rng) for x in low]
-        data = {name: constants[name] for name in DATA if constants.get(name) is not None}
-        constants = constants | {name: moved(x, rng) for name, x in data.items()}
-    return results(op, low[: len(inputs)], constants, low[len(inputs) :])
+        given |= {name: moved(given[name], rng) for name in DATA if given.get(name) is not None}
+    return results(op, low[: len(inputs)], given, low[len(inputs) :])
 
 
 def narrow(
