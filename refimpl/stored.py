@@ -47,8 +47,12 @@ __all__ = [
     "widened",
 ]
 
-DTYPES = {"float64": np.float64, "float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
-WIDE = {"float64": np.float64, "float32": np.float32, "bfloat16": np.float32}
+DTYPES: dict[str, Any] = {
+    "float64": np.float64,
+    "float32": np.float32,
+    "bfloat16": ml_dtypes.bfloat16,
+}
+WIDE: dict[str, Any] = {"float64": np.float64, "float32": np.float32, "bfloat16": np.float32}
 RUNS, FACTOR = 8, 2
 RUNS_OF_SEVERAL, FACTOR_OF_SEVERAL = 16, 3
 UNITS = 64  # of float64: the error that its reference, which is no better, is taken to have

@@ -106,7 +106,12 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
         "clip by the wrong sign": ("a > 0 ? rho > high", "a < 0 ? rho > high"),
         "KL of whole outputs forgotten": ("dz_all - du_all", "dz_all"),
     },
-    "adamw": {"last thread past the end": ("if (i >= size) return;", "if (i > size) return;")},
+    "adamw": {
+        "last thread past the end": ("if (i >= size) return;", "if (i > size) return;"),
+        "parameter for its master": ("before = master[i];", "before = widen(p[i]);"),
+        "master left as it was": ("    master[i] = after;\n", ""),
+        "parameter left as it was": ("    p[i] = narrow(after);\n", ""),
+    },
 }
 # op: {name: (file, what stands there, what a mistake would put)}
 PLANTED_IN_NUMBA: dict[str, dict[str, tuple[str, str, str]]] = {
@@ -153,17 +158,17 @@ def sources() -> dict[str, str]:
 
 
 def plant(op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the host side run the kernels of ``op`` with the mistake, in float64."""
+    """Let the host side run the kernels of ``op`` with the mistake."""
     old, new = PLANTED[op][name]
     header = (SOURCE / "common.cuh").read_text().replace("#pragma once\n", "")
     source = sources()[op].replace('#include "common.cuh"\n', header)
     assert source.count(old) == 1, f"{name}: its place is gone"
-    edited = "#define STORAGE_FLOAT64 1\n" + source.replace(old, new)
+    edited = source.replace(old, new)
     real = host.compile_kernel
 
     def wrong(stem: str, target: str, storage: str) -> compile.Module:
         if stem == op:
-            return build(stem, target, storage, edited)
+            return build(stem, target, storage, f"#define STORAGE_{storage.upper()} 1\n{edited}")
         return real(stem, target, storage)
 
     monkeypatch.setattr(host, "compile_kernel", wrong)
