@@ -28,7 +28,7 @@ from .check.cases import (
 from .config import CONVENTIONS, preset
 from .errors import CouldNotRun
 from .files import read_bytes
-from .kernels.columns import COLUMNS, COMPOSITES, CUDA, ON_CPU, placement, table_of
+from .kernels.columns import COLUMNS, COMPOSITES, CUDA, ON_CPU, expect_dtype, placement, table_of
 from .ops import IMPLEMENTATIONS, REFERENCE, AnyOp, Op, Ops
 from .stored import compare, stored_table
 from .text import Text
@@ -95,12 +95,7 @@ class Settings:
                 f"must be {only} for the implementation {self.implementation}, got {self.backend}",
                 argument="backend",
             )
-        if self.dtype == "bfloat16" and self.implementation != "cuda":
-            raise CouldNotRun(
-                "bfloat16 is stored by kernels in CUDA C alone: give the backend cupy and the "
-                f"implementation cuda, got {self.implementation}",
-                argument="dtype",
-            )
+        expect_dtype(self.dtype, self.implementation)
         if self.dtype == "bfloat16" and CONVENTIONS[self.convention].blind_query == "mean":
             raise CouldNotRun(
                 f"{self.convention} is not for bfloat16: no kernel gives a query that sees no key "

@@ -27,6 +27,7 @@ __all__ = [
     "NUMBA_CUDA",
     "ON_CPU",
     "cuda_table",
+    "expect_dtype",
     "for_generation",
     "numba_cuda_table",
     "on_cpu",
@@ -78,6 +79,17 @@ ON_CPU = (*IMPLEMENTATIONS, "numba_cpu")
 """The implementations that take NumPy's arrays."""
 
 
+def expect_dtype(dtype: str, implementation: str) -> None:
+    """CouldNotRun unless an implementation stores a type: bfloat16 is what kernels in CUDA C alone
+    store, and float64 and float32 what all do."""
+    if dtype not in ("float32", "float64") and (dtype, implementation) != ("bfloat16", "cuda"):
+        raise CouldNotRun(
+            "must be float32 or float64, or bfloat16 for the implementation cuda (on the backend "
+            f"cupy), got {dtype} for {implementation}",
+            argument="dtype",
+        )
+
+
 def on_cpu(implementation: str) -> Ops:
     """The table of one of `ON_CPU`; ValueError for another name, CouldNotRun for numba_cpu without
     Numba."""
@@ -118,10 +130,16 @@ def placement(backend: str) -> Callable[[Any], Any] | None:
     return cupy.asarray  # type: ignore[no-any-return]
 
 
-def for_generation(implementation: str) -> tuple[Ops, Ops]:
-    """The tables of one of `ON_CPU` for the prompt and for the tokens behind it, which MLA reads in
-    its absorbed form; both take weights that are read when they are used."""
-    table = decode = on_cpu(implementation)
+def for_generation(implementation: str, dtype: str = "float32") -> tuple[Ops, Ops]:
+    """The tables of an implementation for the prompt and for the tokens behind it, which MLA reads
+    in its absorbed form; of one of `ON_CPU` both take weights that are read when they are used.
+
+    The absorbed form computes with the reference's products, which don't round bfloat16 as they
+    should: there keys and values of all tokens are expanded each time.
+    """
+    table = decode = table_of(implementation)
+    if dtype == "bfloat16":
+        return table, table
     if implementation == "numba_cpu":
         from .cpu.stored import stored_table
 

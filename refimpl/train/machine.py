@@ -13,8 +13,8 @@ from ..array import Array
 from ..config import ModelConfig
 from ..errors import CouldNotRun
 from ..generate.sampler import to_numpy
-from ..kernels.columns import COLUMNS, ON_CPU, for_generation, placement, table_of
-from ..ops import IMPLEMENTATIONS, Ops
+from ..kernels.columns import COLUMNS, ON_CPU, expect_dtype, for_generation, placement, table_of
+from ..ops import Ops
 from ..optimizer import AdamW
 from ..parameters import init_parameters, is_buffer
 
@@ -35,6 +35,11 @@ class Machine:
     prefill: Ops  # of generation: the prompt,
     decode: Ops  # and the tokens behind it
     optimizer: Callable[..., AdamW]
+
+    @property
+    def real(self) -> str:
+        """The type of arithmetic, of losses and of weights' gradients."""
+        return "float32" if self.dtype == "bfloat16" else self.dtype
 
     def parameters(self, config: ModelConfig, *, seed: int, std: float) -> dict[str, Array]:
         """Random initial ones, as `init_parameters` draws them."""
@@ -76,14 +81,9 @@ def open_machine(
             f"{backend}",
             argument="backend",
         )
-    if dtype not in ("float32", "float64"):
-        raise CouldNotRun(f"must be float32 or float64, got {dtype}", argument="dtype")
+    expect_dtype(dtype, implementation)
     place, table = placement(backend), table_of(implementation)
-    prefill, decode = (
-        (table, table | {"mla": IMPLEMENTATIONS["absorbed"].mla})
-        if implementation in COLUMNS
-        else for_generation(implementation)
-    )
+    prefill, decode = for_generation(implementation, dtype)
     return Machine(
         backend,
         implementation,
