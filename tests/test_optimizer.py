@@ -62,7 +62,7 @@ def test_against_scalars(options: dict[str, float]) -> None:
 
 def test_bfloat16_is_the_rounding_of_a_master() -> None:
     """100 steps of a hundredth of a unit each, which bfloat16 alone would not take: the master and
-    its moments are what a float32 parameter has, to the bit; the parameter is the master rounded."""
+    its moments are what a float32 parameter has, to the bit; the parameter is its rounding."""
     start = np.array([1.0, -3.0]).astype(ml_dtypes.bfloat16)
     params, plain = {"w": start.copy()}, {"w": start.astype(np.float32)}
     moments = of_plain = Moments()

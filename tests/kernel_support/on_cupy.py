@@ -1,5 +1,5 @@
-"""The column `cuda` on a pretended CuPy, in this process: kernels under the interpreter, products by
-its cuBLAS, bfloat16 included."""
+"""The column `cuda` on a pretended CuPy, in this process: kernels under the interpreter, products
+by its cuBLAS, bfloat16 included."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from refimpl.kernels.adamw import adamw
 from refimpl.ops import REFERENCE, Op, Ops
 from refimpl.stored import DTYPES, stored
 
-from pretended_cupy import Pretended, here, there
-
 from .launches import PretendedLaunch
+from pretended_cupy import Pretended, here, there
 
 
 def make_cuda_table() -> Ops:

@@ -84,5 +84,4 @@ def test_a_square_that_overflows(storage: str) -> None:
 def test_planted_mistakes_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plant("adamw", name, monkeypatch)
     with pytest.raises((AssertionError, PTXError)):
-        for storage in ("float64", "bfloat16"):
-            test_adamw(storage)
+        test_adamw("bfloat16")
