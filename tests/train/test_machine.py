@@ -249,7 +249,8 @@ def test_bfloat16(
         for n in start["float32"]
         if n in masters["float32"]
     ]
-    assert np.median(moved) == pytest.approx(1, abs=0.05)
+    # lost in a unit it would be 0; GRPO's samples differ, and with them its gradients
+    assert np.median(moved) == pytest.approx(1, abs=0.2)
 
 
 def run_on(backend: str, out: Path, stage: str, *settings: str) -> list[dict[str, Any]]:
