@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,17 @@ from .check.cases import (
 from .config import CONVENTIONS, preset
 from .errors import CouldNotRun
 from .files import read_bytes
-from .kernels.columns import COLUMNS, COMPOSITES, CUDA, ON_CPU, expect_dtype, placement, table_of
+from .kernels.columns import (
+    COLUMNS,
+    COMPOSITES,
+    CUDA,
+    ON_CPU,
+    expect_backend,
+    expect_dtype,
+    placement,
+    table_of,
+)
+from .kernels.placed import placed
 from .ops import IMPLEMENTATIONS, REFERENCE, AnyOp, Op, Ops
 from .stored import compare, stored_table
 from .text import Text
@@ -89,12 +99,7 @@ class Settings:
                 raise CouldNotRun(
                     f"must be one of {', '.join(allowed)}, got {getattr(self, name)}", argument=name
                 )
-        needed = {"numba_cpu": "numpy"} | dict.fromkeys(KERNELS, "cupy")
-        if self.backend != (only := needed.get(self.implementation, self.backend)):
-            raise CouldNotRun(
-                f"must be {only} for the implementation {self.implementation}, got {self.backend}",
-                argument="backend",
-            )
+        expect_backend(self.backend, self.implementation)
         expect_dtype(self.dtype, self.implementation)
         if self.dtype == "bfloat16" and CONVENTIONS[self.convention].blind_query == "mean":
             raise CouldNotRun(
@@ -236,33 +241,6 @@ def _example(
     if "ops" in parameters:
         tested = Op(partial(tested.forward, ops=table), tested.backward)
     return case, tested, common
-
-
-def placed(pair: AnyOp, place: Callable[[Any], Any]) -> AnyOp:
-    """The pair run on another device, to which ``place`` moves an array, from and to NumPy
-    arrays."""
-
-    def there(x: Any) -> Any:
-        if isinstance(x, (np.ndarray, np.generic)):
-            return place(x)
-        if isinstance(x, dict):
-            return {key: there(value) for key, value in x.items()}
-        if isinstance(x, tuple):
-            return type(x)(*map(there, x)) if hasattr(x, "_fields") else tuple(map(there, x))
-        return x
-
-    def back(x: Any) -> Any:
-        if isinstance(x, dict):
-            return {key: back(value) for key, value in x.items()}
-        if isinstance(x, tuple):
-            return type(x)(*map(back, x)) if hasattr(x, "_fields") else tuple(map(back, x))
-        return x.get() if hasattr(x, "get") and hasattr(x, "dtype") else x
-
-    def forward(*inputs: Any, **kwargs: Any) -> tuple[Any, Any]:
-        y, saved = pair.forward(*map(there, inputs), **there(kwargs))
-        return back(y), saved
-
-    return Op(forward, lambda dy, saved: back(pair.backward(there(dy), saved)))
 
 
 def module_from_file(path: Path) -> ModuleType:

@@ -27,6 +27,7 @@ __all__ = [
     "NUMBA_CUDA",
     "ON_CPU",
     "cuda_table",
+    "expect_backend",
     "expect_dtype",
     "for_generation",
     "numba_cuda_table",
@@ -77,6 +78,19 @@ COLUMNS = {"cuda": cuda_table, "numba_cuda": numba_cuda_table}
 
 ON_CPU = (*IMPLEMENTATIONS, "numba_cpu")
 """The implementations that take NumPy's arrays."""
+
+
+NEEDS = dict.fromkeys(COLUMNS, "cupy") | {"numba_cpu": "numpy"}
+
+
+def expect_backend(backend: str, implementation: str) -> None:
+    """CouldNotRun unless an implementation takes the arrays of a backend."""
+    if NEEDS.get(implementation, backend) != backend:
+        raise CouldNotRun(
+            f"must be {NEEDS[implementation]} for the implementation {implementation}, got "
+            f"{backend}",
+            argument="backend",
+        )
 
 
 def expect_dtype(dtype: str, implementation: str) -> None:
@@ -132,7 +146,7 @@ def placement(backend: str) -> Callable[[Any], Any] | None:
 
 def for_generation(implementation: str, dtype: str = "float32") -> tuple[Ops, Ops]:
     """The tables of an implementation for the prompt and for the tokens behind it, which MLA reads
-    in its absorbed form; of one of `ON_CPU` both take weights that are read when they are used.
+    in its absorbed form; on NumPy both take weights that are read when they are used.
 
     The absorbed form computes with the reference's products, which don't round bfloat16 as they
     should: there keys and values of all tokens are expanded each time.
@@ -144,6 +158,8 @@ def for_generation(implementation: str, dtype: str = "float32") -> tuple[Ops, Op
         from .cpu.stored import stored_table
 
         table = stored_table(table)
-        # a token has one query, and a task per row of the batch would cost more than its work
+    if implementation in NEEDS:
+        # A token has one query: a task per row of the batch would cost more than its work. And the
+        # kernels' heads are narrower than the latent, which is all heads' key.
         decode = table | {"attention": REFERENCE.attention}
     return table, decode | {"mla": IMPLEMENTATIONS["absorbed"].mla}

@@ -13,14 +13,20 @@ from ..array import Array
 from ..config import ModelConfig
 from ..errors import CouldNotRun
 from ..generate.sampler import to_numpy
-from ..kernels.columns import COLUMNS, ON_CPU, expect_dtype, for_generation, placement, table_of
+from ..kernels.columns import (
+    COLUMNS,
+    ON_CPU,
+    expect_backend,
+    expect_dtype,
+    for_generation,
+    placement,
+    table_of,
+)
 from ..ops import Ops
 from ..optimizer import AdamW
 from ..parameters import init_parameters, is_buffer
 
 __all__ = ["Machine", "open_machine"]
-
-NEEDS = dict.fromkeys(COLUMNS, "cupy") | {"numba_cpu": "numpy"}
 
 
 @dataclass(frozen=True)
@@ -75,12 +81,7 @@ def open_machine(
             f"must be fastest or one of {', '.join(names)}, got {implementation}",
             argument="implementation",
         )
-    if NEEDS.get(implementation, backend) != backend:
-        raise CouldNotRun(
-            f"must be {NEEDS[implementation]} for the implementation {implementation}, got "
-            f"{backend}",
-            argument="backend",
-        )
+    expect_backend(backend, implementation)
     expect_dtype(dtype, implementation)
     place, table = placement(backend), table_of(implementation)
     prefill, decode = for_generation(implementation, dtype)

@@ -3,6 +3,7 @@ by its cuBLAS, bfloat16 included."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 from typing import Any
 
@@ -13,6 +14,7 @@ from refimpl.kernels import columns
 from refimpl.kernels.adamw import adamw
 from refimpl.ops import REFERENCE, Op, Ops
 from refimpl.stored import DTYPES, stored
+from refimpl.train import machine
 
 from .launches import PretendedLaunch
 from pretended_cupy import Pretended, here, there
@@ -49,11 +51,12 @@ def use_cuda(monkeypatch: pytest.MonkeyPatch) -> Ops:
     table = make_cuda_table()
     monkeypatch.setitem(sys.modules, "cupy", Pretended("cupy"))
     real = columns.table_of
-    for module in ("refimpl.kernels.columns", "refimpl.verify", "refimpl.train.machine"):
-        monkeypatch.setattr(f"{module}.table_of", lambda n: table if n == "cuda" else real(n))
+    for module in ("kernels.columns", "verify", "train.machine", "grads.request"):
+        found = importlib.import_module(f"refimpl.{module}")
+        monkeypatch.setattr(found, "table_of", lambda n: table if n == "cuda" else real(n))
     optimizer = adamw(PretendedLaunch())
-    found = sys.modules["refimpl.train.machine"].optimizer_of  # type: ignore[attr-defined]
+    of_others = machine.optimizer_of
     monkeypatch.setattr(
-        "refimpl.train.machine.optimizer_of", lambda n: optimizer if n == "cuda" else found(n)
+        machine, "optimizer_of", lambda n: optimizer if n == "cuda" else of_others(n)
     )
     return table
