@@ -45,17 +45,19 @@ __all__ = [
     "real",
     "scatter_add",
     "sigmoid",
+    "sum_along",
     "take_rows",
     "zeros",
 ]
 
 
-def namespace(**arrays: Array) -> ModuleType:
+def namespace(*, moved: bool = False, **arrays: Array) -> ModuleType:
     """The array namespace of all the named differentiable arrays (None entries are skipped).
 
     TypeError if one is not an array, they come from two libraries, or a dtype is neither an object
     type nor floating with at least 32 bits: sums in a 16-bit type are wrong numbers, so cast up
-    first.
+    first. ``moved``: the arrays are only moved, and added in pairs, each sum rounded once, as a
+    composite does between ops that compute; then bfloat16 is right, too.
     """
     found: ModuleType | None = None
     for name, x in arrays.items():
@@ -67,7 +69,11 @@ def namespace(**arrays: Array) -> ModuleType:
                 f"{name} must come from {found.__name__} like the other arrays, got {xp.__name__}"
             )
         found = xp
-        if not (is_object(x) or (is_float(xp, x.dtype) and itemsize(x) >= 4)):
+        if not (
+            is_object(x)
+            or (moved and str(x.dtype) == "bfloat16")
+            or (itemsize(x) >= 4 and is_float(xp, x.dtype))
+        ):
             raise TypeError(
                 f"{name} must be float32 or wider (cast 16-bit and integer arrays up), got "
                 f"{x.dtype}"
@@ -120,10 +126,8 @@ def is_object(x: Array) -> bool:
 
 
 def is_wide(x: Array) -> bool:
-    """True for longdouble, real or complex, where the library has it."""
-    xp = namespace(x=x)
-    wide = [getattr(xp, name, None) for name in ("longdouble", "clongdouble")]
-    return any(dtype is not None and x.dtype == dtype for dtype in wide)
+    """True for longdouble, real or complex."""
+    return getattr(x.dtype, "char", "") in ("g", "G")
 
 
 def itemsize(x: Array) -> int:
@@ -218,7 +222,7 @@ def cast(x: Array, like: Array) -> Array:
     """``x`` (real) in the number type of ``like``."""
     if is_object(like):
         return x + 0 * like.reshape(-1)[0]
-    return namespace(like=like).astype(x, like.dtype, copy=False)
+    return library(like).astype(x, like.dtype, copy=False)
 
 
 def number(x: Any, like: Array) -> Array:
@@ -226,7 +230,7 @@ def number(x: Any, like: Array) -> Array:
     widens nothing."""
     if is_object(like):
         return x
-    return namespace(like=like).asarray(x, dtype=like.dtype, device=like.device)
+    return library(like).asarray(x, dtype=like.dtype, device=like.device)
 
 
 def fill(condition: Array, x: Array, otherwise: float) -> Array:
@@ -243,10 +247,16 @@ def finite(x: Array) -> Array:
 
 def zeros(shape: tuple[int, ...], like: Array) -> Array:
     """Zeros of the number type and device of ``like``."""
-    xp = namespace(like=like)
+    xp = library(like)
     if is_object(like):
         return xp.full(shape, 0 * like.reshape(-1)[0], dtype=object)
     return xp.zeros(shape, dtype=like.dtype, device=like.device)
+
+
+def sum_along(x: Array, axis: int) -> Array:
+    """The sum along an axis; bfloat16 is summed in float32, and rounded once."""
+    xp = namespace(moved=True, x=x)
+    return cast(xp.sum(x, axis=axis, dtype=x.dtype if itemsize(x) >= 4 else xp.float32), x)
 
 
 def put(x: Array, index: Any, values: Array) -> Array:
@@ -330,7 +340,7 @@ def argsort(x: Array) -> Array:
 
 def take_rows(x: Array, rows: Array) -> Array:
     """``x[rows]`` along the first axis, for 1-D integer ``rows``."""
-    return namespace(x=x).take(x, rows, axis=0)
+    return library(x).take(x, rows, axis=0)
 
 
 def scatter_add(rows: Array, values: Array, length: int) -> Array:

@@ -84,7 +84,7 @@ def make_batch(
 ) -> Batch:
     """The main model's batch, with the defaults that `forward` promises, on the device of ``like``,
     a parameter."""
-    xp, device = namespace(params=like), like.device
+    xp, device = namespace(moved=True, params=like), like.device
     expect("tokens", tokens, "(B, T)", (None, None))
     b, t = tokens.shape
     expect_that(

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from .array import Array, expect, library, namespace, number, real, zeros
+from .array import Array, cast, expect, library, number, real, zeros
 from .batch import Batch, Whole, make_batch
 from .config import ModelConfig
 from .ops import (
@@ -303,9 +303,12 @@ class Gradients:
                 self.add(layer_name(layer, name), gradient)
 
     def complete(self) -> dict[str, Array]:
-        """In the order of the parameters; a parameter that took no part gets zeros."""
+        """In the order of the parameters; a parameter that took no part gets zeros of the others'
+        type."""
         return {
-            name: self.sums[name] if name in self.sums else zeros(p.shape, p)
+            name: self.sums[name]
+            if name in self.sums
+            else zeros(p.shape, next(iter(self.sums.values())))
             for name, p in self.params.items()
             if not is_buffer(name)
         }
@@ -365,7 +368,7 @@ def attention_sublayer_forward(
         eps=config.latent_eps,
         positions=batch.positions,
         layout=config.conventions.rope_layout,
-        inv_freq=namespace(x=x).asarray(frequencies, device=x.device),
+        inv_freq=library(x).asarray(frequencies, device=x.device),
         factor=config.rope_factor,
         key_mask=batch.takes_part,
         segments=batch.segments,
@@ -591,7 +594,7 @@ def mtp_module_forward(
     embedding, embedding_saved = ops.embedding.forward(run.params[EMBEDDING], ids=batch.tokens)
     keep = None
     if config.conventions.mtp_zero_first_embedding:
-        keep = namespace(x=state).astype(batch.positions[..., None] != 0, real(state).dtype)
+        keep = cast(batch.positions[..., None] != 0, state)
         embedding = embedding * keep
     x, mtp_saved = ops.mtp.forward(
         state,
@@ -635,4 +638,4 @@ def mtp_module_backward(
     grads.add(EMBEDDING, ops.embedding.backward(dembedding, saved.embedding))
     unread = saved.given - dread.shape[1]
     last = zeros((dread.shape[0], unread, dread.shape[2]), dread)
-    return namespace(dread=dread).concat((dread, last), axis=1)
+    return library(dread).concat((dread, last), axis=1)

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from math import cos, isfinite, pi, sqrt
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from .array import Array, blocks, library
 from .config import ModelConfig
 from .ops import bias_update
@@ -25,20 +27,33 @@ BLOCK = 32_768  # numbers of a tensor that a step updates at a time: what it tou
 
 
 class Moments(NamedTuple):
-    """What AdamW remembers, by the names of the parameters; ``Moments()`` is the start."""
+    """What AdamW remembers, by the names of the parameters; ``Moments()`` is the start.
+
+    A bfloat16 parameter is the rounding of its ``master``, which the steps move: most are smaller
+    than a unit of the parameter, and would be lost in it.
+    """
 
     step: int = 0  # how many steps were taken
     first: Mapping[str, Array] = {}  # m, mean of the gradient
     second: Mapping[str, Array] = {}  # v, mean of its square
+    master: Mapping[str, Array] = {}  # float32, of bfloat16 parameters alone
 
-    def next(self, grads: Tensors) -> Moments:
-        """Those of the step to be taken: a tensor that is seen for the first time has zeros."""
-        first, second = dict(self.first), dict(self.second)
+    def next(self, params: Tensors, grads: Tensors) -> Moments:
+        """Those of the step to be taken: a tensor that is seen for the first time has zeros, and if
+        it is bfloat16 itself as its master."""
+        first, second, master = map(dict, self[1:])
         for name, g in grads.items():
             if name not in first:
                 xp = library(g)
                 first[name], second[name] = xp.zeros_like(g), xp.zeros_like(g)
-        return Moments(self.step + 1, first, second)
+            if name not in master and params[name].dtype != g.dtype:
+                master[name] = params[name].astype(g.dtype)
+        return Moments(self.step + 1, first, second, master)
+
+
+def gradient_type(name: str, p: Array) -> Any:
+    """The type of a parameter's gradient and moments: its own, but float32 for bfloat16."""
+    return np.dtype("float32") if str(p.dtype) == "bfloat16" else p.dtype
 
 
 def check_step(
@@ -46,10 +61,10 @@ def check_step(
     grads: Tensors,
     moments: Moments,
     learning_rate: float,
-    gradient_type: Callable[[str, Array], Any],
+    type_of: Callable[[str, Array], Any] = gradient_type,
 ) -> None:
     """ValueError unless a step can be taken: each gradient of the shape of its parameter and of
-    the type that ``gradient_type`` (name, parameter) says, its moments of the gradient's shape and
+    the type that ``type_of`` (name, parameter) says, its moments of the gradient's shape and
     type, the learning rate a finite number of at least 0."""
     if not (isfinite(learning_rate) and learning_rate >= 0):
         raise ValueError(
@@ -62,13 +77,13 @@ def check_step(
         p = params.get(name)
         if p is None:
             raise ValueError(f"{name} must be a parameter for its gradient, got no such parameter")
-        wanted = gradient_type(name, p)
+        wanted = type_of(name, p)
         if p.shape != g.shape or wanted != g.dtype:
             raise ValueError(
                 f"the gradient of {name} must be {wanted} {tuple(p.shape)} for a parameter of "
                 f"{p.dtype}, got {g.dtype} {tuple(g.shape)}"
             )
-        for held in (moments.first, moments.second):
+        for held in moments[1:]:
             m = held.get(name, g)
             if m.shape != g.shape or m.dtype != g.dtype:
                 raise ValueError(
@@ -80,7 +95,7 @@ def check_step(
 def check_contiguous(params: Tensors, grads: Tensors, moments: Moments) -> None:
     """ValueError if a tensor that a kernel is to read is strided."""
     for name, g in grads.items():
-        held = (params[name], g, moments.first.get(name, g), moments.second.get(name, g))
+        held = (params[name], g, *(each.get(name, g) for each in moments[1:]))
         if not all(x.flags.c_contiguous for x in held):
             raise ValueError(
                 f"{name}, its gradient and its moments must be contiguous, got strided arrays"
@@ -121,14 +136,16 @@ class AdamW:
         that is seen for the first time, two arrays of a block are allocated. (A parameter that is
         not contiguous is copied.)
 
+        A bfloat16 parameter has a float32 gradient, and becomes the rounding of its master.
+
         ValueError if a gradient has no parameter, another shape or dtype than it or its moments, or
         the learning rate is no number ≥ 0; then nothing was changed.
         """
-        check_step(params, grads, moments, learning_rate, lambda name, p: p.dtype)
-        moments = moments.next(grads)
+        check_step(params, grads, moments, learning_rate)
+        moments = moments.next(params, grads)
         scratch: dict[Any, tuple[Array, Array]] = {}
         for name, g in grads.items():
-            p, xp = params[name], library(g)
+            p, xp = moments.master.get(name, params[name]), library(g)
             block = min(p.size, BLOCK) if xp.__name__ == "numpy" else p.size
             if g.dtype not in scratch or scratch[g.dtype][0].size < block:
                 scratch[g.dtype] = xp.empty(block, dtype=g.dtype), xp.empty(block, dtype=g.dtype)
@@ -147,6 +164,8 @@ class AdamW:
             for x, row in zip(changed, rows, strict=False):
                 if not x.flags.c_contiguous:  # then the row may be a copy
                     x[...] = row.reshape(x.shape)
+            if p is not params[name]:
+                params[name][...] = p.astype(params[name].dtype)
         return moments
 
     def _step(

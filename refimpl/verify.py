@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .check import MODEL_FD_TOLERANCE, MODEL_VALIDITY, Report, check
+from .check import MODEL_FD_TOLERANCE, MODEL_VALIDITY, Report, TensorResult, check
 from .check.cases import (
     CASES,
     REGIMES,
@@ -28,8 +28,19 @@ from .check.cases import (
 from .config import CONVENTIONS, preset
 from .errors import CouldNotRun
 from .files import read_bytes
-from .kernels.columns import COLUMNS, ON_CPU, placement, table_of
+from .kernels.columns import (
+    COLUMNS,
+    COMPOSITES,
+    CUDA,
+    ON_CPU,
+    expect_backend,
+    expect_dtype,
+    placement,
+    table_of,
+)
+from .kernels.placed import placed
 from .ops import IMPLEMENTATIONS, REFERENCE, AnyOp, Op, Ops
+from .stored import compare, stored_table
 from .text import Text
 
 __all__ = [
@@ -80,7 +91,7 @@ class Settings:
         choices = {
             "implementation": (*ON_CPU, *KERNELS),
             "backend": ("numpy", "cupy"),
-            "dtype": ("float64", "float32"),
+            "dtype": ("float64", "float32", "bfloat16"),
             "convention": CONVENTIONS,
         }
         for name, allowed in choices.items():
@@ -88,12 +99,16 @@ class Settings:
                 raise CouldNotRun(
                     f"must be one of {', '.join(allowed)}, got {getattr(self, name)}", argument=name
                 )
-        needed = {"numba_cpu": "numpy"} | dict.fromkeys(KERNELS, "cupy")
-        if self.backend != (only := needed.get(self.implementation, self.backend)):
+        expect_backend(self.backend, self.implementation)
+        expect_dtype(self.dtype, self.implementation)
+        if self.dtype == "bfloat16" and CONVENTIONS[self.convention].blind_query == "mean":
             raise CouldNotRun(
-                f"must be {only} for the implementation {self.implementation}, got {self.backend}",
-                argument="backend",
+                f"{self.convention} is not for bfloat16: no kernel gives a query that sees no key "
+                "the mean of the values",
+                argument="convention",
             )
+        if self.dtype == "bfloat16" and self.digits is not None:
+            raise CouldNotRun("says nothing of bfloat16", argument="digits")
         placement(self.backend)
         table_of(self.implementation)
 
@@ -105,12 +120,14 @@ class Step(NamedTuple):
     seed: int
 
 
-def select(names: Sequence[str]) -> list[str]:
+def select(names: Sequence[str], dtype: str = "float64") -> list[str]:
     """The ops to verify, in reading order; all of them and the model if ``names`` is empty."""
-    unknown = [name for name in names if name not in NAMES]
+    every = [x for x in NAMES if dtype != "bfloat16" or x in (*CUDA, *COMPOSITES, *MODELS)]
+    unknown = [name for name in names if name not in every]
     if unknown:
-        raise CouldNotRun(f"unknown op {', '.join(unknown)}; there are {', '.join(NAMES)}")
-    return [name for name in NAMES if name in names or not names]
+        known = "" if dtype == "float64" else f" in {dtype}"
+        raise CouldNotRun(f"unknown op {', '.join(unknown)}{known}; there are {', '.join(every)}")
+    return [name for name in every if name in names or not names]
 
 
 def plan(names: Sequence[str], settings: Settings) -> list[Step]:
@@ -147,6 +164,8 @@ def plan(names: Sequence[str], settings: Settings) -> list[Step]:
 
 def run(step: Step, settings: Settings, replaced: Mapping[str, AnyOp] | None = None) -> Report:
     """Check one example; ``replaced`` puts other pairs in the place of ops (to grade them)."""
+    if settings.dtype == "bfloat16":
+        return run_stored(step, settings)
     case, tested, common = _example(
         step, settings, table_of(settings.implementation), replaced or {}
     )
@@ -157,6 +176,37 @@ def run(step: Step, settings: Settings, replaced: Mapping[str, AnyOp] | None = N
     if place is not None:
         tested = placed(tested, place)
     return check(*tested, case.inputs, case.kwargs, replay=case.replay, seed=step.seed, **common)
+
+
+def run_stored(step: Step, settings: Settings) -> Report:
+    """Compare one example in bfloat16 with the float64 reference, by the rule of `stored`."""
+
+    def pair_with(table: Ops) -> AnyOp:
+        return _example(step, settings, table, {})[1]
+
+    table, place = table_of(settings.implementation), placement(settings.backend)
+    assert place is not None
+    case, tested, common = _example(step, settings, table, {})
+    several = step.op in (*COMPOSITES, *MODELS, "moe")
+    told = compare(
+        placed(tested, place),
+        pair_with(REFERENCE),
+        case,
+        settings.dtype,
+        step.seed,
+        runs=(lambda number: pair_with(stored_table(number))) if several else None,
+    )
+    given = [n for n, x in zip(common["names"], case.inputs, strict=True) if x is not None]
+    outputs = [f"output {number}" for number in range(len(told) - len(given))]
+    rows = []
+    for name, x in zip([*outputs, *given], told, strict=True):
+        row = TensorResult(step.op, name, x.wanted.shape, noise=x.ratio)
+        if x.largest:
+            row.sharpness = float(np.max(x.allowed)) / x.largest
+        if x.fault is not None or not x.ratio <= 1:
+            row.fault("FAIL", x.fault or str(x))
+        rows.append(row)
+    return Report(rows)
 
 
 def _example(
@@ -191,33 +241,6 @@ def _example(
     if "ops" in parameters:
         tested = Op(partial(tested.forward, ops=table), tested.backward)
     return case, tested, common
-
-
-def placed(pair: AnyOp, place: Callable[[Any], Any]) -> AnyOp:
-    """The pair run on another device, to which ``place`` moves an array, from and to NumPy
-    arrays."""
-
-    def there(x: Any) -> Any:
-        if isinstance(x, (np.ndarray, np.generic)):
-            return place(x)
-        if isinstance(x, dict):
-            return {key: there(value) for key, value in x.items()}
-        if isinstance(x, tuple):
-            return type(x)(*map(there, x)) if hasattr(x, "_fields") else tuple(map(there, x))
-        return x
-
-    def back(x: Any) -> Any:
-        if isinstance(x, dict):
-            return {key: back(value) for key, value in x.items()}
-        if isinstance(x, tuple):
-            return type(x)(*map(back, x)) if hasattr(x, "_fields") else tuple(map(back, x))
-        return x.get() if hasattr(x, "get") and hasattr(x, "dtype") else x
-
-    def forward(*inputs: Any, **kwargs: Any) -> tuple[Any, Any]:
-        y, saved = pair.forward(*map(there, inputs), **there(kwargs))
-        return back(y), saved
-
-    return Op(forward, lambda dy, saved: back(pair.backward(there(dy), saved)))
 
 
 def module_from_file(path: Path) -> ModuleType:

@@ -2,7 +2,9 @@
 
 Its arrays don't mix with NumPy's, its functions that make arrays have no ``device``, it has no
 longdouble, sorts take ``kind``, not ``stable``, what NumPy returns as a scalar is an array without
-axes, and sums have another order than NumPy's. Its cuBLAS has one function, on bare addresses, as
+axes, and sums have another order than NumPy's. Of bfloat16 it adds in pairs, rounded each time, and
+sums in float32, rounded once; a Python float or a `where` makes it float32, and stacks of products
+and sorts of it are refused. Its cuBLAS has one function, on bare addresses, as
 NVIDIA's document defines it. Each copy to the host is noted in `COPIES`. Streams do all at once, a
 graph launched again does nothing, and every event lies 1 ms after the one before. `Runtime.error`
 is a CUDA error that stays, as after an illegal access: whatever waits for the device raises it.
@@ -25,6 +27,7 @@ REFUSED = {name: {"device"} for name in ("arange", "asarray", "empty", "full", "
 }
 
 
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 COPIES: list[str] = []  # by which method each came about
 
 
@@ -82,6 +85,10 @@ class ndarray(np.ndarray):
     ) -> Any:
         if any(type(x) is np.ndarray for x in inputs):
             raise TypeError("Unsupported type <class 'numpy.ndarray'>")
+        if ufunc is np.matmul:
+            expect_products(inputs)
+        if any(isinstance(x, float) for x in inputs):
+            inputs = tuple(map(widened, inputs))
         count(f"{ufunc.__name__}.{method}", inputs)
         if out is not None:
             kwargs["out"] = tuple(here(x) for x in out)
@@ -125,9 +132,31 @@ def there(x: Any) -> Any:
     return type(x)(map(there, x)) if type(x) in (tuple, list) else x
 
 
-def halves(x: np.ndarray, axis: int | None = None, keepdims: bool = False) -> Any:
+def widened(x: Any) -> Any:
+    """In float32, if it is bfloat16."""
+    return x.astype(np.float32) if getattr(x, "dtype", None) == BFLOAT16 else x
+
+
+def expect_products(inputs: Any) -> None:
+    """Stacks of products take the types of cuBLAS's older functions."""
+    if any(x.dtype == BFLOAT16 for x in inputs) and max(x.ndim for x in inputs) > 2:
+        raise TypeError("dtype is not supported: bfloat16")
+
+
+def where(condition: Any, *values: Any) -> Any:
+    """`numpy.where`, which has no bfloat16 in CuPy: it is cast to float32."""
+    return np.where(condition, *map(widened, values))
+
+
+def halves(
+    x: np.ndarray, axis: int | None = None, dtype: Any = None, keepdims: bool = False
+) -> Any:
     """`numpy.sum` in the order of CuPy's reductions: the second half onto the first, until one
     number is left."""
+    if dtype is not None:
+        x = x.astype(dtype)
+    if x.dtype == BFLOAT16:
+        return np.asarray(halves(widened(x), axis, keepdims=keepdims)).astype(BFLOAT16)
     if x.dtype.kind not in "fc" or 0 in x.shape or x.ndim == 0:
         return np.sum(x, axis=axis, keepdims=keepdims)
     rows = np.moveaxis(x, axis, 0) if axis is not None else x.reshape(-1)
@@ -322,7 +351,7 @@ class Pretended(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name in MISSING or name.startswith("__"):
             raise AttributeError(f"module 'cupy' has no attribute {name!r}")
-        found = halves if name == "sum" else getattr(np, name)
+        found = {"sum": halves, "where": where}.get(name) or getattr(np, name)
         if isinstance(found, type) or not callable(found):
             return found
 
@@ -331,6 +360,10 @@ class Pretended(types.ModuleType):
                 raise TypeError(f"{name}() got an unexpected keyword argument {refused}")
             if name != "asarray" and any(type(x) is np.ndarray and x.ndim for x in args):
                 raise TypeError(f"{name}: unsupported type <class 'numpy.ndarray'>")
+            if name in ("argsort", "sort") and args[0].dtype == BFLOAT16:
+                raise TypeError(f"{name}: unsupported type bfloat16")
+            if name == "matmul":
+                expect_products(args)
             count(name, args)
             return there(found(*map(here, args), **{k: here(v) for k, v in kwargs.items()}))
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from ..checkpoint import Checkpoint
@@ -17,8 +19,16 @@ from ..config import CONVENTIONS
 from ..errors import CouldNotRun
 from ..files import read_json, read_text
 from ..generate import Generation, check_request, generate
-from ..kernels.columns import ON_CPU, for_generation
+from ..kernels.columns import (
+    COLUMNS,
+    ON_CPU,
+    expect_backend,
+    expect_dtype,
+    for_generation,
+    placement,
+)
 from ..memory import available_memory
+from ..parameters import is_buffer
 from ..tokenizer import Bytes, HuggingFace, TextStream, Tokenizer
 from ..train.stage import checkpoint_of
 from .app import (
@@ -80,9 +90,19 @@ def generate_command(
             "number; the result is the same."
         ),
     ] = 0,
-    dtype: Annotated[str, typer.Option(help="Type to compute in: float32 or float64.")] = "float32",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Type to compute in: float32 or float64, or bfloat16 of --implementation cuda."
+        ),
+    ] = "float32",
+    backend: Annotated[str, typer.Option(help="numpy, or cupy for a GPU.")] = "numpy",
     implementation: Annotated[
-        str, typer.Option(help=f"One of {', '.join(ON_CPU)}; numba_cpu is the fastest.")
+        str,
+        typer.Option(
+            help=f"One of {', '.join((*ON_CPU, *COLUMNS))}; numba_cpu is the fastest without a "
+            "GPU, cuda with one."
+        ),
     ] = "reference",
     convention: Annotated[str, typer.Option(help=CONVENTION)] = "official",
     json_file: Json = None,
@@ -91,16 +111,21 @@ def generate_command(
 
     One prompt is shown token by token, several are shown as each is finished. A summary goes to
     standard error. The weights stay in the files' own type in the system's file cache; those that
-    do not fit there are read from the disk when they are used.
+    do not fit there are read from the disk when they are used. On a GPU all are in its memory.
     """
-    expect_choice("dtype", dtype, ("float32", "float64"))
     expect_choice("convention", convention, CONVENTIONS)
-    expect_choice("implementation", implementation, ON_CPU)
+    expect_choice("backend", backend, ("numpy", "cupy"))
+    expect_choice("implementation", implementation, (*ON_CPU, *COLUMNS))
+    expect_backend(backend, implementation)
+    expect_dtype(dtype, implementation)
     if json_file is not None:
         check_writable(json_file)
     checkpoint = checkpoint_of(checkpoint)
     source = Checkpoint.open(
-        checkpoint, dtype=dtype, conventions=CONVENTIONS[convention], mtp=speculate != 0
+        checkpoint,
+        dtype="float32" if dtype == "bfloat16" else dtype,
+        conventions=CONVENTIONS[convention],
+        mtp=speculate != 0,
     )
     tokenizer: Tokenizer | None = None
     if tokens is None:
@@ -134,9 +159,12 @@ def generate_command(
     }
     with refused({"prompt": "prompt"}):  # of that number, wherever it came from
         check_request(source.config, given, **options)
-        prefill, decode = for_generation(implementation)
-        params = LazyParameters(source, source.config, matrices=True)
-        if line := short_of_memory(source):
+        place = placement(backend)
+        prefill, decode = for_generation(implementation, dtype)
+        params: Mapping[str, Any] = LazyParameters(source, source.config, matrices=True)
+        if place is not None:
+            params = on_device(source, dtype, place)
+        elif line := short_of_memory(source):
             print(line, file=sys.stderr)
         output, begin = Output(tokenizer, len(given)), time.perf_counter()
         try:
@@ -168,10 +196,20 @@ def generate_command(
         settings = options | {
             "checkpoint": str(checkpoint),
             "dtype": dtype,
+            "backend": backend,
             "implementation": implementation,
             "convention": convention,
         }
         replace_json(json_file, {"settings": settings, "results": results})
+
+
+def on_device(source: Checkpoint, dtype: str, place: Callable[[np.ndarray], Any]) -> dict[str, Any]:
+    """All parameters there, one after the other; gates' biases are float32 always."""
+    return {
+        name: place(x if is_buffer(name) else x.astype(dtype))
+        for name in source.names
+        for x in [source.tensor(name)]
+    }
 
 
 def short_of_memory(source: Checkpoint) -> str:

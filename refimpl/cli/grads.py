@@ -21,7 +21,7 @@ from ..checkpoint.source import Source
 from ..config import CONVENTIONS, Conventions, ModelConfig
 from ..errors import CouldNotRun
 from ..grads import ACTIVATIONS, INNER, SPEC, UNITS, Request, Result, Size, write_gradients
-from ..kernels.columns import ON_CPU
+from ..kernels.columns import COLUMNS, ON_CPU
 from ..parameters import (
     DENSE,
     EMBEDDING,
@@ -156,11 +156,14 @@ def grads(
         ),
     ] = None,
     convention: Annotated[str, typer.Option(help=CONVENTION)] = "official",
+    backend: Annotated[
+        str, typer.Option(help="numpy, or cupy for a GPU, to which each op moves its arrays.")
+    ] = "numpy",
     implementation: Annotated[
         str,
         typer.Option(
-            help=f"One of {', '.join(ON_CPU)}; flash for long sequences, numba_cpu for those and "
-            "for speed."
+            help=f"One of {', '.join((*ON_CPU, *COLUMNS))}; flash for long sequences, numba_cpu "
+            "for those and for speed, cuda on a GPU."
         ),
     ] = "reference",
     dtype: Annotated[str, typer.Option(help="Type to compute in: float32 or float64.")] = "float32",
@@ -183,7 +186,8 @@ def grads(
     each wrong divisor makes of it.
     """
     expect_choice("convention", convention, CONVENTIONS)
-    expect_choice("implementation", implementation, ON_CPU)
+    expect_choice("backend", backend, ("numpy", "cupy"))
+    expect_choice("implementation", implementation, (*ON_CPU, *COLUMNS))
     expect_choice("dtype", dtype, ("float32", "float64"))
     for argument, number in (("balance_alpha", balance_alpha), ("mtp_weight", mtp_weight or 0.0)):
         if not (number >= 0 and math.isfinite(number)):
@@ -215,6 +219,7 @@ def grads(
         activations=activations,
         logits=logits,
         implementation=implementation,
+        backend=backend,
         positions=None if positions is None else _row(integers(positions, "--positions")),
         segments=None if segments is None else integers(segments, "--segments"),
         grpo=None if grpo is None else read_grpo(grpo),
@@ -242,6 +247,7 @@ def grads(
             "out": str(out),
             "tokens": ids.shape,
             "dtype": dtype,
+            "backend": backend,
             "implementation": implementation,
             "convention": convention,
             "mtp": mtp,

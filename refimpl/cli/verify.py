@@ -75,7 +75,11 @@ def verify(
     ] = "reference",
     backend: Annotated[str, typer.Option(help="numpy, or cupy for a GPU.")] = "numpy",
     dtype: Annotated[
-        str, typer.Option(help="Type under test: float64, or float32 (without finite differences).")
+        str,
+        typer.Option(
+            help="Type under test: float64, float32 (without finite differences), or bfloat16, of "
+            "--implementation cuda."
+        ),
     ] = "float64",
     convention: Annotated[str, typer.Option(help=CONVENTION)] = "official",
     json_file: Json = None,
@@ -90,6 +94,10 @@ def verify(
     noise: mathematical error over the rounding noise of the same code (bound 1)
     sharpness: the smallest relative error that could have been seen
     digits: how many agree with exact arithmetic (with --digits)
+
+    In bfloat16, outputs have rows too, noise is the error over what is allowed (bound 1), and
+    sharpness what is allowed: of an op twice the error of the float32 reference and a unit; of
+    composites and models three times that of the reference that rounds at the same places.
 
     With package.module:table, your functions take our place, of any array library with DLPack: the
     table's entry "array" makes your array from NumPy's, as torch.from_dlpack does. The columns
@@ -111,7 +119,7 @@ def verify(
         convention,
         digits,
     )
-    raise typer.Exit(_run(select(ops or []), settings, json_file))
+    raise typer.Exit(_run(select(ops or [], dtype), settings, json_file))
 
 
 @app.command()

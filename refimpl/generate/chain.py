@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..array import Array, library, namespace
+from ..array import Array, library
 from ..model import mtp_module_forward
 from ..parameters import mtp_layer
 from .decoder import Decoder
@@ -41,7 +41,7 @@ class Chain:
         ``state`` [1, T, D] are the main model's states (normed or raw, by the convention) of the
         last T positions up to n − 1: those that came since the last call.
         """
-        xp, config = namespace(state=state), self.decoder.config
+        xp, config = library(state), self.decoder.config
         known = list(tokens)
         end = len(tokens) - 1
         found = []

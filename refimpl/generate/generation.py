@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..array import Array, namespace, take_rows
+from ..array import Array, library, take_rows
 from ..config import ModelConfig
 from ..model import mtp_input
 from ..ops import REFERENCE, Ops
@@ -176,7 +176,7 @@ def check_request(
 def _on_device(params: Mapping[str, Array], numbers: Sequence[Any] | np.ndarray) -> Array:
     """Integers in the library and on the device of the parameters."""
     like = params[EMBEDDING]
-    return namespace(params=like).asarray(numbers, device=like.device)
+    return library(like).asarray(numbers, device=like.device)
 
 
 def _together(

@@ -33,9 +33,9 @@ A folder of results has safetensors under the checkpoint's own names, experts on
                             file, dtype, shape, scale (max |x|; null if that is not finite), and, if
                             they were asked for, its units by type; or same_as, the name under which
                             it is stored. metadata: format (1), kind ("model"), the versions of
-                            refimpl and numpy, dtype, implementation, config; checkpoint (path, and
-                            fingerprint by `content_fingerprint`), request, units (types, reruns,
-                            seed; null without), split (spec, ranks, and by term the parts'
+                            refimpl and numpy, dtype, implementation, backend, config; checkpoint
+                            (path, and fingerprint by `content_fingerprint`), request, units (types,
+                            reruns, seed; null without), split (spec, ranks, and by term the parts'
                             sums, counts and each rule's factors; null without)
     unfinished/             a record per step that is done; removed when all are
 """
@@ -142,6 +142,7 @@ def metadata_of(steps: Steps, origin: Path | None) -> dict[str, Any]:
         "numpy": np.__version__,
         "dtype": str(steps.source.dtype),
         "implementation": request.implementation,
+        "backend": request.backend,
         "config": asdict(steps.config),
         "checkpoint": checkpoint,
         "request": request.about(steps.config),

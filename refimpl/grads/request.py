@@ -17,8 +17,10 @@ from ..batch import Batch, make_batch
 from ..checkpoint.names import stored_names
 from ..checkpoint.source import Source
 from ..config import CONVENTIONS, ModelConfig
-from ..kernels.columns import on_cpu
+from ..kernels.columns import expect_backend, on_cpu, placement, table_of
+from ..kernels.placed import on_host
 from ..model import Route
+from ..ops import Ops
 from ..parameters import (
     EMBEDDING,
     FINAL_NORM,
@@ -98,6 +100,9 @@ class Request:
     units: tuple[str, ...] = ()  # of `UNITS`: also measure the unit of error of every tensor
     reruns: int = 6  # for each type of units
     seed: int = 0  # of the reruns
+    backend: str = (
+        "numpy"  # or cupy: each op moves what it is given to a GPU, and fetches what it gives
+    )
 
     def config(self, config: ModelConfig) -> ModelConfig:
         """The config of the model that is run: its layers, modules and losses."""
@@ -131,7 +136,7 @@ class Request:
     def check(self, source: Source) -> None:
         """Validate everything, before any work is done."""
         config = self.config(source.config)
-        on_cpu(self.implementation)
+        self.table()
         if self.grpo is not None:
             self.grpo.check(self.tokens.shape)
         batch = self.batch(config)
@@ -153,6 +158,17 @@ class Request:
     def with_loss(self) -> bool:
         """Whether the gradients are those of our loss."""
         return self.dlogits is None
+
+    def table(self) -> Ops:
+        """The ops, which are given and give NumPy's arrays. CouldNotRun without the GPU or the
+        library that they need."""
+        expect_backend(self.backend, self.implementation)
+        place = placement(self.backend)
+        return (
+            on_cpu(self.implementation)
+            if place is None
+            else on_host(table_of(self.implementation), place)
+        )
 
     def batch(self, config: ModelConfig) -> Batch:
         """Tokens, targets and masks of the main model."""

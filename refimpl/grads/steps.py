@@ -27,7 +27,6 @@ from ..checkpoint.names import layer_of
 from ..checkpoint.source import Source
 from ..checkpoint.tensor_file import Spec
 from ..config import ModelConfig
-from ..kernels.columns import on_cpu
 from ..model import (
     Gradients,
     Route,
@@ -135,7 +134,7 @@ class Steps:
         self.batch = request.batch(config)
         self.params = LazyParameters(source, config)
         embedding = Op(embedding_forward, embedding_backward)
-        ops = on_cpu(request.implementation) | {"embedding": embedding}
+        ops = request.table() | {"embedding": embedding}
         chosen = ops_for(self.batch, config, ops)
         self.ops, self.kind = chosen | {name: kind(op) for name, op in chosen.items()}, kind
         self.model = Run(self.params, config, self.ops, {}, request.with_loss)
@@ -293,7 +292,7 @@ class Steps:
         split = self.request.split_of(self.config)
         assert split is not None
         params = {name: self.source.tensor(name) for name in self.params}
-        ops = ops_for(self.batch, self.config, on_cpu(self.request.implementation))
+        ops = ops_for(self.batch, self.config, self.request.table())
         found = term_gradients(params, split, self.config, ops, self.request.grpo)
         for term, each in found.items():
             for part, (_, gradients) in enumerate(each):

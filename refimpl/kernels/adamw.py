@@ -1,5 +1,5 @@
-"""AdamW on kernels/adamw.cu: `refimpl.optimizer.AdamW`, one launch per tensor; parameters may be
-bfloat16."""
+"""AdamW on kernels/adamw.cu: `refimpl.optimizer.AdamW`, one launch per tensor, that of a bfloat16
+parameter too."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def adamw(launch: Launch) -> Callable[..., AdamW]:
             moments: Moments,
             learning_rate: float,
         ) -> Moments:
-            """One step on every tensor of ``grads``; a bfloat16 parameter's gradient and moments
-            are float32."""
+            """One step on every tensor of ``grads``; a bfloat16 parameter's gradient, moments and
+            master are float32."""
             check_step(
                 params, grads, moments, learning_rate, lambda name, p: numbers(**{name: p}).real
             )
             check_contiguous(params, grads, moments)
-            moments = moments.next(grads)
+            moments = moments.next(params, grads)
             correct = [1 - beta**moments.step for beta in (self.beta1, self.beta2)]
             for name, g in grads.items():
                 p = params[name]
@@ -62,6 +62,7 @@ def adamw(launch: Launch) -> Callable[..., AdamW]:
                     g,
                     np.int64(p.size),
                     *map(n.scalar, settings),
+                    moments.master.get(name, p),
                 )
             return moments
 

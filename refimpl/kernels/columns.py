@@ -23,10 +23,13 @@ from .swiglu import swiglu
 
 __all__ = [
     "COLUMNS",
+    "COMPOSITES",
     "CUDA",
     "NUMBA_CUDA",
     "ON_CPU",
     "cuda_table",
+    "expect_backend",
+    "expect_dtype",
     "for_generation",
     "numba_cuda_table",
     "on_cpu",
@@ -48,6 +51,10 @@ CUDA = {
     "attention": attention,
 }
 """What makes each op that has kernels in CUDA C from a `Launch`."""
+
+COMPOSITES = ("linear", "ffn", "mla", "mtp", "head_cross_entropy")
+"""Ops made of those, which bfloat16 reaches too: cuBLAS's product, and what holds no arithmetic but
+sums of two."""
 
 NUMBA_CUDA = {
     name: CUDA[name]
@@ -81,6 +88,30 @@ COLUMNS = {"cuda": cuda_table, "numba_cuda": numba_cuda_table}
 
 ON_CPU = (*IMPLEMENTATIONS, "numba_cpu")
 """The implementations that take NumPy's arrays."""
+
+
+NEEDS = dict.fromkeys(COLUMNS, "cupy") | {"numba_cpu": "numpy"}
+
+
+def expect_backend(backend: str, implementation: str) -> None:
+    """CouldNotRun unless an implementation takes the arrays of a backend."""
+    if NEEDS.get(implementation, backend) != backend:
+        raise CouldNotRun(
+            f"must be {NEEDS[implementation]} for the implementation {implementation}, got "
+            f"{backend}",
+            argument="backend",
+        )
+
+
+def expect_dtype(dtype: str, implementation: str) -> None:
+    """CouldNotRun unless an implementation stores a type: bfloat16 is what kernels in CUDA C alone
+    store, and float64 and float32 what all do."""
+    if dtype not in ("float32", "float64") and (dtype, implementation) != ("bfloat16", "cuda"):
+        raise CouldNotRun(
+            "must be float32 or float64, or bfloat16 for the implementation cuda (on the backend "
+            f"cupy), got {dtype} for {implementation}",
+            argument="dtype",
+        )
 
 
 def on_cpu(implementation: str) -> Ops:
@@ -123,14 +154,22 @@ def placement(backend: str) -> Callable[[Any], Any] | None:
     return cupy.asarray  # type: ignore[no-any-return]
 
 
-def for_generation(implementation: str) -> tuple[Ops, Ops]:
-    """The tables of one of `ON_CPU` for the prompt and for the tokens behind it, which MLA reads in
-    its absorbed form; both take weights that are read when they are used."""
-    table = decode = on_cpu(implementation)
+def for_generation(implementation: str, dtype: str = "float32") -> tuple[Ops, Ops]:
+    """The tables of an implementation for the prompt and for the tokens behind it, which MLA reads
+    in its absorbed form; on NumPy both take weights that are read when they are used.
+
+    The absorbed form computes with the reference's products, which don't round bfloat16 as they
+    should: there keys and values of all tokens are expanded each time.
+    """
+    table = decode = table_of(implementation)
+    if dtype == "bfloat16":
+        return table, table
     if implementation == "numba_cpu":
         from .cpu.stored import stored_table
 
         table = stored_table(table)
-        # a token has one query, and a task per row of the batch would cost more than its work
+    if implementation in NEEDS:
+        # A token has one query: a task per row of the batch would cost more than its work. And the
+        # kernels' heads are narrower than the latent, which is all heads' key.
         decode = table | {"attention": REFERENCE.attention}
     return table, decode | {"mla": IMPLEMENTATIONS["absorbed"].mla}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..array import Array, expect, expect_some, last, namespace, number, real
+from ..array import Array, expect, expect_some, last, namespace, number
 from .cross_entropy import token_weights
 from .leaves import LEAVES, Leaves, expect_table
 
@@ -37,14 +37,14 @@ def head_cross_entropy_forward(
     Equal to `cross_entropy_forward` of the logits h wᵀ; mask and normaliser as there, block as in
     `log_prob_forward`.
     """
-    xp = namespace(h=h, w=w)
+    xp = namespace(moved=True, h=h, w=w)
     expect_table(ops, Leaves)
     expect_some("w", w, "(W, D)")
     last(h, "h")
     expect("targets", targets, "(…)", tuple(h.shape[:-1]))
-    targets, weight = token_weights(h, targets, mask, normaliser, w.shape[0])
-    counts = None if mask is None else real(weight) != 0
+    counts = None if mask is None else xp.astype(mask, xp.bool)
     log_p, saved = ops.log_prob.forward(h, w, targets=targets, mask=counts, block=block)
+    _, weight = token_weights(log_p, targets, mask, normaliser, w.shape[0])
     loss = -xp.sum(weight * log_p)  # (head_cross_entropy.1)
     return loss, HeadCrossEntropySaved(saved, weight, ops)
 
@@ -52,5 +52,4 @@ def head_cross_entropy_forward(
 def head_cross_entropy_backward(dloss: Array, saved: HeadCrossEntropySaved) -> tuple[Array, Array]:
     """Gradients (dh […, D], dw [W, D]) from the scalar ``dloss``."""
     dlog_p = -number(dloss, saved.weight) * saved.weight  # (head_cross_entropy.2)
-    dh, dw = saved.ops.log_prob.backward(dlog_p, saved.log_prob)
-    return dh, dw
+    return saved.ops.log_prob.backward(dlog_p, saved.log_prob)

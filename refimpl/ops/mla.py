@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..array import Array, expect, expect_some, expect_that, last, namespace
+from ..array import Array, expect, expect_some, expect_that, last, namespace, sum_along
 from .choices import Layout
 from .leaves import LEAVES, Leaves, expect_table
 
@@ -71,7 +71,7 @@ def project(
 ) -> tuple[tuple[Array, Array], ProjectSaved]:
     """Queries [B, T, H, N + R] and latents [B, T, C + R], both rotated: what both forms of MLA
     begin with."""
-    xp = namespace(x=x, w_q_b=w_q_b, w_kv_a=w_kv_a)
+    xp = namespace(moved=True, x=x, w_q_b=w_q_b, w_kv_a=w_kv_a)
     expect_table(ops, Leaves)
     nope, latent = check_project(x, w_q_a, w_q_a_norm, w_q_b, w_kv_a, w_kv_a_norm, heads)
     b, t, _ = x.shape
@@ -104,7 +104,7 @@ def project(
 
 def project_backward(dq: Array, dlatent: Array, saved: ProjectSaved) -> tuple[Array | None, ...]:
     """Gradients (dx, dw_q_a, dw_q_a_norm, dw_q_b, dw_kv_a, dw_kv_a_norm) of `project`."""
-    xp, ops = namespace(dq=dq, dlatent=dlatent), saved.ops
+    xp, ops = namespace(moved=True, dq=dq, dlatent=dlatent), saved.ops
     n, c = saved.nope, saved.latent
     dk_pe = ops.rope.backward(dlatent[..., c:][:, :, None, :], saved.k_pe)[:, :, 0, :]
     dc, dw_kv_a_norm = ops.rms_norm.backward(dlatent[..., :c], saved.kv_a_norm)
@@ -160,7 +160,7 @@ def mla_forward(
         x, w_q_a, w_q_a_norm, w_q_b, w_kv_a, w_kv_a_norm, heads=heads, eps=eps, ops=ops, **rope
     )
     latent, past = append(cache, latent)
-    xp = namespace(x=x)
+    xp = namespace(moved=True, x=x)
     b, s, _ = latent.shape
     n, c = project_saved.nope, project_saved.latent
     v = last(w_o, "w_o") // heads
@@ -182,13 +182,13 @@ def mla_backward(dy: tuple[Array, Array | None], saved: MLASaved) -> tuple[Array
     """Gradients of all nine positional arguments, None for those that were None, from (dy, dcache
     or None)."""
     dout, dcache = dy
-    xp, ops = namespace(dy=dout), saved.project.ops
+    xp, ops = namespace(moved=True, dy=dout), saved.project.ops
     n, v = saved.split
     do, dw_o = ops.linear.backward(dout, saved.o)
     dq, dk, dv = ops.attention.backward(xp.reshape(do, (*do.shape[:2], -1, v)), saved.attention)
     dkv = xp.concat((dk[..., :n], dv), axis=-1)  # (mla.10)
     dc, dw_kv_b = ops.linear.backward(xp.reshape(dkv, (*dkv.shape[:2], -1)), saved.kv_b)
-    dlatent = xp.concat((dc, xp.sum(dk[..., n:], axis=2)), axis=-1)  # (mla.11)
+    dlatent = xp.concat((dc, sum_along(dk[..., n:], axis=2)), axis=-1)  # (mla.11)
     if dcache is not None:
         dlatent = dlatent + dcache
     dcache, dlatent = split_cache(dlatent, saved.past)
@@ -236,7 +236,9 @@ def append(cache: Array | None, latent: Array) -> tuple[Array, int | None]:
     if cache is None:
         return latent, None
     expect("cache", cache, "(B, S−T, C+R)", (latent.shape[0], None, latent.shape[2]))
-    return namespace(cache=cache, x=latent).concat((cache, latent), axis=1), cache.shape[1]
+    return namespace(moved=True, cache=cache, x=latent).concat(
+        (cache, latent), axis=1
+    ), cache.shape[1]
 
 
 def split_cache(dlatent: Array, past: int | None) -> tuple[Array | None, Array]:

@@ -44,7 +44,7 @@ def mtp_forward(
     ``order``: which comes first in front of the projection, ``embedding_hidden`` (the released
     weights) or ``hidden_embedding`` (the paper's eq. 21).
     """
-    xp, d = namespace(hidden=hidden, embedding=embedding), last(hidden, "hidden")
+    xp, d = namespace(moved=True, hidden=hidden, embedding=embedding), last(hidden, "hidden")
     expect_table(ops, Leaves)
     expect("embedding", embedding, "hidden.shape", tuple(hidden.shape))
     expect("w_proj", w_proj, "(D, 2D)", (d, 2 * d))

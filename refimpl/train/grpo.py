@@ -303,7 +303,7 @@ class GRPO(AnsweringStage):
                 place(samples.tokens),
                 key_mask=place(samples.key_mask),
                 mask=place(mask[rows]),
-                advantages=place(advantages.astype(self.machine.dtype)),
+                advantages=place(advantages.astype(self.machine.real)),
                 old_log_prob=None if settings.minibatches == 1 else place(old),
                 reference_log_prob=place(reference),
                 settings=settings.loss_settings,

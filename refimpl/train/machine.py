@@ -13,14 +13,20 @@ from ..array import Array
 from ..config import ModelConfig
 from ..errors import CouldNotRun
 from ..generate.sampler import to_numpy
-from ..kernels.columns import COLUMNS, ON_CPU, for_generation, placement, table_of
-from ..ops import IMPLEMENTATIONS, Ops
+from ..kernels.columns import (
+    COLUMNS,
+    ON_CPU,
+    expect_backend,
+    expect_dtype,
+    for_generation,
+    placement,
+    table_of,
+)
+from ..ops import Ops
 from ..optimizer import AdamW
 from ..parameters import init_parameters, is_buffer
 
 __all__ = ["Machine", "open_machine"]
-
-NEEDS = dict.fromkeys(COLUMNS, "cupy") | {"numba_cpu": "numpy"}
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,11 @@ class Machine:
     prefill: Ops  # of generation: the prompt,
     decode: Ops  # and the tokens behind it
     optimizer: Callable[..., AdamW]
+
+    @property
+    def real(self) -> str:
+        """The type of arithmetic, of losses and of weights' gradients."""
+        return "float32" if self.dtype == "bfloat16" else self.dtype
 
     def parameters(self, config: ModelConfig, *, seed: int, std: float) -> dict[str, Array]:
         """Random initial ones, as `init_parameters` draws them."""
@@ -70,20 +81,10 @@ def open_machine(
             f"must be fastest or one of {', '.join(names)}, got {implementation}",
             argument="implementation",
         )
-    if NEEDS.get(implementation, backend) != backend:
-        raise CouldNotRun(
-            f"must be {NEEDS[implementation]} for the implementation {implementation}, got "
-            f"{backend}",
-            argument="backend",
-        )
-    if dtype not in ("float32", "float64"):
-        raise CouldNotRun(f"must be float32 or float64, got {dtype}", argument="dtype")
+    expect_backend(backend, implementation)
+    expect_dtype(dtype, implementation)
     place, table = placement(backend), table_of(implementation)
-    prefill, decode = (
-        (table, table | {"mla": IMPLEMENTATIONS["absorbed"].mla})
-        if implementation in COLUMNS
-        else for_generation(implementation)
-    )
+    prefill, decode = for_generation(implementation, dtype)
     return Machine(
         backend,
         implementation,

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..array import (
     Array,
+    cast,
     expect,
     expect_mask,
     expect_that,
@@ -234,11 +235,12 @@ def rewards(
     key_mask: Array | None = None,
     ops: Ops = REFERENCE,
 ) -> Array:
-    """The reward [N] of each row of ``tokens`` [N, T]: h wᵀ at its last token, ``w`` [1, D]."""
+    """The reward [N] of each row of ``tokens`` [N, T]: h wᵀ at its last token, ``w`` [1, D], in its
+    type."""
     params, config = main_model(params, config)
     hidden = forward(params, tokens, config, key_mask=key_mask, ops=ops, with_loss=False)[0].hidden
-    xp = namespace(hidden=hidden, w=w)
-    last = take_last(hidden, last_token(tokens, key_mask))
+    xp = namespace(w=w)
+    last = cast(take_last(hidden, last_token(tokens, key_mask)), w)
     return xp.matmul(last, xp.matrix_transpose(w))[:, 0]
 
 
@@ -255,7 +257,7 @@ def preference_gradients(
     ops: Ops = REFERENCE,
 ) -> tuple[PreferenceTold, Gradients, Array]:
     """The preference loss of pairs ``chosen``, ``rejected`` [N, T], its gradients, and that of the
-    reward's head ``w`` [1, D].
+    reward's head ``w`` [1, D], in whose type the loss is computed.
 
     ``key_mask`` [N, T] of each is False for padding, on either side. The head of the vocabulary
     takes no part and gets no gradient, but if tied. ``normaliser``: how many pairs the whole batch
@@ -273,7 +275,7 @@ def preference_gradients(
         key_mask = xp.concat([every if mask is None else mask for mask in masks], axis=0)
     output, model = forward(params, tokens, config, key_mask=key_mask, ops=ops, with_loss=False)
     last = last_token(tokens, key_mask)
-    h = take_last(output.hidden, last)
+    h = cast(take_last(output.hidden, last), w)
     loss, saved = ops.preference_loss.forward(h[:pairs, :], h[pairs:, :], w)
     share = pairs / (normaliser or pairs)
     dh_chosen, dh_rejected, dw = ops.preference_loss.backward(share * number(1.0, h), saved)
@@ -309,4 +311,4 @@ def take_last(hidden: Array, last: Array) -> Array:
     """[N, D]: the states [N, T, D] at the places ``last`` [N]."""
     xp, (n, t, d) = library(last), hidden.shape
     rows = xp.arange(n, device=last.device) * t + last
-    return take_rows(namespace(hidden=hidden).reshape(hidden, (n * t, d)), rows)
+    return take_rows(library(hidden).reshape(hidden, (n * t, d)), rows)

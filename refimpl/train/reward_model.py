@@ -86,7 +86,7 @@ class RewardModelStage(BaseStage):
 
     def start(self) -> State:
         random = generator(self.settings.seed, "reward head").normal(size=(1, self.config.width))
-        head = self.machine.place((random / self.config.width**0.5).astype(self.machine.dtype))
+        head = self.machine.place((random / self.config.width**0.5).astype(self.machine.real))
         return State(self.params, Moments(), extra={HEAD: head})
 
     def step(self, state: State, guard: Guard) -> tuple[State, Metrics]:
@@ -226,7 +226,8 @@ def open_reward_model(checkpoint: str, machine: Machine, vocabulary: Vocabulary)
     params, config = load_parameters(folder, machine)
     tensors, _ = read_tensor_file(folder / FILE)
     numbers = [float(tensors[name][0]) for name in ("mean", "spread")]
-    return RewardModel(params, config, machine.place(np.array(tensors[HEAD])), machine, *numbers)
+    head = machine.place(np.array(tensors[HEAD]).astype(machine.real))
+    return RewardModel(params, config, head, machine, *numbers)
 
 
 def spread(chosen: np.ndarray, rejected: np.ndarray) -> dict[str, float]:

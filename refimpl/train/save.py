@@ -46,6 +46,7 @@ __all__ = ["RunFolder", "expect_place", "is_finished", "is_run", "load_parameter
 
 FORMAT = 1  # of state.json, and of what it stands for
 COUNTS = ("format", "step", "moments", "tokens", "position", "metrics")  # integers of state.json
+HELD = ("first/", "second/", "master/")  # in moments.safetensors, in the order of `Moments`
 SETTINGS = "settings.toml"
 RESULT = "result.json"
 METRICS = "metrics.jsonl"
@@ -161,9 +162,9 @@ class RunFolder:
         save_checkpoint(
             fetched(state.params), config, folder / "checkpoint", dtype=self.machine.dtype
         )
-        both = {f"first/{name}": x for name, x in moments.first.items()}
-        both |= {f"second/{name}": x for name, x in moments.second.items()}
-        write_tensor_file(folder / "moments.safetensors", fetched(both))
+        held = zip(HELD, moments[1:], strict=True)
+        every = {f"{part}{name}": x for part, of in held for name, x in of.items()}
+        write_tensor_file(folder / "moments.safetensors", fetched(every))
         write_tensor_file(folder / "extra.safetensors", fetched(state.extra))
 
     def latest(self, config: ModelConfig) -> State | None:
@@ -176,15 +177,15 @@ class RunFolder:
         counts = self._counts(folder)
         params, _ = load_parameters(folder / "checkpoint", self.machine, config)
         moments = self._tensors(folder / "moments.safetensors")
-        first, second = (
+        held = (
             {name.removeprefix(part): x for name, x in moments.items() if name.startswith(part)}
-            for part in ("first/", "second/")
+            for part in HELD
         )
         extra = self._tensors(folder / "extra.safetensors")
         self._cut_metrics(counts["metrics"])
         return State(
             params,
-            Moments(counts["moments"], first, second),
+            Moments(counts["moments"], *held),
             counts["step"],
             counts["tokens"],
             counts["position"],
@@ -303,7 +304,7 @@ def load_parameters(
     """
     source = Checkpoint.open(
         folder,
-        dtype=machine.dtype,
+        dtype=machine.real,
         conventions=None if config is None else config.conventions,
         mtp=mtp,
     )

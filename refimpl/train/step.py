@@ -175,10 +175,10 @@ def not_finite(tensors: Mapping[str, Array]) -> str | None:
 
 def copied(state: State) -> State:
     """A state whose parameters and moments no step on the other reaches."""
-    first, second = ({name: x.copy() for name, x in m.items()} for m in state.moments[1:])
+    held = ({name: x.copy() for name, x in m.items()} for m in state.moments[1:])
     return state._replace(
         params={name: x.copy() for name, x in state.params.items()},
-        moments=Moments(state.moments.step, first, second),
+        moments=Moments(state.moments.step, *held),
     )
 
 

@@ -22,6 +22,7 @@ from refimpl.ops import Ops
 from refimpl.tokenizer import Bytes
 
 from golden.checkpoint_values import TRAINED
+from kernel_support.on_cupy import use_cuda
 from support import byte_level, refimpl_here
 
 
@@ -251,9 +252,9 @@ def test_numba_cpu(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     pytest.importorskip("numba")
     asked_for: list[str] = []
 
-    def noting(implementation: str) -> tuple[Ops, Ops]:
+    def noting(implementation: str, dtype: str) -> tuple[Ops, Ops]:
         asked_for.append(implementation)
-        return for_generation(implementation)
+        return for_generation(implementation, dtype)
 
     monkeypatch.setattr("refimpl.cli.generate.for_generation", noting)
     options = ["--checkpoint", TRAINED, "--bytes", "--max-tokens", 30, "--dtype", dtype]
@@ -269,6 +270,25 @@ def test_numba_cpu(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             assert found[implementation]["settings"].pop("implementation") == implementation
         assert found["reference"] == found["numba_cpu"]
     assert asked_for == 3 * ["reference", "numba_cpu"]
+
+
+def test_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the kernels, under the interpreter: the reference's tokens in float32, with a draft
+    and without, and in bfloat16 those of this prompt too; all weights are on the device."""
+    use_cuda(monkeypatch)
+    options = ["--checkpoint", TRAINED, "--bytes", "--max-tokens", 3, "--prompt", "The value of "]
+    found = {}
+    for how in (
+        ["--speculate", 1],
+        ["--speculate", 1, "--backend", "cupy", "--implementation", "cuda"],
+        ["--backend", "cupy", "--implementation", "cuda", "--dtype", "bfloat16"],
+    ):
+        report = tmp_path / "report.json"
+        done = refimpl_here("generate", *options, *how, "--json", report)
+        assert done.returncode == 0, done.stderr
+        found[len(how)] = json.loads(report.read_text())["results"][0]["tokens"]
+    assert found[2] == found[6]
+    assert len(found[2]) == 3
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
@@ -349,10 +369,19 @@ def test_memory(implementation: str, tmp_path: Path) -> None:
         ([*ONE, "--seed", "-1"], "--seed must be at least 0, got -1"),
         ([*ONE, "--stop", "256"], "--stop must hold tokens in 0…255, got 256"),
         ([*ONE, "--speculate", "-1"], "--speculate must be at least 0, got -1"),
-        ([*ONE, "--dtype", "float16"], "--dtype must be one of float32, float64, got float16"),
+        (
+            [*ONE, "--dtype", "bfloat16"],
+            "--dtype must be float32 or float64, or bfloat16 for the implementation cuda (on the "
+            "backend cupy), got bfloat16 for reference",
+        ),
         (
             [*ONE, "--implementation", "cuda"],
-            "--implementation must be one of reference, flash, absorbed, numba_cpu, got cuda",
+            "--backend must be cupy for the implementation cuda, got numpy",
+        ),
+        (
+            [*ONE, "--implementation", "mine"],
+            "--implementation must be one of reference, flash, absorbed, numba_cpu, cuda, "
+            "numba_cuda, got mine",
         ),
         (
             [*ONE, "--convention", "mine"],

@@ -218,6 +218,7 @@ def test_the_index(tmp_path: Path) -> None:
                 "numpy": np.__version__,
                 "dtype": "float64",
                 "implementation": "reference",
+                "backend": "numpy",
                 "config": settings,
                 "checkpoint": None,
                 "request": {

@@ -20,6 +20,7 @@ LAYERS = (  # from the bottom; what stands in one row does not import one anothe
     {"memory"},
     {"check", "generate", "splits", "bench"},
     {"grads"},
+    {"stored"},
     {"verify", "conventions"},
     {"port"},
     {"train"},

@@ -193,7 +193,12 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
         "clip by the wrong sign": ("a > 0 ? rho > high", "a < 0 ? rho > high"),
         "KL of whole outputs forgotten": ("dz_all - du_all", "dz_all"),
     },
-    "adamw": {"last thread past the end": ("if (i >= size) return;", "if (i > size) return;")},
+    "adamw": {
+        "last thread past the end": ("if (i >= size) return;", "if (i > size) return;"),
+        "parameter for its master": ("before = master[i];", "before = widen(p[i]);"),
+        "master left as it was": ("    master[i] = after;\n", ""),
+        "parameter left as it was": ("    p[i] = narrow(after);\n", ""),
+    },
 }
 # op: {name: (file, what stands there, what a mistake would put)}
 PLANTED_IN_NUMBA: dict[str, dict[str, tuple[str, str, str]]] = {

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from refimpl.errors import CouldNotRun
+from refimpl.generate.sampler import to_numpy
 from refimpl.kernels.cpu.adamw import FusedAdamW
 from refimpl.ops import IMPLEMENTATIONS, REFERENCE
 from refimpl.optimizer import AdamW
@@ -27,8 +28,10 @@ from refimpl.train.run import Guard
 from refimpl.train.settings import toml_value
 from refimpl.train.sft import SFT, SFTSettings, begin_sft
 from refimpl.train.stage import Begin
+from refimpl.train.step import copied
 from refimpl.train.vocabulary import make_vocabulary
 
+from kernel_support.on_cupy import use_cuda
 from pretended_cupy import Pretended, ndarray
 from support import FULL, ROOT
 from train.kill import by_hash
@@ -56,7 +59,11 @@ MODEL = {
         (("numpy", "cuda"), "backend must be cupy for the implementation cuda, got numpy"),
         (("numpy", "numba_cuda"), "backend must be cupy for the implementation numba_cuda"),
         (("cupy", "numba_cpu"), "backend must be numpy for the implementation numba_cpu, got cupy"),
-        (("numpy", "fastest", "bfloat16"), "dtype must be float32 or float64, got bfloat16"),
+        (
+            ("numpy", "fastest", "bfloat16"),
+            "dtype must be float32 or float64, or bfloat16 for the implementation cuda",
+        ),
+        (("numpy", "reference", "float16"), "dtype must be float32 or float64, or bfloat16 for"),
     ],
 )
 def test_refused(given: tuple[str, ...], line: str) -> None:
@@ -86,12 +93,17 @@ def test_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (fused.implementation, fused.optimizer) == ("numba_cpu", FusedAdamW)
     with monkeypatch.context() as patch:  # where there is a device
         patch.setattr(machine, "placement", lambda backend: np.array)
-        patch.setattr(machine, "table_of", lambda name: REFERENCE)
+        for module in ("refimpl.train.machine", "refimpl.kernels.columns"):
+            patch.setattr(f"{module}.table_of", lambda name: REFERENCE)
         patch.setattr(machine, "optimizer_of", lambda name: AdamW)
         device = open_machine("cupy")
+        narrow = open_machine("cupy", dtype="bfloat16")
     assert device.implementation == "cuda"
     assert device.ops == device.prefill == REFERENCE
     assert device.decode == found.decode
+    assert narrow.decode == REFERENCE  # the absorbed form would add up in bfloat16
+    assert [x.real for x in (found, device, narrow)] == ["float32"] * 3
+    assert open_machine("numpy", "reference", "float64").real == "float64"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert open_machine().implementation == "reference"
 
@@ -200,6 +212,45 @@ def test_pretended(
     expected = trained(make, open_machine("numpy", "reference", "float64"), tmp_path)
     monkeypatch.setitem(sys.modules, "cupy", Pretended("cupy"))
     close(trained(make, open_machine("cupy", "reference", "float64"), tmp_path), expected, 1e-9)
+
+
+@pytest.mark.parametrize("make", [pretrain, sft, grpo, reward_model] if FULL else [pretrain])
+def test_bfloat16(
+    make: Callable[[Machine, Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps in bfloat16 through the kernels, under the interpreter: parameters are bfloat16 and
+    the rounding of their masters, and the loss is that of float32 but for rounding, since a
+    step is smaller than a unit of most parameters; an update without masters would be another."""
+    use_cuda(monkeypatch)
+    monkeypatch.setattr("refimpl.train.grpo.score", by_hash)
+    told, masters, start = {}, {}, {}
+    for dtype in ("float32", "bfloat16"):
+        machine = open_machine("cupy", "cuda", dtype)
+        stage = make(machine, tmp_path)
+        state = stage.start()
+        before = machine.fetched(copied(state).params)
+        for _ in range(2 if FULL else 1):
+            state, told[dtype] = stage.step(state, Guard(stage.jump))
+        if FULL:
+            stage.evaluate(state)
+        params = {**state.params, **state.extra}
+        assert {x for x in params if str(params[x].dtype) != dtype} <= {
+            x for x in params if is_buffer(x) or x in state.extra or dtype == "float32"
+        }
+        held = {name: state.moments.master.get(name, params[name]) for name in state.moments.first}
+        assert {str(x.dtype) for x in held.values()} == {"float32"}
+        for name, x in machine.fetched(held).items():
+            np.testing.assert_array_equal(to_numpy(params[name]), x.astype(params[name].dtype))
+        masters[dtype], start[dtype] = machine.fetched(held), before
+    close(told["bfloat16"]["loss"], told["float32"]["loss"], 0.02)
+    moved = [
+        np.linalg.norm(masters["bfloat16"][n] - start["bfloat16"][n].astype("float32"))
+        / np.linalg.norm(masters["float32"][n] - start["float32"][n])
+        for n in start["float32"]
+        if n in masters["float32"]
+    ]
+    # lost in a unit it would be 0; GRPO's samples differ, and with them its gradients
+    assert np.median(moved) == pytest.approx(1, abs=0.2)
 
 
 def run_on(backend: str, out: Path, stage: str, *settings: str) -> list[dict[str, Any]]:

@@ -30,15 +30,19 @@ from support import FULL
 
 CONFIG = replace(preset("tiny"), mtp_weight=0.2)
 MACHINES = {dtype: open_machine("numpy", "reference", dtype) for dtype in ("float32", "float64")}
+MACHINES["bfloat16"] = replace(MACHINES["float32"], dtype="bfloat16")
 SETTINGS = "[sft]\nsteps = 3\n"
 
 
 def state_after(step: int, dtype: str = "float64") -> State:
-    params = random_parameters(CONFIG, step, dtype)
+    real = MACHINES[dtype].real
+    params = random_parameters(CONFIG, step, real)
     first = {name: x * 2 for name, x in params.items() if not is_buffer(name)}
     second = {name: x * x for name, x in first.items()}
-    extra = {"reward_head.weight": np.full((1, 3), step, dtype)}
-    return State(params, Moments(step, first, second), step, 10 * step, 20 * step, extra)
+    master = {name: params[name] for name in first} if dtype == "bfloat16" else {}
+    extra = {"reward_head.weight": np.full((1, 3), step, real)}
+    moments = Moments(step, first, second, master)
+    return State(MACHINES[dtype].placed(params), moments, step, 10 * step, 20 * step, extra)
 
 
 def opened(path: Path, dtype: str = "float64", *, resume: bool = False) -> RunFolder:
@@ -49,15 +53,15 @@ def opened(path: Path, dtype: str = "float64", *, resume: bool = False) -> RunFo
 
 def everything(state: State | None) -> Any:
     assert state is not None
-    parts = (state.params, state.moments.first, state.moments.second, state.extra)
+    parts = (state.params, *state.moments[1:], state.extra)
     tensors = [{n: (x.dtype, x.shape, x.tobytes()) for n, x in part.items()} for part in parts]
     return tensors, state.moments.step, state.step, state.tokens, state.position
 
 
 @pytest.mark.parametrize("dtype", MACHINES)
 def test_round_trip(tmp_path: Path, dtype: str) -> None:
-    """Every tensor and count, in both types; the state is writable; the metrics are cut back to
-    it; the state before goes."""
+    """Every tensor and count, in all types, bfloat16's masters too; the state is writable; the
+    metrics are cut back to it; the state before goes."""
     folder = opened(tmp_path / "run", dtype)
     assert folder.latest(CONFIG) is None
     folder.write_metrics({"kind": "step", "step": 9, "loss": 0.1})

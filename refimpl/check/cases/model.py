@@ -11,7 +11,7 @@ import numpy as np
 
 from ... import model as reference_model
 from ... import ops
-from ...array import namespace
+from ...array import library
 from ...config import CONVENTIONS, Conventions, ModelConfig, preset
 from ...model import Route
 from ...ops import AnyOp, Op, Ops
@@ -36,7 +36,7 @@ def _parameters(
     names = [name for name in params if not is_buffer(name)]
 
     def given(values: Sequence[Any]) -> dict[str, Any]:
-        place = namespace(values=values[0]).asarray
+        place = library(values[0]).asarray
         buffers = {name: place(x) for name, x in params.items() if is_buffer(name)}
         return dict(zip(names, values, strict=True)) | buffers
 
@@ -63,7 +63,7 @@ def model_grpo_case(
     def log_probs(
         values: Sequence[Any], routes: Any, table: Ops = table
     ) -> tuple[Any, Any, Any, Any]:
-        named, place = given(values), namespace(values=values[0]).asarray
+        named, place = given(values), library(values[0]).asarray
         output, saved = reference_model.forward(
             named, place(tokens), config, routes=routes, ops=table, with_loss=False
         )
@@ -75,7 +75,7 @@ def model_grpo_case(
 
     def forward(*values: Any, **choices: Any) -> tuple[Any, Any]:
         y, lp, output, saved = log_probs(values, choices.pop("routes", None))
-        place = namespace(values=values[0]).asarray
+        place = library(values[0]).asarray
         loss, grpo_saved = table.grpo.forward(
             y,
             advantages=place(advantages),
@@ -93,7 +93,7 @@ def model_grpo_case(
     def backward(dy: Any, kept: Any) -> tuple[Any, ...]:
         grpo_saved, lp, saved = kept
         dh, dw_head = table.log_prob.backward(table.grpo.backward(dy, grpo_saved), lp)
-        last = namespace(dh=dh).concat(
+        last = library(dh).concat(
             (dh, 0 * dh[:, :1, :]), axis=1
         )  # the last position predicts nothing
         grads = reference_model.backward(saved, dhidden=last)
@@ -164,7 +164,7 @@ def model_case(
         }
 
     def model_forward(*values: Any, routes: dict[int, Route] | None = None) -> tuple[Any, Any]:
-        named, place = given(values), namespace(values=values[0]).asarray
+        named, place = given(values), library(values[0]).asarray
         placed = {name: place(x) for name, x in options.items()}
         output, saved = model.forward(
             named, place(tokens), config, routes=routes, ops=table, **placed

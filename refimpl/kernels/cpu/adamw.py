@@ -29,7 +29,7 @@ class FusedAdamW(AdamW):
         for name, g in grads.items():
             expect_real(**{name: g})
         check_contiguous(params, grads, moments)
-        moments = moments.next(grads)
+        moments = moments.next(params, grads)
         correct = [1 - beta**moments.step for beta in (self.beta1, self.beta2)]
         less = 1 - self.beta1, 1 - self.beta2
         tasks = []
