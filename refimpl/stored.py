@@ -31,6 +31,7 @@ from .check.rules import Pair
 from .grads.rounded import round_bfloat16, rounded_by_chance
 from .grads.units import roundoff
 from .ops import NETWORKS, REFERENCE, AnyOp, Op, Ops
+from .ops.attention import sum_heads
 
 __all__ = [
     "DTYPES",
@@ -44,6 +45,7 @@ __all__ = [
     "results",
     "rounded",
     "stored_table",
+    "tensor_core_attention",
     "widened",
 ]
 
@@ -71,6 +73,34 @@ ACTIVATIONS = {
 }
 """By op, how many of its outputs and, from the first, of its gradients are stored in bfloat16. The
 rest is float32: weights' gradients, what a gate gives, log-probabilities, losses."""
+
+
+def tensor_core_attention(to_type: Callable[[Any], Any] = round_bfloat16) -> AnyOp:
+    """Attention in float32 whose products take bfloat16 on both sides, as tensor cores do: the
+    probabilities and the gradient of the scores are rounded before they are multiplied, and o
+    before its row sums are taken (derivations/flash_attention.md)."""
+
+    def forward(q: Any, k: Any, v: Any, **kwargs: Any) -> Any:
+        _, saved = REFERENCE.attention.forward(q, k, v, **kwargs)
+        p, values = to_type(saved.p), np.broadcast_to(v, (*v.shape[:2], q.shape[2], v.shape[3]))
+        o = np.einsum("bhts,bshv->bthv", p, values)
+        return o, (saved, p, to_type(o))
+
+    def backward(do: Any, saved: Any) -> Any:
+        exact, p, o = saved
+        heads = exact.q.shape[2]
+        keys, values = (
+            np.broadcast_to(x, (*x.shape[:2], heads, x.shape[3])) for x in (exact.k, exact.v)
+        )
+        dp = np.einsum("bthv,bshv->bhts", do, values)
+        row_sum = np.sum(do * o, axis=-1).swapaxes(1, 2)[..., None]
+        ds = to_type(exact.scale * exact.p * (dp - row_sum))
+        dq = np.einsum("bhts,bshx->bthx", ds, keys)
+        dk = np.einsum("bhts,bthx->bshx", ds, exact.q)
+        dv = np.einsum("bhts,bthv->bshv", p, do)
+        return dq, sum_heads(dk, exact.k), sum_heads(dv, exact.v)
+
+    return Op(forward, backward)
 
 
 class OtherChoice(ValueError):
@@ -270,6 +300,7 @@ def stored_table(seed: int | None = None) -> Ops:
 
     pairs = {name: REFERENCE[name] for name in ACTIVATIONS}
     pairs["moe"] = Op(moe_forward, REFERENCE.moe.backward)
+    pairs["attention"] = tensor_core_attention(to_type)
     return REFERENCE | {
         name: stored(op, name, to_type, DTYPES["bfloat16"]) for name, op in pairs.items()
     }

@@ -26,6 +26,8 @@ def compare(
     algorithm: Op | None = None,
 ) -> None:
     """The rule of `refimpl.stored` for one op; arguments as there."""
+    if (op, storage) == ("attention", "bfloat16"):
+        algorithm = algorithm or stored.tensor_core_attention()
     reference = REFERENCE[op] if op in REFERENCE else pair_of(op)
     try:
         told = stored.compare(
