@@ -151,10 +151,17 @@ struct Mask {
 
     __device__ __forceinline__ int position(int t) const { return t + keys - queries; }
 
-    __device__ __forceinline__ bool sees(int t, int s) const {
-        if (t >= queries || s >= keys || (causal && s > position(t))) return false;
-        if (!masked) return true;
-        return key_mask[s] && segments[s] == segments[position(t) < 0 ? 0 : position(t)];
+    // By the order of positions: the last key that a query sees, the first query that sees a key.
+    __device__ __forceinline__ int last_key(int t) const {
+        return t >= queries ? -1 : causal ? position(t) : keys - 1;
+    }
+    __device__ __forceinline__ int first_query(int s) const {
+        return s >= keys ? queries : causal && s > position(0) ? s - position(0) : 0;
+    }
+
+    // By the masks.
+    __device__ __forceinline__ bool shows(int t, int s) const {
+        return !masked || (key_mask[s] && segments[s] == segments[position(t) < 0 ? 0 : position(t)]);
     }
 
     // Each of so many queries sees each of so many keys.
@@ -222,6 +229,7 @@ flash_attention_forward(storage* __restrict__ o, real* __restrict__ lse, const s
     cp_async_commit();
     real numerator[VALUE_WIDTH / 8][4] = {}, total[2] = {}, largest[2] = {-infinity(), -infinity()};
     bool seen[2] = {};
+    const int last[2] = {mask.last_key(own + row_of(0)), mask.last_key(own + row_of(2))};
     for (int s = 0; s < end; s += KEYS) {
         cp_async_wait<1>();  // the keys; the values may still be on their way
         __syncthreads();
@@ -237,7 +245,8 @@ flash_attention_forward(storage* __restrict__ o, real* __restrict__ lse, const s
         for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const bool shown = all || mask.sees(own + row_of(i), s + n * 8 + column_of(i));
+                const int key = s + n * 8 + column_of(i);
+                const bool shown = all || (key <= last[i / 2] && mask.shows(own + row_of(i), key));
                 score[n][i] = shown ? scale * score[n][i] : -infinity();
                 seen[i / 2] |= shown;
                 larger[i / 2] = score[n][i] > larger[i / 2] ? score[n][i] : larger[i / 2];
@@ -326,7 +335,7 @@ flash_attention_backward_keys(storage* __restrict__ dk, storage* __restrict__ dv
     const int first = blockIdx.y * KEYS, in_tile = threadIdx.x / WARP * OWN, own = first + in_tile;
     const int64 row = static_cast<int64>(batch) * keys;
     const Mask mask{key_mask + (masked ? row : 0), segments + (masked ? row : 0), queries, keys, causal, masked};
-    const int before = causal && first > keys - queries ? first - (keys - queries) : 0;  // see none of these keys
+    const int begins[2] = {mask.first_query(own + row_of(0)), mask.first_query(own + row_of(2))};
     real dk_sum[KEY_WIDTH / 8][4] = {}, dv_sum[VALUE_WIDTH / 8][4] = {};
 
     for (int h = begin; h < begin + together; h++) {
@@ -336,7 +345,7 @@ flash_attention_backward_keys(storage* __restrict__ dk, storage* __restrict__ dv
         const Head of_v{batch, value_heads == 1 ? 0 : h, keys, value_heads, value_width};
         const real* own_lse = lse + (static_cast<int64>(batch) * heads + h) * queries;
         const real* own_sum = row_sum + (static_cast<int64>(batch) * heads + h) * queries;
-        int t = before / QUERIES * QUERIES;
+        int t = mask.first_query(first) / QUERIES * QUERIES;  // those before see none of these keys
         fetch<VALUE_WIDTH, KEYS, THREADS>(v_tile, v, of_v, first);
         fetch<KEY_WIDTH, KEYS, THREADS>(k_tile, k, of_k, first);
         fetch<VALUE_WIDTH, QUERIES, THREADS>(do_tile, dout, of_do, t);
@@ -348,24 +357,29 @@ flash_attention_backward_keys(storage* __restrict__ dk, storage* __restrict__ dv
 #pragma unroll 1
             for (int part = 0; part < QUERIES; part += SOME) {  // all at once would need too many registers
                 real dp[SOME / 8][4] = {}, p[SOME / 8][4] = {};
-                add_scores<VALUE_WIDTH>(dp, v_tile + in_tile * stride(VALUE_WIDTH), do_tile + part * stride(VALUE_WIDTH));
-                add_scores<KEY_WIDTH>(p, k_tile + in_tile * stride(KEY_WIDTH), q_tile + part * stride(KEY_WIDTH));
                 const bool all = mask.shows_all(t + part, SOME, first, KEYS);
+                const bool any = t + part + SOME > mask.first_query(own);  // sees a key of this warp
+                if (any) {
+                    const storage* do_part = do_tile + part * stride(VALUE_WIDTH);
+                    add_scores<VALUE_WIDTH>(dp, v_tile + in_tile * stride(VALUE_WIDTH), do_part);
+                    add_scores<KEY_WIDTH>(p, k_tile + in_tile * stride(KEY_WIDTH), q_tile + part * stride(KEY_WIDTH));
 #pragma unroll
-                for (int n = 0; n < SOME / 8; n++)
+                    for (int n = 0; n < SOME / 8; n++)
 #pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        const int query = t + part + n * 8 + column_of(i);
-                        const bool shown = all || mask.sees(query, own + row_of(i));
-                        p[n][i] = shown ? weight_of(scale * p[n][i] - own_lse[query]) : 0;  // (flash_attention.6)
-                        dp[n][i] = shown ? scale * p[n][i] * (dp[n][i] - own_sum[query]) : 0;  // (flash_attention.7)
-                    }
-                add_mixed<VALUE_WIDTH>(dv_sum, p, do_tile + part * stride(VALUE_WIDTH));
+                        for (int i = 0; i < 4; i++) {
+                            const int query = t + part + n * 8 + column_of(i), at = query < queries ? query : 0;
+                            const bool shown = all || (query >= begins[i / 2] && query < queries &&
+                                                       mask.shows(query, own + row_of(i)));
+                            p[n][i] = weight_of(shown ? scale * p[n][i] - own_lse[at] : -infinity());
+                            dp[n][i] = scale * p[n][i] * (dp[n][i] - own_sum[at]);  // (flash_attention.6), (….7)
+                        }
+                    add_mixed<VALUE_WIDTH>(dv_sum, p, do_part);
+                }
                 if (part + SOME == QUERIES) {  // nobody needs this tile of do any more
                     __syncthreads();
                     if (t + QUERIES < queries) fetch<VALUE_WIDTH, QUERIES, THREADS>(do_tile, dout, of_do, t + QUERIES);
                 }
-                add_mixed<KEY_WIDTH>(dk_sum, dp, q_tile + part * stride(KEY_WIDTH));
+                if (any) add_mixed<KEY_WIDTH>(dk_sum, dp, q_tile + part * stride(KEY_WIDTH));
             }
             __syncthreads();
             if (t + QUERIES < queries) fetch<KEY_WIDTH, QUERIES, THREADS>(q_tile, q, of_q, t + QUERIES);
@@ -403,6 +417,7 @@ flash_attention_backward_queries(storage* __restrict__ dq, const storage* __rest
     const int64 row = static_cast<int64>(batch) * keys;
     const Mask mask{key_mask + (masked ? row : 0), segments + (masked ? row : 0), queries, keys, causal, masked};
     const int end = mask.end(first + QUERIES);
+    const int last[2] = {mask.last_key(own + row_of(0)), mask.last_key(own + row_of(2))};
     real own_lse[2] = {}, own_sum[2] = {};
 #pragma unroll
     for (int i = 0; i < 2; i++)
@@ -434,9 +449,10 @@ flash_attention_backward_queries(storage* __restrict__ dq, const storage* __rest
         for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const bool shown = all || mask.sees(own + row_of(i), s + n * 8 + column_of(i));
-                p[n][i] = shown ? weight_of(scale * p[n][i] - own_lse[i / 2]) : 0;  // (flash_attention.6)
-                p[n][i] = shown ? scale * p[n][i] * (dp[n][i] - own_sum[i / 2]) : 0;  // (flash_attention.7)
+                const int key = s + n * 8 + column_of(i);
+                const bool shown = all || (key <= last[i / 2] && mask.shows(own + row_of(i), key));
+                p[n][i] = weight_of(shown ? scale * p[n][i] - own_lse[i / 2] : -infinity());  // (flash_attention.6)
+                p[n][i] *= scale * (dp[n][i] - own_sum[i / 2]);                              // (flash_attention.7)
             }
         add_mixed<KEY_WIDTH>(dq_sum, p, k_tile);  // (flash_attention.8)
         __syncthreads();

@@ -65,17 +65,20 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
         ),
         "numerator not rescaled": ("numerator[n][i] *= decay[i / 2]", "numerator[n][i] *= 1"),
         "sum not rescaled": ("total[i] *= decay[i];", ""),
-        "diagonal hidden": ("(causal && s > position(t))", "(causal && s >= position(t))"),
-        "diagonal one too far": ("(causal && s > position(t))", "(causal && s > position(t) + 1)"),
+        "diagonal hidden": (
+            "causal ? position(t) : keys - 1",
+            "causal ? position(t) - 1 : keys - 1",
+        ),
+        "diagonal one too far": ("? s - position(0) : 0", "? s - position(0) - 1 : 0"),
         "last tile of keys left out": (
             "return causal ? position(t < queries ? t : queries) : keys;",
             "return (causal ? position(t < queries ? t : queries) : keys) - 1;",
         ),
         "first queries left out": (
-            "first - (keys - queries) : 0;  // see none",
-            "first - (keys - queries) + QUERIES : 0;  // see none",
+            "int t = mask.first_query(first) / QUERIES * QUERIES;",
+            "int t = mask.first_query(first) / QUERIES * QUERIES + QUERIES;",
         ),
-        "dropped tail: keys past the end seen": ("s >= keys || (causal", "(causal"),
+        "dropped tail: keys past the end seen": (": keys - 1;", ": keys;"),
         "tail of a row not zero": (
             "cp_async_16(to, from, inside ? 16 : 0);",
             "cp_async_16(to, from, 16);",
@@ -83,7 +86,7 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
         "a row that sees nothing": ("(any ? largest[i] : 0)", "largest[i]"),
         "a row that sees nothing divides by 0": ("any ? finite(sum) : 1;", "finite(sum);"),
         "overflow gives a clean number": ("any ? finite(sum) : 1;", "any ? sum : 1;"),
-        "padding seen": ("return key_mask[s] && segments[s]", "return segments[s]"),
+        "padding seen": ("(key_mask[s] && segments[s]", "(segments[s]"),
         "segments of the first query": (
             "segments[position(t) < 0 ? 0 : position(t)]",
             "segments[t]",
@@ -101,10 +104,7 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
             "const real* own_sum = row_sum + (static_cast<int64>(batch) * heads + h) * queries;",
             "const real* own_sum = row_sum + (static_cast<int64>(batch) * heads + begin) * queries;",
         ),
-        "ds without the scale": (
-            "dp[n][i] = shown ? scale * p[n][i]",
-            "dp[n][i] = shown ? p[n][i]",
-        ),
+        "ds without the scale": ("dp[n][i] = scale * p[n][i] * (dp", "dp[n][i] = p[n][i] * (dp"),
         "do overwritten while it is read": (
             "if (part + SOME == QUERIES) {  // nobody needs this tile of do any more\n"
             "                    __syncthreads();",

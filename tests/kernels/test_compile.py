@@ -11,7 +11,9 @@ import pytest
 
 from refimpl.errors import CouldNotRun
 from refimpl.kernels import SOURCE, compile, router
+from refimpl.kernels.columns import variants
 from refimpl.kernels.compile import STEMS, STORAGE, TARGETS, BuildError, build, compile_kernel
+from refimpl.kernels.flash_attention import COMPILED_AHEAD, tiles
 
 from kernel_support import EXECUTED, without_a_device
 from kernel_support.planted import PLANTED, sources
@@ -42,6 +44,35 @@ BUDGET = {
     "swiglu_backward": (48, 0),
     "swiglu_forward": (40, 0),
 }
+# Attention's kernels keep a warp's sums of 16 rows in registers, so wide heads need all of them.
+ATTENTION = {
+    "flash_attention_backward_keys": (255, 0),
+    "flash_attention_backward_queries": (255, 0),
+    "flash_attention_forward": (255, 0),
+    "flash_attention_row_sum": (32, 0),
+}
+BUDGET |= ATTENTION
+V3 = {  # registers in bfloat16 at V3's widths, where nothing is spilled
+    (192, 128): {"backward_keys": 255, "backward_queries": 216, "forward": 168},
+    (128, 128): {"backward_keys": 240, "backward_queries": 168, "forward": 176},
+}
+# Most bytes per thread that the others spill, stores and loads, on any target: by type and widths,
+# of the backward's keys and queries and of the forward
+SPILLS = {
+    ("bfloat16", 256, 256): (1224, 0, 0),
+    ("bfloat16", 16, 16): (56, 0, 0),
+    ("bfloat16", 32, 16): (8, 0, 28),
+    ("float32", 192, 128): (0, 0, 0),
+    ("float32", 128, 128): (0, 16, 0),
+    ("float32", 256, 256): (2680, 0, 0),
+    ("float32", 16, 16): (116, 0, 0),
+    ("float32", 32, 16): (32, 0, 8),
+    ("float64", 192, 128): (5272, 928, 0),
+    ("float64", 128, 128): (3120, 0, 0),
+    ("float64", 256, 256): (34344, 6864, 13428),
+    ("float64", 16, 16): (120, 16, 52),
+    ("float64", 32, 16): (0, 0, 108),
+}
 ON_SM_120 = {"cross_entropy_loss": 40}  # registers where ptxas takes more there than elsewhere
 SHOWN = TARGETS if FULL else TARGETS[:-1]  # sm_120's PTX is sm_100's: test-full shows it
 HELD = {
@@ -59,9 +90,12 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "kernels"
 
 
+PLAIN = [stem for stem in STEMS if stem != "flash_attention"]  # of no widths
+
+
 @without_a_device
 @pytest.mark.parametrize("storage", STORAGE)
-@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("stem", PLAIN)
 def test_compiles_within_budget(stem: str, storage: str) -> None:
     """No spills, no stack, registers and shared memory within the budget."""
     for target in SHOWN:
@@ -81,21 +115,61 @@ def test_compiles_within_budget(stem: str, storage: str) -> None:
             assert usage.shared <= shared, where
 
 
+@without_a_device
+@pytest.mark.parametrize("target", TARGETS if FULL else ["sm_90"])
+@pytest.mark.parametrize("storage", STORAGE if FULL else ["bfloat16"])
+def test_attention_within_budget(storage: str, target: str) -> None:
+    """In bfloat16 at V3's widths no spills and no stack; for the others the bytes of SPILLS. The
+    types but bfloat16 and the other targets: in test-full, 4 minutes of compiling."""
+    for widths in COMPILED_AHEAD if FULL else V3:
+        defines = tiles(storage, *widths).defines
+        module = compile_kernel("flash_attention", target, storage, defines)
+        assert set(module.usage) == set(ATTENTION)
+        assert "warning" not in module.log
+        for kernel, usage in module.usage.items():
+            where = f"{kernel} in {storage}, {widths}, for {target}: {usage}"
+            short, shared = kernel.removeprefix("flash_attention_"), (0, 0)
+            assert usage.shared == 0, where  # all of it is the launch's
+            assert usage.registers <= ATTENTION[kernel][0], where
+            if short == "row_sum":
+                spills = 0
+            elif storage == "bfloat16" and widths in V3:
+                assert usage.registers <= V3[widths][short], where
+                spills = 0
+            else:
+                order = ("backward_keys", "backward_queries", "forward").index(short)
+                spills = SPILLS[storage, *widths][order]
+            assert usage.spills <= spills, where
+            assert spills or usage.stack == 0, where
+        if storage == "bfloat16":
+            for instruction in (
+                "mma.sync.aligned.m16n8k16",
+                "ldmatrix",
+                "cp.async.cg",
+                "cvt.rn.bf16x2",
+            ):
+                assert instruction in module.ptx
+        assert not re.search(r"\batom\.|\bred\.|\.tf32", module.ptx)
+
+
 def _body(ptx: str) -> str:
     """But for what names the target."""
     return re.sub(r"(?m)^(\.target|//).*$", "", ptx)
 
 
 @pytest.mark.parametrize("storage", STORAGE)
-@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("stem", STEMS if FULL else PLAIN)
 def test_what_is_executed_stands_for_all_targets(stem: str, storage: str) -> None:
     """sm_80's and sm_90a's PTX is sm_90's, which these tests execute; so is sm_100's, whose code is
     other, and which sm_120's is."""
-    for target in set(SHOWN) - set(EXECUTED):
-        executed = "sm_100" if target == "sm_120" else "sm_90"
-        assert _body(compile_kernel(stem, target, storage).ptx) == _body(
-            compile_kernel(stem, executed, storage).ptx
-        ), target
+    for defines in variants(stem, storage):
+        for target in set(SHOWN) - set(EXECUTED):
+            executed = "sm_100" if target == "sm_120" else "sm_90"
+            bodies = [
+                _body(compile_kernel(stem, name, storage, defines).ptx)
+                for name in (target, executed)
+            ]
+            assert bodies[0] == bodies[1], target
 
 
 def test_every_kernel_has_a_budget() -> None:
@@ -105,14 +179,14 @@ def test_every_kernel_has_a_budget() -> None:
 
 
 def test_every_gpu_has_the_shared_memory() -> None:
-    """48 KB per block, which needs no asking; sm_86, sm_89 and sm_120 have 99 KB at most."""
+    """48 KB per block, which needs no asking, of all but attention (its own test); sm_86, sm_89 and sm_120 have 99 KB at most."""
     scores = router.WARPS * (2 * router.MOST_SLOTS + router.WARP) * 8  # of float64, in the launch
     assert max(shared for _, shared in BUDGET.values()) + scores <= 48 * 1024
 
 
 @without_a_device
 @pytest.mark.parametrize("storage", STORAGE)
-@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("stem", PLAIN)
 def test_ptx(stem: str, storage: str) -> None:
     """16-byte accesses where rows allow them, past L1 where data is read once, and nothing that
     flushes to zero."""

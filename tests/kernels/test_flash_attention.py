@@ -11,13 +11,19 @@ import pytest
 
 from refimpl.check import check
 from refimpl.check.cases import Case, RandomDraw
-from refimpl.kernels.columns import variants
-from refimpl.kernels.compile import compile_kernel
 from refimpl.kernels.flash_attention import SIZES, attention, flash_attention, tiles
 from refimpl.ops import REFERENCE, flash_attention_backward, flash_attention_forward
 
 from attention_contract import ERRORS, GOOD, check_more_queries_than_keys, check_range_of_validity
-from kernel_support import ALL, TABLE, TABLES, InterpreterLaunch, compare, without_a_device
+from kernel_support import (
+    ALL,
+    ON_DEVICE,
+    SHAPES,
+    TABLE,
+    InterpreterLaunch,
+    compare,
+    without_a_device,
+)
 from kernel_support.launches import SMALL
 from kernel_support.planted import PLANTED, assert_seen, plant
 from support import FULL
@@ -104,8 +110,7 @@ def test_widths_of_v3(storage: str) -> None:
     if storage != "bfloat16" and not ALL:
         pytest.skip("in test-full: seconds under the interpreter")
     sizes = (70, 100) if storage == "bfloat16" else (40, 50)
-    launch = InterpreterLaunch()
-    pair = TABLES["cuda"]["attention"] if ALL else attention(launch)
+    pair = OP if ON_DEVICE else attention(InterpreterLaunch())
     compare("attention", pair, _v3(0, *sizes), storage, 0)
 
 
@@ -123,27 +128,25 @@ def test_other_widths(widths: tuple[int, int], storage: str) -> None:
 
 @without_a_device
 def test_same_bits_in_bfloat16() -> None:
-    """Whatever the order of the warps."""
+    """Twice the same call. (The interpreter draws the errors of 2^x by the seed, so another order of
+    the warps is tested in float64, in test_columns.)"""
     case = _v3(3, 40, 40)
     q, k, v = (x[..., :16].astype(ml_dtypes.bfloat16) for x in case.inputs)
-    found = []
-    for seed in range(3):
-        pair = attention(InterpreterLaunch(seed), SMALL)
+    found = set()
+    for _ in range(2):
+        pair = attention(InterpreterLaunch(1), SMALL)
         o, saved = pair.forward(q, k, v, scale=0.25)
-        found.append(b"".join(x.tobytes() for x in (o, *pair.backward(o, saved))))
-    # the interpreter draws the errors of 2^x by the seed: o may differ, with the same seed nothing
-    again = attention(InterpreterLaunch(0), SMALL)
-    o, saved = again.forward(q, k, v, scale=0.25)
-    assert found[0] == b"".join(x.tobytes() for x in (o, *again.backward(o, saved)))
+        found.add(b"".join(x.tobytes() for x in (o, *pair.backward(o, saved))))
+    assert len(found) == 1
 
 
 @without_a_device
+@pytest.mark.skipif(not FULL, reason="in test-full: 20 s under the interpreter")
 def test_half_of_a_causal_mask_is_not_executed() -> None:
-    """At 8 tiles of keys at most 0.6 of the instructions that all pairs take; 9 of 16 tiles of the
-    forward have a visible pair."""
-    rng = np.random.default_rng(0)
-    tile = SIZES.forward[0][1]
-    q, k, v = (rng.normal(size=(1, 8 * tile, 1, 16)).astype(ml_dtypes.bfloat16) for _ in range(3))
+    """At 8 tiles of keys at most 0.6 of the instructions that all pairs take, at V3's widths; 9 of
+    16 tiles of the forward have a visible pair."""
+    length = 8 * SIZES.forward[0][1]
+    q, k, v = (x.astype(ml_dtypes.bfloat16) for x in _v3(0, length, length).inputs)
     counts = []
     for causal in (True, False):
         launch = InterpreterLaunch()
@@ -183,22 +186,8 @@ def test_planted_mistakes_are_caught(name: str, monkeypatch: pytest.MonkeyPatch)
     assert_seen("attention", _blind_rows, test_range_of_validity, storage="bfloat16")
 
 
-@without_a_device
-@pytest.mark.parametrize(("storage", "spills"), [("bfloat16", 0), ("float32", None)])
-def test_compiles_for_v3(storage: str, spills: int | None) -> None:
-    """In bfloat16 at V3's widths nothing is spilled, on any target (here sm_90, in test-full all:
-    tests/kernels/test_compile.py)."""
-    defines = variants("flash_attention", storage)[0]
-    usage = compile_kernel("flash_attention", "sm_90", storage, defines).usage
-    assert len(usage) == 4
-    if spills is not None:
-        assert all(u.spills == u.stack == spills for u in usage.values()), usage
-
-
-def test_mean_of_a_draw() -> None:
+def test_shapes_meet_everything() -> None:
     """Shapes of the suite meet every feature."""
-    from kernel_support import SHAPES
-
     drawn = [SHAPES["attention"](RandomDraw(seed)) for seed in range(60)]
     shapes = [[x.shape for x in case.inputs] for case in drawn]
     assert any(q[1] > k[1] for q, k, _ in shapes)
