@@ -368,8 +368,8 @@ def reduce(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
     return together(m, operands[2], body)
 
 
-# Matrices: a warp's 32 lanes hold them together. Of 8 × 8 numbers of 16 bits, lane i holds row i // 4
-# and in it the columns 2 (i % 4), in the lower half of a register, and 2 (i % 4) + 1.
+# Matrices: a warp's 32 lanes hold them together. Of 8 × 8 numbers of 16 bits, lane i holds row
+# i // 4 and in it the columns 2 (i % 4), in the lower half of a register, and 2 (i % 4) + 1.
 
 
 def aligned(m: Machine, body: Callable[[Lanes, Array], None]) -> Step:
