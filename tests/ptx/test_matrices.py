@@ -161,6 +161,28 @@ def test_one_lane_of_d(lane: int) -> None:
     assert got[lane].tolist() == [(A @ B + C)[place] for place in PLACES_OF_D[lane]]
 
 
+def test_many_warps_at_once() -> None:
+    """Each has its own matrices; every third leaves before."""
+    numbers = np.random.default_rng(5)
+    a, b, c = (numbers.integers(-99, 99, (12, *shape)) for shape in ((16, 16), (16, 8), (16, 8)))
+    wanted = np.stack([held(m, places_of_d()) for m in a @ b + c])
+    wanted[::3] = 0
+    bits = [
+        np.stack([held(m, places()) for m in matrices]).astype(dtype)
+        for matrices, places, dtype in (
+            (a, places_of_a, ml_dtypes.bfloat16),
+            (b, places_of_b, ml_dtypes.bfloat16),
+            (c, places_of_d, np.float32),
+        )
+    ]
+    leave = """mov.u32 %r2, %ctaid.x; mad.lo.s32 %r0, %r2, 128, %r0;
+    shr.u32 %r7, %r0, 5; rem.u32 %r7, %r7, 3; setp.ne.u32 %p1, %r7, 0; @%p1 bra $ON; ret; $ON:"""
+    d = np.zeros((12, 32, 4), np.float32)
+    given = [x.view(np.uint16) if x.itemsize == 2 else x for x in bits]
+    run(kernel(leave + LOADED + IN_PLACE + STORED, 4), "k", 3, 128, [*given, d])
+    np.testing.assert_array_equal(d, wanted)
+
+
 def test_registers_of_d_that_are_also_read() -> None:
     """d may be a's or b's registers, and c's in another order: all are read before one is written."""
     a, b, c = held(A, places_of_a()), held(B, places_of_b()), held(C, places_of_d())
@@ -454,7 +476,7 @@ def test_shared_memory_above_48_kb() -> None:
     most = 227 << 10
     got = threads(body, shared=most, most_shared=most, extra=extra)
     np.testing.assert_array_equal(got, np.arange(32))
-    with pytest.raises(PTXError, match="out of bounds: shared byte 232444 .* has 232444 bytes"):
+    with pytest.raises(PTXError, match=r"out of bounds: shared byte 232444 .* has 232444 bytes"):
         threads(body, shared=most - 4, most_shared=most, extra=extra)
     for shared, allowed, static in (
         (most, {}, 0),
