@@ -199,6 +199,7 @@ ROUNDED = [  # products of which all lanes have the same, c, the sum
     ([1, 2.0**-24], 0, 1),  # half a unit: to the even neighbour
     ([1, 2.0**-24, 2.0**-40], 0, 1 + 2.0**-23),  # above the half: a sum in float32 would lose it
     ([1, 2.0**-23, 2.0**-24], 0, 1 + 2.0**-22),
+    ([1, 2.0**-24], 2.0**-40, 1 + 2.0**-23),  # the products are not rounded before c is added
     ([2.0**-24, 2.0**-24], 1, 1 + 2.0**-23),  # c is one more term, not the first of a chain
     ([2.0**30, 1, -(2.0**30)], 0, 1),
     ([1, -1], -0.0, 0.0),
@@ -314,14 +315,16 @@ def test_a_warp_is_enough_to_order_ldmatrix() -> None:
     )
 
 
-def test_unwritten_rows() -> None:
-    """A row whose last 4 bytes nobody has written; the lane that gets them is named."""
-    body = """.shared .align 16 .b8 rows[128];
+@pytest.mark.parametrize(("turn", "lane"), [("", 3), (".trans", 24)])
+def test_unwritten_rows(turn: str, lane: int) -> None:
+    """Nobody has written the rows' last 4 bytes, columns 6 and 7: the lane is named that gets what
+    row 0 has there, 3, or column 6, 24."""
+    body = f""".shared .align 16 .b8 rows[128];
     mov.u32 %r3, rows; and.b32 %r4, %r0, 7; shl.b32 %r4, %r4, 4; add.s32 %r4, %r4, %r3;
-    mov.u32 %r5, 0; st.shared.v2.u32 [%r4], {%r5, %r5}; st.shared.u32 [%r4+8], %r5; bar.sync 0;
-    ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r1}, [%r4];"""
+    mov.u32 %r5, 0; st.shared.v2.u32 [%r4], {{%r5, %r5}}; st.shared.u32 [%r4+8], %r5; bar.sync 0;
+    ldmatrix.sync.aligned.m8n8.x1{turn}.shared.b16 {{%r1}}, [%r4];"""
     with pytest.raises(
-        PTXError, match=r"thread .3, 0, 0.: reads bytes .* at shared byte 12 of rows"
+        PTXError, match=rf"thread \({lane}, 0, 0\): reads bytes .* at shared byte 12 of rows"
     ):
         threads(body)
 
@@ -441,7 +444,7 @@ IN_FLIGHT = """.shared .align 16 .b8 buffer[1024];
 OVERWRITTEN = {
     "by a store": "st.shared.u32 [%r3+4], %r0;",
     "by a copy": "cp.async.cg.shared.global [%r3], [%rd3], 16, %r5;",
-    "behind a barrier": "bar.sync 0; xor.b32 %r3, %r3, 0; st.shared.u32 [%r3], %r0;",
+    "behind a barrier": "bar.sync 0; st.shared.u32 [%r3], %r0;",
     "by an atomic": "atom.shared.add.u32 %r6, [%r3], 1;",
     "when another group has been waited for": "add.s32 %r7, %r3, 512; cp.async.cg.shared.global [%r7], [%rd3], 16, %r5; cp.async.commit_group; cp.async.wait_group 1; st.shared.u32 [%r7], %r0;",
 }
