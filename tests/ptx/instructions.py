@@ -237,8 +237,13 @@ def copy_asynchronously(m: Machine, opcode: str, operands: tuple[Operand, ...]) 
             data[sizes == 16] = m.memory.bytes[source[:, None] + np.arange(16)]
             m.running = lanes
         m.shared.check_write(target, 16, m.thread[lanes])
-        m.shared.valid[m.shared.spread(target, 16)] = False
-        m.shared.bytes[target[:, None] + np.arange(16)] = 0xFF
+        place, granules = target[:, None] + np.arange(16), m.shared.spread(target, 16)
+        m.shared.bytes[place] = data
+        if (lost := (m.shared.bytes[place] != data).any(1)).any():
+            m.fail(lost, "race: another thread copies other bytes here by the same instruction")
+        m.shared.bytes[place] = 0xFF
+        m.shared.valid[granules] = False
+        m.shared.flying[granules] = True
         m.pending.append(Copy(m.index[lanes], m.copy_group[lanes].copy(), target, data))
 
     return step
@@ -256,6 +261,7 @@ def land(m: Machine, lanes: Lanes, keep: int) -> None:
             m.shared.bytes[position[:, None] + np.arange(16)] = copy.data[done]
             granules = m.shared.spread(position, 16)
             m.shared.valid[granules] = True
+            m.shared.flying[granules] = False
             m.shared.note(m.shared.writes, granules, m.thread[copy.lanes[done]][:, None])
         if not done.all():
             left.append(Copy(*[part[~done] for part in copy]))
@@ -362,8 +368,8 @@ def reduce(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
     return together(m, operands[2], body)
 
 
-# Matrices: a warp's 32 lanes hold them together. Of 8 × 8 numbers of 16 bits, lane i holds row i // 4
-# and in it the columns 2 (i % 4), in the lower half of a register, and 2 (i % 4) + 1.
+# Matrices: a warp's 32 lanes hold them together. Of 8 × 8 numbers of 16 bits, lane i holds row
+# i // 4 and in it the columns 2 (i % 4), in the lower half of a register, and 2 (i % 4) + 1.
 
 
 def aligned(m: Machine, body: Callable[[Lanes, Array], None]) -> Step:
@@ -382,18 +388,23 @@ def aligned(m: Machine, body: Callable[[Lanes, Array], None]) -> Step:
 
 def load_matrices(m: Machine, opcode: str, operands: tuple[Operand, ...]) -> Step:
     """ldmatrix: lane i gives the address of row i % 8 of matrix i // 8, and register j of all lanes
-    gets matrix j."""
+    gets matrix j. A lane reads what it gets, so what another lane has written must be ordered."""
     match = LDMATRIX.fullmatch(opcode)
     if not match or len(operands[0]) != int(match[1]):
         raise m.unsupported(f"this form of {opcode}")
     count = int(match[1])
     positions = reach(m, operands[1], m.shared, 16, False)
     writers = [m.writer(register, "u32") for register in operands[0]]
+    size = 2 if match[2] else 4  # of the part of a row that a lane gets: a number, or a pair
+    lane = np.arange(32).reshape(8, 4)  # by row (of the transposed: column) and pair
+    takers = np.tile(lane.T.repeat(2, axis=0) if match[2] else lane, (count, 1))
 
     def body(lanes: Lanes, warps: Array) -> None:
         rows = m.running = warps[:, : 8 * count].ravel()
         position = positions(rows)
-        m.shared.check_read(position, 16, m.thread[rows], False)
+        readers = m.running = (warps[:, 0, None, None] + takers).ravel()
+        parts = (position[:, None] + np.arange(0, 16, size)).ravel()
+        m.shared.check_read(parts, size, m.thread[readers], False)
         m.running = lanes
         found = m.shared.bytes[position[:, None] + np.arange(16)].view(np.uint16)
         matrices = found.reshape(-1, count, 8, 8)

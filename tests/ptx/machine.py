@@ -233,7 +233,8 @@ class Machine:
             self.run_group(lanes, int(place), int(place) + 1)
             if (self.state[lanes] != AT_WARP).any():
                 return True
-        self.running, self.at = waiting, int(self.pc[waiting[0]])
+        self.at = int(self.pc[waiting].min())
+        self.running = waiting[self.pc[waiting] == self.at]
         self.fail(
             None,
             "lanes missing: others of the warp are elsewhere, and this instruction waits for "

@@ -93,8 +93,9 @@ class Arena:
             self.owner[start : start + size] = number
         self.read_only = np.array([place[2] for place in self.places])
         granules = copies * self.stride // self.granule
-        self.flags = np.empty((3, granules), bool)
-        self.valid, self.atomic, self.constant = self.flags  # constant: read by .nc
+        self.flags = np.empty((4, granules), bool)
+        # constant: read by .nc; flying: a cp.async to here has not been waited for
+        self.valid, self.atomic, self.constant, self.flying = self.flags
         # [slot, (thread, time), granule]: the last write; the last read, and the last before it
         # from another thread, another warp, another block. If any read races with a write, one of
         # these four does.
@@ -193,6 +194,14 @@ class Arena:
         granules, thread = self.spread(position, size), thread[:, None]
         if (wrong := self.constant[granules].any(1)).any():
             self.fail(wrong, "writes memory that this kernel reads by ld.global.nc")
+        if (wrong := self.flying[granules].any(1)).any():
+            self.fail(
+                wrong,
+                lambda i: (
+                    "overwrites bytes that are still in flight by cp.async at "
+                    f"{self.where(position[i] % self.stride)}"
+                ),
+            )
         if self.races:
             harmless = np.broadcast_to(same, position.shape)[:, None]
             both_atomic = self.atomic[granules] if atomic else False

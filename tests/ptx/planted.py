@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 
@@ -92,6 +93,80 @@ SCAN = """extern "C" __global__ void k(const float* x, float* y, int n) {
     }
     y[i] = v;
 }"""
+# A [32, K] B [K, 16] in bfloat16, which x holds one after the other; K may end within a step of 16. A warp makes 16 rows.
+TILES = """extern "C" __global__ void k(const float* x, float* y, int n) {
+    __shared__ __align__(16) unsigned short a[2][32][24], b[2][16][24];
+    const int t = threadIdx.x, warp = t / 32, lane = t % 32, width = n / 24, steps = (width + 15) / 16;
+    const unsigned short *left = reinterpret_cast<const unsigned short*>(x), *right = left + 32 * width;
+    auto shared = [](const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); };
+    auto copy = [&](void* to, const void* from, bool inside) {
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+                     :: "r"(shared(to)), "l"(__cvta_generic_to_global(from)), "r"(inside ? 16 : 0) : "memory");
+    };
+    auto fetch = [&](int step) {
+        const int row = t / 2, column = t % 2 * 8, first = step * 16;
+        copy(&a[step % 2][row][column], left + row * width + first + column, first + column < width);
+        if (t < 32) copy(&b[step % 2][row][column], right + (first + row) * 16 + column, first + row < width);
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    };
+    auto multiply = [](float (&d)[4], unsigned (&p)[4], unsigned q0, unsigned q1) {
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "r"(q0), "r"(q1));
+    };
+    float d[2][4] = {};
+    fetch(0);
+    for (int step = 0; step < steps; step++) {
+        if (step + 1 < steps) fetch(step + 1);
+        if (step + 1 < steps) asm volatile("cp.async.wait_group 1;" ::: "memory");
+        else asm volatile("cp.async.wait_group 0;" ::: "memory");
+        __syncthreads();
+        unsigned p[4], q[4];
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(p[0]), "=r"(p[1]), "=r"(p[2]), "=r"(p[3])
+                     : "r"(shared(&a[step % 2][warp * 16 + lane % 16][lane / 16 * 8])) : "memory");
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(q[0]), "=r"(q[1]), "=r"(q[2]), "=r"(q[3])
+                     : "r"(shared(&b[step % 2][lane % 16][lane / 16 * 8])) : "memory");
+        multiply(d[0], p, q[0], q[1]);
+        multiply(d[1], p, q[2], q[3]);
+        __syncthreads();
+    }
+    for (int j = 0; j < 2; j++)
+        for (int i = 0; i < 4; i++)
+            y[(warp * 16 + lane / 4 + i / 2 * 8) * 16 + j * 8 + lane % 4 * 2 + i % 2] = d[j][i];
+}"""
+# P [16, 16], float32 rounded to bfloat16 in registers, times V [16, 8] in bfloat16, which lies behind it in x.
+PACKED = """extern "C" __global__ void k(const float* x, float* y, int n) {
+    __shared__ __align__(16) unsigned short v[16][8];
+    const int lane = threadIdx.x, row = lane / 4, column = lane % 4 * 2;
+    if (lane < 16) *reinterpret_cast<float4*>(v[lane]) = reinterpret_cast<const float4*>(x + 256)[lane];
+    __syncwarp();
+    auto pack = [](unsigned& packed, const float* pair) {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(pair[1]), "f"(pair[0]));
+    };
+    unsigned p[4], q[2];
+    pack(p[0], x + row * 16 + column);
+    pack(p[1], x + (row + 8) * 16 + column);
+    pack(p[2], x + row * 16 + column + 8);
+    pack(p[3], x + (row + 8) * 16 + column + 8);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(q[0]), "=r"(q[1])
+                 : "r"(static_cast<unsigned>(__cvta_generic_to_shared(v[lane % 16]))) : "memory");
+    float d[4];
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3]) : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "r"(q[0]), "r"(q[1]), "f"(0.f));
+    y[row * 8 + column] = d[0]; y[row * 8 + column + 1] = d[1];
+    y[(row + 8) * 8 + column] = d[2]; y[(row + 8) * 8 + column + 1] = d[3];
+}"""
+
+
+def bits(x: np.ndarray) -> np.ndarray:
+    """The bits of x in bfloat16, two numbers a float32."""
+    return x.astype(ml_dtypes.bfloat16).ravel().view(np.float32)
+
+
+def numbers(x: np.ndarray) -> np.ndarray:
+    """The numbers whose bits these are."""
+    return x.view(ml_dtypes.bfloat16).astype(np.float64)
+
+
 FLOATS = np.random.default_rng(7).standard_normal(2048).astype(np.float32)
 CASES: dict[str, Case] = {
     "sum": Case(source=SUM, x=FLOATS[:250], size=2, grid=2, block=128, wanted=lambda x: [x[:128].sum(), x[128:].sum()]),
@@ -108,6 +183,14 @@ CASES: dict[str, Case] = {
     "count": Case(source=COUNT, x=np.arange(300, dtype=np.int32) ** 2, size=8, grid=1, block=96, wanted=lambda x: np.bincount(x & 7, minlength=8)),
     "warp": Case(source=WARP, x=FLOATS[:128], size=128, grid=1, block=128, wanted=lambda x: x.reshape(4, 32)[:, ::-1].ravel()),
     "scan": Case(source=SCAN, x=FLOATS[:64], size=64, grid=1, block=64, wanted=lambda x: x.reshape(2, 32).cumsum(1).ravel()),
+    "tiles": Case(
+        source=TILES, x=bits(FLOATS[: 48 * 40]), size=32 * 16, grid=1, block=64,
+        wanted=lambda x: (numbers(x)[: 32 * 40].reshape(32, 40) @ numbers(x)[32 * 40 :].reshape(40, 16)).ravel(),
+    ),
+    "packed": Case(
+        source=PACKED, x=np.r_[FLOATS[:256], bits(FLOATS[256:384])], size=128, grid=1, block=32,
+        wanted=lambda x: (numbers(bits(x[:256])).reshape(16, 16) @ numbers(x[256:]).reshape(16, 8)).ravel(),
+    ),
 }  # fmt: skip
 WRONG = "a wrong result"
 # name: (kernel, its right words, the wrong ones, what the error says)
@@ -140,4 +223,34 @@ BUGS: dict[str, tuple[str, str, str, str]] = {
     "output read before it is written": ("warp", "y[threadIdx.x] =", "y[threadIdx.x] +=", r"ld\.global.*never written"),
     "scan's lane": ("scan", "i % 32 >= o", "i % 32 > o", WRONG),
     "endless loop": ("scan", "o *= 2", "o *= 1", "endless loop"),
+    "no wait for a tile": ("tiles", 'asm volatile("cp.async.wait_group 1;" ::: "memory");', ";", "in flight"),
+    "no wait for the last tile": ("tiles", "wait_group 0", "wait_group 1", "in flight"),
+    "no barrier after a tile's wait": ("tiles", "        __syncthreads();\n        unsigned", "        unsigned", "in flight|race"),
+    "tile overwritten early": ("tiles", "        __syncthreads();\n    }", "    }", "race: writes shared"),
+    "tile not committed": ("tiles", "cp.async.commit_group", "// cp.async.commit_group", "in flight"),
+    "stage that is still in flight": ("tiles", "a[step % 2][warp", "a[(step + 1) % 2][warp", "in flight"),
+    "stale stage": ("tiles", "b[step % 2][lane", "b[step + 1 < steps ? step % 2 : 1][lane", WRONG),
+    "both tiles in one stage": ("tiles", "copy(&b[step % 2]", "copy(&b[0]", "still in flight"),
+    "row of a lane's address": ("tiles", "warp * 16 + lane % 16", "warp * 16 + lane % 8", WRONG),
+    "column of a lane's address": ("tiles", "lane / 16 * 8])) : \"memory\");\n        multiply", "lane / 8 * 8])) : \"memory\");\n        multiply", "ldmatrix.*never written"),
+    "rows of the other warp": ("tiles", "warp * 16 + lane % 16", "lane % 16", WRONG),
+    "rows at no multiple of 16 bytes": ("tiles", "a[2][32][24]", "a[2][32][20]", "16-byte access .* misaligned"),
+    ".trans missing": ("tiles", "x4.trans", "x4", WRONG),
+    ".trans too much": ("tiles", "x4.shared", "x4.trans.shared", WRONG),
+    "A's registers 1 and 2": ("tiles", '"r"(p[1]), "r"(p[2])', '"r"(p[2]), "r"(p[1])', WRONG),
+    "B's registers": ("tiles", "p, q[0], q[1]", "p, q[1], q[0]", WRONG),
+    "columns of B's other part": ("tiles", "p, q[0], q[1]", "p, q[0], q[2]", WRONG),
+    "step off by one": ("tiles", "left + row * width + first", "left + row * width + first + 16", WRONG),
+    "last step dropped": ("tiles", "(width + 15) / 16", "width / 16", WRONG),
+    "tail without zeros": ("tiles", "inside ? 16 : 0", "16", "out of bounds"),
+    "tail one row late": ("tiles", "first + row < width", "first + row <= width", "out of bounds"),
+    "sums begun anew": ("tiles", "        unsigned p[4], q[4];", "        unsigned p[4], q[4]; d[0][0] = 0;", WRONG),
+    "result's row": ("tiles", "i / 2 * 8", "i % 2 * 8", WRONG),
+    "mma of half a warp": ("tiles", "        multiply(d[0]", "        if (lane < 16) multiply(d[0]", r"mma\..*lanes missing"),
+    "halves of a pair": ("packed", '"f"(pair[1]), "f"(pair[0])', '"f"(pair[0]), "f"(pair[1])', WRONG),
+    "quarters of P": ("packed", "x + (row + 8) * 16 + column)", "x + row * 16 + column + 8)", WRONG),
+    "no __syncwarp before ldmatrix": ("packed", "    __syncwarp();\n", "", "race: reads shared"),
+    "rows of half a matrix": ("packed", "lane < 16) *", "lane < 12) *", "ldmatrix.*never written"),
+    "one matrix twice": ("packed", "v[lane % 16]", "v[lane % 8]", WRONG),
+    "untransposed V": ("packed", "x2.trans", "x2", WRONG),
 }  # fmt: skip

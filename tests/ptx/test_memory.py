@@ -166,6 +166,24 @@ def test_asynchronous_copies() -> None:
             run(kernel(COPY.format(wait=wait), 2), "k", 1, 32, [x, x.copy()])
 
 
+def test_a_copy_lands_at_the_wait() -> None:
+    """Its neighbour may read it behind a barrier after the wait, not after the start."""
+    x = np.arange(128, dtype=np.uint32)
+    y = np.zeros_like(x)
+    turn = "xor.b32 %r4, %r4, 16; mov.u32 %r3, buffer; add.s32 %r3, %r3, %r4;"
+    run(
+        kernel(COPY.format(wait=f"cp.async.wait_group 0; bar.sync 0; {turn}"), 2),
+        "k",
+        1,
+        32,
+        [x, y],
+    )
+    np.testing.assert_array_equal(y.reshape(16, 2, 4), x.reshape(16, 2, 4)[:, ::-1])
+    early = kernel(COPY.format(wait=f"bar.sync 0; cp.async.wait_group 0; {turn}"), 2)
+    with pytest.raises(PTXError, match=r"ld\.shared.*race: reads shared byte"):
+        run(early, "k", 1, 32, [x, y])
+
+
 def test_read_only_memory() -> None:
     x = np.zeros(1, np.uint32)
     with pytest.raises(PTXError, match=r"ld\.global\.nc of memory that this kernel writes"):
