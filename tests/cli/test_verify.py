@@ -182,8 +182,8 @@ def test_the_same_seed_gives_the_same_table() -> None:
         ),
         (
             ["verify", "--dtype", "bfloat16"],
-            "--dtype must be float32 or float64, or bfloat16 for the implementation cuda (on the "
-            "backend cupy), got bfloat16 for reference",
+            "--dtype bfloat16 needs the implementation cuda and the backend cupy, got the "
+            "implementation reference",
         ),
         (["verify", "--examples", "0"], "--examples must be at least 1, got 0"),
         (["verify", "--model-examples", "0"], "--model-examples must be at least 1, got 0"),

@@ -62,9 +62,12 @@ MODEL = {
         (("cupy", "numba_cpu"), "backend must be numpy for the implementation numba_cpu, got cupy"),
         (
             ("numpy", "fastest", "bfloat16"),
-            "dtype must be float32 or float64, or bfloat16 for the implementation cuda",
+            "dtype bfloat16 needs the implementation cuda and the backend cupy, got the implement",
         ),
-        (("numpy", "reference", "float16"), "dtype must be float32 or float64, or bfloat16 for"),
+        (
+            ("numpy", "reference", "float16"),
+            "dtype must be one of float32, float64, bfloat16, got float16",
+        ),
     ],
 )
 def test_refused(given: tuple[str, ...], line: str) -> None:
