@@ -91,7 +91,6 @@ class Settings:
         choices = {
             "implementation": (*ON_CPU, *KERNELS),
             "backend": ("numpy", "cupy"),
-            "dtype": ("float64", "float32", "bfloat16"),
             "convention": CONVENTIONS,
         }
         for name, allowed in choices.items():

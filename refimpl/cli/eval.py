@@ -29,7 +29,7 @@ def eval_command(
     implementation: Annotated[
         str, typer.Option(help="Of the ops; fastest: of those installed.")
     ] = "fastest",
-    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, float64, or on a GPU bfloat16.")] = "float32",
     json_file: Json = None,
 ) -> None:
     """Count right answers to held-out problems.

@@ -45,7 +45,7 @@ def recipe_command(
     implementation: Annotated[
         str | None, Option(help="Of the ops; default: the fastest installed.")
     ] = None,
-    dtype: Annotated[str | None, Option(help="float32 or float64.")] = None,
+    dtype: Annotated[str | None, Option(help="float32, float64, or on a GPU bfloat16.")] = None,
     only: Annotated[
         list[str] | None,
         Option(help="Run this job and those it needs; may be given several times."),

@@ -48,7 +48,7 @@ def command(
     implementation: Annotated[
         str | None, Option(help="Of the ops; default: the fastest installed.")
     ] = None,
-    dtype: Annotated[str | None, Option(help="float32 or float64.")] = None,
+    dtype: Annotated[str | None, Option(help="float32, float64, or on a GPU bfloat16.")] = None,
     *,
     stage: str,
 ) -> None:

@@ -106,10 +106,12 @@ def expect_backend(backend: str, implementation: str) -> None:
 def expect_dtype(dtype: str, implementation: str) -> None:
     """CouldNotRun unless an implementation stores a type: bfloat16 is what kernels in CUDA C alone
     store, and float64 and float32 what all do."""
-    if dtype not in ("float32", "float64") and (dtype, implementation) != ("bfloat16", "cuda"):
+    if dtype not in (known := ("float32", "float64", "bfloat16")):
+        raise CouldNotRun(f"must be one of {', '.join(known)}, got {dtype}", argument="dtype")
+    if dtype == "bfloat16" and implementation != "cuda":
         raise CouldNotRun(
-            "must be float32 or float64, or bfloat16 for the implementation cuda (on the backend "
-            f"cupy), got {dtype} for {implementation}",
+            "bfloat16 needs the implementation cuda and the backend cupy, got the implementation "
+            f"{implementation}",
             argument="dtype",
         )
 

@@ -44,7 +44,7 @@ class BaseSettings:
     seed: int = 0
     backend: str = "numpy"  # or cupy
     implementation: str = "fastest"  # of the ops; fastest: numba_cpu if installed, on a GPU cuda
-    dtype: str = "float32"
+    dtype: str = "float32"  # or float64, or of the implementation cuda bfloat16
     learning_rate: float = 1e-3  # the highest
     weight_decay: float = 0.1
     beta1: float = 0.9

@@ -127,7 +127,10 @@ def test_terminal_without_greek() -> None:
         (["count", "v3", "v2"], "got unexpected extra argument.*v2.*; see refimpl count --help"),
         (["grads", "--out", "o"], "missing option '--checkpoint'; see refimpl grads --help"),
         (["grade"], "missing argument 'op'; see refimpl grade --help"),
-        (["verify", "--dtype", "int8"], "--dtype must be one of float64, float32, got int8"),
+        (
+            ["verify", "--dtype", "int8"],
+            "--dtype must be one of float32, float64, bfloat16, got int8",
+        ),
     ],
     ids=lambda a: " ".join(a) if isinstance(a, list) else "",
 )

@@ -78,7 +78,7 @@ def test_table_and_json(checkpoint: Path, tmp_path: Path) -> None:
         (("--max-tokens", 59), "--max-tokens must leave room for a prompt of 6 tokens in the cont"),
         (("--max-tokens", 0), "invalid value for '--max-tokens'"),
         (("--seed", -1), "invalid value for '--seed'"),
-        (("--dtype", "float16"), "--dtype must be float32 or float64, got float16"),
+        (("--dtype", "float16"), "--dtype must be one of float32, float64, bfloat16, got float16"),
         (("--json", "/none/r.json"), "--json /none/r.json can't be written"),
     ],
 )

@@ -371,8 +371,8 @@ def test_memory(implementation: str, tmp_path: Path) -> None:
         ([*ONE, "--speculate", "-1"], "--speculate must be at least 0, got -1"),
         (
             [*ONE, "--dtype", "bfloat16"],
-            "--dtype must be float32 or float64, or bfloat16 for the implementation cuda (on the "
-            "backend cupy), got bfloat16 for reference",
+            "--dtype bfloat16 needs the implementation cuda and the backend cupy, got the "
+            "implementation reference",
         ),
         (
             [*ONE, "--implementation", "cuda"],

@@ -214,7 +214,10 @@ def test_a_job_that_fails(tmp_path: Path) -> None:
         (("--out", "x", "--workers", 0), "--workers must be at least 1, got 0"),
         (("--out", "x", "--problems", 0), "--problems must be at least 1, got 0"),
         (("--out", "x", "--only", "y"), "--only must be of base, unbalanced, "),
-        (("--out", "x", "--dtype", "int8"), "--dtype must be float32 or float64, got int8"),
+        (
+            ("--out", "x", "--dtype", "int8"),
+            "--dtype must be one of float32, float64, bfloat16, got int8",
+        ),
     ],
 )
 def test_what_cannot_be(arguments: tuple[object, ...], said: str, tmp_path: Path) -> None:

@@ -101,7 +101,10 @@ def test_help(stage: str) -> None:
         (("train", "--set", "foo=1"), "train has no setting foo; there are "),
         (("train", "--set", "batch"), "--set must be name=value, got 'batch'"),
         (("train", "--set", "batch=0"), "batch must be at least 1, got 0"),
-        (("train", "--dtype", "float16"), "--dtype must be float32 or float64, got float16"),
+        (
+            ("train", "--dtype", "float16"),
+            "--dtype must be one of float32, float64, bfloat16, got float16",
+        ),
         (("train", "--settings", "/none.toml"), "/none.toml can't be read"),
         (("train", "--text", "/none"), "--text /none can't be read"),
         (("sft", "--checkpoint", "/none"), "/none"),

@@ -15,6 +15,7 @@ import pytest
 from refimpl.check.planted import PLANTED, plant
 from refimpl.ops import REFERENCE, Op
 
+from kernel_support.on_cupy import use_cuda
 from support import Done, refimpl_here, refimpl_process
 
 SAMPLE = (
@@ -133,6 +134,24 @@ def test_float32() -> None:
     assert re.search(r"gate +\S+ +– ", done.stdout)
 
 
+def test_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through kernels, under the interpreter: outputs have rows too, noise and sharpness the bounds
+    of the rule; an op that bfloat16 does not reach is refused."""
+    use_cuda(monkeypatch)
+    given = "--backend", "cupy", "--implementation", "cuda", "--dtype", "bfloat16"
+    done = refimpl_here("verify", "rms_norm", "ffn", *given, "--examples", "1")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()[3:]]
+    assert rows[0][:2] == ["rms_norm", "output"]
+    assert [row[0] for row in rows[1:4]] == ["x", "w", "ffn"]
+    noise, sharpness = map(float, rows[1][3:5])
+    assert 0 < noise < 1
+    assert 2.0**-8 < sharpness < 2.0**-6
+    done = refimpl_here("verify", "flash_attention", *given)
+    assert done.returncode == 2
+    assert done.stderr.startswith("refimpl: unknown op flash_attention in bfloat16; there are ")
+
+
 def test_the_same_seed_gives_the_same_table() -> None:
     first, second = (
         refimpl_here("verify", "router", "--examples", "1").stdout.splitlines()[:-1]
@@ -163,8 +182,8 @@ def test_the_same_seed_gives_the_same_table() -> None:
         ),
         (
             ["verify", "--dtype", "bfloat16"],
-            "--dtype must be float32 or float64, or bfloat16 for the implementation cuda (on the "
-            "backend cupy), got bfloat16 for reference",
+            "--dtype bfloat16 needs the implementation cuda and the backend cupy, got the "
+            "implementation reference",
         ),
         (["verify", "--examples", "0"], "--examples must be at least 1, got 0"),
         (["verify", "--model-examples", "0"], "--model-examples must be at least 1, got 0"),

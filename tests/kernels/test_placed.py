@@ -17,9 +17,12 @@ from refimpl.kernels.placed import OnDevice, on_host, placed
 from refimpl.ops import LEAVES, REFERENCE
 
 from grads.examples import TOKENS, read, stream
+from kernel_support import without_a_device
 from kernel_support.on_cupy import use_cuda
 from pretended_cupy import Pretended, ndarray, there
 from random_parameters import random_parameters
+
+pytestmark = without_a_device
 
 
 def test_what_crosses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from refimpl.checkpoint.tensor_file import read_tensor_file
 from refimpl.errors import CouldNotRun
 from refimpl.generate.sampler import to_numpy
 from refimpl.kernels.cpu.adamw import FusedAdamW
 from refimpl.ops import IMPLEMENTATIONS, REFERENCE
 from refimpl.optimizer import AdamW
 from refimpl.parameters import init_parameters, is_buffer
-from refimpl.train import machine
+from refimpl.train import machine, run
 from refimpl.train.grpo import GRPO, GRPOSettings
 from refimpl.train.machine import Machine, open_machine
 from refimpl.train.pretrain import Pretrain, PretrainSettings, new_config
@@ -33,7 +34,7 @@ from refimpl.train.vocabulary import make_vocabulary
 
 from kernel_support.on_cupy import use_cuda
 from pretended_cupy import Pretended, ndarray
-from support import FULL, ROOT
+from support import FULL, ROOT, refimpl_here
 from train.kill import by_hash
 
 MODEL = {
@@ -61,9 +62,12 @@ MODEL = {
         (("cupy", "numba_cpu"), "backend must be numpy for the implementation numba_cpu, got cupy"),
         (
             ("numpy", "fastest", "bfloat16"),
-            "dtype must be float32 or float64, or bfloat16 for the implementation cuda",
+            "dtype bfloat16 needs the implementation cuda and the backend cupy, got the implement",
         ),
-        (("numpy", "reference", "float16"), "dtype must be float32 or float64, or bfloat16 for"),
+        (
+            ("numpy", "reference", "float16"),
+            "dtype must be one of float32, float64, bfloat16, got float16",
+        ),
     ],
 )
 def test_refused(given: tuple[str, ...], line: str) -> None:
@@ -223,7 +227,8 @@ def test_bfloat16(
     step is smaller than a unit of most parameters; an update without masters would be another."""
     use_cuda(monkeypatch)
     monkeypatch.setattr("refimpl.train.grpo.score", by_hash)
-    told, masters, start = {}, {}, {}
+    told, masters = dict[str, Any](), dict[str, Any]()
+    start = dict[str, Any]()
     for dtype in ("float32", "bfloat16"):
         machine = open_machine("cupy", "cuda", dtype)
         stage = make(machine, tmp_path)
@@ -251,6 +256,42 @@ def test_bfloat16(
     ]
     # lost in a unit it would be 0; GRPO's samples differ, and with them its gradients
     assert np.median(moved) == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.skipif(not FULL, reason="kernels under the interpreter; make test-full")
+def test_bfloat16_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run in bfloat16 that is interrupted between two steps ends with the bits of one that is
+    not: its saved state has the masters. The model's file is bfloat16."""
+    use_cuda(monkeypatch)
+    model = MODEL | {"layers": 1, "dense_layers": 0, "mtp_depth": 0}
+    options = ["--backend", "cupy", "--dtype", "bfloat16"]
+    for setting in (
+        *("tokens=32", "length=8", "batch=1", "warmup_steps=1", "save_every=1"),
+        f"model={toml_value(model)}",
+        f"text={toml_value(text(tmp_path))}",
+    ):
+        options += ["--set", setting]
+    assert refimpl_here("train", "--out", tmp_path / "whole", *options).returncode == 0
+    step, taken = run._step, list[int]()
+
+    def interrupted(*given: Any) -> Any:
+        taken.append(1)
+        if len(taken) == 3:
+            raise KeyboardInterrupt
+        return step(*given)
+
+    monkeypatch.setattr(run, "_step", interrupted)
+    assert refimpl_here("train", "--out", tmp_path / "parts", *options).returncode == 130
+    state = read_tensor_file(tmp_path / "parts" / "state-000002" / "moments.safetensors")[0]
+    assert {str(x.dtype) for x in state.values()} == {"float32"}
+    assert sum(name.startswith("master/") for name in state) == len(state) / 3
+    monkeypatch.setattr(run, "_step", step)
+    again = refimpl_here("train", "--out", tmp_path / "parts", "--resume", *options)
+    assert again.returncode == 0, again.stderr
+    files = [tmp_path / x / "checkpoint" / "model.safetensors" for x in ("whole", "parts")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    types = {str(x.dtype) for x in read_tensor_file(files[0])[0].values()}
+    assert types == {"bfloat16", "float32"}  # the gates' biases
 
 
 def run_on(backend: str, out: Path, stage: str, *settings: str) -> list[dict[str, Any]]:
