@@ -50,7 +50,8 @@ def sees(key_mask, segments, batch, position, s, keys, causal, masked):
 
 def kernels(real):
     """For numbers of type ``real``; the annotations are the types of a kernel's arguments."""
-    reals, flags, ids = CPointer(real), CPointer(uint8), CPointer(int64)
+    reals, flags = CPointer(real), CPointer(uint8)
+    ids = CPointer(int64)
 
     @cuda.jit(device=True, inline="always")
     def dot(a, a_row, b, b_row, width):
@@ -89,12 +90,15 @@ def kernels(real):
         """
         part = cuda.shared.array(WARP, real)
         weight = cuda.shared.array(MOST, real)
-        row, thread, threads = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
-        t, h, batch = row % queries, row // queries % heads, row // queries // heads
+        thread, threads = cuda.threadIdx.x, cuda.blockDim.x
+        row = cuda.blockIdx.x  # (batch · H + h) · T + t
+        t, h = row % queries, row // queries % heads
+        batch = row // queries // heads
         position = t + keys - queries
         own = row_at(batch, t, queries, h, heads)
         end = min(position + 1, keys) if causal else keys  # behind it, no key is seen
-        largest, total, numerator, seen = -real(math.inf), real(0), real(0), real(0)
+        largest, seen = -real(math.inf), real(0)
+        total, numerator = real(0), real(0)
         for first in range(0, end, threads):
             s = first + thread  # this thread's key
             score = -real(math.inf)
@@ -238,8 +242,10 @@ def kernels(real):
     ):
         """dq. Grid: a block a query of a head, in lse's order."""
         slope = cuda.shared.array(MOST, real)
-        row, thread, threads = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
-        t, h, batch = row % queries, row // queries % heads, row // queries // heads
+        thread, threads = cuda.threadIdx.x, cuda.blockDim.x
+        row = cuda.blockIdx.x  # (batch · H + h) · T + t
+        t, h = row % queries, row // queries % heads
+        batch = row // queries // heads
         position = t + keys - queries
         own = row_at(batch, t, queries, h, heads)
         end = min(position + 1, keys) if causal else keys

@@ -31,10 +31,10 @@ from kernel_support import DTYPES, TABLES, without_a_device
 from kernel_support.planted import sources
 from support import FULL
 
-# Of any kernel in Numba CUDA: registers of a thread (attention's, 256 threads a block, has two
-# blocks on a multiprocessor of 65,536); shared memory of a block, its two arrays of 256 float64, to
-# which the linker adds 1,024 on sm_90.
-NUMBA_REGISTERS, NUMBA_SHARED = 128, 4096 + 1024
+# Of any kernel in Numba CUDA: registers of a thread, most in attention's forward for sm_80 (a block
+# of 256 threads has room for 255 each); shared memory of a block, most in attention's gradients: two
+# arrays of 256 float64, to which the linker adds 1,024 on sm_90.
+NUMBA_REGISTERS, NUMBA_SHARED = 130, 4096 + 1024
 
 
 def _body(ptx: str) -> str:
