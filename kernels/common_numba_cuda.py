@@ -11,7 +11,7 @@ numba-cuda-mlir, has the same names under ``numba_cuda_mlir``.
 import math
 
 from numba import cuda
-from numba.cuda.types import CPointer, float32, float64, int32, int64  # noqa: F401
+from numba.cuda.types import CPointer, float32, float64, int32, int64, uint8  # noqa: F401
 
 WARP = 32  # threads
 ALL_LANES = 0xFFFFFFFF  # one bit a thread of a warp: all take part

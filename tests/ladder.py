@@ -1,5 +1,5 @@
-"""RMSNorm and cross-entropy from the naive kernel to the present one: what each step costs, by our
-interpreter's count.
+"""RMSNorm, cross-entropy and attention from the naive kernel to the present one: what each step
+costs, by our interpreter's count.
 
 ``python tests/ladder.py`` prints the tables of kernels/README.md. There are no times: those need a
 GPU.
@@ -8,7 +8,8 @@ GPU.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -19,12 +20,14 @@ import numpy as np
 
 from refimpl.array import Array
 from refimpl.kernels import SOURCE
-from refimpl.kernels.compile import Module, build, compile_kernel
+from refimpl.kernels.compile import Module, build, compile_kernel, constants
 from refimpl.kernels.cross_entropy import cross_entropy
+from refimpl.kernels.flash_attention import SIZES, Sizes, attention, tiles
 from refimpl.kernels.host import cover, numbers, ready
 from refimpl.kernels.launch import Launch
 from refimpl.kernels.rms_norm import rms_norm
 from refimpl.ops import Op
+from refimpl.ops.attention import visible
 from refimpl.ops.cross_entropy import token_weights
 
 import ptx
@@ -83,16 +86,35 @@ CROSS_ENTROPY = (
         "divisions",
     ),
 )
+ATTENTION = (
+    Step(
+        "ladder/flash_attention_1_naive",
+        "a thread an element of each product; the matrices of probabilities and of their gradients "
+        "are held",
+        "–",
+    ),
+    Step(
+        "ladder/flash_attention_2_online",
+        "tiles of keys and values in shared memory; online softmax; the backward computes the "
+        "probabilities again",
+        "no matrix is held, written or read; a row of the other side is read once for 64 rows of "
+        "a block; hidden tiles are left out",
+    ),
+    Step(
+        "flash_attention",
+        "mma.sync on tensor cores, fed by ldmatrix; tiles by cp.async, 16 bytes at a time, while "
+        "earlier ones are multiplied",
+        "4,096 multiplications and additions in an instruction of a warp, where the step before "
+        "has 32; nobody waits for a tile that is on its way",
+    ),
+)
 
 
-def _module(step: str, launch: Launch, storage: str) -> Module:
-    source = (SOURCE / f"{step}.cu").read_text()
-    return build(
-        step.split("/")[-1],
-        launch.target,
-        storage,
-        f"#define STORAGE_{storage.upper()} 1\n#line 1\n{source}",
-    )
+def _module(
+    step: str, launch: Launch, storage: str, defines: tuple[tuple[str, int], ...] = ()
+) -> Module:
+    source = constants(storage, defines) + (SOURCE / f"{step}.cu").read_text()
+    return build(step.split("/")[-1], launch.target, storage, source)
 
 
 def _run(launch: Launch, module: Module, kernel: str, blocks: int, *arguments: Any) -> None:
@@ -202,6 +224,90 @@ def cross_entropy_step(launch: Launch, step: str) -> Op:
     return Op(forward, backward)
 
 
+def attention_step(launch: Launch, step: str, sizes: Sizes = SIZES) -> Op:
+    """The op by one step's kernels. Those of the second are launched by the host side of the last,
+    whose arguments they have."""
+    last = attention(launch, sizes)
+    if step == "flash_attention":
+        return last
+    if step.endswith("naive"):
+        return _naive_attention(launch, step)
+
+    @contextmanager
+    def in_its_place() -> Iterator[None]:
+        def compile_step(_: str, target: str, storage: str, defines: Any) -> Module:
+            return _module(step, launch, storage, defines)
+
+        with patch("refimpl.kernels.host.compile_kernel", compile_step):
+            yield
+
+    def forward(q: Array, k: Array, v: Array, **given: Any) -> tuple[Array, Any]:
+        with in_its_place():
+            return last.forward(q, k, v, **given)  # type: ignore[no-any-return]
+
+    def backward(do: Array, saved: Any) -> Any:
+        with in_its_place():
+            return last.backward(do, saved)
+
+    return Op(forward, backward)
+
+
+def _naive_attention(launch: Launch, step: str) -> Op:
+    """With what each query sees as a matrix [B, T, S] too, made by NumPy."""
+
+    def run(kernel: str, threads: int, storage: str, *arguments: Any) -> None:
+        _run(launch, _module(step, launch, storage), kernel, cover(threads, THREADS), *arguments)
+
+    def forward(
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        scale: float,
+        causal: bool = True,
+        key_mask: Array | None = None,
+        segments: Array | None = None,
+    ) -> tuple[Array, Any]:
+        n = numbers(q=q, k=k, v=v)
+        q, k, v = ready(q), ready(k), ready(v)
+        b, t, h, x = q.shape
+        s = k.shape[1]
+        places = np.empty((b, t)), np.empty((b, s))  # it asks for no more than their lengths
+        shown = visible((0, t), (0, s), *places, causal, key_mask, segments)[:, 0]
+        shown = np.ascontiguousarray(np.broadcast_to(shown, (b, t, s)), dtype=np.uint8)
+        p = launch.empty((b, h, t, s), n.real, q)
+        o = launch.empty((b, t, h, v.shape[3]), q.dtype, q)
+        sizes = t, s, h
+        wide = np.int64(p.size), *sizes, k.shape[2], x
+        run("attention_products", p.size, n.storage, p, q, k, *wide)
+        rows, factor = np.int64(b * h * t), n.scalar(scale)
+        run("attention_softmax", rows, n.storage, p, shown, rows, *sizes, factor)
+        mixed = np.int64(o.size), *sizes, v.shape[2], v.shape[3]
+        run("attention_mix_keys", o.size, n.storage, o, p, v, *mixed)
+        return o, (q, k, v, p, factor)
+
+    def backward(do: Array, saved: Any) -> tuple[Array, ...]:
+        q, k, v, p, factor = saved
+        n, do = numbers(do=do), ready(do)
+        b, h, t, s = p.shape
+        sizes, rows = (t, s, h), np.int64(b * h * t)
+        ds = launch.empty(p.shape, p.dtype, p)
+        dq, dk, dv = (launch.empty(x.shape, x.dtype, x) for x in (q, k, v))
+        wide = np.int64(p.size), *sizes, v.shape[2], v.shape[3]
+        run("attention_products", p.size, n.storage, ds, do, v, *wide)
+        run("attention_softmax_backward", rows, n.storage, ds, p, rows, s, factor)
+        for kernel, out, weights, x, heads in (
+            ("attention_mix_keys", dq, ds, k, k.shape[2]),
+            ("attention_mix_queries", dk, ds, q, k.shape[2]),
+            ("attention_mix_queries", dv, p, do, v.shape[2]),
+        ):
+            more = np.int64(out.size), *sizes, heads, out.shape[3]
+            run(kernel, out.size, n.storage, out, weights, x, *more)
+        return dq, dk, dv
+
+    return Op(forward, backward)
+
+
 # ---- counting
 
 
@@ -212,6 +318,7 @@ class CountingLaunch:
 
     def __init__(self) -> None:
         self.reports: list[tuple[str, ptx.Report]] = []
+        self.made = 0  # bytes of arrays
 
     def __call__(
         self,
@@ -231,7 +338,9 @@ class CountingLaunch:
         )
 
     def empty(self, shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
-        return np.empty(shape, dtype)
+        x = np.empty(shape, dtype)
+        self.made += x.nbytes
+        return x
 
 
 @dataclass(frozen=True)
@@ -243,9 +352,12 @@ class Cost:
     asked: float  # bytes that they ask for
     exponentials: float
     sectors: float  # bytes of the 32-byte sectors that warps' accesses touch
+    made: float  # bytes of the arrays that kernels write, results included
 
     @classmethod
-    def of(cls, reports: Sequence[ptx.Report], elements: int) -> Cost:
+    def of(cls, launch: CountingLaunch, elements: int) -> Cost:
+        reports = [report for _, report in launch.reports]
+
         def total(number: Callable[[ptx.Report], int]) -> float:
             return sum(map(number, reports)) / elements
 
@@ -264,6 +376,7 @@ class Cost:
                 )
             ),
             total(lambda r: 32 * r.sectors),
+            launch.made / elements,
         )
 
 
@@ -280,7 +393,7 @@ def rms_norm_cost(step: str) -> Cost:
     _, saved = pair.forward(x, np.ones(WIDTH, ml_dtypes.bfloat16), eps=1e-6)
     with patch("refimpl.kernels.rms_norm.PARTS", ROWS // 16):  # 16 rows a block, as at 4,096 rows
         pair.backward(dy, saved)
-    return Cost.of([report for _, report in launch.reports], x.size)
+    return Cost.of(launch, x.size)
 
 
 @cache
@@ -292,7 +405,23 @@ def cross_entropy_cost(step: str) -> Cost:
     pair = cross_entropy_step(launch, step)
     _, saved = pair.forward(logits, targets=rng.integers(0, VOCABULARY, rows))
     pair.backward(1.0, saved)
-    return Cost.of([report for _, report in launch.reports], logits.size)
+    return Cost.of(launch, logits.size)
+
+
+LENGTH = 128  # of attention's sequence, one head, causal
+ATTENTION_WIDTH = 64
+
+
+@cache
+def attention_cost(step: str) -> Cost:
+    """A pair of a query and a key, be it seen or not."""
+    rng, launch = np.random.default_rng(0), CountingLaunch()
+    shape = (1, LENGTH, 1, ATTENTION_WIDTH)
+    q, k, v, do = (rng.normal(size=shape).astype(ml_dtypes.bfloat16) for _ in range(4))
+    pair = attention_step(launch, step)
+    _, saved = pair.forward(q, k, v, scale=ATTENTION_WIDTH**-0.5)
+    pair.backward(do, saved)
+    return Cost.of(launch, LENGTH * LENGTH)
 
 
 HEAD = (
@@ -304,6 +433,7 @@ HEAD = (
     "bytes asked for",
     "bytes of sectors",
     "exponentials",
+    "bytes of arrays made",
     "most registers",
     "time",
 )
@@ -314,10 +444,13 @@ def table(steps: Sequence[Step], cost: Callable[[str], Cost]) -> str:
     lines = [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
     for number, step in enumerate(steps, 1):
         c, name = cost(step.name), step.name.split("/")[-1]
-        module = _module(step.name, CountingLaunch(), "bfloat16")
+        shape = tiles("bfloat16", ATTENTION_WIDTH, ATTENTION_WIDTH)
+        defines = shape.defines if "attention" in step.name else ()
+        module = _module(step.name, CountingLaunch(), "bfloat16", defines)
         registers = max(usage.registers for usage in module.usage.values())
         counts = [
-            f"{x:.2f}" for x in (c.instructions, c.accesses, c.asked, c.sectors, c.exponentials)
+            f"{x:.2f}"
+            for x in (c.instructions, c.accesses, c.asked, c.sectors, c.exponentials, c.made)
         ]
         cells = [
             f"{number} [{name}.cu]({step.name}.cu)",
@@ -362,6 +495,9 @@ def render() -> str:
             f"Cross-entropy, forward and backward, 2 rows of {VOCABULARY} logits in bfloat16; "
             "counts a logit:\n",
             table(CROSS_ENTROPY, cross_entropy_cost),
+            f"Attention, forward and backward, {LENGTH} queries and keys of one head, causal, "
+            f"widths {ATTENTION_WIDTH}, in bfloat16; counts a pair of query and key:\n",
+            table(ATTENTION, attention_cost),
             "The report of one launch, `rms_norm_forward` on the same rows:\n",
             f"```\n{report_of('rms_norm')}```\n",
         )

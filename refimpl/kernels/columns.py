@@ -58,7 +58,16 @@ sums of two."""
 
 NUMBA_CUDA = {
     name: CUDA[name]
-    for name in ("rms_norm", "swiglu", "rope", "router", "cross_entropy", "log_prob", "moe")
+    for name in (
+        "rms_norm",
+        "swiglu",
+        "rope",
+        "router",
+        "cross_entropy",
+        "log_prob",
+        "moe",
+        "attention",
+    )
 }
 """Those that have kernels in Numba CUDA too: the same host side."""
 

@@ -13,7 +13,7 @@ from ..ops import REFERENCE, AnyOp, Op
 from ..ops.attention import AttentionSaved, check_attention
 from ..ops.choices import BlindQuery
 from .host import Kernels, Numbers, cover, numbers, ready
-from .launch import Launch
+from .launch import Launch, NumbaLaunch
 
 __all__ = [
     "COMPILED_AHEAD",
@@ -229,20 +229,9 @@ def _over_queries(
     shape: Tiles,
     *arrays: Array,
 ) -> None:
-    """A block takes some queries of a head."""
+    """Blocks for the queries of each head."""
     b, t, h, _ = saved.q.shape
-    forward = kernel.endswith("forward")
-    warps, _ = shape.forward if forward else shape.backward
-    kernels(
-        kernel,
-        n.storage,
-        (b * h, cover(t, OWN * warps)),
-        32 * warps,
-        *arrays,
-        *_settings(n, saved),
-        shared=shape.forward_shared if forward else shape.backward_shared,
-        defines=shape.defines,
-    )
+    _start(kernels, kernel, n, saved, shape, b * h, t, *arrays)
 
 
 def _over_keys(
@@ -253,17 +242,36 @@ def _over_keys(
     shape: Tiles,
     *arrays: Array,
 ) -> None:
-    """A block takes some keys of a head, or of one that the queries' heads share."""
+    """Blocks for the keys of each head, or of one that the queries' heads share."""
     b, s, heads, _ = saved.k.shape
-    warps, _ = shape.backward
     alone = heads == saved.v.shape[2] == saved.q.shape[2]
+    _start(kernels, kernel, n, saved, shape, b * heads if alone else b, s, *arrays)
+
+
+def _start(
+    kernels: Kernels,
+    kernel: str,
+    n: Numbers,
+    saved: FlashAttentionSaved,
+    shape: Tiles,
+    heads: int,
+    rows: int,
+    *arrays: Array,
+) -> None:
+    """A block takes a tile of a head's rows; in Numba CUDA one of them, a thread a column."""
+    given = *arrays, *_settings(n, saved)
+    if isinstance(kernels.launch, NumbaLaunch):
+        widest = max(shape.key_width, shape.value_width)
+        kernels(kernel, n.storage, heads * rows, 32 * cover(widest, 32), *given)
+        return
+    forward = kernel.endswith("forward")
+    warps, _ = shape.forward if forward else shape.backward
     kernels(
         kernel,
         n.storage,
-        (b * heads if alone else b, cover(s, OWN * warps)),
+        (heads, cover(rows, OWN * warps)),
         32 * warps,
-        *arrays,
-        *_settings(n, saved),
-        shared=shape.backward_shared,
+        *given,
+        shared=shape.forward_shared if forward else shape.backward_shared,
         defines=shape.defines,
     )

@@ -202,6 +202,66 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
 }
 # op: {name: (file, what stands there, what a mistake would put)}
 PLANTED_IN_NUMBA: dict[str, dict[str, tuple[str, str, str]]] = {
+    "attention": {
+        "weights read before all are written": (
+            "flash_attention",
+            "weight[thread]  # (flash_attention.2)\n            cuda.syncthreads()",
+            "weight[thread]  # (flash_attention.2)\n            cuda.syncwarp()",
+        ),
+        "gradients read before all are written": (
+            "flash_attention",
+            "            slope[thread] = ds\n            cuda.syncthreads()",
+            "            slope[thread] = ds\n            cuda.syncwarp()",
+        ),
+        "gradients written while others are read": (
+            "flash_attention",
+            "cuda.syncthreads()  # above, for the next queries,",
+            "cuda.syncwarp()  #",
+        ),
+        "numerator not rescaled": ("flash_attention", "            numerator *= decay\n", ""),
+        "sum not rescaled": (
+            "flash_attention",
+            "total * decay + weight[thread]",
+            "total + weight[thread]",
+        ),
+        "diagonal hidden": ("flash_attention", "causal or s <= position", "causal or s < position"),
+        "first queries left out": (
+            "flash_attention",
+            "begin = max(s - offset, 0)",
+            "begin = max(s - offset + 1, 0)",
+        ),
+        "a query that sees nothing": (
+            "flash_attention",
+            "largest, total = real(0), real(1)",
+            "largest, total = real(0), real(0)",
+        ),
+        "overflow gives a clean number": (
+            "flash_attention",
+            "total = finite(total)",
+            "total += real(0)",
+        ),
+        "padding seen": ("flash_attention", "shown and key_mask[key] != 0 and", "shown and"),
+        "segments of a position before the first": (
+            "flash_attention",
+            "max(position, 0)",
+            "position",
+        ),
+        "last head alone in dk": (
+            "flash_attention",
+            "thread] = dk_sum\n                dk_sum = real(0)",
+            "thread] = dk_sum\n            dk_sum = real(0)",
+        ),
+        "row sums of another head": (
+            "flash_attention",
+            "at = (batch * heads + h) * queries + t\n",
+            "at = (batch * heads + head) * queries + t\n",
+        ),
+        "ds without the scale": (
+            "flash_attention",
+            "ds = scale * p * (dp - row_sum[at])",
+            "ds = p * (dp - row_sum[at])",
+        ),
+    },
     "cross_entropy": {
         "sums read before all are written": (
             "common",
@@ -264,10 +324,12 @@ def plant(op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def plant_in_numba(op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `plant`, in Numba CUDA."""
-    kernels_of(op, "float32")  # numba is imported under the shim for NumPy 2.5, not by the source
+    kernels_of(
+        FILES.get(op, op), "float32"
+    )  # numba is imported under the shim for NumPy 2.5, not by the source
     file, old, new = PLANTED_IN_NUMBA[op][name]
-    texts = []
-    for stem in ("common", op):
+    texts, planted_in = [], FILES.get(op, op)
+    for stem in ("common", planted_in):
         source = (SOURCE / f"{stem}_numba_cuda.py").read_text()
         assert stem != file or source.count(old) == 1, f"{name}: its place is gone"
         module = ModuleType(f"refimpl.kernels.{stem}_numba_cuda")
@@ -280,7 +342,7 @@ def plant_in_numba(op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     @cache
     def wrong(stem: str, kernel: str, target: str, storage: str) -> compile.Module:
-        if stem != op:
+        if stem != planted_in:
             return real(stem, kernel, target, storage)
         function = kernels_of(stem, storage)[kernel]
         all_that_enters = "planted", texts, kernel, target, storage
