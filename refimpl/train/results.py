@@ -30,11 +30,12 @@ from .machine import open_machine
 from .recipe import Job, Recipe, held_out_file
 from .save import PHASE
 
-__all__ = ["gather", "run_of", "write_results"]
+__all__ = ["TIMES", "gather", "run_of", "write_results"]
 
 SCHEMA = 1
 POINTS = 60  # of a curve at most
 HEATED = 60  # of a map of loads at most
+TIMES = ("seconds", "tokens_per_second")  # of a step
 DIGITS = 5  # of a number of a curve
 
 
@@ -130,6 +131,7 @@ def run_of(place: Path) -> dict[str, Any]:
     """What a stage's run told.
 
     steps, tokens       of all
+    tokens_per_second   over the steps' seconds, evaluations left out
     begin, end          means over the first tenth and the last fifth of the steps
     curves              by name over the steps, each point a mean of neighbours
     loads               [points][experts] by layer: the tokens of an expert as a share of the
@@ -144,6 +146,8 @@ def run_of(place: Path) -> dict[str, Any]:
     result = read_json(place / "result.json")
     found: dict[str, Any] = {"steps": result["steps"], "tokens": result["tokens"]}
     if steps:
+        spent = sum(x["seconds"] for x in lines if x["kind"] == "step")
+        found["tokens_per_second"] = round(result["tokens"] / spent)
         found["begin"] = _means(steps[: max(len(steps) // 10, 1)])
         found["end"] = _means(steps[-max(len(steps) // 5, 1) :])
         found["curves"] = curves(steps)
@@ -206,7 +210,7 @@ def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a line of metrics; a list of a few, as that of the MTP modules, by place."""
     found = {}
     for name, x in line.items():
-        if isinstance(x, (int, float)) and name not in ("seconds", "kind"):
+        if isinstance(x, (int, float)) and name not in (*TIMES, "kind"):
             found[name] = x
         elif name == "mtp":
             found |= {f"mtp {depth}": value for depth, value in enumerate(x, 1)}

@@ -43,6 +43,7 @@ BOTH = dict.fromkeys(("greedy", "sampled"), MEASURED)
 RUN: dict[str, Any] = {
     "steps": {"type": "integer"},
     "tokens": {"type": "integer"},
+    "tokens_per_second": {"type": "integer"},
     "begin": {"type": "object", "additionalProperties": NUMBER},
     "end": {"type": "object", "additionalProperties": NUMBER},
     "curves": {"type": "object", "additionalProperties": LIST, "required": ["step", "loss"]},
@@ -145,6 +146,7 @@ def job_of(name: str) -> dict[str, Any]:
         "seconds": 50.0,
         "steps": 40,
         "tokens": 40_960,
+        "tokens_per_second": 1_024,
         "begin": numbers | {"model": 0.3},
         "end": numbers,
         "curves": {"step": STEPS} | {key: [x, x + 0.5, x, x] for key, x in numbers.items()},

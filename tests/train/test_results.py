@@ -22,7 +22,8 @@ def written(place: Path, steps: int, stage: str = "train") -> Path:
     place.mkdir(parents=True)
     lines: list[dict[str, Any]] = [{"kind": "evaluation", "step": 0, "held_out": 5.5}]
     for n in range(1, steps + 1):
-        line = {"kind": "step", "step": n, "loss": n + 1e-7, "mtp": [n * 2.0], "seconds": 9.0}
+        line = {"kind": "step", "step": n, "loss": n + 1e-7, "mtp": [n * 2.0], "seconds": 0.5}
+        line["tokens_per_second"] = 64
         lines.append(line | {"loads": {"1": [n % 8, 8 - n % 8]}})
     last = {"held_out": 1.23456789, "accepted": 0.5, "by_position": [3.0, 2.0, 1.0]}
     lines.append(
@@ -37,12 +38,12 @@ def written(place: Path, steps: int, stage: str = "train") -> Path:
 def test_a_run(tmp_path: Path) -> None:
     """Curves are means of neighbours, as many as are allowed; ends are means of the last fifth."""
     found = run_of(written(tmp_path / "a", 120))
-    assert (found["steps"], found["tokens"]) == (120, 3840)
+    assert (found["steps"], found["tokens"], found["tokens_per_second"]) == (120, 3840, 64)
     curves = found["curves"]
     assert curves["step"] == [*range(2, 121, 2)]
     assert curves["loss"] == [n + 0.5 for n in range(1, 121, 2)]
     assert curves["mtp 1"] == [2 * n + 1 for n in range(1, 121, 2)]
-    assert "seconds" not in curves
+    assert not {"seconds", "tokens_per_second"} & curves.keys()
     assert found["begin"]["loss"] == pytest.approx(np.arange(1, 13).mean())
     assert found["end"]["loss"] == pytest.approx(np.arange(97, 121).mean())
     assert found["loads"]["step"] == curves["step"]
