@@ -21,6 +21,7 @@ from .evaluate import EVALUATION
 from .machine import Machine
 from .policy import main_model, preference_gradients, rewards
 from .run import Guard, Metrics
+from .rewards import tidiness
 from .save import load_parameters
 from .schedule import decayed
 from .settings import expect_setting
@@ -140,9 +141,16 @@ class RewardModelStage(BaseStage):
         return told, sums
 
     def pairs(self, problems: list[Problem]) -> Pairs:
-        """Tidy and untidy solutions behind their prompts, tokens as GRPO samples them."""
-        both = [(x.prompt, x.solution) for x in problems] + [(x.prompt, x.untidy) for x in problems]
-        rows = [tokens_of(self.vocabulary, *pair)[0] for pair in both]
+        """Two solutions of each problem behind its prompt, the tidier one chosen; tokens as GRPO
+        samples them."""
+        ordered = [
+            (x.prompt, sorted((x.solution, x.untidy), key=tidiness, reverse=True)) for x in problems
+        ]
+        rows = [
+            tokens_of(self.vocabulary, prompt, solutions[place])[0]
+            for place in range(2)
+            for prompt, solutions in ordered
+        ]
         tokens, key_mask = map(self.machine.place, padded(rows, self.vocabulary.end))
         n = len(problems)
         return Pairs(tokens[:n], tokens[n:], key_mask[:n], key_mask[n:])

@@ -47,6 +47,9 @@ def test_pairs() -> None:
             row = tokens[mask].tolist()
             assert row == [*made.vocabulary.encode(problem.prompt + text), END]
             assert np.all(np.diff(mask.astype(int)) <= 0)
+    turned = [x._replace(solution=x.untidy, untidy=x.solution) for x in problems]
+    for found, wanted in zip(made.pairs(turned), pairs, strict=True):
+        assert np.array_equal(found, wanted)  # the rule orders them, not their place
 
 
 def test_gradients_in_parts() -> None:
