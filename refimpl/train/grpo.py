@@ -32,8 +32,8 @@ from .rollout import Samples, sample_groups
 from .run import Guard, Metrics
 from .schedule import decayed
 from .settings import expect_setting
-from .stage import AnsweringStage, BaseSettings, Begin, expect_kinds
-from .step import State, add_gradients, apply_gradients, copied
+from .stage import AnsweringStage, BaseSettings, Begin, expect_kinds, expect_size
+from .step import State, add_gradients, apply_gradients, copied, part_size
 from .tasks import Problem, draw
 
 __all__ = ["GRPO", "GRPOSettings"]
@@ -94,6 +94,7 @@ class GRPOSettings(BaseSettings):
             f"divide questions × group = {outputs}",
             self.minibatches,
         )
+        expect_size("questions", self.questions, self.group * self.max_tokens)
         expect_kinds(self.kinds)
         self.try_loss()
 
@@ -265,7 +266,7 @@ class GRPO(AnsweringStage):
     ) -> np.ndarray:
         """[N, T], by the choices of experts while sampling if these are ``replayed``."""
         found = []
-        for rows in self.parts(len(samples.tokens)):
+        for rows in self.parts(samples.mask):
             some = samples.take(rows)
             log_prob, _ = log_probs(
                 params,
@@ -279,9 +280,10 @@ class GRPO(AnsweringStage):
             found.append(to_numpy(log_prob))
         return np.concatenate(found)
 
-    def parts(self, count: int) -> list[np.ndarray]:
-        """The numbers 0 … count − 1, as many at a time as a forward reads rows."""
-        size = self.settings.rows or count
+    def parts(self, mask: np.ndarray) -> list[np.ndarray]:
+        """The rows of ``mask`` [N, T] by number, as many at a time as a forward reads."""
+        count, length = mask.shape
+        size = part_size(self.settings.rows, length)
         return [np.arange(count)[start : start + size] for start in range(0, count, size)]
 
     def routes(self, samples: Samples) -> dict[int, Route] | None:
@@ -302,7 +304,7 @@ class GRPO(AnsweringStage):
         sums = dict[str, Array]()
         names = ("loss", "tokens", "clipped", "kl", "kept", "outputs", "entropy", "sampled", "off")
         told = dict.fromkeys(names, 0.0)
-        for rows in self.parts(len(mask)):
+        for rows in self.parts(mask):
             samples, advantages, old, reference = batch.take(rows)
             found, grads = grpo_gradients(
                 state.params,

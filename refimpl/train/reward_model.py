@@ -17,7 +17,7 @@ from ..errors import CouldNotRun
 from ..generate.sampler import to_numpy
 from ..optimizer import Moments
 from .draws import generator
-from .evaluate import EVALUATION
+from .evaluate import EVALUATION, MOST
 from .machine import Machine
 from .policy import main_model, preference_gradients, rewards
 from .run import Guard, Metrics
@@ -26,8 +26,8 @@ from .save import load_parameters
 from .schedule import decayed
 from .settings import expect_setting
 from .sft import tokens_of
-from .stage import BaseSettings, BaseStage, Begin, checkpoint_of, expect_kinds
-from .step import State, add_gradients, apply_gradients
+from .stage import BaseSettings, BaseStage, Begin, checkpoint_of, expect_kinds, expect_size
+from .step import State, add_gradients, apply_gradients, part_size
 from .tasks import Problem, draw, held_out
 from .vocabulary import Vocabulary, open_vocabulary
 
@@ -55,6 +55,7 @@ class RewardModelSettings(BaseSettings):
         for name in ("steps", "batch", "warmup_steps", "problems"):
             expect_setting(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
         expect_setting(self.problems <= 10**5, "problems", "be at most 100,000", self.problems)
+        expect_size("batch", self.batch, 2 * MOST)
         expect_kinds(self.kinds)
 
 
@@ -119,8 +120,8 @@ class RewardModelStage(BaseStage):
     def gradients(self, state: State, pairs: Pairs) -> tuple[Metrics, dict[str, Array]]:
         """The loss, the share of pairs that are ordered as the rule does, and every gradient,
         summed over parts of ``rows``, two to a pair."""
-        count = len(pairs.chosen)
-        size = max(self.settings.rows // 2, 1) if self.settings.rows else count
+        count, length = pairs.chosen.shape
+        size = max(part_size(self.settings.rows, length) // 2, 1)
         told, sums = {"loss": 0.0, "ordered": 0.0}, dict[str, Array]()
         for start in range(0, count, size):
             part = pairs.take(start, start + size)

@@ -25,7 +25,15 @@ from .rewards import ANSWER, ANSWERED, THINK, THOUGHT
 from .run import Guard, Metrics
 from .schedule import decayed
 from .settings import expect_setting
-from .stage import AnsweringStage, BaseSettings, Begin, begin_from, expect_kinds, told_metrics
+from .stage import (
+    AnsweringStage,
+    BaseSettings,
+    Begin,
+    begin_from,
+    expect_kinds,
+    expect_size,
+    told_metrics,
+)
 from .step import State, train_step
 from .tasks import Problem, draw, sloppy
 from .vocabulary import Vocabulary, make_vocabulary
@@ -84,6 +92,7 @@ class SFTSettings(BaseSettings):
             "be two accuracies that rise, or none",
             self.stop,
         )
+        expect_size("batch", self.batch, self.length)
         expect_kinds(self.kinds)
         for name in ("bias_speed", "mtp_weight"):
             expect_setting(getattr(self, name) >= 0, name, "be at least 0", getattr(self, name))

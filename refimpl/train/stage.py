@@ -31,10 +31,13 @@ __all__ = [
     "digest_line",
     "digest_of",
     "expect_kinds",
+    "expect_size",
     "open_run",
     "texts_digest",
     "told_metrics",
 ]
+
+MOST_TOKENS = 2**20  # of a step
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class BaseSettings:
     beta1: float = 0.9
     beta2: float = 0.95
     max_norm: float = 1.0  # of the gradients; a larger one is scaled down
-    rows: int = 0  # rows per forward; 0: the whole batch
+    rows: int = 0  # rows per forward; 0: as many as have 32,768 tokens
     save_every: int = 100  # steps
     evaluate_every: int = 50  # steps
     jump: float = 3.0  # a loss this far above the median of the last ones stops the run
@@ -134,6 +137,14 @@ def expect_kinds(kinds: tuple[str, ...]) -> None:
     """CouldNotRun unless these are kinds of problems, at least one."""
     wrong = [kind for kind in kinds if kind not in KINDS]
     expect_setting(bool(kinds) and not wrong, "kinds", f"be of {', '.join(KINDS)}", kinds)
+
+
+def expect_size(name: str, count: int, length: int) -> None:
+    """CouldNotRun unless a step of ``count`` times ``length`` tokens is of a size that memory can
+    hold."""
+    most = MOST_TOKENS // length
+    wanted = f"be at most {most:,}, so that a step has at most {MOST_TOKENS:,} tokens"
+    expect_setting(count <= most, name, wanted, count)
 
 
 def checkpoint_of(path: Path) -> Path:

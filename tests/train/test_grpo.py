@@ -11,7 +11,7 @@ from refimpl.errors import CouldNotRun
 from refimpl.model import backward, forward
 from refimpl.ops import GRPO_PRESETS, REFERENCE, group_advantages
 from refimpl.parameters import head_name, is_buffer, module_name
-from refimpl.train import grpo
+from refimpl.train import grpo, step
 from refimpl.train.grpo import GRPO, Batch, GRPOSettings, averaged
 from refimpl.train.policy import main_model
 from refimpl.train.rollout import Samples
@@ -97,7 +97,7 @@ def test_gradients_by_hand(minibatches: int) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_any_number_of_rows(variant: str) -> None:
+def test_any_number_of_rows(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every variant: a forward of 3 rows at a time gives the loss, what is told and the
     gradients of all 8 at once; outputs that were cut off are left out."""
     options = {"variant": variant, "loss": VARIANTS[variant], "minibatches": 2, "kl_weight": 0.05}
@@ -117,6 +117,8 @@ def test_any_number_of_rows(variant: str) -> None:
     assert found == pytest.approx(told, rel=1e-12, abs=1e-14)
     assert told["tokens"] == batch.samples.mask[ended].sum() < batch.samples.mask.sum()
     assert any(np.any(g != 0) for g in grads.values())
+    monkeypatch.setattr(step, "PART", 3 * batch.samples.mask.shape[1])
+    assert [len(rows) for rows in whole.parts(batch.samples.mask)] == [3, 3, 2]
 
 
 def test_variants_differ() -> None:
@@ -351,6 +353,7 @@ def test_permuted_rewards_teach_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     ("changed", "said"),
     [
         ({"group": 1}, "group must be at least 2, got 1"),
+        ({"questions": 10**6}, "questions must be at most 43,690, so that .*, got 1000000"),
         ({"minibatches": 3}, "minibatches must divide questions × group = 8, got 3"),
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
         ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),

@@ -152,3 +152,8 @@ def test_too_many_pairs() -> None:
         CouldNotRun, match="problems: count must be at most 1215 for add2, got 5000"
     ):
         stage(problems=5000)
+
+
+def test_a_batch_that_no_memory_holds() -> None:
+    with pytest.raises(CouldNotRun, match=r"batch must be at most 10,922, so that .*, got 20000"):
+        stage(batch=20000)

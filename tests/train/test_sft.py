@@ -167,6 +167,7 @@ def test_a_new_model() -> None:
         ({"kinds": ("add9",)}, "kinds must be of add2"),
         ({"length": 65}, "length must be at most 64, the context of the model \\(.*\\), got 65"),
         ({"batch": 0}, "batch must be at least 1, got 0"),
+        ({"batch": 10**9}, "batch must be at most 16,384, so that .* 1,048,576 tokens, got 10"),
     ],
 )
 def test_settings_that_cannot_be(changed: dict[str, Any], said: str) -> None:
