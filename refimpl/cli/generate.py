@@ -21,6 +21,7 @@ from ..kernels.columns import ON_CPU, for_generation
 from ..memory import available_memory
 from ..tokenizer import Bytes, HuggingFace, TextStream, Tokenizer
 from ..train.stage import checkpoint_of
+from ..train.vocabulary import tokenizer_json
 from .app import (
     CONVENTION,
     Json,
@@ -105,7 +106,7 @@ def generate_command(
     tokenizer: Tokenizer | None = None
     if tokens is None:
         tokenizer = (
-            Bytes()
+            bytes_of(checkpoint)
             if bytes_
             else HuggingFace(checkpoint, "token ids with --tokens FILE, or --bytes")
         )
@@ -172,6 +173,15 @@ def generate_command(
             "convention": convention,
         }
         replace_json(json_file, {"settings": settings, "results": results})
+
+
+def bytes_of(checkpoint: Path) -> Bytes:
+    """Bytes as tokens; CouldNotRun if the checkpoint's tokenizer.json says that its tokens are
+    others."""
+    file = checkpoint / "tokenizer.json"
+    if file.is_file() and read_json(file) != tokenizer_json():
+        raise CouldNotRun(f"--bytes cannot be used: by {file} tokens are not bytes")
+    return Bytes()
 
 
 def short_of_memory(source: Checkpoint) -> str:

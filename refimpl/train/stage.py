@@ -10,12 +10,12 @@ from typing import Any
 
 from ..config import ModelConfig
 from ..errors import CouldNotRun
-from ..files import file_digest, write_text
+from ..files import file_digest, read_text, write_text
 from ..optimizer import AdamW
 from .evaluate import evaluation, expect_answers
 from .machine import Machine, open_machine
 from .run import Metrics
-from .save import RunFolder, is_finished, is_run, load_parameters, model_digest
+from .save import SETTINGS, RunFolder, is_finished, is_run, load_parameters, model_digest
 from .settings import check_types, expect_setting, to_toml
 from .step import State, Told, max_violation
 from .tasks import KINDS
@@ -33,6 +33,7 @@ __all__ = [
     "expect_kinds",
     "expect_size",
     "open_run",
+    "recorded",
     "texts_digest",
     "told_metrics",
 ]
@@ -168,6 +169,17 @@ def digest_of(given: str) -> str:
 def digest_line(name: str, digest: str) -> str:
     """How settings.toml says what a run read."""
     return f"# {name}: {digest}"
+
+
+def recorded(checkpoint: str, name: str) -> str | None:
+    """The digest of what the run that wrote a checkpoint read by this name, as its settings.toml
+    says; None if it is not in a run's folder, or the run read nothing of that name."""
+    inside = checkpoint_of(Path(checkpoint))
+    if not is_run(inside.parent):
+        return None
+    file, before = inside.parent / SETTINGS, digest_line(name, "")
+    lines = read_text(file, str(file)).splitlines()
+    return next((x.removeprefix(before) for x in lines if x.startswith(before)), None)
 
 
 def texts_digest(texts: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from .run import Live, Metrics, run
 from .save import PHASE, expect_place
 from .settings import expect_setting, possible
 from .sft import OWN, SFT, SFTSettings, begin_sft, read_solutions
-from .stage import BaseSettings, begin_from, digest_of, open_run
+from .stage import BaseSettings, begin_from, digest_of, open_run, recorded
 
 __all__ = ["STAGES", "run_stage"]
 
@@ -53,6 +53,12 @@ def run_extend(path: Path, settings: ExtendSettings, machine: Machine, resume: b
         place = path if phase == phases - 1 else path / f"{PHASE}{phase + 1}"
         with possible():
             stage = Extend(settings, machine, begin_from(checkpoint, machine), phase)
+        if recorded(checkpoint, "text") not in (None, stage.inputs["text"]):
+            print(
+                "extend: this is another text than the checkpoint was trained on, which may have "
+                "read what is held out here",
+                file=sys.stderr,
+            )
         of_phase = replace(settings, checkpoint=checkpoint)
         given = inputs(of_phase) | stage.inputs
         folder = open_run(place, machine, "extend", of_phase, given, resume=True)

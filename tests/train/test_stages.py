@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,26 @@ def test_extended(runs: Path) -> None:
     told = [json.loads(line) for line in (runs / "long" / "metrics.jsonl").read_text().splitlines()]
     assert [x["kind"] for x in told] == ["evaluation", "step", "step", "evaluation"]
     assert len(told[0]["by_position"]) == 64
+
+
+def test_another_text(
+    runs: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line says, once, that the checkpoint was trained on another text; nothing is said of the
+    same text, or where nobody knows."""
+    other = tmp_path / "b.txt"
+    other.write_text(Path(text).read_text() * 2)
+    shutil.copytree(runs / "base" / "checkpoint", tmp_path / "copy")
+    for name, checkpoint, given, lines in (
+        ("other", runs / "base", other, 1),
+        ("inside", runs / "base" / "checkpoint", other, 1),
+        ("same", runs / "base", text, 0),
+        ("unknown", tmp_path / "copy", other, 0),
+    ):
+        chosen = settings("extend", text=str(given), checkpoint=str(checkpoint))
+        run_stage("extend", tmp_path / name, chosen)
+        said = capsys.readouterr().err
+        assert said.count("extend: this is another text than the checkpoint was trained on") == lines
 
 
 def test_reinforced(runs: Path, tmp_path: Path) -> None:
