@@ -131,7 +131,7 @@ class Batch(NamedTuple):
 
     samples: Samples
     advantages: np.ndarray  # [N]
-    old: np.ndarray | None  # [N, T]: log-probabilities of the policy that sampled; None: of this one
+    old: np.ndarray | None  # [N, T]: log-probabilities of the policy that sampled, if not of this
     reference: np.ndarray  # [N, T]
 
     def take(self, rows: np.ndarray) -> Batch:
@@ -250,9 +250,7 @@ class GRPO(AnsweringStage):
         scale = settings.scale and settings.variant != "dr_grpo"
         return np.asarray(group_advantages(grouped, scale=scale))
 
-    def constants(
-        self, state: State, samples: Samples
-    ) -> tuple[np.ndarray | None, np.ndarray]:
+    def constants(self, state: State, samples: Samples) -> tuple[np.ndarray | None, np.ndarray]:
         """The log-probabilities [N, T] of the policy that sampled (None if there is one update,
         which computes them itself), and of the reference, which goes its own ways."""
         old = None
@@ -293,7 +291,7 @@ class GRPO(AnsweringStage):
         return replay(samples.routes, self.machine.place(samples.key_mask))
 
     def gradients(self, state: State, batch: Batch) -> tuple[Metrics, dict[str, Array]]:
-        """Of a minibatch the loss, sums over tokens and outputs, how far the log-probabilities while
+        """Of a minibatch the loss, sums over tokens and outputs, how far log-probabilities while
         sampling are from those of training, and every gradient, added up over parts of
         ``rows``."""
         settings, place = self.settings, self.machine.place

@@ -20,8 +20,8 @@ from .draws import generator
 from .evaluate import EVALUATION, MOST
 from .machine import Machine
 from .policy import main_model, preference_gradients, rewards
-from .run import Guard, Metrics
 from .rewards import tidiness
+from .run import Guard, Metrics
 from .save import load_parameters
 from .schedule import decayed
 from .settings import expect_setting

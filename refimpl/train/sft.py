@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CouldNotRun
-from ..files import read_text
+from ..files import read_text, write_text
 from ..optimizer import Moments
 from .draws import generator
 from .evaluate import MOST
@@ -46,6 +46,7 @@ __all__ = [
     "in_turn",
     "read_solutions",
     "tokens_of",
+    "write_solutions",
 ]
 
 OWN = ("worked", "answers")  # solutions that come from no file
@@ -130,9 +131,14 @@ class SFT(AnsweringStage):
         self.settings = settings
         self.given: list[tuple[str, str]] | None = None  # prompts and completions; None: new ones
         if settings.solutions not in OWN:
-            self.given = read_solutions(Path(settings.solutions))
+            self.give(read_solutions(Path(settings.solutions)))
         elif settings.distinct:
-            self.given = self.solved(0, settings.distinct)
+            self.give(self.solved(0, settings.distinct))
+
+    def give(self, pairs: list[tuple[str, str]]) -> None:
+        """Learn these prompts and completions; CouldNotRun if one is too long."""
+        self.tokens(pairs)
+        self.given = pairs
 
     def start(self) -> State:
         return State(self.begin.params, Moments())
@@ -169,15 +175,19 @@ class SFT(AnsweringStage):
         else:
             places = chosen(state.position, settings.batch, len(self.given), settings.seed)
             pairs = [self.given[place] for place in places]
+        return pack(self.tokens(pairs), settings.length)
+
+    def tokens(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[bool]]]:
+        """`tokens_of` each; CouldNotRun if one is longer than a row."""
         rows = [tokens_of(self.vocabulary, *pair) for pair in pairs]
         longest = max(len(tokens) for tokens, _ in rows)
         expect_setting(
-            longest <= settings.length,
+            longest <= self.settings.length,
             "length",
             f"be at least {longest}, the tokens of a prompt with its solution",
-            settings.length,
+            self.settings.length,
         )
-        return pack(rows, settings.length)
+        return rows
 
     def solved(self, number: int, count: int) -> list[tuple[str, str]]:
         """The number-th draw of problems: prompts and completions."""
@@ -216,6 +226,12 @@ def tokens_of(vocabulary: Vocabulary, prompt: str, text: str) -> tuple[list[int]
     """The tokens of a prompt, its completion and the end, and which are the completion's."""
     before, after = vocabulary.encode(prompt), [*vocabulary.encode_rest(text), vocabulary.end]
     return before + after, [False] * len(before) + [True] * len(after)
+
+
+def write_solutions(path: Path, pairs: Sequence[tuple[str, str]]) -> None:
+    """Prompts and completions as JSONL."""
+    lines = (json.dumps({"prompt": prompt, "completion": text}) for prompt, text in pairs)
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def read_solutions(path: Path) -> list[tuple[str, str]]:

@@ -79,7 +79,9 @@ def test_another_text(
         chosen = settings("extend", text=str(given), checkpoint=str(checkpoint))
         run_stage("extend", tmp_path / name, chosen)
         said = capsys.readouterr().err
-        assert said.count("extend: this is another text than the checkpoint was trained on") == lines
+        assert (
+            said.count("extend: this is another text than the checkpoint was trained on") == lines
+        )
 
 
 def test_reinforced(runs: Path, tmp_path: Path) -> None:
@@ -117,7 +119,7 @@ def test_distilled(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_settings_that_cannot_be_leave_nothing(runs: Path, text: str, tmp_path: Path) -> None:
     """No run is begun: at most an empty folder is there."""
-    base = str(runs / "base")
+    base, long = str(runs / "base"), str(runs / "long")
     for stage, changed in (
         ("train", {"text": text, "length": 10**6}),
         ("extend", {"text": text, "checkpoint": base, "factors": (2, 4000)}),
@@ -134,6 +136,12 @@ def test_settings_that_cannot_be_leave_nothing(runs: Path, text: str, tmp_path: 
         ("grpo", {"checkpoint": base, "reward_model": base}),
         ("reward-model", {"checkpoint": base, "problems": 10**6}),
         ("distil", {"teacher": base, "model": {"foo": 1}}),
+        ("distil", {}),
+        ("distil", {"teacher": str(tmp_path / "none")}),
+        ("distil", {"teacher": base, "length": 64}),  # none of its solutions is right
+        ("distil", {"teacher": base, "length": 64, "max_tokens": 11}),  # no room in its context
+        ("distil", {"teacher": long, "length": 9, "verified": False}),  # longer than a row
+        ("sft", {"length": 9, "distinct": 1}),
     ):
         with pytest.raises(CouldNotRun):
             run_stage(stage, tmp_path / "out", settings(stage, **changed))
