@@ -64,6 +64,8 @@ JOB: dict[str, Any] = {
         "curves",
         "evaluations",
         "seconds",
+        "commits",
+        "tokens_per_second",
     ],
     "properties": RUN
     | {
@@ -71,6 +73,7 @@ JOB: dict[str, Any] = {
         "inputs": {"type": "object", "additionalProperties": {"type": "string"}},
         "settings": {"type": "object"},
         "seconds": NUMBER,
+        "commits": {"type": "array", "items": {"type": "string"}, "minItems": 1},
         "phases": {"type": "array", "items": {"type": "object", "properties": RUN}},
         "held_out": {
             "type": "object",
@@ -144,6 +147,7 @@ def job_of(name: str) -> dict[str, Any]:
         "inputs": dict(job.inputs),
         "settings": dict(job.settings),
         "seconds": 50.0,
+        "commits": ["0123456789ab"],
         "steps": 40,
         "tokens": 40_960,
         "tokens_per_second": 1_024,

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from refimpl.files import read_json
+from refimpl.train import results
 from refimpl.train.recipe import Job, Recipe
-from refimpl.train.results import gather, machine_of, octaves, run_of, write_results
+from refimpl.train.results import gather, machine_of, octaves, record_commit, run_of, write_results
 
 from train.recipe_results import SCHEMA, example
 
@@ -79,7 +80,7 @@ def test_positions() -> None:
         assert count < 100 or edges[-1] - edges[-2] >= 4
 
 
-def test_gathered(tmp_path: Path) -> None:
+def test_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Finished jobs alone; inputs and settings are the job's, seconds the file's."""
     jobs = [Job("a", "sft", {}, {"steps": 5}, ("add2",)), Job("b", "sft", {"checkpoint": "a"})]
     written(tmp_path / "a", 5, "sft")
@@ -88,12 +89,19 @@ def test_gathered(tmp_path: Path) -> None:
     (tmp_path / "a" / "held_out-add2.json").write_text(json.dumps(told))
     seconds = {"jobs": {"a": 1.25, "b": 7.0}, "total": 8.04}
     (tmp_path / "seconds.json").write_text(json.dumps(seconds))
+    commits = iter(["aa", "aa", "bb-dirty"])
+    asked = []
+    monkeypatch.setattr(results, "commit_of_checkout", lambda *x: asked.append(x) or next(commits))
+    for _ in range(3):  # begun, and gone on twice
+        record_commit(tmp_path, "a")
+    assert asked == [("refimpl", "kernels")] * 3
     recipe = Recipe(tmp_path, jobs, 4, {"implementation": "reference", "dtype": "float64"})
     found = gather(recipe, workers=3, toy=True)
     jsonschema.validate(found, SCHEMA)
     assert [*found["jobs"]] == ["a"]
     job = found["jobs"]["a"]
     assert (job["stage"], job["settings"], job["seconds"]) == ("sft", {"steps": 5}, 1.2)
+    assert (job["commits"], found["commit"]) == (["aa", "bb-dirty"], "aa, bb-dirty")
     assert job["held_out"] == {"add2": {"greedy": measured, "sampled": measured}}
     assert (found["seconds"], found["toy"], found["bigram"]) == (8.0, True, None)
     machine = found["machine"]
@@ -112,10 +120,10 @@ def test_machine_knows_what_fastest_was() -> None:
 def test_file(tmp_path: Path) -> None:
     """What is written is read again; a list of numbers stands on one line, and nothing inside a
     text changes."""
-    results = example() | {"text": 'a [1,  2]\n"é', "empty": [{}, [], None]}
+    made = example() | {"text": 'a [1,  2]\n"é', "empty": [{}, [], None]}
     path = tmp_path / "results.json"
-    write_results(path, results)
-    assert read_json(path) == json.loads(json.dumps(results))
+    write_results(path, made)
+    assert read_json(path) == json.loads(json.dumps(made))
     assert '"step": [10, 20, 30, 40]' in path.read_text()
     jsonschema.validate(example(), SCHEMA)
     longest = max(path.read_text().splitlines(), key=len)
