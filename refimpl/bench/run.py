@@ -86,23 +86,20 @@ def header(device: Any, torch_version: str | None, commit: str | None) -> Result
     )
 
 
-def commit_of_checkout() -> str:
-    """Of the sources that run, marked if they were changed since; ``unknown`` where git can't
-    say."""
-    command = [
-        "git",
-        "-C",
-        str(SOURCE.parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=12",
-        "--exclude=*",
-    ]
-    try:
+def commit_of_checkout(*folders: str) -> str:
+    """Of the sources that run, marked if they were changed since, by default anywhere, else in
+    these ``folders`` of the checkout; ``unknown`` where git can't say."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(SOURCE.parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        commit = git("describe", "--always", "--abbrev=12", "--exclude=*")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *(folders or "."))
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return f"{commit}-dirty" if changed else commit
 
 
 class Failed(NamedTuple):

@@ -31,6 +31,7 @@ from ..memory import available_memory
 from ..parameters import is_buffer
 from ..tokenizer import Bytes, HuggingFace, TextStream, Tokenizer
 from ..train.stage import checkpoint_of
+from ..train.vocabulary import tokenizer_json
 from .app import (
     CONVENTION,
     Json,
@@ -130,7 +131,7 @@ def generate_command(
     tokenizer: Tokenizer | None = None
     if tokens is None:
         tokenizer = (
-            Bytes()
+            bytes_of(checkpoint)
             if bytes_
             else HuggingFace(checkpoint, "token ids with --tokens FILE, or --bytes")
         )
@@ -210,6 +211,15 @@ def on_device(source: Checkpoint, dtype: str, place: Callable[[np.ndarray], Any]
         for name in source.names
         for x in [source.tensor(name)]
     }
+
+
+def bytes_of(checkpoint: Path) -> Bytes:
+    """Bytes as tokens; CouldNotRun if the checkpoint's tokenizer.json says that its tokens are
+    others."""
+    file = checkpoint / "tokenizer.json"
+    if file.is_file() and read_json(file) != tokenizer_json():
+        raise CouldNotRun(f"--bytes cannot be used: by {file} tokens are not bytes")
+    return Bytes()
 
 
 def short_of_memory(source: Checkpoint) -> str:

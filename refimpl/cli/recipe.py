@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +23,7 @@ from ..train.machine import open_machine
 from ..train.plots import draw
 from ..train.recipe import JOBS, PROBLEMS, Job, Recipe, Task, chosen, toy
 from ..train.report import report
-from ..train.results import gather, write_results
+from ..train.results import gather, record_commit, write_results
 from ..train.settings import toml_value
 from .app import app, console
 
@@ -101,6 +102,7 @@ def run_jobs(recipe: Recipe, workers: int) -> None:
                 lambda name: command_line(recipe.next_task(name)),
                 recipe.out,
                 workers=workers,
+                begins=partial(record_commit, recipe.out),
                 tell=tell,
                 show=show,
             )

@@ -3,12 +3,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..errors import CouldNotRun
-from ..files import write_text
 from .draws import seed_of_rows
 from .evaluate import answers
 from .machine import Machine
@@ -39,10 +36,11 @@ class DistilSettings(SFTSettings):
             expect_setting(own, name, "be left out: the solutions are the teacher's", given)
 
 
-def sample_solutions(settings: DistilSettings, machine: Machine, path: Path) -> tuple[int, int]:
-    """Write the teacher's completions that the rules accept (right, and in the format), or all of
-    them, each once, as JSONL; how many were accepted, the same one twice among them, of how
-    many."""
+def sample_solutions(
+    settings: DistilSettings, machine: Machine
+) -> tuple[list[tuple[str, str]], int]:
+    """Prompts with the teacher's completions that the rules accept (right, and in the format), or
+    with all of them, each once; and how many were accepted, the same one twice among them."""
     teacher = begin_from(settings.teacher, machine, mtp=False)
     problems = in_turn(settings.kinds, settings.seed, TEACHING, settings.sampled)
     found = answers(
@@ -56,11 +54,10 @@ def sample_solutions(settings: DistilSettings, machine: Machine, path: Path) -> 
         seed=seed_of_rows(settings.seed, "teacher"),
     )
     accepted = [
-        json.dumps({"prompt": problem.prompt, "completion": text})
+        (problem.prompt, text)
         for problem, (text, ended, _) in zip(problems, found, strict=True)
         if not settings.verified or all(score(text, problem.answer, ended=ended).values())
     ]
     if not accepted:
         raise CouldNotRun(f"the teacher has no right solution to {len(problems)} problems")
-    write_text(path, "\n".join(dict.fromkeys(accepted)) + "\n")
-    return len(accepted), len(problems)
+    return list(dict.fromkeys(accepted)), len(accepted)

@@ -17,7 +17,7 @@ from .machine import Machine
 from .pretrain import windows
 from .run import Guard, Metrics
 from .settings import expect_setting
-from .stage import BaseSettings, BaseStage, Begin, texts_digest, told_metrics
+from .stage import BaseSettings, BaseStage, Begin, expect_size, texts_digest, told_metrics
 from .step import State, train_step
 
 __all__ = ["Extend", "ExtendSettings"]
@@ -82,6 +82,8 @@ class Extend(BaseStage):
         super().__init__(settings, machine, config, begin.vocabulary)
         self.settings, self.begin = settings, begin
         self.size = settings.batches[phase]
+        for size, each in zip(settings.batches, settings.factors, strict=True):
+            expect_size("batches", size, each * original)
         texts = documents(Path(settings.text) if settings.text else None)
         self.inputs = {"text": texts_digest(texts)}
         train, test = held_out(texts)

@@ -35,6 +35,7 @@ def run_graph(
     out: Path,
     *,
     workers: int,
+    begins: Callable[[str], None] = lambda name: None,
     tell: Callable[[str], None] = lambda line: None,
     show: Callable[[list[str]], None] = lambda lines: None,
 ) -> None:
@@ -44,6 +45,7 @@ def run_graph(
         needs: of each job, those whose results it reads, all of them keys; the order decides which
             of several begins first.
         out: the folder of the logs, OUT/<job>.log, and of seconds.json.
+        begins: called with a job's name before its first process.
         tell: called with a line when a job begins or ends. show: with the state of all, often.
 
     CouldNotRun names the job that failed, its last line and its log. Then, and at Ctrl-C, the other
@@ -60,6 +62,7 @@ def run_graph(
                 for name in [name for name in waiting if set(needs[name]) <= done]:
                     if len(running) < workers:
                         waiting.remove(name)
+                        begins(name)
                         running[name] = Running(name, next_command, out, seconds, tell)
                         tell(f"{name}: begins")
                 for name in [name for name, job in running.items() if job.over()]:

@@ -32,8 +32,8 @@ from .rollout import Samples, sample_groups
 from .run import Guard, Metrics
 from .schedule import decayed
 from .settings import expect_setting
-from .stage import AnsweringStage, BaseSettings, Begin, expect_kinds
-from .step import State, add_gradients, apply_gradients, copied
+from .stage import AnsweringStage, BaseSettings, Begin, expect_kinds, expect_size
+from .step import State, add_gradients, apply_gradients, copied, part_size
 from .tasks import Problem, draw
 
 __all__ = ["GRPO", "GRPOSettings"]
@@ -45,10 +45,10 @@ REFERENCE = "reference/"  # before the names of the reference model's tensors
 class GRPOSettings(BaseSettings):
     checkpoint: str = ""
     kinds: tuple[str, ...] = ("add2",)  # of problems, in turn, one per step
-    steps: int = 150
-    questions: int = 16  # per step
-    group: int = 16  # answers per question
-    minibatches: int = 1  # updates per step
+    steps: int = 250
+    questions: int = 64  # per step
+    group: int = 4  # answers per question
+    minibatches: int = 4  # updates per step
     temperature: float = 1.0
     top_p: float = 1.0
     max_tokens: int = MOST  # of an answer
@@ -94,6 +94,7 @@ class GRPOSettings(BaseSettings):
             f"divide questions × group = {outputs}",
             self.minibatches,
         )
+        expect_size("questions", self.questions, self.group * self.max_tokens)
         expect_kinds(self.kinds)
         self.try_loss()
 
@@ -130,13 +131,13 @@ class Batch(NamedTuple):
 
     samples: Samples
     advantages: np.ndarray  # [N]
-    old: np.ndarray  # [N, T]: log-probabilities of the policy that sampled
+    old: np.ndarray | None  # [N, T]: log-probabilities of the policy that sampled, if not of this
     reference: np.ndarray  # [N, T]
 
     def take(self, rows: np.ndarray) -> Batch:
         """Some of the outputs."""
-        arrays = (self.advantages[rows], self.old[rows], self.reference[rows])
-        return Batch(self.samples.take(rows), *arrays)
+        old = None if self.old is None else self.old[rows]
+        return Batch(self.samples.take(rows), self.advantages[rows], old, self.reference[rows])
 
 
 class GRPO(AnsweringStage):
@@ -191,10 +192,9 @@ class GRPO(AnsweringStage):
                 loss=found["loss"],
             )
             state = state._replace(moments=moments)
-        old, counted = batch.old, samples.mask
         state = state._replace(
             step=step + 1,
-            tokens=state.tokens + int(counted.sum()),
+            tokens=state.tokens + int(samples.mask.sum()),
             position=state.position + settings.questions,
         )
         if settings.reference_every and state.step % settings.reference_every == 0:
@@ -202,8 +202,6 @@ class GRPO(AnsweringStage):
         return state, averaged(told) | {
             **{name: float(np.mean(x)) for name, x in parts.items()},
             "length": float(samples.lengths.mean()),
-            "entropy": float(-old[counted].mean()),
-            "sampling_difference": float(np.abs(samples.log_prob - old)[counted].max()),
             "learning_rate": rate,
         }
 
@@ -252,31 +250,38 @@ class GRPO(AnsweringStage):
         scale = settings.scale and settings.variant != "dr_grpo"
         return np.asarray(group_advantages(grouped, scale=scale))
 
-    def constants(self, state: State, samples: Samples) -> tuple[np.ndarray, np.ndarray]:
-        """The log-probabilities [N, T] of the policy that sampled, and of the reference."""
+    def constants(self, state: State, samples: Samples) -> tuple[np.ndarray | None, np.ndarray]:
+        """The log-probabilities [N, T] of the policy that sampled (None if there is one update,
+        which computes them itself), and of the reference, which goes its own ways."""
+        old = None
+        if self.settings.minibatches > 1:
+            old = self.log_probs(state.params, samples, replayed=True)
         reference = {name.removeprefix(REFERENCE): x for name, x in state.extra.items()}
-        found: list[list[np.ndarray]] = [[], []]
-        for rows in self.parts(len(samples.tokens)):
-            some = samples.take(rows)
-            for params, routes, each in (
-                (state.params, self.routes(some), found[0]),
-                (reference, None, found[1]),  # which goes its own ways
-            ):
-                log_prob, _ = log_probs(
-                    params,
-                    self.config,
-                    self.machine.place(some.tokens),
-                    key_mask=self.machine.place(some.key_mask),
-                    temperature=self.settings.temperature,
-                    routes=routes,
-                    ops=self.machine.ops,
-                )
-                each.append(to_numpy(log_prob))
-        return np.concatenate(found[0]), np.concatenate(found[1])
+        return old, self.log_probs(reference, samples, replayed=False)
 
-    def parts(self, count: int) -> list[np.ndarray]:
-        """The numbers 0 … count − 1, as many at a time as a forward reads rows."""
-        size = self.settings.rows or count
+    def log_probs(
+        self, params: Mapping[str, Array], samples: Samples, *, replayed: bool
+    ) -> np.ndarray:
+        """[N, T], by the choices of experts while sampling if these are ``replayed``."""
+        found = []
+        for rows in self.parts(samples.mask):
+            some = samples.take(rows)
+            log_prob, _ = log_probs(
+                params,
+                self.config,
+                self.machine.place(some.tokens),
+                key_mask=self.machine.place(some.key_mask),
+                temperature=self.settings.temperature,
+                routes=self.routes(some) if replayed else None,
+                ops=self.machine.ops,
+            )
+            found.append(to_numpy(log_prob))
+        return np.concatenate(found)
+
+    def parts(self, mask: np.ndarray) -> list[np.ndarray]:
+        """The rows of ``mask`` [N, T] by number, as many at a time as a forward reads."""
+        count, length = mask.shape
+        size = part_size(self.settings.rows, length)
         return [np.arange(count)[start : start + size] for start in range(0, count, size)]
 
     def routes(self, samples: Samples) -> dict[int, Route] | None:
@@ -286,16 +291,18 @@ class GRPO(AnsweringStage):
         return replay(samples.routes, self.machine.place(samples.key_mask))
 
     def gradients(self, state: State, batch: Batch) -> tuple[Metrics, dict[str, Array]]:
-        """Of a minibatch the loss, sums over tokens and outputs, and every gradient, added up over
-        parts of ``rows``."""
+        """Of a minibatch the loss, sums over tokens and outputs, how far log-probabilities while
+        sampling are from those of training, and every gradient, added up over parts of
+        ``rows``."""
         settings, place = self.settings, self.machine.place
         mask = batch.samples.mask
         if settings.overlong == "filter":
             mask = mask & np.array(batch.samples.ended)[:, None]
         normaliser = grpo_normaliser(mask, settings.loss_settings)
         sums = dict[str, Array]()
-        told = dict.fromkeys(("loss", "tokens", "clipped", "kl", "kept", "outputs"), 0.0)
-        for rows in self.parts(len(mask)):
+        names = ("loss", "tokens", "clipped", "kl", "kept", "outputs", "entropy", "sampled", "off")
+        told = dict.fromkeys(names, 0.0)
+        for rows in self.parts(mask):
             samples, advantages, old, reference = batch.take(rows)
             found, grads = grpo_gradients(
                 state.params,
@@ -304,7 +311,7 @@ class GRPO(AnsweringStage):
                 key_mask=place(samples.key_mask),
                 mask=place(mask[rows]),
                 advantages=place(advantages.astype(self.machine.real)),
-                old_log_prob=None if settings.minibatches == 1 else place(old),
+                old_log_prob=None if old is None else place(old),
                 reference_log_prob=place(reference),
                 settings=settings.loss_settings,
                 normaliser=normaliser,
@@ -319,6 +326,12 @@ class GRPO(AnsweringStage):
                 told[name] += share * float(getattr(found, name))
             told["tokens"] += tokens
             told["outputs"] += outputs
+            counted = samples.mask
+            old = to_numpy(found.log_prob) if old is None else old
+            off = np.abs(samples.log_prob - old)[counted].max()
+            told["off"] = max(told["off"], float(off))
+            told["entropy"] -= float(old[counted].sum(dtype=np.float64))
+            told["sampled"] += float(counted.sum())
         return told, sums
 
     def progress(self, state: State, evaluated: Metrics) -> float:
@@ -326,7 +339,8 @@ class GRPO(AnsweringStage):
 
 
 def averaged(told: list[Metrics]) -> Metrics:
-    """Of a step's minibatches: means over these, over their tokens, over their outputs."""
+    """Of a step's minibatches: means over these, over their tokens, over their outputs. Entropy and
+    the largest difference are of the policy that sampled."""
     total = {name: sum(x[name] for x in told) for name in told[0]}
     tokens = max(total["tokens"], 1.0)
     return {
@@ -335,4 +349,6 @@ def averaged(told: list[Metrics]) -> Metrics:
         "clipped": total["clipped"] / tokens,
         "kl": total["kl"] / tokens,
         "kept": total["kept"] / total["outputs"],
+        "entropy": total["entropy"] / total["sampled"],
+        "sampling_difference": max(x["off"] for x in told),
     }

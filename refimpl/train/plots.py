@@ -47,7 +47,7 @@ SHOWN = {  # how jobs are called in pictures and tables
     "grpo-1": "GRPO, seed 1",
     "grpo-2": "GRPO, seed 2",
     "permuted": "GRPO, permuted rewards",
-    "minibatches": "GRPO, 4 minibatches",
+    "one-update": "GRPO, one update a step",
     "continued": "continued SFT",
     "sft-hard": "SFT, harder task",
     "grpo-hard": "GRPO, harder task",
@@ -63,7 +63,7 @@ GRPO = {  # colours and strokes
     "grpo-0": (BLUE, "-"),
     "grpo-1": (SKY, "-"),
     "grpo-2": (GREEN, "-"),
-    "minibatches": ("black", ":"),
+    "one-update": ("black", ":"),
     "permuted": (ORANGE, "--"),
 }
 Jobs = Mapping[str, Any]
@@ -318,7 +318,7 @@ PICTURES: Sequence[Picture] = (
     Picture(
         "grpo",
         "GRPO",
-        "Three seeds; a run with four updates a step, in minibatches; and a control whose rewards "
+        "Three seeds; a run with one update a step in the place of four; and a control whose rewards "
         "change places within each group. Where a step has one update, ratios are 1 and nothing is "
         "clipped.",
         ("grpo-0",),

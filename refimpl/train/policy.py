@@ -68,6 +68,7 @@ class GRPOTold(NamedTuple):
     kl: Array | None  # scalar: mean k3 to the reference; None without one
     entropy: Array  # scalar: mean −log π of the tokens, an estimate while this policy samples them
     kept: Array  # scalar: the share of outputs that the off-policy mask keeps
+    log_prob: Array  # [N, T]: this policy's
     loads: dict[int, Array]  # by MoE layer [E]
 
 
@@ -185,6 +186,7 @@ def grpo_gradients(
         kl=kl,
         entropy=mean(-log_prob),
         kept=xp.mean(xp.astype(output.kept, log_prob.dtype)),
+        log_prob=log_prob,
         loads=saved.output.loads,
     )
     return told, log_probs_backward(dlog_prob, saved)

@@ -22,7 +22,7 @@ from .packing import Windows
 from .run import Guard, Metrics
 from .schedule import scaled
 from .settings import expect_setting
-from .stage import BaseSettings, BaseStage, texts_digest, told_metrics
+from .stage import BaseSettings, BaseStage, expect_size, texts_digest, told_metrics
 from .step import State, train_step
 from .vocabulary import BYTES, Vocabulary, make_vocabulary
 
@@ -85,6 +85,7 @@ class Pretrain(BaseStage):
             windows(texts, vocabulary, settings.length, masked=settings.masked)
             for texts in (train, test)
         )
+        expect_size("batch", settings.batch, settings.length)
         self.bigram = bigram_loss(self.train, self.test, vocabulary.size)
         self.schedule = scaled(
             settings.tokens,

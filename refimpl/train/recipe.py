@@ -79,7 +79,7 @@ JOBS = [
         for seed in SEEDS
     ),
     Job("permuted", "grpo", {"checkpoint": "sft"}, {"permuted": True}, ("add2",)),
-    Job("minibatches", "grpo", {"checkpoint": "sft"}, {"minibatches": 4}, ("add2",)),
+    Job("one-update", "grpo", {"checkpoint": "sft"}, {"minibatches": 1}, ("add2",)),
     Job("continued", "sft", {"checkpoint": "sft"}, MIXTURE | {"steps": 175, "seed": 1}, ("add2",)),
     Job("sft-hard", "sft", {"checkpoint": "sft"}, HARD_START, (HARD,)),
     Job("grpo-hard", "grpo", {"checkpoint": "sft-hard"}, {"kinds": [HARD]}, (HARD,)),

@@ -1,8 +1,9 @@
 """What the jobs of a recipe found, in one file: OUT/results.json. The claims, the pictures and the
 report are made of it alone.
 
-A job's entry has its settings that differ from the stage's defaults, its seconds, what its run told
-(`run_of`) and its accuracies on held-out problems, each with its 95 % interval.
+A job's entry has its settings that differ from the stage's defaults, its seconds, the commit at
+which it began (several if it went on at others), what its run told (`run_of`) and its accuracies on
+held-out problems, each with its 95 % interval.
 """
 
 from __future__ import annotations
@@ -23,18 +24,21 @@ import numpy as np
 from .. import __version__
 from ..bench.cpu.run import model_name
 from ..bench.run import commit_of_checkout
-from ..files import read_json, write_text
+from ..files import read_json, write_json, write_text
 from .claims import judge
 from .graph import Seconds
 from .machine import open_machine
 from .recipe import Job, Recipe, held_out_file
 from .save import PHASE
 
-__all__ = ["gather", "run_of", "write_results"]
+__all__ = ["TIMES", "gather", "record_commit", "run_of", "write_results"]
 
 SCHEMA = 1
 POINTS = 60  # of a curve at most
 HEATED = 60  # of a map of loads at most
+SOURCES = ("refimpl", "kernels")  # folders of the checkout that a job runs
+COMMITS = "commits.json"
+TIMES = ("seconds", "tokens_per_second")  # of a step
 DIGITS = 5  # of a number of a curve
 
 
@@ -42,16 +46,22 @@ def gather(recipe: Recipe, *, workers: int, toy: bool) -> dict[str, Any]:
     """The results of all jobs that are finished."""
     seconds = Seconds(recipe.out / "seconds.json")
     finished = [x for x in recipe.jobs if (recipe.out / x.name / "result.json").exists()]
+    commits = commits_of(recipe.out)
+    every = dict.fromkeys(x for job in finished for x in commits.get(job.name, ["unknown"]))
     results: dict[str, Any] = {
         "schema": SCHEMA,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": commit_of_checkout(),
+        "commit": ", ".join(every),
         "machine": machine_of(recipe.common) | {"workers": workers},
         "toy": toy,
         "seconds": round(seconds.before, 1),
         "bigram": None,
         "jobs": {
-            x.name: job_of(recipe.out, x) | {"seconds": round(seconds.jobs.get(x.name, 0.0), 1)}
+            x.name: job_of(recipe.out, x)
+            | {
+                "seconds": round(seconds.jobs.get(x.name, 0.0), 1),
+                "commits": commits.get(x.name, ["unknown"]),
+            }
             for x in finished
         },
     }
@@ -60,6 +70,20 @@ def gather(recipe: Recipe, *, workers: int, toy: bool) -> dict[str, Any]:
             told = read_json(recipe.out / job.name / "result.json")["evaluation"]
             results["bigram"] = told["bigram"]
     return results | {"claims": [x._asdict() for x in judge(results)]}
+
+
+def record_commit(out: Path, name: str) -> None:
+    """Note the commit of the sources at which a job begins, or goes on."""
+    commits, now = commits_of(out), commit_of_checkout(*SOURCES)
+    if now not in commits.setdefault(name, []):
+        commits[name].append(now)
+        write_json(out / COMMITS, commits)
+
+
+def commits_of(out: Path) -> dict[str, list[str]]:
+    """The commits of each job that has begun."""
+    found: dict[str, list[str]] = read_json(out / COMMITS) if (out / COMMITS).exists() else {}
+    return found
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
@@ -130,6 +154,7 @@ def run_of(place: Path) -> dict[str, Any]:
     """What a stage's run told.
 
     steps, tokens       of all
+    tokens_per_second   over the steps' seconds, evaluations left out
     begin, end          means over the first tenth and the last fifth of the steps
     curves              by name over the steps, each point a mean of neighbours
     loads               [points][experts] by layer: the tokens of an expert as a share of the
@@ -144,6 +169,8 @@ def run_of(place: Path) -> dict[str, Any]:
     result = read_json(place / "result.json")
     found: dict[str, Any] = {"steps": result["steps"], "tokens": result["tokens"]}
     if steps:
+        spent = sum(x["seconds"] for x in lines if x["kind"] == "step")
+        found["tokens_per_second"] = round(result["tokens"] / spent)
         found["begin"] = _means(steps[: max(len(steps) // 10, 1)])
         found["end"] = _means(steps[-max(len(steps) // 5, 1) :])
         found["curves"] = curves(steps)
@@ -206,7 +233,7 @@ def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a line of metrics; a list of a few, as that of the MTP modules, by place."""
     found = {}
     for name, x in line.items():
-        if isinstance(x, (int, float)) and name not in ("seconds", "kind"):
+        if isinstance(x, (int, float)) and name not in (*TIMES, "kind"):
             found[name] = x
         elif name == "mtp":
             found |= {f"mtp {depth}": value for depth, value in enumerate(x, 1)}

@@ -17,16 +17,17 @@ from ..errors import CouldNotRun
 from ..generate.sampler import to_numpy
 from ..optimizer import Moments
 from .draws import generator
-from .evaluate import EVALUATION
+from .evaluate import EVALUATION, MOST
 from .machine import Machine
 from .policy import main_model, preference_gradients, rewards
+from .rewards import tidiness
 from .run import Guard, Metrics
 from .save import load_parameters
 from .schedule import decayed
 from .settings import expect_setting
 from .sft import tokens_of
-from .stage import BaseSettings, BaseStage, Begin, checkpoint_of, expect_kinds
-from .step import State, add_gradients, apply_gradients
+from .stage import BaseSettings, BaseStage, Begin, checkpoint_of, expect_kinds, expect_size
+from .step import State, add_gradients, apply_gradients, part_size
 from .tasks import Problem, draw, held_out
 from .vocabulary import Vocabulary, open_vocabulary
 
@@ -54,6 +55,7 @@ class RewardModelSettings(BaseSettings):
         for name in ("steps", "batch", "warmup_steps", "problems"):
             expect_setting(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
         expect_setting(self.problems <= 10**5, "problems", "be at most 100,000", self.problems)
+        expect_size("batch", self.batch, 2 * MOST)
         expect_kinds(self.kinds)
 
 
@@ -118,8 +120,8 @@ class RewardModelStage(BaseStage):
     def gradients(self, state: State, pairs: Pairs) -> tuple[Metrics, dict[str, Array]]:
         """The loss, the share of pairs that are ordered as the rule does, and every gradient,
         summed over parts of ``rows``, two to a pair."""
-        count = len(pairs.chosen)
-        size = max(self.settings.rows // 2, 1) if self.settings.rows else count
+        count, length = pairs.chosen.shape
+        size = max(part_size(self.settings.rows, length) // 2, 1)
         told, sums = {"loss": 0.0, "ordered": 0.0}, dict[str, Array]()
         for start in range(0, count, size):
             part = pairs.take(start, start + size)
@@ -140,9 +142,16 @@ class RewardModelStage(BaseStage):
         return told, sums
 
     def pairs(self, problems: list[Problem]) -> Pairs:
-        """Tidy and untidy solutions behind their prompts, tokens as GRPO samples them."""
-        both = [(x.prompt, x.solution) for x in problems] + [(x.prompt, x.untidy) for x in problems]
-        rows = [tokens_of(self.vocabulary, *pair)[0] for pair in both]
+        """Two solutions of each problem behind its prompt, the tidier one chosen; tokens as GRPO
+        samples them."""
+        ordered = [
+            (x.prompt, sorted((x.solution, x.untidy), key=tidiness, reverse=True)) for x in problems
+        ]
+        rows = [
+            tokens_of(self.vocabulary, prompt, solutions[place])[0]
+            for place in range(2)
+            for prompt, solutions in ordered
+        ]
         tokens, key_mask = map(self.machine.place, padded(rows, self.vocabulary.end))
         n = len(problems)
         return Pairs(tokens[:n], tokens[n:], key_mask[:n], key_mask[n:])

@@ -131,12 +131,14 @@ def _stop(stage: Stage, state: State, folder: RunFolder) -> NoReturn:
 
 
 def _step(stage: Stage, state: State, guard: Guard, folder: RunFolder) -> tuple[State, Metrics]:
-    """A step with its time."""
+    """A step with its time, and the tokens that `State` counted in it per second."""
     begin = time.perf_counter()
     with stopping(stage, state, folder, f"step {state.step + 1}"):
         after, told = stage.step(state, guard)
     guard.recent.append(told["loss"])
-    return after, told | {"seconds": time.perf_counter() - begin}
+    seconds = time.perf_counter() - begin
+    speed = round((after.tokens - state.tokens) / seconds)
+    return after, told | {"seconds": seconds, "tokens_per_second": speed}
 
 
 @contextmanager

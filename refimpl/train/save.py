@@ -42,7 +42,16 @@ from ..optimizer import Moments
 from .machine import Machine
 from .step import State
 
-__all__ = ["RunFolder", "expect_place", "is_finished", "is_run", "load_parameters", "model_digest"]
+__all__ = [
+    "PHASE",
+    "SETTINGS",
+    "RunFolder",
+    "expect_place",
+    "is_finished",
+    "is_run",
+    "load_parameters",
+    "model_digest",
+]
 
 FORMAT = 1  # of state.json, and of what it stands for
 COUNTS = ("format", "step", "moments", "tokens", "position", "metrics")  # integers of state.json

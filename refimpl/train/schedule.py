@@ -48,5 +48,5 @@ def decayed(step: int, steps: int, peak: float, *, warmup: int, end: float = 0.1
     ``peak`` to ``end`` · peak at the last."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    done = (step - warmup) / max(steps - 1 - warmup, 1)
-    return peak * (end + (1 - end) * (1 + cos(pi * min(done, 1.0))) / 2)
+    done = 1.0 if step >= steps - 1 else (step - warmup) / (steps - 1 - warmup)
+    return peak * (end + (1 - end) * (1 + cos(pi * done)) / 2)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CouldNotRun
-from ..files import read_text
+from ..files import read_text, write_text
 from ..optimizer import Moments
 from .draws import generator
 from .evaluate import MOST
@@ -25,7 +25,15 @@ from .rewards import ANSWER, ANSWERED, THINK, THOUGHT
 from .run import Guard, Metrics
 from .schedule import decayed
 from .settings import expect_setting
-from .stage import AnsweringStage, BaseSettings, Begin, begin_from, expect_kinds, told_metrics
+from .stage import (
+    AnsweringStage,
+    BaseSettings,
+    Begin,
+    begin_from,
+    expect_kinds,
+    expect_size,
+    told_metrics,
+)
 from .step import State, train_step
 from .tasks import Problem, draw, sloppy
 from .vocabulary import Vocabulary, make_vocabulary
@@ -38,6 +46,7 @@ __all__ = [
     "in_turn",
     "read_solutions",
     "tokens_of",
+    "write_solutions",
 ]
 
 OWN = ("worked", "answers")  # solutions that come from no file
@@ -84,6 +93,7 @@ class SFTSettings(BaseSettings):
             "be two accuracies that rise, or none",
             self.stop,
         )
+        expect_size("batch", self.batch, self.length)
         expect_kinds(self.kinds)
         for name in ("bias_speed", "mtp_weight"):
             expect_setting(getattr(self, name) >= 0, name, "be at least 0", getattr(self, name))
@@ -121,9 +131,14 @@ class SFT(AnsweringStage):
         self.settings = settings
         self.given: list[tuple[str, str]] | None = None  # prompts and completions; None: new ones
         if settings.solutions not in OWN:
-            self.given = read_solutions(Path(settings.solutions))
+            self.give(read_solutions(Path(settings.solutions)))
         elif settings.distinct:
-            self.given = self.solved(0, settings.distinct)
+            self.give(self.solved(0, settings.distinct))
+
+    def give(self, pairs: list[tuple[str, str]]) -> None:
+        """Learn these prompts and completions; CouldNotRun if one is too long."""
+        self.tokens(pairs)
+        self.given = pairs
 
     def start(self) -> State:
         return State(self.begin.params, Moments())
@@ -160,15 +175,19 @@ class SFT(AnsweringStage):
         else:
             places = chosen(state.position, settings.batch, len(self.given), settings.seed)
             pairs = [self.given[place] for place in places]
+        return pack(self.tokens(pairs), settings.length)
+
+    def tokens(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[bool]]]:
+        """`tokens_of` each; CouldNotRun if one is longer than a row."""
         rows = [tokens_of(self.vocabulary, *pair) for pair in pairs]
         longest = max(len(tokens) for tokens, _ in rows)
         expect_setting(
-            longest <= settings.length,
+            longest <= self.settings.length,
             "length",
             f"be at least {longest}, the tokens of a prompt with its solution",
-            settings.length,
+            self.settings.length,
         )
-        return pack(rows, settings.length)
+        return rows
 
     def solved(self, number: int, count: int) -> list[tuple[str, str]]:
         """The number-th draw of problems: prompts and completions."""
@@ -207,6 +226,12 @@ def tokens_of(vocabulary: Vocabulary, prompt: str, text: str) -> tuple[list[int]
     """The tokens of a prompt, its completion and the end, and which are the completion's."""
     before, after = vocabulary.encode(prompt), [*vocabulary.encode_rest(text), vocabulary.end]
     return before + after, [False] * len(before) + [True] * len(after)
+
+
+def write_solutions(path: Path, pairs: Sequence[tuple[str, str]]) -> None:
+    """Prompts and completions as JSONL."""
+    lines = (json.dumps({"prompt": prompt, "completion": text}) for prompt, text in pairs)
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def read_solutions(path: Path) -> list[tuple[str, str]]:

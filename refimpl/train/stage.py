@@ -10,12 +10,12 @@ from typing import Any
 
 from ..config import ModelConfig
 from ..errors import CouldNotRun
-from ..files import file_digest, write_text
+from ..files import file_digest, read_text, write_text
 from ..optimizer import AdamW
 from .evaluate import evaluation, expect_answers
 from .machine import Machine, open_machine
 from .run import Metrics
-from .save import RunFolder, is_finished, is_run, load_parameters, model_digest
+from .save import SETTINGS, RunFolder, is_finished, is_run, load_parameters, model_digest
 from .settings import check_types, expect_setting, to_toml
 from .step import State, Told, max_violation
 from .tasks import KINDS
@@ -31,10 +31,14 @@ __all__ = [
     "digest_line",
     "digest_of",
     "expect_kinds",
+    "expect_size",
     "open_run",
+    "recorded",
     "texts_digest",
     "told_metrics",
 ]
+
+MOST_TOKENS = 2**20  # of a step
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class BaseSettings:
     beta1: float = 0.9
     beta2: float = 0.95
     max_norm: float = 1.0  # of the gradients; a larger one is scaled down
-    rows: int = 0  # rows per forward; 0: the whole batch
+    rows: int = 0  # rows per forward; 0: as many as have 32,768 tokens
     save_every: int = 100  # steps
     evaluate_every: int = 50  # steps
     jump: float = 3.0  # a loss this far above the median of the last ones stops the run
@@ -136,6 +140,14 @@ def expect_kinds(kinds: tuple[str, ...]) -> None:
     expect_setting(bool(kinds) and not wrong, "kinds", f"be of {', '.join(KINDS)}", kinds)
 
 
+def expect_size(name: str, count: int, length: int) -> None:
+    """CouldNotRun unless a step of ``count`` times ``length`` tokens is of a size that memory can
+    hold."""
+    most = MOST_TOKENS // length
+    wanted = f"be at most {most:,}, so that a step has at most {MOST_TOKENS:,} tokens"
+    expect_setting(count <= most, name, wanted, count)
+
+
 def checkpoint_of(path: Path) -> Path:
     """The checkpoint that a path means: itself, that of a finished run, or that of a saved state;
     CouldNotRun if the run is not finished."""
@@ -157,6 +169,17 @@ def digest_of(given: str) -> str:
 def digest_line(name: str, digest: str) -> str:
     """How settings.toml says what a run read."""
     return f"# {name}: {digest}"
+
+
+def recorded(checkpoint: str, name: str) -> str | None:
+    """The digest of what the run that wrote a checkpoint read by this name, as its settings.toml
+    says; None if it is not in a run's folder, or the run read nothing of that name."""
+    inside = checkpoint_of(Path(checkpoint))
+    if not is_run(inside.parent):
+        return None
+    file, before = inside.parent / SETTINGS, digest_line(name, "")
+    lines = read_text(file, str(file)).splitlines()
+    return next((x.removeprefix(before) for x in lines if x.startswith(before)), None)
 
 
 def texts_digest(texts: Sequence[str]) -> str:

@@ -19,8 +19,8 @@ from .reward_model import RewardModelSettings, RewardModelStage
 from .run import Live, Metrics, run
 from .save import PHASE, expect_place
 from .settings import expect_setting, possible
-from .sft import OWN, SFT, SFTSettings, begin_sft, read_solutions
-from .stage import BaseSettings, begin_from, digest_of, open_run
+from .sft import OWN, SFT, SFTSettings, begin_sft, read_solutions, write_solutions
+from .stage import BaseSettings, begin_from, digest_of, open_run, recorded
 
 __all__ = ["STAGES", "run_stage"]
 
@@ -53,6 +53,12 @@ def run_extend(path: Path, settings: ExtendSettings, machine: Machine, resume: b
         place = path if phase == phases - 1 else path / f"{PHASE}{phase + 1}"
         with possible():
             stage = Extend(settings, machine, begin_from(checkpoint, machine), phase)
+        if recorded(checkpoint, "text") not in (None, stage.inputs["text"]):
+            print(
+                "extend: this is another text than the checkpoint was trained on, which may have "
+                "read what is held out here",
+                file=sys.stderr,
+            )
         of_phase = replace(settings, checkpoint=checkpoint)
         given = inputs(of_phase) | stage.inputs
         folder = open_run(place, machine, "extend", of_phase, given, resume=True)
@@ -74,12 +80,16 @@ def run_distil(path: Path, settings: DistilSettings, machine: Machine, resume: b
     with possible():
         stage = SFT(settings, machine, begin_sft(settings, machine))
     expect_setting(bool(settings.teacher), "teacher", "name a checkpoint", settings.teacher)
-    folder = open_run(path, machine, "distil", settings, inputs(settings), resume=resume)
-    solutions = path / "solutions.jsonl"
-    if not solutions.exists():
-        accepted, asked = sample_solutions(settings, machine, solutions)
-        print(f"distil: {accepted:,} of {asked:,} solutions accepted", file=sys.stderr)
-    stage.given = read_solutions(solutions)
+    given, solutions = inputs(settings), path / "solutions.jsonl"
+    if begun := solutions.exists():
+        stage.give(read_solutions(solutions))
+    else:
+        pairs, accepted = sample_solutions(settings, machine)
+        print(f"distil: {accepted:,} of {settings.sampled:,} solutions accepted", file=sys.stderr)
+        stage.give(pairs)
+    folder = open_run(path, machine, "distil", settings, given, resume=resume)
+    if not begun:
+        write_solutions(solutions, pairs)
     stage.name = "distil"
     return run(stage, folder, live=live("distil"))
 

@@ -32,8 +32,11 @@ __all__ = [
     "loss_gradients",
     "max_violation",
     "not_finite",
+    "part_size",
     "train_step",
 ]
+
+PART = 32_768  # tokens of a forward, if no number of rows is given
 
 
 class State(NamedTuple):
@@ -80,8 +83,8 @@ def train_step(
 
     Args:
         arrays: of `forward`, NumPy: tokens [B, T], and as given targets, mask, key_mask, segments.
-        gamma: the speed of the gates' biases. rows: how many rows a forward reads at a time, by
-            default all.
+        gamma: the speed of the gates' biases. rows: how many rows a forward reads at a time
+            (`part_size`).
         expect: called with the loss before anything changes; it may raise `NotTaken`.
     """
     given = {name: x for name, x in arrays.items() if x is not None}
@@ -109,8 +112,8 @@ def loss_gradients(
     rows: int | None = None,
 ) -> tuple[Told, dict[str, Array]]:
     """The losses of a batch and a gradient for every parameter, summed over parts of ``rows``."""
-    batch = len(arrays["tokens"])
-    size = min(rows or batch, batch)
+    batch, length = arrays["tokens"].shape
+    size = min(part_size(rows, length), batch)
     sizes = [size] * (batch // size) + ([batch % size] if batch % size else [])
     parts = by_rows(dict(arrays), sizes)
     whole = whole_of(parts, config) if len(parts) > 1 else None
@@ -121,6 +124,12 @@ def loss_gradients(
         grads = add_gradients(grads, backward(saved))
         outputs.append(output)
     return told_of(outputs), grads
+
+
+def part_size(rows: int | None, length: int) -> int:
+    """How many rows of ``length`` tokens a forward reads at a time: ``rows``, or if that is None or
+    0 as many as have `PART` tokens, which bounds the memory of a step whatever its batch."""
+    return rows or max(PART // length, 1)
 
 
 def told_of(outputs: Sequence[ModelOutput]) -> Told:

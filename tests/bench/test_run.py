@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,9 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from refimpl.bench import run
 from refimpl.bench.measure import Recorder
 from refimpl.bench.rows import ROWS, Maker, worst_error
-from refimpl.bench.run import BASELINES, baselines, header, measure_row, select_rows
+from refimpl.bench.run import (
+    BASELINES,
+    baselines,
+    commit_of_checkout,
+    header,
+    measure_row,
+    select_rows,
+)
 from refimpl.errors import CouldNotRun
 
 from bench.examples import SMALL, IdleDevice, on_interpreter
@@ -154,6 +164,29 @@ def _adamw_baseline(module: Any, torch: Any, work: Any) -> None:
 def test_baselines_lie_outside_the_package() -> None:
     assert BASELINES == ROOT / "benchmarks" / "torch_baselines.py"
     assert BASELINES.is_file()
+
+
+def test_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Marked if a tracked file changed, of all folders or of those that are asked about."""
+    monkeypatch.setattr(run, "SOURCE", tmp_path / "kernels")
+    assert commit_of_checkout() == "unknown"
+
+    def git(*arguments: str) -> None:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True)
+
+    for name in ("kernels", "docs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").write_text("a")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "a")
+    clean = commit_of_checkout()
+    assert re.fullmatch("[0-9a-f]{12}", clean)
+    (tmp_path / "docs" / "a").write_text("b")
+    (tmp_path / "kernels" / "new").write_text("b")
+    assert commit_of_checkout() == commit_of_checkout("docs") == f"{clean}-dirty"
+    assert commit_of_checkout("kernels") == clean
 
 
 def test_header_without_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from refimpl.kernels.columns import for_generation
 from refimpl.memory import process_memory
 from refimpl.ops import Ops
 from refimpl.tokenizer import Bytes
+from refimpl.train.vocabulary import tokenizer_json
 
 from golden.checkpoint_values import TRAINED
 from kernel_support.on_cupy import use_cuda
@@ -421,6 +422,27 @@ def test_could_not_run(
     assert shown.err.startswith("refimpl: ")
     assert message in shown.err
     assert shown.err.count("\n") == 1
+
+
+def test_bytes_that_are_no_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--bytes is refused where a tokenizer.json says that the tokens are others, as BPE's are;
+    that of bytes and tags is none such."""
+    folder = tmp_path / "model"
+    shutil.copytree(TRAINED, folder)
+    given = "--checkpoint", folder, *ONE, "--max-tokens", 1
+    content = tokenizer_json()
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    assert refimpl(monkeypatch, *given) == 0
+    capsys.readouterr()
+    symbols = content["model"]["vocab"]
+    symbols["a"], symbols["b"] = symbols["b"], symbols["a"]
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps(content))
+    assert refimpl(monkeypatch, *given) == 2
+    line = f"refimpl: --bytes cannot be used: by {file} tokens are not bytes\n"
+    assert capsys.readouterr() == ("", line)
 
 
 def save_without_mtp(folder: Path) -> None:

@@ -33,6 +33,7 @@ if __name__ == "__main__":
 
 from refimpl.cli import main
 from refimpl.train import grpo
+from refimpl.train.results import TIMES
 from refimpl.train.save import RunFolder
 
 MODEL = (
@@ -180,7 +181,7 @@ def content(run: Path) -> dict[str, Any]:
         found[name] = None if path.is_dir() else path.read_bytes()
         if path.name == "metrics.jsonl":
             lines = [json.loads(line) for line in path.read_text().splitlines()]
-            found[name] = [{k: x for k, x in line.items() if k != "seconds"} for line in lines]
+            found[name] = [{k: x for k, x in line.items() if k not in TIMES} for line in lines]
         if path.name == "state.json":
             found[name] = json.loads(path.read_text()) | {"metrics": 0}
     return found

@@ -17,7 +17,7 @@ RIGHT = {  # greedy and sampled
     "grpo-1": (0.76, 0.61),
     "grpo-2": (0.85, 0.75),
     "permuted": (0.10, 0.05),
-    "minibatches": (0.75, 0.65),
+    "one-update": (0.75, 0.65),
     "continued": (0.91, 0.85),
     "sft-hard": (0.50, 0.40),
     "grpo-hard": (0.70, 0.56),
@@ -43,6 +43,7 @@ BOTH = dict.fromkeys(("greedy", "sampled"), MEASURED)
 RUN: dict[str, Any] = {
     "steps": {"type": "integer"},
     "tokens": {"type": "integer"},
+    "tokens_per_second": {"type": "integer"},
     "begin": {"type": "object", "additionalProperties": NUMBER},
     "end": {"type": "object", "additionalProperties": NUMBER},
     "curves": {"type": "object", "additionalProperties": LIST, "required": ["step", "loss"]},
@@ -63,6 +64,8 @@ JOB: dict[str, Any] = {
         "curves",
         "evaluations",
         "seconds",
+        "commits",
+        "tokens_per_second",
     ],
     "properties": RUN
     | {
@@ -70,6 +73,7 @@ JOB: dict[str, Any] = {
         "inputs": {"type": "object", "additionalProperties": {"type": "string"}},
         "settings": {"type": "object"},
         "seconds": NUMBER,
+        "commits": {"type": "array", "items": {"type": "string"}, "minItems": 1},
         "phases": {"type": "array", "items": {"type": "object", "properties": RUN}},
         "held_out": {
             "type": "object",
@@ -143,8 +147,10 @@ def job_of(name: str) -> dict[str, Any]:
         "inputs": dict(job.inputs),
         "settings": dict(job.settings),
         "seconds": 50.0,
+        "commits": ["0123456789ab"],
         "steps": 40,
         "tokens": 40_960,
+        "tokens_per_second": 1_024,
         "begin": numbers | {"model": 0.3},
         "end": numbers,
         "curves": {"step": STEPS} | {key: [x, x + 0.5, x, x] for key, x in numbers.items()},

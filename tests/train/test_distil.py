@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +16,8 @@ from small_stage import MACHINE, begin
 
 
 def sampled(
-    file: Path, monkeypatch: pytest.MonkeyPatch, of: Any, **changed: Any
-) -> tuple[list[Problem], tuple[int, int]]:
+    monkeypatch: pytest.MonkeyPatch, of: Any, **changed: Any
+) -> tuple[list[Problem], tuple[list[tuple[str, str]], int]]:
     """Let a teacher say what ``of`` says to the i-th problem: (text, ended)."""
     settings = DistilSettings(**{"sampled": 6, "kinds": ("add2", "sort4")} | changed)
     problems = in_turn(settings.kinds, settings.seed, distil.TEACHING, settings.sampled)
@@ -30,10 +28,10 @@ def sampled(
 
     monkeypatch.setattr(distil, "answers", answers)
     monkeypatch.setattr(distil, "begin_from", lambda *given, **options: begin())
-    return problems, sample_solutions(settings, MACHINE, file)
+    return problems, sample_solutions(settings, MACHINE)
 
 
-def test_only_what_is_right(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_only_what_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """Right without the format, in the format and wrong, cut off: none of them is kept."""
 
     def of(i: int, problem: Problem) -> tuple[str, bool]:
@@ -41,31 +39,24 @@ def test_only_what_is_right(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         texts = [problem.solution, sloppy(problem), wrong, problem.solution, problem.untidy, ""]
         return texts[i], i != 3
 
-    file = tmp_path / "s.jsonl"
-    problems, told = sampled(file, monkeypatch, of)
+    problems, (pairs, accepted) = sampled(monkeypatch, of)
     assert [x.kind for x in problems[:2]] == ["add2", "sort4"]
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
     wanted = [(problems[0].prompt, problems[0].solution), (problems[4].prompt, problems[4].untidy)]
-    assert [(x["prompt"], x["completion"]) for x in lines] == wanted
-    assert told == (2, 6)
+    assert (pairs, accepted) == (wanted, 2)
 
 
-def test_each_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Problems come twice among so many; a solution is learnt once."""
-    file = tmp_path / "s.jsonl"
-    problems, told = sampled(
-        file, monkeypatch, lambda i, problem: (problem.solution, True), sampled=4000
+    problems, (pairs, accepted) = sampled(
+        monkeypatch, lambda i, problem: (problem.solution, True), sampled=4000
     )
-    assert told == (4000, 4000)
-    lines = file.read_text().splitlines()
-    assert len(lines) == len(set(lines)) == len({x.prompt for x in problems}) < 4000
+    assert accepted == 4000
+    assert len(pairs) == len(set(pairs)) == len({x.prompt for x in problems}) < 4000
 
 
-def test_none_is_right(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    file = tmp_path / "s.jsonl"
+def test_none_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CouldNotRun, match="the teacher has no right solution to 6 problems"):
-        sampled(file, monkeypatch, lambda i, problem: ("", True))
-    assert not file.exists()
+        sampled(monkeypatch, lambda i, problem: ("", True))
 
 
 def test_the_teachers_solutions_are_learnt() -> None:

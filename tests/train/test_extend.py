@@ -107,6 +107,7 @@ def test_a_model_with_yarn_already(text: str) -> None:
         ({"factors": (1, 4)}, "factors must be integers above 1 that rise"),
         ({"batches": (3,)}, "batches must have an integer of at least 1 per factor"),
         ({"measured": 0}, "measured must be at least 1, got 0"),
+        ({"batches": (1, 10**6)}, "batches must be at most 32,768, so that .*, got 1000000"),
         ({"factors": (2, 400)}, "length must be below "),
     ],
 )

@@ -90,16 +90,24 @@ def test_order(tmp_path: Path) -> None:
     needs: dict[str, set[str]] = {"a": set(), "b": {"a"}, "c": {"a"}, "d": {"b", "c"}, "e": {"a"}}
     told: list[str] = []
     shown: list[list[str]] = []
+    begun: list[str] = []
+
+    def begins(name: str) -> None:
+        assert not log_of(tmp_path, name).exists()
+        begun.append(name)
+
     run_graph(
         needs,
         commands(tmp_path, seconds=0.15),
         tmp_path,
         workers=2,
+        begins=begins,
         tell=told.append,
         show=shown.append,
     )
     found = spans(tmp_path)
     assert set(found) == set(needs)
+    assert sorted(begun) == sorted(needs)
     for name, others in needs.items():
         assert all(found[other][1] <= found[name][0] for other in others)
     at_once = [

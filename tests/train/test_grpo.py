@@ -11,7 +11,7 @@ from refimpl.errors import CouldNotRun
 from refimpl.model import backward, forward
 from refimpl.ops import GRPO_PRESETS, REFERENCE, group_advantages
 from refimpl.parameters import head_name, is_buffer, module_name
-from refimpl.train import grpo
+from refimpl.train import grpo, step
 from refimpl.train.grpo import GRPO, Batch, GRPOSettings, averaged
 from refimpl.train.policy import main_model
 from refimpl.train.rollout import Samples
@@ -97,7 +97,7 @@ def test_gradients_by_hand(minibatches: int) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_any_number_of_rows(variant: str) -> None:
+def test_any_number_of_rows(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every variant: a forward of 3 rows at a time gives the loss, what is told and the
     gradients of all 8 at once; outputs that were cut off are left out."""
     options = {"variant": variant, "loss": VARIANTS[variant], "minibatches": 2, "kl_weight": 0.05}
@@ -117,11 +117,13 @@ def test_any_number_of_rows(variant: str) -> None:
     assert found == pytest.approx(told, rel=1e-12, abs=1e-14)
     assert told["tokens"] == batch.samples.mask[ended].sum() < batch.samples.mask.sum()
     assert any(np.any(g != 0) for g in grads.values())
+    monkeypatch.setattr(step, "PART", 3 * batch.samples.mask.shape[1])
+    assert [len(rows) for rows in whole.parts(batch.samples.mask)] == [3, 3, 2]
 
 
 def test_variants_differ() -> None:
     """Their losses, from the same outputs; dr_grpo's advantages are not divided."""
-    state, batch = drawn(stage())
+    state, batch = drawn(stage(minibatches=2))
     state = moved(state)
     losses = {
         round(
@@ -278,28 +280,32 @@ def test_what_a_step_tells(monkeypatch: pytest.MonkeyPatch) -> None:
         return draw(kind, seed, number, count)
 
     monkeypatch.setattr(grpo, "draw", watched)
-    made = stage(
-        kinds=("add2", "sort4"),
-        temperature=0.7,
-        top_p=0.9,
-        replay_routes=True,
-        warmup_steps=4,
-        learning_rate=0.4,
-    )
+    options: dict[str, Any] = {
+        "kinds": ("add2", "sort4"),
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "replay_routes": True,
+        "warmup_steps": 4,
+        "learning_rate": 0.4,
+    }
+    made, several = stage(**options), stage(**options, minibatches=2)
     state = made.start()
     samples = made.sample(state, draw("add2", 0, 0, 2))
-    old, reference = made.constants(state, samples)
+    assert made.constants(state, samples)[0] is None
+    old, reference = several.constants(state, samples)
+    assert old is not None
     assert np.max(np.abs(old - reference)[samples.mask]) <= 1e-12
-    _, told = made.step(state._replace(params=dict(state.params)), Guard(3.0, []))
-    assert told["entropy"] == pytest.approx(-samples.log_prob[samples.mask].mean(), rel=1e-12)
-    assert told["length"] == samples.lengths.mean()
-    assert told["sampling_difference"] <= 1e-12
+    both = [x.step(state, Guard(3.0, []))[1] for x in (several, made)]
+    for told in both:  # of the policy that sampled, however far the updates took it
+        assert told["entropy"] == pytest.approx(-samples.log_prob[samples.mask].mean(), rel=1e-12)
+        assert told["sampling_difference"] <= 1e-12
+        assert told["length"] == samples.lengths.mean()
     assert told["learning_rate"] == 0.1
     assert (told["clipped"], told["kept"]) == (0.0, 1.0)
     assert told["kl"] <= 1e-15
     fresh = stage(kinds=("add2", "sort4"), learning_rate=0.0)
     _, told = fresh.step(fresh.start()._replace(step=1), Guard(3.0, []))
-    assert asked == [("add2", 0), ("sort4", 1)]
+    assert asked == [("add2", 0), ("add2", 0), ("sort4", 1)]
     again = stage().sample(stage().start()._replace(step=1), draw("add2", 0, 0, 2))
     first = stage().sample(stage().start(), draw("add2", 0, 0, 2))
     assert again.texts != first.texts
@@ -308,11 +314,15 @@ def test_what_a_step_tells(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_replayed_routes_are_the_policys() -> None:
     """The reference chooses its experts itself: it is the model that the KL is to."""
     state, batch = drawn(stage())
-    free, replayed = stage(), stage(replay_routes=True)
-    old, reference = replayed.constants(moved(state), batch.samples)
-    mask = batch.samples.mask
-    assert np.array_equal(reference, free.constants(moved(state), batch.samples)[1])
-    assert np.max(np.abs(old - free.constants(moved(state), batch.samples)[0])[mask]) > 1e-6
+    found = [
+        stage(replay_routes=replayed, minibatches=2).constants(moved(state), batch.samples)
+        for replayed in (True, False)
+    ]
+    (old, reference), (own, again) = found
+    assert old is not None
+    assert own is not None
+    assert np.array_equal(reference, again)
+    assert np.max(np.abs(old - own)[batch.samples.mask]) > 1e-6
 
 
 def test_it_learns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,6 +353,7 @@ def test_permuted_rewards_teach_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     ("changed", "said"),
     [
         ({"group": 1}, "group must be at least 2, got 1"),
+        ({"questions": 10**6}, "questions must be at most 43,690, so that .*, got 1000000"),
         ({"minibatches": 3}, "minibatches must divide questions × group = 8, got 3"),
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
         ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),

@@ -139,6 +139,7 @@ def test_windows() -> None:
         ({"vocabulary": -1}, "vocabulary must be at least 261, or 0 for bytes, got -1"),
         ({"warmup_steps": 0}, "warmup_steps must be at least 1, got 0"),
         ({"length": 10**6}, "length must be below "),
+        ({"batch": 2**18 + 1, "length": 4}, "batch must be at most 262,144, .*, got 262145"),
     ],
 )
 def test_settings_that_cannot_be(text: str, changed: dict[str, Any], said: str) -> None:

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from refimpl.files import read_json
+from refimpl.train import results
 from refimpl.train.recipe import Job, Recipe
-from refimpl.train.results import gather, machine_of, octaves, run_of, write_results
+from refimpl.train.results import gather, machine_of, octaves, record_commit, run_of, write_results
 
 from train.recipe_results import SCHEMA, example
 
@@ -22,7 +23,8 @@ def written(place: Path, steps: int, stage: str = "train") -> Path:
     place.mkdir(parents=True)
     lines: list[dict[str, Any]] = [{"kind": "evaluation", "step": 0, "held_out": 5.5}]
     for n in range(1, steps + 1):
-        line = {"kind": "step", "step": n, "loss": n + 1e-7, "mtp": [n * 2.0], "seconds": 9.0}
+        line = {"kind": "step", "step": n, "loss": n + 1e-7, "mtp": [n * 2.0], "seconds": 0.5}
+        line["tokens_per_second"] = 64
         lines.append(line | {"loads": {"1": [n % 8, 8 - n % 8]}})
     last = {"held_out": 1.23456789, "accepted": 0.5, "by_position": [3.0, 2.0, 1.0]}
     lines.append(
@@ -37,12 +39,12 @@ def written(place: Path, steps: int, stage: str = "train") -> Path:
 def test_a_run(tmp_path: Path) -> None:
     """Curves are means of neighbours, as many as are allowed; ends are means of the last fifth."""
     found = run_of(written(tmp_path / "a", 120))
-    assert (found["steps"], found["tokens"]) == (120, 3840)
+    assert (found["steps"], found["tokens"], found["tokens_per_second"]) == (120, 3840, 64)
     curves = found["curves"]
     assert curves["step"] == [*range(2, 121, 2)]
     assert curves["loss"] == [n + 0.5 for n in range(1, 121, 2)]
     assert curves["mtp 1"] == [2 * n + 1 for n in range(1, 121, 2)]
-    assert "seconds" not in curves
+    assert not {"seconds", "tokens_per_second"} & curves.keys()
     assert found["begin"]["loss"] == pytest.approx(np.arange(1, 13).mean())
     assert found["end"]["loss"] == pytest.approx(np.arange(97, 121).mean())
     assert found["loads"]["step"] == curves["step"]
@@ -78,7 +80,7 @@ def test_positions() -> None:
         assert count < 100 or edges[-1] - edges[-2] >= 4
 
 
-def test_gathered(tmp_path: Path) -> None:
+def test_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Finished jobs alone; inputs and settings are the job's, seconds the file's."""
     jobs = [Job("a", "sft", {}, {"steps": 5}, ("add2",)), Job("b", "sft", {"checkpoint": "a"})]
     written(tmp_path / "a", 5, "sft")
@@ -87,12 +89,19 @@ def test_gathered(tmp_path: Path) -> None:
     (tmp_path / "a" / "held_out-add2.json").write_text(json.dumps(told))
     seconds = {"jobs": {"a": 1.25, "b": 7.0}, "total": 8.04}
     (tmp_path / "seconds.json").write_text(json.dumps(seconds))
+    commits = iter(["aa", "aa", "bb-dirty"])
+    asked = []
+    monkeypatch.setattr(results, "commit_of_checkout", lambda *x: asked.append(x) or next(commits))
+    for _ in range(3):  # begun, and gone on twice
+        record_commit(tmp_path, "a")
+    assert asked == [("refimpl", "kernels")] * 3
     recipe = Recipe(tmp_path, jobs, 4, {"implementation": "reference", "dtype": "float64"})
     found = gather(recipe, workers=3, toy=True)
     jsonschema.validate(found, SCHEMA)
     assert [*found["jobs"]] == ["a"]
     job = found["jobs"]["a"]
     assert (job["stage"], job["settings"], job["seconds"]) == ("sft", {"steps": 5}, 1.2)
+    assert (job["commits"], found["commit"]) == (["aa", "bb-dirty"], "aa, bb-dirty")
     assert job["held_out"] == {"add2": {"greedy": measured, "sampled": measured}}
     assert (found["seconds"], found["toy"], found["bigram"]) == (8.0, True, None)
     machine = found["machine"]
@@ -111,10 +120,10 @@ def test_machine_knows_what_fastest_was() -> None:
 def test_file(tmp_path: Path) -> None:
     """What is written is read again; a list of numbers stands on one line, and nothing inside a
     text changes."""
-    results = example() | {"text": 'a [1,  2]\n"é', "empty": [{}, [], None]}
+    made = example() | {"text": 'a [1,  2]\n"é', "empty": [{}, [], None]}
     path = tmp_path / "results.json"
-    write_results(path, results)
-    assert read_json(path) == json.loads(json.dumps(results))
+    write_results(path, made)
+    assert read_json(path) == json.loads(json.dumps(made))
     assert '"step": [10, 20, 30, 40]' in path.read_text()
     jsonschema.validate(example(), SCHEMA)
     longest = max(path.read_text().splitlines(), key=len)

@@ -47,6 +47,9 @@ def test_pairs() -> None:
             row = tokens[mask].tolist()
             assert row == [*made.vocabulary.encode(problem.prompt + text), END]
             assert np.all(np.diff(mask.astype(int)) <= 0)
+    turned = [x._replace(solution=x.untidy, untidy=x.solution) for x in problems]
+    for found, wanted in zip(made.pairs(turned), pairs, strict=True):
+        assert np.array_equal(found, wanted)  # the rule orders them, not their place
 
 
 def test_gradients_in_parts() -> None:
@@ -149,3 +152,8 @@ def test_too_many_pairs() -> None:
         CouldNotRun, match="problems: count must be at most 1215 for add2, got 5000"
     ):
         stage(problems=5000)
+
+
+def test_a_batch_that_no_memory_holds() -> None:
+    with pytest.raises(CouldNotRun, match=r"batch must be at most 10,922, so that .*, got 20000"):
+        stage(batch=20000)

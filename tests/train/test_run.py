@@ -77,7 +77,10 @@ def test_metrics(whole: Path) -> None:
     result = json.loads((whole / "result.json").read_text())
     assert result["evaluation"] | {"kind": "evaluation", "step": 4} == lines[-1]
     assert (result["stage"], result["steps"]) == ("sft", 4)
-    assert all(x["seconds"] > 0 for x in lines if x["kind"] == "step")
+    steps = [x for x in lines if x["kind"] == "step"]
+    assert all(x["seconds"] > 0 for x in steps)
+    tokens = sum(x["tokens_per_second"] * x["seconds"] for x in steps)
+    assert tokens == pytest.approx(result["tokens"], abs=sum(x["seconds"] for x in steps))
     assert sorted(x.name for x in whole.iterdir()) == [
         "checkpoint",
         "metrics.jsonl",
@@ -348,12 +351,13 @@ def test_live(monkeypatch: pytest.MonkeyPatch) -> None:
         with Live("sft", stream) as live:
             for step in range(1, 4):
                 clock[0] += 0.15
-                told = {"loss": 1.23456, "loads": {"1": [1]}, "tokens": 12345, "seconds": 0.5}
+                told = {"loss": 1.23456, "loads": {"1": [1]}, "seconds": 0.5}
+                told |= {"tokens_per_second": 12345}
                 live.step(step, told, 12.4 if step > 1 else None)
             live.tell({"kind": "evaluation", "step": 3, "held_out": 2.5, "samples": ["x"]})
         text = stream.getvalue()
         assert "sft 3: held out 2.5\n" in text
-        assert text.count("loss 1.235, tokens 12,345") == (2 if moves else 0)
+        assert text.count("loss 1.235, tokens per second 12,345") == (2 if moves else 0)
         assert ("12 s left" in text) == moves
     with Live("sft", None) as live:
         live.tell({"step": 1})

@@ -67,3 +67,4 @@ def test_decayed() -> None:
     assert decayed(0, 5, 2.0, warmup=0, end=0.0) == 2.0
     assert decayed(4, 5, 2.0, warmup=0, end=0.0) == 0.0
     assert [decayed(step, 2, 2.0, warmup=4) for step in range(2)] == [0.5, 1.0]  # no more steps
+    assert decayed(2, 3, 2.0, warmup=2) == pytest.approx(0.2)  # one step is left: it is the last

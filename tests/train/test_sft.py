@@ -23,6 +23,7 @@ from refimpl.train.sft import (
     in_turn,
     read_solutions,
     tokens_of,
+    write_solutions,
 )
 from refimpl.train.step import State, loss_gradients
 from refimpl.train.tasks import draw, make, sloppy
@@ -167,6 +168,7 @@ def test_a_new_model() -> None:
         ({"kinds": ("add9",)}, "kinds must be of add2"),
         ({"length": 65}, "length must be at most 64, the context of the model \\(.*\\), got 65"),
         ({"batch": 0}, "batch must be at least 1, got 0"),
+        ({"batch": 10**9}, "batch must be at most 16,384, so that .* 1,048,576 tokens, got 10"),
     ],
 )
 def test_settings_that_cannot_be(changed: dict[str, Any], said: str) -> None:
@@ -187,6 +189,8 @@ def test_solutions_of_a_file(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     wanted = [(x["prompt"], x["completion"]) for x in lines]
     assert read_solutions(file) == wanted
+    write_solutions(tmp_path / "again", wanted)
+    assert (tmp_path / "again").read_text() == file.read_text()
     sft = stage(solutions=str(file), batch=4)
     text = sft.vocabulary.decode(sft.examples(sft.start()).tokens.reshape(-1).tolist())
     assert all(prompt + answer in text for prompt, answer in wanted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,28 @@ def test_extended(runs: Path) -> None:
     assert len(told[0]["by_position"]) == 64
 
 
+def test_another_text(
+    runs: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line says, once, that the checkpoint was trained on another text; nothing is said of the
+    same text, or where nobody knows."""
+    other = tmp_path / "b.txt"
+    other.write_text(Path(text).read_text() * 2)
+    shutil.copytree(runs / "base" / "checkpoint", tmp_path / "copy")
+    for name, checkpoint, given, lines in (
+        ("other", runs / "base", other, 1),
+        ("inside", runs / "base" / "checkpoint", other, 1),
+        ("same", runs / "base", text, 0),
+        ("unknown", tmp_path / "copy", other, 0),
+    ):
+        chosen = settings("extend", text=str(given), checkpoint=str(checkpoint))
+        run_stage("extend", tmp_path / name, chosen)
+        said = capsys.readouterr().err
+        assert (
+            said.count("extend: this is another text than the checkpoint was trained on") == lines
+        )
+
+
 def test_reinforced(runs: Path, tmp_path: Path) -> None:
     """GRPO, a reward model, and GRPO with it: settings.toml has the digest of each input."""
     sft = str(runs / "sft")
@@ -96,7 +119,7 @@ def test_distilled(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_settings_that_cannot_be_leave_nothing(runs: Path, text: str, tmp_path: Path) -> None:
     """No run is begun: at most an empty folder is there."""
-    base = str(runs / "base")
+    base, long = str(runs / "base"), str(runs / "long")
     for stage, changed in (
         ("train", {"text": text, "length": 10**6}),
         ("extend", {"text": text, "checkpoint": base, "factors": (2, 4000)}),
@@ -113,6 +136,12 @@ def test_settings_that_cannot_be_leave_nothing(runs: Path, text: str, tmp_path: 
         ("grpo", {"checkpoint": base, "reward_model": base}),
         ("reward-model", {"checkpoint": base, "problems": 10**6}),
         ("distil", {"teacher": base, "model": {"foo": 1}}),
+        ("distil", {}),
+        ("distil", {"teacher": str(tmp_path / "none")}),
+        ("distil", {"teacher": base, "length": 64}),  # none of its solutions is right
+        ("distil", {"teacher": base, "length": 64, "max_tokens": 11}),  # no room in its context
+        ("distil", {"teacher": long, "length": 9, "verified": False}),  # longer than a row
+        ("sft", {"length": 9, "distinct": 1}),
     ):
         with pytest.raises(CouldNotRun):
             run_stage(stage, tmp_path / "out", settings(stage, **changed))

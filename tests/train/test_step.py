@@ -15,6 +15,7 @@ from refimpl.model import backward, forward
 from refimpl.ops import bias_update
 from refimpl.optimizer import Moments, clip_global_norm
 from refimpl.parameters import GATE_BIAS, is_buffer, layer_name
+from refimpl.train import step
 from refimpl.train.machine import open_machine
 from refimpl.train.packing import pack
 from refimpl.train.step import (
@@ -26,6 +27,7 @@ from refimpl.train.step import (
     copied,
     loss_gradients,
     max_violation,
+    part_size,
     train_step,
 )
 
@@ -98,6 +100,22 @@ def test_parts(kind: str, depth: int) -> None:
             np.testing.assert_allclose(grads[name], g, rtol=1e-12, atol=1e-12 * np.abs(g).max())
         for layer, load in output.loads.items():
             np.testing.assert_array_equal(told.loads[layer], load)
+
+
+def test_size_of_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without ``rows`` a forward reads a bounded number of tokens, at least a row."""
+    assert [part_size(rows, 6) for rows in (5, 10**6, 0, None)] == [5, 10**6, 5461, 5461]
+    assert part_size(0, 10**6) == 1
+    read = []
+
+    def watched(params: Any, tokens: np.ndarray, **options: Any) -> Any:
+        read.append(len(tokens))
+        return forward(params, tokens, **options)
+
+    monkeypatch.setattr(step, "forward", watched)
+    monkeypatch.setattr(step, "PART", 3 * LENGTH)
+    loss_gradients(random_parameters(TINY), batch(TINY, "plain"), TINY, MACHINE)
+    assert read == [3, 3, 1]
 
 
 def test_step() -> None:
