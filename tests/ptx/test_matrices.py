@@ -185,7 +185,8 @@ def test_many_warps_at_once() -> None:
 
 def test_registers_of_d_that_are_also_read() -> None:
     """d may be a's or b's registers, and c's in another order: all are read before one is written."""
-    a, b, c = held(A, places_of_a()), held(B, places_of_b()), held(C, places_of_d())
+    a, b = held(A, places_of_a()), held(B, places_of_b())
+    c = held(C, places_of_d())
     wanted = held(A @ B, places_of_d())
     turned = IN_PLACE.rpartition("{")[0] + "{%f4, %f3, %f2, %f1};\n"
     np.testing.assert_array_equal(multiplied(a, b, c, turned), wanted + c[:, ::-1])
@@ -286,20 +287,45 @@ def test_rows_in_any_order() -> None:
 FOUR = [16 * i for i in range(32)]
 MISTAKES = {
     "out of bounds: shared byte 512 of": ("x4.shared", [*FOUR[:31], 512], {}),
-    "thread .9, 0, 0.: 16-byte access out of bounds: shared byte -16": ("x2.shared", [*FOUR[:9], -16 % 2**32, *FOUR[10:]], {}),
-    "thread .3, 0, 0.: 16-byte access to shared byte 56 of rows, .* is misaligned": ("x1.shared", [*FOUR[:3], 56, *FOUR[4:]], {}),
+    "thread .9, 0, 0.: 16-byte access out of bounds: shared byte -16": (
+        "x2.shared",
+        [*FOUR[:9], -16 % 2**32, *FOUR[10:]],
+        {},
+    ),
+    "thread .3, 0, 0.: 16-byte access to shared byte 56 of rows, .* is misaligned": (
+        "x1.shared",
+        [*FOUR[:3], 56, *FOUR[4:]],
+        {},
+    ),
     "16-byte access .* misaligned": ("x4.shared", [8 + i for i in FOUR], {}),
     "near no variable": ("x4.shared", FOUR[:24], {}),
-    "ldmatrix.*race: reads shared byte 4 of rows, .* which lane 0 of warp 0 of block 0 wrote": ("x4.shared", FOUR, {"before": ""}),
+    "ldmatrix.*race: reads shared byte 4 of rows, .* which lane 0 of warp 0 of block 0 wrote": (
+        "x4.shared",
+        FOUR,
+        {"before": ""},
+    ),
     "ldmatrix.*race: reads shared": ("x1.trans.shared", FOUR, {"before": ""}),
     r"st\.shared.*race: writes shared byte .* which lane .* read": (
-        "x1.shared", FOUR, {"after": "setp.gt.u32 %p1, %r0, 0; @%p1 bra $END; st.shared.v4.u32 [%r4], {%r11, %r11, %r11, %r11}; $END:"},
+        "x1.shared",
+        FOUR,
+        {
+            "after": "setp.gt.u32 %p1, %r0, 0; @%p1 bra $END; st.shared.v4.u32 [%r4], {%r11, %r11, %r11, %r11}; $END:"
+        },
     ),
     r"ldmatrix.*never written .* in flight by cp\.async.* at shared byte \d+ of rows": (
-        "x4.shared", FOUR, {"before": "cp.async.cg.shared.global [%r4], [%rd11], 16; bar.sync 0;"},
+        "x4.shared",
+        FOUR,
+        {"before": "cp.async.cg.shared.global [%r4], [%rd11], 16; bar.sync 0;"},
     ),
-    r"ldmatrix.*lanes missing": ("x4.shared", FOUR, {"before": "bar.sync 0; setp.lt.u32 %p1, %r0, 16; @%p1 bra $END;", "after": "$END: mov.u32 %r4, 0;"}),
-}  # fmt: skip
+    r"ldmatrix.*lanes missing": (
+        "x4.shared",
+        FOUR,
+        {
+            "before": "bar.sync 0; setp.lt.u32 %p1, %r0, 16; @%p1 bra $END;",
+            "after": "$END: mov.u32 %r4, 0;",
+        },
+    ),
+}
 
 
 @pytest.mark.parametrize("message", MISTAKES)
