@@ -48,7 +48,7 @@ class GRPOSettings(BaseSettings):
     steps: int = 250
     questions: int = 64  # per step
     group: int = 4  # answers per question
-    minibatches: int = 4  # updates per step
+    minibatches: int = 1  # updates per step
     temperature: float = 1.0
     top_p: float = 1.0
     max_tokens: int = MOST  # of an answer

@@ -67,6 +67,7 @@ STOP = {"stop": [0.40, 0.55], "evaluate_every": 15, "problems": 256}
 SECOND = {"untidy": 0.5, "steps": 100, "learning_rate": 3e-4, "seed": 1}
 HARD = "add3"
 HARD_START = STOP | {"kinds": [HARD], "steps": 400, "learning_rate": 4e-3, "evaluate_every": 10}
+UPDATES = {"minibatches": 4}  # of GRPO, for the outputs of a step
 STUDENT_SFT = {"model": STUDENT, "steps": 800}
 
 JOBS = [
@@ -75,27 +76,27 @@ JOBS = [
     Job("long", "extend", {"checkpoint": "base"}),
     Job("sft", "sft", {"checkpoint": "long"}, COLD_START | STOP, ("add2",)),
     *(
-        Job(f"grpo-{seed}", "grpo", {"checkpoint": "sft"}, {"seed": seed}, ("add2",))
+        Job(f"grpo-{seed}", "grpo", {"checkpoint": "sft"}, UPDATES | {"seed": seed}, ("add2",))
         for seed in SEEDS
     ),
-    Job("permuted", "grpo", {"checkpoint": "sft"}, {"permuted": True}, ("add2",)),
-    Job("one-update", "grpo", {"checkpoint": "sft"}, {"minibatches": 1}, ("add2",)),
+    Job("permuted", "grpo", {"checkpoint": "sft"}, UPDATES | {"permuted": True}, ("add2",)),
+    Job("one-update", "grpo", {"checkpoint": "sft"}, {}, ("add2",)),
     Job("continued", "sft", {"checkpoint": "sft"}, MIXTURE | {"steps": 175, "seed": 1}, ("add2",)),
     Job("sft-hard", "sft", {"checkpoint": "sft"}, HARD_START, (HARD,)),
-    Job("grpo-hard", "grpo", {"checkpoint": "sft-hard"}, {"kinds": [HARD]}, (HARD,)),
+    Job("grpo-hard", "grpo", {"checkpoint": "sft-hard"}, UPDATES | {"kinds": [HARD]}, (HARD,)),
     Job("reward-model", "reward-model", {"checkpoint": "sft"}),
     Job("second-sft", "sft", {"checkpoint": "grpo-0"}, SECOND, ("add2",)),
     Job(
         "last",
         "grpo",
         {"checkpoint": "second-sft", "reward_model": "reward-model"},
-        {"model": 0.2, "steps": 60},
+        UPDATES | {"model": 0.2, "steps": 60},
         ("add2",),
     ),
     Job("distilled", "distil", {"teacher": "grpo-0"}, STUDENT_SFT, ("add2",)),
     Job("student-gold", "sft", {}, STUDENT_SFT, ("add2",)),
     Job("student-answers", "sft", {}, STUDENT_SFT | {"solutions": "answers"}, ("add2",)),
-    Job("student-grpo", "grpo", {"checkpoint": "student-answers"}, {}, ("add2",)),
+    Job("student-grpo", "grpo", {"checkpoint": "student-answers"}, UPDATES, ("add2",)),
 ]
 
 

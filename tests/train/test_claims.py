@@ -156,8 +156,8 @@ def test_every_claim_with_a_bound_is_changed_above() -> None:
     assert [x.name for x in judge(example()) if x.holds is None] == [
         "greedy accuracy by continued SFT, beside GRPO",
         "sampled accuracy by continued SFT, beside GRPO",
-        "greedy accuracy by GRPO with four updates a step, beside one",
-        "sampled accuracy by GRPO with four updates a step, beside one",
+        "greedy accuracy by GRPO with one update a step, beside four",
+        "sampled accuracy by GRPO with one update a step, beside four",
         "greedy accuracy on add3",
     ]
 
