@@ -41,9 +41,10 @@ TINY = preset("tiny")
 
 
 @pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Ops:
-    """The column on a pretended CuPy, which commands find."""
-    return use_cuda(monkeypatch)
+def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ops:
+    """The column on a pretended CuPy, which commands find; with its kernels of attention where
+    these are tested."""
+    return use_cuda(monkeypatch, attention="planted" not in request.node.name)
 
 
 def in_bfloat16() -> dict[str, np.ndarray]:
