@@ -269,7 +269,9 @@ def _naive_attention(launch: Launch, step: str) -> Op:
         segments: Array | None = None,
     ) -> tuple[Array, Any]:
         n = numbers(q=q, k=k, v=v)
-        q, k, v = ready(q), ready(k), ready(v)
+        q = ready(q)
+        k = ready(k)
+        v = ready(v)
         b, t, h, x = q.shape
         s = k.shape[1]
         places = np.empty((b, t)), np.empty((b, s))  # it asks for no more than their lengths

@@ -125,7 +125,9 @@ def flash_attention(launch: Launch, sizes: Sizes = SIZES) -> AnyOp:
         if block < 1:  # the kernel's tiles are its own
             raise ValueError(f"block must be at least 1, got {block}")
         shape = tile(n, q, v)
-        q, k, v = ready(q), ready(k), ready(v)
+        q = ready(q)
+        k = ready(k)
+        v = ready(v)
         (b, t, h, _), width = q.shape, v.shape[3]
         o = kernels.empty((b, t, h, width), q.dtype, q)
         lse = kernels.empty((b, h, t), n.real, q)
@@ -190,12 +192,15 @@ def attention(launch: Launch, sizes: Sizes = SIZES) -> AnyOp:
             "segments": segments,
         }
         if blind == "zero" and max(q.shape[-1], v.shape[-1]) <= WIDEST:
-            return flash.forward(q, k, v, **arguments)
-        return reference.forward(q, k, v, **arguments, blind=blind)
+            o, saved = flash.forward(q, k, v, **arguments)
+        else:
+            o, saved = reference.forward(q, k, v, **arguments, blind=blind)
+        return o, saved
 
     def attention_backward(do: Array, saved: Any) -> tuple[Array, Array, Array]:
         pair = reference if isinstance(saved, AttentionSaved) else flash
-        return pair.backward(do, saved)
+        dq, dk, dv = pair.backward(do, saved)
+        return dq, dk, dv
 
     return Op(attention_forward, attention_backward)
 
@@ -215,7 +220,7 @@ def _masks(
 
 def _settings(n: Numbers, saved: FlashAttentionSaved) -> Iterator[Any]:
     """The arguments behind the arrays."""
-    q, k, v = saved.q, saved.k, saved.v
+    q, k, v, *_ = saved
     yield from (saved.key_mask, saved.segments, q.shape[1], k.shape[1], q.shape[2])
     yield from (k.shape[2], v.shape[2], q.shape[3], v.shape[3])
     yield from (n.scalar(saved.scale), int(saved.causal), int(saved.masked))

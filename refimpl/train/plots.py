@@ -318,9 +318,9 @@ PICTURES: Sequence[Picture] = (
     Picture(
         "grpo",
         "GRPO",
-        "Three seeds; a run with one update a step in the place of four; and a control whose rewards "
-        "change places within each group. Where a step has one update, ratios are 1 and nothing is "
-        "clipped.",
+        "Three seeds; a run with one update a step in the place of four; and a control whose "
+        "rewards change places within each group. Where a step has one update, ratios are 1 and "
+        "nothing is clipped.",
         ("grpo-0",),
         reinforcement,
         (7.6, 4.6),

@@ -38,15 +38,19 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
         "stale stage: keys fetched too early": (
             "real score[KEYS / 8][4] = {};\n        add_scores<KEY_WIDTH>(score, q_tile + "
             "threadIdx.x / WARP * OWN * stride(KEY_WIDTH), k_tile);\n        __syncthreads();\n"
-            "        if (s + KEYS < end) fetch<KEY_WIDTH, KEYS, THREADS>(k_tile, k, of_k, s + KEYS);",
+            "        if (s + KEYS < end) fetch<KEY_WIDTH, KEYS, THREADS>(k_tile, k, of_k, s "
+            "+ KEYS);",
             "real score[KEYS / 8][4] = {};\n"
-            "        if (s + KEYS < end) fetch<KEY_WIDTH, KEYS, THREADS>(k_tile, k, of_k, s + KEYS);\n"
+            "        if (s + KEYS < end) fetch<KEY_WIDTH, KEYS, THREADS>(k_tile, k, of_k, s "
+            "+ KEYS);\n"
             "        add_scores<KEY_WIDTH>(score, q_tile + threadIdx.x / WARP * OWN * "
             "stride(KEY_WIDTH), k_tile);\n        __syncthreads();",
         ),
         "wait for one group too few": (
-            "cp_async_wait<1>();\n        __syncthreads();\n        add_mixed<VALUE_WIDTH>(numerator",
-            "cp_async_wait<2>();\n        __syncthreads();\n        add_mixed<VALUE_WIDTH>(numerator",
+            "cp_async_wait<1>();\n        __syncthreads();\n        "
+            "add_mixed<VALUE_WIDTH>(numerator",
+            "cp_async_wait<2>();\n        __syncthreads();\n        "
+            "add_mixed<VALUE_WIDTH>(numerator",
         ),
         "lane address of a tile's row": (
             "a + lane() % 16 * stride(WIDTH) + i + lane() / 16 * 8",
@@ -102,7 +106,8 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
         ),
         "row sums of another head": (
             "const real* own_sum = row_sum + (static_cast<int64>(batch) * heads + h) * queries;",
-            "const real* own_sum = row_sum + (static_cast<int64>(batch) * heads + begin) * queries;",
+            "const real* own_sum = row_sum + (static_cast<int64>(batch) * heads + begin) * "
+            "queries;",
         ),
         "ds without the scale": ("dp[n][i] = scale * p[n][i] * (dp", "dp[n][i] = p[n][i] * (dp"),
         "do overwritten while it is read": (

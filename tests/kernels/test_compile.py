@@ -59,19 +59,19 @@ V3 = {  # registers in bfloat16 at V3's widths, where nothing is spilled
 # Most bytes per thread that the others spill, stores and loads, on any target: by type and widths,
 # of the backward's keys and queries and of the forward
 SPILLS = {
-    ("bfloat16", 256, 256): (1224, 0, 0),
-    ("bfloat16", 16, 16): (56, 0, 0),
-    ("bfloat16", 32, 16): (8, 0, 28),
-    ("float32", 192, 128): (0, 0, 0),
-    ("float32", 128, 128): (0, 16, 0),
-    ("float32", 256, 256): (2680, 0, 0),
-    ("float32", 16, 16): (116, 0, 0),
-    ("float32", 32, 16): (32, 0, 8),
-    ("float64", 192, 128): (5272, 928, 0),
-    ("float64", 128, 128): (3120, 0, 0),
-    ("float64", 256, 256): (34344, 6864, 13428),
-    ("float64", 16, 16): (120, 16, 52),
-    ("float64", 32, 16): (0, 0, 108),
+    ("bfloat16", 256, 256): (1364, 0, 0),
+    ("bfloat16", 16, 16): (112, 0, 0),
+    ("bfloat16", 32, 16): (0, 0, 0),
+    ("float32", 192, 128): (96, 0, 0),
+    ("float32", 128, 128): (0, 0, 0),
+    ("float32", 256, 256): (6080, 0, 0),
+    ("float32", 16, 16): (16, 0, 32),
+    ("float32", 32, 16): (24, 20, 0),
+    ("float64", 192, 128): (6468, 924, 0),
+    ("float64", 128, 128): (4048, 0, 0),
+    ("float64", 256, 256): (65952, 6832, 13272),
+    ("float64", 16, 16): (56, 44, 0),
+    ("float64", 32, 16): (0, 0, 220),
 }
 ON_SM_120 = {"cross_entropy_loss": 40}  # registers where ptxas takes more there than elsewhere
 SHOWN = TARGETS if FULL else TARGETS[:-1]  # sm_120's PTX is sm_100's: test-full shows it
@@ -128,7 +128,7 @@ def test_attention_within_budget(storage: str, target: str) -> None:
         assert "warning" not in module.log
         for kernel, usage in module.usage.items():
             where = f"{kernel} in {storage}, {widths}, for {target}: {usage}"
-            short, shared = kernel.removeprefix("flash_attention_"), (0, 0)
+            short = kernel.removeprefix("flash_attention_")
             assert usage.shared == 0, where  # all of it is the launch's
             assert usage.registers <= ATTENTION[kernel][0], where
             if short == "row_sum":
@@ -173,13 +173,14 @@ def test_what_is_executed_stands_for_all_targets(stem: str, storage: str) -> Non
 
 
 def test_every_kernel_has_a_budget() -> None:
-    text = re.sub(r"__launch_bounds__\([\w, ]+\)", "", "".join(sources().values()))
+    text = re.sub(r"__launch_bounds__\([\w, *]+\)", "", "".join(sources().values()))
     declared = re.findall(r'extern "C" __global__ void\s+(\w+)\(', text)
     assert sorted(declared) == sorted(BUDGET)
 
 
 def test_every_gpu_has_the_shared_memory() -> None:
-    """48 KB per block, which needs no asking, of all but attention (its own test); sm_86, sm_89 and sm_120 have 99 KB at most."""
+    """48 KB per block, which needs no asking; sm_86, sm_89 and sm_120 have 99 KB at most, of which
+    attention's tiles are made (its own test)."""
     scores = router.WARPS * (2 * router.MOST_SLOTS + router.WARP) * 8  # of float64, in the launch
     assert max(shared for _, shared in BUDGET.values()) + scores <= 48 * 1024
 

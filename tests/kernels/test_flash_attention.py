@@ -128,8 +128,8 @@ def test_other_widths(widths: tuple[int, int], storage: str) -> None:
 
 @without_a_device
 def test_same_bits_in_bfloat16() -> None:
-    """Twice the same call. (The interpreter draws the errors of 2^x by the seed, so another order of
-    the warps is tested in float64, in test_columns.)"""
+    """Twice the same call. The interpreter draws the errors of 2^x by the seed, so another order of
+    the warps is tested in float64, in test_columns."""
     case = _v3(3, 40, 40)
     q, k, v = (x[..., :16].astype(ml_dtypes.bfloat16) for x in case.inputs)
     found = set()

@@ -32,8 +32,8 @@ from kernel_support.planted import sources
 from support import FULL
 
 # Of any kernel in Numba CUDA: registers of a thread, most in attention's forward for sm_80 (a block
-# of 256 threads has room for 255 each); shared memory of a block, most in attention's gradients: two
-# arrays of 256 float64, to which the linker adds 1,024 on sm_90.
+# of 256 threads has room for 255 each); shared memory of a block, most in attention's gradients,
+# two arrays of 256 float64, to which the linker adds 1,024 on sm_90.
 NUMBA_REGISTERS, NUMBA_SHARED = 130, 4096 + 1024
 
 
