@@ -411,7 +411,7 @@ def cross_entropy_cost(step: str) -> Cost:
 
 
 LENGTH = 128  # of attention's sequence, one head, causal
-ATTENTION_WIDTH = 64
+ATTENTION_WIDTH = 32
 
 
 @cache

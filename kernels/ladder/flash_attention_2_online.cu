@@ -105,7 +105,8 @@ extern "C" __global__ void flash_attention_forward(storage* o, real* lse, const 
         for (int j = 0; j < KEYS / 2; j++) {
             const bool shown = mask.sees(own, begin + 2 * j + half());
             const storage* key = k_tile + (2 * j + half()) * stride(KEY_WIDTH);
-            p[j] = shown ? scale * dot<KEY_WIDTH>(q_tile + in_block() * stride(KEY_WIDTH), key) : -infinity();
+            const real score = scale * dot<KEY_WIDTH>(q_tile + in_block() * stride(KEY_WIDTH), key);
+            p[j] = shown ? score : -infinity();
             larger = p[j] > larger ? p[j] : larger;
             seen = shown ? 1 : seen;
         }
@@ -180,14 +181,13 @@ extern "C" __global__ void flash_attention_backward_keys(storage* dk, storage* d
 #pragma unroll
             for (int j = 0; j < QUERIES / 2; j++) {
                 const int in_tile = 2 * j + half(), t = begin + in_tile;
-                p[j] = ds[j] = 0;
-                if (!mask.sees(t, own)) continue;
+                const bool shown = mask.sees(t, own);
                 const real score = scale * dot<KEY_WIDTH>(k_tile + in_block() * stride(KEY_WIDTH),
                                                           q_tile + in_tile * stride(KEY_WIDTH));
                 const real dp = dot<VALUE_WIDTH>(v_tile + in_block() * stride(VALUE_WIDTH),
                                                  do_tile + in_tile * stride(VALUE_WIDTH));
-                p[j] = exponential(score - lse[row + t]);          // (flash_attention.6)
-                ds[j] = scale * p[j] * (dp - row_sum[row + t]);    // (flash_attention.7)
+                p[j] = shown ? exponential(score - lse[row + t]) : 0;          // (flash_attention.6)
+                ds[j] = shown ? scale * p[j] * (dp - row_sum[row + t]) : 0;    // (flash_attention.7)
             }
             add_mixed<VALUE_WIDTH, QUERIES>(dv_sum, p, do_tile);
             add_mixed<KEY_WIDTH, QUERIES>(dk_sum, ds, q_tile);
@@ -227,13 +227,13 @@ extern "C" __global__ void flash_attention_backward_queries(storage* dq, const s
 #pragma unroll
         for (int j = 0; j < KEYS / 2; j++) {
             const int in_tile = 2 * j + half();
-            ds[j] = 0;
-            if (!mask.sees(own, begin + in_tile)) continue;
+            const bool shown = mask.sees(own, begin + in_tile);
             const real score = scale * dot<KEY_WIDTH>(q_tile + in_block() * stride(KEY_WIDTH),
                                                       k_tile + in_tile * stride(KEY_WIDTH));
             const real dp = dot<VALUE_WIDTH>(do_tile + in_block() * stride(VALUE_WIDTH),
                                              v_tile + in_tile * stride(VALUE_WIDTH));
-            ds[j] = scale * exponential(score - own_lse) * (dp - own_sum);  // (flash_attention.6) (flash_attention.7)
+            const real p = exponential(score - own_lse);     // (flash_attention.6)
+            ds[j] = shown ? scale * p * (dp - own_sum) : 0;  // (flash_attention.7)
         }
         add_mixed<KEY_WIDTH, KEYS>(dq_sum, ds, k_tile);  // (flash_attention.8)
     }

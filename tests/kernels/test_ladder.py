@@ -1,5 +1,5 @@
-"""The earlier versions of RMSNorm and cross-entropy: each is right, each step costs less of what it
-was made for, and kernels/README.md shows what `python tests/ladder.py` prints."""
+"""The earlier versions of RMSNorm, cross-entropy and attention: each is right, each step costs less
+of what it was made for, and kernels/README.md shows what `python tests/ladder.py` prints."""
 
 from __future__ import annotations
 
@@ -10,10 +10,20 @@ import pytest
 from refimpl.check.cases import RandomDraw
 from refimpl.kernels import SOURCE
 from refimpl.kernels.compile import STORAGE
+from refimpl.ops import REFERENCE
 
 import ladder
 from kernel_support import ON_DEVICE, SHAPES, InterpreterLaunch, compare
-from ladder import CROSS_ENTROPY, RMS_NORM, cross_entropy_step, rms_norm_step
+from kernel_support.launches import SMALL
+from ladder import (
+    ATTENTION,
+    CROSS_ENTROPY,
+    RMS_NORM,
+    attention_step,
+    cross_entropy_step,
+    rms_norm_step,
+)
+from support import FULL
 
 pytestmark = pytest.mark.skipif(ON_DEVICE, reason="counts of the interpreter")
 README = (Path(__file__).parents[2] / "kernels" / "README.md").read_text()
@@ -42,9 +52,22 @@ def test_every_step_is_right(op: str, step: ladder.Step, storage: str) -> None:
         )
 
 
+@pytest.mark.parametrize("storage", STORAGE)
+@pytest.mark.parametrize("step", ATTENTION[:-1])
+def test_every_step_of_attention_is_right(step: ladder.Step, storage: str) -> None:
+    """The same. The first step rounds nothing within, so in bfloat16 too its rule is that of the
+    reference; of the second, o is rounded before its row sums are taken, as on tensor cores."""
+    algorithm = REFERENCE["attention"] if step == ATTENTION[0] else None
+    for seed in range(12) if FULL else (11,):  # several tiles on both sides
+        pair = attention_step(InterpreterLaunch(seed), step.name, SMALL)
+        case = SHAPES["attention"](RandomDraw(seed))
+        compare("attention", pair, case, storage, seed, algorithm=algorithm)
+
+
 def test_every_file_is_a_step() -> None:
     files = {f"ladder/{path.stem}" for path in (SOURCE / "ladder").glob("*.cu")}
-    assert files == {step.name for step in (*RMS_NORM[:-1], *CROSS_ENTROPY[:-1])}
+    steps = *RMS_NORM[:-1], *CROSS_ENTROPY[:-1], *ATTENTION[:-1]
+    assert files == {step.name for step in steps}
 
 
 def test_bytes_by_hand() -> None:
@@ -86,6 +109,36 @@ def test_bytes_by_hand() -> None:
         assert bytes_ <= found.asked  # and of each row's numbers, which all threads read
     exponentials = [ladder.cross_entropy_cost(step.name).exponentials for step in CROSS_ENTROPY]
     assert exponentials == pytest.approx([2, 2, 3, 2 + 1 / 32], rel=0.1)
+
+
+def test_attention_by_hand() -> None:
+    """Bytes a pair of query and key: what is asked for, and what kernels make."""
+    length, w = ladder.LENGTH, ladder.ATTENTION_WIDTH
+    p = 4
+    row = 2 * w  # of q, k, v, o or a gradient
+    seen = (length + 1) / (2 * length)  # pairs
+    product = 2 * row + p
+    mixed = (p + 2) * w + row / length
+    forward = (
+        1 + p * seen + 1 + p * seen + 3 * p
+    )  # the mask twice, and what it shows; sum, division
+    backward = 2 * p + 3 * p  # for the row's sum, and for the gradient
+    naive = 2 * product + 4 * mixed + forward + backward
+    rows = (
+        11 * row + 4 + 4 + 2 * (4 + 4)
+    )  # own rows, lse and row sums: of dq, two threads read them
+    tiles = 3 * 192 * 2 * row  # 64 rows meet 64, the other 64 all 128: forward, dq, dk and dv
+    online = rows / length + tiles / length**2 + 8 * seen  # dk reads lse and row sums for each pair
+    results = 4 * row / length
+    costs = [ladder.attention_cost(step.name) for step in ATTENTION]
+    assert costs[0].asked == pytest.approx(naive, rel=1e-9)
+    assert costs[1].asked == pytest.approx(online, rel=1e-9)
+    assert costs[2].asked <= costs[1].asked
+    assert costs[0].made == results + 2 * p
+    assert costs[1].made == costs[2].made == results + 8 / length  # lse and row sums
+    # a tensor core's instruction is one, whatever it multiplies; accesses are of 16 bytes
+    assert costs[2].instructions <= costs[1].instructions / 10
+    assert costs[2].accesses <= costs[1].accesses / 3
 
 
 def test_readme_shows_it(rendered: str) -> None:
