@@ -9,12 +9,13 @@ which float32 inputs are moved within their rounding.
 What is made of several ops, a model above all, stores its intermediate results, too. It is
 compared with the reference that rounds at the same places (`stored_table`): to the nearest, two
 such runs may be nearly the same or not, so in 16 runs each number is rounded up or down by chance,
-and 3 times the largest of their errors is allowed. The first roundings of a model move all that
-follows, so errors scatter like few random numbers. Of 7,800 tensors of 120 examples (tiny, its
-variant and GRPO, under the interpreter) the furthest had 2.14 times the largest of 16, 2.76 of 8,
-1.78 of 24; half of them are allowed less than 10 % of their largest element, one in 100 more than
-43 %. So this says that nothing is lost on the way to the device; that a gradient is right, float32
-says.
+and 4 times the largest of their errors is allowed, as `refimpl check` allows a port 4 units. The
+first roundings of a model move all that follows, so errors scatter like few random numbers. Of
+1,950 tensors of 30 examples (tiny, its variant and GRPO, all kernels under the interpreter) the
+furthest had 2.36 times the largest of 16. Of 7,800 of 120, with the reference in the place of
+attention's kernels, it was 2.14; 2.76 of 8 runs, 1.78 of 24. Half of the tensors are allowed less
+than 13 % of their largest element, one in 100 more than 46 %. So this says that nothing is lost on
+the way to the device; that a gradient is right, float32 says.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ DTYPES: dict[str, Any] = {
 }
 WIDE: dict[str, Any] = {"float64": np.float64, "float32": np.float32, "bfloat16": np.float32}
 RUNS, FACTOR = 8, 2
-RUNS_OF_SEVERAL, FACTOR_OF_SEVERAL = 16, 3
+RUNS_OF_SEVERAL, FACTOR_OF_SEVERAL = 16, 4
 UNITS = 64  # of float64: the error that its reference, which is no better, is taken to have
 # Arrays that are constants of the derivative and data all the same: what moves with the inputs
 DATA = ("advantages", "old_log_prob", "reference_log_prob")

@@ -74,6 +74,7 @@ COUNTS = {
     "bench": Counts(1, 0, 0, 4, 10_000, 35),
     "tests": Counts(1, 18, 28, 38, 24_000, 0, 60),
     "cuda-ops": Counts(1, 0, 0, 42, 330_000),
+    "bfloat16": Counts(1, 4, 0, 30, 7_000, 0, 16),
     "numba_cuda-ops": Counts(1, 0, 0, 28, 330_000),
     "cupy-ops": Counts(1, 0, 0, 10, 292_000),
     "torch": Counts(1, 0, 0, 0, 10_000, 240),  # torch.compile's minutes
@@ -160,6 +161,9 @@ def stages(machine: Machine, out: Path, commit: str | None = None) -> Plan:
             shows = f"every gradient of the {what} by {column}"
             command = machine.run("-m", "refimpl", "verify", *verified(machine, column, of))
             found[f"{column}-{what}"] = stage(f"{column}-{what}", shows, command, limit)
+    narrow = (*verified(machine, "cuda", ()), "--dtype", "bfloat16")
+    narrow = machine.run("-m", "refimpl", "verify", *narrow)
+    found["bfloat16"] = stage("bfloat16", "ops and models in bfloat16", narrow, 100)
     for tool in TOOLS if machine.sanitizer or machine.pretend else ():
         watch = (machine.sanitizer or "", "--tool", tool, "--error-exitcode", "9")
         command = (*(() if machine.pretend else watch), *machine.run("tests/gpu_kernels.py"))
@@ -168,7 +172,8 @@ def stages(machine: Machine, out: Path, commit: str | None = None) -> Plan:
     names = ("memcheck", "racecheck", "cuda-models", "numba_cuda-models")
     more += [found[name] for name in names if name in found]
     named = [found[name] for name in ("cupy-models", *TOOLS[2:]) if name in found]
-    return Plan(first + [found[f"{column}-ops"] for column in (*KERNELS, "cupy")], more, named)
+    names = ("cuda-ops", "bfloat16", "numba_cuda-ops", "cupy-ops")
+    return Plan(first + [found[name] for name in names], more, named)
 
 
 def verified(machine: Machine, column: str, of: Iterable[str]) -> tuple[str, ...]:

@@ -79,7 +79,19 @@ def test_stages(monkeypatch: pytest.MonkeyPatch) -> None:
         "bench": f"{bench}/bench --no-torch --commit abc",
         "tests": f"{pytest_} -n 8 tests/kernels",
         **{f"{n}-ops": f"{verify}{options} {' '.join(CASES)}" for n, options in columns.items()},
+        "bfloat16": f"{verify} --implementation cuda --dtype bfloat16",
     }
+    names = [
+        "probe",
+        "shapes",
+        "bench",
+        "tests",
+        "cuda-ops",
+        "bfloat16",
+        "numba_cuda-ops",
+        "cupy-ops",
+    ]
+    assert [stage.name for stage in plan.first] == names
     model = {f"{n}-models": f"{verify}{options} model" for n, options in columns.items()}
     rest = {stage.name: " ".join(stage.command) for stage in (*plan.more, *plan.named)}
     assert rest == {"torch": f"{bench}/torch --commit abc"} | model | watched

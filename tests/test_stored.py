@@ -41,9 +41,10 @@ TINY = preset("tiny")
 
 
 @pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Ops:
-    """The column on a pretended CuPy, which commands find."""
-    return use_cuda(monkeypatch)
+def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ops:
+    """The column on a pretended CuPy, which commands find; with its kernels of attention where
+    these are tested."""
+    return use_cuda(monkeypatch, attention="planted" not in request.node.name)
 
 
 def in_bfloat16() -> dict[str, np.ndarray]:
@@ -146,7 +147,7 @@ def on_device(op: str, table: Ops) -> Op[Any, Any]:
 
 def test_the_rule() -> None:
     """An op that rounds what it gives to the nearest holds; a unit and a half too much does not,
-    nor NaN, nor another shape. What is made of several has 16 runs and three times their error."""
+    nor NaN, nor another shape. What is made of several has 16 runs and four times their error."""
     op = stored_table()["swiglu"]
     case = CASES["swiglu"](RandomDraw(0))
 
@@ -170,7 +171,7 @@ def test_the_rule() -> None:
         ran.append(run)
         return stored_table(run)["swiglu"]
 
-    assert told(lambda y: y, runs=again).allowed.min() >= 3 * right.reference
+    assert told(lambda y: y, runs=again).allowed.min() >= 4 * right.reference
     assert ran == list(range(RUNS_OF_SEVERAL))
     assert RUNS_OF_SEVERAL > RUNS
 

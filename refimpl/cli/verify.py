@@ -97,7 +97,7 @@ def verify(
 
     In bfloat16, outputs have rows too, noise is the error over what is allowed (bound 1), and
     sharpness what is allowed: of an op twice the error of the float32 reference and a unit; of
-    composites and models three times that of the reference that rounds at the same places.
+    composites and models four times that of the reference that rounds at the same places.
 
     With package.module:table, your functions take our place, of any array library with DLPack: the
     table's entry "array" makes your array from NumPy's, as torch.from_dlpack does. The columns

@@ -18,13 +18,14 @@ from refimpl.train import machine
 
 from .launches import PretendedLaunch
 from pretended_cupy import Pretended, here, there
+from support import FULL
 
 
-def make_cuda_table() -> Ops:
-    """The column; attention, as long as it has no kernel, is the reference in float32, which rounds
-    what it gives to the type of its inputs."""
+def make_cuda_table(*, attention: bool) -> Ops:
+    """The column. Without its kernels of attention, which take most of the time, in their place is
+    the reference in float32, which rounds what it gives to the type of its inputs."""
     table = columns.cuda_table(PretendedLaunch())
-    return table if "attention" in columns.CUDA else table | {"attention": ATTENTION}
+    return table if attention else table | {"attention": ATTENTION}
 
 
 def _forward(q: Any, k: Any, v: Any, **given: Any) -> Any:
@@ -46,9 +47,9 @@ NARROW = stored(REFERENCE.attention, "attention", round_bfloat16, DTYPES["bfloat
 ATTENTION = Op(_forward, _backward)
 
 
-def use_cuda(monkeypatch: pytest.MonkeyPatch) -> Ops:
+def use_cuda(monkeypatch: pytest.MonkeyPatch, *, attention: bool = FULL) -> Ops:
     """Until the test ends, commands and machines find CuPy, a device and this table; the table."""
-    table = make_cuda_table()
+    table = make_cuda_table(attention=attention)
     monkeypatch.setitem(sys.modules, "cupy", Pretended("cupy"))
     real = columns.table_of
     for module in ("kernels.columns", "verify", "train.machine", "grads.request"):
