@@ -13,6 +13,7 @@ from refimpl.check import check
 from refimpl.check.cases import Case, RandomDraw
 from refimpl.kernels.flash_attention import SIZES, attention, flash_attention, tiles
 from refimpl.ops import REFERENCE, flash_attention_backward, flash_attention_forward
+from refimpl.ops.attention import visible
 
 from attention_contract import ERRORS, GOOD, check_more_queries_than_keys, check_range_of_validity
 from kernel_support import (
@@ -200,3 +201,13 @@ def test_shapes_meet_everything() -> None:
     }
     for name in ("key_mask", "segments"):
         assert {case.kwargs[name] is None for case in drawn} == {True, False}
+
+
+def test_some_query_sees_two_keys() -> None:
+    """In each draw: elsewhere the reference's gradients of q and k are 0, and no kernel's are."""
+    for seed in range(400):
+        case = SHAPES["attention"](RandomDraw(seed))
+        (b, t, *_), s = case.inputs[0].shape, case.inputs[1].shape[1]
+        given = {name: case.kwargs[name] for name in ("causal", "key_mask", "segments")}
+        seen = visible((0, t), (0, s), np.empty((b, t)), np.empty((b, s)), **given)
+        assert seen.sum(axis=-1).max() >= 2, seed

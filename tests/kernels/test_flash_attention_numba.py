@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refimpl.check.cases import Case
+from refimpl.check.cases import Case, RandomDraw
 from refimpl.kernels.flash_attention import flash_attention
 from refimpl.ops import flash_attention_backward, flash_attention_forward
 
@@ -17,6 +17,7 @@ from attention_contract import ERRORS, GOOD, check_more_queries_than_keys, check
 from kernel_support import (
     DTYPES,
     ON_DEVICE,
+    SHAPES,
     TABLES,
     compare,
     make_launch,
@@ -55,6 +56,12 @@ def _range_of_validity() -> None:
 @pytest.mark.parametrize("storage", ["float64", "float32"] if FULL or ON_DEVICE else ["float32"])
 def test_two_warps(storage: str) -> None:
     _two_warps(storage)
+
+
+def test_one_key_takes_nearly_all() -> None:
+    """There dq and dk are what rounding leaves of dp − Σ p dp, more than in the reference, whose
+    Σ p dp rounds as dp does: the rule compares with flash attention in float32."""
+    compare("attention", ATTENTION, SHAPES["attention"](RandomDraw(126)), "float32", 126)
 
 
 @pytest.mark.parametrize(("x", "v"), [(192, 128), (5, 256)])
