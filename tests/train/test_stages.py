@@ -140,8 +140,9 @@ def test_settings_that_cannot_be_leave_nothing(runs: Path, text: str, tmp_path: 
         ("distil", {"teacher": str(tmp_path / "none")}),
         ("distil", {"teacher": base, "length": 64}),  # none of its solutions is right
         ("distil", {"teacher": base, "length": 64, "max_tokens": 11}),  # no room in its context
-        ("distil", {"teacher": long, "length": 9, "verified": False}),  # longer than a row
-        ("sft", {"length": 9, "distinct": 1}),
+        # longer than a row, where the context has room
+        ("distil", {"teacher": long, "checkpoint": long, "length": 9, "verified": False}),
+        ("sft", {"checkpoint": long, "length": 9, "distinct": 1}),
     ):
         with pytest.raises(CouldNotRun):
             run_stage(stage, tmp_path / "out", settings(stage, **changed))
