@@ -21,7 +21,8 @@ from .shapes import SHAPES
 
 CPU = on_cpu("numba_cpu")
 OPS = [name for name in CPU if CPU[name] != REFERENCE[name]]
-DRAWN: dict[str, Callable[[Draw], Case]] = {op: SHAPES.get(op, CASES[op]) for op in OPS}
+OTHERS = {"attention": CASES["attention"]}  # its blocks are smaller than the tiles of a GPU
+DRAWN: dict[str, Callable[[Draw], Case]] = {op: (CASES | SHAPES | OTHERS)[op] for op in OPS}
 BLOCKS = {  # by module, the sizes that decide how work is cut
     "attention": {"BLOCK": 6, "KEYS": 3},
     "ffn": {"ROWS": 2},

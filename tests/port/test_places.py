@@ -35,5 +35,5 @@ def test_it_is_told_with_its_tag() -> None:
     assert place.tag == "(mla.11)"
     assert str(place).startswith("refimpl/ops/mla.py:")
     assert str(place).endswith(
-        " (mla.11) has xp.sum(dk[..., n:], axis=2); the bug has dk[:, :, 0, n:]"
+        " (mla.11) has sum_along(dk[..., n:], axis=2); the bug has dk[:, :, 0, n:]"
     )

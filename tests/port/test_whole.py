@@ -26,7 +26,7 @@ def test_a_mistake_is_named(example: Example, tmp_path: Path) -> None:
         "first wrong part: layer 3, attention, backward: grad/model.layers.3.self_attn.kv_a_proj",
         "latent rows: ok, rotated key rows: wrong",
         "these are the numbers of the planted bug mla: gradient of k_pe from one head",
-        "(mla.11) has xp.sum(dk[..., n:], axis=2); the bug has dk[:, :, 0, n:]",
+        "(mla.11) has sum_along(dk[..., n:], axis=2); the bug has dk[:, :, 0, n:]",
     ):
         assert line in text
 
