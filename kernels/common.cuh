@@ -145,7 +145,7 @@ __device__ __forceinline__ unsigned cvt_rn_bf16x2(float high, float low) {
 // and the pair of columns 2 (i % 4) in each 8 × 8 part of a matrix; the lower half of a register is the left element.
 
 // mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32: d += A B of tensor cores, A 16 × 16, B 16 × 8, d 16 × 8 in
-// float32: 4,096 multiply-adds. a: the upper left, lower left, upper right and lower right part of A. b0, b1: the upper
+// float32: 2,048 multiply-adds. a: the upper left, lower left, upper right and lower right part of A. b0, b1: the upper
 // and lower half of B, whose pairs lie along its columns (so Bᵀ as A). d: row i / 4, then row i / 4 + 8, two columns each.
 // sm_80 on.
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {

@@ -31,7 +31,7 @@ from .check.cases import Case
 from .check.rules import Pair
 from .grads.rounded import round_bfloat16, rounded_by_chance
 from .grads.units import roundoff
-from .ops import NETWORKS, REFERENCE, AnyOp, Op, Ops
+from .ops import IMPLEMENTATIONS, NETWORKS, REFERENCE, AnyOp, Op, Ops
 from .ops.attention import sum_heads
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "RUNS",
     "WIDE",
     "Result",
+    "algorithm_of",
     "compare",
     "moved",
     "results",
@@ -102,6 +103,15 @@ def tensor_core_attention(to_type: Callable[[Any], Any] = round_bfloat16) -> Any
         return dq, sum_heads(dk, exact.k), sum_heads(dv, exact.v)
 
     return Op(forward, backward)
+
+
+def algorithm_of(op: str, storage: str) -> AnyOp | None:
+    """What runs in float32 in the place of the reference of an op whose kernels have other
+    formulas. Attention's are those of flash attention: Σ p dp by way of the output, so that
+    dp − Σ p dp, and dq and dk with it, does not vanish where one key takes all."""
+    if op != "attention":
+        return None
+    return tensor_core_attention() if storage == "bfloat16" else IMPLEMENTATIONS["flash"].attention
 
 
 class OtherChoice(ValueError):

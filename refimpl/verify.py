@@ -40,7 +40,7 @@ from .kernels.columns import (
 )
 from .kernels.placed import placed
 from .ops import IMPLEMENTATIONS, REFERENCE, AnyOp, Op, Ops
-from .stored import compare, stored_table, tensor_core_attention
+from .stored import algorithm_of, compare, stored_table
 from .text import Text
 
 __all__ = [
@@ -193,7 +193,7 @@ def run_stored(step: Step, settings: Settings) -> Report:
         case,
         settings.dtype,
         step.seed,
-        algorithm=tensor_core_attention() if step.op == "attention" else None,
+        algorithm=algorithm_of(step.op, settings.dtype),
         runs=(lambda number: pair_with(stored_table(number))) if several else None,
     )
     given = [n for n, x in zip(common["names"], case.inputs, strict=True) if x is not None]

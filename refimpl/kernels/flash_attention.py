@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -133,7 +134,8 @@ def flash_attention(launch: Launch, sizes: Sizes = SIZES) -> AnyOp:
         lse = kernels.empty((b, h, t), n.real, q)
         masks = _masks(q, k, key_mask, segments)
         saved = FlashAttentionSaved(q, k, v, o, lse, float(scale), bool(causal), *masks)
-        _over_queries(kernels, "flash_attention_forward", n, saved, shape, o, lse, q, k, v)
+        start = partial(_start, kernels, n, saved, shape)
+        start("flash_attention_forward", b * h, t, o, lse, q, k, v)
         return o, saved
 
     def flash_attention_backward(
@@ -162,8 +164,10 @@ def flash_attention(launch: Launch, sizes: Sizes = SIZES) -> AnyOp:
         )
         dq, dk, dv = (kernels.empty(x.shape, x.dtype, x) for x in (q, k, v))
         given = do, q, k, v, lse, row_sum
-        _over_keys(kernels, "flash_attention_backward_keys", n, saved, shape, dk, dv, *given)
-        _over_queries(kernels, "flash_attention_backward_queries", n, saved, shape, dq, *given)
+        start = partial(_start, kernels, n, saved, shape)
+        alone = k.shape[2] == v.shape[2] == h  # else a block adds up over the heads of queries
+        start("flash_attention_backward_keys", b * h if alone else b, k.shape[1], dk, dv, *given)
+        start("flash_attention_backward_queries", b * h, t, dq, *given)
         return dq, dk, dv
 
     return Op(flash_attention_forward, flash_attention_backward)
@@ -226,44 +230,18 @@ def _settings(n: Numbers, saved: FlashAttentionSaved) -> Iterator[Any]:
     yield from (n.scalar(saved.scale), int(saved.causal), int(saved.masked))
 
 
-def _over_queries(
-    kernels: Kernels,
-    kernel: str,
-    n: Numbers,
-    saved: FlashAttentionSaved,
-    shape: Tiles,
-    *arrays: Array,
-) -> None:
-    """Blocks for the queries of each head."""
-    b, t, h, _ = saved.q.shape
-    _start(kernels, kernel, n, saved, shape, b * h, t, *arrays)
-
-
-def _over_keys(
-    kernels: Kernels,
-    kernel: str,
-    n: Numbers,
-    saved: FlashAttentionSaved,
-    shape: Tiles,
-    *arrays: Array,
-) -> None:
-    """Blocks for the keys of each head, or of one that the queries' heads share."""
-    b, s, heads, _ = saved.k.shape
-    alone = heads == saved.v.shape[2] == saved.q.shape[2]
-    _start(kernels, kernel, n, saved, shape, b * heads if alone else b, s, *arrays)
-
-
 def _start(
     kernels: Kernels,
-    kernel: str,
     n: Numbers,
     saved: FlashAttentionSaved,
     shape: Tiles,
+    kernel: str,
     heads: int,
     rows: int,
     *arrays: Array,
 ) -> None:
-    """A block takes a tile of a head's rows; in Numba CUDA one of them, a thread a column."""
+    """Blocks for so many heads of so many rows. A block takes a tile of rows; in Numba CUDA one of
+    them, a thread a column."""
     given = *arrays, *_settings(n, saved)
     if isinstance(kernels.launch, NumbaLaunch):
         widest = max(shape.key_width, shape.value_width)

@@ -7,13 +7,12 @@ from typing import Any
 
 from refimpl import stored
 from refimpl.check.cases import Case, pair_of
-from refimpl.ops import IMPLEMENTATIONS, REFERENCE, Op
+from refimpl.ops import REFERENCE, Op
 from refimpl.stored import DTYPES, RUNS, WIDE, results, rounded
 
 __all__ = ["DTYPES", "HALF_UNIT", "LUCK", "WIDE", "compare", "results", "rounded"]
 
 LUCK, HALF_UNIT = RUNS, 2.0**-24
-FLASH = IMPLEMENTATIONS["flash"].attention
 
 
 def compare(
@@ -26,12 +25,8 @@ def compare(
     mean: float = 0,
     algorithm: Op | None = None,
 ) -> None:
-    """The rule of `refimpl.stored` for one op; arguments as there. Attention's kernels have the
-    formulas of flash attention: Σ p dp by way of the output, so that dp − Σ p dp, and dq and dk
-    with it, does not vanish where one key takes all."""
-    if op == "attention" and algorithm is None:
-        narrow = storage == "bfloat16"
-        algorithm = stored.tensor_core_attention() if narrow else FLASH
+    """The rule of `refimpl.stored` for one op; arguments as there."""
+    algorithm = algorithm or stored.algorithm_of(op, storage)
     reference = REFERENCE[op] if op in REFERENCE else pair_of(op)
     try:
         told = stored.compare(

@@ -75,9 +75,8 @@ def assert_differences(op: str, seeds: range) -> None:
 
 
 FLASH = IMPLEMENTATIONS["flash"]
-ALGORITHM = {  # Σ p dp by way of the output: dp − Σ p dp does not vanish where one key takes all
-    "attention": FLASH.attention,
-    "mla": Op(partial(FLASH.mla.forward, ops=FLASH), FLASH.mla.backward),
+ALGORITHM = {  # as `algorithm_of` says of attention
+    "mla": Op(partial(FLASH.mla.forward, ops=FLASH), FLASH.mla.backward)
 }
 
 
