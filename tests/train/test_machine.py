@@ -24,6 +24,7 @@ from refimpl.train import machine, run
 from refimpl.train.grpo import GRPO, GRPOSettings
 from refimpl.train.machine import Machine, open_machine
 from refimpl.train.pretrain import Pretrain, PretrainSettings, new_config
+from refimpl.train.results import TIMES
 from refimpl.train.reward_model import RewardModelSettings, RewardModelStage
 from refimpl.train.run import Guard
 from refimpl.train.settings import toml_value
@@ -305,7 +306,7 @@ def run_on(backend: str, out: Path, stage: str, *settings: str) -> list[dict[str
     line += [part for setting in settings for part in ("--set", setting)]
     subprocess.run(line, cwd=ROOT / "tests", check=True, capture_output=True)
     lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(x) | {"seconds": 0} for x in lines]
+    return [json.loads(x) | dict.fromkeys(TIMES, 0) for x in lines]
 
 
 @pytest.mark.skipif(not FULL, reason="kernels under the interpreter; make test-full")
