@@ -3,18 +3,20 @@ part of the package.
 
 Loaded by its path from refimpl/bench/run.py where torch is installed. Each baseline is what someone
 who is after speed writes with torch's own functions: its fused RMSNorm, cross-entropy and AdamW
-where it has one.
+where it has one, and of its attentions the fastest.
 """
 
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch._functorch.config
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 VERSION = torch.__version__
 EPS = 1e-6
@@ -42,6 +44,23 @@ def rope(x: Any, cos: Any, sin: Any) -> Any:
 
 def swiglu(gate: Any, up: Any) -> Any:
     return functional.silu(gate) * up
+
+
+def padded_attention(q: Any, k: Any, v: Any) -> Any:
+    """[1, T, H, width] each. Values as wide as keys, with zeros: else flash attention is not taken,
+    and the square is made."""
+    width = v.shape[-1]
+    v = functional.pad(v, (0, k.shape[-1] - width))
+    turned = (x.transpose(1, 2) for x in (q, k, v))
+    o = functional.scaled_dot_product_attention(*turned, is_causal=True)
+    return o[..., :width].transpose(1, 2)
+
+
+def cudnn_attention(q: Any, k: Any, v: Any) -> Any:
+    """cuDNN's, which takes the widths as they are."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        turned = (x.transpose(1, 2) for x in (q, k, v))
+        return functional.scaled_dot_product_attention(*turned, is_causal=True).transpose(1, 2)
 
 
 def gate(logits: Any, bias: Any) -> Any:
@@ -125,6 +144,29 @@ def both_of(function: Callable[..., Any], differentiable: int = 1) -> Callable[.
     return prepare
 
 
+def fastest(*several: Callable[..., Call]) -> Callable[..., Call]:
+    """Of several ways the one that takes the least time on these inputs; one that this machine
+    can't go is left out, unless it is the last."""
+
+    def prepare(transform: Transform, *inputs: Any) -> Call:
+        taken = dict[Call, float]()
+        for i, way in enumerate(several):
+            try:
+                call = way(transform, *inputs)
+                for _ in range(2):  # the first is a warm-up
+                    started = time.perf_counter()
+                    call()
+                    if torch.cuda.is_available():
+                        torch.cuda.synchronize()
+                    taken[call] = time.perf_counter() - started
+            except RuntimeError:
+                if not taken and i + 1 == len(several):
+                    raise
+        return min(taken, key=lambda call: taken[call])
+
+    return prepare
+
+
 def rope_backward(transform: Transform, dy: Any, cos: Any, sin: Any) -> Call:
     return backward_of(rope, 1)(transform, torch.empty_like(dy).normal_(), cos, sin, dy)
 
@@ -144,6 +186,10 @@ def eager(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+ATTENTION = {
+    "forward": fastest(forward_of(cudnn_attention), forward_of(padded_attention)),
+    "backward": fastest(backward_of(cudnn_attention, 3), backward_of(padded_attention, 3)),
+}
 BASELINES: dict[str, Callable[..., Call]] = {
     "RMSNorm forward": forward_of(rms_norm),
     "RMSNorm backward": backward_of(rms_norm, 2),
@@ -151,6 +197,7 @@ BASELINES: dict[str, Callable[..., Call]] = {
     "RoPE backward": rope_backward,
     "SwiGLU forward": forward_of(swiglu),
     "SwiGLU backward": backward_of(swiglu, 2),
+    **{f"attention {way}, {n}k": call for n in (1, 4, 16, 32) for way, call in ATTENTION.items()},
     "gate top-k": forward_of(gate),
     "MoE permute": forward_of(permute),
     "MoE combine": forward_of(combine),

@@ -17,6 +17,7 @@ from refimpl.verify import CASES, KERNELS
 PYTEST = ("-m", "pytest", "-v", "--tb=short", "-p", "no:benchmark", "-W", "default")
 WORKERS = 8  # of the tests, where pytest-xdist is there: most of their time is the CPU's
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+NAMED = ("cupy-ops", "numba_cuda-models", "cupy-models", *TOOLS[2:])  # run by name only
 # CuPy's plain reductions (those made of CUB take seconds each to compile, and there are dozens),
 # and its headers parsed once per process: a quarter of the time of each of its kernels
 QUICK = {"CUPY_ACCELERATORS": "", "CUPY_NVRTC_USE_PCH": "1"}
@@ -70,14 +71,14 @@ class Stage(NamedTuple):
 SANITIZED = Counts(1, 0, 0, 0, 800, 0, 45)  # every access is watched: NumPy's time stands for that
 COUNTS = {
     "probe": Counts(1, 1, 1, 6, 50),
-    "shapes": Counts(1, 9, 0, 182, 700, 10),
-    "bench": Counts(1, 0, 0, 4, 10_000, 35),
+    "shapes": Counts(1, 9, 0, 182, 700, 16),
+    "bench": Counts(1, 0, 0, 4, 10_000, 70),
     "tests": Counts(1, 18, 28, 38, 24_000, 0, 60),
     "cuda-ops": Counts(1, 0, 0, 42, 330_000),
     "bfloat16": Counts(1, 4, 0, 30, 7_000, 0, 16),
     "numba_cuda-ops": Counts(1, 0, 0, 28, 330_000),
     "cupy-ops": Counts(1, 0, 0, 10, 292_000),
-    "torch": Counts(1, 0, 0, 0, 10_000, 240),  # torch.compile's minutes
+    "torch": Counts(1, 0, 0, 0, 10_000, 330),  # torch.compile's minutes
     "cuda-models": Counts(1, 0, 0, 0, 1_650_000),
     "numba_cuda-models": Counts(1, 0, 0, 0, 1_650_000),
     "cupy-models": Counts(1, 0, 0, 0, 1_641_000),
@@ -152,7 +153,7 @@ def stages(machine: Machine, out: Path, commit: str | None = None) -> Plan:
     first = [
         stage("probe", "versions, and one launch of each kind", probe, 60),
         stage("shapes", "V3's shapes", shapes, 180),
-        stage("bench", "the benchmark without torch", bench("bench", "--no-torch"), 150),
+        stage("bench", "the benchmark without torch", bench("bench", "--no-torch"), 200),
         stage("tests", "the kernels' tests", tests, 240, workers=machine.workers),
     ]
     found = {}
@@ -168,11 +169,11 @@ def stages(machine: Machine, out: Path, commit: str | None = None) -> Plan:
         watch = (machine.sanitizer or "", "--tool", tool, "--error-exitcode", "9")
         command = (*(() if machine.pretend else watch), *machine.run("tests/gpu_kernels.py"))
         found[tool] = stage(tool, f"every kernel once under compute-sanitizer {tool}", command, 120)
-    more = [stage("torch", "the benchmark beside torch", bench("torch"), 330)]
-    names = ("memcheck", "racecheck", "cuda-models", "numba_cuda-models")
+    more = [stage("torch", "the benchmark beside torch", bench("torch"), 440)]
+    names = ("memcheck", "racecheck", "cuda-models")
     more += [found[name] for name in names if name in found]
-    named = [found[name] for name in ("cupy-models", *TOOLS[2:]) if name in found]
-    names = ("cuda-ops", "bfloat16", "numba_cuda-ops", "cupy-ops")
+    named = [found[name] for name in NAMED if name in found]
+    names = ("cuda-ops", "bfloat16", "numba_cuda-ops")
     return Plan(first + [found[name] for name in names], more, named)
 
 

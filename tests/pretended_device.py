@@ -14,18 +14,19 @@ import os
 import runpy
 import sys
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from refimpl.bench import rows
+from refimpl.bench.rows import ROWS
 from refimpl.check import rules
 from refimpl.kernels import launch
 from refimpl.kernels.compile import STEMS
 
 import ptx
+from bench.sizes import SMALL
 from pretended_cupy import CALLS, Pretended, Runtime, here, there
 
 sys.modules["cupy"] = Pretended("cupy")
@@ -82,22 +83,7 @@ launch.DeviceLaunch = PretendedDevice  # type: ignore[misc,assignment]
 rules._arrays = lambda x: [
     a for a in arrays_of(x) if type(a) is np.ndarray
 ]  # CuPy's arrays are no NumPy arrays
-rows.Sizes = partial(  # type: ignore[misc,assignment]
-    rows.Sizes,
-    tokens=5,
-    width=40,
-    heads=2,
-    rotated=8,
-    hidden=24,
-    experts=16,
-    groups=4,
-    keep_groups=2,
-    top_k=3,
-    vocabulary=50,
-    outputs=3,
-    length=6,
-    parameters=37,
-)
+ROWS.update({name: replace(row, sizes=SMALL) for name, row in ROWS.items()})
 
 
 def write_counts() -> None:

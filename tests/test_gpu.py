@@ -69,6 +69,7 @@ def test_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = "python -m refimpl bench --gpu --results /out"
     verify = "python -m refimpl verify --backend cupy"
     columns = {name: f" --implementation {name}" for name in ("cuda", "numba_cuda")} | {"cupy": ""}
+    ops = {f"{n}-ops": f"{verify}{options} {' '.join(CASES)}" for n, options in columns.items()}
     watched = {
         tool: f"compute-sanitizer --tool {tool} --error-exitcode 9 python tests/gpu_kernels.py"
         for tool in gpu_plan.TOOLS
@@ -78,25 +79,17 @@ def test_stages(monkeypatch: pytest.MonkeyPatch) -> None:
         "shapes": f"{pytest_} tests/bench -k v3_shapes",
         "bench": f"{bench}/bench --no-torch --commit abc",
         "tests": f"{pytest_} -n 8 tests/kernels",
-        **{f"{n}-ops": f"{verify}{options} {' '.join(CASES)}" for n, options in columns.items()},
+        **{name: command for name, command in ops.items() if name != "cupy-ops"},
         "bfloat16": f"{verify} --implementation cuda --dtype bfloat16",
     }
-    names = [
-        "probe",
-        "shapes",
-        "bench",
-        "tests",
-        "cuda-ops",
-        "bfloat16",
-        "numba_cuda-ops",
-        "cupy-ops",
-    ]
+    names = ["probe", "shapes", "bench", "tests", "cuda-ops", "bfloat16", "numba_cuda-ops"]
     assert [stage.name for stage in plan.first] == names
     model = {f"{n}-models": f"{verify}{options} model" for n, options in columns.items()}
     rest = {stage.name: " ".join(stage.command) for stage in (*plan.more, *plan.named)}
-    assert rest == {"torch": f"{bench}/torch --commit abc"} | model | watched
+    rest_of_ops = {"cupy-ops": ops["cupy-ops"]}
+    assert rest == {"torch": f"{bench}/torch --commit abc"} | rest_of_ops | model | watched
     assert [stage.name for stage in plan.more] == [
-        *("torch", "memcheck", "racecheck", "cuda-models", "numba_cuda-models")
+        *("torch", "memcheck", "racecheck", "cuda-models")
     ]
     quick = {"CUPY_ACCELERATORS": "", "CUPY_NVRTC_USE_PCH": "1", "CUDA_HOME": "/toolkit"}
     for stage in (*plan.first, *plan.more, *plan.named):
@@ -228,7 +221,7 @@ def test_a_failure_is_exit_1_and_stops_no_other(
         assert main(arguments) == code
         shown, summary = capsys.readouterr().out, (out / "summary").read_text()
         assert (
-            f"{verdict}: cupy-ops, every gradient of the ops by cupy (0 s)\n    a note" in summary
+            f"{verdict}: cuda-ops, every gradient of the ops by cuda (0 s)\n    a note" in summary
         )
         assert summary in shown
         assert main([*arguments, "bench"]) == code

@@ -17,8 +17,9 @@ from ..files import read_json
 from ..kernels.compile import STEMS, STORAGE, TARGETS
 from ..kernels.numba_cuda import NUMBA_STEMS, NUMBA_STORAGE
 from .measure import Times
-from .rows import ROWS, Errors, Row, Sizes, floor_of
+from .rows import ROWS, Row, floor_of
 from .words import amount, digits, seconds, time_of
+from .works import Errors, Sizes
 
 __all__ = ["Measured", "Results", "file_name", "line_of", "read_results", "render", "shape_of"]
 
@@ -209,9 +210,9 @@ HEAD = (
 def render(all_results: Sequence[Results]) -> str:
     """The Markdown of kernels/README.md: a line for each row and device, and what was not
     measured."""
-    sizes = Sizes()
     lines = [*_coverage(all_results), "", _line(HEAD), "|" + "---|" * len(HEAD)]
     for row in ROWS.values():
+        sizes = row.sizes
         link = f"[{row.name}]({row.stem}.cu)"
         least = (
             f"{digits(row.flops(sizes) / 1e12)} Tflop" if row.flops else amount(row.bytes(sizes))

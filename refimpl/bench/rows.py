@@ -1,117 +1,43 @@
-"""What is measured: each row's inputs, the call that is timed, the least bytes it must move, and
-its exact answer.
+"""The rows of the table: what each measures (`refimpl.bench.works`), at which sizes, and the least
+that it must move and multiply.
 
-Inputs are such that each term of the answer weighs enough to be missed: mean squares as small as
-RMSNorm's eps, logits far enough apart that their softmax is no trifle beside the target's 1,
-gradients not far above AdamW's eps.
-
-Letters: T tokens, D width, H heads, I hidden width of a dense feed-forward, E experts, K of them a
-token, R = T·K routed rows, W vocabulary. A row's bytes count each input read once and each output
-written once, in the storage type of the row, without what is smaller by a factor of the width
-(weights of a norm, one number per row).
+Letters: T tokens, D width, H heads, X and V the widths of a head's keys and values, I hidden width
+of a dense feed-forward, E experts, K of them a token, R = T·K routed rows, W vocabulary. A row's
+bytes count each input read once and each output written once, in the storage type of the row,
+without what is smaller by a factor of the width (weights of a norm, one number per row). Causal
+attention's products are half of the square's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import ModuleType
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from functools import partial
 
-import numpy as np
+from .works import (
+    Maker,
+    Sizes,
+    Work,
+    adamw_work,
+    attention_work,
+    combine_work,
+    cross_entropy_work,
+    gate_work,
+    grpo_work,
+    head_work,
+    permute_work,
+    rms_norm_work,
+    rope_work,
+    swiglu_work,
+)
 
-from ..array import Array, library
-from ..kernels.adamw import adamw
-from ..kernels.cross_entropy import cross_entropy, cross_entropy_in_place
-from ..kernels.grpo import grpo
-from ..kernels.host import place
-from ..kernels.launch import Launch
-from ..kernels.log_prob import log_prob
-from ..kernels.moe import combine, permute
-from ..kernels.rms_norm import rms_norm
-from ..kernels.rope import rope
-from ..kernels.router import router
-from ..kernels.swiglu import swiglu
-from ..ops import REFERENCE, select_experts
-from ..optimizer import AdamW, Moments
+__all__ = ["ROWS", "Row", "floor_of"]
 
-__all__ = [
-    "ROWS",
-    "Errors",
-    "Maker",
-    "Row",
-    "Sizes",
-    "Work",
-    "error_of",
-    "floor_of",
-    "most_error",
-    "number_type",
-    "worst_error",
-]
-
-EPS = 1e-6
-LEARNING_RATE = 1e-3
-CLIP = 0.8, 1.2  # GRPO's ratios, by default
-SPREAD = 4  # standard deviation of the head's logits
-UNITS = {"bfloat16": 1, "float32": 64}  # of the type, of the largest value: rounding once, and sums
 # Bytes and flop per second of the card whose times `Row.target` is: an H100 80GB's own copy and
 # bfloat16 product
 TARGET_COPY, TARGET_MATRIX = 3.0e12, 798e12
-Errors = dict[str, float]  # by the name of a result: its error over what is allowed; up to 1 holds
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """DeepSeek-V3's, at 4,096 tokens, and as many numbers as fit beside their float64 reference."""
-
-    tokens: int = 4096
-    width: int = 7168
-    heads: int = 128
-    rotated: int = 64
-    hidden: int = 18432
-    experts: int = 256
-    groups: int = 8
-    keep_groups: int = 4
-    top_k: int = 8
-    vocabulary: int = 129280
-    outputs: int = 1024  # of GRPO
-    length: int = 1024  # of each output
-    parameters: int = 2**28  # of one AdamW step
-
-
-class Work(NamedTuple):
-    """One set of inputs and what is done with it."""
-
-    inputs: tuple[Array, ...]  # what a baseline starts from
-    run: Callable[[], object]  # its kernels are what is timed; may be called again and again
-    check: Callable[[], Errors]  # runs it, and compares each result with the float64 reference
-    reset: Callable[[], object] | None = None  # puts the inputs back that ``run`` overwrites
-
-
-class Maker:
-    """Random inputs, by the namespace of NumPy or CuPy, for one launch."""
-
-    def __init__(
-        self, launch: Launch, xp: ModuleType, sizes: Sizes, storage: Any, seed: int
-    ) -> None:
-        self.launch = launch
-        self.xp = xp
-        self.sizes = sizes
-        self.storage = storage
-        self.rng = xp.random.default_rng(seed)
-
-    def normal(self, *shape: int, dtype: Any = None, scale: float = 1.0) -> Array:
-        drawn = self.rng.standard_normal(shape, dtype=np.float32)
-        drawn *= np.float32(scale)
-        return drawn.astype(self.storage if dtype is None else dtype, copy=False)
-
-    def integers(self, below: int, *shape: int) -> Array:
-        return self.rng.integers(0, below, shape).astype(np.int64, copy=False)
-
-    def order(self, slots: int) -> Array:
-        """Slots in the order of experts drawn at random."""
-        drawn = self.rng.random(slots, dtype=np.float32)
-        return self.xp.argsort(drawn).astype(np.int64, copy=False)
+V3 = Sizes()
+LENGTHS = 1, 4, 16, 32  # thousands of tokens, of attention
 
 
 @dataclass(frozen=True)
@@ -125,18 +51,19 @@ class Row:
     bytes: Callable[[Sizes], int]
     make: Callable[[Maker], Work]
     storage: str = "bfloat16"
-    # of a row with dense products, which is timed as it is called
-    flops: Callable[[Sizes], int] | None = None
+    flops: Callable[[Sizes], int] | None = None  # of dense products
+    captured: bool = True  # in a graph, as CuPy's products can't be; else it is timed as called
     # the first target in µs, on the card with TARGET_COPY and TARGET_MATRIX; None if none is set
     target: float | None = None
+    sizes: Sizes = V3
 
     def asked(self) -> float | None:
         """The share of the floor's rate that the target asks for, on any card."""
         if self.target is None:
             return None
-        sizes = Sizes()
-        flops = self.flops(sizes) if self.flops else 0
-        return floor_of(self.bytes(sizes), flops, TARGET_COPY, TARGET_MATRIX) / (1e-6 * self.target)
+        flops = self.flops(self.sizes) if self.flops else 0
+        floor = floor_of(self.bytes(self.sizes), flops, TARGET_COPY, TARGET_MATRIX)
+        return floor / (1e-6 * self.target)
 
 
 def floor_of(moved: int, flops: int, copy: float, matrix: float) -> float:
@@ -145,308 +72,28 @@ def floor_of(moved: int, flops: int, copy: float, matrix: float) -> float:
     return max(moved / copy, flops / matrix)
 
 
-def number_type(storage: str) -> Any:
-    """The dtype of a name."""
-    import ml_dtypes
-
-    return np.dtype(ml_dtypes.bfloat16 if storage == "bfloat16" else storage)
-
-
-def most_error(storage: str) -> float:
-    """What `worst_error` may be for a result of this type; above it a row does not hold, however
-    fast it is."""
-    import ml_dtypes
-
-    information: Any = ml_dtypes.finfo
-    return UNITS[storage] * float(information(number_type(storage)).eps)
-
-
-def worst_error(got: Array, wanted: Array) -> float:
-    """The largest error in any row (of the last axis), over the largest value of that very row.
-
-    NaN where either has one, inf for another shape, and beyond any bound for anything but 0 in a
-    row of zeros.
-    """
-    if tuple(got.shape) != tuple(wanted.shape):
-        return float("inf")
-    rows = wanted.reshape(-1, wanted.shape[-1] if wanted.shape else 1)
-    difference = got.astype(np.float64).reshape(rows.shape)
-    difference -= rows
-    scale = _largest(rows)
-    scale[scale == 0] = 1e-200
-    return abs(float((_largest(difference) / scale).max()))
-
-
-def _largest(rows: Array) -> Array:
-    """The largest absolute value of each row, without an array of their size."""
-    return library(rows).maximum(rows.max(axis=-1), -rows.min(axis=-1))
-
-
-def error_of(got: Array, wanted: Array, storage: str | None = None) -> float:
-    """`worst_error` over `most_error` of the type of ``got``, or of ``storage``."""
-    return worst_error(got, wanted) / most_error(storage or str(got.dtype))
-
-
-def _wide(*arrays: Array) -> tuple[Array, ...]:
-    return tuple(x.astype(np.float64) for x in arrays)
-
-
-def _rms_norm(maker: Maker, *, backward: bool) -> Work:
-    s, pair = maker.sizes, rms_norm(maker.launch)
-    x = maker.normal(s.tokens, s.width, scale=EPS**0.5)
-    w = maker.normal(s.width)
-    dy = maker.normal(s.tokens, s.width)
-    _, saved = pair.forward(x, w, eps=EPS)
-
-    def check() -> Errors:
-        y, (dx, dw) = pair.forward(x, w, eps=EPS)[0], pair.backward(dy, saved)
-        exact, kept = REFERENCE["rms_norm"].forward(*_wide(x, w), eps=EPS)
-        exact_dx, exact_dw = REFERENCE["rms_norm"].backward(*_wide(dy), kept)
-        return {"y": error_of(y, exact), "dx": error_of(dx, exact_dx), "dw": error_of(dw, exact_dw)}
-
-    if backward:
-        return Work((x, w, dy), lambda: pair.backward(dy, saved), check)
-    return Work((x, w), lambda: pair.forward(x, w, eps=EPS), check)
-
-
-def _rope(maker: Maker, *, backward: bool) -> Work:
-    s, pair = maker.sizes, rope(maker.launch)
-    x, dy = (maker.normal(1, s.tokens, s.heads, s.rotated) for _ in range(2))
-    positions = maker.xp.arange(s.tokens)
-    inv_freq = maker.xp.asarray(10000.0 ** (-np.arange(0, s.rotated, 2) / s.rotated))
-    settings = {"positions": positions, "inv_freq": inv_freq}
-    _, saved = pair.forward(x, **settings)
-
-    def check() -> Errors:
-        y, dx = pair.forward(x, **settings)[0], pair.backward(dy, saved)
-        exact, kept = REFERENCE["rope"].forward(*_wide(x), **settings)
-        exact_dx = REFERENCE["rope"].backward(*_wide(dy), kept)
-        return {"y": error_of(y, exact), "dx": error_of(dx, exact_dx)}
-
-    run = (lambda: pair.backward(dy, saved)) if backward else (lambda: pair.forward(x, **settings))
-    return Work((dy if backward else x, saved.cos, saved.sin), run, check)
-
-
-def _swiglu(maker: Maker, *, backward: bool) -> Work:
-    s, pair = maker.sizes, swiglu(maker.launch)
-    gate, up, dy = (maker.normal(s.tokens, s.hidden) for _ in range(3))
-    _, saved = pair.forward(gate, up)
-
-    def check() -> Errors:
-        y, (dgate, dup) = pair.forward(gate, up)[0], pair.backward(dy, saved)
-        exact, kept = REFERENCE["swiglu"].forward(*_wide(gate, up))
-        exact_dgate, exact_dup = REFERENCE["swiglu"].backward(*_wide(dy), kept)
-        return {
-            "y": error_of(y, exact),
-            "dgate": error_of(dgate, exact_dgate),
-            "dup": error_of(dup, exact_dup),
-        }
-
-    if backward:
-        return Work((gate, up, dy), lambda: pair.backward(dy, saved), check)
-    return Work((gate, up), lambda: pair.forward(gate, up), check)
-
-
-def _gate(maker: Maker) -> Work:
-    """Logits come as they are: the product that makes them is with the identity, and not timed."""
-    s = maker.sizes
-    pair = router(maker.launch)
-    xp = maker.xp
-    logits, bias = maker.normal(s.tokens, s.experts), maker.normal(s.experts) / 10
-    one = xp.eye(s.experts, dtype=logits.dtype)
-    groups = {"groups": s.groups, "keep_groups": s.keep_groups}
-
-    def run() -> Any:
-        return pair.forward(logits, one, bias=bias, top_k=s.top_k, scale=2.5, **groups)[0]
-
-    def check() -> Errors:
-        found = run()
-        ids = select_experts(found.scores + bias, s.top_k, s.groups, s.keep_groups, "top2", "-inf")
-        same = bool((ids == found.indices).all())  # as the reference's on the same scores
-        exact, _ = REFERENCE["router"].forward(
-            *_wide(logits, one),
-            bias=_wide(bias)[0],
-            top_k=s.top_k,
-            scale=2.5,
-            routes=found.indices,
-            **groups,
-        )
-        return {
-            "ids": 0.0 if same else float("inf"),
-            "weights": error_of(found.weights, exact.weights),
-            "scores": error_of(found.scores, exact.scores),
-        }
-
-    return Work((logits, bias), run, check)
-
-
-def _permute(maker: Maker) -> Work:
-    s = maker.sizes
-    x, order = maker.normal(s.tokens, s.width), maker.order(s.tokens * s.top_k)
-
-    def run() -> Array:
-        return permute(maker.launch, x, order, s.top_k)
-
-    def check() -> Errors:
-        return {"rows": error_of(run(), _wide(x[order // s.top_k])[0])}
-
-    return Work((x, order), run, check)
-
-
-def _combine(maker: Maker) -> Work:
-    s = maker.sizes
-    rows, where = maker.normal(s.tokens * s.top_k, s.width), place(maker.order(s.tokens * s.top_k))
-    weights = abs(maker.normal(s.tokens, s.top_k, dtype=np.float32))
-
-    def run() -> Array:
-        return combine(maker.launch, rows, where, s.top_k, weights)
-
-    def check() -> Errors:
-        (wide,) = _wide(weights)
-        exact = sum(
-            wide[:, k : k + 1] * _wide(rows[where[k :: s.top_k]])[0] for k in range(s.top_k)
-        )
-        return {"y": error_of(run(), exact)}
-
-    return Work((rows, where, weights), run, check)
-
-
-def _cross_entropy(maker: Maker) -> Work:
-    """In place. The gradient would be a strange input of the next call (almost uniform), so there
-    is a copy.
-
-    Each token's gradient is compared apart at its target, beside which the probabilities are small,
-    and elsewhere, on their own scale.
-    """
-    s = maker.sizes
-    pair = cross_entropy(maker.launch)
-    backward = cross_entropy_in_place(maker.launch)
-    logits, targets = maker.normal(s.tokens, s.vocabulary), maker.integers(s.vocabulary, s.tokens)
-    drawn = logits.copy()
-
-    def reset() -> None:
-        logits[...] = drawn
-
-    def run() -> tuple[Array, ...]:
-        loss, saved = pair.forward(logits, targets=targets)
-        return loss, backward(1.0, saved)
-
-    def check() -> Errors:
-        reset()
-        exact, kept = REFERENCE["cross_entropy"].forward(*_wide(logits), targets=targets)
-        wanted = REFERENCE["cross_entropy"].backward(1.0, kept)
-        del kept  # as large as the logits in float64
-        loss, gradient = run()
-        storage, (gradient,) = str(gradient.dtype), _wide(gradient)
-        target = maker.xp.arange(s.tokens), targets
-        errors = {
-            "loss": error_of(loss, exact),
-            "dlogits at the targets": error_of(
-                gradient[target][:, None], wanted[target][:, None], storage
-            ),
-        }
-        gradient[target] = wanted[target] = 0
-        return errors | {"other dlogits": error_of(gradient, wanted, storage)}
-
-    return Work((logits, targets), run, check, reset)
-
-
-def _head(maker: Maker) -> Work:
-    """The mean loss and both gradients, from hidden states: products included, in blocks."""
-    s = maker.sizes
-    pair = log_prob(maker.launch)
-    xp = maker.xp
-    h, targets = maker.normal(s.tokens, s.width), maker.integers(s.vocabulary, s.tokens)
-    w = maker.normal(s.vocabulary, s.width, scale=SPREAD * s.width**-0.5)
-    dy = xp.full((s.tokens,), -1 / s.tokens, dtype=np.float32)
-
-    def run() -> tuple[Array, ...]:
-        log_p, saved = pair.forward(h, w, targets=targets)
-        return -log_p.mean(), *pair.backward(dy, saved)
-
-    def check() -> Errors:
-        exact, kept = REFERENCE["log_prob"].forward(*_wide(h, w), targets=targets)
-        exact_dh, exact_dw = REFERENCE["log_prob"].backward(*_wide(dy), kept)
-        del kept  # the head in float64
-        loss, dh, dw = run()
-        storage = str(maker.storage)  # tensor cores truncate sums: their float32 is no float32
-        return {
-            "loss": error_of(loss, -exact.mean(), storage),
-            "dh": error_of(dh, exact_dh, storage),
-            "dw": error_of(dw, exact_dw, storage),
-        }
-
-    return Work((h, w, targets), run, check)
-
-
-def _grpo(maker: Maker) -> Work:
-    s, pair = maker.sizes, grpo(maker.launch)
-    log_prob = -abs(maker.normal(s.outputs, s.length))
-    old, reference = (log_prob + maker.normal(s.outputs, s.length, scale=0.3) for _ in range(2))
-    advantages = (
-        maker.normal(s.outputs) + 0.5
-    )  # around 0 the loss would be what is left of rounding
-    mask = maker.xp.ones((s.outputs, s.length), dtype=bool)
-    given = {
-        "advantages": advantages,
-        "mask": mask,
-        "old_log_prob": old,
-        "reference_log_prob": reference,
-    }
-
-    def check() -> Errors:
-        output, saved = pair.forward(log_prob, **given)
-        wide = {name: x if x.dtype == bool else x.astype(np.float64) for name, x in given.items()}
-        free = REFERENCE["grpo"].forward(*_wide(log_prob), **wide)[0].unclipped
-        ratio = maker.xp.exp(_wide(log_prob)[0] - wide["old_log_prob"])
-        # a ratio on the very bound may round to a side, which the reference then takes too
-        on_a_bound = (abs(ratio / CLIP[0] - 1) < 1e-5) | (abs(ratio / CLIP[1] - 1) < 1e-5)
-        same = bool(((output.unclipped == free) | on_a_bound).all())
-        replayed = {"unclipped": output.unclipped, "kept": output.kept}
-        exact, kept = REFERENCE["grpo"].forward(*_wide(log_prob), **wide, **replayed)
-        gradient = REFERENCE["grpo"].backward((1.0,), kept)
-        return {
-            "clips": 0.0 if same else float("inf"),
-            "loss": error_of(output.loss, exact.loss),
-            "dlog_prob": error_of(saved.dlog_prob, gradient),
-        }
-
-    return Work(
-        (log_prob, old, reference, advantages), lambda: pair.forward(log_prob, **given), check
+def attention_rows(thousands: int) -> tuple[Row, Row]:
+    """Forward and backward at so many times 1,024 tokens. The targets are those of 4,096, and grow
+    with the square."""
+    sizes = replace(V3, tokens=1024 * thousands)
+    both = partial(Row, stem="flash_attention", shape="tokens × heads × keys / values", sizes=sizes)
+    forward = both(
+        f"attention forward, {thousands}k",
+        formula="T²H(X + V)",
+        bytes=lambda s: 4 * s.tokens * s.heads * (s.keys + s.values),
+        flops=lambda s: s.tokens**2 * s.heads * (s.keys + s.values),
+        make=partial(attention_work, backward=False),
+        target=2_200 * (thousands / 4) ** 2,
     )
-
-
-def _adamw(maker: Maker) -> Work:
-    """Parameters of V3's initial size; gradients so small that epsilon is seen."""
-    p = maker.normal(maker.sizes.parameters, scale=0.006)
-    g = maker.normal(maker.sizes.parameters, scale=1e-6)
-    optimizer = adamw(maker.launch)()
-
-    def check() -> Errors:
-        """Two steps with different gradients: after the first from zero no decay rate shows."""
-        wide = p.astype(np.float64)
-        ours = exact = Moments()
-        for gradient in (g, -g / 2):
-            given = {"p": gradient.astype(np.float64)}
-            exact = AdamW().update({"p": wide}, given, exact, LEARNING_RATE)
-            ours = optimizer.update({"p": p}, {"p": gradient}, ours, LEARNING_RATE)
-        return {
-            "p": error_of(p, wide),
-            "m": error_of(ours.first["p"], exact.first["p"]),
-            "v": error_of(ours.second["p"], exact.second["p"]),
-        }
-
-    moments = Moments()
-
-    def call() -> None:
-        nonlocal moments
-        moments = optimizer.update({"p": p}, {"p": g}, moments, LEARNING_RATE)
-
-    return Work((p, g), call, check)
-
-
-def _of(make: Callable[..., Work], *, backward: bool) -> Callable[[Maker], Work]:
-    return lambda maker: make(maker, backward=backward)
+    backward = both(
+        f"attention backward, {thousands}k",
+        formula="T²H(3X + 2V)",
+        bytes=lambda s: 8 * s.tokens * s.heads * (s.keys + s.values),
+        flops=lambda s: s.tokens**2 * s.heads * (3 * s.keys + 2 * s.values),
+        make=partial(attention_work, backward=True),
+        target=7_500 * (thousands / 4) ** 2,
+    )
+    return forward, backward
 
 
 ROWS = {
@@ -458,7 +105,7 @@ ROWS = {
             "tokens × width",
             "4TD",
             lambda s: 4 * s.tokens * s.width,
-            _of(_rms_norm, backward=False),
+            partial(rms_norm_work, backward=False),
             target=45,
         ),
         Row(
@@ -467,7 +114,7 @@ ROWS = {
             "tokens × width",
             "6TD",
             lambda s: 6 * s.tokens * s.width,
-            _of(_rms_norm, backward=True),
+            partial(rms_norm_work, backward=True),
             target=70,
         ),
         Row(
@@ -476,7 +123,7 @@ ROWS = {
             "tokens × heads × rotated",
             "4TH·64",
             lambda s: 4 * s.tokens * s.heads * s.rotated,
-            _of(_rope, backward=False),
+            partial(rope_work, backward=False),
             target=50,
         ),
         Row(
@@ -485,7 +132,7 @@ ROWS = {
             "tokens × heads × rotated",
             "4TH·64",
             lambda s: 4 * s.tokens * s.heads * s.rotated,
-            _of(_rope, backward=True),
+            partial(rope_work, backward=True),
             target=50,
         ),
         Row(
@@ -494,7 +141,7 @@ ROWS = {
             "tokens × hidden",
             "6TI",
             lambda s: 6 * s.tokens * s.hidden,
-            _of(_swiglu, backward=False),
+            partial(swiglu_work, backward=False),
             target=165,
         ),
         Row(
@@ -503,16 +150,17 @@ ROWS = {
             "tokens × hidden",
             "10TI",
             lambda s: 10 * s.tokens * s.hidden,
-            _of(_swiglu, backward=True),
+            partial(swiglu_work, backward=True),
             target=275,
         ),
+        *(row for thousands in LENGTHS for row in attention_rows(thousands)),
         Row(
             "gate top-k",
             "router",
             "tokens × experts / top_k / keep_groups / groups",
             "4TE",
             lambda s: 4 * s.tokens * s.experts,
-            _gate,
+            gate_work,
             "float32",
             target=7,
         ),
@@ -522,7 +170,7 @@ ROWS = {
             "tokens × top_k × width",
             "2TD + 2RD",
             lambda s: 2 * s.tokens * s.width * (1 + s.top_k),
-            _permute,
+            permute_work,
             target=210,
         ),
         Row(
@@ -531,7 +179,7 @@ ROWS = {
             "tokens × top_k × width",
             "2TD + 2RD",
             lambda s: 2 * s.tokens * s.width * (1 + s.top_k),
-            _combine,
+            combine_work,
             target=210,
         ),
         Row(
@@ -540,7 +188,7 @@ ROWS = {
             "tokens × vocabulary",
             "4TW",
             lambda s: 4 * s.tokens * s.vocabulary,
-            _cross_entropy,
+            cross_entropy_work,
             target=1150,
         ),
         Row(
@@ -549,8 +197,9 @@ ROWS = {
             "tokens × width × vocabulary",
             "6TDW",
             lambda s: (4 * s.tokens + 6 * s.vocabulary) * s.width,
-            _head,
+            head_work,
             flops=lambda s: 6 * s.tokens * s.width * s.vocabulary,
+            captured=False,
             target=33_000,
         ),
         Row(
@@ -559,7 +208,7 @@ ROWS = {
             "outputs × length",
             "24 B a token",
             lambda s: 24 * s.outputs * s.length,
-            _grpo,
+            grpo_work,
             "float32",
         ),
         Row(
@@ -568,7 +217,7 @@ ROWS = {
             "parameters",
             "28 B a parameter",
             lambda s: 28 * s.parameters,
-            _adamw,
+            adamw_work,
             "float32",
             target=2_740,
         ),

@@ -20,7 +20,8 @@ from ..kernels.compile import nvrtc_version
 from . import RUNS
 from .measure import Times, copies, measure
 from .results import Measured, Results, shape_of
-from .rows import ROWS, Maker, Row, Sizes, number_type
+from .rows import ROWS, Row
+from .works import Maker, Sizes, number_type
 
 __all__ = [
     "BASELINES",
@@ -121,7 +122,7 @@ def measure_rows(
         found: Measured | Failed
         try:
             device.free()
-            found = measure_row(device, row, torch, sizes or Sizes(), runs)
+            found = measure_row(device, row, torch, sizes or row.sizes, runs)
         except Exception as error:
             found = Failed(
                 row.name, f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
@@ -149,8 +150,8 @@ def measure_row(
             for each in resets:
                 each()
 
-        calls = [work.run if row.flops else device.launch.record(work.run) for work in works]
-        ours = measure(device, calls, runs, reset if resets else None, graph=row.flops is None)
+        calls = [device.launch.record(work.run) if row.captured else work.run for work in works]
+        ours = measure(device, calls, runs, reset if resets else None, graph=row.captured)
         peak = device.peak(works[0].run)
         reset()
     device.free()
@@ -192,7 +193,7 @@ def _baseline(
     calls: list[Callable[[], object]] = [
         device.baseline(row.name, arrays, compiled) for arrays in inputs
     ]
-    found = measure(device, calls, runs, graph=row.flops is None), device.peak(calls[0])
+    found = measure(device, calls, runs, graph=row.captured), device.peak(calls[0])
     calls.clear()
     device.free()
     return found

@@ -11,16 +11,13 @@ import pytest
 
 from refimpl.bench.measure import Recorder, Times
 from refimpl.bench.results import Measured, Results
-from refimpl.bench.rows import Sizes
+from refimpl.bench.rows import ROWS
 
+from bench.sizes import V3
 from kernel_support import ON_DEVICE, InterpreterLaunch
 
-V3 = Sizes()
-SMALL = Sizes(
-    tokens=5, width=40, heads=2, rotated=8, hidden=24, experts=16, groups=4, keep_groups=2,
-    top_k=3, vocabulary=50, outputs=3, length=6, parameters=37,
-)  # fmt: skip
-
+DISTINCT = list({repr(row.make): name for name, row in reversed(ROWS.items())}.values())[::-1]
+"""Rows, of those that differ by their sizes alone the first."""
 
 on_interpreter = pytest.mark.skipif(ON_DEVICE, reason="of the interpreter")
 

@@ -156,6 +156,30 @@ IN_PLACE = {
         "cross_entropy_loss", 2, lambda weight: changed(weight, 0, 0)
     ),
 }
+ATTENTION = {
+    "every key seen": given("flash_attention_forward", 15, lambda causal: 0 * causal),
+    "scale ten per cent more": given("flash_attention_forward", 14, lambda scale: 1.1 * scale),
+    "values of the key before": given("flash_attention_forward", 4, lambda v: np.roll(v, 1, 1)),
+    "keys of the other head": given("flash_attention_forward", 3, lambda k: np.roll(k, 1, 2)),
+    "five per cent more": scaled("flash_attention_forward", by=1.05),
+    "a query of zeros": found(
+        "flash_attention_forward", 0, lambda o, *_: changed(o, (0, -1, 0), 0)
+    ),
+    "row sums of the query before": given(
+        "flash_attention_backward_queries", 6, lambda x: np.roll(x, 1, axis=-1)
+    ),
+    "no row sums": given("flash_attention_backward_keys", 7, lambda row_sum: 0 * row_sum),
+    "log-sum-exps of the query before": given(
+        "flash_attention_backward_keys", 6, lambda lse: np.roll(lse, 1, axis=-1)
+    ),
+    "every query sees the key": given("flash_attention_backward_keys", 18, lambda x: 0 * x),
+    "five per cent more of dq": scaled("flash_attention_backward_queries", by=1.05),
+    "five per cent more of dk": scaled("flash_attention_backward_keys", by=1.05),
+    "five per cent more of dv": scaled("flash_attention_backward_keys", 1, by=1.05),
+    "a key of dv zero": found(
+        "flash_attention_backward_keys", 1, lambda dk, dv, *_: changed(dv, (0, -1, 0), 0)
+    ),
+}
 GATE = {
     "bias left out": given("router_forward", 4, lambda bias: 0 * bias),
     "all groups kept": Mistake("router_forward", lambda run, x: run([*x[:9], x[8], *x[10:]])),
@@ -213,6 +237,8 @@ PLANTED: dict[str, dict[str, Mistake]] = {
     "RoPE backward": ROPE,
     "SwiGLU forward": SWIGLU,
     "SwiGLU backward": SWIGLU,
+    "attention forward, 1k": ATTENTION,
+    "attention backward, 1k": ATTENTION,
     "gate top-k": GATE,
     "MoE permute": PERMUTE,
     "MoE combine": COMBINE,

@@ -10,7 +10,8 @@ from refimpl.bench import measure as measuring
 from refimpl.bench.measure import Recorder, Times, copies, measure, repeats, summary
 from refimpl.bench.rows import ROWS
 
-from bench.examples import V3, DryLaunch, FakeDevice
+from bench.examples import DryLaunch, FakeDevice
+from bench.sizes import V3
 
 
 def test_summary() -> None:

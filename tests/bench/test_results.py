@@ -17,7 +17,8 @@ from refimpl.bench.rows import ROWS
 from refimpl.errors import CouldNotRun
 from refimpl.kernels import SOURCE
 
-from bench.examples import V3, results
+from bench.examples import results
+from bench.sizes import V3
 
 
 def test_derived_numbers() -> None:

@@ -16,13 +16,17 @@ from typer.testing import CliRunner
 from refimpl.bench import RUNS
 from refimpl.bench.measure import Times
 from refimpl.bench.results import line_of, read_results, render
-from refimpl.bench.rows import ROWS, Maker
+from refimpl.bench.rows import ROWS
+from refimpl.bench.works import Maker
 from refimpl.cli import app
 from refimpl.errors import CouldNotRun
 
-from bench.examples import SMALL, on_interpreter
+from bench.examples import on_interpreter
+from bench.sizes import SMALL
 from kernel_support import ON_DEVICE, InterpreterLaunch
 from support import ROOT, refimpl_here
+
+NORM, ADAMW = (replace(ROWS[name], sizes=SMALL) for name in ("RMSNorm forward", "AdamW step"))
 
 
 class Stub(types.ModuleType):
@@ -85,7 +89,7 @@ class Stub(types.ModuleType):
 
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
-    from refimpl.bench import device, run
+    from refimpl.bench import device
 
     found = Stub()
     monkeypatch.setitem(sys.modules, "cupy", found)
@@ -93,7 +97,6 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
     monkeypatch.setattr(device, "COPIED", 4096)
     monkeypatch.setattr(device, "SIDE", 8)
     monkeypatch.setattr(np, "matmul", lambda a, b, out=None: a)  # NumPy's writes no bfloat16
-    monkeypatch.setattr(run, "Sizes", lambda: SMALL)
     return found
 
 
@@ -103,7 +106,7 @@ def test_command_writes_what_it_shows(
 ) -> None:
     """From the command line to the file: header, a line a row, results that the table takes."""
     bench = sys.modules["refimpl.bench.run"]
-    chosen = [ROWS["RMSNorm forward"], ROWS["CE forward + backward in place"]]
+    chosen = [NORM, replace(ROWS["CE forward + backward in place"], sizes=SMALL)]
     monkeypatch.setattr(bench, "select_rows", lambda names: chosen)
     monkeypatch.setattr(bench, "baselines", lambda: (None, "torch is not installed"))
     done = CliRunner().invoke(
@@ -140,7 +143,7 @@ def test_command_on_a_wrong_kernel(
     """Exit 1, the row named, nothing written where the table looks; one that fails is a line, and
     stops no other."""
     bench = sys.modules["refimpl.bench.run"]
-    row = ROWS["AdamW step"]
+    row = ADAMW
 
     def inexact(maker: Maker) -> Any:
         return row.make(maker)._replace(check=lambda: {"p": 0.5, "m": 2.5})
@@ -155,9 +158,7 @@ def test_command_on_a_wrong_kernel(
     assert done.exit_code == 1
     assert "DOES NOT HOLD: AdamW step: the error allowed is exceeded: m 2.5 times\n" in done.output
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(
-        bench, "select_rows", lambda names: [replace(row, make=large), ROWS["RMSNorm forward"]]
-    )
+    monkeypatch.setattr(bench, "select_rows", lambda names: [replace(row, make=large), NORM])
     done = CliRunner().invoke(app, arguments)
     assert isinstance(done.exception, CouldNotRun)
     assert str(done.exception) == "not measured on Stub GPU: AdamW step"
@@ -176,7 +177,7 @@ def test_results_are_written_as_they_come(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(bench, "baselines", lambda: (None, ""))
-    rows = [ROWS["RMSNorm forward"], replace(ROWS["AdamW step"], make=stopped)]
+    rows = [NORM, replace(ADAMW, make=stopped)]
     monkeypatch.setattr(bench, "select_rows", lambda names: rows)
     CliRunner().invoke(app, ["bench", "--gpu", "--runs", "20", "--results", str(tmp_path)])
     assert [row.name for row in read_results(tmp_path)[0].rows] == ["RMSNorm forward"]

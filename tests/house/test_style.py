@@ -13,8 +13,9 @@ MOST_STATEMENTS = 45  # of a function of the package, those of functions inside 
 TABLES = {  # of numbers, or of planted text
     "refimpl/check/planted.py",
     "refimpl/config.py",
-    "tests/bench/examples.py",
+    "tests/bench/sizes.py",
     "tests/bench/test_rows.py",
+    "tests/bench/test_works.py",
     "tests/check/test_planted.py",
     "tests/golden/grpo.py",
     "tests/golden/make_checkpoints.py",

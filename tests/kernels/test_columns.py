@@ -45,7 +45,7 @@ EXAMPLES = {"cuda": 40 if FULL else 6, "numba_cuda": 12 if FULL else 3}  # of ea
 DIFFERENCES = {"cuda": 20 if FULL else 2, "numba_cuda": 5 if FULL else 1}  # of each op
 if PRETENDED:
     EXAMPLES = DIFFERENCES = {"cuda": 1, "numba_cuda": 1}
-MANY = ("moe", "log_prob")  # launch many kernels
+MANY = ("attention", "moe", "log_prob")  # execute much
 OPS = [("cuda", op) for op in CUDA] + [("numba_cuda", op) for op in NUMBA_CUDA]
 LOW = [
     (column, op, storage)
@@ -55,6 +55,8 @@ LOW = [
 ]
 # a mixture of experts rounds between its stages, each of which is tested alone
 LOW = [case for case in LOW if case[1:] != ("moe", "bfloat16")]
+# attention in bfloat16 and float64 executes all of its source
+LOW = [case for case in LOW if FULL or ON_DEVICE or case != ("cuda", "attention", "float32")]
 OTHER = [(column, op, "float64") for column, op in OPS if FULL or column != "numba_cuda"] + LOW
 AS_WIDE_AS_V3 = [
     (column, op, storage) for column, storage in TYPES for c, op in OPS if c == column and op in V3

@@ -1,0 +1,452 @@
+"""What is measured, each on its own inputs: the call that is timed, and its exact answer.
+
+Inputs are such that each term of the answer weighs enough to be missed: mean squares as small as
+RMSNorm's eps, logits far enough apart that their softmax is no trifle beside the target's 1,
+gradients not far above AdamW's eps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..array import Array, library
+from ..kernels.adamw import adamw
+from ..kernels.cross_entropy import cross_entropy, cross_entropy_in_place
+from ..kernels.flash_attention import flash_attention
+from ..kernels.grpo import grpo
+from ..kernels.host import place
+from ..kernels.launch import Launch
+from ..kernels.log_prob import log_prob
+from ..kernels.moe import combine, permute
+from ..kernels.rms_norm import rms_norm
+from ..kernels.rope import rope
+from ..kernels.router import router
+from ..kernels.swiglu import swiglu
+from ..ops import IMPLEMENTATIONS, REFERENCE, AnyOp, select_experts
+from ..optimizer import AdamW, Moments
+
+__all__ = [
+    "SPREAD",
+    "Errors",
+    "Maker",
+    "Sizes",
+    "Work",
+    "adamw_work",
+    "attention_work",
+    "combine_work",
+    "cross_entropy_work",
+    "error_of",
+    "gate_work",
+    "grpo_work",
+    "head_work",
+    "most_error",
+    "number_type",
+    "permute_work",
+    "rms_norm_work",
+    "rope_work",
+    "swiglu_work",
+    "worst_error",
+]
+
+EPS = 1e-6
+LEARNING_RATE = 1e-3
+CLIP = 0.8, 1.2  # GRPO's ratios, by default
+SPREAD = 4  # standard deviation of the head's logits
+UNITS = {"bfloat16": 1, "float32": 64}  # of the type, of the largest value: rounding once, and sums
+ATTENTION_UNITS = 2  # times those: weights are rounded before they mix, then what they give
+CHECKED = 128 * 4096**2  # pairs of query and key; of longer sequences, some heads are compared
+BLOCK = 4096  # of the float64 attention: few calls, and no square of a long sequence
+FLASH: AnyOp = IMPLEMENTATIONS["flash"].attention
+Errors = dict[str, float]  # by the name of a result: its error over what is allowed; up to 1 holds
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """DeepSeek-V3's, at 4,096 tokens, and as many numbers as fit beside their float64 reference."""
+
+    tokens: int = 4096
+    width: int = 7168
+    heads: int = 128
+    keys: int = 192  # width of a head's queries and keys
+    values: int = 128
+    rotated: int = 64
+    hidden: int = 18432
+    experts: int = 256
+    groups: int = 8
+    keep_groups: int = 4
+    top_k: int = 8
+    vocabulary: int = 129280
+    outputs: int = 1024  # of GRPO
+    length: int = 1024  # of each output
+    parameters: int = 2**28  # of one AdamW step
+
+
+class Work(NamedTuple):
+    """One set of inputs and what is done with it."""
+
+    inputs: tuple[Array, ...]  # what a baseline starts from
+    run: Callable[[], object]  # its kernels are what is timed; may be called again and again
+    check: Callable[[], Errors]  # runs it, and compares each result with the float64 reference
+    reset: Callable[[], object] | None = None  # puts the inputs back that ``run`` overwrites
+
+
+class Maker:
+    """Random inputs, by the namespace of NumPy or CuPy, for one launch."""
+
+    def __init__(
+        self, launch: Launch, xp: ModuleType, sizes: Sizes, storage: Any, seed: int
+    ) -> None:
+        self.launch = launch
+        self.xp = xp
+        self.sizes = sizes
+        self.storage = storage
+        self.rng = xp.random.default_rng(seed)
+
+    def normal(self, *shape: int, dtype: Any = None, scale: float = 1.0) -> Array:
+        drawn = self.rng.standard_normal(shape, dtype=np.float32)
+        drawn *= np.float32(scale)
+        return drawn.astype(self.storage if dtype is None else dtype, copy=False)
+
+    def integers(self, below: int, *shape: int) -> Array:
+        return self.rng.integers(0, below, shape).astype(np.int64, copy=False)
+
+    def order(self, slots: int) -> Array:
+        """Slots in the order of experts drawn at random."""
+        drawn = self.rng.random(slots, dtype=np.float32)
+        return self.xp.argsort(drawn).astype(np.int64, copy=False)
+
+
+def number_type(storage: str) -> Any:
+    """The dtype of a name."""
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16 if storage == "bfloat16" else storage)
+
+
+def most_error(storage: str) -> float:
+    """What `worst_error` may be for a result of this type; above it a row does not hold, however
+    fast it is."""
+    import ml_dtypes
+
+    information: Any = ml_dtypes.finfo
+    return UNITS[storage] * float(information(number_type(storage)).eps)
+
+
+def worst_error(got: Array, wanted: Array) -> float:
+    """The largest error in any row (of the last axis), over the largest value of that very row.
+
+    NaN where either has one, inf for another shape, and beyond any bound for anything but 0 in a
+    row of zeros.
+    """
+    if tuple(got.shape) != tuple(wanted.shape):
+        return float("inf")
+    rows = wanted.reshape(-1, wanted.shape[-1] if wanted.shape else 1)
+    difference = got.astype(np.float64).reshape(rows.shape)
+    difference -= rows
+    scale = _largest(rows)
+    scale[scale == 0] = 1e-200
+    return abs(float((_largest(difference) / scale).max()))
+
+
+def _largest(rows: Array) -> Array:
+    """The largest absolute value of each row, without an array of their size."""
+    return library(rows).maximum(rows.max(axis=-1), -rows.min(axis=-1))
+
+
+def error_of(got: Array, wanted: Array, storage: str | None = None) -> float:
+    """`worst_error` over `most_error` of the type of ``got``, or of ``storage``."""
+    return worst_error(got, wanted) / most_error(storage or str(got.dtype))
+
+
+def _wide(*arrays: Array) -> tuple[Array, ...]:
+    return tuple(x.astype(np.float64) for x in arrays)
+
+
+def rms_norm_work(maker: Maker, *, backward: bool) -> Work:
+    s, pair = maker.sizes, rms_norm(maker.launch)
+    x = maker.normal(s.tokens, s.width, scale=EPS**0.5)
+    w = maker.normal(s.width)
+    dy = maker.normal(s.tokens, s.width)
+    _, saved = pair.forward(x, w, eps=EPS)
+
+    def check() -> Errors:
+        y, (dx, dw) = pair.forward(x, w, eps=EPS)[0], pair.backward(dy, saved)
+        exact, kept = REFERENCE["rms_norm"].forward(*_wide(x, w), eps=EPS)
+        exact_dx, exact_dw = REFERENCE["rms_norm"].backward(*_wide(dy), kept)
+        return {"y": error_of(y, exact), "dx": error_of(dx, exact_dx), "dw": error_of(dw, exact_dw)}
+
+    if backward:
+        return Work((x, w, dy), lambda: pair.backward(dy, saved), check)
+    return Work((x, w), lambda: pair.forward(x, w, eps=EPS), check)
+
+
+def rope_work(maker: Maker, *, backward: bool) -> Work:
+    s, pair = maker.sizes, rope(maker.launch)
+    x, dy = (maker.normal(1, s.tokens, s.heads, s.rotated) for _ in range(2))
+    positions = maker.xp.arange(s.tokens)
+    inv_freq = maker.xp.asarray(10000.0 ** (-np.arange(0, s.rotated, 2) / s.rotated))
+    settings = {"positions": positions, "inv_freq": inv_freq}
+    _, saved = pair.forward(x, **settings)
+
+    def check() -> Errors:
+        y, dx = pair.forward(x, **settings)[0], pair.backward(dy, saved)
+        exact, kept = REFERENCE["rope"].forward(*_wide(x), **settings)
+        exact_dx = REFERENCE["rope"].backward(*_wide(dy), kept)
+        return {"y": error_of(y, exact), "dx": error_of(dx, exact_dx)}
+
+    run = (lambda: pair.backward(dy, saved)) if backward else (lambda: pair.forward(x, **settings))
+    return Work((dy if backward else x, saved.cos, saved.sin), run, check)
+
+
+def swiglu_work(maker: Maker, *, backward: bool) -> Work:
+    s, pair = maker.sizes, swiglu(maker.launch)
+    gate, up, dy = (maker.normal(s.tokens, s.hidden) for _ in range(3))
+    _, saved = pair.forward(gate, up)
+
+    def check() -> Errors:
+        y, (dgate, dup) = pair.forward(gate, up)[0], pair.backward(dy, saved)
+        exact, kept = REFERENCE["swiglu"].forward(*_wide(gate, up))
+        exact_dgate, exact_dup = REFERENCE["swiglu"].backward(*_wide(dy), kept)
+        return {
+            "y": error_of(y, exact),
+            "dgate": error_of(dgate, exact_dgate),
+            "dup": error_of(dup, exact_dup),
+        }
+
+    if backward:
+        return Work((gate, up, dy), lambda: pair.backward(dy, saved), check)
+    return Work((gate, up), lambda: pair.forward(gate, up), check)
+
+
+def attention_work(maker: Maker, *, backward: bool) -> Work:
+    """Causal, with as many heads of keys and values as of queries. No head knows of another, so of
+    long sequences a few are compared, spread over all; o and dv row by row, dq and dk by the
+    largest of their head, since of a query that sees one key nothing is left."""
+    s, pair = maker.sizes, flash_attention(maker.launch)
+    q = maker.normal(1, s.tokens, s.heads, s.keys)
+    k = maker.normal(1, s.tokens, s.heads, s.keys)
+    v, do = (maker.normal(1, s.tokens, s.heads, s.values) for _ in range(2))
+    scale = s.keys**-0.5
+    _, saved = pair.forward(q, k, v, scale=scale)
+
+    def check() -> Errors:
+        o, saved = pair.forward(q, k, v, scale=scale)
+        found = o, *pair.backward(do, saved)
+        several = max(1, min(s.heads, CHECKED // s.tokens**2))
+        errors = dict.fromkeys(("o", "dq", "dk", "dv"), 0.0)
+        for h in np.linspace(0, s.heads - 1, several).astype(int).tolist():
+            own = [x[:, :, h : h + 1] for x in (q, k, v, do, *found)]
+            exact, kept = FLASH.forward(*_wide(*own[:3]), scale=scale, block=BLOCK)
+            wanted = exact, *FLASH.backward(*_wide(own[3]), kept)
+            for name, x, y in zip(errors, own[4:], wanted, strict=True):
+                shape = (-1, y.shape[-1]) if name in ("o", "dv") else (1, -1)
+                error = error_of(x.reshape(shape), y.reshape(shape)) / ATTENTION_UNITS
+                errors[name] = float(np.maximum(errors[name], error))
+        return errors
+
+    if backward:
+        return Work((q, k, v, do), lambda: pair.backward(do, saved), check)
+    return Work((q, k, v), lambda: pair.forward(q, k, v, scale=scale), check)
+
+
+def gate_work(maker: Maker) -> Work:
+    """Logits come as they are: the product that makes them is with the identity, and not timed."""
+    s = maker.sizes
+    pair = router(maker.launch)
+    xp = maker.xp
+    logits, bias = maker.normal(s.tokens, s.experts), maker.normal(s.experts) / 10
+    one = xp.eye(s.experts, dtype=logits.dtype)
+    groups = {"groups": s.groups, "keep_groups": s.keep_groups}
+
+    def run() -> Any:
+        return pair.forward(logits, one, bias=bias, top_k=s.top_k, scale=2.5, **groups)[0]
+
+    def check() -> Errors:
+        found = run()
+        ids = select_experts(found.scores + bias, s.top_k, s.groups, s.keep_groups, "top2", "-inf")
+        same = bool((ids == found.indices).all())  # as the reference's on the same scores
+        exact, _ = REFERENCE["router"].forward(
+            *_wide(logits, one),
+            bias=_wide(bias)[0],
+            top_k=s.top_k,
+            scale=2.5,
+            routes=found.indices,
+            **groups,
+        )
+        return {
+            "ids": 0.0 if same else float("inf"),
+            "weights": error_of(found.weights, exact.weights),
+            "scores": error_of(found.scores, exact.scores),
+        }
+
+    return Work((logits, bias), run, check)
+
+
+def permute_work(maker: Maker) -> Work:
+    s = maker.sizes
+    x, order = maker.normal(s.tokens, s.width), maker.order(s.tokens * s.top_k)
+
+    def run() -> Array:
+        return permute(maker.launch, x, order, s.top_k)
+
+    def check() -> Errors:
+        return {"rows": error_of(run(), _wide(x[order // s.top_k])[0])}
+
+    return Work((x, order), run, check)
+
+
+def combine_work(maker: Maker) -> Work:
+    s = maker.sizes
+    rows, where = maker.normal(s.tokens * s.top_k, s.width), place(maker.order(s.tokens * s.top_k))
+    weights = abs(maker.normal(s.tokens, s.top_k, dtype=np.float32))
+
+    def run() -> Array:
+        return combine(maker.launch, rows, where, s.top_k, weights)
+
+    def check() -> Errors:
+        (wide,) = _wide(weights)
+        exact = sum(
+            wide[:, k : k + 1] * _wide(rows[where[k :: s.top_k]])[0] for k in range(s.top_k)
+        )
+        return {"y": error_of(run(), exact)}
+
+    return Work((rows, where, weights), run, check)
+
+
+def cross_entropy_work(maker: Maker) -> Work:
+    """In place. The gradient would be a strange input of the next call (almost uniform), so there
+    is a copy.
+
+    Each token's gradient is compared apart at its target, beside which the probabilities are small,
+    and elsewhere, on their own scale.
+    """
+    s = maker.sizes
+    pair = cross_entropy(maker.launch)
+    backward = cross_entropy_in_place(maker.launch)
+    logits, targets = maker.normal(s.tokens, s.vocabulary), maker.integers(s.vocabulary, s.tokens)
+    drawn = logits.copy()
+
+    def reset() -> None:
+        logits[...] = drawn
+
+    def run() -> tuple[Array, ...]:
+        loss, saved = pair.forward(logits, targets=targets)
+        return loss, backward(1.0, saved)
+
+    def check() -> Errors:
+        reset()
+        exact, kept = REFERENCE["cross_entropy"].forward(*_wide(logits), targets=targets)
+        wanted = REFERENCE["cross_entropy"].backward(1.0, kept)
+        del kept  # as large as the logits in float64
+        loss, gradient = run()
+        storage, (gradient,) = str(gradient.dtype), _wide(gradient)
+        target = maker.xp.arange(s.tokens), targets
+        errors = {
+            "loss": error_of(loss, exact),
+            "dlogits at the targets": error_of(
+                gradient[target][:, None], wanted[target][:, None], storage
+            ),
+        }
+        gradient[target] = wanted[target] = 0
+        return errors | {"other dlogits": error_of(gradient, wanted, storage)}
+
+    return Work((logits, targets), run, check, reset)
+
+
+def head_work(maker: Maker) -> Work:
+    """The mean loss and both gradients, from hidden states: products included, in blocks."""
+    s = maker.sizes
+    pair = log_prob(maker.launch)
+    xp = maker.xp
+    h, targets = maker.normal(s.tokens, s.width), maker.integers(s.vocabulary, s.tokens)
+    w = maker.normal(s.vocabulary, s.width, scale=SPREAD * s.width**-0.5)
+    dy = xp.full((s.tokens,), -1 / s.tokens, dtype=np.float32)
+
+    def run() -> tuple[Array, ...]:
+        log_p, saved = pair.forward(h, w, targets=targets)
+        return -log_p.mean(), *pair.backward(dy, saved)
+
+    def check() -> Errors:
+        exact, kept = REFERENCE["log_prob"].forward(*_wide(h, w), targets=targets)
+        exact_dh, exact_dw = REFERENCE["log_prob"].backward(*_wide(dy), kept)
+        del kept  # the head in float64
+        loss, dh, dw = run()
+        storage = str(maker.storage)  # tensor cores truncate sums: their float32 is no float32
+        return {
+            "loss": error_of(loss, -exact.mean(), storage),
+            "dh": error_of(dh, exact_dh, storage),
+            "dw": error_of(dw, exact_dw, storage),
+        }
+
+    return Work((h, w, targets), run, check)
+
+
+def grpo_work(maker: Maker) -> Work:
+    s, pair = maker.sizes, grpo(maker.launch)
+    log_prob = -abs(maker.normal(s.outputs, s.length))
+    old, reference = (log_prob + maker.normal(s.outputs, s.length, scale=0.3) for _ in range(2))
+    advantages = (
+        maker.normal(s.outputs) + 0.5
+    )  # around 0 the loss would be what is left of rounding
+    mask = maker.xp.ones((s.outputs, s.length), dtype=bool)
+    given = {
+        "advantages": advantages,
+        "mask": mask,
+        "old_log_prob": old,
+        "reference_log_prob": reference,
+    }
+
+    def check() -> Errors:
+        output, saved = pair.forward(log_prob, **given)
+        wide = {name: x if x.dtype == bool else x.astype(np.float64) for name, x in given.items()}
+        free = REFERENCE["grpo"].forward(*_wide(log_prob), **wide)[0].unclipped
+        ratio = maker.xp.exp(_wide(log_prob)[0] - wide["old_log_prob"])
+        # a ratio on the very bound may round to a side, which the reference then takes too
+        on_a_bound = (abs(ratio / CLIP[0] - 1) < 1e-5) | (abs(ratio / CLIP[1] - 1) < 1e-5)
+        same = bool(((output.unclipped == free) | on_a_bound).all())
+        replayed = {"unclipped": output.unclipped, "kept": output.kept}
+        exact, kept = REFERENCE["grpo"].forward(*_wide(log_prob), **wide, **replayed)
+        gradient = REFERENCE["grpo"].backward((1.0,), kept)
+        return {
+            "clips": 0.0 if same else float("inf"),
+            "loss": error_of(output.loss, exact.loss),
+            "dlog_prob": error_of(saved.dlog_prob, gradient),
+        }
+
+    return Work(
+        (log_prob, old, reference, advantages), lambda: pair.forward(log_prob, **given), check
+    )
+
+
+def adamw_work(maker: Maker) -> Work:
+    """Parameters of V3's initial size; gradients so small that epsilon is seen."""
+    p = maker.normal(maker.sizes.parameters, scale=0.006)
+    g = maker.normal(maker.sizes.parameters, scale=1e-6)
+    optimizer = adamw(maker.launch)()
+
+    def check() -> Errors:
+        """Two steps with different gradients: after the first from zero no decay rate shows."""
+        wide = p.astype(np.float64)
+        ours = exact = Moments()
+        for gradient in (g, -g / 2):
+            given = {"p": gradient.astype(np.float64)}
+            exact = AdamW().update({"p": wide}, given, exact, LEARNING_RATE)
+            ours = optimizer.update({"p": p}, {"p": gradient}, ours, LEARNING_RATE)
+        return {
+            "p": error_of(p, wide),
+            "m": error_of(ours.first["p"], exact.first["p"]),
+            "v": error_of(ours.second["p"], exact.second["p"]),
+        }
+
+    moments = Moments()
+
+    def call() -> None:
+        nonlocal moments
+        moments = optimizer.update({"p": p}, {"p": g}, moments, LEARNING_RATE)
+
+    return Work((p, g), call, check)
