@@ -4,6 +4,7 @@ pretended CuPy."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,12 @@ import pytest
 
 from refimpl import ops, verify
 from refimpl.array import namespace, sum_along
-from refimpl.check.cases import CASES, Case, RandomDraw
+from refimpl.check.cases import CASES, Case, RandomDraw, model_case
 from refimpl.config import preset
 from refimpl.errors import CouldNotRun
 from refimpl.kernels.columns import COMPOSITES, CUDA
 from refimpl.model import backward, forward
-from refimpl.ops import REFERENCE, Op, Ops
+from refimpl.ops import IMPLEMENTATIONS, REFERENCE, Op, Ops
 from refimpl.parameters import HEAD, init_parameters, is_buffer
 from refimpl.stored import (
     ACTIVATIONS,
@@ -38,6 +39,7 @@ from support import FULL
 BFLOAT16 = np.dtype(DTYPES["bfloat16"])
 SETTINGS = Settings(load_text(None), backend="cupy", implementation="cuda", dtype="bfloat16")
 TINY = preset("tiny")
+FLASH = REFERENCE | {"attention": IMPLEMENTATIONS["flash"].attention}
 
 
 @pytest.fixture
@@ -196,6 +198,35 @@ def test_ops(op: str, cuda: Ops) -> None:
     for seed in range(3 if FULL else 1):
         _, report = verified(op, seed)
         assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "float32", "float64"] if FULL else ["bfloat16"])
+def test_a_layer_as_wide_as_v3(storage: str, cuda: Ops) -> None:
+    """A model of one layer with two of V3's heads, through all the kernels: what it gives and every
+    gradient, by the rule."""
+    wide = preset("v3")
+    heads = {"heads": 2, "nope": wide.nope, "rope": wide.rope, "value": wide.value}
+    config = replace(TINY, layers=1, dense_layers=0, mtp_depth=0, **heads)
+    length = 40 if FULL else 20
+
+    def layer(table: Ops) -> tuple[Case, Op[Any, Any]]:
+        draw = RandomDraw(0)
+        case, _, pair = model_case(draw, config=config, table=table, length=length, masked=True)
+        return case, pair
+
+    case, tested = layer(cuda)
+    told = compare(
+        placed(tested, there),
+        layer(REFERENCE)[1],
+        case,
+        storage,
+        0,
+        runs=lambda number: layer(stored_table(number) if storage == "bfloat16" else FLASH)[1],
+    )
+    assert len(told) == 3 + len(case.inputs)
+    for name, x in zip([*"123", *range(len(case.inputs))], told, strict=True):
+        assert x.fault is None
+        assert x.ratio <= 1, f"{name}: {x}"
 
 
 def added_in_bfloat16(x: Any, axis: int) -> Any:
