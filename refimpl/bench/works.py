@@ -290,9 +290,10 @@ def gate_work(maker: Maker) -> Work:
 def permute_work(maker: Maker) -> Work:
     s = maker.sizes
     x, order = maker.normal(s.tokens, s.width), maker.order(s.tokens * s.top_k)
+    where = place(order)
 
     def run() -> Array:
-        return permute(maker.launch, x, order, s.top_k)
+        return permute(maker.launch, x, where, s.top_k)
 
     def check() -> Errors:
         return {"rows": error_of(run(), _wide(x[order // s.top_k])[0])}

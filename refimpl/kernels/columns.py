@@ -11,6 +11,7 @@ from ..ops import IMPLEMENTATIONS, REFERENCE, Op, Ops
 from .cross_entropy import cross_entropy
 from .embedding import embedding
 from .flash_attention import COMPILED_AHEAD, attention, tiles
+from .grouped_linear import TILINGS
 from .grpo import grpo
 from .launch import Launch, NumbaLaunch
 from .linear import linear_backward, linear_forward
@@ -87,9 +88,11 @@ def numba_cuda_table(launch: Launch) -> Ops:
 
 def variants(stem: str, storage: str) -> list[tuple[tuple[str, int], ...]]:
     """The constants that a source in CUDA C is compiled with ahead of its use; of most, none."""
-    if stem != "flash_attention":
-        return [()]
-    return [tiles(storage, *widths).defines for widths in COMPILED_AHEAD]
+    if stem == "flash_attention":
+        return [tiles(storage, *widths).defines for widths in COMPILED_AHEAD]
+    if stem == "grouped_linear":
+        return [tiling.defines for tiling in TILINGS[storage]]
+    return [()]
 
 
 COLUMNS = {"cuda": cuda_table, "numba_cuda": numba_cuda_table}

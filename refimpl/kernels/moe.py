@@ -1,8 +1,9 @@
-"""The mixture of experts on kernels/moe.cu; as `refimpl.ops.moe`, and for bfloat16 with float32
-weights.
+"""The mixture of experts on kernels/moe.cu and kernels/grouped_linear.cu; as `refimpl.ops.moe`, and
+for bfloat16 with float32 weights.
 
-Rows are sent to the experts and added up by kernels; each expert is the table's ``ffn``, made of
-cuBLAS's products.
+The device alone knows how many rows each expert has: nothing is copied from it, and there are as
+many launches for any number of experts. So an index of no expert is not an error here: the output
+of its token is NaN, and so are its gradients.
 """
 
 from __future__ import annotations
@@ -11,51 +12,48 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..array import Array, argsort, expect
+from ..array import Array, argsort, expect, library
 from ..ops import AnyOp, Op
-from ..ops.moe import NETWORKS, Expert, Networks, check_shapes, experts_backward, experts_forward
-from ..ops.router import expert_load
+from ..ops.moe import NETWORKS, Networks, check_shapes
+from .grouped_linear import (
+    TILINGS,
+    Groups,
+    Tilings,
+    grouped_forward,
+    grouped_input,
+    grouped_weight,
+    make_groups,
+)
 from .host import Kernels, cover, numbers, place, ready
 from .launch import Launch
+from .swiglu import swiglu
 
-__all__ = ["MoESaved", "combine", "moe", "permute", "weight_gradient"]
+__all__ = ["MoESaved", "combine", "combine_backward", "moe", "permute", "sort_slots"]
 
 THREADS = 128
 
 
 class MoESaved(NamedTuple):
     weights: Array  # [M, K], in float32 for bfloat16
-    rows: Array  # [M·K, D]: the experts' outputs, in the experts' order
-    order: Array  # [M·K]: dispatched row r belongs to slot order[r] of [M, K]
-    place: Array  # [M·K]: its inverse
-    experts: list[Expert]
+    place: Array  # [M·K]: the row of each slot of [M, K] in the experts' order
+    groups: Groups
+    w: tuple[Array, Array, Array]  # gate, up, down
+    rows: Array  # [M·K, D]: the dispatched
+    hidden: Array  # [M·K, F]
+    of_swiglu: Any
+    outputs: Array  # [M·K, D]: of the experts
     shared: Any
-    shapes: tuple[tuple[int, ...], ...]  # of x, w_gate, w_up, w_down
+    x_shape: tuple[int, ...]
     ops: Networks
 
 
-def permute(
-    launch: Launch, x: Array, order: Array, top_k: int, scale: Array | None = None
-) -> Array:
-    """rows [M·K, D] of ``x`` [M, D] in the order of slots ``order``; times scale[slot], if
-    given."""
+def permute(launch: Launch, x: Array, where: Array, top_k: int) -> Array:
+    """rows [M·K, D]: ``x``[m] [M, D] at where[m K + k] for each choice k."""
     kernels, n = Kernels(launch, "moe"), numbers(x=x)
-    slots, d = order.shape[0], x.shape[-1]
-    rows = kernels.empty((slots, d), x.dtype, x)
-    factor = n.xp.zeros((1,), dtype=n.real) if scale is None else scale
-    kernels(
-        "moe_permute",
-        n.storage,
-        (slots, cover(d, THREADS * n.vector)),
-        THREADS,
-        rows,
-        x,
-        order,
-        factor,
-        top_k,
-        d,
-        int(scale is not None),
-    )
+    tokens, d = x.shape
+    rows = kernels.empty((tokens * top_k, d), x.dtype, x)
+    grid = tokens, cover(d, THREADS * n.vector)
+    kernels("moe_permute", n.storage, grid, THREADS, rows, x, where, top_k, d)
     return rows
 
 
@@ -83,28 +81,43 @@ def combine(
     return y
 
 
-def weight_gradient(launch: Launch, dy: Array, rows: Array, where: Array, top_k: int) -> Array:
-    """dweights [M, K], float32 for bfloat16: dy[m] · rows[where[m K + k]] of ``dy`` [M, D] and
-    ``rows`` [M·K, D]."""
+def combine_backward(
+    launch: Launch, dy: Array, rows: Array, where: Array, weights: Array
+) -> tuple[Array, Array]:
+    """(drows [M·K, D], dweights [M, K], float32 for bfloat16) of `combine` from ``dy`` [M, D]."""
     kernels, n = Kernels(launch, "moe"), numbers(dy=dy, rows=rows)
-    dweights, warps = kernels.empty((dy.shape[0], top_k), n.real, dy), min(top_k, 8)
+    (tokens, top_k), d = weights.shape, dy.shape[1]
+    drows, warps = kernels.empty(rows.shape, rows.dtype, rows), min(top_k, 8)
+    dweights = kernels.empty((tokens, top_k), n.real, dy)
     kernels(
-        "moe_weight_gradient",
+        "moe_combine_backward",
         n.storage,
-        (dy.shape[0], cover(top_k, warps)),
+        (tokens, cover(top_k, warps)),
         32 * warps,
+        drows,
         dweights,
         dy,
         rows,
         where,
+        weights,
         top_k,
-        dy.shape[1],
+        d,
     )
-    return dweights
+    return drows, dweights
 
 
-def moe(launch: Launch) -> AnyOp:
+def sort_slots(chosen: Array, experts: int) -> tuple[Array, Array]:
+    """(the first row of each expert and the end of the last [E + 1], the row of each slot [M·K]),
+    by the slots' experts ``chosen`` [M·K]."""
+    xp = library(chosen)
+    order = ready(argsort(chosen), np.int64)  # (moe.1)
+    start = xp.searchsorted(chosen[order], xp.arange(experts + 1))
+    return ready(start, np.int64), place(order)
+
+
+def moe(launch: Launch, tilings: Tilings = TILINGS) -> AnyOp:
     """The op on ``launch``."""
+    gated = swiglu(launch)
 
     def moe_forward(
         x: Array,
@@ -131,38 +144,44 @@ def moe(launch: Launch) -> AnyOp:
         check_shapes(
             x, weights, indices, w_gate, w_up, w_down, w_shared_gate, w_shared_up, w_shared_down
         )
-        d, top_k = x.shape[-1], indices.shape[-1]
-        rows, weights = ready(x).reshape(-1, d), ready(weights, n.real).reshape(-1, top_k)
-        order = ready(argsort(ready(indices, np.int64).reshape(-1)), np.int64)
-        where = place(order)
-        dispatched = permute(launch, rows, order, top_k)
-        load = expert_load(indices, w_gate.shape[0])
-        out, experts = experts_forward(dispatched, load, w_gate, w_up, w_down, ops)
-        outputs = ready(out)
+        if indices.dtype.kind not in "iu":
+            raise TypeError(f"indices must be integers, got {indices.dtype}")
+        tokens, top_k = ready(x).reshape(-1, x.shape[-1]), indices.shape[-1]
+        chosen = ready(indices, np.int64).reshape(-1, top_k)
+        known = (chosen >= 0) & (chosen < w_gate.shape[0])
+        weights = ready(n.xp.where(known, weights.reshape(-1, top_k), np.nan), n.real)
+        start, where = sort_slots(chosen.reshape(-1), w_gate.shape[0])
+        groups = make_groups(start, where.shape[0], n.storage, tilings)
+        w = ready(w_gate), ready(w_up), ready(w_down)
+        rows = permute(launch, tokens, where, top_k)
+        gate, up = (grouped_forward(launch, rows, matrix, groups) for matrix in w[:2])
+        hidden, of_swiglu = gated.forward(gate, up)
+        outputs = grouped_forward(launch, hidden, w[2], groups)
         y, shared = combine(launch, outputs, where, top_k, weights), None
         if w_shared_gate is not None:
             shared_weights = w_shared_gate, w_shared_up, w_shared_down
-            shared_y, shared = ops.ffn.forward(rows, *shared_weights, ops=ops)
+            shared_y, shared = ops.ffn.forward(tokens, *shared_weights, ops=ops)
             y = y + shared_y
-        shapes = (tuple(x.shape), w_gate.shape, w_up.shape, w_down.shape)
-        saved = MoESaved(weights, outputs, order, where, experts, shared, shapes, ops)
+        kept = rows, hidden, of_swiglu, outputs
+        saved = MoESaved(weights, where, groups, w, *kept, shared, tuple(x.shape), ops)
         return y.reshape(x.shape), saved
 
     def moe_backward(dy: Array, saved: MoESaved) -> tuple[Array | None, ...]:
-        weights, outputs, order, where, experts, shared, (x_shape, *w_shapes), ops = saved
-        n = numbers(rows=outputs, dy=dy)
-        expect("dy", dy, "(…, D)", x_shape)
-        d, top_k = x_shape[-1], weights.shape[1]
-        rows = ready(dy).reshape(-1, d)
-        dweights = weight_gradient(launch, rows, outputs, where, top_k)
-        dout = permute(launch, rows, order, top_k, weights)
-        zero = [n.xp.zeros(shape, dtype=n.real) for shape in w_shapes]
-        drows, dw = experts_backward(dout, experts, zero, ops)
-        dx = combine(launch, ready(drows), where, top_k)
+        weights, where, groups, (w_gate, w_up, w_down), rows, hidden, of_swiglu, *_ = saved
+        numbers(rows=saved.outputs, dy=dy)
+        expect("dy", dy, "(…, D)", saved.x_shape)
+        dtokens = ready(dy).reshape(-1, saved.x_shape[-1])
+        dout, dweights = combine_backward(launch, dtokens, saved.outputs, where, weights)
+        dw_down = grouped_weight(launch, dout, hidden, groups)
+        dgate, dup = gated.backward(grouped_input(launch, dout, w_down, groups), of_swiglu)
+        dw_gate, dw_up = (grouped_weight(launch, x, rows, groups) for x in (dgate, dup))
+        drows = grouped_input(launch, dgate, w_gate, groups, (dup, w_up))
+        dx = combine(launch, drows, where, weights.shape[1])
         dshared: list[Array | None] = [None, None, None]
-        if shared is not None:
-            dx_shared, *dshared = ops.ffn.backward(rows, shared)
+        if saved.shared is not None:
+            dx_shared, *dshared = saved.ops.ffn.backward(dtokens, saved.shared)
             dx = dx + dx_shared
-        return dx.reshape(x_shape), dweights.reshape(*x_shape[:-1], top_k), *dw, *dshared
+        dweights = dweights.reshape(*saved.x_shape[:-1], -1)
+        return dx.reshape(saved.x_shape), dweights, dw_gate, dw_up, dw_down, *dshared
 
     return Op(moe_forward, moe_backward)

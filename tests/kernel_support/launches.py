@@ -16,7 +16,9 @@ from refimpl.check.cases import pair_of
 from refimpl.kernels.columns import COLUMNS
 from refimpl.kernels.compile import STORAGE, Module
 from refimpl.kernels.flash_attention import Sizes, attention
+from refimpl.kernels.grouped_linear import Tiling, Tilings
 from refimpl.kernels.launch import DeviceLaunch, Launch, NumbaLaunch
+from refimpl.kernels.moe import moe
 from refimpl.kernels.numba_cuda import NUMBA_STORAGE
 from refimpl.ops import Ops
 from refimpl.verify import placed
@@ -37,6 +39,11 @@ MOST_SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_
 
 
 SMALL = Sizes(((2, 16),), ((2, 16),))  # tiles of attention of which small examples have several
+SMALL_TILINGS: Tilings = {  # of experts, the same
+    "bfloat16": 2 * (Tiling(16, 16, 16, 16, 16, 3),),
+    "float32": 2 * (Tiling(16, 16, 16, 16, 4, 3),),
+    "float64": 2 * (Tiling(16, 16, 16, 16, 4, 3),),
+}
 
 
 class InterpreterLaunch:
@@ -146,8 +153,9 @@ def make_table(launch: Launch, column: str = "cuda") -> Ops:
     """A column, from and to NumPy arrays wherever it runs."""
     table = COLUMNS[column](launch)
     if not ON_DEVICE:
-        small = {"attention": attention(launch, SMALL)} if column == "cuda" else {}
-        return table | small
+        if column == "cuda":
+            table |= {"attention": attention(launch, SMALL), "moe": moe(launch, SMALL_TILINGS)}
+        return table
     return table | {name: placed(pair, to_device) for name, pair in table.items()}
 
 

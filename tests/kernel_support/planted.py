@@ -194,6 +194,47 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
             "ahead < AHEAD - 1; ahead++) {",
         ),
     },
+    "grouped_linear": {
+        "wait for a tile too few": ("cp_async_wait<STAGES - 2>();", "cp_async_wait<STAGES - 1>();"),
+        "barrier missing": (
+            "__syncthreads();  // this stage is there for all; the one before has been read by all",
+            "",
+        ),
+        "wrong stage": (
+            "const storage* stage = tiles + step % STAGES",
+            "const storage* stage = tiles + (step + 1) % STAGES",
+        ),
+        "loop one short": (
+            "for (int step = 0; step < steps; step++) {",
+            "for (int step = 0; step < steps - 1; step++) {",
+        ),
+        "stale offset: rows of the expert before": (
+            "first = start[expert] +",
+            "first = start[expert > 0 ? expert - 1 : 0] +",
+        ),
+        "hot expert's tile shared": (" + (tile - first_tile[expert]) * ROWS;", ";"),
+        "dropped tail: rows of the next expert written": ("row < end && column", "column"),
+        "empty expert's dw not zeroed": (
+            "const int64 first = start[expert], end = start[expert + 1];",
+            "const int64 first = start[expert], end = start[expert + 1];\n"
+            "    if (first == end) return;",
+        ),
+        "weights of another expert": (
+            "const int64 own = static_cast<int64>(rows.expert) * outputs * inputs;\n"
+            "    const Factor<ROWS, true> a = {x,",
+            "const int64 own = 0;\n    const Factor<ROWS, true> a = {x,",
+        ),
+        "second pair left out": ("steps = pairs * each;", "steps = each;"),
+        "terms past the expert's rows": (
+            "const Factor<ROWS, false> a = {dy, nullptr, end,",
+            "const Factor<ROWS, false> a = {dy, nullptr, end + 1,",
+        ),
+        ".trans missing": ("ldmatrix_x4_trans(y[n]", "ldmatrix_x4(y[n]"),
+        "fragments in another order": (
+            "y[n / 2][n % 2 * 2], y[n / 2][n % 2 * 2 + 1]",
+            "y[n / 2][n % 2 * 2 + 1], y[n / 2][n % 2 * 2]",
+        ),
+    },
     "grpo": {
         "clip by the wrong sign": ("a > 0 ? rho > high", "a < 0 ? rho > high"),
         "KL of whole outputs forgotten": ("dz_all - du_all", "dz_all"),

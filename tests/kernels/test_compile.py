@@ -14,6 +14,7 @@ from refimpl.kernels import SOURCE, compile, router
 from refimpl.kernels.columns import variants
 from refimpl.kernels.compile import STEMS, STORAGE, TARGETS, BuildError, build, compile_kernel
 from refimpl.kernels.flash_attention import COMPILED_AHEAD, tiles
+from refimpl.kernels.grouped_linear import TILINGS
 
 from kernel_support import EXECUTED, without_a_device
 from kernel_support.planted import PLANTED, sources
@@ -33,8 +34,8 @@ BUDGET = {
     "grpo_forward": (64, 256),
     "grpo_loss": (32, 256),
     "moe_combine": (48, 0),
+    "moe_combine_backward": (48, 0),
     "moe_permute": (40, 0),
-    "moe_weight_gradient": (48, 0),
     "rms_norm_backward": (128, 256),
     "rms_norm_forward": (88, 256),
     "rms_norm_weight": (40, 2048),
@@ -51,7 +52,14 @@ ATTENTION = {
     "flash_attention_forward": (255, 0),
     "flash_attention_row_sum": (32, 0),
 }
-BUDGET |= ATTENTION
+# Of experts, with tiles of many rows; of few rows they take at most FEW
+GROUPED = {
+    "grouped_linear_forward": (124, 16),
+    "grouped_linear_input": (124, 16),
+    "grouped_linear_weight": (124, 0),
+}
+BUDGET |= ATTENTION | GROUPED
+FEW = {"bfloat16": 64, "float32": 64, "float64": 88}
 V3 = {  # registers in bfloat16 at V3's widths, where nothing is spilled
     (192, 128): {"backward_keys": 255, "backward_queries": 216, "forward": 168},
     (128, 128): {"backward_keys": 240, "backward_queries": 168, "forward": 176},
@@ -90,7 +98,7 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "kernels"
 
 
-PLAIN = [stem for stem in STEMS if stem != "flash_attention"]  # of no widths
+PLAIN = [stem for stem in STEMS if variants(stem, "float32") == [()]]
 
 
 @without_a_device
@@ -152,6 +160,27 @@ def test_attention_within_budget(storage: str, target: str) -> None:
         assert not re.search(r"\batom\.|\bred\.|\.tf32", module.ptx)
 
 
+@without_a_device
+@pytest.mark.parametrize("storage", STORAGE)
+def test_experts_within_budget(storage: str) -> None:
+    """No spills and no stack, with either tiling; the targets but sm_90 in test-full."""
+    for tiling in TILINGS[storage]:
+        for target in TARGETS if FULL else ("sm_90",):
+            module = compile_kernel("grouped_linear", target, storage, tiling.defines)
+            assert set(module.usage) == set(GROUPED)
+            assert "warning" not in module.log
+            for kernel, usage in module.usage.items():
+                where = f"{kernel} in {storage}, {tiling}, for {target}: {usage}"
+                registers, shared = GROUPED[kernel]
+                if tiling == TILINGS[storage][0]:
+                    registers = FEW[storage]
+                assert usage.spills == usage.stack == 0, where
+                assert 0 < usage.registers <= registers, where
+                assert usage.shared <= shared, where
+            assert ("mma.sync.aligned.m16n8k16" in module.ptx) == (storage == "bfloat16")
+            assert not re.search(r"\batom\.|\bred\.|\.tf32", module.ptx)
+
+
 def _body(ptx: str) -> str:
     """But for what names the target."""
     return re.sub(r"(?m)^(\.target|//).*$", "", ptx)
@@ -193,7 +222,6 @@ def test_ptx(stem: str, storage: str) -> None:
     flushes to zero."""
     code = compile_kernel(stem, "sm_90", storage).ptx
     held = HELD[storage]
-    products = 1 if storage == "bfloat16" else 3
     # loads past L1, loads through it (what is read again soon, or is written in place), stores
     accesses = {
         "rms_norm_forward": (held, held, held),
@@ -206,9 +234,9 @@ def test_ptx(stem: str, storage: str) -> None:
         "embedding_gather": (0, 1, 1),
         "embedding_runs": (4, 0, 0),
         "embedding_backward": (8, 0, 0),
-        "moe_permute": (0, 1, 1),
+        "moe_permute": (1, 0, 5),  # four of a token's rows in one turn, the rest singly
         "moe_combine": (4, 0, 1),
-        "moe_weight_gradient": (products, products, 0),
+        "moe_combine_backward": (1, 1, 1),
     }
     kinds = ("ld.global.nc.L1::no_allocate.L2::256B.v4.u32", "ld.global.v4.u32", "st.global.v4.u32")
     for part in code.split(".entry ")[1:]:
@@ -250,7 +278,7 @@ def test_loads_are_on_their_way_at_once(storage: str) -> None:
         },  # x and w; x, dy and w
         "swiglu": {"swiglu_forward": 2, "swiglu_backward": 3},
         "rope": {"rope_rotate": 2},
-        "moe": {"moe_combine": 4, "moe_weight_gradient": 2},
+        "moe": {"moe_combine": 4, "moe_combine_backward": 2},
         "cross_entropy": {"cross_entropy_forward": 4, "cross_entropy_backward": 4},
         "embedding": {"embedding_runs": 4, "embedding_backward": 4},
     }

@@ -10,7 +10,7 @@ import pytest
 
 from refimpl.kernels import host
 from refimpl.kernels.columns import COLUMNS
-from refimpl.kernels.moe import combine, permute, weight_gradient
+from refimpl.kernels.moe import combine, combine_backward, permute
 
 from kernel_support import (
     DTYPES,
@@ -40,25 +40,20 @@ def test_permute_and_combine(column: str, storage: str) -> None:
         )
         weights = weights.astype(WIDE[storage])
         order = rng.permutation(tokens * top_k)
-        here = [to_device(a) for a in (x, order, weights)]
-        rows = permute(launch, *here[:2], top_k)
+        where = host.place(to_device(order))
+        rows = permute(launch, to_device(x), where, top_k)
         assert np.array_equal(to_host(rows), x[order // top_k])
-        exact = (weights.reshape(-1, 1)[order].astype(np.float64)) * x[order // top_k].astype(
-            np.float64
-        )
         unit = float(ml_dtypes.finfo(DTYPES[storage]).eps)
-        scaled = to_host(permute(launch, *here[:2], top_k, here[2]))
-        assert np.all(np.abs(scaled.astype(np.float64) - exact) <= unit * np.abs(exact))
-        y = to_host(combine(launch, rows, host.place(here[1]), top_k, here[2]))
+        y = to_host(combine(launch, rows, where, top_k, to_device(weights)))
         exact = weights.astype(np.float64).sum(axis=1, keepdims=True) * x.astype(np.float64)
         sums = (top_k + 1) * np.finfo(weights.dtype).eps
         assert np.all(np.abs(y.astype(np.float64) - exact) <= (unit + sums) * np.abs(exact))
 
 
 @pytest.mark.parametrize(("column", "storage"), TYPES)
-def test_gradient_of_the_experts_weights(column: str, storage: str) -> None:
-    """In every type, bfloat16 too, by the rule of `compare`; with more choices than a block has
-    warps."""
+def test_combine_backward(column: str, storage: str) -> None:
+    """In every type, bfloat16 too: rows round once, weights by the rule of `compare`; with more
+    choices than a block has warps."""
     rng = np.random.default_rng(2)
     launch = make_launch(0, column)
     wide = WIDE[storage]
@@ -79,7 +74,12 @@ def test_gradient_of_the_experts_weights(column: str, storage: str) -> None:
             plain = max(plain, float(np.max(np.abs(exact_sum(*low) - exact))))
         if storage == "float64":
             plain = 64 * float(np.finfo(np.float64).eps) * float(np.max(np.abs(exact)))
-        found = to_host(weight_gradient(launch, *(to_device(x) for x in (dy, rows, where)), top_k))
+        weights = rng.uniform(0.2, 1.5, (tokens, top_k)).astype(wide)
+        given = (to_device(x) for x in (dy, rows, where, weights))
+        drows, found = map(to_host, combine_backward(launch, *given))
+        scaled = weights.reshape(-1, 1).astype(np.float64) * np.repeat(dy, top_k, axis=0)
+        eps = float(ml_dtypes.finfo(DTYPES[storage]).eps)
+        assert np.all(np.abs(drows[where].astype(np.float64) - scaled) <= eps * np.abs(scaled))
         assert found.dtype == wide
         unit = float(np.finfo(wide).eps) * (np.abs(exact) + np.max(np.abs(exact)))
         assert np.all(np.abs(found - exact) <= 2 * plain + unit), (tokens, top_k, d)

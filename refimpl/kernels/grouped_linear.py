@@ -1,0 +1,152 @@
+"""The linear maps of all experts on kernels/grouped_linear.cu: one launch each for y, dx and dw,
+whatever the number of experts and of their rows, which the device alone knows."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..array import Array, library
+from .host import Kernels, cover, numbers
+from .launch import Launch, NumbaLaunch
+
+__all__ = [
+    "TILINGS",
+    "Groups",
+    "Tiling",
+    "Tilings",
+    "grouped_forward",
+    "grouped_input",
+    "grouped_weight",
+    "make_groups",
+    "tiling_of",
+]
+
+NUMBA_THREADS = 128
+
+
+class Tiling(NamedTuple):
+    """What a block makes of the result, and how."""
+
+    rows: int
+    columns: int
+    warp_rows: int  # a warp's part of them: multiples of 16
+    warp_columns: int
+    depth: int  # terms of the sum in a tile: a multiple of 16
+    stages: int  # tiles in shared memory
+
+    @property
+    def defines(self) -> tuple[tuple[str, int], ...]:
+        """What the source is compiled with."""
+        return tuple((name.upper(), value) for name, value in self._asdict().items())
+
+    @property
+    def threads(self) -> int:
+        return 32 * (self.rows // self.warp_rows) * (self.columns // self.warp_columns)
+
+    def shared(self, storage: str) -> int:
+        """Bytes of a block's shared memory, for any of the three products."""
+        size = {"float64": 8, "float32": 4, "bfloat16": 2}[storage]
+        line = self.depth + 16 // size  # of a factor whose lines lie along the sum
+        both = (self.rows + self.columns) * line
+        across = self.depth * (self.rows + self.columns + 2 * (16 // size))
+        mixed = self.rows * line + self.depth * (self.columns + 16 // size)
+        return self.stages * size * max(both, across, mixed)
+
+
+Tilings = dict[str, tuple[Tiling, Tiling]]
+"""By storage type: for few rows, whose time is that of reading the weights, and for many."""
+
+TILINGS: Tilings = {
+    "bfloat16": (Tiling(16, 128, 16, 32, 32, 4), Tiling(128, 128, 64, 32, 32, 4)),
+    "float32": (Tiling(16, 128, 16, 32, 16, 4), Tiling(128, 128, 64, 32, 16, 3)),
+    "float64": (Tiling(16, 64, 16, 32, 16, 3), Tiling(64, 64, 32, 32, 16, 3)),
+}
+FEW = 32  # rows of the result: up to here a tile of few is filled better
+
+
+def tiling_of(storage: str, rows: float, tilings: Tilings = TILINGS) -> Tiling:
+    """For a result of so many rows, an expert's on average."""
+    few, many = tilings[storage]
+    return few if rows <= FEW else many
+
+
+class Groups(NamedTuple):
+    """Where the rows of each expert lie, and which tiles they fill."""
+
+    start: Array  # [E + 1] int64: the first row of each expert, and the end of the last
+    first_tile: Array  # [E + 1] int64: the same of tiles of rows
+    most_tiles: int  # that there can be
+    tilings: Tilings
+    tiling: Tiling  # of tiles of rows
+
+
+def make_groups(start: Array, rows: int, storage: str, tilings: Tilings = TILINGS) -> Groups:
+    """For ``rows`` rows in all, by the experts' ``start`` [E + 1] on the device."""
+    xp, experts = library(start), start.shape[0] - 1
+    tiling = tiling_of(storage, rows / experts, tilings)
+    tiles = -((start[:-1] - start[1:]) // tiling.rows)
+    first_tile = xp.concatenate((xp.zeros(1, dtype=np.int64), xp.cumsum(tiles)))
+    most = rows // tiling.rows + min(experts, rows)  # an expert's last tile may be ragged
+    return Groups(start, first_tile, most, tilings, tiling)
+
+
+def grouped_forward(launch: Launch, x: Array, w: Array, groups: Groups) -> Array:
+    """y [R, O], each row of ``x`` [R, I] times its expert's part of ``w`` [E, O, I]."""
+    (experts, outputs, inputs), rows = w.shape, x.shape[0]
+    y = launch.empty((rows, outputs), x.dtype, x)
+    given = (y, x, w, groups.start, groups.first_tile, experts, inputs, outputs)
+    _by_rows(launch, "grouped_linear_forward", groups, rows, outputs, *given)
+    return y
+
+
+def grouped_input(
+    launch: Launch, dy: Array, w: Array, groups: Groups, more: tuple[Array, Array] | None = None
+) -> Array:
+    """dx [R, I] from ``dy`` [R, O]; with a second map of the same x, ``more`` (its dy, its w), the
+    sum of both, rounded once."""
+    (experts, outputs, inputs), rows = w.shape, dy.shape[0]
+    dx = launch.empty((rows, inputs), dy.dtype, dy)
+    factors = dy, w, *(more or (dy, w))
+    given = (*factors, groups.start, groups.first_tile, experts, inputs, outputs)
+    pairs = 1 if more is None else 2
+    _by_rows(launch, "grouped_linear_input", groups, rows, inputs, dx, *given, pairs)
+    return dx
+
+
+def grouped_weight(launch: Launch, dy: Array, x: Array, groups: Groups) -> Array:
+    """dw [E, O, I] from ``dy`` [R, O] and ``x`` [R, I], in float32 or wider; 0 of an expert without
+    rows."""
+    n, kernels = numbers(dy=dy, x=x), Kernels(launch, "grouped_linear")
+    outputs, inputs = dy.shape[1], x.shape[1]
+    experts = groups.start.shape[0] - 1
+    dw = launch.empty((experts, outputs, inputs), n.real, dy)
+    tiling = tiling_of(n.storage, outputs, groups.tilings)
+    given = (dw, dy, x, groups.start, inputs, outputs)
+    if isinstance(launch, NumbaLaunch):
+        kernels("grouped_linear_weight", n.storage, (experts * outputs, 1), NUMBA_THREADS, *given)
+    else:
+        tiles = cover(outputs, tiling.rows) * cover(inputs, tiling.columns)
+        _tiled(kernels, "grouped_linear_weight", n.storage, (tiles, experts), tiling, *given)
+    return dw
+
+
+def _by_rows(
+    launch: Launch, kernel: str, groups: Groups, rows: int, columns: int, *given: Any
+) -> None:
+    """A kernel whose result [rows, columns] is divided by the experts' rows. In Numba CUDA a block
+    takes one of them, a thread a column."""
+    n, kernels = numbers(result=given[0], first=given[1]), Kernels(launch, "grouped_linear")
+    if isinstance(launch, NumbaLaunch):
+        kernels(kernel, n.storage, (rows, cover(columns, NUMBA_THREADS)), NUMBA_THREADS, *given)
+        return
+    grid = cover(columns, groups.tiling.columns), groups.most_tiles
+    _tiled(kernels, kernel, n.storage, grid, groups.tiling, *given)
+
+
+def _tiled(
+    kernels: Kernels, kernel: str, storage: str, grid: tuple[int, int], tiling: Tiling, *given: Any
+) -> None:
+    shared = tiling.shared(storage)
+    kernels(kernel, storage, grid, tiling.threads, *given, shared=shared, defines=tiling.defines)
