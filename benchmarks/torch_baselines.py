@@ -84,6 +84,18 @@ def combine(rows: Any, where: Any, weights: Any) -> Any:
     return (own * weights[..., None]).sum(1).to(rows.dtype)
 
 
+def experts(
+    x: Any, weights: Any, w_gate: Any, w_up: Any, w_down: Any, order: Any, where: Any, start: Any
+) -> Any:
+    """All experts' products by grouped_mm. order: the slot of each row; where: its inverse."""
+    stop = start[1:].int()
+    rows = x.index_select(0, order // weights.shape[1])
+    gate, up = (functional.grouped_mm(rows, w.mT, offs=stop) for w in (w_gate, w_up))
+    out = functional.grouped_mm(swiglu(gate, up), w_down.mT, offs=stop)
+    own = out.index_select(0, where).unflatten(0, weights.shape)
+    return (own * weights[..., None]).sum(1).to(x.dtype)
+
+
 def cross_entropy(logits: Any, targets: Any) -> Any:
     return functional.cross_entropy(logits, targets)
 
@@ -167,6 +179,20 @@ def fastest(*several: Callable[..., Call]) -> Callable[..., Call]:
     return prepare
 
 
+def experts_step(transform: Transform, *inputs: Any) -> Call:
+    """y, and the gradients of x and of all weights."""
+    *given, dy = inputs
+    changed = transform(experts)
+    for x in given[:5]:
+        x.requires_grad_(True)
+
+    def call() -> object:
+        y = changed(*given)
+        return y.detach(), *torch.autograd.grad(y, given[:5], dy)
+
+    return call
+
+
 def rope_backward(transform: Transform, dy: Any, cos: Any, sin: Any) -> Call:
     return backward_of(rope, 1)(transform, torch.empty_like(dy).normal_(), cos, sin, dy)
 
@@ -201,6 +227,8 @@ BASELINES: dict[str, Callable[..., Call]] = {
     "gate top-k": forward_of(gate),
     "MoE permute": forward_of(permute),
     "MoE combine": forward_of(combine),
+    **{f"MoE layer, {n} experts, balanced": experts_step for n in (8, 64, 256)},
+    **{f"MoE layer, 64 experts, {loads}": experts_step for loads in ("Zipf", "one hot")},
     "CE forward + backward in place": both_of(cross_entropy),
     "head + CE": both_of(head, 2),
     "GRPO from log-probabilities": both_of(grpo),

@@ -2,7 +2,7 @@
 that it must move and multiply.
 
 Letters: T tokens, D width, H heads, X and V the widths of a head's keys and values, I hidden width
-of a dense feed-forward, E experts, K of them a token, R = T·K routed rows, W vocabulary. A row's
+of a feed-forward, E experts, K of them a token, R = T·K routed rows, W vocabulary. A row's
 bytes count each input read once and each output written once, in the storage type of the row,
 without what is smaller by a factor of the width (weights of a norm, one number per row). Causal
 attention's products are half of the square's.
@@ -22,6 +22,7 @@ from .works import (
     attention_work,
     combine_work,
     cross_entropy_work,
+    experts_work,
     gate_work,
     grpo_work,
     head_work,
@@ -38,6 +39,10 @@ __all__ = ["ROWS", "Row", "floor_of"]
 TARGET_COPY, TARGET_MATRIX = 3.0e12, 798e12
 V3 = Sizes()
 LENGTHS = 1, 4, 16, 32  # thousands of tokens, of attention
+MIXTURES = (
+    *((experts, "balanced") for experts in (8, 64, 256)),
+    *((64, loads) for loads in ("Zipf", "one hot")),
+)
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,21 @@ def attention_rows(thousands: int) -> tuple[Row, Row]:
         target=7_500 * (thousands / 4) ** 2,
     )
     return forward, backward
+
+
+def experts_row(experts: int, loads: str) -> Row:
+    """4,096 tokens to 8 experts each, forward and backward."""
+    return Row(
+        f"MoE layer, {experts} experts, {loads}",
+        stem="grouped_linear",
+        shape="tokens × top_k × width × expert_hidden",
+        formula="18RDI",
+        bytes=lambda s: s.width * (8 * s.tokens + 18 * s.experts * s.expert_hidden),
+        flops=lambda s: 18 * s.tokens * s.top_k * s.width * s.expert_hidden,
+        make=partial(experts_work, loads=loads),
+        target=21_700 if experts <= 64 else None,  # 400 TFLOP/s
+        sizes=replace(V3, experts=experts),
+    )
 
 
 ROWS = {
@@ -182,6 +202,7 @@ ROWS = {
             combine_work,
             target=210,
         ),
+        *(experts_row(*row) for row in MIXTURES),
         Row(
             "CE forward + backward in place",
             "cross_entropy",

@@ -22,7 +22,7 @@ from ..kernels.grpo import grpo
 from ..kernels.host import place
 from ..kernels.launch import Launch
 from ..kernels.log_prob import log_prob
-from ..kernels.moe import combine, permute
+from ..kernels.moe import combine, moe, permute, sort_slots
 from ..kernels.rms_norm import rms_norm
 from ..kernels.rope import rope
 from ..kernels.router import router
@@ -41,6 +41,7 @@ __all__ = [
     "combine_work",
     "cross_entropy_work",
     "error_of",
+    "experts_work",
     "gate_work",
     "grpo_work",
     "head_work",
@@ -58,7 +59,9 @@ LEARNING_RATE = 1e-3
 CLIP = 0.8, 1.2  # GRPO's ratios, by default
 SPREAD = 4  # standard deviation of the head's logits
 UNITS = {"bfloat16": 1, "float32": 64}  # of the type, of the largest value: rounding once, and sums
-ATTENTION_UNITS = 2  # times those: weights are rounded before they mix, then what they give
+# times those: of attention the weights are rounded before they mix, then what they give; of experts
+# their hidden numbers and gradients, which products add up
+SEVERAL_UNITS = 2
 CHECKED = 128 * 4096**2  # pairs of query and key; of longer sequences, some heads are compared
 BLOCK = 4096  # of the float64 attention: few calls, and no square of a long sequence
 FLASH: AnyOp = IMPLEMENTATIONS["flash"].attention
@@ -77,6 +80,7 @@ class Sizes:
     rotated: int = 64
     hidden: int = 18432
     experts: int = 256
+    expert_hidden: int = 2048
     groups: int = 8
     keep_groups: int = 4
     top_k: int = 8
@@ -245,7 +249,7 @@ def attention_work(maker: Maker, *, backward: bool) -> Work:
             wanted = exact, *FLASH.backward(*_wide(own[3]), kept)
             for name, x, y in zip(errors, own[4:], wanted, strict=True):
                 shape = (-1, y.shape[-1]) if name in ("o", "dv") else (1, -1)
-                error = error_of(x.reshape(shape), y.reshape(shape)) / ATTENTION_UNITS
+                error = error_of(x.reshape(shape), y.reshape(shape)) / SEVERAL_UNITS
                 errors[name] = float(np.maximum(errors[name], error))
         return errors
 
@@ -317,6 +321,69 @@ def combine_work(maker: Maker) -> Work:
         return {"y": error_of(run(), exact)}
 
     return Work((rows, where, weights), run, check)
+
+
+def chosen_experts(maker: Maker, loads: str) -> Array:
+    """Each token's experts [T, K]: all alike, expert e with a share ~ 1 / (e + 1), or one for all
+    (the op sorts what it is given, and asks for no difference)."""
+    s, xp = maker.sizes, maker.xp
+    slots = s.tokens * s.top_k
+    if loads == "balanced":
+        found = xp.arange(slots) % s.experts
+    elif loads == "Zipf":
+        share = xp.cumsum(1 / (xp.arange(s.experts) + 1.0))
+        found = xp.searchsorted(share / share[-1], maker.rng.random(slots, dtype=np.float32))
+    else:
+        found = xp.zeros(slots)
+    return found.astype(np.int64).reshape(s.tokens, s.top_k)
+
+
+def experts_work(maker: Maker, *, loads: str) -> Work:
+    """The mixture of experts alone, from routes: y and all gradients. A baseline gets the routes
+    sorted, which is not among our kernels either. y and dx are measured row by row, dw expert by
+    expert, dweights, dot products that may vanish, by the largest of all."""
+    s, pair = maker.sizes, moe(maker.launch)
+    x, dy = (maker.normal(s.tokens, s.width) for _ in range(2))
+    weights = abs(maker.normal(s.tokens, s.top_k, dtype=np.float32))
+    shapes = 2 * [(s.experts, s.expert_hidden, s.width)] + [(s.experts, s.width, s.expert_hidden)]
+    w = [maker.normal(*shape, scale=shape[-1] ** -0.5) for shape in shapes]
+    indices = chosen_experts(maker, loads)
+    start, where = sort_slots(indices.reshape(-1), s.experts)
+
+    def run() -> tuple[Array, ...]:
+        y, saved = pair.forward(x, weights, *w, None, None, None, indices=indices)
+        return y, *pair.backward(dy, saved)[:5]
+
+    def check() -> Errors:
+        names = "y", "dx", "dweights", "dw_gate", "dw_up", "dw_down"
+        found = dict(zip(names, run(), strict=True))
+        slot_of, bounds = place(where), start.tolist()
+        out, drows = (maker.xp.zeros((where.shape[0], s.width), np.float64) for _ in range(2))
+        worst = dict.fromkeys(names[3:], 0.0)
+        storage = str(maker.storage)
+        for e in range(s.experts):
+            slots = slot_of[bounds[e] : bounds[e + 1]]
+            token = slots // s.top_k
+            out[slots], kept = REFERENCE.ffn.forward(*_wide(x[token], *(m[e] for m in w)))
+            dout = weights.reshape(-1, 1)[slots].astype(np.float64) * dy[token]
+            drows[slots], *dw = REFERENCE.ffn.backward(dout, kept)
+            for name, exact in zip(worst, dw, strict=True):
+                got = found[name][e].reshape(1, -1)
+                error = error_of(got, exact.reshape(1, -1), storage) / SEVERAL_UNITS
+                worst[name] = float(np.maximum(worst[name], error))
+        by_token = s.tokens, s.top_k, s.width
+        out, wide = out.reshape(by_token), _wide(weights, dy)
+        exact_y = (wide[0][..., None] * out).sum(axis=1)
+        exact_dx = drows.reshape(by_token).sum(axis=1)
+        exact_dweights = (wide[1][:, None, :] * out).sum(axis=-1).reshape(1, -1)
+        found["dweights"] = found["dweights"].reshape(1, -1)
+        exact = exact_y, exact_dx, exact_dweights
+        return {
+            name: error_of(found[name], wanted, storage) / SEVERAL_UNITS
+            for name, wanted in zip(names, exact, strict=False)
+        } | worst
+
+    return Work((x, weights, *w, place(where), where, start, dy), run, check)
 
 
 def cross_entropy_work(maker: Maker) -> Work:

@@ -206,6 +206,25 @@ COMBINE = {
     "a row of zeros": zero_row("moe_combine"),
     "two per cent more": scaled("moe_combine"),
 }
+EXPERTS = {
+    "weights of the expert before": given("grouped_linear_forward", 2, lambda w: np.roll(w, 1, 0)),
+    "rows of the expert before": given(
+        "grouped_linear_forward", 3, lambda start: np.maximum(start - 1, 0)
+    ),
+    "five per cent more": scaled("grouped_linear_forward", by=1.05),
+    "up's part of dx left out": given("grouped_linear_input", 10, lambda pairs: 1),
+    "a row of dx left out": zero_row("grouped_linear_input"),
+    "rows exchanged in dw": given("grouped_linear_weight", 1, lambda dy: np.roll(dy, 1, 0)),
+    "a row left out of dw": given("grouped_linear_weight", 2, lambda x: changed(x, 0, 0)),
+    "five per cent more of dw": scaled("grouped_linear_weight", by=1.05),
+    "an expert's dw zero": found(
+        "grouped_linear_weight", 0, lambda dw, *_: changed(dw, np.abs(dw).sum((1, 2)).argmax(), 0)
+    ),
+    "slots permuted": given("moe_permute", 2, lambda place: np.roll(place, 1)),
+    "weights left out": given("moe_combine", 6, lambda weighted: 0 * weighted),
+    "gradients of weights exchanged": rolled("moe_combine_backward", 1, axis=0),
+    "dy of the next token": given("moe_combine_backward", 2, lambda dy: np.roll(dy, 1, 0)),
+}
 GRPO = {
     "KL left out": given("grpo_forward", 20, lambda weight: 0 * weight),
     "never clipped above": given("grpo_forward", 18, lambda high: np.inf * high),
@@ -242,6 +261,9 @@ PLANTED: dict[str, dict[str, Mistake]] = {
     "gate top-k": GATE,
     "MoE permute": PERMUTE,
     "MoE combine": COMBINE,
+    "MoE layer, 8 experts, balanced": EXPERTS,
+    "MoE layer, 64 experts, Zipf": EXPERTS,
+    "MoE layer, 64 experts, one hot": EXPERTS,
     "CE forward + backward in place": SOFTMAX | IN_PLACE,
     "head + CE": SOFTMAX,
     "GRPO from log-probabilities": GRPO,

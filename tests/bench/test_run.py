@@ -146,7 +146,7 @@ def test_baselines_compute_the_same(name: str) -> None:
     assert len(found) == len(ours)
     for theirs, x in zip(found, ours, strict=True):
         wanted = np.asarray(x, np.float64)
-        if name.startswith("attention backward"):  # the first query's gradient is 0
+        if name.startswith(("attention backward", "MoE layer")):  # of some rows little is left
             theirs, wanted = theirs.reshape(1, -1), wanted.reshape(1, -1)
         assert worst_error(theirs.numpy(), wanted) <= 1e-5, name
     monkey.undo()

@@ -42,6 +42,7 @@ def test_rows_are_right_and_repeat(name: str) -> None:
         assert work.check() == errors, name
 
 
+EXPERTS = {"y", "dx", "dweights", "dw_gate", "dw_up", "dw_down"}
 RESULTS = {  # what each row checks
     "RMSNorm forward": {"y", "dx", "dw"}, "RMSNorm backward": {"y", "dx", "dw"},
     "RoPE forward": {"y", "dx"}, "RoPE backward": {"y", "dx"},
@@ -49,6 +50,7 @@ RESULTS = {  # what each row checks
     "attention forward, 1k": {"o", "dq", "dk", "dv"},
     "attention backward, 1k": {"o", "dq", "dk", "dv"},
     "gate top-k": {"ids", "weights", "scores"}, "MoE permute": {"rows"}, "MoE combine": {"y"},
+    **dict.fromkeys((x for x in DISTINCT if x.startswith("MoE layer")), EXPERTS),
     "CE forward + backward in place": {"loss", "dlogits at the targets", "other dlogits"},
     "head + CE": {"loss", "dh", "dw"}, "AdamW step": {"p", "m", "v"},
     "GRPO from log-probabilities": {"clips", "loss", "dlog_prob"},
