@@ -44,7 +44,7 @@ class InterpreterLaunch:
     before, and reading it before that is an error."""
 
     def __init__(self, seed: int = 0, target: str = "sm_90") -> None:
-        self.seed, self.target = seed, target
+        self.seed, self.target, self.most_shared = seed, target, MOST_SHARED[target]
         self.reports: list[tuple[str, ptx.Report]] = []
         self.unwritten: list[np.ndarray] = []
 
@@ -72,7 +72,7 @@ class InterpreterLaunch:
             block,
             given,
             shared=shared,
-            most_shared=MOST_SHARED[self.target],
+            most_shared=self.most_shared,
             seed=self.seed,
             uninitialised=unwritten,
         )
