@@ -173,7 +173,7 @@ extern __shared__ uint4 shared_memory[];
 // numerator [B, T·H, splits, V], and its largest score and total [B, T·H, splits, 2], of the keys of each split; a total
 // of −1 says that the row sees none of them. A block takes `tiles` tiles of keys. hidden, cut: key_mask and segments are
 // given.
-extern "C" __global__ void __launch_bounds__(WARPS* WARP)
+extern "C" __global__ void __launch_bounds__(WARPS* WARP, 1)
 mla_decode_split(real* __restrict__ numerators, real* __restrict__ totals, const storage* __restrict__ q,
                  const storage* __restrict__ cache, const unsigned char* __restrict__ key_mask,
                  const int64* __restrict__ segments, int queries, int heads, int keys, int key_width, int value_width,

@@ -1,5 +1,5 @@
-"""Attention of decoding on kernels/mla_decode.cu, in the place of `refimpl.ops.attention`: all heads
-over one key and one value, both in a row of the latent cache; for bfloat16 too."""
+"""Attention of decoding on kernels/mla_decode.cu, in the place of `refimpl.ops.attention`: all
+heads over one key and one value, both in a row of the latent cache; for bfloat16 too."""
 
 from __future__ import annotations
 
