@@ -284,6 +284,6 @@ mla_decode_combine(storage* __restrict__ o, const real* __restrict__ numerators,
             sum += factor * numerators[static_cast<int64>(i) * value_width + column];
             seen = true;
         }
-        o[row * value_width + column] = narrow(seen ? sum / finite(total) : 0);  // (mla_absorbed.9)
+        o[row * value_width + column] = narrow(seen ? sum / total : 0);  // (mla_absorbed.9)
     }
 }

@@ -50,14 +50,12 @@ from random_parameters import random_parameters
 from support import FULL, HypothesisDraw
 
 SMALL = ((32, 16), (16, 16))  # tiles of which small examples have several
-EXAMPLES = 40 if FULL else 4  # of each type
+EXAMPLES = 40 if FULL else 3  # of each type
 SEEN_QUICKLY = (
-    "wait for the tile missing",
     "wrong stage",
     "k-loop one short",
     "values' columns off",
     "mask of another row",
-    "dropped tail: keys past the end seen",
     "split combined twice",
     "combined without rescaling",
 )
@@ -148,12 +146,14 @@ def test_shapes_meet_everything() -> None:
 @pytest.mark.parametrize("shared", SHARED)
 @pytest.mark.parametrize("storage", ["bfloat16", "float32", "float64"])
 def test_widths_of_v3(storage: str, shared: int) -> None:
-    """576 scores and 512 values, 70 heads, in the tiles of both kinds of GPU."""
+    """576 scores and 512 values in the tiles of both kinds of GPU, two splits of the keys; in
+    test-full more heads than a block has rows."""
     if not ALL and (storage, shared) != ("bfloat16", SHARED[0]):
         pytest.skip("in test-full: seconds under the interpreter")
     rng = np.random.default_rng(0)
-    inputs = [rng.normal(size=(1, 1, 70, 576)), rng.normal(size=(1, 80, 1, 576))]
-    kwargs = {"scale": 192**-0.5, "key_mask": np.arange(80)[None] >= 3}
+    heads, length = (70, 80) if ALL else (64, 40)
+    inputs = [rng.normal(size=(1, 1, heads, 576)), rng.normal(size=(1, length, 1, 576))]
+    kwargs = {"scale": 192**-0.5, "key_mask": np.arange(length)[None] >= 3}
     launch = make_launch()
     pair = mla_decode(launch, shared, multiprocessors=4)
     rule(pair, Case(inputs, kwargs), 512, storage, 0)
@@ -192,7 +192,7 @@ def test_rows_that_see_nothing() -> None:
     rng = np.random.default_rng(0)
     q, k = rng.normal(size=(2, 1, 3, 9)), rng.normal(size=(2, 40, 1, 9))
     key_mask = np.array([[False] * 40, [False] * 20 + [True] * 20])
-    for multiprocessors in (1, 99):
+    for multiprocessors in (1, 99) if FULL else (99,):
         pair = mla_decode(make_launch(), sizes=SMALL, multiprocessors=multiprocessors)
         found, _ = over_cache(pair, 6, to_device).forward(q, k, scale=1.0, key_mask=key_mask)
         wanted, _ = attention_forward(q, k, k[..., :6], scale=1.0, key_mask=key_mask)
@@ -220,7 +220,7 @@ def beside_each_other(pair: AnyOp) -> Op[Any, Any]:
 
 
 def test_range_of_validity() -> None:
-    """Overflow is NaN and no clean 0, in a split of all keys, and in one of two."""
+    """Overflow is NaN and no clean 0, in a split of all keys, and in one of three."""
     pair = mla_decode(make_launch())
     check_range_of_validity(*beside_each_other(pair))
     pair = mla_decode(make_launch(), sizes=SMALL)
@@ -237,6 +237,10 @@ def test_range_of_validity() -> None:
             scores[0, :16] = 0  # of the others' splits, all are −∞
             o, _ = beside_each_other(pair).forward(q, scores, v, scale=1.0)
             assert o.tolist() == [[[[1]]]]
+            v[0, place] = 3  # exp of this score is more than float32 holds
+            scores[:] = np.where(v > 1, np.float32(1e-22), 0)
+            o, _ = beside_each_other(pair).forward(q, scores, v, scale=1.0)
+            assert o.tolist() == [[[[3]]]]
 
 
 def test_backward_is_the_reference() -> None:
@@ -259,14 +263,15 @@ def test_what_is_left_to_the_other_attention() -> None:
     tiles hold. What flash_attention.cu computes then, or the reference, is that."""
     rng = np.random.default_rng(0)
     q, k, other = (rng.normal(size=shape) for shape in ((1, 1, 2, 9), (1, 5, 1, 9), (1, 5, 1, 6)))
-    many, wide = rng.normal(size=(1, 5, 2, 9)), rng.normal(size=(1, 5, 1, 900))
+    many, wide = rng.normal(size=(1, 5, 2, 9)), rng.normal(size=(1, 5, 1, 2000))
     calls = [
         ((q, k, other), {}, ["flash_attention_forward"]),
-        ((q, many, many[..., :6]), {}, ["flash_attention_forward"]),
         ((q, k, k[..., :6]), {"blind": "mean"}, []),
         ((wide[:, :1], wide, wide), {}, []),
         ((q, k, k[..., :6]), {}, ["mla_decode_split", "mla_decode_combine"]),
     ]
+    if FULL:
+        calls.append(((q, many, many[..., :6]), {}, ["flash_attention_forward"]))
     for inputs, more, kernels in calls:
         launch = InterpreterLaunch()
         pair = mla_decode(launch)
@@ -274,9 +279,10 @@ def test_what_is_left_to_the_other_attention() -> None:
         assert [kernel for kernel, _ in launch.reports] == kernels
         wanted, kept = REFERENCE.attention.forward(*inputs, scale=0.3, **more)
         np.testing.assert_allclose(o, wanted, rtol=1e-12)
-        found = pair.backward(o, saved), REFERENCE.attention.backward(o, kept)
-        for x, y in zip(*found, strict=True):
-            np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12)
+        if inputs[2] is other or FULL:
+            found = pair.backward(o, saved), REFERENCE.attention.backward(o, kept)
+            for x, y in zip(*found, strict=True):
+                np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(("wrong", "error", "message"), ERRORS)
@@ -382,6 +388,7 @@ def test_planted_mistakes_are_caught(name: str, monkeypatch: pytest.MonkeyPatch)
 
 
 @without_a_device
+@pytest.mark.skipif(not FULL, reason="in test-full; one prompt, in tests/cli/test_generate.py")
 def test_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens of a random model that the kernels decode, of a padded batch and with a draft: the
     reference's in float64, and in bfloat16 those of the same table without absorbing."""
