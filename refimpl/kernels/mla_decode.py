@@ -138,7 +138,8 @@ def mla_decode(
             o, left = other.forward(q, k, v, **settings, blind=blind)
             return o, left
         q, cache = ready(q), ready(k)
-        (b, t, h, x), s, width = q.shape, k.shape[1], v.shape[3]
+        b, t, h, x = q.shape
+        s, width = k.shape[1], v.shape[3]
         each, parts = splits(shape, b, t * h, s, multiprocessors)
         numerators = kernels.empty((b * t * h, parts, width), n.real, q)
         totals = kernels.empty((b * t * h, parts, 2), n.real, q)

@@ -44,7 +44,8 @@ class InterpreterLaunch:
     before, and reading it before that is an error."""
 
     def __init__(self, seed: int = 0, target: str = "sm_90") -> None:
-        self.seed, self.target, self.most_shared = seed, target, MOST_SHARED[target]
+        self.seed, self.target = seed, target
+        self.most_shared = MOST_SHARED[target]
         self.reports: list[tuple[str, ptx.Report]] = []
         self.unwritten: list[np.ndarray] = []
 

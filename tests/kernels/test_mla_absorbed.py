@@ -18,7 +18,7 @@ from refimpl.kernels.placed import placed
 from refimpl.ops import IMPLEMENTATIONS, REFERENCE, AnyOp, Op, Ops
 from refimpl.stored import compare, stored_table
 
-from kernel_support import PretendedLaunch
+from kernel_support import ON_DEVICE, PretendedLaunch, to_device, without_a_device
 from kernel_support.on_cupy import use_cuda
 from pretended_cupy import there
 from support import FULL
@@ -36,29 +36,31 @@ def given(move: Any, dtype: Any, m: int = 3) -> tuple[Any, Any, Any, Any]:
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("move", [np.asarray, there])
+@pytest.mark.parametrize("move", [to_device] if ON_DEVICE else [np.asarray, there])
 def test_products_of_heads(
     move: Any, dtype: Any, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Slices are neither copied nor written beside; bfloat16 is rounded once."""
-    use_cuda(monkeypatch)
+    if not ON_DEVICE:
+        use_cuda(monkeypatch)
     a, w_k, w_v, out = given(move, dtype, rows)
     matmul_heads(a, w_k, out[..., :4])
     o = move(np.zeros((rows, 2, 6), dtype))
     matmul_heads(out[..., :4], w_v.swapaxes(1, 2), o)
     a, w_k, w_v, out, o = (
-        np.asarray(x.get() if move is there else x) for x in (a, w_k, w_v, out, o)
+        np.asarray(x.get() if hasattr(x, "get") else x) for x in (a, w_k, w_v, out, o)
     )
     real = np.float64 if dtype == np.float64 else np.float32
     wide = [x.astype(real) for x in (a, w_k, w_v, out)]
     u = np.einsum("bhn,hnc->bhc", wide[0], wide[1])
     wanted = np.einsum("bhc,hvc->bhv", wide[3][..., :4], wide[2])
     eps = float(ml_dtypes.finfo(dtype).eps)
-    np.testing.assert_allclose(wide[3][..., :4], u, rtol=eps, atol=4 * np.finfo(real).eps)
+    np.testing.assert_allclose(wide[3][..., :4], u, rtol=eps, atol=20 * np.finfo(real).eps)
     np.testing.assert_allclose(o.astype(real), wanted, rtol=eps, atol=20 * np.finfo(real).eps)
     assert (out[..., 4:] == 8).all()
 
 
+@without_a_device
 def test_one_call_for_all_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     use_cuda(monkeypatch)
     a, w_k, w_v, out = given(there, np.float32)
@@ -70,6 +72,7 @@ def test_one_call_for_all_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not empty.get().any()
 
 
+@without_a_device
 def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     use_cuda(monkeypatch)
     a, w_k, w_v, out = given(there, np.float32)
@@ -117,6 +120,7 @@ def test_the_same_numbers(dtype: Any) -> None:
                     np.testing.assert_allclose(x, y, **close)
 
 
+@without_a_device
 @pytest.mark.parametrize("seed", range(12 if FULL else 3))
 def test_bfloat16(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a pretended device with decoding's kernels, by the rule of what is made of several ops: as

@@ -27,6 +27,7 @@ from refimpl.kernels.mla_decode import (
     splits,
     tiles,
 )
+from refimpl.kernels.placed import placed
 from refimpl.ops import REFERENCE, AnyOp, Op
 from refimpl.ops.attention import attention_forward
 from refimpl.parameters import is_buffer
@@ -36,6 +37,8 @@ from attention_contract import ERRORS, GOOD, check_range_of_validity
 from kernel_support import (
     ALL,
     DTYPES,
+    ON_DEVICE,
+    PRETENDED,
     InterpreterLaunch,
     make_launch,
     to_device,
@@ -50,7 +53,7 @@ from random_parameters import random_parameters
 from support import FULL, HypothesisDraw
 
 SMALL = ((32, 16), (16, 16))  # tiles of which small examples have several
-EXAMPLES = 40 if FULL else 3  # of each type
+EXAMPLES = 1 if PRETENDED else 30 if FULL else 3  # of each type
 SEEN_QUICKLY = (
     "wrong stage",
     "k-loop one short",
@@ -61,23 +64,25 @@ SEEN_QUICKLY = (
 )
 
 
-def over_cache(pair: AnyOp, width: int, move: Any = np.asarray) -> Op[Any, Any]:
+def over_cache(pair: AnyOp, width: int) -> Op[Any, Any]:
     """Attention to keys [B, S, 1, X] whose first columns are the values: its output alone."""
 
     def forward(q: Any, k: Any, **settings: Any) -> Any:
-        q, k = move(q), move(k)
-        arrays = {n: move(x) if isinstance(x, np.ndarray) else x for n, x in settings.items()}
-        o, saved = pair.forward(q, k, k[..., :width], **arrays)
-        return to_host(o), saved
+        return pair.forward(q, k, k[..., :width], **settings)
 
     return Op(forward, lambda do, saved: ())
+
+
+def executed(pair: AnyOp, width: int) -> AnyOp:
+    """The same where the kernels run, from and to NumPy's arrays."""
+    found = over_cache(pair, width)
+    return placed(found, to_device) if ON_DEVICE else found
 
 
 def rule(pair: AnyOp, case: Case, width: int, storage: str, seed: int) -> None:
     """`refimpl.stored.compare` with the reference; its float32 runs round as tensor cores do, or
     have flash attention's formulas."""
-    tested = over_cache(pair, width, to_device)
-    reference = over_cache(REFERENCE.attention, width)
+    tested, reference = executed(pair, width), over_cache(REFERENCE.attention, width)
     algorithm = algorithm_of("attention", storage)
     assert algorithm is not None
     (told,) = compare(
@@ -91,7 +96,8 @@ def rule(pair: AnyOp, case: Case, width: int, storage: str, seed: int) -> None:
 def drawn(draw: Draw) -> tuple[Case, int, dict[str, Any]]:
     """A case, the values' width, and how it is cut: several tiles and splits, ragged at the ends;
     rows of several blocks; sequences of their own length by padding."""
-    b, t, h = draw.integer(1, 2), draw.choice([1, 1, 2, 3]), draw.choice([1, 3, 16, 21, 40])
+    b, t = draw.integer(1, 2), draw.choice([1, 1, 2, 3])
+    h = draw.choice([1, 3, 16, 21, 40])
     s = t + draw.choice([0, 1, 15, 16, 37, 70])
     x, width = draw.choice([(9, 6), (40, 32)])
     masks: dict[str, Any] = {"causal": draw.choice([True, True, False])}
@@ -147,11 +153,11 @@ def test_shapes_meet_everything() -> None:
 @pytest.mark.parametrize("storage", ["bfloat16", "float32", "float64"])
 def test_widths_of_v3(storage: str, shared: int) -> None:
     """576 scores and 512 values in the tiles of both kinds of GPU, two splits of the keys; in
-    test-full more heads than a block has rows."""
+    test-full in bfloat16 more heads than a block has rows."""
     if not ALL and (storage, shared) != ("bfloat16", SHARED[0]):
         pytest.skip("in test-full: seconds under the interpreter")
     rng = np.random.default_rng(0)
-    heads, length = (70, 80) if ALL else (64, 40)
+    heads, length = (70, 80) if ALL and storage == "bfloat16" else (64, 40)
     inputs = [rng.normal(size=(1, 1, heads, 576)), rng.normal(size=(1, length, 1, 576))]
     kwargs = {"scale": 192**-0.5, "key_mask": np.arange(length)[None] >= 3}
     launch = make_launch()
@@ -169,7 +175,8 @@ def test_the_cache_is_read_once_for_64_heads(heads: int) -> None:
     """Every byte that the first kernel reads: of each cached token its numbers, once for 64 heads,
     and the queries once for each split."""
     rng = np.random.default_rng(0)
-    b, s, x, width = 2, 70, 48, 32
+    b, s = 2, 70
+    x, width = 48, 32
     q, k = rng.normal(size=(b, 1, heads, x)), rng.normal(size=(b, s, 1, x))
     q, k = q.astype(ml_dtypes.bfloat16), k.astype(ml_dtypes.bfloat16)
     launch = InterpreterLaunch()
@@ -194,7 +201,7 @@ def test_rows_that_see_nothing() -> None:
     key_mask = np.array([[False] * 40, [False] * 20 + [True] * 20])
     for multiprocessors in (1, 99) if FULL else (99,):
         pair = mla_decode(make_launch(), sizes=SMALL, multiprocessors=multiprocessors)
-        found, _ = over_cache(pair, 6, to_device).forward(q, k, scale=1.0, key_mask=key_mask)
+        found, _ = executed(pair, 6).forward(q, k, scale=1.0, key_mask=key_mask)
         wanted, _ = attention_forward(q, k, k[..., :6], scale=1.0, key_mask=key_mask)
         assert not found[0].any()
         np.testing.assert_allclose(found, wanted, rtol=1e-13)
@@ -279,7 +286,7 @@ def test_what_is_left_to_the_other_attention() -> None:
         assert [kernel for kernel, _ in launch.reports] == kernels
         wanted, kept = REFERENCE.attention.forward(*inputs, scale=0.3, **more)
         np.testing.assert_allclose(o, wanted, rtol=1e-12)
-        if inputs[2] is other or FULL:
+        if FULL:
             found = pair.backward(o, saved), REFERENCE.attention.backward(o, kept)
             for x, y in zip(*found, strict=True):
                 np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12)
@@ -366,7 +373,7 @@ def test_same_bits() -> None:
         found = set()
         for seed in seeds:
             pair = mla_decode(make_launch(seed), sizes=SMALL)
-            o, _ = over_cache(pair, width, to_device).forward(*given, **case.kwargs)
+            o, _ = executed(pair, width).forward(*given, **case.kwargs)
             found.add(o.tobytes())
         assert len(found) == 1
 
