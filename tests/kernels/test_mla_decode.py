@@ -37,6 +37,7 @@ from attention_contract import ERRORS, GOOD, check_range_of_validity
 from kernel_support import (
     ALL,
     DTYPES,
+    EXECUTED,
     ON_DEVICE,
     PRETENDED,
     InterpreterLaunch,
@@ -123,6 +124,16 @@ def test_error_is_that_of_the_reference(storage: str) -> None:
         rule(mla_decode(make_launch(), **how), case, width, storage, draw.seed)
 
     run()
+
+
+@without_a_device
+@pytest.mark.parametrize("storage", ["bfloat16", "float32", "float64"] if FULL else ["bfloat16"])
+def test_other_targets(storage: str) -> None:
+    """The same rule for the code of sm_100."""
+    for target in EXECUTED[1:]:
+        for seed in range(10 if FULL else 1):
+            case, width, how = drawn(RandomDraw(seed))
+            rule(mla_decode(make_launch(target=target), **how), case, width, storage, seed)
 
 
 def test_shapes_meet_everything() -> None:
