@@ -66,7 +66,9 @@ def test_one_call_for_all_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     a, w_k, w_v, out = given(there, np.float32)
     matmul_heads(a, w_k, out[..., :4])
     matmul_heads(out[..., :4], w_v.swapaxes(1, 2), there(np.zeros((3, 2, 6), np.float32)))
-    assert sys.modules["cupy"].cuda.cublas.calls == [(0, 0, 4, 3, 5, 2), (1, 0, 6, 3, 4, 2)]
+    blas = sys.modules["cupy"].cuda.cublas
+    assert blas.calls == [(0, 0, 4, 3, 5, 2), (1, 0, 6, 3, 4, 2)]
+    assert blas.mode == 0  # as it was before
     empty = there(np.full((3, 2, 4), 8, np.float32))
     matmul_heads(a[..., :0], w_k[:, :0], empty)
     assert not empty.get().any()
