@@ -1,8 +1,8 @@
 """Every kernel once, on small shapes, for compute-sanitizer: ``python tests/gpu_kernels.py``.
 
 Under pytest a sanitizer would watch mostly Python; here it sees one forward and one backward of
-each op in each type, the optimizer's step, and cross-entropy in place. Nothing is compared: errors
-are what the sanitizer finds.
+each op in each type, the optimizer's step, cross-entropy in place, and decoding. Nothing is
+compared: errors are what the sanitizer finds.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from refimpl.kernels.adamw import adamw
 from refimpl.kernels.columns import CUDA, NUMBA_CUDA
 from refimpl.kernels.compile import STORAGE
 from refimpl.kernels.cross_entropy import cross_entropy, cross_entropy_in_place
+from refimpl.kernels.mla_decode import mla_decode
 from refimpl.kernels.numba_cuda import NUMBA_STORAGE
 from refimpl.optimizer import Moments
 
@@ -39,12 +40,14 @@ def main() -> None:
         cotangents = [np.ones(y.shape, DTYPES[storage]) for y in exact]
         results(TABLES[column][op], inputs, kwargs | ops_of(op, column), cotangents)
     for storage in STORAGE:
-        print("adamw, cross_entropy in place", storage, flush=True)
+        print("adamw, cross_entropy in place, mla_decode", storage, flush=True)
         p, x = (cupy.asarray(rounded(np.ones((3, 37)), storage)) for _ in range(2))
         grads = {"p": cupy.ones(p.shape, dtype=WIDE[storage])}
         adamw(make_launch())().update({"p": p}, grads, Moments(), 0.1)
         loss, saved = cross_entropy(make_launch()).forward(x, targets=cupy.asarray([1, 2, 3]))
         cross_entropy_in_place(make_launch())(cupy.ones_like(loss), saved)
+        q, cache = (cupy.asarray(rounded(np.ones((2, n, 1, 11)), storage)) for n in (1, 70))
+        mla_decode(make_launch()).forward(q, cache, cache[..., :7], scale=0.3)
     cupy.cuda.runtime.deviceSynchronize()
 
 

@@ -236,6 +236,45 @@ class CuBLAS:
         c[...] = found if keep == 0 else found + keep * c
         self.calls.append((transa, transb, m, n, k))
 
+    def gemmStridedBatchedEx(
+        self,
+        handle: int,
+        transa: int,
+        transb: int,
+        m: int,
+        n: int,
+        k: int,
+        alpha: int,
+        A: int,
+        Atype: int,
+        lda: int,
+        strideA: int,
+        B: int,
+        Btype: int,
+        ldb: int,
+        strideB: int,
+        beta: int,
+        C: int,
+        Ctype: int,
+        ldc: int,
+        strideC: int,
+        batchCount: int,
+        computeType: int,
+        algo: int,
+    ) -> None:
+        """As many products, of matrices so many elements apart."""
+        sizes = self.TYPES[Atype].itemsize, self.TYPES[Ctype].itemsize
+        steps = strideA * sizes[0], strideB * sizes[0], strideC * sizes[1]
+        for i in range(batchCount):
+            a, b, c = (start + i * by for start, by in zip((A, B, C), steps, strict=True))
+            left, right = (a, Atype, lda), (b, Btype, ldb)
+            how = computeType, algo
+            self.gemmEx(
+                handle, transa, transb, m, n, k, alpha, *left, *right, beta, c, Ctype, ldc, *how
+            )
+            self.calls.pop()
+        self.calls.append((transa, transb, m, n, k, batchCount))
+
 
 def columns(address: int, dtype: np.dtype[Any], rows: int, width: int, step: int) -> np.ndarray:
     """The matrix [rows, width] at an address, one column ``step`` elements after the other."""
@@ -334,7 +373,11 @@ class Pretended(types.ModuleType):
         super().__init__(name)
         pool = MemoryPool()
         self.cuda = types.SimpleNamespace(
-            Device=lambda: types.SimpleNamespace(id=0, compute_capability="90"),
+            Device=lambda: types.SimpleNamespace(
+                id=0,
+                compute_capability="90",
+                attributes={"MaxSharedMemoryPerBlockOptin": 227 << 10},
+            ),
             Event=Event,
             MemoryPool=MemoryPool,
             Stream=Stream,

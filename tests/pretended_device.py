@@ -49,6 +49,7 @@ class PretendedDevice:
         if not isinstance(sys.modules["cupy"], Pretended):
             DeviceLaunch.__init__(self)  # type: ignore[arg-type]
         self.target = getattr(self, "target", "sm_90")
+        self.most_shared = getattr(self, "most_shared", 227 << 10)
 
     def __call__(
         self,
@@ -73,7 +74,7 @@ class PretendedDevice:
         COMPILED[column].add(f"{module.stem} {module.storage}")
         given: dict[Any, Any] = {}  # one object for an array that comes twice
         told = [given.setdefault(whose(x), here(x)) for x in arguments]
-        ptx.run(module.ptx, kernel, grid, block, told, shared=shared)
+        ptx.run(module.ptx, kernel, grid, block, told, shared=shared, most_shared=self.most_shared)
 
     def empty(self, shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
         return there(np.empty(shape, dtype))

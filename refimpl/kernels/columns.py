@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 from ..errors import CouldNotRun
-from ..ops import IMPLEMENTATIONS, REFERENCE, Op, Ops
+from ..ops import IMPLEMENTATIONS, REFERENCE, AnyOp, Op, Ops
 from .cross_entropy import cross_entropy
 from .embedding import embedding
 from .flash_attention import COMPILED_AHEAD, attention, tiles
@@ -16,6 +16,8 @@ from .grpo import grpo
 from .launch import Launch, NumbaLaunch
 from .linear import linear_backward, linear_forward
 from .log_prob import log_prob
+from .mla_absorbed import MLA_ABSORBED
+from .mla_decode import mla_decode, tiles_ahead
 from .moe import moe
 from .rms_norm import rms_norm
 from .rope import rope
@@ -29,6 +31,8 @@ __all__ = [
     "NUMBA_CUDA",
     "ON_CPU",
     "cuda_table",
+    "decoding",
+    "device_launch",
     "expect_backend",
     "expect_dtype",
     "for_generation",
@@ -92,6 +96,8 @@ def variants(stem: str, storage: str) -> list[tuple[tuple[str, int], ...]]:
         return [tiles(storage, *widths).defines for widths in COMPILED_AHEAD]
     if stem == "grouped_linear":
         return [tiling.defines for tiling in TILINGS[storage]]
+    if stem == "mla_decode":
+        return [shape.defines for shape in tiles_ahead(storage)]
     return [()]
 
 
@@ -145,9 +151,15 @@ def table_of(implementation: str) -> Ops:
     """The table of any implementation; CouldNotRun for kernels without a GPU or without Numba."""
     if implementation not in COLUMNS:
         return on_cpu(implementation)
+    return COLUMNS[implementation](device_launch())
+
+
+@cache
+def device_launch() -> Launch:
+    """The launch of the device at hand; CouldNotRun without a GPU."""
     from .launch import DeviceLaunch
 
-    return COLUMNS[implementation](DeviceLaunch())
+    return DeviceLaunch()
 
 
 def placement(backend: str) -> Callable[[Any], Any] | None:
@@ -168,16 +180,17 @@ def placement(backend: str) -> Callable[[Any], Any] | None:
     return cupy.asarray  # type: ignore[no-any-return]
 
 
+def decoding(launch: Launch) -> dict[str, AnyOp]:
+    """What stands in the table `cuda_table` where tokens are read behind a cache."""
+    return {"attention": mla_decode(launch), "mla": MLA_ABSORBED}
+
+
 def for_generation(implementation: str, dtype: str = "float32") -> tuple[Ops, Ops]:
     """The tables of an implementation for the prompt and for the tokens behind it, which MLA reads
-    in its absorbed form; on NumPy both take weights that are read when they are used.
-
-    The absorbed form computes with the reference's products, which don't round bfloat16 as they
-    should: there keys and values of all tokens are expanded each time.
-    """
+    in its absorbed form; on NumPy both take weights that are read when they are used."""
     table = decode = table_of(implementation)
-    if dtype == "bfloat16":
-        return table, table
+    if implementation == "cuda":
+        return table, table | decoding(device_launch())
     if implementation == "numba_cpu":
         from .cpu.stored import stored_table
 

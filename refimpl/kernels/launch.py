@@ -23,6 +23,7 @@ class Launch(Protocol):
     """What the host side needs from whatever executes kernels."""
 
     target: str  # of `refimpl.kernels.compile.TARGETS`
+    most_shared: int  # bytes of shared memory that a block may have
 
     def __call__(
         self,
@@ -46,6 +47,7 @@ class ForwardedLaunch:
 
     def __init__(self, launch: Launch) -> None:
         self.launch, self.target = launch, launch.target
+        self.most_shared = launch.most_shared
 
     def __call__(self, *work: Any, **settings: Any) -> None:
         self.launch(*work, **settings)
@@ -74,13 +76,15 @@ class DeviceLaunch:
         if count < 1:
             raise CouldNotRun("kernels need a GPU, found none")
         self._cupy = cupy
-        capability = int(cupy.cuda.Device().compute_capability)
+        device = cupy.cuda.Device()
+        capability = int(device.compute_capability)
         fitting = [t for t in TARGETS if _fits(t, capability)]
         if not fitting:
             raise CouldNotRun(
                 f"kernels are compiled for {', '.join(TARGETS)}, this GPU is sm_{capability}"
             )
         self.target = fitting[-1]
+        self.most_shared = int(device.attributes["MaxSharedMemoryPerBlockOptin"])
         self._kernels: dict[tuple[Path, str], Any] = {}
 
     def __call__(

@@ -23,6 +23,7 @@ from refimpl.tokenizer import Bytes
 from refimpl.train.vocabulary import tokenizer_json
 
 from golden.checkpoint_values import TRAINED
+from kernel_support import PretendedLaunch
 from kernel_support.on_cupy import use_cuda
 from support import byte_level, refimpl_here
 
@@ -275,21 +276,30 @@ def test_numba_cpu(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the kernels, under the interpreter: the reference's tokens in float32, with a draft
-    and without, and in bfloat16 those of this prompt too; all weights are on the device."""
+    and without, and in bfloat16 those of this prompt too; all weights are on the device, and what
+    decodes is the kernel of the cache."""
     use_cuda(monkeypatch)
+    launches: list[PretendedLaunch] = []
+    monkeypatch.setattr(
+        "refimpl.kernels.columns.device_launch",
+        lambda: launches.append(PretendedLaunch()) or launches[-1],  # type: ignore[func-returns-value]
+    )
     options = ["--checkpoint", TRAINED, "--bytes", "--max-tokens", 3, "--prompt", "The value of "]
-    found = {}
-    for how in (
-        ["--speculate", 1],
-        ["--speculate", 1, "--backend", "cupy", "--implementation", "cuda"],
-        ["--backend", "cupy", "--implementation", "cuda", "--dtype", "bfloat16"],
-    ):
+    on_gpu = ["--backend", "cupy", "--implementation", "cuda"]
+    found = []
+    for how in (["--speculate", 1], ["--speculate", 1, *on_gpu], [*on_gpu, "--dtype", "bfloat16"]):
         report = tmp_path / "report.json"
         done = refimpl_here("generate", *options, *how, "--json", report)
         assert done.returncode == 0, done.stderr
-        found[len(how)] = json.loads(report.read_text())["results"][0]["tokens"]
-    assert found[2] == found[6]
-    assert len(found[2]) == 3
+        found.append(json.loads(report.read_text())["results"][0]["tokens"])
+    assert found[0] == found[1] == found[2]
+    assert len(found[0]) == 3
+    assert len(launches) == 2
+    for launch in launches:
+        assert {kernel for kernel, _ in launch.reports} == {
+            "mla_decode_split",
+            "mla_decode_combine",
+        }
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")

@@ -52,6 +52,7 @@ class InterpreterLaunch:
 
     def __init__(self, seed: int = 0, target: str = "sm_90") -> None:
         self.seed, self.target = seed, target
+        self.most_shared = MOST_SHARED[target]
         self.reports: list[tuple[str, ptx.Report]] = []
         self.unwritten: list[np.ndarray] = []
 
@@ -79,7 +80,7 @@ class InterpreterLaunch:
             block,
             given,
             shared=shared,
-            most_shared=MOST_SHARED[self.target],
+            most_shared=self.most_shared,
             seed=self.seed,
             uninitialised=unwritten,
         )

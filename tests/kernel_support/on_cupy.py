@@ -51,6 +51,7 @@ def use_cuda(monkeypatch: pytest.MonkeyPatch, *, attention: bool = FULL) -> Ops:
     """Until the test ends, commands and machines find CuPy, a device and this table; the table."""
     table = make_cuda_table(attention=attention)
     monkeypatch.setitem(sys.modules, "cupy", Pretended("cupy"))
+    monkeypatch.setattr(columns, "device_launch", PretendedLaunch)
     real = columns.table_of
     for module in ("kernels.columns", "verify", "train.machine", "grads.request"):
         found = importlib.import_module(f"refimpl.{module}")

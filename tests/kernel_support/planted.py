@@ -116,6 +116,77 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
             "if (part + SOME == QUERIES) {",
         ),
     },
+    "mla_decode": {
+        "wait for the tile missing": ("        cp_async_wait<0>();\n", ""),
+        "barrier before the tile missing": (
+            "        __syncthreads();  // the tile is there, and nobody reads the one before\n",
+            "",
+        ),
+        "wrong stage": (
+            "now = k_tile + stage * KEYS * STRIDE;",
+            "now = k_tile + (stage ^ 1) * KEYS * STRIDE;",
+        ),
+        "next tile over the one in use": (
+            "fetch<KEYS>(k_tile + (stage ^ 1) * KEYS * STRIDE, cache, s + KEYS",
+            "fetch<KEYS>(k_tile + stage * KEYS * STRIDE, cache, s + KEYS",
+        ),
+        "barrier before the scores are read missing": (
+            "put_scores(score, q_tile, now);\n        __syncthreads();",
+            "put_scores(score, q_tile, now);",
+        ),
+        "weights over scores that are still read": (
+            "            __syncwarp();  // the weights lie where the row's other threads have read "
+            "scores\n",
+            "",
+        ),
+        "barrier before the weights are read missing": (
+            "            }\n        }\n        __syncthreads();\n#pragma unroll",
+            "            }\n        }\n#pragma unroll",
+        ),
+        "k-loop one short": ("k < KEYS; k += 16", "k < KEYS - 16; k += 16"),
+        "scores' k-loop one short": ("i < KEY_WIDTH; i += 32", "i < KEY_WIDTH - 32; i += 32"),
+        "values' columns off": ("v += warp() * COLUMNS;", "v += warp() * COLUMNS + 8;"),
+        "numerator not rescaled": ("numerator[g][n][i] *= i < 2 ? upper : lower;", ";"),
+        "decay of another row": (
+            "upper = decay[g * OWN + row_of(0)], lower = decay[g * OWN + row_of(2)]",
+            "upper = decay[row_of(0)], lower = decay[row_of(2)]",
+        ),
+        "sum not rescaled": ("            total *= factor;\n", ""),
+        "mask of another row": ("t = (first + own) / heads", "t = first / heads"),
+        "mask of another sequence": (
+            "hidden ? key_mask + row : nullptr",
+            "hidden ? key_mask : nullptr",
+        ),
+        "segments of another sequence": (
+            "cut ? segments + row : nullptr",
+            "cut ? segments : nullptr",
+        ),
+        "order of positions forgotten": ("causal && at < end ? at : end - 1", "end - 1"),
+        "dropped tail: keys past the end seen": (
+            "last = own >= ROWS || t >= queries ? -1 : causal && at < end ? at : end - 1",
+            "last = at",
+        ),
+        "last tile of a split left out": ("s < end; s += KEYS", "s + KEYS < end; s += KEYS"),
+        "split taken twice": ("begin = blockIdx.y * tiles * KEYS", "begin = 0"),
+        "split combined twice": (
+            "for (int i = 0; i < splits; i++) {\n            if (totals",
+            "for (int j = 0; j <= splits; j++) {\n            const int i = j % splits;\n"
+            "            if (totals",
+        ),
+        "combined without rescaling": (
+            "factor = exponential(totals[2 * i] - shift)",
+            "factor = real(1)",
+        ),
+        "one split's shift for all": (
+            "if (totals[2 * i + 1] >= 0 && totals[2 * i] > largest) largest",
+            "if (i == 0) largest",
+        ),
+        "split that sees nothing counted": (
+            "            if (totals[2 * i + 1] < 0) continue;\n",
+            "",
+        ),
+        "a row that sees nothing": ("to[1] = seen ? total : -1;", "to[1] = total;"),
+    },
     "rms_norm": {
         "mean of one element less": (
             "root(finite(block_sum(sum) / width + eps))",

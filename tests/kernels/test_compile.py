@@ -15,6 +15,7 @@ from refimpl.kernels.columns import variants
 from refimpl.kernels.compile import STEMS, STORAGE, TARGETS, BuildError, build, compile_kernel
 from refimpl.kernels.flash_attention import COMPILED_AHEAD, tiles
 from refimpl.kernels.grouped_linear import TILINGS
+from refimpl.kernels.mla_decode import tiles_ahead
 
 from kernel_support import EXECUTED, without_a_device
 from kernel_support.planted import PLANTED, sources
@@ -60,6 +61,9 @@ GROUPED = {
 }
 BUDGET |= ATTENTION | GROUPED
 FEW = {"bfloat16": 64, "float32": 64, "float64": 88}
+# Decoding's sums of values lie in registers, too; in bfloat16 at V3's widths it takes DECODING.
+BUDGET |= {"mla_decode_combine": (40, 0), "mla_decode_split": (255, 0)}
+DECODING = {(64, 32): 232, (32, 16): 136}  # registers, by rows of a block and keys of a tile
 V3 = {  # registers in bfloat16 at V3's widths, where nothing is spilled
     (192, 128): {"backward_keys": 255, "backward_queries": 216, "forward": 168},
     (128, 128): {"backward_keys": 240, "backward_queries": 168, "forward": 176},
@@ -98,7 +102,7 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "kernels"
 
 
-PLAIN = [stem for stem in STEMS if variants(stem, "float32") == [()]]
+PLAIN = [stem for stem in STEMS if variants(stem, "float32") == [()]]  # of no widths
 
 
 @without_a_device
@@ -179,6 +183,30 @@ def test_experts_within_budget(storage: str) -> None:
                 assert usage.shared <= shared, where
             assert ("mma.sync.aligned.m16n8k16" in module.ptx) == (storage == "bfloat16")
             assert not re.search(r"\batom\.|\bred\.|\.tf32", module.ptx)
+
+
+@without_a_device
+@pytest.mark.parametrize("target", SHOWN)
+@pytest.mark.parametrize("storage", STORAGE if FULL else ["bfloat16"])
+def test_decoding_within_budget(storage: str, target: str) -> None:
+    """No spills and no stack at any width that is compiled ahead; in bfloat16 at V3's widths on
+    tensor cores, by copies that pass the registers by."""
+    for shape in tiles_ahead(storage):
+        v3 = shape.value_width == 512
+        if not (v3 or FULL):
+            continue
+        module = compile_kernel("mla_decode", target, storage, shape.defines)
+        assert "warning" not in module.log
+        for kernel, usage in module.usage.items():
+            where = f"{kernel} in {storage}, {shape}, for {target}: {usage}"
+            assert usage.spills == usage.stack == usage.shared == 0, where
+            assert usage.registers <= BUDGET[kernel][0], where
+        if storage == "bfloat16" and v3:
+            most = DECODING[shape.rows, shape.keys]
+            assert module.usage["mla_decode_split"].registers <= most, target
+            for instruction in ("mma.sync.aligned.m16n8k16", "ldmatrix", "cp.async.cg"):
+                assert instruction in module.ptx
+        assert not re.search(r"\batom\.|\bred\.|\.local", module.ptx)
 
 
 def _body(ptx: str) -> str:

@@ -34,6 +34,7 @@ from kernel_support import ON_DEVICE
 def test_target_of_a_device(capability: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", _device(capability))
     assert DeviceLaunch().target == target
+    assert DeviceLaunch().most_shared == 99 << 10  # as the device says
 
 
 @pytest.mark.parametrize("capability", ["75", "110"])
@@ -48,11 +49,9 @@ def test_no_target_for_a_device(capability: str, monkeypatch: pytest.MonkeyPatch
 def _device(capability: str) -> Any:
     """As much of CuPy as says what GPU there is."""
     runtime = SimpleNamespace(getDeviceCount=lambda: 1, CUDARuntimeError=RuntimeError)
-    return SimpleNamespace(
-        cuda=SimpleNamespace(
-            runtime=runtime, Device=lambda: SimpleNamespace(compute_capability=capability)
-        )
-    )
+    attributes = {"MaxSharedMemoryPerBlockOptin": 99 << 10}
+    device = SimpleNamespace(compute_capability=capability, attributes=attributes)
+    return SimpleNamespace(cuda=SimpleNamespace(runtime=runtime, Device=lambda: device))
 
 
 def test_a_kernel_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from refimpl.checkpoint.tensor_file import read_tensor_file
 from refimpl.errors import CouldNotRun
 from refimpl.generate.sampler import to_numpy
 from refimpl.kernels.cpu.adamw import FusedAdamW
+from refimpl.kernels.mla_absorbed import MLA_ABSORBED
 from refimpl.ops import IMPLEMENTATIONS, REFERENCE
 from refimpl.optimizer import AdamW
 from refimpl.parameters import init_parameters, is_buffer
@@ -33,6 +34,7 @@ from refimpl.train.stage import Begin
 from refimpl.train.step import copied
 from refimpl.train.vocabulary import make_vocabulary
 
+from kernel_support import InterpreterLaunch
 from kernel_support.on_cupy import use_cuda
 from pretended_cupy import Pretended, ndarray
 from support import FULL, ROOT, refimpl_here
@@ -100,13 +102,15 @@ def test_choices(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(machine, "placement", lambda backend: np.array)
         for module in ("refimpl.train.machine", "refimpl.kernels.columns"):
             patch.setattr(f"{module}.table_of", lambda name: REFERENCE)
+        patch.setattr("refimpl.kernels.columns.device_launch", InterpreterLaunch)
         patch.setattr(machine, "optimizer_of", lambda name: AdamW)
         device = open_machine("cupy")
         narrow = open_machine("cupy", dtype="bfloat16")
     assert device.implementation == "cuda"
     assert device.ops == device.prefill == REFERENCE
-    assert device.decode == found.decode
-    assert narrow.decode == REFERENCE  # the absorbed form would add up in bfloat16
+    for on_device in (device, narrow):
+        assert on_device.decode["mla"] is MLA_ABSORBED
+        assert on_device.decode["attention"] != REFERENCE["attention"]
     assert [x.real for x in (found, device, narrow)] == ["float32"] * 3
     assert open_machine("numpy", "reference", "float64").real == "float64"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
