@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 VERSION = torch.__version__
 EPS = 1e-6
 TOP_K = 8
+ROTATED = 64
 GROUPS = 8
 KEEP_GROUPS = 4
 SCALE = 2.5
@@ -61,6 +62,23 @@ def cudnn_attention(q: Any, k: Any, v: Any) -> Any:
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         turned = (x.transpose(1, 2) for x in (q, k, v))
         return functional.scaled_dot_product_attention(*turned, is_causal=True).transpose(1, 2)
+
+
+def decode(q: Any, cache: Any) -> Any:
+    """q [B, 1, H, C + R], cache [B, T, 1, C + R], the first C of which are the values: two products
+    for all heads of a sequence."""
+    width = cache.shape[-1] - ROTATED
+    keys = cache[:, :, 0]
+    p = (q[:, 0] @ keys.mT * keys.shape[-1] ** -0.5).softmax(-1)
+    return (p @ keys[..., :width])[:, None]
+
+
+def sdpa_decode(q: Any, cache: Any) -> Any:
+    """The same by torch's attention."""
+    keys = cache.transpose(1, 2)
+    turned = q.transpose(1, 2), keys, keys
+    o = functional.scaled_dot_product_attention(*turned, enable_gqa=True)
+    return o[..., :-ROTATED].transpose(1, 2)
 
 
 def gate(logits: Any, bias: Any) -> Any:
@@ -216,6 +234,7 @@ ATTENTION = {
     "forward": fastest(forward_of(cudnn_attention), forward_of(padded_attention)),
     "backward": fastest(backward_of(cudnn_attention, 3), backward_of(padded_attention, 3)),
 }
+DECODE = fastest(forward_of(sdpa_decode), forward_of(decode))
 BASELINES: dict[str, Callable[..., Call]] = {
     "RMSNorm forward": forward_of(rms_norm),
     "RMSNorm backward": backward_of(rms_norm, 2),
@@ -224,6 +243,7 @@ BASELINES: dict[str, Callable[..., Call]] = {
     "SwiGLU forward": forward_of(swiglu),
     "SwiGLU backward": backward_of(swiglu, 2),
     **{f"attention {way}, {n}k": call for n in (1, 4, 16, 32) for way, call in ATTENTION.items()},
+    **{f"MLA decode, {h} heads, {n}k": DECODE for h in (16, 128) for n in (1, 4, 16, 64)},
     "gate top-k": forward_of(gate),
     "MoE permute": forward_of(permute),
     "MoE combine": forward_of(combine),
@@ -236,6 +256,9 @@ BASELINES: dict[str, Callable[..., Call]] = {
 }
 """By the rows' names: from a transform (`eager`, torch.compile) and the inputs, the call that is
 timed."""
+
+NOT_COMPILED = tuple(x for x in BASELINES if x.startswith(("attention", "MLA", "MoE layer")))
+"""Rows whose time is one of torch's own kernels, which torch.compile calls too."""
 
 
 class TorchDevice:

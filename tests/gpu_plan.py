@@ -17,7 +17,7 @@ from refimpl.verify import CASES, KERNELS
 PYTEST = ("-m", "pytest", "-v", "--tb=short", "-p", "no:benchmark", "-W", "default")
 WORKERS = 8  # of the tests, where pytest-xdist is there: most of their time is the CPU's
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-NAMED = ("cupy-ops", "numba_cuda-models", "cupy-models", *TOOLS[2:])  # run by name only
+NAMED = ("numba_cuda-ops", "cupy-ops", "numba_cuda-models", "cupy-models", *TOOLS[2:])
 # CuPy's plain reductions (those made of CUB take seconds each to compile, and there are dozens),
 # and its headers parsed once per process: a quarter of the time of each of its kernels
 QUICK = {"CUPY_ACCELERATORS": "", "CUPY_NVRTC_USE_PCH": "1"}
@@ -71,14 +71,14 @@ class Stage(NamedTuple):
 SANITIZED = Counts(1, 0, 0, 0, 800, 0, 45)  # every access is watched: NumPy's time stands for that
 COUNTS = {
     "probe": Counts(1, 1, 1, 6, 50),
-    "shapes": Counts(1, 9, 0, 182, 700, 16),
-    "bench": Counts(1, 0, 0, 4, 10_000, 70),
+    "shapes": Counts(1, 9, 0, 182, 700, 22),
+    "bench": Counts(1, 0, 0, 4, 10_000, 95),
     "tests": Counts(1, 18, 28, 38, 24_000, 0, 60),
     "cuda-ops": Counts(1, 0, 0, 42, 330_000),
     "bfloat16": Counts(1, 4, 0, 30, 7_000, 0, 16),
     "numba_cuda-ops": Counts(1, 0, 0, 28, 330_000),
     "cupy-ops": Counts(1, 0, 0, 10, 292_000),
-    "torch": Counts(1, 0, 0, 0, 10_000, 330),  # torch.compile's minutes
+    "torch": Counts(1, 0, 0, 0, 10_000, 310),  # torch.compile's minutes
     "cuda-models": Counts(1, 0, 0, 0, 1_650_000),
     "numba_cuda-models": Counts(1, 0, 0, 0, 1_650_000),
     "cupy-models": Counts(1, 0, 0, 0, 1_641_000),
@@ -173,7 +173,7 @@ def stages(machine: Machine, out: Path, commit: str | None = None) -> Plan:
     names = ("memcheck", "racecheck", "cuda-models")
     more += [found[name] for name in names if name in found]
     named = [found[name] for name in NAMED if name in found]
-    names = ("cuda-ops", "bfloat16", "numba_cuda-ops")
+    names = ("cuda-ops", "bfloat16")
     return Plan(first + [found[name] for name in names], more, named)
 
 

@@ -79,15 +79,16 @@ def test_stages(monkeypatch: pytest.MonkeyPatch) -> None:
         "shapes": f"{pytest_} tests/bench -k v3_shapes",
         "bench": f"{bench}/bench --no-torch --commit abc",
         "tests": f"{pytest_} -n 8 tests/kernels",
-        **{name: command for name, command in ops.items() if name != "cupy-ops"},
+        "cuda-ops": ops["cuda-ops"],
         "bfloat16": f"{verify} --implementation cuda --dtype bfloat16",
     }
-    names = ["probe", "shapes", "bench", "tests", "cuda-ops", "bfloat16", "numba_cuda-ops"]
+    names = ["probe", "shapes", "bench", "tests", "cuda-ops", "bfloat16"]
     assert [stage.name for stage in plan.first] == names
     model = {f"{n}-models": f"{verify}{options} model" for n, options in columns.items()}
     rest = {stage.name: " ".join(stage.command) for stage in (*plan.more, *plan.named)}
-    rest_of_ops = {"cupy-ops": ops["cupy-ops"]}
-    assert rest == {"torch": f"{bench}/torch --commit abc"} | rest_of_ops | model | watched
+    assert rest | {"cuda-ops": ops["cuda-ops"]} == (
+        {"torch": f"{bench}/torch --commit abc"} | ops | model | watched
+    )
     assert [stage.name for stage in plan.more] == [
         *("torch", "memcheck", "racecheck", "cuda-models")
     ]

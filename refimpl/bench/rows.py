@@ -1,11 +1,11 @@
 """The rows of the table: what each measures (`refimpl.bench.works`), at which sizes, and the least
 that it must move and multiply.
 
-Letters: T tokens, D width, H heads, X and V the widths of a head's keys and values, I hidden width
-of a feed-forward, E experts, K of them a token, R = T·K routed rows, W vocabulary. A row's
-bytes count each input read once and each output written once, in the storage type of the row,
-without what is smaller by a factor of the width (weights of a norm, one number per row). Causal
-attention's products are half of the square's.
+Letters: B sequences, T tokens, D width, H heads, X and V the widths of a head's keys and values, C
+and R of a latent and of its rotated part, I hidden width of a feed-forward, E experts, K of them a
+token, N = T·K routed rows, W vocabulary. A row's bytes count each input read once and each output
+written once, in the storage type of the row, without what is smaller by a factor of the width
+(weights of a norm, one number per row). Causal attention's products are half of the square's.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .works import (
     attention_work,
     combine_work,
     cross_entropy_work,
+    decode_work,
     experts_work,
     gate_work,
     grpo_work,
@@ -39,6 +40,7 @@ __all__ = ["ROWS", "Row", "floor_of"]
 TARGET_COPY, TARGET_MATRIX = 3.0e12, 798e12
 V3 = Sizes()
 LENGTHS = 1, 4, 16, 32  # thousands of tokens, of attention
+CACHES = 1, 4, 16, 64  # the same, of decoding
 MIXTURES = (
     *((experts, "balanced") for experts in (8, 64, 256)),
     *((64, loads) for loads in ("Zipf", "one hot")),
@@ -101,13 +103,29 @@ def attention_rows(thousands: int) -> tuple[Row, Row]:
     return forward, backward
 
 
+def decode_row(heads: int, thousands: int) -> Row:
+    """A token of 128 sequences, over caches of so many times 1,024. The targets are those of 4,096,
+    and grow with the cache."""
+    return Row(
+        f"MLA decode, {heads} heads, {thousands}k",
+        stem="mla_decode",
+        shape="sequences × heads × tokens × latent / rotated",
+        formula="2BHT(2C + R)",
+        bytes=lambda s: 2 * s.sequences * s.tokens * (s.latent + s.rotated),
+        flops=lambda s: 2 * s.sequences * s.heads * s.tokens * (2 * s.latent + s.rotated),
+        make=decode_work,
+        target=(400 if heads == 128 else 225) * thousands / 4,
+        sizes=replace(V3, heads=heads, tokens=1024 * thousands),
+    )
+
+
 def experts_row(experts: int, loads: str) -> Row:
     """4,096 tokens to 8 experts each, forward and backward."""
     return Row(
         f"MoE layer, {experts} experts, {loads}",
         stem="grouped_linear",
         shape="tokens × top_k × width × expert_hidden",
-        formula="18RDI",
+        formula="18NDI",
         bytes=lambda s: s.width * (8 * s.tokens + 18 * s.experts * s.expert_hidden),
         flops=lambda s: 18 * s.tokens * s.top_k * s.width * s.expert_hidden,
         make=partial(experts_work, loads=loads),
@@ -174,6 +192,7 @@ ROWS = {
             target=275,
         ),
         *(row for thousands in LENGTHS for row in attention_rows(thousands)),
+        *(decode_row(heads, thousands) for heads in (16, 128) for thousands in CACHES),
         Row(
             "gate top-k",
             "router",
@@ -188,7 +207,7 @@ ROWS = {
             "MoE permute",
             "moe",
             "tokens × top_k × width",
-            "2TD + 2RD",
+            "2TD + 2ND",
             lambda s: 2 * s.tokens * s.width * (1 + s.top_k),
             permute_work,
             target=210,
@@ -197,7 +216,7 @@ ROWS = {
             "MoE combine",
             "moe",
             "tokens × top_k × width",
-            "2TD + 2RD",
+            "2TD + 2ND",
             lambda s: 2 * s.tokens * s.width * (1 + s.top_k),
             combine_work,
             target=210,

@@ -160,6 +160,8 @@ def measure_row(
         "compiled": (None, None),
     }
     for how in found if torch is not None else ():
+        if how == "compiled" and row.name in getattr(torch, "NOT_COMPILED", ()):
+            continue
         try:
             found[how] = _baseline(
                 torch, row, [work.inputs for work in works], how == "compiled", runs

@@ -22,6 +22,7 @@ from ..kernels.grpo import grpo
 from ..kernels.host import place
 from ..kernels.launch import Launch
 from ..kernels.log_prob import log_prob
+from ..kernels.mla_decode import mla_decode
 from ..kernels.moe import combine, moe, permute, sort_slots
 from ..kernels.rms_norm import rms_norm
 from ..kernels.rope import rope
@@ -40,6 +41,7 @@ __all__ = [
     "attention_work",
     "combine_work",
     "cross_entropy_work",
+    "decode_work",
     "error_of",
     "experts_work",
     "gate_work",
@@ -78,6 +80,8 @@ class Sizes:
     keys: int = 192  # width of a head's queries and keys
     values: int = 128
     rotated: int = 64
+    latent: int = 512
+    sequences: int = 128  # that are decoded together
     hidden: int = 18432
     experts: int = 256
     expert_hidden: int = 2048
@@ -256,6 +260,28 @@ def attention_work(maker: Maker, *, backward: bool) -> Work:
     if backward:
         return Work((q, k, v, do), lambda: pair.backward(do, saved), check)
     return Work((q, k, v), lambda: pair.forward(q, k, v, scale=scale), check)
+
+
+def decode_work(maker: Maker) -> Work:
+    """A new token of each sequence attends to its latent cache of T tokens, all heads to one key,
+    whose first numbers are the value."""
+    s, pair = maker.sizes, mla_decode(maker.launch)
+    q = maker.normal(s.sequences, 1, s.heads, s.latent + s.rotated)
+    cache = maker.normal(s.sequences, s.tokens, 1, s.latent + s.rotated)
+    scale = (s.latent + s.rotated) ** -0.5
+
+    def run() -> Array:
+        return pair.forward(q, cache, cache[..., : s.latent], scale=scale)[0]
+
+    def check() -> Errors:
+        o, worst = run(), 0.0
+        for b in range(s.sequences):
+            own_q, own = _wide(q[b : b + 1], cache[b : b + 1])
+            exact, _ = REFERENCE.attention.forward(own_q, own, own[..., : s.latent], scale=scale)
+            worst = float(np.maximum(worst, error_of(o[b : b + 1], exact) / SEVERAL_UNITS))
+        return {"o": worst}
+
+    return Work((q, cache), run, check)
 
 
 def gate_work(maker: Maker) -> Work:

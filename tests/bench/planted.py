@@ -180,6 +180,18 @@ ATTENTION = {
         "flash_attention_backward_keys", 1, lambda dk, dv, *_: changed(dv, (0, -1, 0), 0)
     ),
 }
+DECODE = {
+    "scale a half more": given("mla_decode_split", 12, lambda scale: 1.5 * scale),
+    "cache of another sequence": given("mla_decode_split", 3, lambda cache: np.roll(cache, 1, 0)),
+    "q of another head": given("mla_decode_split", 2, lambda q: np.roll(q, 1, 2)),
+    "last token left out": given("mla_decode_split", 8, lambda keys: keys - 1),
+    "a split left out": given("mla_decode_combine", 3, lambda splits: splits - 1),
+    "totals of another row": given(
+        "mla_decode_combine", 2, lambda x: np.roll(x.reshape(4, -1), 1, 0).reshape(x.shape)
+    ),
+    "five per cent more": scaled("mla_decode_combine", by=1.05),
+    "a row of zeros": found("mla_decode_combine", 0, lambda o, *_: changed(o, (1, 0, 1), 0)),
+}
 GATE = {
     "bias left out": given("router_forward", 4, lambda bias: 0 * bias),
     "all groups kept": Mistake("router_forward", lambda run, x: run([*x[:9], x[8], *x[10:]])),
@@ -258,6 +270,7 @@ PLANTED: dict[str, dict[str, Mistake]] = {
     "SwiGLU backward": SWIGLU,
     "attention forward, 1k": ATTENTION,
     "attention backward, 1k": ATTENTION,
+    "MLA decode, 16 heads, 1k": DECODE,
     "gate top-k": GATE,
     "MoE permute": PERMUTE,
     "MoE combine": COMBINE,

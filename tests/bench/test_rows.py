@@ -34,6 +34,8 @@ FLOORS = {  # (bytes, by hand, and the µs of the row at 3.0 TB/s and 798 TFLOP/
     "attention backward, 16k": (32 * T * H * 320, 35.8e3),
     "attention forward, 32k": (32 * T * H * 320, 55.1e3),
     "attention backward, 32k": (64 * T * H * 320, 143e3),
+    **{f"MLA decode, 16 heads, {n}k": (256 * 1024 * n * 576, 50.3 * n) for n in (1, 4, 16, 64)},
+    **{f"MLA decode, 128 heads, {n}k": (256 * 1024 * n * 576, 50.3 * n) for n in (1, 4, 16, 64)},
     "gate top-k": (4 * T * E, 1.4), "MoE permute": (2 * T * D + 2 * T * K * D, 176),
     "MoE combine": (2 * T * D + 2 * T * K * D, 176),
     "MoE layer, 8 experts, balanced": (D * (8 * T + 18 * 8 * 2048), 10.86e3),  # of products
@@ -67,6 +69,8 @@ TARGETS = {  # the share of the floor's rate that is asked for, by hand
     "attention forward, 4k": 0.86 / 2.2, "attention backward, 4k": 2.24 / 7.5,
     "attention forward, 16k": 0.86 / 2.2, "attention backward, 16k": 2.24 / 7.5,
     "attention forward, 32k": 0.86 / 2.2, "attention backward, 32k": 2.24 / 7.5,
+    **{f"MLA decode, 16 heads, {n}k": 201 / 225 for n in (1, 4, 16, 64)},
+    **{f"MLA decode, 128 heads, {n}k": 201 / 400 for n in (1, 4, 16, 64)},
     "gate top-k": 1.4 / 7, "MoE permute": 176 / 210, "MoE combine": 176 / 210,
     "MoE layer, 8 experts, balanced": 400 / 798, "MoE layer, 64 experts, balanced": 400 / 798,
     "MoE layer, 64 experts, Zipf": 400 / 798, "MoE layer, 64 experts, one hot": 400 / 798,

@@ -122,6 +122,7 @@ def test_baselines_compute_the_same(name: str) -> None:
     assert module is not None
     monkey = pytest.MonkeyPatch()
     monkey.setattr(module, "TOP_K", SMALL.top_k)
+    monkey.setattr(module, "ROTATED", SMALL.rotated)
     monkey.setattr(module, "GROUPS", SMALL.groups)
     monkey.setattr(module, "KEEP_GROUPS", SMALL.keep_groups)
     row = ROWS[name]
@@ -150,6 +151,23 @@ def test_baselines_compute_the_same(name: str) -> None:
             theirs, wanted = theirs.reshape(1, -1), wanted.reshape(1, -1)
         assert worst_error(theirs.numpy(), wanted) <= 1e-5, name
     monkey.undo()
+
+
+def test_ways_of_a_baseline_are_one_function() -> None:
+    """Of those among which the fastest is taken, all that run on a CPU."""
+    torch = pytest.importorskip("torch", reason="torch is not installed: make oracle")
+    module, _ = baselines()
+    assert module is not None
+    q, cache = torch.randn(2, 1, 3, 576), torch.randn(2, 5, 1, 576)
+    assert torch.allclose(module.decode(q, cache), module.sdpa_decode(q, cache), atol=1e-5)
+    q, k, v = (torch.randn(1, 5, 2, width) for width in (192, 192, 128))
+    p = torch.einsum("bthx,bshx->bhts", q, k) * 192**-0.5
+    hidden = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    o = torch.einsum("bhts,bshv->bthv", p.masked_fill(hidden, float("-inf")).softmax(-1), v)
+    assert torch.allclose(module.padded_attention(q, k, v), o, atol=1e-5)
+    with pytest.raises(RuntimeError, match="kernel"):
+        module.cudnn_attention(q, k, v)
+    assert set(module.NOT_COMPILED) < set(ROWS)
 
 
 def _adamw_baseline(module: Any, torch: Any, work: Any) -> None:

@@ -49,6 +49,7 @@ RESULTS = {  # what each row checks
     "SwiGLU forward": {"y", "dgate", "dup"}, "SwiGLU backward": {"y", "dgate", "dup"},
     "attention forward, 1k": {"o", "dq", "dk", "dv"},
     "attention backward, 1k": {"o", "dq", "dk", "dv"},
+    "MLA decode, 16 heads, 1k": {"o"},
     "gate top-k": {"ids", "weights", "scores"}, "MoE permute": {"rows"}, "MoE combine": {"y"},
     **dict.fromkeys((x for x in DISTINCT if x.startswith("MoE layer")), EXPERTS),
     "CE forward + backward in place": {"loss", "dlogits at the targets", "other dlogits"},
