@@ -121,9 +121,10 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
             "root(finite(block_sum(sum) / width + eps))",
             "root(finite(block_sum(sum) / (width + 1) + eps))",
         ),
-        "weight left out of dx": (
-            "dn[k][v] = dy_row[k][v] * w_row[k][v];",
-            "dn[k][v] = dy_row[k][v];",
+        "weight left out of dx": ("dn = dy_row[k][v] * w_row[k][v];", "dn = dy_row[k][v];"),
+        "weight left out of the row's mean": (
+            "sum += dy_row[k][v] * w_row[k][v] * n;",
+            "sum += dy_row[k][v] * n;",
         ),
         "last partial sum lost": ("b < parts; b += LANES", "b < parts - 1; b += LANES"),
         "chunk at the end read whole": (

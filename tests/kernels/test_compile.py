@@ -73,6 +73,8 @@ SPILLS = {
     ("float64", 16, 16): (56, 44, 0),
     ("float64", 32, 16): (0, 0, 220),
 }
+# in bfloat16, for two blocks of V3's widths on a multiprocessor
+IN_BFLOAT16 = {"rms_norm_backward": 96}
 ON_SM_120 = {"cross_entropy_loss": 40}  # registers where ptxas takes more there than elsewhere
 SHOWN = TARGETS if FULL else TARGETS[:-1]  # sm_120's PTX is sm_100's: test-full shows it
 HELD = {
@@ -107,6 +109,8 @@ def test_compiles_within_budget(stem: str, storage: str) -> None:
         assert "warning" not in module.log
         for kernel, usage in module.usage.items():
             registers, shared = BUDGET[kernel]
+            if storage == "bfloat16":
+                registers = IN_BFLOAT16.get(kernel, registers)
             if target == "sm_120":
                 registers = ON_SM_120.get(kernel, registers)
             where = f"{kernel} in {storage} for {target}: {usage}"
