@@ -134,7 +134,9 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
         ),
     },
     "swiglu": {
-        "silu without its second term": ("(s + g[v] * s * (1 - s))", "s"),
+        "silu without its second term": ("(s.open + g[v] * s.open * s.shut)", "s.open"),
+        "e for 2 in float32": ("fabsf(x) * -1.44269504f", "-fabsf(x)"),
+        "gate of −x in float32": ("x < 0 ? Gate{rest, half}", "x > 0 ? Gate{rest, half}"),
         "tail read as a whole chunk": (
             "bool wide = left == VECTOR;\n    const Chunk d",
             "bool wide = true;\n    const Chunk d",
