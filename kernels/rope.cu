@@ -4,16 +4,18 @@
 
 // y = the rotation of x [tokens, heads, 2 half] by ± its angles, cos and sin [angles, half]: token t takes row
 // t % angles (all rows of a batch share theirs, or each token has its own). sign: 1 forward, −1 backward.
-// interleaved: pair i lies at (2i, 2i + 1), else at (i, i + half). Grid: a thread for VECTOR pairs of a head.
+// interleaved: pair i lies at (2i, 2i + 1), else at (i, i + half). Grid: a thread for VECTOR pairs of a head, fewer than 2³²
+// in all, so that heads, tokens and angles are counted in 32 bits: in 64 each division is a call.
 extern "C" __global__ void rope_rotate(storage* y, const storage* x, const real* cos, const real* sin, int64 tokens,
                                        int64 angles, int heads, int half, int interleaved, int sign) {
-    const int parts = (half + VECTOR - 1) / VECTOR;
-    const int64 thread = int64(blockIdx.x) * blockDim.x + threadIdx.x;
-    const int64 head = thread / parts;  // of all tokens
-    if (head >= tokens * heads) return;
-    const int pair = thread % parts * VECTOR;
+    const unsigned parts = (half + VECTOR - 1) / VECTOR;
+    const unsigned thread = blockIdx.x * blockDim.x + threadIdx.x;
+    const unsigned head = thread / parts;  // of all tokens
+    if (head >= static_cast<unsigned>(tokens) * heads) return;
+    const int pair = (thread - head * parts) * VECTOR;
+    const int64 turn = int64(head / heads % static_cast<unsigned>(angles)) * half;  // where its angles begin
     const bool wide = half % VECTOR == 0;
-    const int64 at = head * 2 * half + (interleaved ? 2 * pair : pair);  // of the first chunk, and of the second:
+    const int64 at = int64(head) * 2 * half + (interleaved ? 2 * pair : pair);  // of the first chunk, and of the second:
     const int64 then = at + (interleaved ? VECTOR : half);
     const int left = interleaved ? 2 * (half - pair) : half - pair, left_then = interleaved ? left - VECTOR : left;
     const Chunk x0 = load_chunk<true>(x + at, 0, left, wide), x1 = load_chunk<true>(x + then, 0, left_then, wide);
@@ -21,7 +23,7 @@ extern "C" __global__ void rope_rotate(storage* y, const storage* x, const real*
 #pragma unroll
     for (int v = 0; v < VECTOR; v++) {
         const bool inside = pair + v < half;
-        const int64 angle = head / heads % angles * half + pair + v;
+        const int64 angle = turn + pair + v;
         c[v] = inside ? cos[angle] : real(0);
         s[v] = inside ? sign * sin[angle] : real(0);
     }

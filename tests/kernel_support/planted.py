@@ -144,6 +144,8 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
     },
     "rope": {
         "backward turns forward": ("sign * sin[angle]", "sin[angle]"),
+        "angles of the head": ("head / heads % static_cast", "head % static_cast"),
+        "pair of the first head": ("(thread - head * parts) * VECTOR", "thread * VECTOR"),
         "first half turned twice": ("y1[v] = x0[v] * s[v]", "y1[v] = y0[v] * s[v]"),
     },
     "cross_entropy": {
