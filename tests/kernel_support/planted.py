@@ -204,10 +204,28 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
         "KL of whole outputs forgotten": ("dz_all - du_all", "dz_all"),
     },
     "adamw": {
-        "last thread past the end": ("if (i >= size) return;", "if (i > size) return;"),
-        "parameter for its master": ("before = master[i];", "before = widen(p[i]);"),
-        "master left as it was": ("    master[i] = after;\n", ""),
-        "parameter left as it was": ("    p[i] = narrow(after);\n", ""),
+        "last thread past the end": ("if (i + k < size) to[", "if (i + k <= size) to["),
+        "last thread reads past the end": (
+            "places % 16 == 0 && i + EACH <= size",
+            "places % 16 == 0",
+        ),
+        "any place taken for a multiple of 16 bytes": (
+            "places % 16 == 0 && i + EACH <= size",
+            "i + EACH <= size",
+        ),
+        "two numbers in the other order": (
+            "cvt_rn_bf16x2(value[1], value[0])",
+            "cvt_rn_bf16x2(value[0], value[1])",
+        ),
+        "parameter for its master": (
+            "load(value, master, i, size, wide);",
+            "for (int k = 0; k < EACH; k++) value[k] = i + k < size ? widen(p[i + k]) : real(0);",
+        ),
+        "master left as it was": ("    store(master, value, i, size, wide);\n", ""),
+        "parameter left as it was": (
+            "#if defined(STORAGE_BFLOAT16)\n    if (wide) {",
+            "#if false\n    if (wide) {",
+        ),
     },
 }
 # op: {name: (file, what stands there, what a mistake would put)}
