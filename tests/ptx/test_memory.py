@@ -55,7 +55,7 @@ def test_a_place_between_multiples_of_16_bytes() -> None:
     out = np.zeros(1, np.uint32)
     run(kernel(body, 2), "k", 1, 1, [out, numbers[first : first + 4]])
     assert out[0] == first + 3
-    with pytest.raises(PTXError, match="16-byte access to global byte 0 of .* is misaligned"):
+    with pytest.raises(PTXError, match=r"16-byte access to global byte 0 of .* is misaligned"):
         run(kernel(body, 2), "k", 1, 1, [out, numbers[first + 1 : first + 5]])
 
 
