@@ -150,9 +150,22 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
     },
     "cross_entropy": {
         "maximum not carried": ("total.sum * power(total.largest - from)", "total.sum"),
-        "target off by one": ("i + v == target", "i + v == target + 1"),
-        "barrier before the merge missing": ("= total;\n    __syncthreads();", "= total;"),
-        "logits that are overwritten read as constant": ("load_chunks<false>", "load_chunks<true>"),
+        "target off by one": ("i + v == row.target", "i + v == row.target + 1"),
+        "barrier before the merge missing": ("= own;\n    __syncthreads();", "= own;"),
+        "warps' sums not rescaled": (
+            "return {largest, warp_sum(own.sum * power(own.largest - base(largest)))};",
+            "return {largest, warp_sum(own.sum)};",
+        ),
+        "logits that are overwritten read as constant": (
+            "load_chunks<false>(chunk, logits + row",
+            "load_chunks<true>(chunk, logits + row",
+        ),
+        "row that is overwritten read as constant": ("total_of<false>(z", "total_of<true>(z"),
+        "target's logit read when its gradient may stand there": (
+            "log_probability(own, total)",
+            "log_probability(widen(z[target]), total)",
+        ),
+        "last batch of a row without gradient": ("(batches - 1) * BATCH", "(batches - 2) * BATCH"),
     },
     "embedding": {
         "second lane dropped": ("lane = 1; lane < LANES", "lane = 2; lane < LANES"),

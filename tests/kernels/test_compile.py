@@ -26,6 +26,7 @@ BUDGET = {
     "adamw_update": (48, 0),
     "cross_entropy_backward": (40, 0),
     "cross_entropy_forward": (96, 256),
+    "cross_entropy_in_place": (96, 256),
     "cross_entropy_loss": (32, 256),
     "embedding_backward": (64, 4096),
     "embedding_gather": (32, 0),
@@ -208,6 +209,7 @@ def test_ptx(stem: str, storage: str) -> None:
         "rope_rotate": (2, 0, 2),
         "cross_entropy_forward": (4, 0, 0),
         "cross_entropy_backward": (0, 4, 4),
+        "cross_entropy_in_place": (0, 8, 4),
         "embedding_gather": (0, 1, 1),
         "embedding_runs": (4, 0, 0),
         "embedding_backward": (8, 0, 0),
@@ -257,7 +259,9 @@ def test_loads_are_on_their_way_at_once(storage: str) -> None:
         "swiglu": {"swiglu_forward": 2, "swiglu_backward": 3},
         "rope": {"rope_rotate": 2},
         "moe": {"moe_combine": 4, "moe_weight_gradient": 2},
-        "cross_entropy": {"cross_entropy_forward": 4, "cross_entropy_backward": 4},
+        "cross_entropy": dict.fromkeys(
+            (f"cross_entropy_{part}" for part in ("forward", "backward", "in_place")), 4
+        ),
         "embedding": {"embedding_runs": 4, "embedding_backward": 4},
     }
     quick = ("sm_80", "sm_100") if storage == "bfloat16" else ("sm_100",)
