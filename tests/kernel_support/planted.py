@@ -143,7 +143,8 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
         ),
     },
     "rope": {
-        "backward turns forward": ("sign * sin[angle]", "sin[angle]"),
+        "backward turns forward": ("s[v] *= sign;", "s[v] *= 1;"),
+        "first angles twice": ("ld_global_v4(row + i + v)", "ld_global_v4(row + i)"),
         "angles of the head": ("head / heads % static_cast", "head % static_cast"),
         "pair of the first head": ("(thread - head * parts) * VECTOR", "thread * VECTOR"),
         "first half turned twice": ("y1[v] = x0[v] * s[v]", "y1[v] = y0[v] * s[v]"),
