@@ -56,14 +56,14 @@ rms_norm_backward(storage* dx, real* part, const storage* dy, const storage* x, 
                 dw[k][v] += dy_row[k][v] * n;           // (rms_norm.5)
                 sum += dy_row[k][v] * w_row[k][v] * n;  // (rms_norm.3)
             }
-        const real pull = rms * (block_sum(sum) / width);
+        const real mean = block_sum(sum) / width;
 #pragma unroll
         for (int k = 0; k < HELD; k++) {
             real chunk[VECTOR];
 #pragma unroll
             for (int v = 0; v < VECTOR; v++) {
-                const real dn = dy_row[k][v] * w_row[k][v];       // again
-                chunk[v] = rms * (dn - x_row[k][v] * pull);  // (rms_norm.4)
+                const real dn = dy_row[k][v] * w_row[k][v];             // again
+                chunk[v] = rms * (dn - x_row[k][v] * rms * mean);  // (rms_norm.4)
             }
             store_chunk(chunk, dx + row * width, first + k * step, width, wide);
         }
