@@ -47,8 +47,9 @@ gpu gpu-more:  ## the kernels' tests, the benchmark and every gradient on the GP
 	if $(PYTHON) -c 'import cupy, cuda.bindings, hypothesis, ml_dtypes, pytest, safetensors, typer' 2>/dev/null; \
 	then $(PYTHON) tests/gpu.py $(MORE); else $(MAKE) --no-print-directory .venv/gpu && $(BIN)/python tests/gpu.py $(MORE); fi
 
-ladder: .venv/dev  ## what each version of RMSNorm and cross-entropy costs, counted by the interpreter
+ladder: .venv/dev  ## what kernels and their earlier versions cost, counted by the interpreter
 	$(BIN)/python tests/ladder.py
+	$(BIN)/python tests/shares.py
 
 check: .venv/dev  ## lint, format and types
 	$(BIN)/ruff check

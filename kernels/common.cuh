@@ -112,6 +112,15 @@ __device__ __forceinline__ float ex2_approx_ftz(float x) {
     return y;
 }
 
+// rcp.approx.ftz.f32: 1 / x within a unit of float32 (2^-23 relative), in one instruction of the special function unit,
+// where a division is about ten and a call for numbers near the ends of the range. 1 / 0 is ∞. Subnormal x is 0, and a
+// subnormal result too (|x| > 2^126).
+__device__ __forceinline__ float rcp_approx_ftz(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // cp.async.cg.shared.global.L2::128B: 16 bytes from global to shared memory on their way while the thread goes on, past
 // its registers and past L1. Only the first `bytes` (0 to 16) are read, the rest are zeros. Legal at addresses that are
 // multiples of 16. The bytes may be neither read nor written until this thread has waited (cp_async_wait), and by other

@@ -1,16 +1,17 @@
 // Cross-entropy over large vocabularies. Forward: one pass over the logits, with a running maximum and sum (online
-// softmax), a block a row. Backward: one pass that reads each logit and writes its gradient, in place if asked.
+// softmax), a block a row. Backward: one pass that reads each logit and writes its gradient. Both in one, in place, for
+// who knows dloss: a row's second read comes from the caches.
 // Derivation: derivations/cross_entropy.md.
 #include "common.cuh"
 
-constexpr int BLOCK = 512;    // threads of the forward
+constexpr int BLOCK = sizeof(real) == 8 ? 512 : 1024;  // threads of a row's block, at most
 constexpr int THREADS = 128;  // of the backward
 constexpr int BATCH = 4;      // chunks of a thread that are on their way at once
 
-// e^x. In float32 as 2^(x log₂e), five instructions for the eight of expf: wrong by (1.3 |x| + 4) 2^−24 of itself at the
-// most, so for x <= 0 nowhere by more than expf is at 0, 2^−22. The logits' difference comes first: z log₂e less
-// largest log₂e would be wrong by |z| 2^−24.
-__device__ __forceinline__ float power(float x) { return exp2f(x * 1.44269504f); }
+// e^x. In float32 as 2^(x log₂e), two instructions for the eight of expf: wrong by (1.3 |x| + 4) 2^−24 of itself at the
+// most, so for x <= 0 nowhere by more than expf is at 0, 2^−22; 0 below −87.3, beside a sum of at least 1. The logits'
+// difference comes first: z log₂e less largest log₂e would be wrong by |z| 2^−24.
+__device__ __forceinline__ float power(float x) { return ex2_approx_ftz(x * 1.44269504f); }
 __device__ __forceinline__ double power(double x) { return exp(x); }
 __device__ __forceinline__ float larger(float x, float y) { return fmaxf(x, y); }  // a NaN yields; the sum shows it
 __device__ __forceinline__ double larger(double x, double y) { return fmax(x, y); }
@@ -24,25 +25,27 @@ struct Total {
 // reference.
 __device__ __forceinline__ real base(real largest) { return largest == -infinity() ? real(0) : largest; }
 
-__device__ __forceinline__ Total merge(Total a, Total b) {
-    const real largest = larger(a.largest, b.largest), from = base(largest);
-    return {largest, a.sum * power(a.largest - from) + b.sum * power(b.largest - from)};
+// Of what the block's threads have, the whole; each of them gets the same bits. All threads must call it, once.
+__device__ __forceinline__ Total merge(Total own) {
+    __shared__ Total part[BLOCK / WARP];
+    const unsigned lane = threadIdx.x % WARP;
+    real largest = warp_max(own.largest);
+    own = {largest, warp_sum(own.sum * power(own.largest - base(largest)))};
+    if (lane == 0) part[threadIdx.x / WARP] = own;
+    __syncthreads();
+    own = lane < blockDim.x / WARP ? part[lane] : Total{-infinity(), 0};
+    largest = warp_max(own.largest);
+    return {largest, warp_sum(own.sum * power(own.largest - base(largest)))};
 }
 
-// Of each row of logits [rows, vocabulary]: its maximum, Σ_w e^(z − largest), and chosen = log of the target's
-// probability. (Both numbers are kept, not log Σ e^z: rounding that would cost p a unit for each unit of lse.)
-// Grid: a block a row.
-extern "C" __global__ void __launch_bounds__(BLOCK, 1)
-cross_entropy_forward(real* largest_of_row, real* sum_of_row, real* chosen, const storage* logits, const int64* targets,
-                      int vocabulary) {
-    const int64 row = blockIdx.x;
-    const storage* z = logits + row * vocabulary;
-    const bool wide = vocabulary % VECTOR == 0;
+// Of the row z, the block's threads together. STREAM: nothing writes it while the kernel runs.
+template <bool STREAM>
+__device__ __forceinline__ Total total_of(const storage* z, int vocabulary, bool wide) {
     const int step = blockDim.x * VECTOR;
     Total total = {-infinity(), 0};
     for (int first = threadIdx.x * VECTOR; first < vocabulary; first += BATCH * step) {
         Chunk chunk[BATCH];
-        load_chunks<true>(chunk, z, first, step, vocabulary, wide);
+        load_chunks<STREAM>(chunk, z, first, step, vocabulary, wide);
         if (first + (BATCH - 1) * step + VECTOR > vocabulary)  // the row ends here: past it stands −∞, whose e^z is 0
 #pragma unroll
             for (int n = 0; n < BATCH * VECTOR; n++)
@@ -56,16 +59,50 @@ cross_entropy_forward(real* largest_of_row, real* sum_of_row, real* chosen, cons
         for (int n = 0; n < BATCH * VECTOR; n++) sum += power(chunk[n / VECTOR][n % VECTOR] - from);
         total = {largest, sum};
     }
-    const real largest = warp_max(total.largest);
-    total = {largest, warp_sum(total.sum * power(total.largest - base(largest)))};
-    __shared__ Total part[BLOCK / WARP];
-    if (threadIdx.x % WARP == 0) part[threadIdx.x / WARP] = total;
-    __syncthreads();
+    return merge(total);
+}
+
+// log of the probability of a logit z.
+__device__ __forceinline__ real log_probability(real z, Total total) {
+    return z - total.largest - logarithm(total.sum);  // (cross_entropy.1)
+}
+
+// What a row's gradient needs: scale (p − 1[w = target]) with p = e^(z − largest) inverse, or 0 for rows that don't
+// count, whatever stands there, NaN included.
+struct Row {
+    real scale, largest, inverse;
+    int target;
+    bool counts;
+};
+
+__device__ __forceinline__ void store_gradient(storage* dz_row, const Chunk (&chunk)[BATCH], Row row, int first, int step,
+                                               int vocabulary, bool wide) {
+#pragma unroll
+    for (int k = 0; k < BATCH; k++) {
+        const int i = first + k * step;
+        real dz[VECTOR];
+#pragma unroll
+        for (int v = 0; v < VECTOR; v++) {
+            const real p = power(chunk[k][v] - row.largest) * row.inverse;
+            dz[v] = row.counts ? row.scale * (i + v == row.target ? p - 1 : p) : real(0);  // (cross_entropy.3)
+        }
+        store_chunk(dz, dz_row, i, vocabulary, wide);
+    }
+}
+
+// Of each row of logits [rows, vocabulary]: its maximum, Σ_w e^(z − largest), and chosen = log of the target's
+// probability. (Both numbers are kept, not log Σ e^z: rounding that would cost p a unit for each unit of lse.)
+// Grid: a block a row.
+extern "C" __global__ void __launch_bounds__(BLOCK, 1)
+cross_entropy_forward(real* largest_of_row, real* sum_of_row, real* chosen, const storage* logits, const int64* targets,
+                      int vocabulary) {
+    const int64 row = blockIdx.x;
+    const storage* z = logits + row * vocabulary;
+    const Total total = total_of<true>(z, vocabulary, vocabulary % VECTOR == 0);
     if (threadIdx.x == 0) {
-        for (unsigned warp = 1; warp < blockDim.x / WARP; warp++) total = merge(total, part[warp]);
         largest_of_row[row] = total.largest;
         sum_of_row[row] = total.sum;
-        chosen[row] = widen(z[targets[row]]) - total.largest - logarithm(total.sum);  // (cross_entropy.1)
+        chosen[row] = log_probability(widen(z[targets[row]]), total);
     }
 }
 
@@ -91,18 +128,28 @@ cross_entropy_backward(storage* dlogits, const storage* logits, const real* larg
     if (first >= vocabulary) return;
     Chunk chunk[BATCH];
     load_chunks<false>(chunk, logits + row * vocabulary, first, step, vocabulary, wide);
-    const real scale = dloss[0] * weight[row], largest = largest_of_row[row], inverse = 1 / sum_of_row[row];
-    const int target = targets[row];
-    const bool counts = weight[row] != 0;  // what stands at the others, NaN included, does not
-#pragma unroll
-    for (int k = 0; k < BATCH; k++) {
-        const int i = first + k * step;
-        real dz[VECTOR];
-#pragma unroll
-        for (int v = 0; v < VECTOR; v++) {
-            const real p = power(chunk[k][v] - largest) * inverse;
-            dz[v] = counts ? scale * (i + v == target ? p - 1 : p) : real(0);  // (cross_entropy.3)
-        }
-        store_chunk(dz, dlogits + row * vocabulary, i, vocabulary, wide);
+    const Row own = {dloss[0] * weight[row], largest_of_row[row], 1 / sum_of_row[row], static_cast<int>(targets[row]),
+                     weight[row] != 0};
+    store_gradient(dlogits + row * vocabulary, chunk, own, first, step, vocabulary, wide);
+}
+
+// The forward's chosen, and the gradient over the logits. A thread writes what it has read itself, and not before all
+// have read the row. The gradient begins with what was read last, which lies in the nearest cache. Grid: a block a row.
+extern "C" __global__ void __launch_bounds__(BLOCK, 1)
+cross_entropy_in_place(storage* logits, real* chosen, const int64* targets, const real* weight, const real* dloss,
+                       int vocabulary) {
+    const int64 row = blockIdx.x;
+    storage* z = logits + row * vocabulary;
+    const bool wide = vocabulary % VECTOR == 0;
+    const int target = targets[row], step = blockDim.x * VECTOR;
+    const real own = widen(z[target]);
+    const Total total = total_of<false>(z, vocabulary, wide);
+    if (threadIdx.x == 0) chosen[row] = log_probability(own, total);
+    const Row of_row = {dloss[0] * weight[row], total.largest, 1 / total.sum, target, weight[row] != 0};
+    const int batches = (vocabulary - 1) / (BATCH * step) + 1;
+    for (int first = (batches - 1) * BATCH * step + threadIdx.x * VECTOR; first >= 0; first -= BATCH * step) {
+        Chunk chunk[BATCH];
+        load_chunks<false>(chunk, z, first, step, vocabulary, wide);
+        store_gradient(z, chunk, of_row, first, step, vocabulary, wide);
     }
 }

@@ -84,4 +84,33 @@ def kernels(real):
             counts = weight[row] != real(0)  # what stands at the others, NaN included, does not
             dlogits[start + w] = scale * p if counts else real(0)  # (cross_entropy.3)
 
-    return cross_entropy_forward, cross_entropy_loss, cross_entropy_backward
+    def cross_entropy_in_place(
+        logits: reals, chosen: reals, targets: ids, weight: reals, dloss: reals, vocabulary: int32
+    ):
+        """The forward's ``chosen``, and the gradient over the logits. Grid: a block a row."""
+        part = cuda.shared.array(WARP, real)
+        row = cuda.blockIdx.x
+        thread = cuda.threadIdx.x
+        threads = cuda.blockDim.x
+        start = row * vocabulary
+        own = logits[start + targets[row]]  # before it is overwritten
+        largest = real(-math.inf)
+        for w in range(thread, vocabulary, threads):
+            largest = max(largest, logits[start + w])
+        largest = block_max(part, largest)
+        total = real(0)
+        for w in range(thread, vocabulary, threads):
+            total += math.exp(logits[start + w] - largest)
+        total = block_sum(part, total)
+        if thread == 0:
+            chosen[row] = own - largest - math.log(total)  # (cross_entropy.1)
+        scale = dloss[0] * weight[row]
+        for w in range(thread, vocabulary, threads):  # each thread those that it has read itself
+            p = math.exp(logits[start + w] - largest) / total
+            if w == targets[row]:
+                p -= real(1)
+            logits[start + w] = (
+                scale * p if weight[row] != real(0) else real(0)
+            )  # (cross_entropy.3)
+
+    return cross_entropy_forward, cross_entropy_loss, cross_entropy_backward, cross_entropy_in_place

@@ -4,6 +4,9 @@
 
 constexpr int HELD = (sizeof(real) == 8 ? 14 : 24) / VECTOR;  // chunks of a row that a thread holds
 constexpr int BLOCK = 512;  // threads, at most: the widest row is BLOCK · HELD · VECTOR; V3's 7,168 fit in every type
+// What the backward's registers are bounded by: in bfloat16 so that two blocks of V3's 320 threads, which hold a row of
+// 7,168, share a multiprocessor, 96 a thread; one loads its next row while the other computes.
+constexpr int BACKWARD = sizeof(storage) == 2 ? 640 : BLOCK;
 
 // y = x r w and r = 1 / √(mean(x²) + eps). Grid: a block a row.
 extern "C" __global__ void __launch_bounds__(BLOCK)
@@ -32,7 +35,7 @@ rms_norm_forward(storage* y, real* r, const storage* x, const storage* w, int wi
 
 // dx, and for each block the sum of dy ∘ n over its rows, part[block, width]. Grid: any number of blocks; each takes
 // every gridDim-th row, so the sums' order depends on the grid alone.
-extern "C" __global__ void __launch_bounds__(BLOCK)
+extern "C" __global__ void __launch_bounds__(BACKWARD)
 rms_norm_backward(storage* dx, real* part, const storage* dy, const storage* x, const storage* w, const real* r,
                   int64 rows, int width) {
     const bool wide = width % VECTOR == 0;
@@ -44,22 +47,24 @@ rms_norm_backward(storage* dx, real* part, const storage* dy, const storage* x, 
         load_chunks<true>(x_row, x + row * width, first, step, width, wide);
         load_chunks<true>(dy_row, dy + row * width, first, step, width, wide);
         load_chunks<false>(w_row, w, first, step, width, wide);
-        real dn[HELD][VECTOR], sum = 0;
+        real sum = 0;
 #pragma unroll
         for (int k = 0; k < HELD; k++)
 #pragma unroll
             for (int v = 0; v < VECTOR; v++) {
                 const real n = x_row[k][v] * rms;
-                dw[k][v] += dy_row[k][v] * n;            // (rms_norm.5)
-                dn[k][v] = dy_row[k][v] * w_row[k][v];  // (rms_norm.3)
-                sum += dn[k][v] * n;
+                dw[k][v] += dy_row[k][v] * n;           // (rms_norm.5)
+                sum += dy_row[k][v] * w_row[k][v] * n;  // (rms_norm.3)
             }
         const real mean = block_sum(sum) / width;
 #pragma unroll
         for (int k = 0; k < HELD; k++) {
             real chunk[VECTOR];
 #pragma unroll
-            for (int v = 0; v < VECTOR; v++) chunk[v] = rms * (dn[k][v] - x_row[k][v] * rms * mean);  // (rms_norm.4)
+            for (int v = 0; v < VECTOR; v++) {
+                const real dn = dy_row[k][v] * w_row[k][v];             // again
+                chunk[v] = rms * (dn - x_row[k][v] * rms * mean);  // (rms_norm.4)
+            }
             store_chunk(chunk, dx + row * width, first + k * step, width, wide);
         }
     }

@@ -51,6 +51,7 @@ __all__ = [
     "rounded",
     "stored_table",
     "tensor_core_attention",
+    "tensor_core_log_prob",
     "widened",
 ]
 
@@ -108,10 +109,28 @@ def tensor_core_attention(to_type: Callable[[Any], Any] = round_bfloat16) -> Any
     return Op(forward, backward)
 
 
+def tensor_core_log_prob(to_type: Callable[[Any], Any] = round_bfloat16) -> AnyOp:
+    """Log-probabilities in float32 whose logits' gradient is rounded before it is multiplied: dh
+    errs by at most 2⁻⁸ Σ_w |dz_w| |w|, dw by 2⁻⁸ Σ_t |dz_t| |h_t|."""
+
+    def backward(dy: Any, saved: Any) -> Any:
+        h = saved.h.reshape(-1, saved.h.shape[-1])
+        weight = (dy.reshape(-1) * saved.mask)[:, None] / saved.temperature
+        p = np.exp(h @ saved.w.T / saved.temperature - saved.lse)
+        chosen = np.arange(p.shape[1]) == saved.targets[:, None]
+        dz = to_type(weight * (chosen - p))
+        return (dz @ saved.w).reshape(saved.h.shape), dz.T @ h
+
+    return Op(REFERENCE.log_prob.forward, backward)
+
+
 def algorithm_of(op: str, storage: str) -> AnyOp | None:
     """What runs in float32 beside the reference of an op whose kernels have other formulas.
     Attention's are those of flash attention: Σ p dp by way of the output, so that
-    dp − Σ p dp, and dq and dk with it, does not vanish where one key takes all."""
+    dp − Σ p dp, and dq and dk with it, does not vanish where one key takes all. In bfloat16 both
+    products' and the logits' gradients are rounded for tensor cores."""
+    if op == "log_prob" and storage == "bfloat16":
+        return tensor_core_log_prob()
     if op != "attention":
         return None
     return tensor_core_attention() if storage == "bfloat16" else IMPLEMENTATIONS["flash"].attention
@@ -319,6 +338,7 @@ def stored_table(seed: int | None = None) -> Ops:
     pairs = {name: REFERENCE[name] for name in ACTIVATIONS}
     pairs["moe"] = Op(moe_forward, REFERENCE.moe.backward)
     pairs["attention"] = tensor_core_attention(to_type)
+    pairs["log_prob"] = tensor_core_log_prob(to_type)
     return REFERENCE | {
         name: stored(op, name, to_type, DTYPES["bfloat16"]) for name, op in pairs.items()
     }

@@ -15,7 +15,7 @@ from .launch import Launch
 
 __all__ = ["adamw"]
 
-THREADS = 256
+THREADS = 256  # of a block; each takes 16 bytes of every array
 
 
 def adamw(launch: Launch) -> Callable[..., AdamW]:
@@ -54,7 +54,7 @@ def adamw(launch: Launch) -> Callable[..., AdamW]:
                 kernels(
                     "adamw_update",
                     n.storage,
-                    cover(p.size, THREADS),
+                    cover(p.size, THREADS * 16 // n.real.itemsize),
                     THREADS,
                     p,
                     moments.first[name],

@@ -86,21 +86,22 @@ def product(a: Array, b: Array, dtype: Any) -> Array:
     return out.reshape(*a.shape[:-1], b.shape[1])
 
 
-def parts(x: Array, dtype: Any) -> Iterator[Array]:
-    """Arrays in ``dtype`` whose sum is ``x``: ``x`` itself, or of float32 in bfloat16 three, the
-    largest first.
+def parts(x: Array, dtype: Any, count: int = 3) -> Iterator[Array]:
+    """Arrays in ``dtype`` whose sum is ``x``: ``x`` itself, or of float32 in bfloat16 ``count``,
+    the largest first.
 
-    Each holds 8 of its 24 bits, so that products on tensor cores, which take bfloat16, are those of
-    float32. Exact down to 2⁻¹⁰³, where CuPy takes what is left for 0; an infinite element, or one
-    beyond 3.395 · 10³⁸, becomes NaN.
+    Each holds 8 of its 24 bits, so that with three, products on tensor cores, which take bfloat16,
+    are those of float32; with fewer each element is wrong by at most 2^(−8 count) of itself.
+    Exact down to 2⁻¹⁰³, where CuPy takes what is left for 0; an infinite element, or one beyond
+    3.395 · 10³⁸, becomes NaN, or with one part is infinite.
     """
     if x.dtype == dtype:
         yield x
         return
-    for rest in (True, True, False):
+    for i in range(count):
         part = x.astype(dtype)
         yield part
-        if rest:
+        if i < count - 1:
             x = x - part
 
 

@@ -14,6 +14,9 @@ from .launch import Launch
 __all__ = ["rope"]
 
 THREADS = 128
+MOST = (
+    2**32 - THREADS
+)  # threads that the kernel counts in 32 bits; each has 32 bytes of x, or fewer
 
 
 def rope(launch: Launch) -> AnyOp:
@@ -27,9 +30,12 @@ def rope(launch: Launch) -> AnyOp:
                 f"dy must be of the forward's x, whose arithmetic is {saved.cos.dtype}, got "
                 f"{x.dtype}"
             )
-        y = kernels.empty(x.shape, x.dtype, x)
         half, tokens = width // 2, b * t
-        blocks = cover(tokens * heads * cover(half, n.vector), THREADS)
+        threads = tokens * heads * cover(half, n.vector)
+        if threads > MOST:
+            raise ValueError(f"x must be turned by at most {MOST} threads, got {threads}")
+        blocks = cover(threads, THREADS)
+        y = kernels.empty(x.shape, x.dtype, x)
         kernels(
             "rope_rotate",
             n.storage,

@@ -135,7 +135,7 @@ SWIGLU = {
     "gradients exchanged": Mistake("swiglu_backward", lambda run, x: run([x[1], x[0], *x[2:]])),
     "two per cent more of dup": scaled("swiglu_backward", 1),
 }
-SOFTMAX = {  # of both rows with a cross-entropy
+SOFTMAX = {  # of the head
     "no softmax in the gradient": given("cross_entropy_backward", 3, lambda total: np.inf * total),
     "sums of the next row": given("cross_entropy_backward", 3, lambda total: np.roll(total, 1)),
     "probabilities two per cent less": given(
@@ -148,9 +148,37 @@ SOFTMAX = {  # of both rows with a cross-entropy
     "a token left out": given("cross_entropy_backward", 5, lambda weight: changed(weight, 0, 0)),
     "a loss left out": found("cross_entropy_forward", 2, lambda *x: changed(x[2], 0, 0)),
 }
+
+
+def at_targets(z: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    return np.arange(z.shape[-1]) == targets[:, None]
+
+
 IN_PLACE = {
-    "a row of zeros": zero_row("cross_entropy_backward"),
-    "rows of their neighbours": rolled("cross_entropy_backward"),
+    "no softmax in the gradient": found(
+        "cross_entropy_in_place",
+        0,
+        lambda z, _, targets, weight, *x: -weight[:, None] * at_targets(z, targets),
+    ),
+    "probabilities two per cent less": found(
+        "cross_entropy_in_place",
+        0,
+        lambda z, _, targets, *x: z.astype(np.float64) * np.where(at_targets(z, targets), 1, 0.98),
+    ),
+    "the target's 1 left out": found(
+        "cross_entropy_in_place",
+        0,
+        lambda z, _, targets, weight, *x: (
+            z.astype(np.float64) + weight[:, None] * at_targets(z, targets)
+        ),
+    ),
+    "targets of the next row": given(
+        "cross_entropy_in_place", 2, lambda target: np.roll(target, 1)
+    ),
+    "a token left out": given("cross_entropy_in_place", 3, lambda weight: changed(weight, 0, 0)),
+    "a loss left out": found("cross_entropy_in_place", 1, lambda *x: changed(x[1], 0, 0)),
+    "a row of zeros": zero_row("cross_entropy_in_place"),
+    "rows of their neighbours": rolled("cross_entropy_in_place"),
     "1e-5 more of the loss": scaled("cross_entropy_loss", by=1 + 1e-5),
     "a token left out of the loss": given(
         "cross_entropy_loss", 2, lambda weight: changed(weight, 0, 0)
@@ -277,7 +305,7 @@ PLANTED: dict[str, dict[str, Mistake]] = {
     "MoE layer, 8 experts, balanced": EXPERTS,
     "MoE layer, 64 experts, Zipf": EXPERTS,
     "MoE layer, 64 experts, one hot": EXPERTS,
-    "CE forward + backward in place": SOFTMAX | IN_PLACE,
+    "CE forward + backward in place": IN_PLACE,
     "head + CE": SOFTMAX,
     "GRPO from log-probabilities": GRPO,
     "AdamW step": ADAMW,

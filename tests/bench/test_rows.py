@@ -98,7 +98,7 @@ ARGUMENTS = {
     "RMSNorm backward": 1.083,  # 256 partial sums of dw, written and read again
     "RoPE forward": 1.008, "RoPE backward": 1.008,  # cos and sin in float32
     "gate top-k": 2.098,  # the scores are written too, for the backward, and ids in int64
-    "CE forward + backward in place": 1.5,  # the forward reads the logits first: 6TW
+    "CE forward + backward in place": 0.5,  # the logits are read and written in place
     # the gradient is one array that is written, read and written
     "GRPO from log-probabilities": 18 / 24,
     "AdamW step": 20 / 28,  # m and v are read and written; p is given twice, as its own master

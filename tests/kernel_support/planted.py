@@ -192,9 +192,10 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
             "root(finite(block_sum(sum) / width + eps))",
             "root(finite(block_sum(sum) / (width + 1) + eps))",
         ),
-        "weight left out of dx": (
-            "dn[k][v] = dy_row[k][v] * w_row[k][v];",
-            "dn[k][v] = dy_row[k][v];",
+        "weight left out of dx": ("dn = dy_row[k][v] * w_row[k][v];", "dn = dy_row[k][v];"),
+        "weight left out of the row's mean": (
+            "sum += dy_row[k][v] * w_row[k][v] * n;",
+            "sum += dy_row[k][v] * n;",
         ),
         "last partial sum lost": ("b < parts; b += LANES", "b < parts - 1; b += LANES"),
         "chunk at the end read whole": (
@@ -204,21 +205,39 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
         ),
     },
     "swiglu": {
-        "silu without its second term": ("(s + g[v] * s * (1 - s))", "s"),
+        "silu without its second term": ("(s.open + g[v] * s.open * s.shut)", "s.open"),
+        "e for 2 in float32": ("fabsf(x) * -1.44269504f", "-fabsf(x)"),
+        "gate of −x in float32": ("x < 0 ? Gate{rest, half}", "x > 0 ? Gate{rest, half}"),
         "tail read as a whole chunk": (
             "bool wide = left == VECTOR;\n    const Chunk d",
             "bool wide = true;\n    const Chunk d",
         ),
     },
     "rope": {
-        "backward turns forward": ("sign * sin[angle]", "sin[angle]"),
+        "backward turns forward": ("s[v] *= sign;", "s[v] *= 1;"),
+        "first angles twice": ("ld_global_v4(row + i + v)", "ld_global_v4(row + i)"),
+        "angles of the head": ("head / heads % static_cast", "head % static_cast"),
+        "pair of the first head": ("(thread - head * parts) * VECTOR", "thread * VECTOR"),
         "first half turned twice": ("y1[v] = x0[v] * s[v]", "y1[v] = y0[v] * s[v]"),
     },
     "cross_entropy": {
         "maximum not carried": ("total.sum * power(total.largest - from)", "total.sum"),
-        "target off by one": ("i + v == target", "i + v == target + 1"),
-        "barrier before the merge missing": ("= total;\n    __syncthreads();", "= total;"),
-        "logits that are overwritten read as constant": ("load_chunks<false>", "load_chunks<true>"),
+        "target off by one": ("i + v == row.target", "i + v == row.target + 1"),
+        "barrier before the merge missing": ("= own;\n    __syncthreads();", "= own;"),
+        "warps' sums not rescaled": (
+            "return {largest, warp_sum(own.sum * power(own.largest - base(largest)))};",
+            "return {largest, warp_sum(own.sum)};",
+        ),
+        "logits that are overwritten read as constant": (
+            "load_chunks<false>(chunk, logits + row",
+            "load_chunks<true>(chunk, logits + row",
+        ),
+        "row that is overwritten read as constant": ("total_of<false>(z", "total_of<true>(z"),
+        "target's logit read when its gradient may stand there": (
+            "log_probability(own, total)",
+            "log_probability(widen(z[target]), total)",
+        ),
+        "last batch of a row without gradient": ("(batches - 1) * BATCH", "(batches - 2) * BATCH"),
     },
     "embedding": {
         "second lane dropped": ("lane = 1; lane < LANES", "lane = 2; lane < LANES"),
@@ -311,10 +330,28 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
         "KL of whole outputs forgotten": ("dz_all - du_all", "dz_all"),
     },
     "adamw": {
-        "last thread past the end": ("if (i >= size) return;", "if (i > size) return;"),
-        "parameter for its master": ("before = master[i];", "before = widen(p[i]);"),
-        "master left as it was": ("    master[i] = after;\n", ""),
-        "parameter left as it was": ("    p[i] = narrow(after);\n", ""),
+        "last thread past the end": ("if (i + k < size) to[", "if (i + k <= size) to["),
+        "last thread reads past the end": (
+            "places % 16 == 0 && i + EACH <= size",
+            "places % 16 == 0",
+        ),
+        "any place taken for a multiple of 16 bytes": (
+            "places % 16 == 0 && i + EACH <= size",
+            "i + EACH <= size",
+        ),
+        "two numbers in the other order": (
+            "cvt_rn_bf16x2(value[1], value[0])",
+            "cvt_rn_bf16x2(value[0], value[1])",
+        ),
+        "parameter for its master": (
+            "load(value, master, i, size, wide);",
+            "for (int k = 0; k < EACH; k++) value[k] = i + k < size ? widen(p[i + k]) : real(0);",
+        ),
+        "master left as it was": ("    store(master, value, i, size, wide);\n", ""),
+        "parameter left as it was": (
+            "#if defined(STORAGE_BFLOAT16)\n    if (wide) {",
+            "#if false\n    if (wide) {",
+        ),
     },
 }
 # op: {name: (file, what stands there, what a mistake would put)}

@@ -18,14 +18,18 @@ from ptx import PTXError
 
 @pytest.mark.parametrize("storage", STORAGE)
 def test_adamw(storage: str) -> None:
-    """Three steps as `refimpl.optimizer.AdamW` does them in float64, on one block and on several;
-    bfloat16 parameters have a master that does, and are its rounding."""
+    """Three steps as `refimpl.optimizer.AdamW` does them in float64, on one block and on several,
+    with a last thread whose numbers end, and at a place that is no multiple of 16 bytes; bfloat16
+    parameters have a master that does, and are its rounding."""
     rng, wide = np.random.default_rng(0), WIDE[storage]
     drawn = {
         "w": rounded(rng.normal(size=(41, 13)), storage),
         "norm": rounded(rng.normal(size=3), storage),
+        "part": rounded(rng.normal(size=9), storage),
     }
     params = {name: to_device(p) for name, p in drawn.items()}
+    params["part"] = params["part"][1:]
+    drawn["part"] = drawn["part"][1:]
     reference = {name: p.astype(np.float64) for name, p in drawn.items()}
     options: dict[str, Any] = {"decays": lambda name: name == "w", "weight_decay": 0.2}
     optimizer = adamw(make_launch())(**options)

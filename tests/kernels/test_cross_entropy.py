@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 
 from refimpl import ops
-from refimpl.check.cases import Case
+from refimpl.check.cases import Case, RandomDraw
 from refimpl.kernels.columns import COLUMNS
-from refimpl.kernels.cross_entropy import cross_entropy_in_place
+from refimpl.kernels.compile import STORAGE
+from refimpl.kernels.cross_entropy import cross_entropy_in_place, softmax_gradient
+from refimpl.ops import Op
 
 from kernel_support import (
     QUICK_TYPES,
+    SHAPES,
+    TABLE,
     TABLES,
     TYPES,
     compare,
@@ -29,17 +33,52 @@ from kernel_support.planted import PLANTED, PLANTED_IN_NUMBA, assert_seen, plant
 
 @pytest.mark.parametrize(("column", "storage"), TYPES)
 def test_cross_entropy_in_place(column: str, storage: str) -> None:
-    """The same bits as the op's gradient, in the memory of the logits."""
+    """Loss and gradient have the bits of the op's, in the memory of the logits, also where a thread
+    has several batches of chunks, and of rows that don't count."""
     rng = np.random.default_rng(0)
-    logits = to_device(rounded(rng.normal(size=(3, 40)), storage))
-    pair = COLUMNS[column](make_launch())["cross_entropy"]
     in_place = cross_entropy_in_place(make_launch(0, column))
-    before = to_host(logits).tobytes()
+    pair = COLUMNS[column](make_launch())["cross_entropy"]
+    wide = {"float64": 4106, "float32": 17000, "bfloat16": 40000}[storage]
+    for width in (1, 37, 40, wide):
+        logits = to_device(rounded(rng.normal(size=(3, width)), storage))
+        targets = to_device(np.array([0, width - 1, 7 % width]))
+        given = {"targets": targets, "mask": to_device(np.array([1.0, 0.5, 0.0]))}
+        wanted, saved = pair.forward(logits, **given)
+        fresh = pair.backward(0.7, saved)
+        loss, gradient = in_place(logits, **given, dloss=0.7)
+        assert gradient is logits
+        assert to_host(loss).tobytes() == to_host(wanted).tobytes()
+        assert to_host(logits).tobytes() == to_host(fresh).tobytes()
+
+
+@pytest.mark.parametrize(("column", "storage"), TYPES)
+def test_gradient_over_the_logits(column: str, storage: str) -> None:
+    """As the head writes it: the same bits as in an array of its own."""
+    launch = make_launch(0, column)
+    logits = to_device(rounded(np.random.default_rng(0).normal(size=(3, 40)), storage))
+    pair = COLUMNS[column](make_launch())["cross_entropy"]
     _, saved = pair.forward(logits, targets=to_device(np.array([0, 39, 7])))
-    fresh = pair.backward(0.7, saved)
-    assert to_host(logits).tobytes() == before
-    assert in_place(0.7, saved) is saved.logits
-    assert to_host(logits).tobytes() == to_host(fresh).tobytes()
+    fresh = to_host(pair.backward(0.7, saved))
+    assert softmax_gradient(launch, saved.logits, *saved, 0.7) is saved.logits
+    assert to_host(logits).tobytes() == fresh.tobytes()
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+def test_in_place_by_the_rule(storage: str) -> None:
+    """The gradient's error, and that of the loss with it, on the op's own shapes."""
+
+    def forward(logits: Any, **given: Any) -> tuple[Any, Any]:
+        return TABLE["cross_entropy"].forward(logits, **given)[0], (logits, given)
+
+    def backward(dloss: Any, saved: Any) -> Any:
+        logits = to_device(saved[0].copy())
+        given = {k: to_device(x) if isinstance(x, np.ndarray) else x for k, x in saved[1].items()}
+        _, gradient = cross_entropy_in_place(make_launch())(logits, **given, dloss=dloss)
+        return to_host(gradient)
+
+    for seed in range(6):
+        case = SHAPES["cross_entropy"](RandomDraw(seed))
+        compare("cross_entropy", Op(forward, backward), case, storage, seed)
 
 
 @pytest.mark.parametrize(("column", "storage"), QUICK_TYPES)
@@ -107,7 +146,8 @@ def test_what_is_no_number_stays_visible(column: str) -> None:
 @pytest.mark.parametrize("name", PLANTED["cross_entropy"])
 def test_planted_mistakes_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plant("cross_entropy", name, monkeypatch)
-    assert_seen("cross_entropy", partial(test_cross_entropy_in_place, "cuda", "float64"))
+    tests = test_cross_entropy_in_place, test_gradient_over_the_logits
+    assert_seen("cross_entropy", *(partial(test, "cuda", "float64") for test in tests))
 
 
 @without_a_device

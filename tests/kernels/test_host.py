@@ -187,6 +187,11 @@ def test_parts_are_the_number() -> None:
     assert [part.dtype for part in found] == [DTYPES["bfloat16"]] * 3
     assert np.array_equal(sum(part.astype(np.float64) for part in found), x)
     assert next(host.parts(x, np.dtype(np.float32))) is x
+    for count, unit in ((1, 2.0**-8), (2, 2.0**-16)):
+        fewer = list(host.parts(x, DTYPES["bfloat16"], count))
+        assert all(np.array_equal(a, b) for a, b in zip(fewer, found[:count], strict=True))
+        error = np.abs(sum(part.astype(np.float64) for part in fewer) - x)
+        assert 0.25 * unit < np.max(error / np.abs(x)) <= unit
 
 
 @pytest.mark.skipif(not ON_DEVICE, reason="cuBLAS itself: make gpu")

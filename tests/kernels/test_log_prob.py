@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import sys
+from math import prod
+from typing import Any
 
 import numpy as np
 import pytest
 
+from refimpl import stored
 from refimpl.check.cases import Case, pair_of
+from refimpl.kernels import host
 from refimpl.kernels.columns import COLUMNS
 from refimpl.kernels.compile import STORAGE
+from refimpl.kernels.log_prob import log_prob
+from refimpl.ops import REFERENCE
+from refimpl.verify import placed
 
 from kernel_support import ALL, TABLE, TABLES, compare, make_launch, rounded, to_device, to_host
 
@@ -51,6 +58,35 @@ def test_log_prob_of_masked_rows_in_every_type(storage: str) -> None:
     for other in found[1:]:
         assert all(a.tobytes() == b.tobytes() for a, b in zip(found[0], other, strict=True))
     assert all(np.isfinite(x.astype(np.float64)).all() for x in found[0])
+
+
+def test_terms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 with two or three, dh and dw hold the rule beside the plain reference; with one
+    beside that which rounds the logits' gradient, as `compare` has it, and not beside this. One
+    takes 4 products of tokens × width × vocabulary, three take 8."""
+    made, real = list[tuple[int, ...]](), host.matmul
+
+    def counted(a: Any, b: Any, out: Any, *, add: bool = False) -> None:
+        made.append((*a.shape, b.shape[1]))
+        real(a, b, out, add=add)
+
+    for module in (host, sys.modules["refimpl.kernels.log_prob"]):
+        monkeypatch.setattr(module, "matmul", counted)
+    h, w = (12, 33), (100, 33)
+    rng = np.random.default_rng(0)
+    case = Case((rng.normal(size=h), rng.normal(size=w)), {"targets": rng.integers(0, 100, 12)})
+    seen = {}
+    for terms, products in ((1, 4), (2, 6), (3, 8)):
+        made.clear()
+        pair = placed(log_prob(make_launch(), terms=terms), to_device)
+        told = stored.compare(pair, REFERENCE["log_prob"], case, "bfloat16", terms)
+        assert sum(map(prod, made)) == products * prod((*h, w[0]))
+        assert all(x.fault is None for x in told)
+        seen[terms] = [x.ratio for x in told]
+    assert max(seen[2] + seen[3]) <= 1
+    assert seen[1][0] <= 1 < min(seen[1][1:])
+    with pytest.raises(ValueError, match="terms must be 1, 2 or 3, got 4"):
+        log_prob(make_launch(), terms=4)
 
 
 @pytest.mark.parametrize("storage", STORAGE if ALL else ("float64", "bfloat16"))

@@ -107,7 +107,8 @@ kept_machine = lru_cache(maxsize=32)(Machine)
 
 
 def allocate(memory: Arena, arguments: Sequence[Any]) -> list[tuple[np.ndarray, int]]:
-    """Give each array a place of its own: arrays and addresses."""
+    """Give each array a place of its own, at a multiple of 16 bytes where it lies at one here:
+    arrays and addresses."""
     arrays: list[tuple[np.ndarray, int]] = []
     for number, argument in enumerate(arguments):
         if not isinstance(argument, np.ndarray) or any(argument is array for array, _ in arrays):
@@ -119,9 +120,9 @@ def allocate(memory: Arena, arguments: Sequence[Any]) -> list[tuple[np.ndarray, 
         if any(np.may_share_memory(argument, array) for array, _ in arrays):
             raise ValueError(f"argument {number} must not overlap another array")
         name = f"argument {number} {argument.dtype}{list(argument.shape)}"
-        arrays.append(
-            (argument, memory.add(name, argument.nbytes, read_only=not argument.flags.writeable))
-        )
+        read_only, offset = not argument.flags.writeable, argument.ctypes.data % 16
+        address = memory.add(name, argument.nbytes, read_only=read_only, offset=offset)
+        arrays.append((argument, address))
     memory.allocate(1)
     return arrays
 

@@ -93,3 +93,10 @@ def reciprocal(x: Array, seed: int) -> Array:
     """rcp.approx.ftz.f64: about 20 bits, and a lower word of zero."""
     close = 1 / x * (1 + 2.0**-21 * noise(x, seed))
     return (close.view(np.uint64) & np.uint64(0xFFFFFFFF << 32)).view(np.float64)
+
+
+def inverse(x: Array, seed: int) -> Array:
+    """rcp.approx.f32: within a unit, taken as 2^−23 relative, the rounding to float32 included."""
+    exact = 1 / x.astype(np.float64)
+    bound = (2**-23 - 2**-24) * exact
+    return np.where(np.isfinite(exact), exact + bound * noise(x, seed), exact).astype(np.float32)

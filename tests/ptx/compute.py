@@ -130,6 +130,7 @@ for to in ("u16", "u32", "s32", "u64", "s64", "f32", "f64"):
 APPROXIMATE: dict[str, Callable[[Array, int], Array]] = {
     "ex2.approx.f32": fp.exponential,
     "rcp.approx.ftz.f64": fp.reciprocal,
+    "rcp.approx.ftz.f32": lambda a, seed: fp.flush(fp.inverse(fp.flush(a), seed)),
     "ex2.approx.ftz.f32": lambda a, seed: fp.flush(fp.exponential(fp.flush(a), seed)),
 }
 

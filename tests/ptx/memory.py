@@ -75,9 +75,12 @@ class Arena:
         self.places: list[tuple[int, int, bool]] = [(0, 0, False)]  # offset, size, read-only
         self.size = GUARD
 
-    def add(self, name: str, size: int, align: int = 256, read_only: bool = False) -> int:
-        """Lay out a variable, in shared memory at no better alignment than its own; its address."""
-        start = -(-self.size // align) * align
+    def add(
+        self, name: str, size: int, align: int = 256, read_only: bool = False, offset: int = 0
+    ) -> int:
+        """Lay out a variable, in shared memory at no better alignment than its own; its address, so
+        many bytes after a multiple of ``align``."""
+        start = -(-self.size // align) * align + offset
         start += align if self.name == "shared" and start % (2 * align) == 0 else 0
         self.names.append(name)
         self.places.append((start, size, read_only))

@@ -76,7 +76,11 @@ def test_fma_beyond_the_range() -> None:
 
 @pytest.mark.parametrize(
     ("opcode", "function", "bound"),
-    [("ex2.approx.f32", np.exp2, 2**-22), ("rcp.approx.ftz.f64", np.reciprocal, 2**-19)],
+    [
+        ("ex2.approx.f32", np.exp2, 2**-22),
+        ("rcp.approx.ftz.f64", np.reciprocal, 2**-19),
+        ("rcp.approx.ftz.f32", np.reciprocal, 2**-23),
+    ],
 )
 def test_approximations_err_within_their_bound(opcode: str, function: Any, bound: float) -> None:
     """Not exact, not beyond the bound, the same for the same bits, and different for another

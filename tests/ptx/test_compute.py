@@ -196,6 +196,7 @@ TABLE: list[tuple[str, str, list, str, list]] = [
     ("fma.rm.f32 %d, %a, %b, %c;", "f32 f32 f32", [(1, 1, -(2.0**-60))], "f32", [1 - 2**-24]),
     ("not.b64 %d, %a;", "b64", [0], "b64", [2**64 - 1]),
     ("ex2.approx.ftz.f32 %d, %a;", "f32", [1e-40, -140], "f32", [1, 0]),
+    ("rcp.approx.ftz.f32 %d, %a;", "f32", [1e-40, -0.0, -INF, 1.5e38], "f32", [INF, -INF, -0.0, 0]),
     ("ex2.approx.f32 %d, %a;", "f32", [0, -INF, INF], "f32", [1, 0, INF]),
 ]
 

@@ -47,6 +47,18 @@ def test_bits_are_extended_by_zeros() -> None:
     assert out.tolist() == [0xFF, 0xFFFF, 0x3F800000]
 
 
+def test_a_place_between_multiples_of_16_bytes() -> None:
+    """An array lies there as it lies here: a view one number further is misaligned for 16 bytes."""
+    body = "ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%rd2]; st.global.u32 [%rd1], %r4;"
+    numbers = np.arange(12, dtype=np.uint32)
+    first = -(numbers.ctypes.data // 4) % 4  # the first at a multiple of 16 bytes
+    out = np.zeros(1, np.uint32)
+    run(kernel(body, 2), "k", 1, 1, [out, numbers[first : first + 4]])
+    assert out[0] == first + 3
+    with pytest.raises(PTXError, match=r"16-byte access to global byte 0 of .* is misaligned"):
+        run(kernel(body, 2), "k", 1, 1, [out, numbers[first + 1 : first + 5]])
+
+
 def test_addresses_of_32_bits_wrap_around() -> None:
     """A register below zero and an offset above it meet within shared memory."""
     body = """
