@@ -20,6 +20,7 @@ import numpy as np
 from refimpl.kernels.adamw import adamw
 from refimpl.kernels.compile import Module
 from refimpl.kernels.cross_entropy import cross_entropy_in_place
+from refimpl.kernels.moe import combine, combine_backward, permute
 from refimpl.kernels.rms_norm import rms_norm
 from refimpl.kernels.rope import rope
 from refimpl.kernels.swiglu import swiglu
@@ -165,12 +166,31 @@ def _adamw() -> Share:
     return share_of(launch, 8192, 28)
 
 
+def _moe(work: str) -> Share:
+    """Per number of the rows sent to experts, eight of each token's."""
+    tokens, top_k = 4, 8
+    x, rows = _drawn(tokens, 7168), _drawn(tokens * top_k, 7168)
+    launch = Launch()
+    where = np.random.default_rng(1).permutation(tokens * top_k)
+    weights = np.ones((tokens, top_k), np.float32)
+    if work == "permute":
+        permute(launch, x, where, top_k)
+    elif work == "combine":
+        combine(launch, rows, where, top_k, weights)
+    else:
+        combine_backward(launch, x, rows, where, weights)
+    return share_of(launch, rows.size, (2 if work != "combine backward" else 4) + 2 / top_k)
+
+
 ROWS: dict[str, tuple[str, Callable[[], Share]]] = {
     "RMSNorm forward": ("rms_norm", lambda: _rms_norm(False)),
     "RMSNorm backward": ("rms_norm", lambda: _rms_norm(True)),
     "RoPE": ("rope", _rope),
     "SwiGLU forward": ("swiglu", lambda: _swiglu(False)),
     "SwiGLU backward": ("swiglu", lambda: _swiglu(True)),
+    "MoE permute": ("moe", lambda: _moe("permute")),
+    "MoE combine": ("moe", lambda: _moe("combine")),
+    "MoE combine backward": ("moe", lambda: _moe("combine backward")),
     "CE forward + backward in place": ("cross_entropy", _cross_entropy),
     "AdamW step": ("adamw", _adamw),
 }
@@ -180,6 +200,9 @@ BEFORE = {  # at commit b7be57f
     "RoPE": Share(18.188, 18.875, 12, 0.821),
     "SwiGLU forward": Share(30.5, 32.75, 8, 0.781),
     "SwiGLU backward": Share(40.875, 41.0, 6, 0.855),
+    "MoE permute": Share(12.5, 10.75, 16, 0.819),
+    "MoE combine": Share(7.953, 6.781, 12, 0.912),
+    "MoE combine backward": Share(19.951, 16.349, 8, 0.87),
     "CE forward + backward in place": Share(28.19, 30.194, 2, 0.535),
     "AdamW step": Share(56.0, 75.0, 8, 0.929),
 }
