@@ -207,7 +207,7 @@ def test_a_layer_as_wide_as_v3(storage: str, cuda: Ops) -> None:
     wide = preset("v3")
     heads = {"heads": 2, "nope": wide.nope, "rope": wide.rope, "value": wide.value}
     config = replace(TINY, layers=1, dense_layers=0, mtp_depth=0, **heads)
-    length = 40 if FULL else 20
+    length = 40 if FULL else 12
 
     def layer(table: Ops) -> tuple[Case, Op[Any, Any]]:
         draw = RandomDraw(0)

@@ -15,9 +15,13 @@ from refimpl.bench.rows import ROWS
 
 from bench.sizes import V3
 from kernel_support import ON_DEVICE, InterpreterLaunch
+from support import FULL
 
 DISTINCT = list({repr(row.make): name for name, row in reversed(ROWS.items())}.values())[::-1]
 """Rows, of those that differ by their sizes alone the first."""
+
+TESTED = [x for x in DISTINCT if FULL or not x.endswith(("Zipf", "one hot"))]
+"""In `make test` experts with one kind of loads."""
 
 on_interpreter = pytest.mark.skipif(ON_DEVICE, reason="of the interpreter")
 

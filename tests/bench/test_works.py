@@ -13,7 +13,7 @@ from refimpl.bench.measure import Recorder
 from refimpl.bench.rows import ROWS
 from refimpl.bench.works import SPREAD, Maker, error_of, most_error, number_type, worst_error
 
-from bench.examples import DISTINCT, on_interpreter
+from bench.examples import DISTINCT, TESTED, on_interpreter
 from bench.planted import PLANTED, PlantedLaunch
 from bench.sizes import SMALL
 from kernel_support import InterpreterLaunch, PretendedLaunch
@@ -21,7 +21,7 @@ from pretended_cupy import Pretended, here, there
 
 
 @on_interpreter
-@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.parametrize("name", TESTED)
 def test_rows_are_right_and_repeat(name: str) -> None:
     """Each row's work: within its bound of the float64 reference, and its recorded launches do the
     same again."""
@@ -72,7 +72,7 @@ class PretendedMaker(Maker):
 
 
 @on_interpreter
-@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.parametrize("name", TESTED)
 def test_checks_do_nothing_that_cupy_refuses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same errors as on NumPy's arrays, up to the order of the reference's sums."""
     monkeypatch.setitem(sys.modules, "cupy", cupy := Pretended("cupy"))
@@ -88,7 +88,7 @@ def test_checks_do_nothing_that_cupy_refuses(name: str, monkeypatch: pytest.Monk
 
 
 @on_interpreter
-@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.parametrize("name", TESTED)
 def test_planted_mistakes_show(name: str) -> None:
     """Each mistake is above what is allowed, and each result that a row checks is so in one of
     them; what is right stays below, before and after."""

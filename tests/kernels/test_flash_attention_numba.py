@@ -134,7 +134,7 @@ MORE: dict[str, Callable[[], None]] = {  # what the shapes of all kernels do not
 
 
 @without_a_device
-@pytest.mark.parametrize("name", list(PLANTED_IN_NUMBA["attention"])[:: 1 if FULL else 3])
+@pytest.mark.parametrize("name", list(PLANTED_IN_NUMBA["attention"])[:: 1 if FULL else 6])
 def test_planted_mistakes_in_numba_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plant_in_numba("attention", name, monkeypatch)
     if name in MORE:
