@@ -168,8 +168,8 @@ class Report:
         """The groups that are whole, which those are that ``still`` has no row of."""
         for group in self.found.group_names:
             if group not in still and group not in self.shown:
-                self.shown.add(group)
                 self.show_group(group)
+                self.shown.add(group)  # one that is interrupted is shown again
 
     def show_group(self, group: str) -> None:
         rows = self.found.of_group(group)
