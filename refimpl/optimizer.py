@@ -20,7 +20,15 @@ from .config import ModelConfig
 from .ops import bias_update
 from .parameters import GATE_BIAS, layer_name
 
-__all__ = ["V3_SCHEDULE", "AdamW", "Moments", "Schedule", "clip_global_norm", "update_gate_biases"]
+__all__ = [
+    "V3_SCHEDULE",
+    "AdamW",
+    "Moments",
+    "NarrowAdamW",
+    "Schedule",
+    "clip_global_norm",
+    "update_gate_biases",
+]
 
 Tensors = Mapping[str, Array]
 BLOCK = 32_768  # numbers of a tensor that a step updates at a time: what it touches stays in cache
@@ -202,6 +210,22 @@ class AdamW:
             xp.add(b, a, out=b)
         xp.multiply(b, learning_rate, out=b)
         xp.subtract(p, b, out=p)
+
+
+class NarrowAdamW(AdamW):
+    """AdamW whose moments are bfloat16 numbers between steps, as DeepSeek-V3 (section 3.3.2) keeps
+    them; in the gradients' type, for NumPy's arrays."""
+
+    def update(
+        self, params: Tensors, grads: Tensors, moments: Moments, learning_rate: float
+    ) -> Moments:
+        import ml_dtypes
+
+        moments = super().update(params, grads, moments, learning_rate)
+        for held in (moments.first, moments.second):
+            for name in grads:
+                held[name][...] = held[name].astype(ml_dtypes.bfloat16)
+        return moments
 
 
 def clip_global_norm(grads: Tensors, max_norm: float, *, epsilon: float = 0.0) -> float:

@@ -9,16 +9,14 @@ is the one to multiply by.
 from __future__ import annotations
 
 from math import ceil
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from ..array import Array
+from ..fp8 import LARGEST, narrow
 
-__all__ = ["LARGEST", "dequantise", "quantise", "scale_shape"]
-
-LARGEST = 448.0  # of E4M3
+__all__ = ["dequantise", "quantise", "scale_shape"]
 
 
 def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
@@ -61,23 +59,3 @@ def quantise(weight: Array, block: tuple[int, int], *, ue8m0: bool = False) -> t
     ]
     ratio = np.clip(weight / spread.astype(weight.dtype), -LARGEST, LARGEST)
     return narrow(ratio, ml_dtypes.float8_e4m3fn), scale
-
-
-def narrow(x: Array, dtype: type | np.dtype[Any]) -> Array:
-    """``x``, float32 or float64, rounded once to the nearest number of a narrower type, ties to
-    even.
-
-    ml_dtypes rounds float64 to float32 first, and so twice. Here that first step rounds to odd:
-    what lies between two float32 numbers becomes the one whose last bit is set, so the second step
-    still sees on which side of a tie it is.
-    """
-    if x.dtype == np.float64 and dtype not in (np.float64, np.float32, np.float16):
-        with np.errstate(over="ignore"):
-            near = x.astype(np.float32)
-        towards_zero = np.where(np.abs(near) > np.abs(x), np.nextafter(near, np.float32(0)), near)
-        odd = towards_zero.view(np.uint32) | (towards_zero.astype(np.float64) != x).astype(
-            np.uint32
-        )
-        x = np.where(np.isfinite(x), odd.view(np.float32), near)
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        return x.astype(dtype)

@@ -14,10 +14,11 @@ import numpy as np
 from ..config import ModelConfig
 from ..errors import CouldNotRun
 from ..files import replacing_folder, write_text
+from ..fp8 import narrow
 from ..parameters import HEAD, is_buffer, misfits, parameter_shapes
 from .config_json import BLOCK, config_dict
 from .files import INDEX, SINGLE
-from .fp8 import narrow, quantise, scale_shape
+from .fp8 import quantise, scale_shape
 from .names import SCALE, copied_names, is_quantised, stored_tensors
 from .tensor_file import DTYPES, Spec, tensor_writer
 

@@ -21,7 +21,7 @@ from ..checkpoint.source import Source
 from ..config import CONVENTIONS, Conventions, ModelConfig
 from ..errors import CouldNotRun
 from ..grads import ACTIVATIONS, INNER, SPEC, UNITS, Request, Result, Size, write_gradients
-from ..kernels.columns import COLUMNS, ON_CPU
+from ..kernels.columns import COLUMNS, IN_FP8, ON_CPU
 from ..parameters import (
     DENSE,
     EMBEDDING,
@@ -162,8 +162,8 @@ def grads(
     implementation: Annotated[
         str,
         typer.Option(
-            help=f"One of {', '.join((*ON_CPU, *COLUMNS))}; flash for long sequences, numba_cpu "
-            "for those and for speed, cuda on a GPU."
+            help=f"One of {', '.join((*ON_CPU, IN_FP8, *COLUMNS))}; flash for long sequences, "
+            "numba_cpu for those and for speed, cuda on a GPU; fp8 emulates V3's FP8 training."
         ),
     ] = "reference",
     dtype: Annotated[str, typer.Option(help="Type to compute in: float32 or float64.")] = "float32",
@@ -187,7 +187,7 @@ def grads(
     """
     expect_choice("convention", convention, CONVENTIONS)
     expect_choice("backend", backend, ("numpy", "cupy"))
-    expect_choice("implementation", implementation, (*ON_CPU, *COLUMNS))
+    expect_choice("implementation", implementation, (*ON_CPU, IN_FP8, *COLUMNS))
     expect_choice("dtype", dtype, ("float32", "float64"))
     for argument, number in (("balance_alpha", balance_alpha), ("mtp_weight", mtp_weight or 0.0)):
         if not (number >= 0 and math.isfinite(number)):

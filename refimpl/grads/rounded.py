@@ -17,7 +17,7 @@ import numpy as np
 
 from ..ops import AnyOp, Op
 
-__all__ = ["round_bfloat16", "rounded", "rounded_by_chance"]
+__all__ = ["nudged", "round_bfloat16", "rounded", "rounded_by_chance"]
 
 
 def round_bfloat16(x: Any) -> Any:
@@ -58,5 +58,30 @@ def rounded(op: AnyOp, seed: int | None = None) -> AnyOp:
 
     def backward(dy: Any, saved: Any) -> Any:
         return to_type(op.backward(dy, saved))
+
+    return Op(forward, backward)
+
+
+def nudged(op: AnyOp, seed: int) -> AnyOp:
+    """``op``, each number of whose float32 outputs and gradients is, by chance, the next larger or
+    smaller one, or as it was: as sums in another order make it."""
+
+    def to_next(x: Any) -> Any:
+        if isinstance(x, tuple):
+            parts = [to_next(part) for part in x]
+            return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+        if not (isinstance(x, np.ndarray) and x.dtype == np.float32):
+            return x
+        rng = np.random.default_rng([seed, zlib.crc32(x.tobytes())])
+        way = rng.integers(-1, 2, x.shape)
+        towards = np.where(way > 0, np.float32(np.inf), np.float32(-np.inf))
+        return np.where(way == 0, x, np.nextafter(x, towards))
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        y, saved = op.forward(*args, **kwargs)
+        return to_next(y), saved
+
+    def backward(dy: Any, saved: Any) -> Any:
+        return to_next(op.backward(dy, saved))
 
     return Op(forward, backward)

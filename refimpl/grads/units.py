@@ -5,7 +5,9 @@ A rerun computes the same function with the model width D permuted, another perm
 so that its sums run in another order; choices of experts, and GRPO's of tokens, are those of the
 result. The unit is the largest error over all reruns, and, but in bfloat16, `SPREAD` times as much
 as it is larger than the smallest; but at least u · max |x|, where u is the type's unit roundoff. A
-right implementation stays within 4 units. In bfloat16 the ops round what they return, up or down by
+right implementation stays within 4 units. In emulated FP8 a permutation would put other numbers
+into a tile; there each op's float32 results are moved to neighbours by chance instead (`nudged`),
+which turns some roundings to FP8. In bfloat16 the ops round what they return, up or down by
 chance (`rounded`), and weights and given gradients are rounded to the nearest.
 """
 
@@ -28,13 +30,14 @@ from ..checkpoint.source import Source
 from ..checkpoint.tensor_file import read_tensor_file
 from ..config import ModelConfig
 from ..errors import CouldNotRun
+from ..kernels.columns import IN_FP8
 from ..model import Route
 from ..ops import AnyOp
 from ..parameters import is_buffer, parameter_shapes
 from .folder import PIECE, Folder, Step
 from .request import UNITS, Request, gradient_shapes, has_width
 from .result import routed_layers, write_result
-from .rounded import round_bfloat16, rounded
+from .rounded import nudged, round_bfloat16, rounded
 from .steps import Arrays, Steps, steps_to
 
 __all__ = ["PermutedSource", "measure_units", "reruns_of", "roundoff", "unit_of", "units_of"]
@@ -152,11 +155,15 @@ def rerun(steps: Steps, of: Rerun, before: int, progress: Progress, _: Step) -> 
     place.mkdir(exist_ok=True)
     seed = [request.seed, UNITS.index(of.type), of.number]
     order = np.random.default_rng(seed).permutation(steps.config.width)
+    if request.implementation == IN_FP8:
+        order = np.sort(order)
     source = PermutedSource(steps.source, order, of.type)
     again = replayed(steps, source.dtype, of.type)
     folder = open_folder(place, again.fingerprint(source, str(seed)), truth, source.dtype)
     by_chance = partial(rounded, seed=seed_of(request, of))
     kind: Callable[[AnyOp], AnyOp] = by_chance if of.type == "bfloat16" else lambda op: op
+    if request.implementation == IN_FP8:
+        kind = partial(nudged, seed=seed_of(request, of))
     work = Steps(source, again, folder, kind)
     tasks = steps_to(work.config, folder.gradients, folder.activations)
     for number, step in enumerate(tasks):

@@ -28,6 +28,7 @@ __all__ = [
     "COLUMNS",
     "COMPOSITES",
     "CUDA",
+    "IN_FP8",
     "NUMBA_CUDA",
     "ON_CPU",
     "cuda_table",
@@ -107,8 +108,11 @@ COLUMNS = {"cuda": cuda_table, "numba_cuda": numba_cuda_table}
 ON_CPU = (*IMPLEMENTATIONS, "numba_cpu")
 """The implementations that take NumPy's arrays."""
 
+IN_FP8 = "fp8"
+"""One more of them, which computes another function: V3's FP8 training, emulated."""
 
-NEEDS = dict.fromkeys(COLUMNS, "cupy") | {"numba_cpu": "numpy"}
+
+NEEDS = dict.fromkeys(COLUMNS, "cupy") | {"numba_cpu": "numpy", IN_FP8: "numpy"}
 
 
 def expect_backend(backend: str, implementation: str) -> None:
@@ -135,12 +139,16 @@ def expect_dtype(dtype: str, implementation: str) -> None:
 
 
 def on_cpu(implementation: str) -> Ops:
-    """The table of one of `ON_CPU`; ValueError for another name, CouldNotRun for numba_cpu without
-    Numba."""
+    """The table of one of `ON_CPU`, or `IN_FP8`; ValueError for another name, CouldNotRun for
+    numba_cpu without Numba."""
     if implementation == "numba_cpu":
         from .cpu.table import numba_cpu_table
 
         return numba_cpu_table()
+    if implementation == IN_FP8:
+        from ..fp8 import fp8_table
+
+        return fp8_table()
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {', '.join(ON_CPU)}, got {implementation}")
     return IMPLEMENTATIONS[implementation]
@@ -191,6 +199,8 @@ def for_generation(implementation: str, dtype: str = "float32") -> tuple[Ops, Op
     table = decode = table_of(implementation)
     if implementation == "cuda":
         return table, table | decoding(device_launch())
+    if implementation == IN_FP8:
+        return table, table
     if implementation == "numba_cpu":
         from .cpu.stored import stored_table
 

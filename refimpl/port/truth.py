@@ -22,7 +22,7 @@ from ..config import Conventions, ModelConfig, Yarn
 from ..errors import CouldNotRun
 from ..files import expect_folder, parse_json, read_bytes
 from ..grads.folder import FORMAT
-from ..kernels.columns import COLUMNS, ON_CPU
+from ..kernels.columns import COLUMNS, IN_FP8, ON_CPU
 
 __all__ = ["KINDS", "Entry", "Truth", "config_from"]
 
@@ -149,7 +149,7 @@ def _expect_told(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> Non
         return
     if len(tensors["in/tokens"]["shape"]) != 2:
         raise ValueError("in/tokens must have two axes")
-    if metadata["implementation"] not in (known := (*ON_CPU, *COLUMNS)):
+    if metadata["implementation"] not in (known := (*ON_CPU, IN_FP8, *COLUMNS)):
         raise ValueError(f"implementation must be one of {', '.join(known)}")
     if metadata["request"]["loss"] not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}")

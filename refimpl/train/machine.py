@@ -15,6 +15,7 @@ from ..errors import CouldNotRun
 from ..generate.sampler import to_numpy
 from ..kernels.columns import (
     COLUMNS,
+    IN_FP8,
     ON_CPU,
     expect_backend,
     expect_dtype,
@@ -23,7 +24,7 @@ from ..kernels.columns import (
     table_of,
 )
 from ..ops import Ops
-from ..optimizer import AdamW
+from ..optimizer import AdamW, NarrowAdamW
 from ..parameters import init_parameters, is_buffer
 
 __all__ = ["Machine", "open_machine"]
@@ -76,7 +77,7 @@ def open_machine(
     if implementation == "fastest":
         on_host = "numba_cpu" if importlib.util.find_spec("numba") else "reference"
         implementation = "cuda" if backend == "cupy" else on_host
-    if implementation not in (names := (*ON_CPU, *COLUMNS)):
+    if implementation not in (names := (*ON_CPU, IN_FP8, *COLUMNS)):
         raise CouldNotRun(
             f"must be fastest or one of {', '.join(names)}, got {implementation}",
             argument="implementation",
@@ -108,4 +109,4 @@ def optimizer_of(implementation: str) -> Callable[..., AdamW]:
         from ..kernels.launch import DeviceLaunch
 
         return adamw(DeviceLaunch())
-    return AdamW
+    return NarrowAdamW if implementation == IN_FP8 else AdamW

@@ -15,7 +15,8 @@ from safetensors.numpy import save_file
 
 from refimpl.array import Array
 from refimpl.checkpoint import Checkpoint, save_checkpoint, write_random
-from refimpl.checkpoint.fp8 import dequantise, narrow, quantise
+from refimpl.checkpoint.fp8 import dequantise, quantise
+from refimpl.fp8 import narrow
 from refimpl.parameters import is_buffer
 
 from checkpoint.examples import WIDE, random_parameters

@@ -13,6 +13,7 @@ PACKAGE = Path(refimpl.__file__).parent
 LAYERS = (  # from the bottom; what stands in one row does not import one another
     {"refimpl", "errors", "array"},
     {"ops", "files"},
+    {"fp8"},
     {"config", "text", "tokenizer"},
     {"parameters", "batch"},
     {"optimizer"},

@@ -9,6 +9,7 @@ import pytest
 from support import PACKAGE, ROOT, STEMS
 
 TAG = r"[a-z_]+\.\d+"
+OTHER = ("splits", "fp8")
 IN_KERNELS = {"mla_absorbed.9": "mla_decode.cu"}  # equations that a kernel alone implements
 
 
@@ -36,15 +37,16 @@ def test_no_stray_tags() -> None:
     """No file cites a tag of an op that does not exist."""
     for path in PACKAGE.rglob("*.py"):
         for tag in re.findall(rf"# \(({TAG})\)", path.read_text()):
-            assert tag.split(".")[0] in [*STEMS, "splits"], f"{path.name} cites {tag}"
+            assert tag.split(".")[0] in [*STEMS, *OTHER], f"{path.name} cites {tag}"
 
 
-def test_tags_of_splits() -> None:
-    """The one page that derives no op: its equations are cited where the counts are made."""
-    page = (ROOT / "derivations" / "splits.md").read_text()
+@pytest.mark.parametrize("stem", OTHER)
+def test_tags_of_other_pages(stem: str) -> None:
+    """Of pages that derive no op: their equations are cited where the package has them."""
+    page = (ROOT / "derivations" / f"{stem}.md").read_text()
     code = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
-    defined = re.findall(r"\\tag\{(splits\.\d+)\}", page)
-    assert sorted(defined) == sorted(set(re.findall(r"# \((splits\.\d+)\)", code)))
+    defined = re.findall(rf"\\tag\{{({stem}\.\d+)\}}", page)
+    assert sorted(defined) == sorted(set(re.findall(rf"# \(({stem}\.\d+)\)", code)))
 
 
 def test_tags_of_kernels() -> None:
