@@ -68,8 +68,8 @@ class Launch(CountingLaunch):
 
 
 def blocks_at_once(registers: int, threads: int) -> int:
-    """Blocks of ``threads`` threads that a multiprocessor holds, at ``registers`` per thread. A warp
-    gets registers in multiples of 256."""
+    """Blocks of ``threads`` threads that a multiprocessor holds, at ``registers`` per thread: a
+    warp gets registers in multiples of 256."""
     warps = -(-threads // 32)
     of_a_warp = -(-registers * 32 // 256) * 256
     # warps are dealt to four schedulers, each of which has a quarter of the registers
