@@ -1,6 +1,6 @@
-// Cross-entropy over large vocabularies. Forward: one pass over the logits, with a running maximum and sum (online
-// softmax), a block a row. Backward: one pass that reads each logit and writes its gradient. Both in one, in place, for
-// who knows dloss: a row's second read comes from the caches.
+// Cross-entropy over large vocabularies. Forward: one pass over the logits with a running maximum and sum (online
+// softmax), a block per row. Backward: one pass that reads each logit and writes its gradient. In place: both in one
+// kernel, for a caller who knows dloss; the second read of a row comes from the caches.
 // Derivation: derivations/cross_entropy.md.
 #include "common.cuh"
 
@@ -8,24 +8,23 @@ constexpr int BLOCK = sizeof(real) == 8 ? 512 : 1024;  // threads of a row's blo
 constexpr int THREADS = 128;  // of the backward
 constexpr int BATCH = 4;      // chunks of a thread that are on their way at once
 
-// e^x. In float32 as 2^(x log₂e), two instructions for the eight of expf: wrong by (1.3 |x| + 4) 2^−24 of itself at the
-// most, so for x <= 0 nowhere by more than expf is at 0, 2^−22; 0 below −87.3, beside a sum of at least 1. The logits'
-// difference comes first: z log₂e less largest log₂e would be wrong by |z| 2^−24.
+// e^x. In float32 it is 2^(x log₂e): two instructions where expf has eight. The relative error is at most
+// (1.3 |x| + 4) 2^−24, so for x <= 0 the absolute one is at most 2^−22, that at 0; below −87.3 the result is 0, beside a
+// sum of at least 1. Subtract the largest logit before: z log₂e − largest log₂e would err by |z| 2^−24.
 __device__ __forceinline__ float power(float x) { return ex2_approx_ftz(x * 1.44269504f); }
 __device__ __forceinline__ double power(double x) { return exp(x); }
 __device__ __forceinline__ float larger(float x, float y) { return fmaxf(x, y); }  // a NaN yields; the sum shows it
 __device__ __forceinline__ double larger(double x, double y) { return fmax(x, y); }
 
-// Σ e^z as sum · e^largest, of any number of logits.
+// Σ e^z of some logits, as sum · e^largest.
 struct Total {
     real largest, sum;
 };
 
-// What to subtract from logits of which this is the largest: 0 for −∞, so that e^−∞ is 0. +∞ gives NaN, as in the
-// reference.
+// What to subtract from logits whose largest is this: 0 for −∞, so that e^−∞ is 0. +∞ gives NaN, as in the reference.
 __device__ __forceinline__ real base(real largest) { return largest == -infinity() ? real(0) : largest; }
 
-// Of what the block's threads have, the whole; each of them gets the same bits. All threads must call it, once.
+// The total of all that the block's threads have; each gets the same bits. All threads must call it, once.
 __device__ __forceinline__ Total merge(Total own) {
     __shared__ Total part[BLOCK / WARP];
     const unsigned lane = threadIdx.x % WARP;
@@ -38,7 +37,7 @@ __device__ __forceinline__ Total merge(Total own) {
     return {largest, warp_sum(own.sum * power(own.largest - base(largest)))};
 }
 
-// Of the row z, the block's threads together. STREAM: nothing writes it while the kernel runs.
+// The total of the row z, by all threads of the block. STREAM: nothing writes z while the kernel runs.
 template <bool STREAM>
 __device__ __forceinline__ Total total_of(const storage* z, int vocabulary, bool wide) {
     const int step = blockDim.x * VECTOR;
@@ -67,8 +66,8 @@ __device__ __forceinline__ real log_probability(real z, Total total) {
     return z - total.largest - logarithm(total.sum);  // (cross_entropy.1)
 }
 
-// What a row's gradient needs: scale (p − 1[w = target]) with p = e^(z − largest) inverse, or 0 for rows that don't
-// count, whatever stands there, NaN included.
+// What a row's gradient needs. It is scale (p − 1[w = target]) with p = e^(z − largest) inverse, and 0 in a row that
+// does not count, whatever its logits are, NaN included.
 struct Row {
     real scale, largest, inverse;
     int target;
@@ -90,9 +89,9 @@ __device__ __forceinline__ void store_gradient(storage* dz_row, const Chunk (&ch
     }
 }
 
-// Of each row of logits [rows, vocabulary]: its maximum, Σ_w e^(z − largest), and chosen = log of the target's
-// probability. (Both numbers are kept, not log Σ e^z: rounding that would cost p a unit for each unit of lse.)
-// Grid: a block a row.
+// For each row of logits [rows, vocabulary]: its maximum, Σ_w e^(z − largest), and chosen = log of the target's
+// probability. (The first two are kept rather than log Σ e^z: its rounding would be a relative error of p.)
+// Grid: a block per row.
 extern "C" __global__ void __launch_bounds__(BLOCK, 1)
 cross_entropy_forward(real* largest_of_row, real* sum_of_row, real* chosen, const storage* logits, const int64* targets,
                       int vocabulary) {
@@ -116,7 +115,7 @@ extern "C" __global__ void cross_entropy_loss(real* loss, const real* chosen, co
 }
 
 // dlogits = dloss weight (p − 1[w = target]) with p = e^(z − largest) / sum. dlogits may be logits itself: each thread
-// reads its chunks before it writes them; so no load here is .nc. Grid: for each row, a thread for each BATCH chunks.
+// reads its chunks before it writes them, so no load here is .nc. Grid: blocks of THREADS · BATCH chunks of a row.
 extern "C" __global__ void __launch_bounds__(THREADS)
 cross_entropy_backward(storage* dlogits, const storage* logits, const real* largest_of_row, const real* sum_of_row,
                        const int64* targets, const real* weight, const real* dloss, int vocabulary) {
@@ -133,8 +132,8 @@ cross_entropy_backward(storage* dlogits, const storage* logits, const real* larg
     store_gradient(dlogits + row * vocabulary, chunk, own, first, step, vocabulary, wide);
 }
 
-// The forward's chosen, and the gradient over the logits. A thread writes what it has read itself, and not before all
-// have read the row. The gradient begins with what was read last, which lies in the nearest cache. Grid: a block a row.
+// The forward's chosen, and the gradient written over the logits. A thread writes only what it has read itself, after all
+// have read the row. It begins with what was read last, which lies in the nearest cache. Grid: a block per row.
 extern "C" __global__ void __launch_bounds__(BLOCK, 1)
 cross_entropy_in_place(storage* logits, real* chosen, const int64* targets, const real* weight, const real* dloss,
                        int vocabulary) {

@@ -1,14 +1,15 @@
-// The linear maps of all experts in one launch: y, dx and dw. Rows lie in the experts' order, those of expert e from
-// start[e] up to start[e + 1]; all counts are on the device, and launches are the same for any of them.
+// The linear maps of all experts: one launch each for y, dx and dw. Rows are sorted by expert; those of expert e are
+// start[e] … start[e + 1] − 1. Only the device knows these counts: the launches are the same whatever they are.
 //
-// A block makes a tile of ROWS × COLUMNS of the result, a sum over tiles of two factors that pass through shared memory,
-// STAGES − 1 of them on their way while one is multiplied. The lines of a factor's tile lie along the sum (a row or a
-// column of the result each) or across it (a term each); with both the three products are one. In bfloat16 they are
-// mma.sync on tensor cores, in float32 and float64 multiplications and additions over the same registers. Sums are
-// float32 or wider and rounded once. Tags: derivations/moe.md; each expert is an FFN, derivations/ffn.md.
+// A block computes a tile of ROWS × COLUMNS of the result. It is a sum over terms, DEPTH of them at a time: tiles of both
+// factors pass through shared memory in STAGES stages, STAGES − 1 on their way while one is multiplied. A line of a
+// factor's tile lies along the sum (ALONG: it is one row or column of the result) or across it (it is one term); with
+// these two the same code does all three products. In bfloat16 they are mma.sync on tensor cores, in float32 and float64
+// multiplications and additions over the same registers. Sums are float32 or wider and rounded once.
+// Derivation: derivations/moe.md; each expert is an FFN, derivations/ffn.md.
 //
-// refimpl/kernels/grouped_linear.py defines ROWS, COLUMNS, a warp's part WARP_ROWS × WARP_COLUMNS of them, DEPTH (terms of
-// a tile) and STAGES.
+// refimpl/kernels/grouped_linear.py defines ROWS, COLUMNS, a warp's part of them WARP_ROWS × WARP_COLUMNS, DEPTH and
+// STAGES.
 #include "common.cuh"
 
 constexpr int UP = WARP_ROWS / 16, ACROSS = WARP_COLUMNS / 8;  // a warp's accumulators of 16 × 8
@@ -18,8 +19,8 @@ __device__ __forceinline__ int lane() { return threadIdx.x % WARP; }
 __device__ __forceinline__ int warp_row() { return threadIdx.x / WARP / (COLUMNS / WARP_COLUMNS) * WARP_ROWS; }
 __device__ __forceinline__ int warp_column() { return threadIdx.x / WARP % (COLUMNS / WARP_COLUMNS) * WARP_COLUMNS; }
 
-// A factor [lines, width] in memory, of which tiles for LENGTH rows or columns of the result are copied; or two, whose
-// products are added.
+// A factor [lines, width] in memory, of which tiles for LENGTH rows or columns of the result are copied. If a second pair
+// of factors is multiplied and added, `second` is the array of that pair.
 template <int LENGTH, bool ALONG>
 struct Factor {
     static constexpr int LINES = ALONG ? LENGTH : DEPTH, NUMBERS = ALONG ? DEPTH : LENGTH;
@@ -51,7 +52,7 @@ struct Factor {
         }
     }
 
-    // Where the number of a row or column of the result at a term lies.
+    // Where in a tile the number lies that belongs to a row or column of the result (place) and to a term.
     static __device__ __forceinline__ int at(int place, int term) {
         return ALONG ? place * STRIDE + term : term * STRIDE + place;
     }
@@ -110,7 +111,7 @@ __device__ __forceinline__ void add_product(real (&sum)[UP][ACROSS][4], const st
 
 extern __shared__ uint4 shared_memory[];
 
-// The sum over terms first … end − 1 of the product of a and b, and of their second arrays' if there are 2 pairs.
+// sum += the product of a and b over terms first … end − 1, and that of their second arrays if there are 2 pairs.
 template <bool A_ALONG, bool B_ALONG>
 __device__ __forceinline__ void multiply(real (&sum)[UP][ACROSS][4], const Factor<ROWS, A_ALONG>& a,
                                          const Factor<COLUMNS, B_ALONG>& b, int pairs, int64 first, int64 end) {
@@ -162,8 +163,8 @@ __device__ __forceinline__ void store(T* array, const real (&sum)[UP][ACROSS][4]
             }
 }
 
-// The expert of a block's tile of rows, tile blockIdx.y of all: those of expert e are first_tile[e] … first_tile[e + 1] − 1,
-// the first of them begins at start[e]. All threads must call it.
+// The rows of a block, and their expert. Tile blockIdx.y of all tiles of rows is the block's; expert e has tiles
+// first_tile[e] … first_tile[e + 1] − 1, the first of which begins at row start[e]. All threads must call it.
 struct Rows {
     int expert;
     int64 first, end;  // end: of the expert's rows
@@ -180,7 +181,8 @@ struct Rows {
     }
 };
 
-// y[r] = w[e] x[r] for the expert e of each row. Grid: x a tile of outputs, y a tile of rows, as many as there can be.
+// y[r] = w[e] x[r] for the expert e of each row. Grid: x a tile of outputs, y a tile of rows, as many as there can be
+// (here and below; a block without a tile ends at once).
 extern "C" __global__ void __launch_bounds__(THREADS)
 grouped_linear_forward(storage* __restrict__ y, const storage* __restrict__ x, const storage* __restrict__ w,
                        const int64* __restrict__ start, const int64* __restrict__ first_tile, int experts, int inputs,
@@ -196,7 +198,7 @@ grouped_linear_forward(storage* __restrict__ y, const storage* __restrict__ x, c
     store(y, sum, rows.first, rows.end, column, outputs);  // (moe.3)
 }
 
-// dx[r] = dy[r] w[e], and more_dy[r] more_w[e] besides if there are 2 pairs. Grid: x a tile of inputs, y a tile of rows.
+// dx[r] = dy[r] w[e], plus more_dy[r] more_w[e] if there are 2 pairs. Grid: x a tile of inputs, y a tile of rows.
 extern "C" __global__ void __launch_bounds__(THREADS)
 grouped_linear_input(storage* __restrict__ dx, const storage* __restrict__ dy, const storage* __restrict__ w,
                      const storage* __restrict__ more_dy, const storage* __restrict__ more_w,
@@ -213,7 +215,7 @@ grouped_linear_input(storage* __restrict__ dx, const storage* __restrict__ dy, c
     store(dx, sum, rows.first, rows.end, column, inputs);  // (moe.10)
 }
 
-// dw[e] = Σ_r dy[r] x[r]ᵀ over the rows of expert e, 0 without rows. Grid: x a tile of dw, y an expert.
+// dw[e] = Σ_r dy[r] x[r]ᵀ over the rows of expert e; 0 if it has none. Grid: x a tile of dw, y an expert.
 extern "C" __global__ void __launch_bounds__(THREADS)
 grouped_linear_weight(real* __restrict__ dw, const storage* __restrict__ dy, const storage* __restrict__ x,
                       const int64* __restrict__ start, int inputs, int outputs) {

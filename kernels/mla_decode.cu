@@ -1,14 +1,15 @@
-// Attention of decoding: the few rows of queries of a sequence, all heads of all its new tokens, over one shared key, a
-// row of the latent cache, whose first numbers are the value too. The keys are split among blocks and combined.
+// Attention of decoding. A row is a query: one head of one new token of a sequence. All heads share one key per cached
+// token, its row of the latent cache, whose first numbers are also its value. Blocks take parts of the keys (splits); a
+// second kernel combines their results.
 //
-// A block takes up to ROWS rows and a split of the keys. Tiles of keys pass through shared memory in two stages, one
-// on its way while the other is used, so each number of the cache is read once for ROWS rows, and serves as key and as
-// value. Scores and weights lie in shared memory; each warp keeps the sums of some of the values' columns, of all rows.
-// In bfloat16 both products are mma.sync on tensor cores, in float32 and float64 multiplications and additions. Tags:
-// derivations/mla_absorbed.md and flash_attention.md.
+// A block takes up to ROWS rows and one split. Tiles of KEYS keys pass through shared memory in two stages, one on its way
+// while the other is used, so each number of the cache is read once for ROWS rows, and serves as key and as value.
+// Scores and weights lie in shared memory; each warp keeps the sums of some columns of the values, for all rows. In
+// bfloat16 both products are mma.sync on tensor cores, in float32 and float64 multiplications and additions.
+// Derivations: derivations/mla_absorbed.md and derivations/flash_attention.md.
 //
-// refimpl/kernels/mla_decode.py defines KEY_WIDTH, a multiple of 32, VALUE_WIDTH, at most that and a multiple of
-// 16 · WARPS (the arrays' widths may be less: what is missing is 0), WARPS, ROWS and KEYS.
+// refimpl/kernels/mla_decode.py defines WARPS, ROWS, KEYS, KEY_WIDTH (a multiple of 32) and VALUE_WIDTH (a multiple of
+// 16 · WARPS, at most KEY_WIDTH). The arrays' widths may be less: what is missing is 0.
 #include "common.cuh"
 
 constexpr int OWN = 16, THREADS = WARPS * WARP;
@@ -28,8 +29,8 @@ __device__ __forceinline__ int warp() { return threadIdx.x / WARP; }
 __device__ __forceinline__ int row_of(int i) { return lane() / 4 + i / 2 * 8; }
 __device__ __forceinline__ int column_of(int i) { return lane() % 4 * 2 + i % 2; }
 
-// Starts to copy rows first … first + COUNT − 1 of an array [rows, width] into a tile; what is not in it becomes 0. It is
-// there after a cp_async_wait and a barrier. All of a block's threads must call it.
+// Starts to copy rows first … first + COUNT − 1 of an array [rows, width] into a tile; rows and columns outside the array
+// become 0. The tile is there after a cp_async_wait and a barrier. All threads of a block must call it.
 template <int COUNT>
 __device__ __forceinline__ void fetch(storage* tile, const storage* array, int first, int rows, int width) {
     constexpr int CHUNKS = KEY_WIDTH / VECTOR;
@@ -49,7 +50,7 @@ __device__ __forceinline__ void fetch(storage* tile, const storage* array, int f
     }
 }
 
-// score = q kᵀ of a tile, by the whole block.
+// score = q kᵀ for a tile of keys, by the whole block.
 __device__ __forceinline__ void put_scores(real* score, const storage* q, const storage* k) {
 #if defined(STORAGE_BFLOAT16)
     constexpr int SIDE = WARPS / GROUPS > 1 ? WARPS / GROUPS : 1;        // warps that share 16 rows
@@ -96,7 +97,7 @@ __device__ __forceinline__ void put_scores(real* score, const storage* q, const 
 #endif
 }
 
-// sum += weight v of a tile, for this warp's columns of the values.
+// sum += weight v for a tile of keys, in this warp's columns of the values.
 __device__ __forceinline__ void add_values(real (&sum)[GROUPS][COLUMNS / 8][4], const storage* weight, const storage* v) {
     v += warp() * COLUMNS;
 #if defined(STORAGE_BFLOAT16)
@@ -132,7 +133,7 @@ __device__ __forceinline__ void add_values(real (&sum)[GROUPS][COLUMNS / 8][4], 
 #endif
 }
 
-// Who sees whom, of one row: a query of position `own`.
+// Which keys one row sees: a query at position `own`.
 struct Mask {
     const unsigned char* key_mask;  // [S], or null
     const int64* segments;          // [S], or null
@@ -143,7 +144,7 @@ struct Mask {
     }
 };
 
-// e^x for x ≤ 0, to the last place but one where the result becomes bfloat16.
+// e^x for x ≤ 0. Where the result becomes bfloat16, by ex2.approx, whose error is small beside that rounding.
 __device__ __forceinline__ real weight_of(real x) {
 #if defined(STORAGE_BFLOAT16)
     return ex2_approx_ftz(x * 1.4426950408889634f);
@@ -152,7 +153,7 @@ __device__ __forceinline__ real weight_of(real x) {
 #endif
 }
 
-// Over the threads that share a row.
+// The sum and the maximum over the threads that share a row.
 __device__ __forceinline__ real row_sum_of(real x) {
 #pragma unroll
     for (int other = 1; other < SHARE; other *= 2) x += __shfl_xor_sync(ALL_LANES, x, other);
@@ -170,9 +171,9 @@ __device__ __forceinline__ real row_max_of(real x) {
 
 extern __shared__ uint4 shared_memory[];
 
-// numerator [B, T·H, splits, V], and its largest score and total [B, T·H, splits, 2], of the keys of each split; a total
-// of −1 says that the row sees none of them. A block takes `tiles` tiles of keys. hidden, cut: key_mask and segments are
-// given.
+// From the keys of each split: numerators [B, T·H, splits, V], and totals [B, T·H, splits, 2], the largest score and the
+// sum of weights; a sum of −1 says that the row sees none of these keys. A split is `tiles` tiles of keys. hidden, cut:
+// whether key_mask and segments are given. Grid: x ROWS rows of a sequence, y a split.
 extern "C" __global__ void __launch_bounds__(WARPS* WARP, 1)
 mla_decode_split(real* __restrict__ numerators, real* __restrict__ totals, const storage* __restrict__ q,
                  const storage* __restrict__ cache, const unsigned char* __restrict__ key_mask,
@@ -263,7 +264,7 @@ mla_decode_split(real* __restrict__ numerators, real* __restrict__ totals, const
             }
 }
 
-// o [B, T, H, V] of what the splits gave; a block a row, a thread a column. A row that sees nothing is 0.
+// o [B, T, H, V] from the results of the splits; a row that sees no key is 0. Grid: a block per row; a thread per column.
 extern "C" __global__ void __launch_bounds__(256)
 mla_decode_combine(storage* __restrict__ o, const real* __restrict__ numerators, const real* __restrict__ totals,
                    int splits, int value_width) {

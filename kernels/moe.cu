@@ -1,11 +1,11 @@
-// What the mixture of experts does around its dense products: send rows to their experts, and add up what comes back.
-// Slot m K + k, token m's k-th choice, has row place[m K + k] in the experts' order.
+// What the mixture of experts does around its linear maps (grouped_linear.cu): copy rows to their experts, and add up
+// what comes back. Slot m K + k is token m's choice k; its row among those sorted by expert is place[m K + k].
 // Derivation: derivations/moe.md.
 #include "common.cuh"
 
-constexpr int AHEAD = 4;  // rows of a token that a thread has on their way together
+constexpr int AHEAD = 4;  // rows of a token that a thread has in flight together
 
-// rows[place[m K + k]] = x[m] for all K choices of a token. Grid: x a token, y a part of its row, which is read once.
+// rows[place[m K + k]] = x[m] for all K choices of a token, whose row is read once. Grid: x a token, y a part of its row.
 extern "C" __global__ void moe_permute(storage* rows, const storage* x, const int64* place, int top_k, int width) {
     const int64 token = blockIdx.x;
     const int i = (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
@@ -16,7 +16,7 @@ extern "C" __global__ void moe_permute(storage* rows, const storage* x, const in
     for (int k = 0; k < top_k; k++) store_chunk(chunk, rows + to[k] * width, i, width, wide);  // (moe.2)
 }
 
-// y[m] = Σ_k weights[m, k] rows[place[m K + k]], weights 1 unless weighted. Grid: x a token, y a part of its row.
+// y[m] = Σ_k weights[m, k] rows[place[m K + k]]; if not weighted, all weights are 1. Grid: x a token, y a part of its row.
 extern "C" __global__ void moe_combine(storage* y, const storage* rows, const int64* place, const real* weights, int top_k,
                                        int width, int weighted) {
     const int64 token = blockIdx.x;
@@ -44,7 +44,7 @@ extern "C" __global__ void moe_combine(storage* y, const storage* rows, const in
 }
 
 // For slot m K + k and its row place[slot]: drows[row] = weights[slot] dy[m], dweights[slot] = Σ_d dy[m, d] rows[row, d].
-// Grid: x a token, y a part of its choices, a warp a choice.
+// Grid: x a token, y a part of its choices; a warp per choice.
 extern "C" __global__ void moe_combine_backward(storage* drows, real* dweights, const storage* dy, const storage* rows,
                                                 const int64* place, const real* weights, int top_k, int width) {
     const int lane = threadIdx.x % WARP, k = (blockIdx.y * blockDim.x + threadIdx.x) / WARP;

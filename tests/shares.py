@@ -1,5 +1,5 @@
-"""What the kernels that memory bounds execute per element, and the share of the card's copy rate
-that this predicts.
+"""What the kernels bound by memory execute per element, and the share of the card's copy rate that
+this predicts.
 
 ``python tests/shares.py`` prints the table of kernels/README.md; `BEFORE` holds what it printed at
 commit b7be57f. Nothing here is a time: the shares are arithmetic.
@@ -28,8 +28,8 @@ from refimpl.optimizer import Moments
 
 from ladder import CountingLaunch
 
-# An H200: bytes per second that its copy moves, and instructions of threads per second: 132
-# multiprocessors start an instruction of 4 warps in each of 1.755 · 10⁹ cycles.
+# An H200: bytes per second that its copy moves, and instructions per second, counted once per
+# thread: in each of 1.755 · 10⁹ cycles 132 multiprocessors start an instruction of 4 warps of 32.
 COPY = 4.3e12
 ISSUE = 132 * 4 * 32 * 1.755e9
 # What a multiprocessor of it holds (CUDA C++ Programming Guide, compute capability 9.0)
@@ -40,14 +40,14 @@ TIED = ("rms_norm_forward", "rms_norm_backward")  # by a barrier per row: a bloc
 
 
 class Share(NamedTuple):
-    ptx: float  # executed instructions of PTX per element
+    ptx: float  # instructions of PTX executed per element
     machine: float  # of machine code, estimated
     blocks: int  # on a multiprocessor at once, by registers: of the kernel with the fewest
     share: float  # of the copy rate
 
 
 class Launch(CountingLaunch):
-    """Keeps modules and threads of a block besides."""
+    """Also keeps each launch's module and threads per block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,16 +68,16 @@ class Launch(CountingLaunch):
 
 
 def blocks_at_once(registers: int, threads: int) -> int:
-    """Blocks of so many threads that a multiprocessor holds, if each thread has so many registers:
-    a warp gets them in 256s."""
+    """Blocks of ``threads`` threads that a multiprocessor holds, at ``registers`` per thread: a
+    warp gets registers in multiples of 256."""
     warps = -(-threads // 32)
     of_a_warp = -(-registers * 32 // 256) * 256
     # warps are dealt to four schedulers, each of which has a quarter of the registers
     return min(4 * (REGISTERS // 4 // of_a_warp) // warps, WARPS // warps, BLOCKS)
 
 
-# Instructions of sm_90's machine code for one of PTX, as NVRTC 13 translates it in kernels of one
-# line: the first pattern that an opcode begins with; 1 for all others.
+# Instructions of sm_90's machine code per instruction of PTX, as NVRTC 13 translates kernels of one
+# line. The first pattern that matches the beginning of an opcode counts; others count 1.
 WEIGHTS = {
     r"mov|cvta|ld\.param": 0,  # of names, of address spaces, of constants: operands
     r"cvt\.rn\.bf16\.f32": 0.5,  # two in one
@@ -98,12 +98,12 @@ def machine_of(histogram: Counter[str]) -> float:
 
 
 def share_of(launch: Launch, elements: int, least: float, more: float = 0) -> Share:
-    """Of bytes per element: those that the row counts, and those that the kernels move besides.
+    """The prediction for what ``launch`` executed on ``elements`` elements. ``least``: bytes per
+    element that the row counts; ``more``: those that the kernels move besides.
 
-    Memory and instructions go on at once, and not always when the other does: the squares of their
-    times add up to that of the whole. Instructions that nobody else on the multiprocessor can cover
-    come on top: one block's of all that are there, where a barrier ties a block's warps, else one
-    warp's.
+    Memory and instructions overlap, but not always: the squares of their times add up to that of
+    the whole. Instructions that no other warp can hide come on top: one block's of all that are on
+    the multiprocessor, where a barrier ties a block's warps, else one warp's.
     """
     ptx = machine = alone = 0.0
     fewest = BLOCKS
@@ -167,7 +167,7 @@ def _adamw() -> Share:
 
 
 def _moe(work: str) -> Share:
-    """Per number of the rows sent to experts, eight of each token's."""
+    """Per element of the rows sent to experts, eight per token."""
     tokens, top_k = 4, 8
     x, rows = _drawn(tokens, 7168), _drawn(tokens * top_k, 7168)
     launch = Launch()

@@ -1,11 +1,11 @@
 """The rows of the table: what each measures (`refimpl.bench.works`), at which sizes, and the least
-that it must move and multiply.
+bytes and products that it needs.
 
 Letters: B sequences, T tokens, D width, H heads, X and V the widths of a head's keys and values, C
-and R of a latent and of its rotated part, I hidden width of a feed-forward, E experts, K of them a
-token, N = T·K routed rows, W vocabulary. A row's bytes count each input read once and each output
-written once, in the storage type of the row, without what is smaller by a factor of the width
-(weights of a norm, one number per row). Causal attention's products are half of the square's.
+and R of a latent and of its rotated part, I hidden width of a feed-forward, E experts, K of them
+per token, N = T·K rows sent to experts, W vocabulary. A row's bytes count each input read once and
+each output written once, in the row's storage type, without what is smaller by a factor of the
+width (weights of a norm, one number per row). Causal attention has half the products of the square.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from .works import (
 
 __all__ = ["ROWS", "Row", "floor_of"]
 
-# Bytes and flop per second of the card whose times `Row.target` is: an H100 80GB's own copy and
-# bfloat16 product
+# The card on which `Row.target` is a time, an H100 80GB: bytes per second of its own copy, flop per
+# second of its own bfloat16 product
 TARGET_COPY, TARGET_MATRIX = 3.0e12, 798e12
 V3 = Sizes()
 LENGTHS = 1, 4, 16, 32  # thousands of tokens, of attention
@@ -59,8 +59,8 @@ class Row:
     make: Callable[[Maker], Work]
     storage: str = "bfloat16"
     flops: Callable[[Sizes], int] | None = None  # of dense products
-    captured: bool = True  # in a graph, as CuPy's products can't be; else it is timed as called
-    # the first target in µs, on the card with TARGET_COPY and TARGET_MATRIX; None if none is set
+    captured: bool = True  # in a CUDA graph; False for CuPy's products, which are timed as called
+    # the first target in µs, on the card with TARGET_COPY and TARGET_MATRIX; None if not set
     target: float | None = None
     sizes: Sizes = V3
 
@@ -74,14 +74,14 @@ class Row:
 
 
 def floor_of(moved: int, flops: int, copy: float, matrix: float) -> float:
-    """Seconds that so many bytes take at the rate of a card's own copy, in bytes per second, or, if
-    that is longer, the products at the rate of its own, in flop per second."""
+    """The least seconds: ``moved`` bytes at ``copy`` bytes per second, or, if that takes longer,
+    ``flops`` at ``matrix`` flop per second."""
     return max(moved / copy, flops / matrix)
 
 
 def attention_rows(thousands: int) -> tuple[Row, Row]:
-    """Forward and backward at so many times 1,024 tokens. The targets are those of 4,096, and grow
-    with the square."""
+    """Forward and backward at so many times 1,024 tokens. The targets are set at 4,096 tokens, and
+    grow with the square of their number."""
     sizes = replace(V3, tokens=1024 * thousands)
     both = partial(Row, stem="flash_attention", shape="tokens × heads × keys / values", sizes=sizes)
     forward = both(
@@ -104,8 +104,8 @@ def attention_rows(thousands: int) -> tuple[Row, Row]:
 
 
 def decode_row(heads: int, thousands: int) -> Row:
-    """A token of 128 sequences, over caches of so many times 1,024. The targets are those of 4,096,
-    and grow with the cache."""
+    """A new token of each of 128 sequences, over caches of so many times 1,024 tokens. The targets
+    are set at 4,096, and grow with the cache."""
     return Row(
         f"MLA decode, {heads} heads, {thousands}k",
         stem="mla_decode",
@@ -120,7 +120,7 @@ def decode_row(heads: int, thousands: int) -> Row:
 
 
 def experts_row(experts: int, loads: str) -> Row:
-    """4,096 tokens to 8 experts each, forward and backward."""
+    """4,096 tokens with 8 experts each, forward and backward."""
     return Row(
         f"MoE layer, {experts} experts, {loads}",
         stem="grouped_linear",

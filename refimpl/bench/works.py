@@ -1,8 +1,9 @@
-"""What is measured, each on its own inputs: the call that is timed, and its exact answer.
+"""The work of each row of the benchmark: inputs, the call that is timed, and the check of its
+results against the float64 reference.
 
-Inputs are such that each term of the answer weighs enough to be missed: mean squares as small as
-RMSNorm's eps, logits far enough apart that their softmax is no trifle beside the target's 1,
-gradients not far above AdamW's eps.
+Inputs are drawn so that a missing term of the answer shows: mean squares as small as RMSNorm's eps,
+logits so far apart that their softmax is not negligible beside the target's 1, gradients not far
+above AdamW's eps.
 """
 
 from __future__ import annotations
@@ -60,11 +61,12 @@ EPS = 1e-6
 LEARNING_RATE = 1e-3
 CLIP = 0.8, 1.2  # GRPO's ratios, by default
 SPREAD = 4  # standard deviation of the head's logits
-UNITS = {"bfloat16": 1, "float32": 64}  # of the type, of the largest value: rounding once, and sums
-# times those: of attention the weights are rounded before they mix, then what they give; of experts
-# their hidden numbers and gradients, which products add up
+# Allowed errors, in units of the type at a row's largest value: results rounded once, and sums
+UNITS = {"bfloat16": 1, "float32": 64}
+# Times as many where results are rounded in between: attention's weights before they are summed,
+# experts' hidden numbers and their gradients
 SEVERAL_UNITS = 2
-CHECKED = 128 * 4096**2  # pairs of query and key; of longer sequences, some heads are compared
+CHECKED = 128 * 4096**2  # pairs of query and key that are compared: some heads of long sequences
 BLOCK = 4096  # of the float64 attention: few calls, and no square of a long sequence
 FLASH: AnyOp = IMPLEMENTATIONS["flash"].attention
 Errors = dict[str, float]  # by the name of a result: its error over what is allowed; up to 1 holds
@@ -72,7 +74,7 @@ Errors = dict[str, float]  # by the name of a result: its error over what is all
 
 @dataclass(frozen=True)
 class Sizes:
-    """DeepSeek-V3's, at 4,096 tokens, and as many numbers as fit beside their float64 reference."""
+    """DeepSeek-V3's, at 4,096 tokens: as many as fit on a card beside their float64 reference."""
 
     tokens: int = 4096
     width: int = 7168
@@ -232,9 +234,9 @@ def swiglu_work(maker: Maker, *, backward: bool) -> Work:
 
 
 def attention_work(maker: Maker, *, backward: bool) -> Work:
-    """Causal, with as many heads of keys and values as of queries. No head knows of another, so of
-    long sequences a few are compared, spread over all; o and dv row by row, dq and dk by the
-    largest of their head, since of a query that sees one key nothing is left."""
+    """Causal, with as many heads of keys and values as of queries. Heads are independent: of long
+    sequences a few are compared, spread over all. o and dv are compared row by row; dq and dk by
+    the largest value of their head, since dq of a query that sees one key is 0."""
     s, pair = maker.sizes, flash_attention(maker.launch)
     q = maker.normal(1, s.tokens, s.heads, s.keys)
     k = maker.normal(1, s.tokens, s.heads, s.keys)
@@ -263,8 +265,8 @@ def attention_work(maker: Maker, *, backward: bool) -> Work:
 
 
 def decode_work(maker: Maker) -> Work:
-    """A new token of each sequence attends to its latent cache of T tokens, all heads to one key,
-    whose first numbers are the value."""
+    """A new token of each sequence attends to its latent cache of T tokens. All heads share one key
+    per token, whose first numbers are the value."""
     s, pair = maker.sizes, mla_decode(maker.launch)
     q = maker.normal(s.sequences, 1, s.heads, s.latent + s.rotated)
     cache = maker.normal(s.sequences, s.tokens, 1, s.latent + s.rotated)
@@ -350,8 +352,9 @@ def combine_work(maker: Maker) -> Work:
 
 
 def chosen_experts(maker: Maker, loads: str) -> Array:
-    """Each token's experts [T, K]: all alike, expert e with a share ~ 1 / (e + 1), or one for all
-    (the op sorts what it is given, and asks for no difference)."""
+    """Each token's experts [T, K]. ``loads``: "balanced", the same for every expert; "Zipf", expert
+    e in proportion to 1 / (e + 1); "one hot", one expert for all. A token may have an expert twice:
+    the op allows it."""
     s, xp = maker.sizes, maker.xp
     slots = s.tokens * s.top_k
     if loads == "balanced":
@@ -365,9 +368,9 @@ def chosen_experts(maker: Maker, loads: str) -> Array:
 
 
 def experts_work(maker: Maker, *, loads: str) -> Work:
-    """The mixture of experts alone, from routes: y and all gradients. A baseline gets the routes
-    sorted, which is not among our kernels either. y and dx are measured row by row, dw expert by
-    expert, dweights, dot products that may vanish, by the largest of all."""
+    """The mixture of experts without the gate: y and all gradients. A baseline gets the slots in
+    the experts' order, as our time has no sort in it either. y and dx are compared row by row, dw
+    expert by expert; dweights are dot products that may vanish, so by the largest of all."""
     s, pair = maker.sizes, moe(maker.launch)
     x, dy = (maker.normal(s.tokens, s.width) for _ in range(2))
     weights = abs(maker.normal(s.tokens, s.top_k, dtype=np.float32))
@@ -413,11 +416,11 @@ def experts_work(maker: Maker, *, loads: str) -> Work:
 
 
 def cross_entropy_work(maker: Maker) -> Work:
-    """In place. The gradient would be a strange input of the next call (almost uniform), so there
-    is a copy.
+    """In place. The gradient would be an odd input of the next call (almost uniform), so the logits
+    are put back from a copy.
 
-    Each token's gradient is compared apart at its target, beside which the probabilities are small,
-    and elsewhere, on their own scale.
+    The gradient at the targets is compared apart: beside it the other elements are small, and these
+    are compared on their own scale.
     """
     s = maker.sizes
     in_place = cross_entropy_in_place(maker.launch)

@@ -1,5 +1,7 @@
 """The linear maps of all experts on kernels/grouped_linear.cu: one launch each for y, dx and dw,
-whatever the number of experts and of their rows, which the device alone knows."""
+for any number of experts. Only the device knows how many rows each of them has.
+
+Letters: E experts, R rows of all of them, I inputs and O outputs of a map."""
 
 from __future__ import annotations
 
@@ -27,14 +29,14 @@ NUMBA_THREADS = 128
 
 
 class Tiling(NamedTuple):
-    """What a block makes of the result, and how."""
+    """Which part of the result a block computes, and how."""
 
-    rows: int
+    rows: int  # of the result, and its columns: a block's tile
     columns: int
-    warp_rows: int  # a warp's part of them: multiples of 16
+    warp_rows: int  # a warp's part of the tile: multiples of 16
     warp_columns: int
-    depth: int  # terms of the sum in a tile: a multiple of 16
-    stages: int  # tiles in shared memory
+    depth: int  # terms of the sum per stage: a multiple of 16
+    stages: int  # in shared memory, each with a tile of both factors
 
     @property
     def defines(self) -> tuple[tuple[str, int], ...]:
@@ -46,7 +48,7 @@ class Tiling(NamedTuple):
         return 32 * (self.rows // self.warp_rows) * (self.columns // self.warp_columns)
 
     def shared(self, storage: str) -> int:
-        """Bytes of a block's shared memory, for any of the three products."""
+        """Bytes of shared memory per block: enough for each of the three products."""
         size = {"float64": 8, "float32": 4, "bfloat16": 2}[storage]
         line = self.depth + 16 // size  # of a factor whose lines lie along the sum
         both = (self.rows + self.columns) * line
@@ -56,18 +58,19 @@ class Tiling(NamedTuple):
 
 
 Tilings = dict[str, tuple[Tiling, Tiling]]
-"""By storage type: for few rows, whose time is that of reading the weights, and for many."""
+"""By storage type: the tiling for few rows per expert, where reading the weights takes the time,
+and that for many."""
 
 TILINGS: Tilings = {
     "bfloat16": (Tiling(16, 128, 16, 32, 32, 4), Tiling(128, 128, 64, 32, 32, 4)),
     "float32": (Tiling(16, 128, 16, 32, 16, 4), Tiling(128, 128, 64, 32, 16, 3)),
     "float64": (Tiling(16, 64, 16, 32, 16, 3), Tiling(64, 64, 32, 32, 16, 3)),
 }
-FEW = 32  # rows of the result: up to here a tile of few is filled better
+FEW = 32  # rows of the result: up to so many the first tiling is taken
 
 
 def tiling_of(storage: str, rows: float, tilings: Tilings = TILINGS) -> Tiling:
-    """For a result of so many rows, an expert's on average."""
+    """The tiling for results of ``rows`` rows, on average over the experts."""
     few, many = tilings[storage]
     return few if rows <= FEW else many
 
@@ -76,24 +79,24 @@ class Groups(NamedTuple):
     """Where the rows of each expert lie, and which tiles they fill."""
 
     start: Array  # [E + 1] int64: the first row of each expert, and the end of the last
-    first_tile: Array  # [E + 1] int64: the same of tiles of rows
-    most_tiles: int  # that there can be
-    tilings: Tilings
-    tiling: Tiling  # of tiles of rows
+    first_tile: Array  # [E + 1] int64: the same, counted in tiles of rows
+    most_tiles: int  # of rows, whatever the counts on the device
+    tilings: Tilings  # of which `grouped_weight` chooses its own
+    tiling: Tiling  # for y and dx, whose tiles are of an expert's rows
 
 
 def make_groups(start: Array, rows: int, storage: str, tilings: Tilings = TILINGS) -> Groups:
-    """For ``rows`` rows in all, by the experts' ``start`` [E + 1] on the device."""
+    """The groups of ``rows`` rows in all, from the experts' ``start`` [E + 1] on the device."""
     xp, experts = library(start), start.shape[0] - 1
     tiling = tiling_of(storage, rows / experts, tilings)
     tiles = -((start[:-1] - start[1:]) // tiling.rows)
     first_tile = xp.concatenate((xp.zeros(1, dtype=np.int64), xp.cumsum(tiles)))
-    most = rows // tiling.rows + min(experts, rows)  # an expert's last tile may be ragged
+    most = rows // tiling.rows + min(experts, rows)  # each expert's last tile may be partial
     return Groups(start, first_tile, most, tilings, tiling)
 
 
 def grouped_forward(launch: Launch, x: Array, w: Array, groups: Groups) -> Array:
-    """y [R, O], each row of ``x`` [R, I] times its expert's part of ``w`` [E, O, I]."""
+    """y [R, O]: each row of ``x`` [R, I] by its expert's map in ``w`` [E, O, I]."""
     (experts, outputs, inputs), rows = w.shape, x.shape[0]
     y = launch.empty((rows, outputs), x.dtype, x)
     given = (y, x, w, groups.start, groups.first_tile, experts, inputs, outputs)
@@ -104,8 +107,8 @@ def grouped_forward(launch: Launch, x: Array, w: Array, groups: Groups) -> Array
 def grouped_input(
     launch: Launch, dy: Array, w: Array, groups: Groups, more: tuple[Array, Array] | None = None
 ) -> Array:
-    """dx [R, I] from ``dy`` [R, O]; with a second map of the same x, ``more`` (its dy, its w), the
-    sum of both, rounded once."""
+    """dx [R, I] from ``dy`` [R, O] and ``w`` [E, O, I]. ``more``: (dy, w) of a second map of the
+    same x; then dx is the sum of both, rounded once."""
     (experts, outputs, inputs), rows = w.shape, dy.shape[0]
     dx = launch.empty((rows, inputs), dy.dtype, dy)
     factors = dy, w, *(more or (dy, w))
@@ -116,8 +119,8 @@ def grouped_input(
 
 
 def grouped_weight(launch: Launch, dy: Array, x: Array, groups: Groups) -> Array:
-    """dw [E, O, I] from ``dy`` [R, O] and ``x`` [R, I], in float32 or wider; 0 of an expert without
-    rows."""
+    """dw [E, O, I] from ``dy`` [R, O] and ``x`` [R, I], in float32 or wider; 0 for an expert
+    without rows."""
     n, kernels = numbers(dy=dy, x=x), Kernels(launch, "grouped_linear")
     outputs, inputs = dy.shape[1], x.shape[1]
     experts = groups.start.shape[0] - 1
@@ -135,8 +138,8 @@ def grouped_weight(launch: Launch, dy: Array, x: Array, groups: Groups) -> Array
 def _by_rows(
     launch: Launch, kernel: str, groups: Groups, rows: int, columns: int, *given: Any
 ) -> None:
-    """A kernel whose result [rows, columns] is divided by the experts' rows. In Numba CUDA a block
-    takes one of them, a thread a column."""
+    """Launch a kernel whose result is [rows, columns]: a block per tile of an expert's rows and of
+    columns. In Numba CUDA blocks take one row each, a thread per column."""
     n, kernels = numbers(result=given[0], first=given[1]), Kernels(launch, "grouped_linear")
     if isinstance(launch, NumbaLaunch):
         kernels(kernel, n.storage, (rows, cover(columns, NUMBA_THREADS)), NUMBA_THREADS, *given)

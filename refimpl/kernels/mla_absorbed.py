@@ -1,5 +1,5 @@
 """MLA in its absorbed form, as `refimpl.ops.mla_absorbed`, and for bfloat16: the products of each
-head, which are cuBLAS's on a device, sum in float32 and round once."""
+head, on a device cuBLAS's, sum in float32 or wider and round once."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def mla_absorbed_forward(
     segments: Array | None = None,
     ops: Leaves = LEAVES,
 ) -> tuple[MLAOutput, MLAAbsorbedSaved]:
-    """Argument for argument that of `refimpl.ops.mla_absorbed`."""
+    """As `refimpl.ops.mla_absorbed_forward`, argument for argument."""
     rope = {"positions": positions, "inv_freq": inv_freq, "layout": layout, "factor": factor}
     (q, latent), project_saved = project(
         x, w_q_a, w_q_a_norm, w_q_b, w_kv_a, w_kv_a_norm, heads=heads, eps=eps, ops=ops, **rope
@@ -74,14 +74,16 @@ def mla_absorbed_forward(
 
 
 MLA_ABSORBED = Op(mla_absorbed_forward, mla_absorbed_backward)
-"""The pair. Its backward is the reference's, without bfloat16: no decoding asks for gradients."""
+"""The pair. Its backward is the reference's, without bfloat16: decoding asks for no gradients."""
 
 
 def matmul_heads(a: Array, b: Array, out: Array) -> None:
-    """Write a [M, h, K] @ b [h, K, N] of each head h into ``out`` [M, H, N].
+    """For each head h write ``a`` [M, H, K] times ``b`` [H, K, N] into ``out`` [M, H, N]:
+    out[:, h] = a[:, h] @ b[h].
 
     All have one type. They may be slices, if the last axis of ``a`` and ``out`` and one of the last
-    two of ``b`` are contiguous. Sums are float32 or wider, and rounded once.
+    two of ``b`` are contiguous. Sums are float32 or wider, and rounded once. ValueError for other
+    types, shapes or strides.
     """
     (m, heads, k), n = a.shape, b.shape[2]
     types = {str(x.dtype) for x in (a, b, out)}
@@ -98,8 +100,7 @@ def matmul_heads(a: Array, b: Array, out: Array) -> None:
     if 0 in (m, heads, n, k):
         out[...] = 0
         return
-    # cuBLAS counts columns first: what it takes for a matrix is the transpose of ours, so outᵀ = bᵀ
-    # aᵀ
+    # cuBLAS stores matrices by columns, so it sees the transposes of ours: outᵀ = bᵀ aᵀ
     blas, runtime = xp.cuda.cublas, xp.cuda.runtime
     handle = xp.cuda.device.get_cublas_handle()
     of_type = {
@@ -141,8 +142,9 @@ def matmul_heads(a: Array, b: Array, out: Array) -> None:
 
 
 def _places(x: Array) -> tuple[int, int, int]:
-    """Of matrices [h, rows, columns]: (cuBLAS's transposition of them, elements from line to line,
-    elements from matrix to matrix). A line is a row, or a column if these are contiguous."""
+    """For matrices [heads, rows, columns], what cuBLAS asks for: (0 or 1: transposed, elements from
+    line to line, elements from matrix to matrix). A line is what is contiguous: a row, or else a
+    column (1)."""
     head, row, column = (step // x.dtype.itemsize for step in x.strides)
     if column == 1 or x.shape[2] == 1 != row:
         return 0, max(row, x.shape[2]), head

@@ -1,5 +1,9 @@
-"""Attention of decoding on kernels/mla_decode.cu, in the place of `refimpl.ops.attention`: all
-heads over one key and one value, both in a row of the latent cache; for bfloat16 too."""
+"""Attention of decoding on kernels/mla_decode.cu, in the place of `refimpl.ops.attention`, and for
+bfloat16: all heads share one key and one value per cached token, both in its row of the latent
+cache.
+
+Letters: B sequences, T new tokens, S cached ones, H heads, X and V the widths of keys and values.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +31,11 @@ __all__ = [
 
 OWN = 16  # rows of one product, as in the kernel
 SHARED = (163 << 10, 99 << 10)
-"""Bytes of a block that tiles are made for: those of data-centre GPUs from sm_80 on, and those that
-every GPU has. What a GPU has between them is left unused: it would add in another order."""
+"""Bytes of shared memory per block that tiles are made for: what data-centre GPUs have from sm_80
+on, and what every GPU has. A GPU with more leaves the rest unused: other tiles would add in another
+order."""
 SIZES = ((64, 32), (32, 16), (16, 16), (16, 8))  # rows of a block, keys of a tile: the best first
-MULTIPROCESSORS = 132  # that splits are made for, one block each, whatever the GPU has
+MULTIPROCESSORS = 132  # keys are split for so many, one block each, whatever the GPU has
 MOST_THREADS = 256  # of a block of mla_decode_combine, a thread per column
 COMPILED_AHEAD = ((576, 512), (48, 32), (11, 7))
 """Widths of cache rows and values: V3's (and V2's, Kimi-K2's, GLM-4.7-Flash's), those of the
@@ -45,7 +50,7 @@ class MLADecodeSaved(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """How the kernels of some widths and a storage type are compiled and launched."""
+    """How the kernels are compiled and launched for given widths and a storage type."""
 
     key_width: int  # of the kernel, a multiple of 32
     value_width: int
@@ -68,7 +73,7 @@ def tiles(
     shared: int = SHARED[0],
     sizes: tuple[tuple[int, int], ...] = SIZES,
 ) -> Tiles | None:
-    """The first tiles that have room in so many bytes of shared memory; None if none has."""
+    """The first of ``sizes`` that fits into ``shared`` bytes per block, or None."""
     size, real = {"float64": (8, 8), "float32": (4, 4), "bfloat16": (2, 4)}[storage]
     most = cover(value_width, OWN)
     warps = next(n for n in (8, 4, 2, 1) if n <= most)
@@ -89,8 +94,8 @@ def tiles_ahead(storage: str) -> list[Tiles]:
 
 
 def splits(shape: Tiles, batch: int, rows: int, keys: int, most: int) -> tuple[int, int]:
-    """(how many tiles of keys a block takes, into how many splits that cuts them), so that no more
-    than ``most`` blocks run, if there are not more rows than that. By shapes alone."""
+    """(tiles of keys per split, number of splits), from shapes alone: at most ``most`` blocks run,
+    or one per block of rows if that is more."""
     count = cover(keys, shape.keys)
     each = cover(count, max(most // (batch * cover(rows, shape.rows)), 1))
     return each, cover(count, each)
@@ -103,12 +108,13 @@ def mla_decode(
     sizes: tuple[tuple[int, int], ...] = SIZES,
     multiprocessors: int = MULTIPROCESSORS,
 ) -> AnyOp:
-    """The op on ``launch``. Where keys and values are no cache, or no tiles fit, it is that of
-    flash_attention.cu.
+    """The op on ``launch``. If keys and values are not in one cache, or all tiles are too large, it
+    is `flash_attention.attention`, which leaves wide heads to the reference.
 
     Args:
-        shared: bytes of shared memory, by default those of `SHARED` that the launch's device has.
-        sizes, multiprocessors: of the tests, to have several tiles and splits in small examples.
+        shared: bytes of shared memory per block; by default the most of `SHARED` that the device of
+            ``launch`` has.
+        sizes, multiprocessors: for tests, which want several tiles and splits in small examples.
     """
     kernels, other = Kernels(launch, "mla_decode"), attention(launch)
     if shared is None:
@@ -169,7 +175,7 @@ def mla_decode(
         return o, MLADecodeSaved(q, k, v, settings)
 
     def mla_decode_backward(do: Array, saved: Any) -> tuple[Array, Array, Array]:
-        """The reference's, whose forward runs for it: no decoding asks for gradients."""
+        """The reference's backward, after its forward: decoding asks for no gradients."""
         if not isinstance(saved, MLADecodeSaved):
             dq, dk, dv = other.backward(do, saved)
             return dq, dk, dv
@@ -182,8 +188,8 @@ def mla_decode(
 
 
 def begins_with(k: Array, v: Array) -> bool:
-    """Whether one head ``v`` [B, S, 1, V] is the first columns of one head ``k`` [B, S, 1, X], in
-    the same memory."""
+    """Whether ``v`` [B, S, 1, V] is a view of the first V columns of ``k`` [B, S, 1, X]. False if
+    either has several heads."""
     if (k.shape[2], v.shape[2]) != (1, 1) or v.shape[3] > k.shape[3]:
         return False
     on_device = library(k).__name__ == "cupy"

@@ -1,9 +1,9 @@
 """The mixture of experts on kernels/moe.cu and kernels/grouped_linear.cu; as `refimpl.ops.moe`, and
 for bfloat16 with float32 weights.
 
-The device alone knows how many rows each expert has: nothing is copied from it, and there are as
-many launches for any number of experts. So an index of no expert is not an error here: the output
-of its token is NaN, and so are its gradients.
+Nothing is copied to the host, and the number of launches does not depend on the experts. So an
+index that no expert has raises no error here: the output of its token is NaN, and so are its
+gradients.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ class MoESaved(NamedTuple):
     place: Array  # [M·K]: the row of each slot of [M, K] in the experts' order
     groups: Groups
     w: tuple[Array, Array, Array]  # gate, up, down
-    rows: Array  # [M·K, D]: the dispatched
-    hidden: Array  # [M·K, F]
+    rows: Array  # [M·K, D]: x, sorted by expert
+    hidden: Array  # [M·K, F]: what the down maps multiply
     of_swiglu: Any
-    outputs: Array  # [M·K, D]: of the experts
-    shared: Any
+    outputs: Array  # [M·K, D]: of the experts, before their weights
+    shared: Any  # of the shared network, or None
     x_shape: tuple[int, ...]
     ops: Networks
 
 
 def permute(launch: Launch, x: Array, where: Array, top_k: int) -> Array:
-    """rows [M·K, D]: ``x``[m] [M, D] at where[m K + k] for each choice k."""
+    """rows [M·K, D]: rows[where[m K + k]] = x[m] for each token m of ``x`` [M, D] and choice k."""
     kernels, n = Kernels(launch, "moe"), numbers(x=x)
     tokens, d = x.shape
     rows = kernels.empty((tokens * top_k, d), x.dtype, x)
@@ -107,8 +107,8 @@ def combine_backward(
 
 
 def sort_slots(chosen: Array, experts: int) -> tuple[Array, Array]:
-    """(the first row of each expert and the end of the last [E + 1], the row of each slot [M·K]),
-    by the slots' experts ``chosen`` [M·K]."""
+    """(start, where) from the experts ``chosen`` [M·K] by the slots: the first row of each expert
+    and the end of the last [E + 1], and the row of each slot [M·K]."""
     xp = library(chosen)
     order = ready(argsort(chosen), np.int64)  # (moe.1)
     start = xp.searchsorted(chosen[order], xp.arange(experts + 1))
