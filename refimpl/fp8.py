@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from .array import Array, expect, last, namespace
@@ -43,6 +42,7 @@ __all__ = [
 ]
 
 TILE = 128
+E4M3, E5M6 = (3, -6), (6, -14)  # bits of fraction, least exponent
 STEP = 32  # terms that a tensor core adds at a time
 LARGEST = 448.0  # of E4M3
 LARGEST_E5M6 = 65024.0  # as float16 has exponents; the last with its six bits of fraction
@@ -92,17 +92,18 @@ def quantised(
     x = np.asarray(x, np.float32)
     most = LARGEST_E5M6 if e5m6 else LARGEST
     largest = np.abs(x)
-    for axis in (0, 1):
-        places = np.arange(0, x.shape[axis], tile[axis])
-        largest = np.maximum.reduceat(largest, places, axis=axis)
+    for axis, length in enumerate(tile):
+        if length > 1:
+            places = np.arange(0, x.shape[axis], length)
+            largest = np.maximum.reduceat(largest, places, axis=axis)
     scale = np.maximum(largest, np.float32(recipe.floor)) / np.float32(most)
     if e5m6 or recipe.scale == "power_of_two":
         scale = np.exp2(np.ceil(np.log2(scale.astype(np.float64)))).astype(np.float32)
     spread = Tiled(x, scale, tile).spread()
     with np.errstate(invalid="ignore"):  # (fp8.1)
         ratio = np.clip(x / spread, -most, most)
-        numbers = round_e5m6(ratio) if e5m6 else narrow(ratio, ml_dtypes.float8_e4m3fn)
-    return Tiled(numbers.astype(np.float32), scale, tile)
+        numbers = round_to(ratio, *(E5M6 if e5m6 else E4M3))
+    return Tiled(numbers, scale, tile)
 
 
 def narrow(x: Array, dtype: type | np.dtype[Any]) -> Array:
@@ -125,12 +126,15 @@ def narrow(x: Array, dtype: type | np.dtype[Any]) -> Array:
         return x.astype(dtype)
 
 
-def round_e5m6(x: Array) -> Array:
-    """``x`` float32 of at most 65,024, to the nearest number with 5 bits of exponent, from 2⁻¹⁴ on,
-    and 6 of fraction."""
-    _, exponent = np.frexp(x)
-    unit = np.exp2(np.maximum(exponent - 1, -14).astype(np.float32) - 6)
-    return np.rint(x / unit) * unit
+def round_to(x: Array, fraction: int, least: int) -> Array:
+    """``x`` float32 to the nearest number with so many bits of fraction and exponents from
+    2^least on, ties to even; NaN stays."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    power = (bits & np.uint32(0x7F800000)).view(np.float32)  # the number's own of two, or 0
+    unit = np.maximum(power, np.float32(2.0**least)) * np.float32(2.0**-fraction)
+    shift = unit * np.float32(1.5 * 2**23)  # where float32 itself has that unit
+    with np.errstate(invalid="ignore"):
+        return np.copysign((x + shift) - shift, x)
 
 
 # Products

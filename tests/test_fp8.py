@@ -26,7 +26,7 @@ from refimpl.fp8 import (
     linear_forward,
     product,
     quantised,
-    round_e5m6,
+    round_to,
 )
 from refimpl.grads import Request, write_gradients
 from refimpl.model import backward, forward
@@ -94,6 +94,20 @@ def test_nan_and_infinity_stay_in_their_tile() -> None:
     assert np.isfinite(values[1, :128]).all()
 
 
+def e5m6_of(x: np.ndarray) -> np.ndarray:
+    return round_to(x, *fp8.E5M6)
+
+
+def test_e4m3() -> None:
+    """Every float32 number with 16 bits or fewer, ties among them, and NaN, as ml_dtypes rounds."""
+    x = (np.arange(2**16, dtype=np.uint32) << 16).view(np.float32)
+    x = np.clip(x, -fp8.LARGEST, fp8.LARGEST)
+    with np.errstate(invalid="ignore"):
+        wanted = x.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    np.testing.assert_array_equal(round_to(x, *fp8.E4M3), wanted)
+    assert np.isnan(wanted).any()
+
+
 def test_e5m6() -> None:
     """All its numbers, and between two neighbours the nearest, a tie to the even one."""
     normal = (1 + np.arange(64) / 64) * 2.0 ** np.arange(-14, 16)[:, None]
@@ -101,13 +115,13 @@ def test_e5m6() -> None:
     assert numbers[-1] == fp8.LARGEST_E5M6
     assert len(np.unique(numbers)) == 31 * 64
     for sign in (1, -1):
-        np.testing.assert_array_equal(round_e5m6(sign * numbers), sign * numbers)
+        np.testing.assert_array_equal(e5m6_of(sign * numbers), sign * numbers)
     left, right = numbers[:-1], numbers[1:]
     middle = (left + right) / 2
     even = np.where(np.arange(len(left)) % 2 == 0, left, right)
-    np.testing.assert_array_equal(round_e5m6(middle), even)
-    np.testing.assert_array_equal(round_e5m6(np.nextafter(middle, np.float32(0))), left)
-    np.testing.assert_array_equal(round_e5m6(np.nextafter(middle, np.float32(1e9))), right)
+    np.testing.assert_array_equal(e5m6_of(middle), even)
+    np.testing.assert_array_equal(e5m6_of(np.nextafter(middle, np.float32(0))), left)
+    np.testing.assert_array_equal(e5m6_of(np.nextafter(middle, np.float32(1e9))), right)
     kept = quantised(drawn(5, 300), (1, 128), e5m6=True)
     assert np.all(np.frexp(kept.scale)[0] == 0.5)
     assert np.max(np.abs(kept.numbers)) <= fp8.LARGEST_E5M6
