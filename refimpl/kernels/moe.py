@@ -35,6 +35,7 @@ THREADS = 128
 
 class MoESaved(NamedTuple):
     weights: Array  # [M, K], in float32 for bfloat16
+    known: Array  # [M, K], in the same type: 1, and NaN for an index of no expert
     place: Array  # [M·K]: the row of each slot of [M, K] in the experts' order
     groups: Groups
     w: tuple[Array, Array, Array]  # gate, up, down
@@ -149,7 +150,8 @@ def moe(launch: Launch, tilings: Tilings = TILINGS) -> AnyOp:
         tokens, top_k = ready(x).reshape(-1, x.shape[-1]), indices.shape[-1]
         chosen = ready(indices, np.int64).reshape(-1, top_k)
         known = (chosen >= 0) & (chosen < w_gate.shape[0])
-        weights = ready(n.xp.where(known, weights.reshape(-1, top_k), np.nan), n.real)
+        known = ready(n.xp.where(known, 1.0, np.nan), n.real)
+        weights = ready(weights.reshape(-1, top_k) * known, n.real)
         start, where = sort_slots(chosen.reshape(-1), w_gate.shape[0])
         groups = make_groups(start, where.shape[0], n.storage, tilings)
         w = ready(w_gate), ready(w_up), ready(w_down)
@@ -163,11 +165,11 @@ def moe(launch: Launch, tilings: Tilings = TILINGS) -> AnyOp:
             shared_y, shared = ops.ffn.forward(tokens, *shared_weights, ops=ops)
             y = y + shared_y
         kept = rows, hidden, of_swiglu, outputs
-        saved = MoESaved(weights, where, groups, w, *kept, shared, tuple(x.shape), ops)
+        saved = MoESaved(weights, known, where, groups, w, *kept, shared, tuple(x.shape), ops)
         return y.reshape(x.shape), saved
 
     def moe_backward(dy: Array, saved: MoESaved) -> tuple[Array | None, ...]:
-        weights, where, groups, (w_gate, w_up, w_down), rows, hidden, of_swiglu, *_ = saved
+        weights, known, where, groups, (w_gate, w_up, w_down), rows, hidden, of_swiglu, *_ = saved
         numbers(rows=saved.outputs, dy=dy)
         expect("dy", dy, "(…, D)", saved.x_shape)
         dtokens = ready(dy).reshape(-1, saved.x_shape[-1])
@@ -176,12 +178,13 @@ def moe(launch: Launch, tilings: Tilings = TILINGS) -> AnyOp:
         dgate, dup = gated.backward(grouped_input(launch, dout, w_down, groups), of_swiglu)
         dw_gate, dw_up = (grouped_weight(launch, x, rows, groups) for x in (dgate, dup))
         drows = grouped_input(launch, dgate, w_gate, groups, (dup, w_up))
-        dx = combine(launch, drows, where, weights.shape[1])
+        # In rows of no expert stands what the device's memory held before
+        dx = combine(launch, drows, where, weights.shape[1], known)
         dshared: list[Array | None] = [None, None, None]
         if saved.shared is not None:
             dx_shared, *dshared = saved.ops.ffn.backward(dtokens, saved.shared)
             dx = dx + dx_shared
-        dweights = dweights.reshape(*saved.x_shape[:-1], -1)
+        dweights = (dweights * known).reshape(*saved.x_shape[:-1], -1)
         return dx.reshape(saved.x_shape), dweights, dw_gate, dw_up, dw_down, *dshared
 
     return Op(moe_forward, moe_backward)
