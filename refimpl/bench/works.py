@@ -337,7 +337,7 @@ def combine_work(maker: Maker) -> Work:
     weights = abs(maker.normal(s.tokens, s.top_k, dtype=np.float32))
 
     def run() -> Array:
-        return combine(maker.launch, rows, where, s.top_k, weights)
+        return combine(maker.launch, rows, where, weights)
 
     def check() -> Errors:
         (wide,) = _wide(weights)

@@ -58,14 +58,11 @@ def permute(launch: Launch, x: Array, where: Array, top_k: int) -> Array:
     return rows
 
 
-def combine(
-    launch: Launch, rows: Array, where: Array, top_k: int, weights: Array | None = None
-) -> Array:
-    """y[m] = Σ_k weights[m, k] rows[where[m K + k]] [M, D]; weights 1 if None."""
+def combine(launch: Launch, rows: Array, where: Array, weights: Array) -> Array:
+    """y[m] = Σ_k weights[m, k] rows[where[m K + k]] [M, D]."""
     kernels, n = Kernels(launch, "moe"), numbers(rows=rows)
-    tokens, d = where.shape[0] // top_k, rows.shape[-1]
+    (tokens, top_k), d = weights.shape, rows.shape[1]
     y = kernels.empty((tokens, d), rows.dtype, rows)
-    factor = n.xp.zeros((1,), dtype=n.real) if weights is None else weights
     kernels(
         "moe_combine",
         n.storage,
@@ -74,10 +71,9 @@ def combine(
         y,
         rows,
         where,
-        factor,
+        weights,
         top_k,
         d,
-        int(weights is not None),
     )
     return y
 
@@ -150,7 +146,7 @@ def moe(launch: Launch, tilings: Tilings = TILINGS) -> AnyOp:
         tokens, top_k = ready(x).reshape(-1, x.shape[-1]), indices.shape[-1]
         chosen = ready(indices, np.int64).reshape(-1, top_k)
         known = (chosen >= 0) & (chosen < w_gate.shape[0])
-        known = ready(n.xp.where(known, 1.0, np.nan), n.real)
+        known = ready(n.xp.where(known, n.scalar(1), n.scalar(np.nan)), n.real)
         weights = ready(weights.reshape(-1, top_k) * known, n.real)
         start, where = sort_slots(chosen.reshape(-1), w_gate.shape[0])
         groups = make_groups(start, where.shape[0], n.storage, tilings)
@@ -159,7 +155,7 @@ def moe(launch: Launch, tilings: Tilings = TILINGS) -> AnyOp:
         gate, up = (grouped_forward(launch, rows, matrix, groups) for matrix in w[:2])
         hidden, of_swiglu = gated.forward(gate, up)
         outputs = grouped_forward(launch, hidden, w[2], groups)
-        y, shared = combine(launch, outputs, where, top_k, weights), None
+        y, shared = combine(launch, outputs, where, weights), None
         if w_shared_gate is not None:
             shared_weights = w_shared_gate, w_shared_up, w_shared_down
             shared_y, shared = ops.ffn.forward(tokens, *shared_weights, ops=ops)
@@ -179,7 +175,7 @@ def moe(launch: Launch, tilings: Tilings = TILINGS) -> AnyOp:
         dw_gate, dw_up = (grouped_weight(launch, x, rows, groups) for x in (dgate, dup))
         drows = grouped_input(launch, dgate, w_gate, groups, (dup, w_up))
         # In rows of no expert stands what the device's memory held before
-        dx = combine(launch, drows, where, weights.shape[1], known)
+        dx = combine(launch, drows, where, known)
         dshared: list[Array | None] = [None, None, None]
         if saved.shared is not None:
             dx_shared, *dshared = saved.ops.ffn.backward(dtokens, saved.shared)
