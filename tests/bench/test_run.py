@@ -196,7 +196,8 @@ def test_baselines_make_no_large_array_that_they_need_not() -> None:
     half = torch.bfloat16
     q, cache = torch.randn(2, 1, 3, 576, dtype=half), torch.randn(2, 50, 1, 576, dtype=half)
     assert [tuple(x.shape) for x in arrays(module.decode, q, cache)].count((2, 3, 50)) == 2
-    tokens, top_k, d, f = 4, 2, 16, 8
+    tokens, top_k = 4, 2
+    d, f = 16, 8
     x, weights = torch.randn(tokens, d, dtype=half), torch.rand(tokens, top_k)
     w = [torch.randn(2, *shape, dtype=half) for shape in ((f, d), (f, d), (d, f))]
     where, start = torch.arange(tokens * top_k), torch.tensor([0, 4, 8])
