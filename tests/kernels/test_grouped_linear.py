@@ -194,7 +194,8 @@ def test_an_index_of_no_expert_is_nan() -> None:
     """Of its token alone, in the output and its gradients, whatever memory held before; the
     weights' gradients are those of the other choices."""
     rng = np.random.default_rng(0)
-    x, dy, weights = rng.normal(size=(3, 4)), rng.normal(size=(3, 4)), rng.uniform(size=(3, 2))
+    x, dy = rng.normal(size=(2, 3, 4))
+    weights = rng.uniform(size=(3, 2))
     w_gate, w_up, w_down = (rng.normal(size=shape) for shape in ((2, 3, 4), (2, 3, 4), (2, 4, 3)))
     pair = moe(UsedLaunch(), SMALL_TILINGS)
     for wrong in (-1, 2):
