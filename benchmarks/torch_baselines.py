@@ -69,7 +69,7 @@ def decode(q: Any, cache: Any) -> Any:
     for all heads of a sequence."""
     width = cache.shape[-1] - ROTATED
     keys = cache[:, :, 0]
-    p = (q[:, 0] @ keys.mT * keys.shape[-1] ** -0.5).softmax(-1)
+    p = (q[:, 0] * keys.shape[-1] ** -0.5 @ keys.mT).softmax(-1)  # no pass over the scores to scale
     return (p @ keys[..., :width])[:, None]
 
 
@@ -105,13 +105,14 @@ def combine(rows: Any, where: Any, weights: Any) -> Any:
 def experts(
     x: Any, weights: Any, w_gate: Any, w_up: Any, w_down: Any, order: Any, where: Any, start: Any
 ) -> Any:
-    """All experts' products by grouped_mm. order: the slot of each row; where: its inverse."""
+    """All experts' products by grouped_mm, and the weighted sums by one product, which holds no
+    float32 row of each slot. order: the slot of each row; where: its inverse."""
     stop = start[1:].int()
     rows = x.index_select(0, order // weights.shape[1])
     gate, up = (functional.grouped_mm(rows, w.mT, offs=stop) for w in (w_gate, w_up))
     out = functional.grouped_mm(swiglu(gate, up), w_down.mT, offs=stop)
     own = out.index_select(0, where).unflatten(0, weights.shape)
-    return (own * weights[..., None]).sum(1).to(x.dtype)
+    return torch.bmm(weights[:, None].to(x.dtype), own)[:, 0]
 
 
 def cross_entropy(logits: Any, targets: Any) -> Any:
@@ -258,7 +259,8 @@ BASELINES: dict[str, Callable[..., Call]] = {
 timed."""
 
 NOT_COMPILED = tuple(x for x in BASELINES if x.startswith(("attention", "MLA", "MoE layer")))
-"""Rows whose time is one of torch's own kernels, which torch.compile calls too."""
+"""Rows whose time is one of torch's own kernels, which torch.compile calls too, or, of experts, in
+most part several."""
 
 
 class TorchDevice:

@@ -16,9 +16,9 @@ extern "C" __global__ void moe_permute(storage* rows, const storage* x, const in
     for (int k = 0; k < top_k; k++) store_chunk(chunk, rows + to[k] * width, i, width, wide);  // (moe.2)
 }
 
-// y[m] = Σ_k weights[m, k] rows[place[m K + k]]; if not weighted, all weights are 1. Grid: x a token, y a part of its row.
+// y[m] = Σ_k weights[m, k] rows[place[m K + k]]. Grid: x a token, y a part of its row.
 extern "C" __global__ void moe_combine(storage* y, const storage* rows, const int64* place, const real* weights, int top_k,
-                                       int width, int weighted) {
+                                       int width) {
     const int64 token = blockIdx.x;
     const int i = (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
     const bool wide = width % VECTOR == 0;
@@ -35,7 +35,7 @@ extern "C" __global__ void moe_combine(storage* y, const storage* rows, const in
 #pragma unroll
         for (int ahead = 0; ahead < AHEAD; ahead++) {
             if (k + ahead >= top_k) break;
-            const real weight = weighted ? weights[slot + ahead] : real(1);
+            const real weight = weights[slot + ahead];
 #pragma unroll
             for (int v = 0; v < VECTOR; v++) sum[v] += weight * row[ahead][v];  // (moe.5) (moe.11)
         }

@@ -25,17 +25,8 @@ def kernels(real):
             for k in range(top_k):
                 rows[place[token * top_k + k] * width + i] = value  # (moe.2)
 
-    def moe_combine(
-        y: reals,
-        rows: reals,
-        place: ids,
-        weights: reals,
-        top_k: int32,
-        width: int32,
-        weighted: int32,
-    ):
-        """y[m] = Σ_k weights[m, k] rows[place[m K + k]], weights 1 unless weighted. Grid: x a
-        token, y a part of its row.
+    def moe_combine(y: reals, rows: reals, place: ids, weights: reals, top_k: int32, width: int32):
+        """y[m] = Σ_k weights[m, k] rows[place[m K + k]]. Grid: x a token, y a part of its row.
 
         Each element is one thread's sum, in the order of k: threads that added their rows to y
         would need atomics.
@@ -49,8 +40,7 @@ def kernels(real):
             total = real(0)
             for k in range(top_k):
                 slot = token * top_k + k
-                weight = weights[slot] if weighted else real(1)
-                total += weight * rows[place[slot] * width + i]  # (moe.4) (moe.5) (moe.11)
+                total += weights[slot] * rows[place[slot] * width + i]  # (moe.4) (moe.5) (moe.11)
             y[token * width + i] = total
 
     def moe_combine_backward(

@@ -176,7 +176,7 @@ def _moe(work: str) -> Share:
     if work == "permute":
         permute(launch, x, where, top_k)
     elif work == "combine":
-        combine(launch, rows, where, top_k, weights)
+        combine(launch, rows, where, weights)
     else:
         combine_backward(launch, x, rows, where, weights)
     return share_of(launch, rows.size, (2 if work != "combine backward" else 4) + 2 / top_k)

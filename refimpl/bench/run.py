@@ -152,6 +152,8 @@ def measure_row(
 
         calls = [device.launch.record(work.run) if row.captured else work.run for work in works]
         ours = measure(device, calls, runs, reset if resets else None, graph=row.captured)
+        calls.clear()  # and what they hold
+        device.free()
         peak = device.peak(works[0].run)
         reset()
     device.free()

@@ -8,7 +8,7 @@ above AdamW's eps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -39,6 +39,7 @@ __all__ = [
     "Sizes",
     "Work",
     "adamw_work",
+    "attention_errors",
     "attention_work",
     "combine_work",
     "cross_entropy_work",
@@ -67,6 +68,7 @@ UNITS = {"bfloat16": 1, "float32": 64}
 # experts' hidden numbers and their gradients
 SEVERAL_UNITS = 2
 CHECKED = 128 * 4096**2  # pairs of query and key that are compared: some heads of long sequences
+TOGETHER = 64  # rows of attention's dq and dk whose largest value is one scale
 BLOCK = 4096  # of the float64 attention: few calls, and no square of a long sequence
 FLASH: AnyOp = IMPLEMENTATIONS["flash"].attention
 Errors = dict[str, float]  # by the name of a result: its error over what is allowed; up to 1 holds
@@ -235,8 +237,7 @@ def swiglu_work(maker: Maker, *, backward: bool) -> Work:
 
 def attention_work(maker: Maker, *, backward: bool) -> Work:
     """Causal, with as many heads of keys and values as of queries. Heads are independent: of long
-    sequences a few are compared, spread over all. o and dv are compared row by row; dq and dk by
-    the largest value of their head, since dq of a query that sees one key is 0."""
+    sequences a few are compared, spread over all."""
     s, pair = maker.sizes, flash_attention(maker.launch)
     q = maker.normal(1, s.tokens, s.heads, s.keys)
     k = maker.normal(1, s.tokens, s.heads, s.keys)
@@ -253,15 +254,26 @@ def attention_work(maker: Maker, *, backward: bool) -> Work:
             own = [x[:, :, h : h + 1] for x in (q, k, v, do, *found)]
             exact, kept = FLASH.forward(*_wide(*own[:3]), scale=scale, block=BLOCK)
             wanted = exact, *FLASH.backward(*_wide(own[3]), kept)
-            for name, x, y in zip(errors, own[4:], wanted, strict=True):
-                shape = (-1, y.shape[-1]) if name in ("o", "dv") else (1, -1)
-                error = error_of(x.reshape(shape), y.reshape(shape)) / SEVERAL_UNITS
+            for name, error in attention_errors(own[4:], wanted).items():
                 errors[name] = float(np.maximum(errors[name], error))
         return errors
 
     if backward:
         return Work((q, k, v, do), lambda: pair.backward(do, saved), check)
     return Work((q, k, v), lambda: pair.forward(q, k, v, scale=scale), check)
+
+
+def attention_errors(found: Sequence[Array], exact: Sequence[Array]) -> Errors:
+    """Of o, dq, dk and dv [1, T, 1, width] of one head: o and dv row by row, dq and dk by the
+    largest of so many neighbouring rows: of a query that sees one key nothing is left, and the
+    first rows are larger than the last, the more so the longer the sequence."""
+    errors = {}
+    for name, x, y in zip(("o", "dq", "dk", "dv"), found, exact, strict=True):
+        together = 1 if name in ("o", "dv") else TOGETHER
+        tokens, width = y.shape[1], y.shape[-1]
+        shape = (1, -1) if tokens % together else (-1, together * width)
+        errors[name] = error_of(x.reshape(shape), y.reshape(shape)) / SEVERAL_UNITS
+    return errors
 
 
 def decode_work(maker: Maker) -> Work:
@@ -339,7 +351,7 @@ def combine_work(maker: Maker) -> Work:
     weights = abs(maker.normal(s.tokens, s.top_k, dtype=np.float32))
 
     def run() -> Array:
-        return combine(maker.launch, rows, where, s.top_k, weights)
+        return combine(maker.launch, rows, where, weights)
 
     def check() -> Errors:
         (wide,) = _wide(weights)

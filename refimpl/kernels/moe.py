@@ -35,6 +35,7 @@ THREADS = 128
 
 class MoESaved(NamedTuple):
     weights: Array  # [M, K], in float32 for bfloat16
+    known: Array  # [M, K], in the same type: 1, and NaN for an index of no expert
     place: Array  # [M·K]: the row of each slot of [M, K] in the experts' order
     groups: Groups
     w: tuple[Array, Array, Array]  # gate, up, down
@@ -57,14 +58,11 @@ def permute(launch: Launch, x: Array, where: Array, top_k: int) -> Array:
     return rows
 
 
-def combine(
-    launch: Launch, rows: Array, where: Array, top_k: int, weights: Array | None = None
-) -> Array:
-    """y[m] = Σ_k weights[m, k] rows[where[m K + k]] [M, D]; weights 1 if None."""
+def combine(launch: Launch, rows: Array, where: Array, weights: Array) -> Array:
+    """y[m] = Σ_k weights[m, k] rows[where[m K + k]] [M, D]."""
     kernels, n = Kernels(launch, "moe"), numbers(rows=rows)
-    tokens, d = where.shape[0] // top_k, rows.shape[-1]
+    (tokens, top_k), d = weights.shape, rows.shape[1]
     y = kernels.empty((tokens, d), rows.dtype, rows)
-    factor = n.xp.zeros((1,), dtype=n.real) if weights is None else weights
     kernels(
         "moe_combine",
         n.storage,
@@ -73,10 +71,9 @@ def combine(
         y,
         rows,
         where,
-        factor,
+        weights,
         top_k,
         d,
-        int(weights is not None),
     )
     return y
 
@@ -149,7 +146,8 @@ def moe(launch: Launch, tilings: Tilings = TILINGS) -> AnyOp:
         tokens, top_k = ready(x).reshape(-1, x.shape[-1]), indices.shape[-1]
         chosen = ready(indices, np.int64).reshape(-1, top_k)
         known = (chosen >= 0) & (chosen < w_gate.shape[0])
-        weights = ready(n.xp.where(known, weights.reshape(-1, top_k), np.nan), n.real)
+        known = ready(n.xp.where(known, n.scalar(1), n.scalar(np.nan)), n.real)
+        weights = ready(weights.reshape(-1, top_k) * known, n.real)
         start, where = sort_slots(chosen.reshape(-1), w_gate.shape[0])
         groups = make_groups(start, where.shape[0], n.storage, tilings)
         w = ready(w_gate), ready(w_up), ready(w_down)
@@ -157,17 +155,17 @@ def moe(launch: Launch, tilings: Tilings = TILINGS) -> AnyOp:
         gate, up = (grouped_forward(launch, rows, matrix, groups) for matrix in w[:2])
         hidden, of_swiglu = gated.forward(gate, up)
         outputs = grouped_forward(launch, hidden, w[2], groups)
-        y, shared = combine(launch, outputs, where, top_k, weights), None
+        y, shared = combine(launch, outputs, where, weights), None
         if w_shared_gate is not None:
             shared_weights = w_shared_gate, w_shared_up, w_shared_down
             shared_y, shared = ops.ffn.forward(tokens, *shared_weights, ops=ops)
             y = y + shared_y
         kept = rows, hidden, of_swiglu, outputs
-        saved = MoESaved(weights, where, groups, w, *kept, shared, tuple(x.shape), ops)
+        saved = MoESaved(weights, known, where, groups, w, *kept, shared, tuple(x.shape), ops)
         return y.reshape(x.shape), saved
 
     def moe_backward(dy: Array, saved: MoESaved) -> tuple[Array | None, ...]:
-        weights, where, groups, (w_gate, w_up, w_down), rows, hidden, of_swiglu, *_ = saved
+        weights, known, where, groups, (w_gate, w_up, w_down), rows, hidden, of_swiglu, *_ = saved
         numbers(rows=saved.outputs, dy=dy)
         expect("dy", dy, "(…, D)", saved.x_shape)
         dtokens = ready(dy).reshape(-1, saved.x_shape[-1])
@@ -176,12 +174,13 @@ def moe(launch: Launch, tilings: Tilings = TILINGS) -> AnyOp:
         dgate, dup = gated.backward(grouped_input(launch, dout, w_down, groups), of_swiglu)
         dw_gate, dw_up = (grouped_weight(launch, x, rows, groups) for x in (dgate, dup))
         drows = grouped_input(launch, dgate, w_gate, groups, (dup, w_up))
-        dx = combine(launch, drows, where, weights.shape[1])
+        # In rows of no expert stands what the device's memory held before
+        dx = combine(launch, drows, where, known)
         dshared: list[Array | None] = [None, None, None]
         if saved.shared is not None:
             dx_shared, *dshared = saved.ops.ffn.backward(dtokens, saved.shared)
             dx = dx + dx_shared
-        dweights = dweights.reshape(*saved.x_shape[:-1], -1)
+        dweights = (dweights * known).reshape(*saved.x_shape[:-1], -1)
         return dx.reshape(saved.x_shape), dweights, dw_gate, dw_up, dw_down, *dshared
 
     return Op(moe_forward, moe_backward)

@@ -239,7 +239,7 @@ PERMUTE = {
     "two per cent more": scaled("moe_permute"),
 }
 COMBINE = {
-    "weights left out": given("moe_combine", 6, lambda weighted: 0 * weighted),
+    "weights left out": given("moe_combine", 3, lambda weights: 0 * weights + 1),
     "weights of the next slot": given("moe_combine", 3, lambda w: np.roll(w, 1, axis=1)),
     "a slot left out": given("moe_combine", 3, lambda weights: changed(weights, (0, 0), 0)),
     "slots permuted": given("moe_combine", 2, lambda place: np.roll(place, 1)),
@@ -261,7 +261,7 @@ EXPERTS = {
         "grouped_linear_weight", 0, lambda dw, *_: changed(dw, np.abs(dw).sum((1, 2)).argmax(), 0)
     ),
     "slots permuted": given("moe_permute", 2, lambda place: np.roll(place, 1)),
-    "weights left out": given("moe_combine", 6, lambda weighted: 0 * weighted),
+    "weights left out": given("moe_combine", 3, lambda weights: 0 * weights + 1),
     "gradients of weights exchanged": rolled("moe_combine_backward", 1, axis=0),
     "dy of the next token": given("moe_combine_backward", 2, lambda dy: np.roll(dy, 1, 0)),
 }

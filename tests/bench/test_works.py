@@ -11,7 +11,17 @@ import pytest
 
 from refimpl.bench.measure import Recorder
 from refimpl.bench.rows import ROWS
-from refimpl.bench.works import SPREAD, Maker, error_of, most_error, number_type, worst_error
+from refimpl.bench.works import (
+    SPREAD,
+    Maker,
+    attention_errors,
+    error_of,
+    most_error,
+    number_type,
+    worst_error,
+)
+from refimpl.ops import REFERENCE
+from refimpl.stored import rounded, tensor_core_attention
 
 from bench.examples import DISTINCT, TESTED, on_interpreter
 from bench.planted import PLANTED, PlantedLaunch
@@ -117,6 +127,28 @@ def test_softmax_is_no_trifle_in_the_gradient_of_the_head() -> None:
     p = np.exp(w @ h)
     softmax = p @ w / p.sum()
     assert worst_error(-w[7], softmax - w[7]) >= 10 * most_error("bfloat16")
+
+
+def test_last_rows_of_attention_are_seen() -> None:
+    """Ten per cent more of the last 64 rows of one result, of a sequence of 2,048, beside whose
+    first keys the last have almost no gradient; rounding as tensor cores do takes less than half of
+    what is allowed."""
+    rng, width = np.random.default_rng(0), 192
+    q, k, v, do = (rounded(rng.normal(size=(1, 2048, 1, width)), "bfloat16") for _ in range(4))
+    results = []
+    for attention, dtype in (
+        (REFERENCE.attention, np.float64),
+        (tensor_core_attention(), np.float32),
+    ):
+        o, saved = attention.forward(*(x.astype(dtype) for x in (q, k, v)), scale=width**-0.5)
+        results.append((o, *attention.backward(do.astype(dtype), saved)))
+    exact, found = results[0], [rounded(np.asarray(x), "bfloat16") for x in results[1]]
+    assert max(attention_errors(found, exact).values()) < 0.5
+    for i, name in enumerate(("o", "dq", "dk", "dv")):
+        wrong = [x.copy() for x in found]
+        wrong[i][:, -64:] *= found[i].dtype.type(1.1)
+        errors = attention_errors(wrong, exact)
+        assert [x for x, error in errors.items() if error > 1] == [name]
 
 
 def test_worst_error() -> None:

@@ -272,8 +272,8 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
     },
     "moe": {
         "weight of another slot": (
-            "weighted ? weights[slot + ahead]",
-            "weighted ? weights[token + ahead]",
+            "weight = weights[slot + ahead]",
+            "weight = weights[token + ahead]",
         ),
         "gradient from lane 0 alone": (
             "sum = warp_sum(sum);\n    if (lane == 0) dweights",
@@ -447,9 +447,7 @@ PLANTED_IN_NUMBA: dict[str, dict[str, tuple[str, str, str]]] = {
         ),
         "ties to the higher index": ("router", "j < i", "j > i"),
     },
-    "moe": {
-        "weight of another slot": ("moe", "weights[slot] if weighted", "weights[token] if weighted")
-    },
+    "moe": {"weight of another slot": ("moe", "total += weights[slot]", "total += weights[token]")},
 }
 
 

@@ -181,19 +181,34 @@ def test_launches_do_not_grow_with_experts() -> None:
     assert len(told[0]) == 6 + 8
 
 
+class UsedLaunch(InterpreterLaunch):
+    """In memory that a kernel shall write stand finite numbers, as on a device that used it
+    before."""
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
+        return np.full(shape, 7, dtype)
+
+
 @without_a_device
 def test_an_index_of_no_expert_is_nan() -> None:
-    """Of its token alone, in the output and where gradients are of that token."""
-    x, weights = np.ones((3, 4)), np.ones((3, 2))
-    w_gate, w_down = np.ones((2, 3, 4)), np.ones((2, 4, 3))
-    pair = moe(make_launch(), SMALL_TILINGS)
+    """Of its token alone, in the output and its gradients, whatever memory held before; the
+    weights' gradients are those of the other choices."""
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(size=(2, 3, 4))
+    weights = rng.uniform(size=(3, 2))
+    w_gate, w_up, w_down = (rng.normal(size=shape) for shape in ((2, 3, 4), (2, 3, 4), (2, 4, 3)))
+    pair = moe(UsedLaunch(), SMALL_TILINGS)
     for wrong in (-1, 2):
         indices = np.array([[0, 1], [1, wrong], [0, 1]])
-        y, _ = pair.forward(x, weights, w_gate, w_gate, w_down, None, None, None, indices=indices)
-        assert np.isnan(y[1]).all()
-        assert np.isfinite(y[[0, 2]]).all()
+        y, saved = pair.forward(x, weights, w_gate, w_up, w_down, None, None, None, indices=indices)
+        dx, dweights, *dw = pair.backward(dy, saved)[:5]
+        for of_tokens in (y, dx):
+            assert np.isnan(of_tokens[1]).all()
+            assert np.isfinite(of_tokens[[0, 2]]).all()
+        assert np.isnan(dweights).tolist() == [[False, False], [False, True], [False, False]]
+        assert all(np.isfinite(x).all() for x in dw)
     with pytest.raises(TypeError, match="indices must be integers, got float64"):
-        pair.forward(x, weights, w_gate, w_gate, w_down, None, None, None, indices=0.0 * indices)
+        pair.forward(x, weights, w_gate, w_up, w_down, None, None, None, indices=0.0 * indices)
 
 
 def all_kinds_agree() -> None:

@@ -44,7 +44,7 @@ def test_permute_and_combine(column: str, storage: str) -> None:
         rows = permute(launch, to_device(x), where, top_k)
         assert np.array_equal(to_host(rows), x[order // top_k])
         unit = float(ml_dtypes.finfo(DTYPES[storage]).eps)
-        y = to_host(combine(launch, rows, where, top_k, to_device(weights)))
+        y = to_host(combine(launch, rows, where, to_device(weights)))
         exact = weights.astype(np.float64).sum(axis=1, keepdims=True) * x.astype(np.float64)
         sums = (top_k + 1) * np.finfo(weights.dtype).eps
         assert np.all(np.abs(y.astype(np.float64) - exact) <= (unit + sums) * np.abs(exact))
