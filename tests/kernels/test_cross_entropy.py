@@ -46,9 +46,9 @@ def test_cross_entropy_in_place(column: str, storage: str) -> None:
         wanted, saved = pair.forward(logits, **given)
         fresh = pair.backward(0.7, saved)
         loss, gradient = in_place(logits, **given, dloss=0.7)
-        assert gradient is logits
         assert to_host(loss).tobytes() == to_host(wanted).tobytes()
-        assert to_host(logits).tobytes() == to_host(fresh).tobytes()
+        for x in (logits, gradient):  # one memory: the gradient itself may be a view of it
+            assert to_host(x).tobytes() == to_host(fresh).tobytes()
 
 
 @pytest.mark.parametrize(("column", "storage"), TYPES)
