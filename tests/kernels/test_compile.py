@@ -326,7 +326,7 @@ def test_loads_are_on_their_way_at_once(storage: str) -> None:
         for target in TARGETS if FULL else quick:
             code = machine_code(compile_kernel(stem, target, storage))
             found = {kernel: loads_in_flight(code[kernel]) for kernel in kernels}
-            if (stem, storage, target) == ("rope", "float64", "sm_80"):
+            if (stem, storage) == ("rope", "float64") and target not in ("sm_100", "sm_120"):
                 found["rope_rotate"] += 1  # there ptxas asks for the last sine once it has x
             assert found == kernels, f"for {target}"
 
