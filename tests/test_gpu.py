@@ -16,6 +16,7 @@ import gpu_plan
 import pytest
 from gpu_plan import Counts, Machine, Stage, stages, toolkit
 
+from refimpl.bench.rows import ROWS
 from refimpl.kernels import SOURCE
 from refimpl.verify import CASES
 
@@ -413,5 +414,5 @@ def test_pretend(tmp_path: Path) -> None:
     assert [(stage["name"], stage["verdict"]) for stage in found["stages"]] == [
         (stage.name, "holds") for stage in (*plan.first, *plan.more, *plan.named)
     ]
-    assert len(found["bench"]["rows"]) == len(found["torch"]["rows"]) == 13
+    assert len(found["bench"]["rows"]) == len(found["torch"]["rows"]) == len(ROWS) == 34
     assert found["probe"]["versions"]["device"] == "Pretended GPU"
