@@ -39,6 +39,8 @@ __all__ = [
     "linear_forward",
     "narrow",
     "quantised",
+    "scales",
+    "spread",
 ]
 
 TILE = 128
@@ -69,19 +71,35 @@ class Tiled(NamedTuple):
     scale: Array  # [⌈rows / a⌉, ⌈columns / b⌉] float32
     tile: tuple[int, int]  # a, b
 
-    def spread(self) -> Array:
-        """The scale of each number."""
-        rows, columns = self.numbers.shape
-        (a, b), scale = self.tile, self.scale
-        return np.repeat(np.repeat(scale, a, axis=0)[:rows], b, axis=1)[:, :columns]
-
     def values(self) -> Array:
         """[rows, columns] float32: the product, rounded once."""
-        return self.numbers * self.spread()
+        return self.numbers * spread(self.scale, self.tile, self.numbers.shape)
 
     def turned(self) -> Tiled:
         """The transpose, without rounding anew."""
         return Tiled(self.numbers.T, self.scale.T, self.tile[::-1])
+
+
+def spread(scale: Array, tile: tuple[int, int], shape: tuple[int, ...]) -> Array:
+    """The scale of each number of an array [rows, columns] in tiles."""
+    a, b = (min(pair) for pair in zip(tile, shape, strict=True))  # a tile may be larger than all
+    return np.repeat(np.repeat(scale, a, axis=0)[: shape[0]], b, axis=1)[:, : shape[1]]
+
+
+def scales(
+    x: Array, tile: tuple[int, int], most: float, floor: float, *, power_of_two: bool
+) -> Array:
+    """Of each tile of ``x``, float32: max(its largest number, floor) / most, or the next power of
+    two."""
+    largest = np.abs(x)
+    for axis, length in enumerate(tile):
+        if length > 1:
+            places = np.arange(0, x.shape[axis], length)
+            largest = np.maximum.reduceat(largest, places, axis=axis)
+    found = np.maximum(largest, x.dtype.type(floor)).astype(np.float32) / np.float32(most)
+    if power_of_two:
+        found = np.exp2(np.ceil(np.log2(found.astype(np.float64)))).astype(np.float32)
+    return np.asarray(found)
 
 
 def quantised(
@@ -91,17 +109,10 @@ def quantised(
     nearest, ties to even. A tile with NaN or ∞ is NaN."""
     x = np.asarray(x, np.float32)
     most = LARGEST_E5M6 if e5m6 else LARGEST
-    largest = np.abs(x)
-    for axis, length in enumerate(tile):
-        if length > 1:
-            places = np.arange(0, x.shape[axis], length)
-            largest = np.maximum.reduceat(largest, places, axis=axis)
-    scale = np.maximum(largest, np.float32(recipe.floor)) / np.float32(most)
-    if e5m6 or recipe.scale == "power_of_two":
-        scale = np.exp2(np.ceil(np.log2(scale.astype(np.float64)))).astype(np.float32)
-    spread = Tiled(x, scale, tile).spread()
+    power_of_two = e5m6 or recipe.scale == "power_of_two"
+    scale = scales(x, tile, most, recipe.floor, power_of_two=power_of_two)
     with np.errstate(invalid="ignore"):  # (fp8.1)
-        ratio = np.clip(x / spread, -most, most)
+        ratio = np.clip(x / spread(scale, tile, x.shape), -most, most)
         numbers = round_to(ratio, *(E5M6 if e5m6 else E4M3))
     return Tiled(numbers, scale, tile)
 
@@ -196,7 +207,9 @@ def linear_forward(
     rows = x.reshape(-1, w.shape[1])
     x_tiled, w_tiled = quantised(rows, (1, TILE), recipe), quantised(w, (TILE, TILE), recipe)
     y = product(x_tiled, w_tiled, recipe)  # (fp8.2)
-    saved = LinearSaved(keep(rows, recipe, e5m6=e5m6), w_tiled, tuple(x.shape), recipe)
+    again = e5m6 or recipe.weight_input == "exact"  # else it is kept as it is multiplied
+    kept_x = keep(rows, recipe, e5m6=e5m6) if again else x_tiled
+    saved = LinearSaved(kept_x, w_tiled, tuple(x.shape), recipe)
     return y.astype(x.dtype).reshape(*x.shape[:-1], -1), saved
 
 

@@ -63,7 +63,7 @@ DTYPES: dict[str, Any] = {
 WIDE: dict[str, Any] = {"float64": np.float64, "float32": np.float32, "bfloat16": np.float32}
 RUNS, FACTOR = 8, 2
 RUNS_OF_SEVERAL, FACTOR_OF_SEVERAL = 16, 4
-UNITS = 64
+UNITS = 64  # of float64, of the largest element: what its reference is taken to err at least
 # Arrays that are constants of the derivative and data all the same: what moves with the inputs
 DATA = ("advantages", "old_log_prob", "reference_log_prob")
 ACTIVATIONS = {

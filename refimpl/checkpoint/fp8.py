@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from ..array import Array
-from ..fp8 import LARGEST, narrow
+from ..fp8 import DEFAULT, LARGEST, narrow, scales, spread
 
 __all__ = ["dequantise", "quantise", "scale_shape"]
 
@@ -46,16 +46,7 @@ def quantise(weight: Array, block: tuple[int, int], *, ue8m0: bool = False) -> t
     With ``ue8m0`` the scale is the next power of two. Rounds to nearest even; every number must be
     finite.
     """
-    largest = np.abs(weight)
-    for axis in (0, 1):
-        largest = np.maximum.reduceat(
-            largest, np.arange(0, weight.shape[axis], block[axis]), axis=axis
-        )
-    scale = np.maximum(largest, 1e-4).astype(np.float32) / np.float32(LARGEST)
-    if ue8m0:
-        scale = np.exp2(np.ceil(np.log2(scale.astype(np.float64)))).astype(np.float32)
-    spread = np.repeat(np.repeat(scale, block[0], axis=0)[: weight.shape[0]], block[1], axis=1)[
-        :, : weight.shape[1]
-    ]
-    ratio = np.clip(weight / spread.astype(weight.dtype), -LARGEST, LARGEST)
+    scale = scales(weight, block, LARGEST, DEFAULT.floor, power_of_two=ue8m0)
+    ratio = weight / spread(scale, block, weight.shape).astype(weight.dtype)
+    ratio = np.clip(ratio, -LARGEST, LARGEST)
     return narrow(ratio, ml_dtypes.float8_e4m3fn), scale

@@ -154,16 +154,12 @@ def rerun(steps: Steps, of: Rerun, before: int, progress: Progress, _: Step) -> 
             shutil.rmtree(left)
     place.mkdir(exist_ok=True)
     seed = [request.seed, UNITS.index(of.type), of.number]
-    order = np.random.default_rng(seed).permutation(steps.config.width)
+    order, kind = np.random.default_rng(seed).permutation(steps.config.width), kind_of(request, of)
     if request.implementation == IN_FP8:
         order = np.sort(order)
     source = PermutedSource(steps.source, order, of.type)
     again = replayed(steps, source.dtype, of.type)
     folder = open_folder(place, again.fingerprint(source, str(seed)), truth, source.dtype)
-    by_chance = partial(rounded, seed=seed_of(request, of))
-    kind: Callable[[AnyOp], AnyOp] = by_chance if of.type == "bfloat16" else lambda op: op
-    if request.implementation == IN_FP8:
-        kind = partial(nudged, seed=seed_of(request, of))
     work = Steps(source, again, folder, kind)
     tasks = steps_to(work.config, folder.gradients, folder.activations)
     for number, step in enumerate(tasks):
@@ -174,6 +170,15 @@ def rerun(steps: Steps, of: Rerun, before: int, progress: Progress, _: Step) -> 
     errors = np.array([error for _, error in differences(truth, folder, steps.config, order)])
     shutil.rmtree(place)
     return {"errors": errors}
+
+
+def kind_of(request: Request, of: Rerun) -> Callable[[AnyOp], AnyOp]:
+    """What a rerun makes of every op."""
+    if request.implementation == IN_FP8:
+        return partial(nudged, seed=seed_of(request, of))
+    if of.type == "bfloat16":
+        return partial(rounded, seed=seed_of(request, of))
+    return lambda op: op
 
 
 def seed_of(request: Request, of: Rerun) -> int:

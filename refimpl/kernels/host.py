@@ -4,6 +4,7 @@ launch."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,18 @@ from .compile import compile_kernel
 from .launch import Launch, NumbaLaunch
 from .numba_cuda import compile_numba
 
-__all__ = ["Kernels", "Numbers", "cover", "matmul", "numbers", "parts", "place", "product", "ready"]
+__all__ = [
+    "Kernels",
+    "Numbers",
+    "cover",
+    "cublas",
+    "matmul",
+    "numbers",
+    "parts",
+    "place",
+    "product",
+    "ready",
+]
 
 WIDE = {"float64": "float64", "float32": "float32", "bfloat16": "float32"}
 # CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION: no partial sum in the type of a bfloat16 result
@@ -131,19 +143,9 @@ def matmul(a: Array, b: Array, out: Array, *, add: bool = False) -> None:
     else:
         # cuBLAS counts columns first: what it takes for a matrix is the transpose of ours, so outᵀ
         # = bᵀ aᵀ
-        blas = xp.cuda.cublas
-        handle = xp.cuda.device.get_cublas_handle()
-        runtime = xp.cuda.runtime
-        type_of = {
-            "float64": runtime.CUDA_R_64F,
-            "float32": runtime.CUDA_R_32F,
-            "bfloat16": runtime.CUDA_R_16BF,
-        }
         (a, turn_a, step_a), (b, turn_b, step_b) = _in_memory(a), _in_memory(b)
         scale, keep = np.ones((), real), np.asarray(add, real)
-        mode = blas.getMathMode(handle)
-        blas.setMathMode(handle, mode | FULL_SUMS)
-        try:
+        with cublas(xp) as (blas, handle, type_of, compute):
             blas.gemmEx(
                 handle,
                 turn_b,
@@ -162,11 +164,29 @@ def matmul(a: Array, b: Array, out: Array, *, add: bool = False) -> None:
                 out.data.ptr,
                 type_of[str(out.dtype)],
                 m,
-                blas.CUBLAS_COMPUTE_64F if real == np.float64 else blas.CUBLAS_COMPUTE_32F,
+                compute[real.name],
                 blas.CUBLAS_GEMM_DEFAULT,
             )
-        finally:
-            blas.setMathMode(handle, mode)
+
+
+@contextmanager
+def cublas(xp: ModuleType) -> Iterator[tuple[Any, int, dict[str, int], dict[str, int]]]:
+    """(CuPy's cuBLAS, its handle, its types of arrays, those of sums), which meanwhile sums in
+    float32 or wider; its mode is put back."""
+    blas, runtime = xp.cuda.cublas, xp.cuda.runtime
+    handle = xp.cuda.device.get_cublas_handle()
+    types = {
+        "float64": runtime.CUDA_R_64F,
+        "float32": runtime.CUDA_R_32F,
+        "bfloat16": runtime.CUDA_R_16BF,
+    }
+    compute = {"float64": blas.CUBLAS_COMPUTE_64F, "float32": blas.CUBLAS_COMPUTE_32F}
+    mode = blas.getMathMode(handle)
+    blas.setMathMode(handle, mode | FULL_SUMS)
+    try:
+        yield blas, handle, types, compute
+    finally:
+        blas.setMathMode(handle, mode)
 
 
 def _in_memory(x: Array) -> tuple[Array, int, int]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..array import Array, expect, last, library, namespace
+from ..array import Array, library, namespace
 from ..ops import LEAVES, Leaves, Op, mla_absorbed_backward
 from ..ops.choices import Layout
-from ..ops.mla import MLAOutput, append, project
+from ..ops.mla import MLAOutput, append, project, value_width
 from ..ops.mla_absorbed import MLAAbsorbedSaved
-from .host import FULL_SUMS, WIDE
+from .host import WIDE, cublas
 
 __all__ = ["MLA_ABSORBED", "matmul_heads", "mla_absorbed_forward"]
 
@@ -45,9 +45,7 @@ def mla_absorbed_forward(
     latent, past = append(cache, latent)
     xp = namespace(moved=True, x=x, w_kv_b=w_kv_b)
     n, c = project_saved.nope, project_saved.latent
-    v = last(w_o, "w_o") // heads
-    expect("w_kv_b", w_kv_b, "(H·(N+V), C)", (heads * (n + v), c))
-    expect("w_o", w_o, "(D, H·V)", (x.shape[2], heads * v))
+    v = value_width(w_kv_b, w_o, heads, n, c, x.shape[2])
     w = xp.reshape(w_kv_b, (heads, n + v, c))
     w_uk, w_uv = w[:, :n, :], w[:, n:, :]
     b, t, _ = x.shape
@@ -101,20 +99,12 @@ def matmul_heads(a: Array, b: Array, out: Array) -> None:
         out[...] = 0
         return
     # cuBLAS stores matrices by columns, so it sees the transposes of ours: outᵀ = bᵀ aᵀ
-    blas, runtime = xp.cuda.cublas, xp.cuda.runtime
-    handle = xp.cuda.device.get_cublas_handle()
-    of_type = {
-        "float64": runtime.CUDA_R_64F,
-        "float32": runtime.CUDA_R_32F,
-        "bfloat16": runtime.CUDA_R_16BF,
-    }[str(out.dtype)]
     a_place, b_place, out_place = (_places(x) for x in (a.swapaxes(0, 1), b, out.swapaxes(0, 1)))
     if a_place[0] or out_place[0]:
         raise ValueError("a and out must have contiguous rows")
     one, zero = np.ones((), real), np.zeros((), real)
-    mode = blas.getMathMode(handle)
-    blas.setMathMode(handle, mode | FULL_SUMS)
-    try:
+    with cublas(xp) as (blas, handle, type_of, compute):
+        of_type = type_of[str(out.dtype)]
         blas.gemmStridedBatchedEx(
             handle,
             b_place[0],
@@ -134,11 +124,9 @@ def matmul_heads(a: Array, b: Array, out: Array) -> None:
             of_type,
             *out_place[1:],
             heads,
-            blas.CUBLAS_COMPUTE_64F if real == np.float64 else blas.CUBLAS_COMPUTE_32F,
+            compute[real.name],
             blas.CUBLAS_GEMM_DEFAULT,
         )
-    finally:
-        blas.setMathMode(handle, mode)
 
 
 def _places(x: Array) -> tuple[int, int, int]:

@@ -14,9 +14,7 @@ from .launch import Launch
 __all__ = ["rope"]
 
 THREADS = 128
-MOST = (
-    2**32 - THREADS
-)  # threads that the kernel counts in 32 bits; each has 32 bytes of x, or fewer
+MOST = 2**32 - THREADS  # threads, counted in 32 bits; each has 32 bytes of x, or fewer
 
 
 def rope(launch: Launch) -> AnyOp:

@@ -26,6 +26,7 @@ __all__ = [
     "mla_forward",
     "project",
     "project_backward",
+    "value_width",
 ]
 
 
@@ -163,9 +164,7 @@ def mla_forward(
     xp = namespace(moved=True, x=x)
     b, s, _ = latent.shape
     n, c = project_saved.nope, project_saved.latent
-    v = last(w_o, "w_o") // heads
-    expect("w_kv_b", w_kv_b, "(H·(N+V), C)", (heads * (n + v), c))
-    expect("w_o", w_o, "(D, H·V)", (x.shape[2], heads * v))
+    v = value_width(w_kv_b, w_o, heads, n, c, x.shape[2])
     kv, kv_b_saved = ops.linear.forward(latent[..., :c], w_kv_b)  # (mla.7)
     kv = xp.reshape(kv, (b, s, heads, n + v))
     k_pe = xp.broadcast_to(latent[..., c:][:, :, None, :], (b, s, heads, latent.shape[-1] - c))
@@ -176,6 +175,14 @@ def mla_forward(
     y, o_saved = ops.linear.forward(xp.reshape(o, (*x.shape[:2], -1)), w_o)  # (mla.9)
     saved = MLASaved(project_saved, kv_b_saved, attention_saved, o_saved, past, (n, v))
     return MLAOutput(y, latent), saved
+
+
+def value_width(w_kv_b: Array, w_o: Array, heads: int, n: int, c: int, d: int) -> int:
+    """V, the width of a head's values, by ``w_o``; ValueError unless both weights fit."""
+    v = last(w_o, "w_o") // heads
+    expect("w_kv_b", w_kv_b, "(H·(N+V), C)", (heads * (n + v), c))
+    expect("w_o", w_o, "(D, H·V)", (d, heads * v))
+    return v
 
 
 def mla_backward(dy: tuple[Array, Array | None], saved: MLASaved) -> tuple[Array | None, ...]:

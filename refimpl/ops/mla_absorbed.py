@@ -13,10 +13,18 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..array import Array, einsum, expect, last, namespace
+from ..array import Array, einsum, namespace
 from .choices import Layout
 from .leaves import LEAVES, Leaves
-from .mla import MLAOutput, ProjectSaved, append, project, project_backward, split_cache
+from .mla import (
+    MLAOutput,
+    ProjectSaved,
+    append,
+    project,
+    project_backward,
+    split_cache,
+    value_width,
+)
 
 __all__ = ["MLAAbsorbedSaved", "mla_absorbed_backward", "mla_absorbed_forward"]
 
@@ -63,14 +71,14 @@ def mla_absorbed_forward(
     latent, past = append(cache, latent)
     xp = namespace(x=x, w_kv_b=w_kv_b)
     n, c = project_saved.nope, project_saved.latent
-    v = last(w_o, "w_o") // heads
-    expect("w_kv_b", w_kv_b, "(H·(N+V), C)", (heads * (n + v), c))
-    expect("w_o", w_o, "(D, H·V)", (x.shape[2], heads * v))
+    v = value_width(w_kv_b, w_o, heads, n, c, x.shape[2])
     w = xp.reshape(w_kv_b, (heads, n + v, c))
     w_uk, w_uv = w[:, :n, :], w[:, n:, :]
     q_nope = q[..., :n]
-    q_absorbed = einsum("bthn,hnc->bthc", q_nope, w_uk)  # (mla_absorbed.1)
-    q_latent = xp.concat((q_absorbed, q[..., n:]), axis=-1)
+    q_latent = xp.concat(
+        (einsum("bthn,hnc->bthc", q_nope, w_uk), q[..., n:]),  # (mla_absorbed.1)
+        axis=-1,
+    )
     k, values = latent[:, :, None, :], latent[..., :c][:, :, None, :]  # (mla_absorbed.2)
     u, attention_saved = ops.attention.forward(
         q_latent, k, values, scale=scale, key_mask=key_mask, segments=segments

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...array import Array, expect, last
+from ...array import Array, expect
 from ...ops.choices import Layout
 from ...ops.leaves import LEAVES, Leaves, expect_table
-from ...ops.mla import MLAOutput, append, check_project, split_cache
+from ...ops.mla import MLAOutput, append, check_project, split_cache, value_width
 from ...ops.rms_norm import check_rms_norm
 from ...ops.rope import check_rope
 from .compile import kernel
@@ -96,9 +96,7 @@ def mla_forward(
     if w_q_a is not None:
         w = w._replace(q_a_norm=ready(w_q_a_norm))
     (b, t, d), rope = x.shape, w_kv_a.shape[0] - c
-    value = last(w_o, "w_o") // heads
-    expect("w_kv_b", w_kv_b, "(H·(N+V), C)", (heads * (nope + value), c))
-    expect("w_o", w_o, "(D, H·V)", (d, heads * value))
+    value = value_width(w_kv_b, w_o, heads, nope, c, d)
     check_rope(np.empty((b, t, 1, rope), x.dtype), positions, inv_freq, layout)
     cos, sin = angles(positions, inv_freq, factor, x.dtype)
     settings = Settings(heads, nope, c, float(eps), cos, sin, layout == "interleaved")
