@@ -243,6 +243,26 @@ __device__ __forceinline__ void store_chunk(const real (&x)[VECTOR], storage* ro
     store_chunk(chunk, row, i, length, wide);
 }
 
+// ---- tiles in shared memory, and accumulators of 16 × 8 in the registers of a warp
+
+// A lane holds 4 of the 16 × 8 numbers of an accumulator: of rows r and r + 8, columns c and c + 1.
+__device__ __forceinline__ int lane() { return threadIdx.x % WARP; }
+__device__ __forceinline__ int row_of(int i) { return lane() / 4 + i / 2 * 8; }
+__device__ __forceinline__ int column_of(int i) { return lane() % 4 * 2 + i % 2; }
+
+// Starts to copy VECTOR numbers of a row of `width`, from `column` on, to a tile: 0 past its end, and all 0 if not
+// `inside`. In 16 bytes that need a cp_async_wait if the row is `wide`, else number by number.
+template <class Index>
+__device__ __forceinline__ void fetch_chunk(storage* to, const storage* from, Index column, int width, bool inside,
+                                            bool wide) {
+    if (wide) {
+        cp_async_16(to, from, inside ? 16 : 0);
+    } else {
+#pragma unroll
+        for (int v = 0; v < VECTOR; v++) to[v] = inside && column + v < width ? from[v] : storage{};
+    }
+}
+
 // ---- functions of one number
 
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
@@ -254,6 +274,15 @@ __device__ __forceinline__ double logarithm(double x) { return log(x); }
 __device__ __forceinline__ float root(float x) { return sqrtf(x); }
 __device__ __forceinline__ double root(double x) { return sqrt(x); }
 __device__ __forceinline__ real infinity() { return static_cast<real>(INFINITY_); }
+
+// e^x for x ≤ 0, a weight of a softmax. Where it becomes bfloat16, by ex2.approx, whose error is small beside that rounding.
+__device__ __forceinline__ real weight_of(real x) {
+#if defined(STORAGE_BFLOAT16)
+    return ex2_approx_ftz(x * 1.4426950408889634f);
+#else
+    return exponential(x);
+#endif
+}
 
 // x where it is finite, else NaN: 1 / ∞ would make of an overflow a 0 that nobody can tell from a right one.
 __device__ __forceinline__ real finite(real x) { return x + (x - x); }

@@ -15,11 +15,6 @@ constexpr int OWN = 16;  // rows of a warp
 // different banks.
 __device__ constexpr int stride(int width) { return width + VECTOR; }
 
-// A lane holds 4 of the 16 × 8 numbers of an accumulator: of rows r and r + 8, columns c and c + 1.
-__device__ __forceinline__ int lane() { return threadIdx.x % WARP; }
-__device__ __forceinline__ int row_of(int i) { return lane() / 4 + i / 2 * 8; }
-__device__ __forceinline__ int column_of(int i) { return lane() % 4 * 2 + i % 2; }
-
 // sum += a bᵀ for 16 rows of a and 8 · TILES rows of b, all of WIDTH numbers in shared memory.
 template <int WIDTH, int TILES>
 __device__ __forceinline__ void add_scores(real (&sum)[TILES][4], const storage* a, const storage* b) {
@@ -113,12 +108,7 @@ __device__ __forceinline__ void fetch(storage* tile, const storage* array, const
         const bool inside = first + row < head.positions && column < head.width;
         const storage* from = array + (inside ? head.at(first + row) + column : 0);
         storage* to = tile + row * stride(WIDTH) + column;
-        if (wide) {
-            cp_async_16(to, from, inside ? 16 : 0);
-        } else {
-#pragma unroll
-            for (int v = 0; v < VECTOR; v++) to[v] = inside && column + v < head.width ? from[v] : storage{};
-        }
+        fetch_chunk(to, from, column, head.width, inside, wide);
     }
 }
 
@@ -175,15 +165,6 @@ struct Mask {
         return causal ? position(t < queries ? t : queries) : keys;
     }
 };
-
-// e^x for x ≤ 0, to the last place but one where the result becomes bfloat16.
-__device__ __forceinline__ real weight_of(real x) {
-#if defined(STORAGE_BFLOAT16)
-    return ex2_approx_ftz(x * 1.4426950408889634f);
-#else
-    return exponential(x);
-#endif
-}
 
 // Over the four lanes that hold a row.
 __device__ __forceinline__ real row_sum_of(real x) {

@@ -15,7 +15,6 @@
 constexpr int UP = WARP_ROWS / 16, ACROSS = WARP_COLUMNS / 8;  // a warp's accumulators of 16 × 8
 constexpr int THREADS = WARP * (ROWS / WARP_ROWS) * (COLUMNS / WARP_COLUMNS);
 
-__device__ __forceinline__ int lane() { return threadIdx.x % WARP; }
 __device__ __forceinline__ int warp_row() { return threadIdx.x / WARP / (COLUMNS / WARP_COLUMNS) * WARP_ROWS; }
 __device__ __forceinline__ int warp_column() { return threadIdx.x / WARP % (COLUMNS / WARP_COLUMNS) * WARP_COLUMNS; }
 
@@ -43,12 +42,7 @@ struct Factor {
             const bool inside = line < lines && number < width;
             const storage* source = (of_second ? second : array) + (inside ? line * width + number : 0);
             storage* to = tile + i / CHUNKS * STRIDE + i % CHUNKS * VECTOR;
-            if (wide) {
-                cp_async_16(to, source, inside ? 16 : 0);
-            } else {
-#pragma unroll
-                for (int v = 0; v < VECTOR; v++) to[v] = inside && number + v < width ? source[v] : storage{};
-            }
+            fetch_chunk(to, source, number, width, inside, wide);
         }
     }
 

@@ -23,11 +23,7 @@ constexpr int WEIGHT_STRIDE = SCORE_STRIDE * (sizeof(real) / sizeof(storage));  
 constexpr int SHARE = THREADS / ROWS < KEYS ? THREADS / ROWS : KEYS;  // threads that share a row of scores
 constexpr int EACH = KEYS / SHARE;                                    // scores of such a thread
 
-// A lane holds 4 of the 16 × 8 numbers of an accumulator: of rows r and r + 8, columns c and c + 1.
-__device__ __forceinline__ int lane() { return threadIdx.x % WARP; }
 __device__ __forceinline__ int warp() { return threadIdx.x / WARP; }
-__device__ __forceinline__ int row_of(int i) { return lane() / 4 + i / 2 * 8; }
-__device__ __forceinline__ int column_of(int i) { return lane() % 4 * 2 + i % 2; }
 
 // Starts to copy rows first … first + COUNT − 1 of an array [rows, width] into a tile; rows and columns outside the array
 // become 0. The tile is there after a cp_async_wait and a barrier. All threads of a block must call it.
@@ -41,12 +37,7 @@ __device__ __forceinline__ void fetch(storage* tile, const storage* array, int f
         const bool inside = first + row < rows && column < width;
         const storage* from = array + (inside ? static_cast<int64>(first + row) * width + column : 0);
         storage* to = tile + row * STRIDE + column;
-        if (wide) {
-            cp_async_16(to, from, inside ? 16 : 0);
-        } else {
-#pragma unroll
-            for (int v = 0; v < VECTOR; v++) to[v] = inside && column + v < width ? from[v] : storage{};
-        }
+        fetch_chunk(to, from, column, width, inside, wide);
     }
 }
 
@@ -143,15 +134,6 @@ struct Mask {
         return s <= last && (!key_mask || key_mask[s]) && (!segments || segments[s] == segments[own]);
     }
 };
-
-// e^x for x ≤ 0. Where the result becomes bfloat16, by ex2.approx, whose error is small beside that rounding.
-__device__ __forceinline__ real weight_of(real x) {
-#if defined(STORAGE_BFLOAT16)
-    return ex2_approx_ftz(x * 1.4426950408889634f);
-#else
-    return exponential(x);
-#endif
-}
 
 // The sum and the maximum over the threads that share a row.
 __device__ __forceinline__ real row_sum_of(real x) {
