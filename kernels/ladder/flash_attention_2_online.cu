@@ -6,7 +6,6 @@
 
 constexpr int OWN = 16;  // rows of a warp: two lanes a row, the even one for even keys and columns, the odd one for odd
 
-__device__ __forceinline__ int lane() { return threadIdx.x % WARP; }
 __device__ __forceinline__ int half() { return threadIdx.x % 2; }
 __device__ __forceinline__ int in_block() { return threadIdx.x / 2; }  // this thread's row of the block's
 __device__ __forceinline__ real of_row(real x) { return x + __shfl_xor_sync(ALL_LANES, x, 1); }
