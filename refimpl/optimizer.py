@@ -228,11 +228,18 @@ class NarrowAdamW(AdamW):
         return moments
 
 
-def clip_global_norm(grads: Tensors, max_norm: float, *, epsilon: float = 0.0) -> float:
+def clip_global_norm(
+    grads: Tensors,
+    max_norm: float,
+    *,
+    epsilon: float = 0.0,
+    together: Callable[[float], float] = float,
+) -> float:
     """Scale all gradients in place so that their common norm is at most ``max_norm``; returns the
     norm before.
 
-    The factor is min(1, max_norm / (norm + epsilon)); torch takes epsilon = 1e-6.
+    The factor is min(1, max_norm / (norm + epsilon)); torch takes epsilon = 1e-6. Where ``grads``
+    are a part of all, ``together`` gives the sum of squares of all from that of these.
     Squares are summed in float64 where the gradients are; one number is copied from a device. A
     norm that is not finite changes nothing: the caller sees it in the result and skips the step.
     """
@@ -242,7 +249,7 @@ def clip_global_norm(grads: Tensors, max_norm: float, *, epsilon: float = 0.0) -
     for g in grads.values():
         xp = library(g)
         total = total + xp.sum(xp.square(g, dtype=xp.float64))
-    norm = sqrt(float(total))
+    norm = sqrt(together(float(total)))
     if isfinite(norm) and norm + epsilon > max_norm:
         for g in grads.values():
             library(g).multiply(g, max_norm / (norm + epsilon), out=g)

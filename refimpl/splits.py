@@ -21,13 +21,26 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from .array import library
 from .batch import Whole, make_batch
 from .config import ModelConfig
 from .model import ModelOutput, backward, forward
 from .ops import REFERENCE, Op, Ops
 from .ops.balance_loss import count_choices
 
-__all__ = ["Exchange", "Part", "by_positions", "by_rows", "exchanging", "run_parts", "whole_of"]
+__all__ = [
+    "Exchange",
+    "Part",
+    "added",
+    "by_positions",
+    "by_rows",
+    "counting_together",
+    "counts",
+    "exchanging",
+    "filled",
+    "run_parts",
+    "whole_of",
+]
 
 Arrays = dict[str, Any]  # tokens and, if given, targets, mask, key_mask, segments, positions
 
@@ -109,7 +122,11 @@ def counts(part: Part, config: ModelConfig) -> Whole:
 
 def whole_of(parts: Sequence[Part], config: ModelConfig) -> Whole:
     """The counts of the batch that consists of ``parts``: the sums of theirs."""
-    each = [counts(part, config) for part in parts]
+    return added([counts(part, config) for part in parts])
+
+
+def added(each: Sequence[Whole]) -> Whole:
+    """The counts of all parts together."""
     mtp = tuple(sum(x) for x in zip(*(c.mtp for c in each), strict=True))
     return Whole(sum(c.targets or 0 for c in each), mtp, sum(c.sequences or 0 for c in each))
 
@@ -169,16 +186,23 @@ def exchanging(ops: Ops, exchange: Exchange, *, balance: bool = True) -> Ops:
         dk, dv = (sum(piece[i][rank] for piece in later) for i in (0, 1))  # (splits.5)
         return dq, dk, dv
 
-    def balance_forward(scores: Any, *, counted: Any, mask: Any, **settings: Any) -> Any:
-        valid = np.ones((*scores.shape[:2], 1), bool) if mask is None else mask[:, :, None]
+    ops = ops | {"attention": Op(attention_forward, attention_backward)}
+    return counting_together(ops, exchange) if balance else ops
+
+
+def counting_together(ops: Ops, exchange: Exchange) -> Ops:
+    """The table for one piece, whose balance loss counts whole sequences."""
+    inner = ops.balance_loss
+
+    def forward(scores: Any, *, counted: Any, mask: Any, **settings: Any) -> Any:
+        xp = library(scores)
+        shape, device = (*scores.shape[:2], 1), scores.device
+        valid = xp.ones(shape, dtype=xp.bool, device=device) if mask is None else mask[:, :, None]
         each = exchange.gather(count_choices(counted, scores.shape[-1], valid))
         settings["cut"] = tuple(sum(x) for x in zip(*each, strict=True))  # (splits.3)
-        return table.balance_loss.forward(scores, counted=counted, mask=mask, **settings)
+        return inner.forward(scores, counted=counted, mask=mask, **settings)
 
-    ops = ops | {"attention": Op(attention_forward, attention_backward)}
-    if balance:
-        ops = ops | {"balance_loss": Op(balance_forward, table.balance_loss.backward)}
-    return ops
+    return ops | {"balance_loss": Op(forward, inner.backward)}
 
 
 def run_parts(

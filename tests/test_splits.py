@@ -9,11 +9,12 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+from drawn_batches import SMALL, cut_rows, cuts, drawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refimpl.batch import Whole
-from refimpl.config import Conventions, ModelConfig, preset
+from refimpl.config import ModelConfig
 from refimpl.model import backward, forward
 from refimpl.ops import (
     GRPO_PRESETS,
@@ -43,47 +44,7 @@ from refimpl.splits import (
 from random_parameters import random_parameters
 from support import FULL, ROOT
 
-SMALL = replace(
-    preset("tiny"),
-    vocabulary=31,
-    width=9,
-    q_latent=5,
-    heads=2,
-    layers=2,
-    dense_layers=1,
-    balance_weight=0.3,
-)
 TOLERANCE = 1e-12  # of the largest value; seen: 3e-14
-
-
-def drawn(data: st.DataObject) -> tuple[ModelConfig, dict[str, Any], np.random.Generator]:
-    """A config and a batch, with padding and packed documents in some."""
-    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
-    choose = lambda *options: data.draw(st.sampled_from(options))  # noqa: E731
-    conventions = Conventions(
-        mtp_normaliser=choose("positions", "valid", "main"),
-        mtp_hidden=choose("normed", "raw", "raw_first", "normed_first"),
-        balance_counts=choose("unbiased", "routed"),
-        mtp_zero_first_embedding=choose(True, False),
-        target_after_padding=choose(True, False),
-    )
-    config = replace(SMALL, mtp_depth=choose(0, 1, 2), conventions=conventions)
-    rows, length = data.draw(st.integers(1, 3)), data.draw(st.integers(3, 8))
-    arrays: dict[str, Any] = {"tokens": rng.integers(0, 31, (rows, length))}
-    if choose(True, False):
-        real = np.arange(length) < rng.integers(2, length + 1, (rows, 1))
-        arrays["key_mask"] = real if choose(True, False) else real[:, ::-1]
-    if choose(True, False):
-        arrays["segments"] = np.sort(rng.integers(0, 3, (rows, length)), axis=1)
-    if choose(True, False):
-        arrays["targets"] = rng.integers(0, 31, (rows, length))
-        arrays["mask"] = rng.random((rows, length)) < 0.7
-    return config, arrays, rng
-
-
-def cut_rows(data: st.DataObject, rows: int) -> list[int]:
-    ends = sorted(data.draw(st.lists(st.integers(0, rows), max_size=3)))
-    return [b - a for a, b in zip([0, *ends], [*ends, rows], strict=True)]
 
 
 def assert_sums(found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -106,8 +67,7 @@ def test_sums_of_parts_are_the_whole(data: st.DataObject) -> None:
     pieces = data.draw(st.booleans())
     rows, length = arrays["tokens"].shape
     if pieces:
-        cuts = sorted(data.draw(st.lists(st.integers(0, length), max_size=3)))
-        parts = by_positions(arrays, cuts, config)
+        parts = by_positions(arrays, cuts(data, length), config)
     else:
         parts = by_rows(arrays, cut_rows(data, rows))
     each = run_parts(params, parts, config, pieces=pieces)

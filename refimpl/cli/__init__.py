@@ -18,6 +18,7 @@ import numpy as np
 import typer
 
 from ..errors import CouldNotRun, printable
+from ..parallel.launch import end_all, is_rank
 from . import (  # each adds its commands to the app
     bench,
     check,
@@ -90,6 +91,8 @@ def main() -> None:
 
 
 def leave(code: int, line: str) -> NoReturn:
+    if is_rank():
+        end_all(printable(line), code)
     print(f"refimpl: {printable(line)}", file=sys.stderr)
     sys.exit(code)
 

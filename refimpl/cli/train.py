@@ -12,8 +12,9 @@ import typer
 
 from ..train.run import Interrupted, shown
 from ..train.settings import make_settings, read_tables, toml_value
-from ..train.stages import STAGES, run_stage
+from ..train.stages import SHARED, STAGES, run_stage
 from .app import app, console
+from .ranks import ContextParallel, DataParallel, ExpertParallel, RankCount, Timeout, joined
 
 HELP = {
     "train": "Pre-train a model on text.\n\nMTP, bias balancing, V3's schedules scaled down.",
@@ -24,6 +25,7 @@ HELP = {
     "distil": "Fine-tune a student on a teacher's solutions.\n\nThe rules choose which are kept.",
 }
 Option = typer.Option
+SHARING = {"ranks", "data_parallel", "context_parallel", "expert_parallel", "timeout"}
 
 
 def command(
@@ -49,6 +51,11 @@ def command(
         str | None, Option(help="Of the ops; default: the fastest installed.")
     ] = None,
     dtype: Annotated[str | None, Option(help="float32, float64, or on a GPU bfloat16.")] = None,
+    ranks: RankCount = None,
+    data_parallel: DataParallel = None,
+    context_parallel: ContextParallel = 1,
+    expert_parallel: ExpertParallel = 1,
+    timeout: Timeout = 300.0,
     *,
     stage: str,
 ) -> None:
@@ -69,11 +76,16 @@ def command(
         set_ or [],
         {name: x for name, x in given.items() if x is not None},
     )
+    together = joined(ranks, data_parallel, context_parallel, expert_parallel, timeout)
+    first = together is None or together.rank == 0
     try:
-        result = run_stage(stage, out, chosen, resume=resume)
+        result = run_stage(stage, out, chosen, resume=resume, ranks=together)
     except Interrupted as stopped:
-        typer.echo(f"refimpl: {stopped} --resume", err=True)
+        if first:
+            typer.echo(f"refimpl: {stopped} --resume", err=True)
         raise typer.Exit(130) from stopped
+    if not first:
+        return
     console().print(f"{stage}: {result['steps']:,} steps, {shown(result['evaluation'])}")
     console().print(f"the result is {out / 'checkpoint'}")
 
@@ -82,6 +94,7 @@ def add(stage: str) -> None:
     """The stage's command: the options above that are settings of it, and those of every run."""
     settings = fields(STAGES[stage].settings)
     left_out = {"checkpoint", "teacher", "text"} - {x.name for x in settings} | {"stage"}
+    left_out |= set() if stage in SHARED else SHARING
 
     def run(**given: Any) -> None:
         command(**given, stage=stage)

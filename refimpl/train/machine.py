@@ -25,6 +25,7 @@ from ..kernels.columns import (
 )
 from ..ops import Ops
 from ..optimizer import AdamW, NarrowAdamW
+from ..parallel.ranks import Ranks
 from ..parameters import init_parameters, is_buffer
 
 __all__ = ["Machine", "open_machine"]
@@ -42,6 +43,7 @@ class Machine:
     prefill: Ops  # of generation: the prompt,
     decode: Ops  # and the tokens behind it
     optimizer: Callable[..., AdamW]
+    ranks: Ranks | None = None  # the processes that share each step; None: this one alone
 
     @property
     def real(self) -> str:

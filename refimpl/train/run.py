@@ -104,14 +104,14 @@ def run(stage: Stage, folder: RunFolder, *, live: Live | None = None) -> Metrics
                 live.tell(evaluated)
             if (done := stage.progress(state, evaluated)) >= 1:
                 break
-            if interrupted():
+            if folder.agreed(interrupted()):
                 _stop(stage, state, folder)
             state, told = _step(stage, state, guard, folder)
             folder.write_metrics({"kind": "step", "step": state.step} | told)
             live.step(state.step, told, _left(begin, first, done))
             if state.step % stage.save_every == 0:
                 folder.save(state, stage.config)
-            if interrupted():  # before the evaluation, which may take long
+            if folder.agreed(interrupted()):  # before the evaluation, which may take long
                 _stop(stage, state, folder)
     result = {
         "stage": stage.name,

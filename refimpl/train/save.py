@@ -117,6 +117,10 @@ class RunFolder:
             for rest in self.path.glob(f"*{PARTIAL}"):
                 remove(rest)
 
+    def agreed(self, happened: bool) -> bool:
+        """Whether something happened to a process that works in the folder."""
+        return happened
+
     @property
     def finished(self) -> bool:
         return is_finished(self.path)

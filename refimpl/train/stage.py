@@ -17,6 +17,7 @@ from .machine import Machine, open_machine
 from .run import Metrics
 from .save import SETTINGS, RunFolder, is_finished, is_run, load_parameters, model_digest
 from .settings import check_types, expect_setting, to_toml
+from .shared import SharedFolder
 from .step import State, Told, max_violation
 from .tasks import KINDS
 from .vocabulary import Vocabulary, open_vocabulary
@@ -200,7 +201,10 @@ def open_run(
     """A run's folder, open, whose settings.toml holds ``settings`` and the digests of what the run
     reads, by name: another input is another run."""
     lines = [digest_line(name, digest) for name, digest in (inputs or {}).items()]
-    folder = RunFolder(path, machine, "\n".join([*lines, to_toml({stage: settings})]))
+    text = "\n".join([*lines, to_toml({stage: settings})])
+    folder = RunFolder(path, machine, text)
+    if machine.ranks is not None:
+        folder = SharedFolder(path, machine, text, machine.ranks)
     folder.open(resume=resume)
     return folder
 

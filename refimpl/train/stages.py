@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..files import held
+from ..parallel.ranks import Ranks
 from .distil import DistilSettings, sample_solutions
 from .extend import Extend, ExtendSettings
 from .grpo import GRPO, GRPOSettings
@@ -17,9 +20,10 @@ from .machine import Machine
 from .pretrain import Pretrain, PretrainSettings
 from .reward_model import RewardModelSettings, RewardModelStage
 from .run import Live, Metrics, run
-from .save import PHASE, expect_place
+from .save import PHASE, RunFolder, expect_place
 from .settings import expect_setting, possible
 from .sft import OWN, SFT, SFTSettings, begin_sft, read_solutions, write_solutions
+from .shared import SharedStage
 from .stage import BaseSettings, begin_from, digest_of, open_run, recorded
 
 __all__ = ["STAGES", "run_stage"]
@@ -30,18 +34,39 @@ class Kind(NamedTuple):
     run: Callable[[Path, Any, Machine, bool], Metrics]
 
 
-def run_stage(name: str, path: Path, settings: BaseSettings, *, resume: bool = False) -> Metrics:
-    """Run a stage in the folder ``path``, which no other process may use meanwhile; the result."""
-    with held(path):
-        expect_place(path, resume=resume)
-        return STAGES[name].run(path, settings, settings.machine(), resume)
+def run_stage(
+    name: str,
+    path: Path,
+    settings: BaseSettings,
+    *,
+    resume: bool = False,
+    ranks: Ranks | None = None,
+) -> Metrics:
+    """Run a stage in the folder ``path``, which no other process may use meanwhile but the other
+    ``ranks``, which run it too; the result."""
+    if ranks is not None:
+        expect_setting(name in SHARED, "ranks", f"be left out: {', '.join(SHARED)} take it", name)
+    with held(path) if ranks is None or ranks.rank == 0 else nullcontext():
+        begun = partial(expect_place, path, resume=resume)
+        begun() if ranks is None else ranks.world.first(begun)
+        machine = replace(settings.machine(), ranks=ranks)
+        return STAGES[name].run(path, settings, machine, resume)
+
+
+def run_shared(stage: Pretrain | SFT, folder: RunFolder) -> Metrics:
+    """`run`, by all ranks of the stage's machine; the first shows the line."""
+    ranks = stage.machine.ranks
+    if ranks is None:
+        return run(stage, folder, live=live(stage.name))
+    stream = sys.stderr if ranks.rank == 0 else None
+    return run(SharedStage(stage, ranks), folder, live=Live(stage.name, stream))
 
 
 def run_pretrain(path: Path, settings: PretrainSettings, machine: Machine, resume: bool) -> Metrics:
     with possible():
         stage = Pretrain(settings, machine)
     folder = open_run(path, machine, "train", settings, stage.inputs, resume=resume)
-    return run(stage, folder, live=live("train"))
+    return run_shared(stage, folder)
 
 
 def run_extend(path: Path, settings: ExtendSettings, machine: Machine, resume: bool) -> Metrics:
@@ -72,7 +97,7 @@ def run_sft(path: Path, settings: SFTSettings, machine: Machine, resume: bool) -
     with possible():
         stage = SFT(settings, machine, begin_sft(settings, machine))
     folder = open_run(path, machine, "sft", settings, inputs(settings), resume=resume)
-    return run(stage, folder, live=live("sft"))
+    return run_shared(stage, folder)
 
 
 def run_distil(path: Path, settings: DistilSettings, machine: Machine, resume: bool) -> Metrics:
@@ -122,6 +147,9 @@ def inputs(settings: Any) -> dict[str, str]:
 def live(name: str) -> Live:
     return Live(name, sys.stderr)
 
+
+SHARED = ("train", "sft")
+"""The stages that several ranks can run."""
 
 STAGES = {
     "train": Kind(PretrainSettings, run_pretrain),

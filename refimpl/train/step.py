@@ -19,7 +19,8 @@ from ..array import Array, library
 from ..config import ModelConfig
 from ..model import ModelOutput, backward, forward
 from ..optimizer import AdamW, Moments, clip_global_norm, update_gate_biases
-from ..splits import by_rows, whole_of
+from ..parallel.ranks import Ranks
+from ..splits import Part, by_rows, filled, whole_of
 from .machine import Machine
 
 __all__ = [
@@ -91,7 +92,14 @@ def train_step(
     told, grads = loss_gradients(state.params, given, config, machine, rows=rows)
     expect(told.loss)
     moments, norm = apply_gradients(
-        state.params, grads, state.moments, optimizer, learning_rate, max_norm, loss=told.loss
+        state.params,
+        grads,
+        state.moments,
+        optimizer,
+        learning_rate,
+        max_norm,
+        loss=told.loss,
+        ranks=machine.ranks,
     )
     update_gate_biases(state.params, told.loads, gamma, config)
     state = state._replace(
@@ -110,20 +118,38 @@ def loss_gradients(
     machine: Machine,
     *,
     rows: int | None = None,
+    parts: Sequence[Part] | None = None,
 ) -> tuple[Told, dict[str, Array]]:
-    """The losses of a batch and a gradient for every parameter, summed over parts of ``rows``."""
+    """The losses of a batch and a gradient for every parameter, summed over parts of ``rows``.
+
+    With ``machine.ranks``, ``params`` are what this rank holds, the losses those of the whole
+    batch, and of each gradient this rank has its slice alone, flat. ``parts``: other parts of the
+    batch for this rank than those that its place in the grid gives it.
+    """
     batch, length = arrays["tokens"].shape
-    size = min(part_size(rows, length), batch)
-    sizes = [size] * (batch // size) + ([batch % size] if batch % size else [])
-    parts = by_rows(dict(arrays), sizes)
-    whole = whole_of(parts, config) if len(parts) > 1 else None
+    size, ranks, ops = min(part_size(rows, length), batch), machine.ranks, machine.ops
+    if ranks is None:
+        rest = [batch % size] if batch % size else []
+        parts = by_rows(dict(arrays), [size] * (batch // size) + rest)
+        whole = whole_of(parts, config) if len(parts) > 1 else None
+    else:
+        if parts is None:
+            parts = ranks.grid.parts(ranks.rank, arrays, config, rows=size)
+        whole = ranks.whole(parts, config)
+        params, ops = ranks.held(params, config), ranks.ops(ops, config)
     outputs, grads = [], dict[str, Array]()
     for part in parts:
-        placed = {name: machine.place(x) for name, x in part.arrays.items()}
-        output, saved = forward(params, config=config, whole=whole, ops=machine.ops, **placed)
+        placed, follow = filled(part, config.mtp_depth)[:2]
+        placed = {name: machine.place(x) for name, x in placed.items()}
+        output, saved = forward(
+            params, config=config, whole=whole, follow=follow, ops=ops, **placed
+        )
         grads = add_gradients(grads, backward(saved))
         outputs.append(output)
-    return told_of(outputs), grads
+    told = told_of(outputs)
+    if ranks is None:
+        return told, grads
+    return together(ranks.world.gather(told)), ranks.reduced(grads)
 
 
 def part_size(rows: int | None, length: int) -> int:
@@ -134,13 +160,27 @@ def part_size(rows: int | None, length: int) -> int:
 
 def told_of(outputs: Sequence[ModelOutput]) -> Told:
     """The sums over the parts of a batch."""
-    losses = [(float(x.loss), float(x.main)) for x in outputs if x.loss is not None]  # type: ignore[arg-type]
+    return together([_told(output) for output in outputs])
+
+
+def _told(output: ModelOutput) -> Told:
     return Told(
-        loss=sum(loss for loss, _ in losses),
-        main=sum(main for _, main in losses),
-        mtp=[float(sum(map(float, each))) for each in zip(*(x.mtp for x in outputs), strict=True)],
-        balance=float(sum(float(x) for output in outputs for x in output.balance.values())),
-        loads={layer: sum(x.loads[layer] for x in outputs) for layer in outputs[0].loads},
+        loss=float(output.loss),  # type: ignore[arg-type]
+        main=float(output.main),  # type: ignore[arg-type]
+        mtp=[float(x) for x in output.mtp],
+        balance=float(sum(float(x) for x in output.balance.values())),
+        loads=output.loads,
+    )
+
+
+def together(each: Sequence[Told]) -> Told:
+    """The sums of what parts, or ranks, tell."""
+    return Told(
+        loss=sum(x.loss for x in each),
+        main=sum(x.main for x in each),
+        mtp=[sum(module) for module in zip(*(x.mtp for x in each), strict=True)],
+        balance=sum(x.balance for x in each),
+        loads={layer: sum(x.loads[layer] for x in each) for layer in each[0].loads},
     )
 
 
@@ -158,19 +198,25 @@ def apply_gradients(
     max_norm: float,
     *,
     loss: float = 0.0,
+    ranks: Ranks | None = None,
 ) -> tuple[Moments, float]:
-    """Clip and take AdamW's step, in place: the moments, and the norm before.
+    """Clip and take AdamW's step, in place: the moments, and the norm before. With ``ranks``,
+    gradients and moments are this rank's slices.
 
     `NotTaken`, before parameters and moments change, if ``loss`` or a gradient is not finite: the
     message names the first tensor that is not, a parameter rather than a gradient.
     """
-    norm = clip_global_norm(grads, max_norm)
+    norm = (clip_global_norm if ranks is None else ranks.clip)(grads, max_norm)
     if not (isfinite(loss) and isfinite(norm)):
         named = {name: params[name] for name in grads}
         named |= {f"the gradient of {name}": g for name, g in grads.items()}
         wrong = not_finite(named)
+        if ranks is not None:
+            wrong = next(filter(None, ranks.world.gather(wrong)), None)
         told = f"{wrong} is not finite" if wrong else f"the norm of the gradients {norm:.4g}"
         raise NotTaken(f"the loss is {loss:.4g}, and {told}")
+    if ranks is not None:
+        return ranks.step(params, grads, moments, optimizer, learning_rate), norm
     return optimizer.update(params, grads, moments, learning_rate), norm
 
 

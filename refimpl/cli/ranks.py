@@ -1,0 +1,65 @@
+"""The options of commands that several ranks run together."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from ..errors import CouldNotRun
+from ..parallel.grid import make_grid
+from ..parallel.launch import is_rank, join, start
+from ..parallel.ranks import Ranks
+
+__all__ = ["ContextParallel", "DataParallel", "ExpertParallel", "RankCount", "Timeout", "joined"]
+
+RankCount = Annotated[
+    int | None,
+    typer.Option(help="Run in so many processes (MPI): ranks = data-parallel · context-parallel."),
+]
+DataParallel = Annotated[
+    int | None,
+    typer.Option(help="Ranks that the sequences of a batch are over; default: what is left."),
+]
+ContextParallel = Annotated[
+    int, typer.Option(help="Ranks that the positions of each sequence are over.")
+]
+ExpertParallel = Annotated[
+    int, typer.Option(help="Ranks that hold all experts between them; it divides --ranks.")
+]
+Timeout = Annotated[
+    float, typer.Option(help="Seconds that a rank waits for another before all end.")
+]
+
+
+def joined(
+    ranks: int | None,
+    data_parallel: int | None,
+    context_parallel: int,
+    expert_parallel: int,
+    timeout: float,
+) -> Ranks | None:
+    """The ranks that these options ask for, this process among them; None for one process alone.
+
+    A process that mpiexec did not start becomes an mpiexec of the same command line.
+    """
+    if not timeout > 0:
+        raise CouldNotRun(f"must be positive, got {timeout:g}", argument="timeout")
+    if is_rank():
+        return join(
+            ranks,
+            data=data_parallel,
+            context=context_parallel,
+            expert=expert_parallel,
+            timeout=timeout,
+        )
+    grid = make_grid(
+        1 if ranks is None else ranks,
+        data=data_parallel,
+        context=context_parallel,
+        expert=expert_parallel,
+    )
+    if grid.ranks > 1:
+        start(grid.ranks, sys.argv[1:])
+    return None

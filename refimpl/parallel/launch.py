@@ -1,0 +1,102 @@
+"""Starting several ranks, and joining them.
+
+``refimpl train --ranks 4`` replaces itself by ``mpiexec -n 4 refimpl train …``; under mpiexec, a
+process joins the others. Errors end all ranks: a Python exception on one of them would leave the
+others waiting for it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+from ..errors import CouldNotRun
+from .grid import make_grid
+from .group import Group, Watch, import_mpi, stop_all
+from .ranks import Ranks
+
+__all__ = ["end_all", "is_rank", "join", "start"]
+
+SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")  # how MPICH's and Open MPI's mpiexec tell a process
+RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")
+
+
+def is_rank() -> bool:
+    """Whether mpiexec started this process."""
+    return any(name in os.environ for name in SIZES)
+
+
+def own_rank() -> int:
+    """This process's rank, before MPI is there."""
+    return int(next((os.environ[name] for name in RANKS if name in os.environ), 0))
+
+
+def start(ranks: int, arguments: list[str]) -> NoReturn:
+    """Become ``mpiexec -n ranks refimpl arguments…``: the virtual environment's, or that on the
+    path. CouldNotRun without one."""
+    import_mpi_there()
+    beside = Path(sys.executable).parent / "mpiexec"
+    mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
+    if mpiexec is None:
+        raise CouldNotRun("several ranks need mpiexec: pip install -e '.[parallel]'")
+    threads = str(max((os.cpu_count() or 1) // ranks, 1))
+    for library in ("OMP", "OPENBLAS", "NUMBA"):  # each rank would take all cores
+        os.environ.setdefault(f"{library}_NUM_THREADS", threads)
+    sys.stdout.flush()
+    command = [mpiexec, "-n", str(ranks), sys.executable, "-m", "refimpl", *arguments]
+    os.execv(mpiexec, command)
+
+
+def import_mpi_there() -> None:
+    """CouldNotRun without mpi4py, which is not imported: this process is no rank."""
+    from importlib.util import find_spec
+
+    if find_spec("mpi4py") is None:
+        raise CouldNotRun("several ranks need MPI: pip install -e '.[parallel]'")
+
+
+def join(
+    ranks: int | None,
+    *,
+    data: int | None = None,
+    context: int = 1,
+    expert: int = 1,
+    timeout: float = 300.0,
+) -> Ranks:
+    """The ranks that mpiexec started, this one among them, in a grid (`make_grid`). The first rank
+    prints which process on which machine each rank is: the names that mpiexec uses.
+
+    Args:
+        ranks: how many there must be; None: as many as there are.
+        timeout: seconds that a rank waits for another before all end.
+    """
+    mpi = import_mpi()
+    from mpi4py.util import pkl5
+
+    comm = pkl5.Intracomm(mpi.COMM_WORLD)
+    size = comm.Get_size()
+    if ranks not in (None, size):
+        raise CouldNotRun(f"must be {size}, what mpiexec started, got {ranks}", argument="ranks")
+    grid = make_grid(size, data=data, context=context, expert=expert)
+    world = Group(comm, Watch(comm.Get_rank(), timeout))
+    places = world.gather((os.getpid(), socket.gethostname()))
+    if world.rank == 0:
+        named = ", ".join(f"{i} is process {pid} on {host}" for i, (pid, host) in enumerate(places))
+        print(f"refimpl: {size} ranks: {named}", file=sys.stderr, flush=True)
+    return Ranks(grid, world)
+
+
+def end_all(line: str, code: int) -> NoReturn:
+    """Of a rank that can't go on: print a line that names it, and end all ranks.
+
+    The first rank goes first: where all have the same error, one line tells of it.
+    """
+    rank = own_rank()
+    time.sleep(0.5 if rank else 0.0)
+    stop_all(f"refimpl: rank {rank} (process {os.getpid()}): {line}", code)
+    os._exit(code)
