@@ -7,6 +7,7 @@ import json
 import math
 import time
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,8 +21,20 @@ from ..checkpoint.names import layer_of
 from ..checkpoint.source import Source
 from ..config import CONVENTIONS, Conventions, ModelConfig
 from ..errors import CouldNotRun
-from ..grads import ACTIVATIONS, INNER, SPEC, UNITS, Request, Result, Size, write_gradients
+from ..grads import (
+    ACTIVATIONS,
+    INNER,
+    SPEC,
+    UNITS,
+    Request,
+    Result,
+    Size,
+    check_shared,
+    shared_gradients,
+    write_gradients,
+)
 from ..kernels.columns import COLUMNS, IN_FP8, ON_CPU
+from ..parallel.ranks import Ranks
 from ..parameters import (
     DENSE,
     EMBEDDING,
@@ -45,6 +58,7 @@ from .app import (
     replace_json,
 )
 from .inputs import booleans, integers, numbers, read_grpo, read_routes, text_tokens
+from .ranks import ContextParallel, DataParallel, ExpertParallel, RankCount, Timeout, joined
 
 File = Path | None
 PARTS = ("attention", "norms", "gate", "experts", "shared, dense")
@@ -170,6 +184,11 @@ def grads(
     force: Annotated[
         bool, typer.Option("--force", help="Replace the result that is in the folder.")
     ] = False,
+    ranks: RankCount = None,
+    data_parallel: DataParallel = None,
+    context_parallel: ContextParallel = 1,
+    expert_parallel: ExpertParallel = 1,
+    timeout: Timeout = 300.0,
     json_file: Json = None,
 ) -> None:
     """Compute the gradient of every parameter of a checkpoint.
@@ -229,8 +248,14 @@ def grads(
     said = {} if text is None else {"tokens": "--text: its tokens"}
     with refused(said if grpo is None else said | {"mask": "--grpo: its mask"}):
         request.check(source)
+    together = joined(ranks, data_parallel, context_parallel, expert_parallel, timeout)
     config, start = request.config(source.config), time.perf_counter()
-    result = _write(source, request, checkpoint, out, force)
+    if together is not None:
+        check_shared(request)
+        if together.rank:
+            shared_gradients(source, request, together)
+            return
+    result = _write(source, request, checkpoint, out, force, together)
     seconds = time.perf_counter() - start
     console().print(
         f"refimpl {__version__}: {checkpoint}, {ids.shape[0]}×{ids.shape[1]} tokens, {dtype}"
@@ -287,7 +312,9 @@ def _predicted(
     return np.where(found == -100, 0, found), counts
 
 
-def _write(source: Source, request: Request, checkpoint: Path, out: Path, force: bool) -> Result:
+def _write(
+    source: Source, request: Request, checkpoint: Path, out: Path, force: bool, ranks: Ranks | None
+) -> Result:
     """Do the work, with a bar on a terminal."""
     fingerprint = _fingerprint(checkpoint)
     try:
@@ -300,6 +327,7 @@ def _write(source: Source, request: Request, checkpoint: Path, out: Path, force:
                 origin=checkpoint,
                 force=force,
                 progress=move,
+                shared=None if ranks is None else partial(shared_gradients, source, request, ranks),
             )
     except OSError as error:
         raise CouldNotRun(

@@ -61,6 +61,7 @@ from .folder import FORMAT, Folder, Size
 from .grpo import GRPO
 from .request import ACTIVATIONS, INNER, UNITS, Request, gradient_shapes
 from .result import Result, result_of, split_of, write_result
+from .shared import Found, SharedSteps, check_shared, shared_gradients
 from .split import SPEC
 from .steps import Steps, steps_to
 from .units import measure_units, reruns_of, units_of
@@ -74,8 +75,10 @@ __all__ = [
     "Request",
     "Result",
     "Size",
+    "check_shared",
     "gradient_shapes",
     "loss_and_grads",
+    "shared_gradients",
     "write_gradients",
 ]
 
@@ -89,6 +92,7 @@ def write_gradients(
     origin: Path | None = None,
     force: bool = False,
     progress: Callable[[str, int, int], None] = lambda step, done, total: None,
+    shared: Callable[[], Found | None] | None = None,
 ) -> Result:
     """Write what ``request`` asks of ``source`` to ``folder``, or the rest of it if a run of the
     same request was interrupted there.
@@ -98,6 +102,7 @@ def write_gradients(
         origin: the folder of the checkpoint, for the index.
         force: replace what another run left in the folder.
         progress: called with a step's name, how many are done, and how many there are.
+        shared: what gives the numbers, where several ranks find them (`shared_gradients`).
 
     ValueError or TypeError, before anything is written, if the request does not fit the source; the
     message begins with the argument. CouldNotRun if the folder can't be used.
@@ -114,7 +119,10 @@ def write_gradients(
             activations=activations,
             dtype=source.dtype,
         )
-        steps, order = Steps(source, request, files), steps_to(config, gradients, activations)
+        steps = Steps(source, request, files)
+        if shared is not None and (found := shared()) is not None:
+            steps = SharedSteps(source, request, files, found)
+        order = steps_to(config, gradients, activations)
         order += [("split",)] if request.split else []
         reruns = reruns_of(request)
         total = len(order) * (1 + len(reruns))

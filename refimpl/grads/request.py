@@ -193,19 +193,26 @@ class Request:
         expect_ids("targets", np.where(batch.mask, batch.targets, 0), config.vocabulary)
         return batch
 
+    def arrays(self, config: ModelConfig) -> dict[str, np.ndarray]:
+        """The batch as `refimpl.splits` cuts it, each [B, T]."""
+        batch = self.batch(config)
+        given = {
+            "tokens": batch.tokens,
+            "targets": batch.targets,
+            "mask": batch.mask,
+            "key_mask": self.key_mask,
+            "segments": self.segments,
+            "positions": batch.positions,
+        }
+        return {name: x for name, x in given.items() if x is not None}
+
     def split_of(self, config: ModelConfig) -> Split | None:
         """The parts of ``split``."""
         if self.split is None:
             return None
         if not self.with_loss:
             raise ValueError("split needs a loss to divide: it cannot be combined with dlogits")
-        batch = self.batch(config)
-        names = ("tokens", "targets", "mask", "key_mask", "segments", "positions")
-        given = {"tokens": batch.tokens, "targets": batch.targets, "mask": batch.mask}
-        given |= {"key_mask": self.key_mask, "segments": self.segments}
-        given |= {"positions": batch.positions}
-        arrays = {name: given[name] for name in names if given[name] is not None}
-        found = split_batch(self.split, arrays, config)
+        found = split_batch(self.split, self.arrays(config), config)
         if found.pieces and self.grpo is not None:
             raise ValueError("split must be of rows with grpo, whose outputs are not cut")
         return found

@@ -78,6 +78,12 @@ class Grid(NamedTuple):
             return own
         return [by_positions(part.arrays, cuts, config)[self.piece(rank)] for part in own]
 
+    def place(self, rank: int, rows: int, length: int) -> tuple[slice, slice]:
+        """Which rows and positions of a batch a rank's parts are, if they are even."""
+        row, piece = even(rows, self.data), even(length, self.context)
+        i, j = self.row(rank), self.piece(rank)
+        return slice(row[i], row[i + 1]), slice(piece[j], piece[j + 1])
+
 
 def even(count: int, parts: int) -> list[int]:
     """Where each of the nearly equal parts of ``count`` things begins, and the end of the last."""

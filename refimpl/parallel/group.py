@@ -58,7 +58,7 @@ class Watch:
             yield
         except import_mpi().Exception as error:
             said = str(error).splitlines()[0]
-            raise CouldNotRun(f"can't {what} with another rank, which may have ended ({said})") from error
+            raise CouldNotRun(f"another rank seems to have ended ({what}: {said})") from error
         finally:
             self.since = None
 
