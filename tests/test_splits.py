@@ -9,7 +9,6 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from drawn_batches import SMALL, cut_rows, cuts, drawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,6 +40,7 @@ from refimpl.splits import (
     whole_of,
 )
 
+from drawn_batches import SMALL, cut_rows, cuts, drawn
 from random_parameters import random_parameters
 from support import FULL, ROOT
 

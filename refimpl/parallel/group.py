@@ -24,7 +24,14 @@ T = TypeVar("T")
 
 def import_mpi() -> Any:
     """mpi4py's module ``MPI``; CouldNotRun without it. The first import joins this process to the
-    others that mpiexec started."""
+    others that mpiexec started.
+
+    Where there are more of them than processors, a rank that waits leaves its own to the others (a
+    setting of MPICH's, which otherwise makes it spin).
+    """
+    if int(os.environ.get("PMI_SIZE", 1)) > (os.cpu_count() or 1):
+        os.environ.setdefault("MPIR_CVAR_POLLS_BEFORE_YIELD", "1")
+        os.environ.setdefault("MPIR_CVAR_ENABLE_HEAVY_YIELD", "1")
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -84,7 +91,7 @@ class Group:
 
     def split(self, color: int) -> Group:
         """Those of its ranks that give the same ``color``, in the same order."""
-        return Group(type(self.comm)(self.comm.Split(color, self.rank)), self.watch)
+        return Group(self.comm.Split(color, self.rank), self.watch)
 
     def gather(self, value: T) -> list[T]:
         """Everyone's value, by rank."""

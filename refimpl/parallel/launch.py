@@ -76,9 +76,7 @@ def join(
         timeout: seconds that a rank waits for another before all end.
     """
     mpi = import_mpi()
-    from mpi4py.util import pkl5
-
-    comm = pkl5.Intracomm(mpi.COMM_WORLD)
+    comm = mpi.COMM_WORLD
     size = comm.Get_size()
     if ranks not in (None, size):
         raise CouldNotRun(f"must be {size}, what mpiexec started, got {ranks}", argument="ranks")

@@ -1,0 +1,49 @@
+"""Several ranks give one process's gradients and steps: as threads, and as processes under MPI."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from parallel.alike import Drawn, draw, grids, off_gradients, off_steps
+from parallel.threads import each, in_threads
+from support import FULL
+
+NO_MPI = importlib.util.find_spec("mpi4py") is None
+MPIEXEC = Path(sys.executable).parent / "mpiexec"
+
+
+@settings(max_examples=200 if FULL else 30, deadline=None)
+@given(st.data(), st.integers(1, 4))
+def test_gradients_in_threads(data: st.DataObject, ranks: int) -> None:
+    case: Drawn = draw(data, ranks)
+    assert each(in_threads(ranks, partial(off_gradients, case=case))) <= 1e-12  # seen: 9e-14
+
+
+@pytest.mark.parametrize("grid", grids(4) if FULL else [grids(2)[0], grids(4)[5]], ids=str)
+def test_steps_in_threads(grid: object) -> None:
+    ranks = grid.ranks  # type: ignore[attr-defined]
+    assert each(in_threads(ranks, partial(off_steps, grid=grid))) <= 1e-10
+
+
+@pytest.mark.skipif(NO_MPI, reason="needs mpi4py: pip install -e '.[parallel]'")
+@pytest.mark.parametrize(
+    ("ranks", "examples", "trained"), [(2, 60, 4), (4, 60, 3)] if FULL else [(2, 20, 1), (4, 8, 0)]
+)
+def test_under_mpi(ranks: int, examples: int, trained: int) -> None:
+    """One launch runs all drawn splits."""
+    command = [MPIEXEC, "-n", str(ranks), sys.executable, Path(__file__).with_name("alike.py")]
+    done = subprocess.run([*command, str(examples), str(trained)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["examples"] >= examples
+    assert found["gradients"] <= 1e-12
+    assert found["steps"] <= 1e-10
