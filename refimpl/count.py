@@ -39,7 +39,8 @@ class Figure:
 
     def __init__(self, value: Number, text: str = "", binding: int = 3) -> None:
         self.value, self.binding = value, binding  # 1 a sum, 2 a product, 3 a number
-        self.text = text or (f"{value:,}" if isinstance(value, int) else f"{value:,.6g}")
+        places = "" if isinstance(value, int) else ".6g" if value < 1e6 else ".0f"
+        self.text = text or f"{value:,{places}}"
 
     def _join(self, sign: str, other: Figure, value: Number, left: int, right: int) -> Figure:
         """``left`` and ``right``: how tightly each operand must bind to go without parentheses."""
@@ -64,6 +65,8 @@ class Figure:
 
     def __truediv__(self, other: Number | Figure) -> Figure:
         b = _figure(other)
+        if b.text == "1":
+            return self
         whole = (
             isinstance(self.value, int) and isinstance(b.value, int) and self.value % b.value == 0
         )
@@ -90,7 +93,11 @@ class Line(NamedTuple):
     @property
     def short(self) -> str:
         """Rounded to three digits behind the point: 671.026B."""
-        for scale, letter in ((1e12, "T"), (1e9, "B" if self.unit != "FLOP" else "G"), (1e6, "M")):
+        for scale, letter in (
+            (1e12, "T"),
+            (1e9, "G" if self.unit in ("FLOP", "B") else "B"),
+            (1e6, "M"),
+        ):
             if scale <= self.value < 1e15:
                 return f"{'$' * (self.unit == '$')}{self.value / scale:.3f}{letter}"
         return ""
@@ -191,22 +198,32 @@ class Parts(NamedTuple):
 def count(config: ModelConfig, *, length: int = 4096) -> list[Section]:
     """Every table for ``config``; FLOPs are of sequences of ``length`` tokens. CouldNotRun if it is
     too short."""
+    check_length(config, length)
+    known = published_as(config)
+    parts, sections = _parameters(config, known)
+    sections += [_active(config, parts, known), _cache(config)]
+    sections += [_against_67b(known)] if known in ("v2", "v3") else []
+    sections += _flops(config, parts, length, known)
+    return [*sections, _training(config, parts, known)] if known else sections
+
+
+def check_length(config: ModelConfig, length: int) -> None:
+    """CouldNotRun unless sequences of ``length`` tokens can be counted: each MTP module has one."""
     if not config.mtp_depth < length <= 10**9:
         raise CouldNotRun(
             f"must lie in {config.mtp_depth + 1:,}…{10**9:,}, got {length:,}", argument="length"
         )
+
+
+def published_as(config: ModelConfig) -> str:
+    """The key of `PUBLISHED` for a model of these tensors, or nothing."""
     shapes = parameter_shapes(config)
     same = (
         key
         for key in PUBLISHED
         if parameter_shapes(PRESETS[key]) == shapes and PRESETS[key].top_k == config.top_k
     )
-    known = next(same, "")
-    parts, sections = _parameters(config, known)
-    sections += [_active(config, parts, known), _cache(config)]
-    sections += [_against_67b(known)] if known in ("v2", "v3") else []
-    sections += _flops(config, parts, length, known)
-    return [*sections, _training(config, parts, known)] if known else sections
+    return next(same, "")
 
 
 def _parameters(c: ModelConfig, known: str) -> tuple[Parts, list[Section]]:

@@ -229,7 +229,8 @@ def test_figures_put_parentheses_where_they_must() -> None:
     for shown, text in cases.items():
         assert shown.text == text
         assert evaluated(text) == shown.value
-    assert (two * 1).text == (Figure(1) * 2).text == "2"
+    assert (two * 1).text == (Figure(1) * 2).text == (two / 1).text == "2"
+    assert [Figure(x).text for x in (1234.5678, 1234567.8)] == ["1,234.57", "1,234,568"]
     assert isinstance((two * 4 / 2).value, int)
 
 
@@ -250,6 +251,7 @@ def test_lines_as_text() -> None:
         Line("", "", 83_485_794_304, "FLOP").text,
         Line("", "", 83_485_794_304, "FLOP").short,
     ) == ("83,485,794,304 FLOP", "83.486G")
+    assert Line("", "", 6_961_724_416, "B").short == "6.962G"  # bytes, not billions
     assert Line("", "", 37 * 10**23, "FLOP").text == "3.7000e+24 FLOP"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -12,6 +12,8 @@ from .. import __version__
 from ..checkpoint import load_config
 from ..config import PRESETS
 from ..count import count
+from ..count_parallel import PLAN, SEQUENCES, count_parallel, read_plan
+from ..errors import CouldNotRun
 from .app import WIDTH, Json, app, check_writable, console, replace_json
 
 
@@ -23,18 +25,42 @@ def count_command(
             help=f"One of {', '.join(PRESETS)}; or the path of a config.json or of its folder."
         ),
     ] = "v3",
-    length: Annotated[int, typer.Option(help="Tokens per sequence, for the FLOPs.")] = 4096,
+    length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 4096,
+    parallel: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PLAN",
+            help=f"Instead, memory and bytes sent per rank of a training step: {PLAN}.",
+        ),
+    ] = None,
+    sequences: Annotated[
+        int | None,
+        typer.Option(help=f"Sequences per step, for --parallel. By default V3's {SEQUENCES:,}."),
+    ] = None,
     json_file: Json = None,
 ) -> None:
     """Count a model's parameters, KV cache, FLOPs and cost.
 
     Each line has four columns: what is counted, the arithmetic, the exact number with its unit, and
     the same number rounded.
+
+    The plan of --parallel: data ranks have sequences of their own, context ranks a piece of each
+    sequence, pipeline ranks some of the layers. Of the data × context ranks each group of so many
+    as expert says holds all experts of a layer. For v3, DeepSeek-V3's own plan is shown beside it.
     """
+    if sequences is not None and parallel is None:
+        raise CouldNotRun("needs --parallel", argument="sequences")
+    plan = None if parallel is None else read_plan(parallel)
     if json_file is not None:
         check_writable(json_file)
     config, out = load_config(model), console()
-    sections = count(config, length=length)
+    given: dict[str, Any] = {"model": model, "length": length}
+    if plan is None:
+        sections = count(config, length=length)
+    else:
+        many = SEQUENCES if sequences is None else sequences
+        sections = count_parallel(config, plan, sequences=many, length=length)
+        given |= {"parallel": plan._asdict(), "sequences": many}
     out.print(f"refimpl {__version__}: {model}")
     free = max(min(out.width, WIDTH) - 35, 20)  # what figures leave to names and arithmetic
     for section in sections:
@@ -60,7 +86,4 @@ def count_command(
             {**asdict(section), "lines": [line._asdict() for line in section.lines]}
             for section in sections
         ]
-        replace_json(
-            json_file,
-            {"model": model, "length": length, "config": asdict(config), "sections": tables},
-        )
+        replace_json(json_file, given | {"config": asdict(config), "sections": tables})

@@ -10,6 +10,7 @@ import pytest
 
 from refimpl.config import preset
 from refimpl.count import count
+from refimpl.count_parallel import Plan, count_parallel
 
 from checkpoint.examples import V3_JSON, written
 from support import refimpl_here
@@ -27,6 +28,14 @@ from support import refimpl_here
         (["."], "config.json can't be read: No such file"),
         (["bad.json"], "bad.json: model_type must be one of deepseek_v2, deepseek_v3, "),
         (["v3", "--length", "1"], "--length must lie in 2…1,000,000,000, got 1"),
+        (
+            ["v3", "--parallel", "tensor=8"],
+            "--parallel tensor=8: tensor is not one of data, expert",
+        ),
+        (["v3", "--parallel", "data=x"], "--parallel must be data=N,expert=N,context=N,pipeline=N"),
+        (["v3", "--parallel", "data=8,expert=3"], "expert must divide data × context = 8, got 3"),
+        (["v3", "--parallel", "data=8", "--sequences", "0"], "--sequences must lie in 1…"),
+        (["v3", "--sequences", "8"], "--sequences needs --parallel"),
         (["v3", "--json", "no/such/file"], "--json no/such/file can't be written"),
     ],
 )
@@ -96,6 +105,36 @@ def test_printed_text_of_the_others(model: str, wanted: str) -> None:
     assert "at length 100" in done.stdout
 
 
+def test_printed_text_of_a_plan() -> None:
+    """The plan that is given, and V3's own; nothing else."""
+    done = refimpl_here("count", "v3", "--parallel", "data=256,expert=64,context=8")
+    assert done.returncode == 0, done.stderr
+    for wanted in (
+        "Memory per rank (data=256,expert=64,context=8)",
+        "Memory per rank (DeepSeek-V3's own, data=128,expert=64,context=1,pipeline=16)",
+        "665,183,059,968 / 256 × 4 × 2 / 16",
+        "23,551,721,968 B",
+        "23.552G",
+        "Sent per rank and step (data=256,expert=64,context=8)",
+    ):
+        assert wanted in done.stdout, wanted
+    assert "KV cache" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 118
+
+
+def test_json_of_a_plan(tmp_path: Path) -> None:
+    arguments = ["--parallel", "expert=2,data=4", "--sequences", "7", "--length", "11"]
+    done = refimpl_here("count", "tiny", *arguments, "--json", "out.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    plan = Plan(data=4, expert=2)
+    assert (result["parallel"], result["sequences"]) == (plan._asdict(), 7)
+    tables = count_parallel(preset("tiny"), plan, sequences=7, length=11)
+    assert [table["title"] for table in result["sections"]] == [table.title for table in tables]
+    lines = [line._asdict() for table in tables for line in table.lines]
+    assert [line for table in result["sections"] for line in table["lines"]] == lines
+
+
 def test_json(tmp_path: Path) -> None:
     """The file holds the tables; a config.json is counted like its preset; nothing else is left
     behind."""
@@ -106,6 +145,7 @@ def test_json(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "out.json"]
     result = json.loads((tmp_path / "out.json").read_text())
+    assert "parallel" not in result
     assert (result["model"], result["length"], result["config"]["width"]) == (
         "config.json",
         8192,

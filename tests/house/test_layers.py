@@ -18,7 +18,7 @@ LAYERS = (  # from the bottom; what stands in one row does not import one anothe
     {"parameters", "batch"},
     {"optimizer"},
     {"model", "checkpoint", "kernels", "count"},
-    {"memory"},
+    {"memory", "count_parallel"},
     {"check", "generate", "splits", "bench"},
     {"grads"},
     {"stored"},
