@@ -140,7 +140,15 @@ def main(examples: int, trained: int) -> None:
     gradients()
     steps = [off_steps(world, grid) for grid in grids(world.size)[::-1][:trained]]
     if world.rank == 0:
-        print(json.dumps({"gradients": max(worst), "examples": len(worst) - 1, "steps": max(steps, default=0.0)}))
+        print(
+            json.dumps(
+                {
+                    "gradients": max(worst),
+                    "examples": len(worst) - 1,
+                    "steps": max(steps, default=0.0),
+                }
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -41,7 +41,9 @@ def test_steps_in_threads(grid: object) -> None:
 def test_under_mpi(ranks: int, examples: int, trained: int) -> None:
     """One launch runs all drawn splits."""
     command = [MPIEXEC, "-n", str(ranks), sys.executable, Path(__file__).with_name("alike.py")]
-    done = subprocess.run([*command, str(examples), str(trained)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*command, str(examples), str(trained)], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["examples"] >= examples
