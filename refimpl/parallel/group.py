@@ -44,6 +44,7 @@ def import_mpi() -> Any:
 def stop_all(line: str, code: int) -> None:
     """Print a line, and end every rank with this exit code."""
     print(line, file=sys.stderr, flush=True)
+    time.sleep(0.2)  # for mpiexec to read it, before the end
     import_mpi().COMM_WORLD.Abort(code)
 
 

@@ -12,8 +12,10 @@ import shutil
 import socket
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ..errors import CouldNotRun
 from .grid import make_grid
@@ -61,7 +63,7 @@ def import_mpi_there() -> None:
 
 
 def join(
-    ranks: int | None,
+    ranks: int | None = None,
     *,
     data: int | None = None,
     context: int = 1,
@@ -81,6 +83,7 @@ def join(
     if ranks not in (None, size):
         raise CouldNotRun(f"must be {size}, what mpiexec started, got {ranks}", argument="ranks")
     grid = make_grid(size, data=data, context=context, expert=expert)
+    sys.excepthook = partial(_end_all_of, sys.excepthook)
     world = Group(comm, Watch(comm.Get_rank(), timeout))
     places = world.gather((os.getpid(), socket.gethostname()))
     if world.rank == 0:
@@ -89,12 +92,20 @@ def join(
     return Ranks(grid, world)
 
 
+def _end_all_of(shown: Callable[..., Any], kind: type[BaseException], *error: Any) -> None:
+    """After an error that nobody caught: its traceback, and the end of all ranks."""
+    shown(kind, *error)
+    end_all(f"{kind.__name__}: {error[0]}", 1)
+
+
 def end_all(line: str, code: int) -> NoReturn:
     """Of a rank that can't go on: print a line that names it, and end all ranks.
 
     The first rank goes first: where all have the same error, one line tells of it.
     """
     rank = own_rank()
-    time.sleep(0.5 if rank else 0.0)
+    if rank:
+        import_mpi()  # which waits for the others to be there
+        time.sleep(0.5)
     stop_all(f"refimpl: rank {rank} (process {os.getpid()}): {line}", code)
     os._exit(code)

@@ -17,7 +17,9 @@ from parallel.alike import Drawn, draw, grids, off_gradients, off_steps
 from parallel.threads import each, in_threads
 from support import FULL
 
-NO_MPI = importlib.util.find_spec("mpi4py") is None
+needs_mpi = pytest.mark.skipif(
+    importlib.util.find_spec("mpi4py") is None, reason="needs mpi4py: pip install -e '.[parallel]'"
+)
 MPIEXEC = Path(sys.executable).parent / "mpiexec"
 
 
@@ -34,7 +36,7 @@ def test_steps_in_threads(grid: object) -> None:
     assert each(in_threads(ranks, partial(off_steps, grid=grid))) <= 1e-10
 
 
-@pytest.mark.skipif(NO_MPI, reason="needs mpi4py: pip install -e '.[parallel]'")
+@needs_mpi
 @pytest.mark.parametrize(
     ("ranks", "examples", "trained"), [(2, 60, 4), (4, 60, 3)] if FULL else [(2, 20, 1), (4, 8, 0)]
 )
