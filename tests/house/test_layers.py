@@ -20,6 +20,7 @@ LAYERS = (  # from the bottom; what stands in one row does not import one anothe
     {"model", "checkpoint", "kernels", "count"},
     {"memory", "count_parallel"},
     {"check", "generate", "splits", "bench"},
+    {"parallel"},
     {"grads"},
     {"stored"},
     {"verify", "conventions"},
