@@ -292,9 +292,9 @@ def clip() -> Picture:
         384,
         "The clip's six regions",
         "The objective of a token by the ratio of the policies, for a good output and for a bad "
-        "one. For a good one the line rises with the ratio and is flat above 1.2, where nothing "
-        "is learned. For a bad one it is flat below 0.8 and falls with the ratio above that, "
-        "without an end.",
+        f"one. For a good one the line rises with the ratio and is flat above {edges[2]:g}, where "
+        f"nothing is learned. For a bad one it is flat below {edges[1]:g} and falls with the ratio "
+        "above that, without an end.",
     )
     for left, advantage, title in (
         (56, 1.0, "A good output: A = 1"),
@@ -418,11 +418,14 @@ def attention_blocks() -> Picture:
     p.text(x0, y0 + length * side + 40, "outside: queries; inside, along the arrow: keys", size=12)
 
     # what the running sums are after each block: the whole op on the keys so far
-    k = np.log([1.0, 2.0, 5.0]).reshape(1, 3, 1, 1)
-    v = np.array([8.0, 4.0, 0.0]).reshape(1, 3, 1, 1)
+    odds, values = (1, 2, 5), (8, 4, 0)  # those of the page's example
+    k = np.log(np.array(odds, np.float64)).reshape(1, 3, 1, 1)
+    v = np.array(values, np.float64).reshape(1, 3, 1, 1)
     left = 392
     p.text(left, 32, "One query, three blocks of one key", bold=True)
-    p.text(left, 50, "scores ln 1, ln 2, ln 5; values 8, 4, 0", size=12, fill=PALE)
+    scores = ", ".join(f"ln {x}" for x in odds)
+    words = f"scores {scores}; values {', '.join(map(str, values))}"
+    p.text(left, 50, words, size=12, fill=PALE)
     columns = (left + 62, left + 146, left + 230, left + 314)
     for x, words in zip(columns, ("largest m", "factor α", "sum ℓ", "output n/ℓ"), strict=True):
         p.text(x, 92, words, size=12, fill=PALE, anchor="middle")
@@ -520,7 +523,7 @@ def cache() -> Picture:
     latent = int(lines["MLA, a layer: latent + rotated key"].value)
     heads = int(lines["MHA, a layer: keys N, values V wide"].value)
     bytes_of = {"MHA": int(lines["MHA of the same model"].value), "MLA": int(lines["MLA"].value)}
-    scale = 1.3  # pixels of a number's side
+    scale, context = 1.3, 131_072  # pixels of a number's side; tokens
     side = latent**0.5
     p = Picture(
         760,
@@ -564,8 +567,8 @@ def cache() -> Picture:
         p.text(left, top + side * scale + 74 + 17 * row, words, size=12, fill=PALE)
     p.line([(24, 298), (736, 298)], EDGE, width=1)
     for place, (name, amount) in enumerate(bytes_of.items()):
-        whole = amount * 128 * 1024 / 2**30
-        words = f"{name}: {amount:,} bytes per token, {whole:,.1f} GiB for 131,072 tokens"
+        whole = amount * context / 2**30
+        words = f"{name}: {amount:,} bytes per token, {whole:,.1f} GiB for {context:,} tokens"
         p.text(24, 320 + 18 * place, words, size=12)
     p.text(736, 338, f"{config.layers} layers, bfloat16", size=12, fill=PALE, anchor="end")
     return p
