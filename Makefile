@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: bench digests verify test test-full test-newest oracle peers kernels gpu gpu-more ladder check bugs power mutants memory memory-grads recipe clean
+.PHONY: bench digests verify test test-full test-newest oracle peers kernels gpu gpu-more ladder check bugs power mutants memory memory-grads recipe pictures clean
 
 verify: .venv/base  ## prove every gradient on real text
 	$(BIN)/refimpl verify
@@ -78,6 +78,9 @@ memory: .venv/base  ## measure the peak memory of flash attention, of the fused 
 
 memory-grads: .venv/base  ## measure the peak memory of `refimpl grads` on V2-Lite's shape, 4 layers (14 GB of files)
 	$(BIN)/refimpl memory --grads
+
+pictures: .venv/base  ## draw the pictures of the derivations anew
+	$(BIN)/python derivations/pictures.py
 
 # A quarter of an hour on two quiet cores; if interrupted, the same command goes on.
 recipe: .venv/dev  ## pre-train, extend, fine-tune, reinforce and distil a tiny model; claims, pictures and report in build/recipe
