@@ -124,7 +124,9 @@ def test_a_state_there_and_back() -> None:
     whole = found[0][1]
     assert same(whole.params, params)
     assert whole.moments.step == 7
-    assert all(same(dict(a), dict(b)) for a, b in zip(whole.moments[1:], state.moments[1:], strict=True))
+    assert all(
+        same(dict(a), dict(b)) for a, b in zip(whole.moments[1:], state.moments[1:], strict=True)
+    )
     assert sum(numbers for numbers, _ in found) == sum(x.size for x in params.values())
 
 
