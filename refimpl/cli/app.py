@@ -22,7 +22,7 @@ from ..errors import CouldNotRun, printable
 from ..files import expect_replaceable, write_json
 
 GROUPS: dict[str, tuple[str, list[str]]] = {  # the commands by use, with an example of each group
-    "Check a gradient": ("grade rms_norm mine.py", ["verify", "grade", "power"]),
+    "Check a gradient": ("grade swiglu mine.py", ["verify", "grade", "power"]),
     "Check a port": (
         "check mine.safetensors --against truth",
         ["grads", "check", "vectors", "conventions"],
@@ -40,7 +40,7 @@ GROUPS: dict[str, tuple[str, list[str]]] = {  # the commands by use, with an exa
 ORDER = [command for _, commands in GROUPS.values() for command in commands]
 FIRST = """\
 refimpl verify                    check every gradient of this package, on real text
-refimpl grade rms_norm mine.py    check a backward of yours: the exercises in derivations/
+refimpl grade swiglu mine.py      check a backward of yours: the exercises in derivations/
 refimpl --help                    all commands by use: a port, a checkpoint, training, kernels"""
 WIDTH = 118  # of a table that goes to a file or a pipe
 
