@@ -70,6 +70,21 @@ def test_exercise_names_what_is_saved(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_exercise_has_its_answer(page: Path) -> None:
+    """Folded, with code that computes it, and with the functions that solve the graded part, each
+    in a file that defines it."""
+    exercise = page.read_text().split("## Exercise")[1]
+    question, answer = exercise.split("<details><summary>Answer</summary>\n\n")
+    assert "Then answer" in question
+    assert answer.endswith("\n```\n\n</details>\n")
+    first = answer.split("\n\n")[0]
+    assert f"`{page.stem}_backward` in [{page.stem}.py](../refimpl/ops/{page.stem}.py)" in first
+    linked = [(page.parent / file).read_text() for file in re.findall(r"\]\((.+?)\)", first)]
+    for function in re.findall(r"`(\w+)`", first):
+        assert any(f"\ndef {function}(" in file for file in linked), function
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_source_map_is_complete(page: Path) -> None:
     """Every tag of the page stands in its source map (as itself or within a range)."""
     text = page.read_text().replace(r"\_", "_")
