@@ -98,6 +98,21 @@ def test_source_map_is_complete(page: Path) -> None:
     assert numbers == mapped
 
 
+ALL_PAGES = sorted((ROOT / "derivations").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda p: p.stem)
+def test_letters_of_the_dimension_key(page: Path) -> None:
+    """A page whose tables of symbols give a letter of the key another meaning says so. (W is both a
+    weight and the vocabulary, and the key says that; B and T are the key's wherever they stand.)"""
+    key = re.findall(r"^\| ([A-Z]) \|", (ROOT / "derivations" / "README.md").read_text(), re.M)
+    text = page.read_text()
+    said = " ".join(p for p in text.split("\n\n") if "n this page" in " ".join(p.split()))
+    for cell in re.findall(r"^\| (\$[^|]+) \| [`—]", text, re.M):
+        for letter in re.findall(r"\$([A-Z])(?![a-z])", cell):
+            assert letter in "BTW" or letter not in key or f"${letter}" in said, letter
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_mathematics_survives_markdown(page: Path) -> None:
     """Inline formulas have no backslash before punctuation, which Markdown would eat; fences and
@@ -111,9 +126,7 @@ def test_mathematics_survives_markdown(page: Path) -> None:
         assert not re.search(r"\\[^a-zA-Z]", inline), f"{page.name}: {inline}"
 
 
-@pytest.mark.parametrize(
-    "page", sorted((ROOT / "derivations").glob("*.md")), ids=lambda page: page.stem
-)
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda p: p.stem)
 def test_no_formula_is_taken_for_emphasis(page: Path) -> None:
     """CommonMark takes _ between punctuation for emphasis, as in a formula's {E}_\\pi; within
     dollars it finds text alone."""
@@ -124,3 +137,17 @@ def test_no_formula_is_taken_for_emphasis(page: Path) -> None:
             assert dollars % 2 == 0 or part.type in ("text", "softbreak"), (
                 f"{page.name}: {block.content[:200]}"
             )
+
+
+def test_glossary() -> None:
+    """Each word once, in the order of the alphabet within its section, with a meaning."""
+    page = (ROOT / "derivations" / "glossary.md").read_text()
+    seen = []
+    for section in page.split("\n## ")[1:]:
+        rows = re.findall(r"^\| (.+?) \| (.+) \|$", section, re.M)[1:]
+        words = [word for word, _ in rows]
+        assert words == sorted(words, key=str.lower)
+        seen += words
+    assert len(seen) == len(set(seen)) > 50
+    said = {word.strip() for words in seen for word in words.split(",")}
+    assert {"saved", "cotangent", "unit", "part", "route", "load"} <= said
