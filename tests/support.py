@@ -30,7 +30,10 @@ PACKAGE = ROOT / "refimpl"
 NO_OPS = {"__init__", "choices", "leaves", "reference"}  # files of refimpl/ops/ that are no op
 STEMS = sorted({path.stem for path in (PACKAGE / "ops").glob("*.py")} - NO_OPS)
 # pages that derive no op
-NOT_OPS = {"README", "checkpoints", "conventions", "fp8", "porting", "recipe", "splits", "vectors"}
+NOT_OPS = {
+    *("README", "checkpoints", "conventions", "fp8", "glossary", "porting", "recipe", "splits"),
+    "vectors",
+}
 DIGITS = 50  # of the exact arithmetic; 40 must agree
 
 settings.register_profile(

@@ -21,29 +21,27 @@ from ..config import CONVENTIONS
 from ..errors import CouldNotRun, printable
 from ..files import expect_replaceable, write_json
 
-ORDER = [
-    "verify",
-    "grade",
-    "grads",
-    "check",
-    "vectors",
-    "generate",
-    "reward",
-    "train",
-    "extend",
-    "sft",
-    "grpo",
-    "reward-model",
-    "distil",
-    "eval",
-    "recipe",
-    "count",
-    "conventions",
-    "memory",
-    "power",
-    "kernels",
-    "bench",
-]
+GROUPS: dict[str, tuple[str, list[str]]] = {  # the commands by use, with an example of each group
+    "Check a gradient": ("grade swiglu mine.py", ["verify", "grade", "power"]),
+    "Check a port": (
+        "check mine.safetensors --against truth",
+        ["grads", "check", "vectors", "conventions"],
+    ),
+    "Use a checkpoint": ("generate --checkpoint DIR --prompt 2+3=", ["generate", "count"]),
+    "Train": (
+        "recipe --toy --out runs",
+        [
+            *("train", "extend", "sft", "grpo", "reward-model", "distil"),
+            *("reward", "eval", "recipe"),
+        ],
+    ),
+    "Kernels and speed": ("bench --table", ["kernels", "bench", "memory"]),
+}
+ORDER = [command for _, commands in GROUPS.values() for command in commands]
+FIRST = """\
+refimpl verify                    check every gradient of this package, on real text
+refimpl grade swiglu mine.py      check a backward of yours: the exercises in derivations/
+refimpl --help                    all commands by use: a port, a checkpoint, training, kernels"""
 WIDTH = 118  # of a table that goes to a file or a pipe
 
 CONVENTION = f"One of {', '.join(CONVENTIONS)}: who is followed where implementations disagree."
@@ -66,6 +64,16 @@ class Commands(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=ORDER.index)
 
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """A section per group, with its example."""
+        width = max(map(len, ORDER))
+        for title, (example, commands) in GROUPS.items():
+            helps = [self.commands[name].get_short_help_str(80) for name in commands]
+            with formatter.section(f"{title} (refimpl {example})"):
+                formatter.write_dl(
+                    [(f"{c:{width}}", x) for c, x in zip(commands, helps, strict=True)]
+                )
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
@@ -80,7 +88,7 @@ class Commands(TyperGroup):
             raise CouldNotRun(error.spelled(options)) from error
 
 
-app = typer.Typer(cls=Commands, add_completion=False, rich_markup_mode=None)
+app = typer.Typer(cls=Commands, rich_markup_mode=None)
 
 
 def usage_line(error: Any) -> str:
@@ -106,8 +114,7 @@ def refimpl(
         print(f"refimpl {__version__}")
         raise typer.Exit
     if ctx.invoked_subcommand is None:
-        print(ctx.get_help())
-        raise typer.Exit(2)
+        print(FIRST)
 
 
 class PlainConsole(Console):

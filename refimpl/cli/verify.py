@@ -24,6 +24,7 @@ from ..kernels.columns import ON_CPU
 from ..ops import AnyOp
 from ..port.functions import Result
 from ..port.functions import check as check_functions
+from ..port.places import equations_of
 from ..port.table import TheirTable, table_from, table_of_file
 from ..text import load_text
 from ..verify import (
@@ -136,9 +137,10 @@ def grade(
     """Check your own backward of one op.
 
     It is checked against our forward, as `refimpl verify` checks ours. Every page of derivations/
-    ends with such an exercise. If the file defines <op>_forward, too, both are compared with ours,
-    and may be of any array library with DLPack: array in the file, as in array =
-    torch.from_dlpack, makes that library's array from NumPy's.
+    ends with such an exercise, and a gradient that fails is told with its equation there. If the
+    file defines <op>_forward, too, both are compared with ours, and may be of any array library
+    with DLPack: array in the file, as in array = torch.from_dlpack, makes that library's array from
+    NumPy's.
     """
     if op not in CASES:
         raise CouldNotRun(f"unknown op {op}; there are {', '.join(CASES)}")
@@ -182,7 +184,11 @@ def _theirs(
                     op, *table.pairs[op], array=table.array, examples=examples, seed=seed, text=data
                 )
             )
-    console().print(str(result))
+    out = console()
+    out.print(str(result))
+    for row in result.tensors:
+        if row.verdict != "PASS" and row.tensor.startswith("grad/"):
+            _show_equation(out, row.op, row.tensor.removeprefix("grad/"))
     if json_file is not None:
         replace_json(json_file, result.to_json())
     return int(not result.ok)
@@ -229,6 +235,7 @@ def _run(
     for t in bad:
         more = f" (and {len(t.reasons) - 2} more like it)" if len(t.reasons) > 2 else ""
         out.print(f"{t.verdict} {t.op} {t.tensor}: {'; '.join(t.reasons[:2])}{more}")
+        _show_equation(out, t.op, t.tensor)
     unread = [t for t in report.tensors if t.op == MODEL_GRPO and _is_zero(t)]
     if unread:
         out.print(
@@ -251,6 +258,14 @@ def _run(
     if json_file is not None:
         _write_json(json_file, report, settings, seconds)
     return int(not report.ok)
+
+
+def _show_equation(out: Console, op: str, argument: str) -> None:
+    """Where the gradient of an op's argument is derived, if it is one."""
+    tags = equations_of(op).get(argument, []) if op in CASES else []
+    if tags:
+        page = tags[0].strip("()").partition(".")[0]
+        out.print(f"d{argument}: see {' and '.join(tags)} in derivations/{page}.md")
 
 
 class _Rows:

@@ -107,8 +107,10 @@ def flash_attention_backward(do: Array, saved: FlashAttentionSaved) -> tuple[Arr
             ds = scale * p * (dp - row_sum[:, :, t0:t1, :])  # (flash_attention.7)
             queries, seen = _positions(t0, t1), _positions(s0, s1)
             mixed = _mix(ds, k_block)  # (flash_attention.8)
-            dq = add_to(dq, queries, xp.permute_dims(mixed, (0, 2, 1, 3)))
+            dq = add_to(dq, queries, xp.permute_dims(mixed, (0, 2, 1, 3)))  # (flash_attention.8)
+            # (flash_attention.9)
             dk = add_to(dk, seen, sum_heads(einsum("bhts,bthx->bshx", ds, q_block), k))
+            # (flash_attention.9)
             dv = add_to(dv, seen, sum_heads(einsum("bhts,bthv->bshv", p, do_block), v))
     return dq, dk, dv
 

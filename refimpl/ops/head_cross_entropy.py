@@ -52,4 +52,4 @@ def head_cross_entropy_forward(
 def head_cross_entropy_backward(dloss: Array, saved: HeadCrossEntropySaved) -> tuple[Array, Array]:
     """Gradients (dh […, D], dw [W, D]) from the scalar ``dloss``."""
     dlog_p = -number(dloss, saved.weight) * saved.weight  # (head_cross_entropy.2)
-    return saved.ops.log_prob.backward(dlog_p, saved.log_prob)
+    return saved.ops.log_prob.backward(dlog_p, saved.log_prob)  # (head_cross_entropy.3)

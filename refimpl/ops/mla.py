@@ -108,15 +108,16 @@ def project_backward(dq: Array, dlatent: Array, saved: ProjectSaved) -> tuple[Ar
     xp, ops = namespace(moved=True, dq=dq, dlatent=dlatent), saved.ops
     n, c = saved.nope, saved.latent
     dk_pe = ops.rope.backward(dlatent[..., c:][:, :, None, :], saved.k_pe)[:, :, 0, :]
-    dc, dw_kv_a_norm = ops.rms_norm.backward(dlatent[..., :c], saved.kv_a_norm)
+    dc, dw_kv_a_norm = ops.rms_norm.backward(dlatent[..., :c], saved.kv_a_norm)  # (mla.15)
+    # (mla.16)
     dx_kv, dw_kv_a = ops.linear.backward(xp.concat((dc, dk_pe), axis=-1), saved.kv_a)
     dq_pe = ops.rope.backward(dq[..., n:], saved.q_pe)
     dq = xp.reshape(xp.concat((dq[..., :n], dq_pe), axis=-1), (*dq.shape[:2], -1))
-    dx_q, dw_q_b = ops.linear.backward(dq, saved.q_b)
+    dx_q, dw_q_b = ops.linear.backward(dq, saved.q_b)  # (mla.17)
     dw_q_a = dw_q_a_norm = None
     if saved.q_a is not None:
-        da, dw_q_a_norm = ops.rms_norm.backward(dx_q, saved.q_a_norm)
-        dx_q, dw_q_a = ops.linear.backward(da, saved.q_a)
+        da, dw_q_a_norm = ops.rms_norm.backward(dx_q, saved.q_a_norm)  # (mla.18)
+        dx_q, dw_q_a = ops.linear.backward(da, saved.q_a)  # (mla.19)
     return dx_q + dx_kv, dw_q_a, dw_q_a_norm, dw_q_b, dw_kv_a, dw_kv_a_norm  # (mla.12)
 
 
@@ -191,15 +192,16 @@ def mla_backward(dy: tuple[Array, Array | None], saved: MLASaved) -> tuple[Array
     dout, dcache = dy
     xp, ops = namespace(moved=True, dy=dout), saved.project.ops
     n, v = saved.split
-    do, dw_o = ops.linear.backward(dout, saved.o)
+    do, dw_o = ops.linear.backward(dout, saved.o)  # (mla.13)
     dq, dk, dv = ops.attention.backward(xp.reshape(do, (*do.shape[:2], -1, v)), saved.attention)
     dkv = xp.concat((dk[..., :n], dv), axis=-1)  # (mla.10)
+    # (mla.14)
     dc, dw_kv_b = ops.linear.backward(xp.reshape(dkv, (*dkv.shape[:2], -1)), saved.kv_b)
     dlatent = xp.concat((dc, sum_along(dk[..., n:], axis=2)), axis=-1)  # (mla.11)
     if dcache is not None:
         dlatent = dlatent + dcache
-    dcache, dlatent = split_cache(dlatent, saved.past)
-    dx, *dw_project = project_backward(dq, dlatent, saved.project)
+    dcache, dlatent = split_cache(dlatent, saved.past)  # (mla.11)
+    dx, *dw_project = project_backward(dq, dlatent, saved.project)  # (mla.12)
     return dx, dcache, *dw_project, dw_kv_b, dw_o
 
 

@@ -97,7 +97,7 @@ def mla_absorbed_backward(
     dout, dcache = dy
     xp, ops = namespace(dy=dout), saved.project.ops
     heads, v, c = saved.w_uv.shape
-    do, dw_o = ops.linear.backward(dout, saved.o)
+    do, dw_o = ops.linear.backward(dout, saved.o)  # (mla.13)
     do = xp.reshape(do, (*do.shape[:2], heads, v))
     du = einsum("bthv,hvc->bthc", do, saved.w_uv)  # (mla_absorbed.4)
     dw_uv = einsum("bthv,bthc->hvc", do, saved.u)  # (mla_absorbed.5)
@@ -108,8 +108,9 @@ def mla_absorbed_backward(
         dlatent = dlatent + dcache
     dq_nope = einsum("bthc,hnc->bthn", dq_latent[..., :c], saved.w_uk)  # (mla_absorbed.7)
     dw_uk = einsum("bthn,bthc->hnc", saved.q_nope, dq_latent[..., :c])  # (mla_absorbed.8)
+    # (mla_absorbed.5), (mla_absorbed.8)
     dw_kv_b = xp.reshape(xp.concat((dw_uk, dw_uv), axis=1), (-1, c))
     dq = xp.concat((dq_nope, dq_latent[..., c:]), axis=-1)
-    dcache, dlatent = split_cache(dlatent, saved.past)
-    dx, *dw_project = project_backward(dq, dlatent, saved.project)
+    dcache, dlatent = split_cache(dlatent, saved.past)  # (mla_absorbed.6)
+    dx, *dw_project = project_backward(dq, dlatent, saved.project)  # (mla.12)
     return dx, dcache, *dw_project, dw_kv_b, dw_o

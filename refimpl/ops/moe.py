@@ -133,6 +133,7 @@ def moe_backward(dy: Array, saved: MoESaved) -> tuple[Array | None, ...]:
     if shared is not None:
         dx_shared, *dshared = ops.ffn.backward(rows, shared)
         dx = dx + dx_shared  # (moe.12)
+    # (moe.10), (moe.12)
     return xp.reshape(dx, x_shape), xp.reshape(dweights, (*x_shape[:-1], top_k)), *dw, *dshared
 
 

@@ -59,11 +59,11 @@ def mtp_forward(
 def mtp_backward(dy: Array, saved: MTPSaved) -> tuple[Array, Array, Array, Array, Array]:
     """Gradients (dhidden, dembedding, dw_hnorm, dw_enorm, dw_proj) from ``dy`` […, D]."""
     ops, d = saved.ops, last(dy, "dy")
-    djoined, dw_proj = ops.linear.backward(dy, saved.proj)
+    djoined, dw_proj = ops.linear.backward(dy, saved.proj)  # (mtp.7)
     first, second = djoined[..., :d], djoined[..., d:]  # (mtp.3)
     de, dh = (first, second) if saved.order == "embedding_hidden" else (second, first)
-    dhidden, dw_hnorm = ops.rms_norm.backward(dh, saved.hnorm)
-    dembedding, dw_enorm = ops.rms_norm.backward(de, saved.enorm)
+    dhidden, dw_hnorm = ops.rms_norm.backward(dh, saved.hnorm)  # (mtp.8)
+    dembedding, dw_enorm = ops.rms_norm.backward(de, saved.enorm)  # (mtp.8)
     return dhidden, dembedding, dw_hnorm, dw_enorm, dw_proj
 
 

@@ -52,4 +52,4 @@ def preference_loss_backward(
     dmargin = -number(dloss, margin) * sigmoid(-margin) / margin.shape[0]  # (preference_loss.3)
     dh = dmargin * w  # (preference_loss.4)
     dw = xp.matmul(xp.matrix_transpose(dmargin), h_chosen - h_rejected)  # (preference_loss.5)
-    return dh, -dh, dw
+    return dh, -dh, dw  # (preference_loss.4)

@@ -35,7 +35,7 @@ class Yarn(NamedTuple):
     """YaRN's settings, named as in the checkpoints' ``rope_scaling``."""
 
     factor: float = 40.0  # context extension, s in the paper
-    original: int = 4096  # original_max_position_embeddings, L
+    original: int = 4096  # original_max_position_embeddings, L_0
     beta_fast: float = 32.0  # pairs that turn more often than this within L keep their frequency
     beta_slow: float = 1.0  # pairs that turn less often than this are slowed down by the factor
     mscale: float = 1.0

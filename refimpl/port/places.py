@@ -1,4 +1,5 @@
-"""The line of our code, with its equation's tag, that a planted bug has otherwise."""
+"""The line of our code, with its equation's tag, that a planted bug has otherwise; the equations of
+an op's gradients."""
 
 from __future__ import annotations
 
@@ -7,13 +8,15 @@ import importlib
 import inspect
 import re
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from ..check.cases import pair_of
 from ..check.planted import Planted, home
 
-__all__ = ["Place", "place_of"]
+__all__ = ["Place", "equations_of", "place_of"]
 
 TAG = re.compile(r"# (\([a-z_]+\.\d+\))")
+TAGS = re.compile(r"\([a-z_]+\.\d+\)")
 
 
 class Place(NamedTuple):
@@ -47,6 +50,49 @@ def place_of(bug: Planted) -> Place:
     file = f"{name.replace('.', '/')}.py"
     words = (" ".join(text.split()) for text in (old, new))
     return Place(file, first, found[1] if found else "", *words)
+
+
+@cache
+def equations_of(op: str) -> dict[str, list[str]]:
+    """The equations of each gradient that the op's backward returns, such as (moe.7), by the
+    forward's argument.
+
+    They are the tags in the statements that assign to the gradient, ``d`` and the argument's name:
+    of the backward, else of the functions of its module that it calls. A gradient without such a
+    statement has the tags of the backward's return.
+    """
+    forward, backward = pair_of(op)
+    module = inspect.getmodule(backward)
+    called = (getattr(module, name, None) for name in backward.__code__.co_names)
+    tags = [_tags(f) for f in (backward, *filter(inspect.isfunction, called))]
+    parameters = inspect.signature(forward).parameters.values()
+    return {
+        p.name: next(
+            (x[f"d{p.name}"] for x in tags if f"d{p.name}" in x), tags[0].get("return", [])
+        )
+        for p in parameters
+        if p.kind != p.KEYWORD_ONLY
+    }
+
+
+def _tags(function: Any) -> dict[str, list[str]]:
+    """The tags that a function's statements cite, at their end or in a line of their own above, by
+    the name assigned to, or "return"."""
+    source = inspect.getsource(function)
+    lines, found = source.splitlines(), dict[str, list[str]]()
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Assign | ast.Return):
+            continue
+        above = lines[node.lineno - 2].strip()
+        cited = [above] if above.startswith("#") else []
+        cited += lines[node.lineno - 1 : node.end_lineno]
+        tags = TAGS.findall(" ".join(line.partition("#")[2] for line in cited))
+        names = [x for x in ast.walk(node) if isinstance(x, ast.Name)]
+        assigned = [x.id for x in names if isinstance(x.ctx, ast.Store)]
+        for name in ["return"] if isinstance(node, ast.Return) else assigned:
+            if tags:
+                found[name] = list(dict.fromkeys(found.get(name, []) + tags))
+    return found
 
 
 @cache

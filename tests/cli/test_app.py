@@ -9,11 +9,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
 
 import refimpl
-from refimpl.cli.app import ORDER, app
+from refimpl.cli.app import GROUPS, ORDER, app
 from refimpl.errors import CouldNotRun
 from refimpl.kernels.columns import table_of
 from refimpl.kernels.cpu.compile import numba
@@ -55,6 +57,12 @@ def test_who_reads_may_stop(arguments: str) -> None:
     command = f"{sys.executable} -m refimpl {arguments} | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run([*SHELL, command], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (141, "", "")
+
+
+def commands() -> dict[str, Any]:
+    """The commands of the application, by name."""
+    found: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
+    return found
 
 
 class Panic(BaseException):
@@ -161,21 +169,51 @@ def test_version() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "refimpl 0.1.0\n", "")
 
 
-def test_help() -> None:
-    """Without a command: the help, in reading order; no command's summary is cut off."""
+def test_first_steps() -> None:
+    """Without a command: three lines, each of them a command of ours."""
     done = refimpl_here()
-    assert done.returncode == 2
-    assert done.stdout == refimpl_here("--help").stdout
-    summaries = done.stdout.split("Commands:\n")[1].splitlines()
-    assert [line.split()[0] for line in summaries] == ORDER
-    assert not [line for line in summaries if line.endswith("...")]
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert [line.split()[:2] for line in lines] == [
+        ["refimpl", command] for command in ("verify", "grade", "--help")
+    ]
+    assert max(map(len, lines)) <= 100
+
+
+def test_help() -> None:
+    """The commands by use, each once; no command's summary is cut off or wrapped."""
+    done = refimpl_here("--help")
+    assert done.returncode == 0
+    sections = re.findall(r"^(.+) \(refimpl (.+)\):\n((?:  .+\n)+)", done.stdout, re.M)
+    assert [title for title, _, _ in sections] == list(GROUPS)
+    listed = "".join(lines for _, _, lines in sections).splitlines()
+    assert [line.split()[0] for line in listed] == ORDER
+    assert sorted(ORDER) == sorted(commands())
+    assert not [line for line in listed if line.endswith("...")]
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_examples_of_the_help(group: str) -> None:
+    """An example is a command of its group, whose arguments and options exist."""
+    example, members = GROUPS[group]
+    command, *arguments = example.split()
+    assert command in members
+    with commands()[command].make_context(command, arguments) as context:
+        assert context.params
+
+
+def test_completion_of_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What --install-completion installs asks in this way, and gets the commands' names alone."""
+    asked = {"_REFIMPL_COMPLETE": "complete_bash", "COMP_WORDS": "refimpl gra", "COMP_CWORD": "1"}
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    done = refimpl_here()
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["grade", "grads"], "")
 
 
 def _options() -> set[str]:
-    from typer.main import get_command
-
-    commands = get_command(app).commands.values()  # type: ignore[attr-defined]
-    return {x for command in commands for p in command.params for x in p.opts + p.secondary_opts}
+    params = [p for command in commands().values() for p in command.params]
+    return {x for p in params for x in p.opts + p.secondary_opts}
 
 
 def test_options_are_named_in_cli_alone() -> None:

@@ -269,7 +269,9 @@ def test_grade(tmp_path: Path) -> None:
     done = refimpl_here("grade", "rms_norm", str(mine))
     assert done.returncode == 1
     assert "FAIL rms_norm x: finite-difference error" in done.stdout
+    assert "\ndx: see (rms_norm.4) in derivations/rms_norm.md\n" in done.stdout
     assert "FAIL rms_norm w" not in done.stdout
+    assert "\ndw: see" not in done.stdout
     mine.write_text("def rms_norm_backward(dy, saved):\n    return dy\n")
     done = refimpl_here("grade", "rms_norm", str(mine))
     assert done.returncode == 1
@@ -383,6 +385,7 @@ def test_grade_a_pair(tmp_path: Path) -> None:
     done = refimpl_here("grade", "rms_norm", str(mine), "--examples", "1")
     assert done.returncode == 1
     assert "your numbers are those of the planted bug 'no mean term' of rms_norm" in done.stdout
+    assert done.stdout.endswith("\ndx: see (rms_norm.4) in derivations/rms_norm.md\n")
     mine.write_text(RIGHT + "\ndef array(x):\n    return x\n")
     done = refimpl_here("grade", "rms_norm", str(mine))
     assert done.returncode == 2

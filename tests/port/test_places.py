@@ -1,12 +1,17 @@
-"""Every planted bug has a place in our code, and the code that is said to stand there does."""
+"""Every planted bug has a place in our code, and the code that is said to stand there does; every
+gradient has its equation."""
 
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 
+import pytest
+
+from refimpl.check.cases import CASES, pair_of
 from refimpl.check.planted import PLANTED
-from refimpl.port.places import place_of
+from refimpl.port.places import equations_of, place_of
 
 from support import ROOT
 
@@ -37,3 +42,29 @@ def test_it_is_told_with_its_tag() -> None:
     assert str(place).endswith(
         " (mla.11) has sum_along(dk[..., n:], axis=2); the bug has dk[:, :, 0, n:]"
     )
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_every_gradient_has_its_equation(op: str) -> None:
+    """Of each differentiable argument, and all its tags stand on one page, in its Adjoint."""
+    found = equations_of(op)
+    parameters = inspect.signature(pair_of(op).forward).parameters.values()
+    assert list(found) == [p.name for p in parameters if p.kind != p.KEYWORD_ONLY]
+    for argument, tags in found.items():
+        (page,) = {tag.strip("()").partition(".")[0] for tag in tags}
+        text = (ROOT / "derivations" / f"{page}.md").read_text().replace(r"\_", "_")
+        adjoint = text.split("\n## Adjoint\n")[1].split("\n## ")[0]
+        for tag in tags:
+            assert f"\\tag{{{tag[1:-1]}}}" in adjoint, f"{op} {argument}: {tag}"
+
+
+def test_equations_of_gradients() -> None:
+    """By the statement that makes it, in the backward or in a function it calls; else by the
+    return."""
+    assert equations_of("rms_norm") == {"x": ["(rms_norm.4)"], "w": ["(rms_norm.5)"]}
+    assert equations_of("grpo") == {"log_prob": ["(grpo.10)", "(grpo.11)"]}
+    ffn = {"x": "(ffn.6)", "w_gate": "(ffn.6)", "w_up": "(ffn.6)", "w_down": "(ffn.4)"}
+    assert equations_of("ffn") == {argument: [tag] for argument, tag in ffn.items()}
+    absorbed = equations_of("mla_absorbed")
+    assert absorbed["w_kv_b"] == ["(mla_absorbed.5)", "(mla_absorbed.8)"]
+    assert (absorbed["w_q_a"], absorbed["x"]) == (["(mla.19)"], ["(mla.12)"])
