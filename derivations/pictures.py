@@ -32,6 +32,7 @@ from refimpl.ops import (
     rope_frequencies,
 )
 from refimpl.ops.attention import visible
+from refimpl.parallel.grid import Grid
 from refimpl.train.plots import BLUE, GREEN, ORANGE, PINK, SKY
 
 HERE = Path(__file__).parent
@@ -697,6 +698,54 @@ def speculation() -> Picture:
     return p
 
 
+# ---- parallel.md
+
+
+def ranks() -> Picture:
+    """What each of four ranks has, and who sends what to whom."""
+    grid, config, batch, length = Grid(data=2, context=2, expert=2), preset("tiny"), 6, 32
+    p = Picture(
+        760,
+        400,
+        "Four ranks: what each has, and who sends what to whom",
+        f"A grid of {grid.data} rows and {grid.context} columns of ranks. A row has the same "
+        "sequences, a column the same piece of their positions; the two ranks of a row hold all "
+        "experts between them. Within a row keys and values go around a ring, and tokens go to "
+        "their experts and back. Gradients are added up over all ranks, those of experts over "
+        "the ranks of a column.",
+    )
+    boxes = {}
+    for rank in range(grid.ranks):
+        x, y = 40 + 420 * grid.piece(rank), 30 + 230 * grid.row(rank)
+        rows, positions = grid.place(rank, batch, length)
+        experts = grid.experts(rank, config)
+        boxes[rank] = x, y
+        p.rect(x, y, 260, 116, BOX, stroke=EDGE, round=4)
+        p.text(x + 14, y + 24, f"rank {rank}", bold=True)
+        for line, (name, own) in enumerate(
+            (("sequences", rows), ("positions", positions), ("experts", experts))
+        ):
+            words = f"{name} {own.start} to {own.stop - 1}"
+            p.text(x + 14, y + 48 + 20 * line, words, fill=(BLUE, ORANGE, GREEN)[line])
+        p.text(x + 14, y + 108, "all other weights", size=12, fill=PALE)
+    for rank in range(0, grid.ranks, grid.context):
+        (x, y), (end, _) = boxes[rank], boxes[rank + 1]
+        for row, (words, colour) in enumerate((("keys, values", ORANGE), ("tokens", GREEN))):
+            down = y + 38 + 48 * row
+            p.line([(x + 266, down), (end - 6, down)], colour, arrow=True)
+            p.line([(end - 6, down + 9), (x + 266, down + 9)], colour, arrow=True)
+            p.text((x + 260 + end) / 2, down - 7, words, size=12, fill=colour, anchor="middle")
+    for rank in range(grid.context):
+        (x, y), (_, end) = boxes[rank], boxes[rank + grid.context]
+        p.line([(x + 60, y + 122), (x + 60, end - 6)], GREEN, arrow=True)
+        p.line([(x + 69, end - 6), (x + 69, y + 122)], GREEN, arrow=True)
+        p.text(x + 80, (y + 116 + end) / 2 - 4, "gradients of", size=12, fill=GREEN)
+        p.text(x + 80, (y + 116 + end) / 2 + 12, "the same experts", size=12, fill=GREEN)
+    p.text(380, 196, "gradients of all other weights:", size=12, fill=BLUE, anchor="middle")
+    p.text(380, 212, "over all four ranks", size=12, fill=BLUE, anchor="middle")
+    return p
+
+
 PICTURES: dict[str, Callable[[], Picture]] = {
     "rope.svg": yarn,
     "grpo_clip.svg": clip,
@@ -705,6 +754,7 @@ PICTURES: dict[str, Callable[[], Picture]] = {
     "moe.svg": dispatch,
     "mla.svg": cache,
     "mtp.svg": speculation,
+    "parallel.svg": ranks,
 }
 
 

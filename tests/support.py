@@ -32,7 +32,7 @@ STEMS = sorted({path.stem for path in (PACKAGE / "ops").glob("*.py")} - NO_OPS)
 # pages that derive no op
 NOT_OPS = {
     *("README", "checkpoints", "conventions", "fp8", "glossary", "porting", "recipe", "splits"),
-    "vectors",
+    *("parallel", "vectors"),
 }
 DIGITS = 50  # of the exact arithmetic; 40 must agree
 

@@ -55,7 +55,8 @@ def check_shared(request: Request) -> None:
     """CouldNotRun, naming the argument, if the request asks for what ranks don't give."""
     for name in ALONE:
         if getattr(request, name) not in (None, (), {}):
-            raise CouldNotRun("can't be had from several ranks: leave out --ranks", argument=name)
+            reason = "can't be had from several ranks: leave out"
+            raise CouldNotRun(reason, argument=name, remedy="ranks")
 
 
 def shared_gradients(source: Source, request: Request, ranks: Ranks) -> Found | None:

@@ -78,7 +78,7 @@ class Watch:
                 stop_all(
                     f"refimpl: rank {self.rank} (process {os.getpid()}) has waited "
                     f"{self.timeout:g} s to {self.what}; another rank hangs, or needs a longer "
-                    "--timeout",
+                    "timeout",
                     code=2,
                 )
 

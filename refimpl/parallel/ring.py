@@ -54,7 +54,8 @@ def ring(ops: Ops, group: Group) -> Ops:
         segments: Array | None = None,
     ) -> tuple[Array, Saved]:
         own = block = Block(k, v, key_mask, segments)
-        outs, log_sums, stops = [], [], []
+        outs, log_sums = [], []
+        stops = []
         for stop in range(group.size):
             if stop < seen:
                 keys, values, told = _at_stop(q, block, own)

@@ -127,7 +127,8 @@ def loss_gradients(
     batch for this rank than those that its place in the grid gives it.
     """
     batch, length = arrays["tokens"].shape
-    size, ranks, ops = min(part_size(rows, length), batch), machine.ranks, machine.ops
+    size, ranks = min(part_size(rows, length), batch), machine.ranks
+    ops = machine.ops
     if ranks is None:
         rest = [batch % size] if batch % size else []
         parts = by_rows(dict(arrays), [size] * (batch // size) + rest)

@@ -66,5 +66,5 @@ def test_what_one_process_alone_gives(argument: str, value: Any) -> None:
     request = replace(Request(np.zeros((2, 5), int)), **{argument: value})
     with pytest.raises(CouldNotRun) as error:
         check_shared(request)
-    line = f"{argument} can't be had from several ranks: leave out --ranks"
+    line = f"{argument} can't be had from several ranks: leave out ranks"
     assert str(error.value) == line

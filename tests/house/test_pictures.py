@@ -17,7 +17,7 @@ from support import ROOT
 PAGES = ROOT / "derivations"
 SVG = "{http://www.w3.org/2000/svg}"
 LETTER = 0.56  # width of an average letter by its height, in DejaVu Sans, wider than most
-NAMES = ["flash_attention", "grpo_clip", "grpo_kl", "mla", "moe", "mtp", "rope"]
+NAMES = ["flash_attention", "grpo_clip", "grpo_kl", "mla", "moe", "mtp", "parallel", "rope"]
 
 
 @cache

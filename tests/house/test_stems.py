@@ -28,6 +28,7 @@ TESTED_ELSEWHERE = {  # a module, or a folder of them, without a test file: what
     "errors": "an exception, which the tests of messages raise",
     "grads/request": "tests/cli/test_grads.py: what can't be asked for; tests/grads: what can",
     "grads/result": "tests/grads/test_steps.py: the model's loss, routes and loads",
+    "parallel/group": "tests/parallel/test_ranks.py, test_launch.py: under MPI",
     "port/foreign": "tests/port/test_functions.py: arrays that know DLPack alone, and what raises",
     "port/table": "tests/cli/test_verify.py: tables and files of somebody's functions",
     "port/vector_cases": "tests/port/test_vectors.py: every case, its bytes and what it excludes",

@@ -9,7 +9,7 @@ import pytest
 from support import PACKAGE, ROOT, STEMS
 
 TAG = r"[a-z_]+\.\d+"
-OTHER = ("splits", "fp8")
+OTHER = ("splits", "fp8", "parallel")
 IN_KERNELS = {"mla_absorbed.9": "mla_decode.cu"}  # equations that a kernel alone implements
 
 

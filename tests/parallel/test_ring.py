@@ -27,7 +27,8 @@ from support import FULL
 def test_against_attention(data: st.DataObject, ranks: int) -> None:
     """Uneven pieces, padding, documents, queries that see nothing, a shared head, large scores."""
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
-    b, heads, length = 2, 2, data.draw(st.integers(ranks, 9))
+    b, heads = 2, 2
+    length = data.draw(st.integers(ranks, 9))
     shared = data.draw(st.booleans())
     q = data.draw(st.sampled_from([1.0, 30.0])) * rng.normal(size=(b, length, heads, 3))
     k = rng.normal(size=(b, length, 1 if shared else heads, 3))

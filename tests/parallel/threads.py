@@ -22,7 +22,8 @@ class ThreadGroup:
     """A `refimpl.parallel.group.Group` of threads."""
 
     def __init__(self, board: Board, rank: int, size: int) -> None:
-        self.board, self.rank, self.size = board, rank, size
+        self.board = board
+        self.rank, self.size = rank, size
         self.splits = 0
 
     def gather(self, value: T) -> list[T]:
