@@ -28,7 +28,7 @@ from ..optimizer import AdamW, NarrowAdamW
 from ..parallel.ranks import Ranks
 from ..parameters import init_parameters, is_buffer
 
-__all__ = ["Machine", "open_machine"]
+__all__ = ["Machine", "open_machine", "use_own_device"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,13 @@ def open_machine(
         decode,
         optimizer_of(implementation),
     )
+
+
+def use_own_device(rank: int) -> None:
+    """Of a machine's GPUs, this process's is the rank-th, counted around."""
+    import cupy
+
+    cupy.cuda.Device(rank % cupy.cuda.runtime.getDeviceCount()).use()
 
 
 def optimizer_of(implementation: str) -> Callable[..., AdamW]:

@@ -16,7 +16,7 @@ from ..parallel.ranks import Ranks
 from .distil import DistilSettings, sample_solutions
 from .extend import Extend, ExtendSettings
 from .grpo import GRPO, GRPOSettings
-from .machine import Machine
+from .machine import Machine, use_own_device
 from .pretrain import Pretrain, PretrainSettings
 from .reward_model import RewardModelSettings, RewardModelStage
 from .run import Live, Metrics, run
@@ -50,6 +50,8 @@ def run_stage(
         begun = partial(expect_place, path, resume=resume)
         begun() if ranks is None else ranks.world.first(begun)
         machine = replace(settings.machine(), ranks=ranks)
+        if ranks is not None and machine.backend == "cupy":
+            use_own_device(ranks.rank)
         return STAGES[name].run(path, settings, machine, resume)
 
 

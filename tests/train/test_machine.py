@@ -134,6 +134,17 @@ def test_types(dtype: str) -> None:
     assert machine.fetched(params)["model.norm.weight"] is params["model.norm.weight"]
 
 
+def test_a_device_for_each_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[int] = []
+    cupy = Pretended("cupy")
+    cupy.cuda.runtime = type("Two", (), {"getDeviceCount": lambda: 2})
+    cupy.cuda.Device = lambda n: type("Device", (), {"use": lambda self: used.append(n)})()
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    for rank in range(3):
+        machine.use_own_device(rank)
+    assert used == [0, 1, 0]
+
+
 def text(folder: Path) -> str:
     path = folder / "text.txt"
     path.write_text("".join(f"The cat sat on mat {i} of {i * 7 % 13}.\n" for i in range(45)))

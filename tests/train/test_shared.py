@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,18 +14,22 @@ import pytest
 from safetensors.numpy import load_file
 
 from refimpl.errors import CouldNotRun
+from refimpl.generate.sampler import to_numpy
 from refimpl.optimizer import Moments
 from refimpl.parallel.grid import Grid
 from refimpl.parallel.ranks import Ranks
 from refimpl.train import shared
-from refimpl.train.pretrain import PretrainSettings
+from refimpl.train.machine import Machine, open_machine
+from refimpl.train.pretrain import Pretrain, PretrainSettings
 from refimpl.train.reward_model import RewardModelSettings
+from refimpl.train.run import Guard
 from refimpl.train.sft import SFTSettings
-from refimpl.train.shared import own_state, whole_state
+from refimpl.train.shared import SharedStage, own_state, whole_state
 from refimpl.train.stages import run_stage
 from refimpl.train.step import State
 
 from parallel.threads import in_threads
+from pretended_cupy import Pretended, ndarray
 from random_parameters import random_parameters
 from small_stage import COMMON, CONFIG, MODEL, far, same
 
@@ -154,3 +160,25 @@ def test_an_error_on_the_first_rank_is_everyones(tmp_path: Path) -> None:
     in_threads(2, partial(work))
     assert len(lines) == 2
     assert {*lines} == {f"{tmp_path / 'run'} is not empty and holds no run: nothing was changed"}
+
+
+def test_on_a_pretended_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps of ranks whose arrays don't mix with NumPy's; what they send is theirs again."""
+    given = settings("train", tmp_path)
+
+    def two_steps(machine: Machine) -> State:
+        stage = Pretrain(given, machine)
+        state = (stage if machine.ranks is None else SharedStage(stage, machine.ranks)).start()
+        for _ in range(2):
+            state, _ = stage.step(state, Guard(stage.jump))
+        return state
+
+    def shared_steps(group: Any) -> State:
+        machine = replace(open_machine("cupy", "reference", "float64"), ranks=Ranks(GRID, group))
+        return whole_state(two_steps(machine), machine.ranks)
+
+    wanted = two_steps(open_machine("numpy", "reference", "float64"))
+    monkeypatch.setitem(sys.modules, "cupy", Pretended("cupy"))
+    found = in_threads(4, shared_steps)[0]
+    assert all(isinstance(x, ndarray) for x in found.params.values())
+    assert far({n: to_numpy(x) for n, x in found.params.items()}, wanted.params) <= 1e-9
