@@ -31,8 +31,17 @@ NO_OPS = {"__init__", "choices", "leaves", "reference"}  # files of refimpl/ops/
 STEMS = sorted({path.stem for path in (PACKAGE / "ops").glob("*.py")} - NO_OPS)
 # pages that derive no op
 NOT_OPS = {
-    *("README", "checkpoints", "conventions", "fp8", "glossary", "porting", "recipe", "splits"),
-    *("parallel", "vectors"),
+    *(
+        "README",
+        "checkpoints",
+        "conventions",
+        "fp8",
+        "generation",
+        "glossary",
+        "parallel",
+        "porting",
+    ),
+    *("proofs", "recipe", "splits", "vectors"),
 }
 DIGITS = 50  # of the exact arithmetic; 40 must agree
 

@@ -15,10 +15,11 @@ from refimpl.check.planted import PLANTED
 from support import NOT_OPS, ROOT
 
 README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 
 @pytest.mark.parametrize(
-    "code", re.findall(r"```python\n(.*?)```", README, re.S), ids=["rms_norm", "model"]
+    "code", re.findall(r"```python\n(.*?)```", README, re.S), ids=["model", "rms_norm"]
 )
 def test_code_runs(code: str) -> None:
     exec(compile(code, "README.md", "exec"), {})
@@ -32,14 +33,14 @@ def test_first_line() -> None:
 def test_file_tree() -> None:
     """Every name in the annotated tree exists, in the folder it is indented under; every folder of
     ours is in it."""
-    tree = README.split("## The files")[1].split("```")[1]
+    tree = CONTRIBUTING.split("## The files")[1].split("```")[1]
     folders: list[Path] = [ROOT]
     named = set()
     for line in tree.strip("\n").splitlines():
         entry, depth = line.strip().split("  ")[0], (len(line) - len(line.lstrip())) // 2
         for name in entry.split(", "):
             path = folders[depth] / name
-            assert path.exists(), f"{path.relative_to(ROOT)} is in README's tree alone"
+            assert path.exists(), f"{path.relative_to(ROOT)} is in CONTRIBUTING's tree alone"
             named.add(path.resolve())
             folders[depth + 1 :] = [path]
     for path in (ROOT / "refimpl").iterdir():
@@ -48,7 +49,23 @@ def test_file_tree() -> None:
             and path.suffix in ("", ".py")
             and path.name != "errors.py"
         ):
-            assert path.resolve() in named, f"{path.name} is missing in README's tree"
+            assert path.resolve() in named, f"{path.name} is missing in CONTRIBUTING's tree"
+
+
+def test_first_screen() -> None:
+    """Within forty lines: what it is, how to install it, a call, and what proves it."""
+    screen = "\n".join(README.splitlines()[:40])
+    assert "$ make verify" in screen
+    assert "every gradient holds" in screen
+    assert "refimpl.backward(saved)" in screen
+
+
+def test_citation() -> None:
+    """CITATION.cff has the version and the name that the package has."""
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {refimpl.__version__}\n" in citation
+    for field in ("cff-version: 1.2.0", "message:", "title:", "authors:", "license: MIT"):
+        assert field in citation
 
 
 def test_table_has_every_op() -> None:
@@ -58,13 +75,13 @@ def test_table_has_every_op() -> None:
 
 
 def test_number_of_planted_bugs() -> None:
-    assert f"plants {len(PLANTED)} bugs" in README
+    assert f"plants {len(PLANTED)} bugs" in (ROOT / "derivations" / "proofs.md").read_text()
     assert f"{len(PLANTED)} planted bugs" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for document in (README, (ROOT / "CONTRIBUTING.md").read_text()):
+    for document in (README, CONTRIBUTING):
         for target in re.findall(r"`?\bmake ([a-z-]+)\b", document):
             if target in ("verify", "test", "check", "bugs", "memory", "test-full"):
                 assert f"\n{target}:" in makefile
