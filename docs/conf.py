@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE / "extensions"))
+sys.path[:0] = [str(HERE), str(HERE / "extensions")]
 
+import execute  # noqa: E402
 import reference  # noqa: E402
 
 import refimpl  # noqa: E402
+from refimpl.ops import choices  # noqa: E402
 
 project = "DeepSeek-V3/R1 refimpl"
 copyright = "its authors; MIT license"
@@ -36,6 +38,8 @@ default_role = "literal"
 highlight_language = "text"
 python_maximum_signature_line_length = 88
 add_module_names = False
+autodoc_type_aliases = {"Array": "Array", **{x: f"refimpl.ops.choices.{x}" for x in choices.__all__[:-1]}}
+python_use_unqualified_type_names = True
 toc_object_entries = False
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
@@ -50,5 +54,6 @@ html_static_path = ["style.css"]
 html_css_files = ["style.css"]
 html_copy_source = False
 html_show_sphinx = False
-nb_execution_mode = "off"
+nb_execution_mode = "cache" if execute.cached() else "off"  # `make notebooks` executes them
+nb_execution_cache_path = str(execute.KEPT)
 linkcode_resolve = reference.source
