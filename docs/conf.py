@@ -38,7 +38,10 @@ default_role = "literal"
 highlight_language = "text"
 python_maximum_signature_line_length = 88
 add_module_names = False
-autodoc_type_aliases = {"Array": "Array", **{x: f"refimpl.ops.choices.{x}" for x in choices.__all__[:-1]}}
+autodoc_type_aliases = {
+    "Array": "Array",
+    **{x: f"refimpl.ops.choices.{x}" for x in choices.__all__[:-1]},
+}
 python_use_unqualified_type_names = True
 toc_object_entries = False
 autodoc_member_order = "bysource"

@@ -1,7 +1,7 @@
 """Formulas as MathML, made at build time: LaTeX by latex2mathml, and after it what a browser needs.
 
 A formula that cannot be converted, or that is wider than the column, is a warning, and a warning
-ends the build. `\\tag{rms_norm.4}` becomes the equation's number and its anchor, `eq-rms_norm.4`.
+ends the build. `\\tag{linear.2}` becomes the equation's number and its anchor, `eq-linear.2`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -44,7 +45,7 @@ LOG = logging.getLogger(__name__)
 
 class Formula(NamedTuple):
     mathml: str
-    tag: str | None  # of the equation, rms_norm.4
+    tag: str | None  # of the equation, linear.2
 
 
 def formula(latex: str, display: bool = False) -> Formula:
@@ -104,7 +105,7 @@ def _pair_bars(row: ElementTree.Element) -> None:
 def _sign_numbers(row: ElementTree.Element) -> None:
     """A minus after another operator is a sign: = −x."""
     cores = [_core(child) for child in row]
-    for before, core in zip(cores, cores[1:], strict=False):
+    for before, core in pairwise(cores):
         if core.text == "−" and before.tag == "mo" and before.text in OPERATORS:
             core.set("form", "prefix")
 

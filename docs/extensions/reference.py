@@ -1,101 +1,38 @@
 """The API reference: the directive ``api``, which documents the public names of packages.
 
-A module's names are those of its ``__all__``. What a function takes and returns stands in its
-docstring, what a field or a constant is in the comment beside it.
+What is said of each name is found by ``public_names``.
 """
 
 from __future__ import annotations
 
-import ast
 import inspect
 import re
-import textwrap
-from functools import cache
 from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any
 
 from docutils import nodes
 from docutils.statemachine import StringList
+from public_names import constants, defined, fields, modules
 from sources import address
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-__all__ = ["constants", "fields", "modules", "names", "setup", "source"]
+__all__ = ["setup", "source"]
 
 ROOT = Path(__file__).parents[2]
 
 
-def modules(package: str) -> list[str]:
-    """The package's modules that have an ``__all__``, itself first; of the whole, itself alone."""
-    path = getattr(import_module(package), "__path__", []) if package != "refimpl" else []
-    inside = [info.name for info in iter_modules(path) if not info.ispkg]
-    found = [package, *(f"{package}.{name}" for name in inside if name != "__main__")]
-    return [name for name in found if hasattr(import_module(name), "__all__")]
-
-
-def _comment(lines: list[str], node: ast.stmt) -> str:
-    """The comment at a statement's first or last line, or else the lines of comment above it."""
-    for number in (node.lineno, node.end_lineno or node.lineno):
-        if "  # " in lines[number - 1]:
-            return lines[number - 1].rsplit("  # ", 1)[1]
-    first = node.lineno - 1
-    while first and lines[first - 1].lstrip().startswith("# "):
-        first -= 1
-    return " ".join(line.strip(" #") for line in lines[first : node.lineno - 1])
-
-
-def _assigned(body: list[ast.stmt], lines: list[str]) -> dict[str, tuple[str, str]]:
-    """Each name that is assigned: what it is, and the comment beside it."""
-    found = {}
-    for node in body:
-        if isinstance(node, ast.Assign | ast.AnnAssign):
-            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-            kind = node.annotation if isinstance(node, ast.AnnAssign) else node.value
-            found[ast.unparse(target)] = (ast.unparse(kind), _comment(lines, node))
-    return found
-
-
-@cache
-def constants(module: ModuleType) -> dict[str, tuple[str, str]]:
-    """The public names that a module assigns: the type or the value as it is written, the
-    comment."""
-    text = inspect.getsource(module)
-    found = _assigned(ast.parse(text).body, text.splitlines())
-    return {name: told for name, told in found.items() if name in module.__all__}
-
-
-def fields(cls: type) -> dict[str, tuple[str, str]]:
-    """The fields of a record: the type, and the comment beside it."""
-    text = textwrap.dedent(inspect.getsource(cls))
-    (node,) = ast.parse(text).body
-    assert isinstance(node, ast.ClassDef)
-    annotated = [x for x in node.body if isinstance(x, ast.AnnAssign)]
-    found = _assigned(annotated, text.splitlines())
-    return {name: told for name, told in found.items() if not name.startswith("_")}
-
-
-def names(module: ModuleType) -> tuple[list[str], list[str]]:
-    """The names of ``__all__`` that the module defines, in the order of its source, and those that
-    it has from others."""
-    body = ast.parse(inspect.getsource(module)).body
-    here = [x.name for x in body if isinstance(x, ast.ClassDef | ast.FunctionDef)]
-    mine = [name for name in [*constants(module), *here] if name in module.__all__]
-    return mine, [name for name in module.__all__ if name not in mine]
-
-
 def _entry(module: ModuleType, name: str) -> list[str]:
     """One public name as reStructuredText."""
-    thing = getattr(module, name)
-    told = constants(module).get(name)
-    if told is None:
-        kind = "autoclass" if inspect.isclass(thing) else "autofunction"
-        return [f".. {kind}:: {module.__name__}.{name}", *["   :members:"] * inspect.isclass(thing), ""]
-    value, comment = told
-    short = value if len(value) < 60 else value[:56] + " …"
-    return [f".. py:data:: {name}", f"   :value: {short}", f"   :module: {module.__name__}", "", f"   {plain(comment)}", ""]
+    if told := constants(module).get(name):
+        short = told.value if len(told.value) < 60 else told.value[:56] + " …"
+        head = [f".. py:data:: {name}", f"   :value: {short}", f"   :module: {module.__name__}"]
+        return [*head, "", f"   {plain(told.comment)}", ""]
+    if inspect.isclass(getattr(module, name)):
+        return [f".. autoclass:: {module.__name__}.{name}", "   :members:", ""]
+    return [f".. autofunction:: {module.__name__}.{name}", ""]
 
 
 class Api(SphinxDirective):
@@ -105,16 +42,16 @@ class Api(SphinxDirective):
     final_argument_whitespace = True
 
     def run(self) -> list[nodes.Node]:
-        return [self.section(name) for given in self.arguments[0].split() for name in modules(given)]
+        packages = self.arguments[0].split()
+        return [self.section(name) for package in packages for name in modules(package)]
 
     def section(self, name: str) -> nodes.section:
         module = import_module(name)
         section = nodes.section(name, nodes.title(name, name), ids=[name], names=[name])
         lines = [f".. automodule:: {name}", ""]
-        mine, others = names(module)
-        for public in mine:
+        for public in defined(module):
             lines += _entry(module, public)
-        if others:
+        if others := [x for x in module.__all__ if x not in defined(module)]:
             homes = [(x, getattr(getattr(module, x), "__module__", name)) for x in others]
             listed = ", ".join(f":py:obj:`{x} <{home}.{x}>`" for x, home in homes)
             lines += [f"From its modules: {listed}.", ""]
@@ -130,11 +67,9 @@ def plain(line: str) -> str:
     return "".join(parts)
 
 
-def as_text(
-    app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]
-) -> None:
-    """Before napoleon reads a docstring (event autodoc-process-docstring): a block that is set off by
-    an empty line and indented stands as it is."""
+def as_text(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """Before napoleon reads a docstring (event autodoc-process-docstring): a block that an empty
+    line sets off and that is indented stands as it is."""
     made, block = [], 0  # the indentation of the block
     for before, line in zip(["", *lines], lines, strict=False):
         indent = len(line) - len(line.lstrip())
@@ -157,14 +92,16 @@ def add_fields(
 ) -> None:
     """A record's docstring ends with its fields (event autodoc-process-docstring)."""
     if what == "class" and (listed := fields(thing)):
-        lines += ["", *(f"- ``{field}``: {plain(comment)}" for field, (_, comment) in listed.items()), ""]
+        items = [f"- ``{field}``: {plain(told.comment)}" for field, told in listed.items()]
+        lines += ["", *items, ""]
 
 
 def skip_fields(
     app: Sphinx, what: str, name: str, thing: Any, skip: bool, options: Any
 ) -> bool | None:
     """Fields are listed already, and a NamedTuple would say "Alias for field number 0"."""
-    return True if what == "class" and not callable(thing) and not isinstance(thing, property) else None
+    shown = what != "class" or callable(thing) or isinstance(thing, property)
+    return None if shown else True
 
 
 def source(domain: str, info: dict[str, str]) -> str | None:

@@ -47,7 +47,8 @@ class Links(SphinxTransform):
         root, docname = Path(self.env.srcdir), self.env.docname
         links = [*self.document.findall(addnodes.download_reference)]
         links += [
-            node for node in self.document.findall(addnodes.pending_xref)
+            node
+            for node in self.document.findall(addnodes.pending_xref)
             if node["reftype"] == "myst" and node["refdomain"] is None
         ]
         for node in links:
@@ -92,7 +93,9 @@ def _listing(path: Path, names: set[str], root: Path) -> str:
     rows = []
     for child in sorted(path.iterdir()):
         if child.relative_to(root).as_posix() in names:
-            rows.append(f'<li><a href="{path.name}/{child.name}.html">{escape(child.name)}</a></li>')
+            rows.append(
+                f'<li><a href="{path.name}/{child.name}.html">{escape(child.name)}</a></li>'
+            )
     return f"<ul>{''.join(rows)}</ul>"
 
 

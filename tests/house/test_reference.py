@@ -1,0 +1,81 @@
+"""Every public name is described in its source, and arrays by their shapes: what `help()` shows and
+what the site's API reference is made of."""
+
+from __future__ import annotations
+
+import inspect
+import pydoc
+import re
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from support import PACKAGE, ROOT
+
+sys.path.append(str(ROOT / "docs" / "extensions"))
+from public_names import constants, defined, fields  # noqa: E402
+
+MOST_LINES = 40  # of help(), a screen
+ARRAY = re.compile(r"(Array|np\.ndarray)( \| None)?")
+SHAPE = re.compile(r"\[[^\]\n]*\]|any shape|scalar|shapes? of|shaped like")
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for path in PACKAGE.rglob("*.py")
+    if path.stem != "__main__" and "__all__" in path.read_text()
+)
+
+
+def without_shape(name: str, text: str) -> bool:
+    """Whether no shape stands after an argument's name, in the same paragraph."""
+    for found in re.finditer(rf"(?<![\w.]){re.escape(name)}(?!\w)", text):
+        if SHAPE.search(text[found.end() :].split("\n\n")[0]):
+            return False
+    return True
+
+
+def missing_of(thing: Any) -> list[str]:
+    """What a function or a class leaves unsaid."""
+    text = inspect.getdoc(thing) or ""
+    if inspect.isclass(thing):
+        made = text.startswith(f"{thing.__name__}(")  # by NamedTuple and dataclass, where none is written
+        silent = [
+            field
+            for field, told in fields(thing).items()
+            if ARRAY.fullmatch(told.value) and not SHAPE.search(told.comment)
+        ]
+        return (["docstring"] if not text or made or thing.__doc__ is None else []) + silent
+    if not text:
+        return ["docstring"]
+    arguments = inspect.signature(thing).parameters.values()
+    arrays = [x.name for x in arguments if ARRAY.fullmatch(str(x.annotation))]
+    return [f"shape of {name}" for name in arrays if without_shape(name, text)]
+
+
+def undescribed(module: ModuleType) -> list[str]:
+    found = []
+    for name in defined(module):
+        told = constants(module).get(name)
+        if told is not None:
+            found += [] if told.comment else [f"{name}: comment"]
+        else:
+            found += [f"{name}: {what}" for what in missing_of(getattr(module, name))]
+    return found
+
+
+def long_help(module: ModuleType) -> list[str]:
+    functions = [x for name in defined(module) if inspect.isroutine(x := getattr(module, name))]
+    helps = {x.__name__: pydoc.render_doc(x, renderer=pydoc.plaintext) for x in functions}
+    return [name for name, text in helps.items() if text.count("\n") > MOST_LINES]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_public_name_is_described(module: str) -> None:
+    assert not undescribed(import_module(module))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_help_fits_a_screen(module: str) -> None:
+    assert not long_help(import_module(module))
