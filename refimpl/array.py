@@ -9,6 +9,8 @@ CuPy. Three rules make that work, and each has its function here:
 * a contraction is a ``matmul``, alone or by way of `einsum`, which every library and number type
   has;
 * a constant that enters an array takes that array's own number type (`fill`, `zeros`, `cast`).
+
+Arrays have any shape unless one is given.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ class Conventions:
         _check_choices(self)
 
 
-CONVENTIONS: dict[str, Conventions] = {
+CONVENTIONS: dict[str, Conventions] = {  # by the name that `--convention` takes
     "official": Conventions(),
     "paper": Conventions(mtp_order="hidden_embedding"),
     # transformers 5.24; its MTP drafts tokens, without a loss that runs; no balance loss

@@ -40,18 +40,24 @@ __all__ = [
 
 
 class AttentionMemory(NamedTuple):
+    """Peak memory of attention and of flash attention, forward and backward."""
+
     length: int  # T
     peak: int  # bytes above q, k, v, do
     probabilities: int  # bytes of the [H, T, T] probabilities that are never made
 
 
 class HeadMemory(NamedTuple):
+    """Peak memory of the head with cross-entropy, whole and fused."""
+
     length: int  # T
     peak: int  # bytes above h, w and beyond the returned dh, dw
     logits: int  # bytes of the [T, W] logits that are never made
 
 
 class ModelMemory(NamedTuple):
+    """Peak memory and time of a model, with and without ``recompute``."""
+
     layers: int
     recompute: bool  # each block's forward in the backward
     peak: int  # bytes above the parameters and beyond the returned gradients
@@ -60,6 +66,8 @@ class ModelMemory(NamedTuple):
 
 
 class ProcessMemory(NamedTuple):
+    """Peak memory of a process."""
+
     peak: int  # bytes that no file backs (RssAnon), the interpreter's included
     seconds: float
 

@@ -311,4 +311,4 @@ class Schedule:
         return self.mtp_weights[0] if tokens < self.mtp_until else self.mtp_weights[1]
 
 
-V3_SCHEDULE = Schedule()
+V3_SCHEDULE = Schedule()  # of the report's section 4.2

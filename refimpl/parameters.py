@@ -32,12 +32,13 @@ __all__ = [
     "parameter_shapes",
 ]
 
-Parameters = Mapping[str, Array]
+Parameters = Mapping[str, Array]  # by name, a weight as [out, in]
 Shapes = dict[str, tuple[int, ...]]
 
+# names of the tensors that belong to no layer, as in Hugging Face's files
 EMBEDDING = "model.embed_tokens.weight"
-FINAL_NORM = "model.norm.weight"
-HEAD = "lm_head.weight"
+FINAL_NORM = "model.norm.weight"  # before the head
+HEAD = "lm_head.weight"  # the output head's
 # In a layer:
 ATTENTION_NORM = "input_layernorm.weight"
 NETWORK_NORM = "post_attention_layernorm.weight"

@@ -1,7 +1,7 @@
 """The public names of the package, and what is said of each in its source.
 
 A module's names are those of its ``__all__``. A function or a class is described by its docstring,
-a constant and a record's field by the comment beside it or above it.
+a constant and a record's field by the string after it, or the comment beside it or above it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
@@ -32,8 +31,11 @@ def modules(package: str) -> list[str]:
     return [name for name in found if hasattr(import_module(name), "__all__")]
 
 
-def _comment(lines: list[str], node: ast.stmt) -> str:
-    """The comment at a statement's first or last line, or else the lines of comment above it."""
+def _comment(lines: list[str], node: ast.stmt, after: ast.stmt | None) -> str:
+    """The string after a statement, or the comment at its first or last line, or the lines of
+    comment above it."""
+    if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+        return " ".join(str(after.value.value).split())
     for number in (node.lineno, node.end_lineno or node.lineno):
         if "  # " in lines[number - 1]:
             return lines[number - 1].rsplit("  # ", 1)[1]
@@ -43,13 +45,13 @@ def _comment(lines: list[str], node: ast.stmt) -> str:
     return " ".join(line.strip(" #") for line in lines[first : node.lineno - 1])
 
 
-def _assigned(body: Iterable[ast.stmt], text: str) -> dict[str, Told]:
+def _assigned(body: list[ast.stmt], text: str) -> dict[str, Told]:
     found: dict[str, Told] = {}
-    for node in body:
+    for node, after in zip(body, [*body[1:], None], strict=True):
         if isinstance(node, ast.Assign | ast.AnnAssign):
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
             value = node.annotation if isinstance(node, ast.AnnAssign) else node.value
-            told = Told(ast.unparse(value), _comment(text.splitlines(), node))
+            told = Told(ast.unparse(value), _comment(text.splitlines(), node, after))
             found.setdefault(ast.unparse(target), told)
     return found
 
@@ -68,8 +70,9 @@ def fields(cls: type) -> dict[str, Told]:
     text = textwrap.dedent(inspect.getsource(cls))
     (node,) = ast.parse(text).body
     assert isinstance(node, ast.ClassDef)
-    found = _assigned((x for x in node.body if isinstance(x, ast.AnnAssign)), text)
-    return {name: told for name, told in found.items() if not name.startswith("_")}
+    found = _assigned(node.body, text)
+    annotated = {ast.unparse(x.target) for x in node.body if isinstance(x, ast.AnnAssign)}
+    return {x: told for x, told in found.items() if x in annotated and not x.startswith("_")}
 
 
 @cache

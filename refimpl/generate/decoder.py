@@ -19,6 +19,7 @@ from ..parameters import EMBEDDING
 
 __all__ = ["ABSORBED", "Decoder"]
 
+# the ops that decoding uses: attention reads the latents themselves
 ABSORBED = IMPLEMENTATIONS["absorbed"]
 
 

@@ -33,6 +33,8 @@ ROW_THREADS = 128  # of a block of flash_attention_row_sum, a warp a row
 
 
 class FlashAttentionSaved(NamedTuple):
+    """What the forward of `attention` keeps for its backward."""
+
     q: Array  # [B, T, H, X]
     k: Array  # [B, S, H or 1, X]
     v: Array  # [B, S, H or 1, V]

@@ -32,6 +32,8 @@ __all__ = ["FlashAttentionSaved", "flash_attention_backward", "flash_attention_f
 
 
 class FlashAttentionSaved(NamedTuple):
+    """What `flash_attention_forward` keeps for `flash_attention_backward`."""
+
     q: Array  # [B, T, H, X]
     k: Array  # [B, S, H or 1, X]
     v: Array  # [B, S, H or 1, V]
@@ -55,8 +57,8 @@ def flash_attention_forward(
     segments: Array | None = None,
     block: int = 128,
 ) -> tuple[Array, FlashAttentionSaved]:
-    """o [B, T, H, V], as `attention_forward` defines it; ``block`` is the length of a block of
-    queries or keys."""
+    """o [B, T, H, V], with arguments as `refimpl.ops.attention_forward`; ``block`` is the length of
+    a block of queries or keys."""
     xp, scale = namespace(q=q, k=k, v=v), float(scale)
     check_attention(q, k, v, causal, key_mask, segments)
     if block < 1:

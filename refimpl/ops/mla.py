@@ -31,11 +31,15 @@ __all__ = [
 
 
 class MLAOutput(NamedTuple):
+    """What `mla_forward` returns beside `MLASaved`."""
+
     y: Array  # [B, T, D]
     cache: Array  # [B, S, C + R]: the given cache and the new tokens' latents and rotated keys
 
 
 class ProjectSaved(NamedTuple):
+    """What `project` keeps for `project_backward`."""
+
     q_a: Any  # saved of the linear maps, norms and rotations, in the order of the forward
     q_a_norm: Any
     q_b: Any
@@ -49,6 +53,8 @@ class ProjectSaved(NamedTuple):
 
 
 class MLASaved(NamedTuple):
+    """What `mla_forward` keeps for `mla_backward`."""
+
     project: ProjectSaved
     kv_b: Any
     attention: Any
@@ -71,7 +77,7 @@ def project(
     **rope: Any,
 ) -> tuple[tuple[Array, Array], ProjectSaved]:
     """Queries [B, T, H, N + R] and latents [B, T, C + R], both rotated: what both forms of MLA
-    begin with."""
+    begin with. Arguments as `mla_forward`'s."""
     xp = namespace(moved=True, x=x, w_q_b=w_q_b, w_kv_a=w_kv_a)
     expect_table(ops, Leaves)
     nope, latent = check_project(x, w_q_a, w_q_a_norm, w_q_b, w_kv_a, w_kv_a_norm, heads)
@@ -104,7 +110,8 @@ def project(
 
 
 def project_backward(dq: Array, dlatent: Array, saved: ProjectSaved) -> tuple[Array | None, ...]:
-    """Gradients (dx, dw_q_a, dw_q_a_norm, dw_q_b, dw_kv_a, dw_kv_a_norm) of `project`."""
+    """Gradients (dx, dw_q_a, dw_q_a_norm, dw_q_b, dw_kv_a, dw_kv_a_norm) of `project`, from ``dq``
+    [B, T, H, N + R] and ``dlatent`` [B, T, C + R]."""
     xp, ops = namespace(moved=True, dq=dq, dlatent=dlatent), saved.ops
     n, c = saved.nope, saved.latent
     dk_pe = ops.rope.backward(dlatent[..., c:][:, :, None, :], saved.k_pe)[:, :, 0, :]
@@ -178,7 +185,8 @@ def mla_forward(
 
 
 def value_width(w_kv_b: Array, w_o: Array, heads: int, n: int, c: int, d: int) -> int:
-    """V, the width of a head's values, by ``w_o``; ValueError unless both weights fit."""
+    """V, the width of a head's values, by ``w_o`` [D, H V]; ValueError unless that and ``w_kv_b``
+    [H (N+V), C] fit."""
     v = last(w_o, "w_o") // heads
     expect("w_kv_b", w_kv_b, "(H·(N+V), C)", (heads * (n + v), c))
     expect("w_o", w_o, "(D, H·V)", (d, heads * v))

@@ -30,6 +30,8 @@ __all__ = ["MLAAbsorbedSaved", "mla_absorbed_backward", "mla_absorbed_forward"]
 
 
 class MLAAbsorbedSaved(NamedTuple):
+    """What `mla_absorbed_forward` keeps for `mla_absorbed_backward`."""
+
     project: ProjectSaved
     q_nope: Array  # [B, T, H, N]: dW_UK is a product with it
     w_uk: Array  # [H, N, C], a view of w_kv_b
@@ -62,7 +64,7 @@ def mla_absorbed_forward(
     segments: Array | None = None,
     ops: Leaves = LEAVES,
 ) -> tuple[MLAOutput, MLAAbsorbedSaved]:
-    """The same as `mla_forward`, argument for argument, without expanding the cache to keys and
+    """As `refimpl.ops.mla_forward`, argument for argument, without expanding the cache to keys and
     values."""
     rope = {"positions": positions, "inv_freq": inv_freq, "layout": layout, "factor": factor}
     (q, latent), project_saved = project(

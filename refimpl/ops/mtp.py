@@ -20,6 +20,8 @@ __all__ = ["MTPSaved", "mtp_backward", "mtp_forward", "mtp_pairs"]
 
 
 class MTPSaved(NamedTuple):
+    """What `mtp_forward` keeps for `mtp_backward`."""
+
     hnorm: Any
     enorm: Any
     proj: Any

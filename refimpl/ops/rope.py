@@ -43,6 +43,8 @@ class Yarn(NamedTuple):
 
 
 class RoPESaved(NamedTuple):
+    """What `rope_forward` keeps for `rope_backward`."""
+
     shape: tuple[int, ...]  # of x
     cos: Array  # [B or 1, T, 1, R/2], already times the factor
     sin: Array  # [B or 1, T, 1, R/2]
@@ -135,7 +137,7 @@ def rope_forward(
 
 
 def rope_backward(dy: Array, saved: RoPESaved) -> Array:
-    """Gradient dx [B, T, H, R] from ``dy``: the rotation by the negative angle."""
+    """Gradient dx from ``dy``, both [B, T, H, R]: the rotation by the negative angle."""
     expect("dy", dy, "(B, T, H, R)", tuple(saved.shape))
     return _rotate(dy, saved.cos, -saved.sin, saved.layout)  # (rope.6)
 

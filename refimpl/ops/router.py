@@ -44,12 +44,16 @@ __all__ = [
 
 
 class RouterOutput(NamedTuple):
+    """What `router_forward` returns beside `RouterSaved`."""
+
     weights: Array  # […, K]: what the chosen experts' outputs are multiplied with
     scores: Array  # […, E]: unbiased, for the balance loss
     indices: Array  # […, K] integers: the chosen experts, best first
 
 
 class RouterSaved(NamedTuple):
+    """What `router_forward` keeps for `router_backward`."""
+
     x: Array  # […, D]
     w: Array  # [E, D]
     scores: Array  # […, E]: the derivative of sigmoid and softmax is made of their values
@@ -253,8 +257,8 @@ def expert_load(indices: Array, experts: int, mask: Array | None = None) -> Arra
 
 
 def bias_update(bias: Array, load: Array, gamma: float, *, centre: bool = False) -> Array:
-    """The bias after a step: up by ``gamma`` for experts below the mean load, down above (V3
-    section 2.1.2).
+    """The ``bias`` [E] after a step: up by ``gamma`` for experts below the mean load, down above
+    (V3 section 2.1.2).
 
     ``load`` [E] counts the whole batch, once (a recomputed forward must not count twice).
     ``centre`` subtracts the mean change.

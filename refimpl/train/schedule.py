@@ -14,7 +14,7 @@ from ..optimizer import V3_SCHEDULE, Schedule
 
 __all__ = ["V3_TOKENS", "decayed", "scaled"]
 
-V3_TOKENS = 14.8e12
+V3_TOKENS = 14.8e12  # of V3's pre-training
 FIRST_BATCH = V3_SCHEDULE.first_batch / V3_SCHEDULE.full_batch  # a fifth
 
 

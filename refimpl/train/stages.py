@@ -123,7 +123,7 @@ def live(name: str) -> Live:
     return Live(name, sys.stderr)
 
 
-STAGES = {
+STAGES = {  # by the command's name: the settings' class, and what runs it
     "train": Kind(PretrainSettings, run_pretrain),
     "extend": Kind(ExtendSettings, run_extend),
     "sft": Kind(SFTSettings, run_sft),

@@ -16,11 +16,12 @@ import pytest
 from support import PACKAGE, ROOT
 
 sys.path.append(str(ROOT / "docs" / "extensions"))
-from public_names import constants, defined, fields  # noqa: E402
+from public_names import constants, defined, fields
 
 MOST_LINES = 40  # of help(), a screen
 ARRAY = re.compile(r"(Array|np\.ndarray)( \| None)?")
-SHAPE = re.compile(r"\[[^\]\n]*\]|any shape|scalar|shapes? of|shaped like")
+SHAPE = re.compile(r"\[[^\]\n]*\]|\bscalar\b|\bany shape\b")
+AS = re.compile(r"\b[Aa]s `([\w.]+)`")  # arguments are those of another function
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for path in PACKAGE.rglob("*.py")
@@ -29,18 +30,30 @@ MODULES = sorted(
 
 
 def without_shape(name: str, text: str) -> bool:
-    """Whether no shape stands after an argument's name, in the same paragraph."""
+    """Whether no shape stands after an argument's name in the same paragraph, or the word scalar
+    before it."""
     for found in re.finditer(rf"(?<![\w.]){re.escape(name)}(?!\w)", text):
         if SHAPE.search(text[found.end() :].split("\n\n")[0]):
             return False
-    return True
+    return f"scalar ``{name}``" not in text
+
+
+def is_described_by(thing: Any, text: str) -> bool:
+    """Whether the docstring says that the arguments are those of a function that says them."""
+    for name in AS.findall(text):
+        home, _, other = name.rpartition(".")
+        module = import_module(home) if home else sys.modules[thing.__module__]
+        function = getattr(module, other, None)
+        if inspect.isroutine(function) and not missing_of(function):
+            return True
+    return False
 
 
 def missing_of(thing: Any) -> list[str]:
     """What a function or a class leaves unsaid."""
     text = inspect.getdoc(thing) or ""
     if inspect.isclass(thing):
-        made = text.startswith(f"{thing.__name__}(")  # by NamedTuple and dataclass, where none is written
+        made = text.startswith(f"{thing.__name__}(")  # by NamedTuple or dataclass
         silent = [
             field
             for field, told in fields(thing).items()
@@ -51,6 +64,9 @@ def missing_of(thing: Any) -> list[str]:
         return ["docstring"]
     arguments = inspect.signature(thing).parameters.values()
     arrays = [x.name for x in arguments if ARRAY.fullmatch(str(x.annotation))]
+    module = inspect.getdoc(sys.modules[thing.__module__]) or ""
+    if "any shape unless" in module or is_described_by(thing, text):
+        return []
     return [f"shape of {name}" for name in arrays if without_shape(name, text)]
 
 

@@ -76,8 +76,9 @@ _FILES = (  # in reading order
     grpo,
     preference_loss,
 )
+# by op: a function that draws a case, and the regimes that a run must meet
 CASES: dict[str, Callable[[Draw], Case]] = {_op(file): file.case for file in _FILES}
-REGIMES: dict[str, set[str]] = {_op(file): file.REGIMES for file in _FILES}
+REGIMES: dict[str, set[str]] = {_op(file): file.REGIMES for file in _FILES}  # see CASES
 
 
 def pair_of(op: str, table: Ops | None = None) -> AnyOp:
