@@ -52,7 +52,8 @@ ladder: .venv/dev  ## what kernels and their earlier versions cost, counted by t
 	$(BIN)/python tests/shares.py
 
 docs: .venv/docs  ## the site, in build/docs/html: derivations, API reference; warnings and dead links are errors
-	$(BIN)/sphinx-build -q -E -W --keep-going -j auto -c docs -d build/docs/doctrees . build/docs/html
+	@rm -rf build/docs
+	$(BIN)/sphinx-build -q -W --keep-going -j auto -c docs -d build/docs/doctrees . build/docs/html
 	$(BIN)/python docs/check.py build/docs/html
 
 notebooks: .venv/docs  ## execute the notebooks; `make docs` then shows what they print and draw

@@ -31,10 +31,9 @@ myst_enable_extensions = ["dollarmath"]
 myst_fence_as_directive = ["math"]
 myst_heading_anchors = 4
 myst_links_external_new_tab = False
-nitpicky = True
-nitpick_ignore_regex = [("py:.*", r".*")]
+suppress_warnings = ["ref.python"]  # a name of two modules, in a docstring of a third
 
-default_role = "literal"
+default_role = "py:obj"
 highlight_language = "text"
 python_maximum_signature_line_length = 88
 add_module_names = False
@@ -51,10 +50,12 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"
 html_title = "refimpl"
 html_math_renderer = "mathml"
 html_static_path = ["style.css"]
 html_css_files = ["style.css"]
+html_extra_path = ["extra"]  # the way from / to docs/index.html
 html_copy_source = False
 html_show_sphinx = False
 nb_execution_mode = "cache" if execute.cached() else "off"  # `make notebooks` executes them

@@ -32,6 +32,7 @@ REWRITTEN = (  # LaTeX that latex2mathml does not know, as LaTeX that it knows
 )
 NAMESPACE = "http://www.w3.org/1998/Math/MathML"
 FENCES = set("()[]{}|‖⌊⌋⌈⌉⟨⟩")
+OPENING = set("([{⌊⌈⟨")
 SCRIPTS = ("msub", "msup", "msubsup", "munder", "munderover", "mover")
 OPERATORS = set("=←+,(⋅≤≥<>[≈∼∝→")
 ALPHABETS = {"sans-serif": 0x1D5A0, "double-struck": 0x1D538, "script": 0x1D49C}  # the letter A
@@ -132,10 +133,20 @@ def _as_browsers_want(element: ElementTree.Element) -> None:
         letter = ELSEWHERE.get(variant, {}).get(text)
         element.text = letter or chr(ALPHABETS[variant] + ord(text) - ord("A"))
         del element.attrib["mathvariant"]
+    if element.tag in ("msup", "msub", "msubsup") and "minsize" in element[0].attrib:
+        row = ElementTree.Element("mrow")  # in which a bracket grows; as a base it would not
+        row.append(element[0])
+        element[0] = row
     if element.tag == "mover" and len(element) == 2 and element[1].tag == "mo":
-        if len(element[0]) == 0:
-            element[1].set("stretchy", "false")
         element.set("accent", "true")
+        if element[1].text == "―":  # overline
+            element[1].text = "‾"
+            element[1].set("stretchy", "true")
+        elif len(element[0]) == 0:
+            element[1].set("stretchy", "false")
+    if element.tag == "mo" and "minsize" in element.attrib:
+        form = "prefix" if element.text in OPENING else "postfix"
+        element.attrib |= {"stretchy": "true", "form": form}
     if element.tag == "mo" and element.text == "/":
         element.attrib |= {"lspace": "0", "rspace": "0"}
     if element.tag == "mo" and element.text in FENCES and "minsize" not in element.attrib:

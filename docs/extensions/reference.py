@@ -92,7 +92,10 @@ def add_fields(
 ) -> None:
     """A record's docstring ends with its fields (event autodoc-process-docstring)."""
     if what == "class" and (listed := fields(thing)):
-        items = [f"- ``{field}``: {plain(told.comment)}" for field, told in listed.items()]
+        items = [
+            f"- ``{field}: {told.value}``" + f" – {plain(told.comment)}" * bool(told.comment)
+            for field, told in listed.items()
+        ]
         lines += ["", *items, ""]
 
 
@@ -102,6 +105,14 @@ def skip_fields(
     """Fields are listed already, and a NamedTuple would say "Alias for field number 0"."""
     shown = what != "class" or callable(thing) or isinstance(thing, property)
     return None if shown else True
+
+
+def short_types(
+    app: Sphinx, what: str, name: str, thing: Any, options: Any, arguments: str, returns: str
+) -> tuple[str | None, str | None]:
+    """Signatures with the aliases' names (event autodoc-process-signature)."""
+    alias = re.compile(r"TypeAliasForwardRef\('([^']*)'\)")
+    return tuple(x and alias.sub(r"\1", x) for x in (arguments, returns))
 
 
 def source(domain: str, info: dict[str, str]) -> str | None:
@@ -122,4 +133,5 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("autodoc-process-docstring", as_text, priority=100)
     app.connect("autodoc-process-docstring", add_fields, priority=900)
     app.connect("autodoc-skip-member", skip_fields)
+    app.connect("autodoc-process-signature", short_types)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -111,7 +111,11 @@ def pages(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
     for name in sorted(names):
         path, page = root / name, f"source/{name}"
         body = _listing(path, names, root) if path.is_dir() else _code(app, path, page, tags)
-        yield page, {"title": name, "body": f"<h1>{escape(name)}</h1>{body}"}, "page.html"
+        yield (
+            page,
+            {"title": name, "body": f'<h1 class="file">{escape(name)}</h1>{body}'},
+            "page.html",
+        )
 
 
 def _text(path: Path) -> bool:
