@@ -235,6 +235,13 @@ def clip_global_norm(grads: Tensors, max_norm: float, *, epsilon: float = 0.0) -
     The factor is min(1, max_norm / (norm + epsilon)); torch takes epsilon = 1e-6.
     Squares are summed in float64 where the gradients are; one number is copied from a device. A
     norm that is not finite changes nothing: the caller sees it in the result and skips the step.
+
+    >>> import numpy as np
+    >>> grads = {"a": np.array([3.0]), "b": np.array([4.0])}
+    >>> clip_global_norm(grads, 1.0)
+    5.0
+    >>> grads["a"].round(6).tolist()
+    [0.6]
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm must be positive, got {max_norm}")

@@ -165,7 +165,12 @@ def block_shapes(config: ModelConfig, layer: int) -> Shapes:
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor's name and shape, in the order of the forward. The gate's bias is a buffer: it
-    gets no gradient."""
+    gets no gradient.
+
+    >>> from refimpl.config import preset
+    >>> parameter_shapes(preset("v3"))["model.layers.3.mlp.gate.weight"]
+    (256, 7168)
+    """
     d = config.width
     shapes: Shapes = {EMBEDDING: (config.vocabulary, d)}
     for layer in range(config.layers):

@@ -33,6 +33,8 @@ REWRITTEN = (  # LaTeX that latex2mathml does not know, as LaTeX that it knows
 NAMESPACE = "http://www.w3.org/1998/Math/MathML"
 FENCES = set("()[]{}|‖⌊⌋⌈⌉⟨⟩")
 OPENING = set("([{⌊⌈⟨")
+ENVIRONMENTS = {"align*", "cases", "pmatrix"}
+CHILDREN = {"mfrac": 2, "mroot": 2, "msub": 2, "msup": 2, "msubsup": 3, "mover": 2, "munder": 2}
 SCRIPTS = ("msub", "msup", "msubsup", "munder", "munderover", "mover")
 OPERATORS = set("=←+,(⋅≤≥<>[≈∼∝→")
 ALPHABETS = {"sans-serif": 0x1D5A0, "double-struck": 0x1D538, "script": 0x1D49C}  # the letter A
@@ -72,9 +74,26 @@ def formula(latex: str, display: bool = False) -> Formula:
     for element in tree.iter():
         _as_browsers_want(element)
     mathml = ElementTree.tostring(tree, encoding="unicode")
-    if "\\" in mathml or "merror" in mathml:
-        raise ValueError(f"not converted: {mathml}")
+    if fault := _fault(latex, tree):
+        raise ValueError(f"not converted: {fault}: {mathml}")
     return Formula(mathml, found and found[1].replace("\\_", "_"))
+
+
+def _fault(latex: str, tree: ElementTree.Element) -> str | None:
+    """What latex2mathml lets pass, and a browser would show wrong."""
+    bare = re.sub(r"\\[{}]", "", latex)
+    if bare.count("{") != bare.count("}"):
+        return "a brace is open"
+    if unknown := set(re.findall(r"\\begin\{(.*?)\}", latex)) - ENVIRONMENTS:
+        return f"no environment {', '.join(unknown)}"
+    for element in tree.iter():
+        if "\\" in (element.text or "") or element.tag == "merror":
+            return f"unknown: {element.text}"
+        if len(element) != CHILDREN.get(element.tag, len(element)):
+            return f"{element.tag} of {len(element)}"
+        if "linebreak" in element.attrib:
+            return "a line breaks outside an environment"
+    return None
 
 
 def _core(element: ElementTree.Element) -> ElementTree.Element:

@@ -69,16 +69,19 @@ def plain(line: str) -> str:
 
 def as_text(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
     """Before napoleon reads a docstring (event autodoc-process-docstring): a block that an empty
-    line sets off and that is indented stands as it is."""
-    made, block = [], 0  # the indentation of the block
+    line sets off and that is indented stands as it is, and so does an example, after >>>."""
+    made: list[str] = []
+    block = 0  # the indentation of the block
+    example = False
     for before, line in zip(["", *lines], lines, strict=False):
+        example = bool(line) and (example or line.lstrip().startswith(">>> "))
         indent = len(line) - len(line.lstrip())
         if line and indent < block:
             block = 0
         if line and not before and indent > _indent(made) and not block:
             block = indent
             made += [" " * _indent(made) + "::", ""]
-        made.append(line if block else plain(line))
+        made.append(line if block or example else plain(line))
     lines[:] = made
 
 

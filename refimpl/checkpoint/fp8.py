@@ -31,8 +31,8 @@ def dequantise(
     times its scale.
 
     ``weight`` [len(rows), in] holds these rows alone, ``scale`` [blocks of out, blocks of in] is
-    whole, and ``rows`` are their
-    numbers in the weight. The product is rounded once, to out's type: in float64 it is exact.
+    whole, and ``rows`` are their numbers in the weight. The product is rounded once, to out's type:
+    in float64 it is exact.
     """
     out[...] = weight
     factors = scale[rows // block[0]].astype(out.dtype)

@@ -207,6 +207,10 @@ def group_advantages(
             but for rounding are equal: a spread of at most 8 units of the largest counts as 0.
 
     ValueError if a reward is not finite, or no group or no output is there.
+
+    >>> import numpy as np
+    >>> group_advantages(np.array([[1.0, 1.0, 0.0, 0.0]]), ddof=0).tolist()
+    [1.0, 1.0, -1.0, -1.0]
     """
     xp = namespace(rewards=rewards)
     expect("rewards", rewards, "(Q, G)", (None, None))

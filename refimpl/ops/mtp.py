@@ -84,6 +84,12 @@ def mtp_pairs(
     its target, whether that counts, and whether the position takes part at all: with ``segments``
     [B, T] only if it and token i + depth lie in one document, with ``key_mask`` [B, T] only if
     neither is padding. None: all take part.
+
+    >>> import numpy as np
+    >>> tokens, targets = np.array([[5, 6, 7]]), np.array([[6, 7, 8]])
+    >>> read, predicted, *_ = mtp_pairs(tokens, targets, np.ones((1, 3), bool), 1)
+    >>> read.tolist(), predicted.tolist()
+    ([[6, 7]], [[7, 8]])
     """
     length = tokens.shape[1] - depth
     if depth < 1 or length < 1:

@@ -262,6 +262,10 @@ def bias_update(bias: Array, load: Array, gamma: float, *, centre: bool = False)
 
     ``load`` [E] counts the whole batch, once (a recomputed forward must not count twice).
     ``centre`` subtracts the mean change.
+
+    >>> import numpy as np
+    >>> bias_update(np.zeros(3), np.array([4, 2, 0]), 0.5).tolist()
+    [-0.5, 0.0, 0.5]
     """
     xp = namespace(bias=bias)
     expect("load", load, "(E,)", tuple(bias.shape))

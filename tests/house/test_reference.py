@@ -3,6 +3,7 @@ what the site's API reference is made of."""
 
 from __future__ import annotations
 
+import doctest
 import inspect
 import pydoc
 import re
@@ -27,6 +28,11 @@ MODULES = sorted(
     for path in PACKAGE.rglob("*.py")
     if path.stem != "__main__" and "__all__" in path.read_text()
 )
+
+
+def source_of(module: str) -> str:
+    path = ROOT.joinpath(*module.split("."))
+    return (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
 
 
 def without_shape(name: str, text: str) -> bool:
@@ -92,6 +98,34 @@ def test_every_public_name_is_described(module: str) -> None:
     assert not undescribed(import_module(module))
 
 
+@pytest.mark.parametrize("module", [x for x in MODULES if ">>> " in source_of(x)])
+def test_examples_are_true(module: str) -> None:
+    home = import_module(module)
+    parser, runner = doctest.DocTestParser(), doctest.DocTestRunner()
+    for name in defined(home):
+        text = inspect.getdoc(getattr(home, name)) or ""
+        runner.run(parser.get_doctest(text, dict(vars(home)), name, home.__file__, None))
+    assert runner.tries
+    assert not runner.failures
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_help_fits_a_screen(module: str) -> None:
     assert not long_help(import_module(module))
+
+
+def test_these_tests_see_what_they_forbid() -> None:
+    written = ModuleType("written")
+    source = """
+def bare(x): ...
+def silent(x: Array, y: Array | None): "Of ``x`` [D]."
+"""
+    exec(source, vars(written))
+    sys.modules["written"] = written
+    try:
+        assert missing_of(written.bare) == ["docstring"]
+        assert missing_of(written.silent) == ["shape of y"]
+    finally:
+        del sys.modules["written"]
+    assert without_shape("x", "Of ``xs`` [D].")
+    assert not without_shape("x", "Of the scalar ``x``.")
