@@ -15,12 +15,16 @@ from resource import RUSAGE_CHILDREN, getrusage
 from jupyter_cache import get_cache
 from jupyter_cache.base import CacheBundleIn
 from jupyter_cache.executors.utils import single_nb_execution
-from myst_nb.core.read import myst_nb_reader_plugin
+from myst_nb.core.read import is_myst_markdown_notebook, myst_nb_reader_plugin
 
 __all__ = ["KEPT", "MOST_SECONDS", "NOTEBOOKS", "cached", "main"]
 
 HERE = Path(__file__).parent
-NOTEBOOKS = sorted((HERE / "notebooks").glob("*.md"))
+NOTEBOOKS = [
+    path
+    for path in sorted((HERE / "notebooks").glob("*.md"))
+    if is_myst_markdown_notebook(path.read_text())
+]
 KEPT = HERE.parent / "build" / "notebooks"
 MOST_SECONDS = 30.0  # of processor time, so that a busy machine changes nothing
 
