@@ -35,6 +35,8 @@ FENCES = set("()[]{}|‖⌊⌋⌈⌉⟨⟩")
 OPENING = set("([{⌊⌈⟨")
 ENVIRONMENTS = {"align*", "cases", "pmatrix"}
 CHILDREN = {"mfrac": 2, "mroot": 2, "msub": 2, "msup": 2, "msubsup": 3, "mover": 2, "munder": 2}
+LETTERS = set("∞⊤∂…")  # that latex2mathml takes for operators
+SIGNS = set(";⟺")  # and the other way round
 SCRIPTS = ("msub", "msup", "msubsup", "munder", "munderover", "mover")
 OPERATORS = set("=←+,(⋅≤≥<>[≈∼∝→")
 ALPHABETS = {"sans-serif": 0x1D5A0, "double-struck": 0x1D538, "script": 0x1D49C}  # the letter A
@@ -71,8 +73,9 @@ def formula(latex: str, display: bool = False) -> Formula:
         _pair_bars(row)
         _sign_numbers(row)
         _space_names(row)
-    for element in tree.iter():
+    for element in list(tree.iter()):
         _as_browsers_want(element)
+        _lift_prime(element)
     mathml = ElementTree.tostring(tree, encoding="unicode")
     if fault := _fault(latex, tree):
         raise ValueError(f"not converted: {fault}: {mathml}")
@@ -166,11 +169,24 @@ def _as_browsers_want(element: ElementTree.Element) -> None:
     if element.tag == "mo" and "minsize" in element.attrib:
         form = "prefix" if element.text in OPENING else "postfix"
         element.attrib |= {"stretchy": "true", "form": form}
+    if element.tag in ("mi", "mo") and element.text in LETTERS | SIGNS:
+        element.tag = "mi" if element.text in LETTERS else "mo"
     if element.tag == "mo" and element.text == "/":
         element.attrib |= {"lspace": "0", "rspace": "0"}
     if element.tag == "mo" and element.text in FENCES and "minsize" not in element.attrib:
         if element.get("stretchy") is None:
             element.set("stretchy", "false")
+
+
+def _lift_prime(element: ElementTree.Element) -> None:
+    """A prime is raised already: as an index it would be raised twice, and small."""
+    if element.tag in ("msup", "msubsup") and element[-1].text == "′":
+        base = ElementTree.Element("mrow")
+        base.extend([element[0], ElementTree.Element("mi")])
+        base[1].text = "′"
+        index = list(element[1:-1])
+        element[:] = [base, *index]
+        element.tag = "msub" if index else "mrow"
 
 
 def width(found: Formula) -> float:
