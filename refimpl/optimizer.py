@@ -259,8 +259,9 @@ def clip_global_norm(grads: Tensors, max_norm: float, *, epsilon: float = 0.0) -
 def update_gate_biases(
     params: Tensors, loads: Mapping[int, Array], gamma: float, config: ModelConfig
 ) -> None:
-    """`bias_update` in place on the gates whose ``loads`` [E] of the whole batch are given by
-    layer, as `forward` tells them, MTP modules' too; nothing in a model without gate biases."""
+    """`bias_update` by ``gamma``, in place, on the gates whose ``loads`` [E] of the whole batch are
+    given by layer, as `forward` tells them, MTP modules' too; nothing in a model without gate
+    biases."""
     for layer, load in loads.items() if config.gate_bias else ():
         bias = params[layer_name(layer, GATE_BIAS)]
         bias[...] = bias_update(bias, load, gamma, centre=config.conventions.bias_centre)

@@ -192,8 +192,8 @@ def _named(layer: int, shapes: Shapes) -> Shapes:
 def init_parameters(
     config: ModelConfig, *, seed: int = 0, std: float = 0.006, dtype: Any = "float32"
 ) -> dict[str, Array]:
-    """Random NumPy parameters: normal with ``std`` (0.006, V3 section 4.2), norms 1, gate biases
-    0."""
+    """Random NumPy parameters of the type ``dtype``, drawn by ``seed``: normal with ``std`` (0.006,
+    V3 section 4.2), norms 1, gate biases 0."""
     import numpy as np
 
     rng = np.random.default_rng(seed)

@@ -1,7 +1,7 @@
 """Attention in memory linear in the sequence: blocks, an online softmax, probabilities recomputed
 in the backward.
 
-The same function as `attention`, argument for argument. The forward keeps one number a row, the
+The same function as `attention`, argument for argument. The forward keeps one number per row, the
 logarithm of the softmax's denominator; the backward turns it into probabilities again, a block at a
 time. Source: Dao et al., FlashAttention (2205.14135) algorithms 1 and 4; Dao, FlashAttention-2
 (2307.08691). Derivation: derivations/flash_attention.md. Letters as in attention.py; t and s are

@@ -1,13 +1,14 @@
 """Multi-head latent attention (MLA), naive form: keys and values are expanded from the latent, then
 plain attention.
 
-Keys and values of all heads come from one latent vector a token, and a small rotated key is shared
-by all heads. The cache holds the normalised latent and the rotated key, C + R numbers a token: 576
-for V3. `mla_absorbed` computes the same without expanding it. Sources: DeepSeek-V3 (2412.19437) eq.
-1–11 (our C is their d_c, A their d'_c, R their d_h^R); those equations leave out the norms of the
-two latents, which section 4.2 mentions. Derivation: derivations/mla.md. Letters: B batch, T query
-position, S key position, D model, H heads, N nope, R rope, V value width, A and C the query and
-key-value latents. Without query compression ``w_q_a`` and ``w_q_a_norm`` are None, and A is D.
+Keys and values of all heads come from one latent vector per token, and a small rotated key is
+shared by all heads. The cache holds the normalised latent and the rotated key, C + R numbers per
+token: 576 for V3. `mla_absorbed` computes the same without expanding it. Sources: DeepSeek-V3
+(2412.19437) eq. 1–11 (our C is their d_c, A their d'_c, R their d_h^R); those equations leave out
+the norms of the two latents, which section 4.2 mentions. Derivation: derivations/mla.md. Letters: B
+batch, T query position, S key position, D model, H heads, N nope, R rope, V value width, A and C
+the query and key-value latents. Without query compression ``w_q_a`` and ``w_q_a_norm`` are None,
+and A is D.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@ expanded.
 
 q·k = q·(W_UK c) = (W_UKᵀ q)·c, so the key projection moves to the query, and the value projection
 behind the weighted sum. Attention then has one shared key, the cache row of C + R numbers, and one
-shared value, its first C: decoding reads 576 numbers a token instead of 128 heads of keys and
+shared value, its first C: decoding reads 576 numbers per token instead of 128 heads of keys and
 values. Same arguments and results as `mla_forward`. Source: DeepSeek-V2 (2405.04434) section 2.1.2
 (absorption is named there; its adjoint is derived here). Derivation: derivations/mla_absorbed.md.
 Letters as in mla.py.

@@ -44,7 +44,7 @@ def mtp_forward(
     ``w_proj`` [D, 2D].
 
     ``order``: which comes first in front of the projection, ``embedding_hidden`` (the released
-    weights) or ``hidden_embedding`` (the paper's eq. 21).
+    weights) or ``hidden_embedding`` (the paper's eq. 21). ``eps``: of both norms.
     """
     xp, d = namespace(moved=True, hidden=hidden, embedding=embedding), last(hidden, "hidden")
     expect_table(ops, Leaves)

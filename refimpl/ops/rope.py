@@ -72,7 +72,7 @@ def check_yarn(yarn: Yarn) -> None:
 
 def rope_frequencies(width: int, theta: float, yarn: Yarn | None = None) -> Array:
     """Angles per position, inv_freq [R/2] in float64, for ``width`` R: theta^(−2i/R), slowed down
-    by YaRN.
+    by ``yarn`` (2309.00071 section 3.2).
 
     >>> rope_frequencies(4, 10_000.0).tolist()
     [1.0, 0.01]

@@ -187,7 +187,7 @@ def select_experts(
     group_score: GroupScore = "top2",
     masked_groups: MaskedGroups = "-inf",
 ) -> Array:
-    """Indices […, K] of the best experts, best first; equal scores go to the lower index.
+    """Indices […, K] of the ``top_k`` best experts, best first; equal scores go to the lower index.
 
     Args:
         biased: […, E] real scores, with the bias.
@@ -243,8 +243,8 @@ def check_selection(
 
 
 def expert_load(indices: Array, experts: int, mask: Array | None = None) -> Array:
-    """How many tokens chose each expert: integers [E] from ``indices`` […, K]; ``mask`` […] False
-    drops a token."""
+    """How many tokens chose each of the ``experts``: integers [E] from ``indices`` […, K]; ``mask``
+    […] False drops a token."""
     xp = library(indices, "indices")
     indices = expect_ids("indices", indices, experts)
     if mask is not None:

@@ -103,7 +103,7 @@ def log_probs(
     """log π [N, T] of the token that follows each position of ``tokens`` [N, T]; 0 at the last.
 
     ``key_mask`` [N, T] is False for padding, on either side; what stands there, or in front of it,
-    means nothing. ``routes``: choices to replay (`replay`).
+    means nothing. Logits are divided by ``temperature``. ``routes``: choices to replay (`replay`).
     """
     params, config = main_model(params, config)
     output, model = forward(

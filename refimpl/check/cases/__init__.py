@@ -76,9 +76,10 @@ _FILES = (  # in reading order
     grpo,
     preference_loss,
 )
-# by op: a function that draws a case, and the regimes that a run must meet
+# by op, a function that draws a case
 CASES: dict[str, Callable[[Draw], Case]] = {_op(file): file.case for file in _FILES}
-REGIMES: dict[str, set[str]] = {_op(file): file.REGIMES for file in _FILES}  # see CASES
+# by op, the regimes that a run must meet
+REGIMES: dict[str, set[str]] = {_op(file): file.REGIMES for file in _FILES}
 
 
 def pair_of(op: str, table: Ops | None = None) -> AnyOp:
