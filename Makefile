@@ -55,6 +55,7 @@ docs: .venv/docs  ## the site, in build/docs/html: derivations, API reference; w
 	@rm -rf build/docs
 	$(BIN)/sphinx-build -q -W --keep-going -j auto -c docs -d build/docs/doctrees . build/docs/html
 	$(BIN)/python docs/check.py build/docs/html
+	@echo "the site is build/docs/html/index.html"
 
 notebooks: .venv/docs  ## execute the notebooks; `make docs` then shows what they print and draw
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python docs/execute.py

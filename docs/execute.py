@@ -60,7 +60,7 @@ def main() -> int:
         if done.err is not None:
             print(done.exc_string, file=sys.stderr)
         elif used > MOST_SECONDS:
-            print(f"{path.name} may take {MOST_SECONDS:.0f} s", file=sys.stderr)
+            print(f"{path.name}: {MOST_SECONDS:.0f} s are allowed", file=sys.stderr)
         else:
             data = {"execution_seconds": seconds}
             bundle = CacheBundleIn(notebook, str(path), data=data)
