@@ -44,37 +44,35 @@ class Links(SphinxTransform):
     default_priority = 200
 
     def apply(self, **options: Any) -> None:
+        for link in list(self.document.findall(addnodes.download_reference)):
+            self.lead_to_source(link)
+        for link in list(self.document.findall(addnodes.pending_xref)):
+            if link["reftype"] == "myst" and link["refdomain"] is None:  # to no page
+                self.lead_to_source(link)
+        for text in list(self.document.findall(nodes.Text)):
+            if not isinstance(text.parent, nodes.reference | nodes.FixedTextElement):
+                self.lead_to_equations(text)
+
+    def lead_to_source(self, link: nodes.Element) -> None:
         root, docname = Path(self.env.srcdir), self.env.docname
-        links = [*self.document.findall(addnodes.download_reference)]
-        links += [
-            node
-            for node in self.document.findall(addnodes.pending_xref)
-            if node["reftype"] == "myst" and node["refdomain"] is None
-        ]
-        for node in links:
-            target = node["reftarget"].split("#")[0]
-            path = (root / docname).parent.joinpath(target).resolve()
-            if not target or not path.exists():
-                continue
+        target = link["reftarget"].split("#")[0]
+        path = (root / docname).parent.joinpath(target).resolve()
+        if target and path.exists():  # else Sphinx says that it leads nowhere
             name = path.relative_to(root).as_posix()
             self.env.metadata[docname].setdefault("files", []).append(name)
-            link = nodes.reference("", "", *node.children, refuri=address(docname, name))
-            node.replace_self(link)
-        for node in list(self.document.findall(nodes.Text)):
-            parts = CITED.split(node.astext())
-            inside = node.parent
-            if len(parts) > 1 and not isinstance(inside, nodes.reference | nodes.FixedTextElement):
-                new: list[nodes.Node] = []
-                for i, part in enumerate(parts):
-                    if i % 2 and self.is_page(part):
-                        uri = _tagged(docname, part)
-                        new.append(nodes.reference("", f"({part})", refuri=uri))
-                    elif part:
-                        new.append(nodes.Text(f"({part})" if i % 2 else part))
-                inside.replace(node, new)
+            uri = address(docname, name)
+            link.replace_self(nodes.reference("", "", *link.children, refuri=uri))
 
-    def is_page(self, tag: str) -> bool:
-        return f"derivations/{tag.split('.')[0]}" in self.env.found_docs
+    def lead_to_equations(self, text: nodes.Text) -> None:
+        new: list[nodes.Node] = []
+        for i, part in enumerate(CITED.split(text.astext())):  # every other one is a tag
+            if i % 2 and f"derivations/{part.split('.')[0]}" in self.env.found_docs:
+                uri = _tagged(self.env.docname, part)
+                new.append(nodes.reference("", f"({part})", refuri=uri))
+            elif part:
+                new.append(nodes.Text(f"({part})" if i % 2 else part))
+        if CITED.search(text.astext()):
+            text.parent.replace(text, new)
 
 
 def _code(app: Sphinx, path: Path, pagename: str, tags: set[str]) -> str:
@@ -111,11 +109,8 @@ def pages(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
     for name in sorted(names):
         path, page = root / name, f"source/{name}"
         body = _listing(path, names, root) if path.is_dir() else _code(app, path, page, tags)
-        yield (
-            page,
-            {"title": name, "body": f'<h1 class="file">{escape(name)}</h1>{body}'},
-            "page.html",
-        )
+        context = {"title": name, "body": f'<h1 class="file">{escape(name)}</h1>{body}'}
+        yield page, context, "page.html"
 
 
 def _text(path: Path) -> bool:
