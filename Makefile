@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: bench digests verify test test-full test-newest oracle peers kernels gpu gpu-more ladder check bugs power mutants memory memory-grads recipe pictures clean
+.PHONY: docs notebooks bench digests verify test test-full test-newest oracle peers kernels gpu gpu-more ladder check bugs power mutants memory memory-grads recipe pictures clean
 
 verify: .venv/base  ## prove every gradient on real text
 	$(BIN)/refimpl verify
@@ -51,6 +51,15 @@ ladder: .venv/dev  ## what kernels and their earlier versions cost, counted by t
 	$(BIN)/python tests/ladder.py
 	$(BIN)/python tests/shares.py
 
+docs: .venv/docs  ## the site, in build/docs/html: derivations, API reference; warnings and dead links are errors
+	@rm -rf build/docs
+	$(BIN)/sphinx-build -q -W --keep-going -j auto -c docs -d build/docs/doctrees . build/docs/html
+	$(BIN)/python docs/check.py build/docs/html
+	@echo "the site is build/docs/html/index.html"
+
+notebooks: .venv/docs  ## execute the notebooks; `make docs` then shows what they print and draw
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python docs/execute.py
+
 check: .venv/dev  ## lint, format and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -95,6 +104,11 @@ recipe: .venv/dev  ## pre-train, extend, fine-tune, reinforce and distil a tiny 
 .venv/dev: .venv/base
 	@echo "installing the tools for tests into .venv"
 	@$(PIP) -e '.[dev]'
+	@touch $@
+
+.venv/docs: .venv/dev
+	@echo "installing Sphinx and Jupyter into .venv"
+	@$(PIP) -e '.[docs]'
 	@touch $@
 
 .venv/gpu: .venv/dev

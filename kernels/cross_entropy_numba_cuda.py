@@ -26,7 +26,7 @@ def kernels(real):
         vocabulary: int32,
     ):
         """Of each row: its maximum, Σ e^(z − maximum), and the log of the target's probability.
-        Grid: a block a row."""
+        Grid: a block per row."""
         part = cuda.shared.array(WARP, real)
         row = cuda.blockIdx.x
         thread = cuda.threadIdx.x
@@ -87,7 +87,7 @@ def kernels(real):
     def cross_entropy_in_place(
         logits: reals, chosen: reals, targets: ids, weight: reals, dloss: reals, vocabulary: int32
     ):
-        """The forward's ``chosen``, and the gradient over the logits. Grid: a block a row."""
+        """The forward's ``chosen``, and the gradient over the logits. Grid: a block per row."""
         part = cuda.shared.array(WARP, real)
         row = cuda.blockIdx.x
         thread = cuda.threadIdx.x

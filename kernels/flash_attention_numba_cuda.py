@@ -139,7 +139,7 @@ def kernels(real):
         heads: int32,
         value_width: int32,
     ):
-        """row_sum = Σ_v do ∘ o of each of the B·T·H rows. Grid: a warp a row, so no barrier is
+        """row_sum = Σ_v do ∘ o of each of the B·T·H rows. Grid: a warp per row, so no barrier is
         needed: a warp's threads go on together."""
         row = cuda.blockIdx.x * (cuda.blockDim.x // WARP) + cuda.threadIdx.x // WARP
         if row < rows:
@@ -174,8 +174,8 @@ def kernels(real):
         causal: int32,
         masked: int32,
     ):
-        """dk and dv. Grid: a block a key, of each head; or, if the queries' heads share keys or
-        values, a block a key, which takes the heads in turn: their sum is one gradient."""
+        """dk and dv. Grid: a block per key, of each head; or, if the queries' heads share keys or
+        values, a block per key, which takes the heads in turn: their sum is one gradient."""
         weight, slope = cuda.shared.array(MOST, real), cuda.shared.array(MOST, real)
         thread, threads = cuda.threadIdx.x, cuda.blockDim.x
         s, part = cuda.blockIdx.x % keys, cuda.blockIdx.x // keys
@@ -240,7 +240,7 @@ def kernels(real):
         causal: int32,
         masked: int32,
     ):
-        """dq. Grid: a block a query of a head, in lse's order."""
+        """dq. Grid: a block per query of a head, in lse's order."""
         slope = cuda.shared.array(MOST, real)
         thread, threads = cuda.threadIdx.x, cuda.blockDim.x
         row = cuda.blockIdx.x  # (batch · H + h) · T + t

@@ -17,7 +17,7 @@ def kernels(real):
     reals = CPointer(real)
 
     def rms_norm_forward(y: reals, r: reals, x: reals, w: reals, width: int32, eps: real):
-        """y = x r w and r = 1 / √(mean(x²) + eps). Grid: a block a row."""
+        """y = x r w and r = 1 / √(mean(x²) + eps). Grid: a block per row."""
         part = cuda.shared.array(WARP, real)
         row = cuda.blockIdx.x
         thread = cuda.threadIdx.x

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["__version__", "backward", "check", "config", "forward", "model", "ops", "preset"]
 
-__version__ = "0.1.0"
+__version__ = "0.1.0"  # as in CHANGELOG.md
 
 if not TYPE_CHECKING:
 

@@ -9,6 +9,8 @@ CuPy. Three rules make that work, and each has its function here:
 * a contraction is a ``matmul``, alone or by way of `einsum`, which every library and number type
   has;
 * a constant that enters an array takes that array's own number type (`fill`, `zeros`, `cast`).
+
+Arrays have any shape unless one is given.
 """
 
 from __future__ import annotations
@@ -285,6 +287,10 @@ def einsum(letters: str, a: Array, b: Array) -> Array:
     in both inputs alone are summed, the others are rows (of ``a``) and columns (of ``b``). So it
     runs on BLAS in NumPy and CuPy, on array-API namespaces (which have no einsum), and on
     longdouble, complex and object arrays.
+
+    >>> import numpy as np
+    >>> einsum("bi,bj->bij", np.array([[1.0, 2.0]]), np.array([[3.0, 4.0]])).tolist()
+    [[[3.0, 4.0], [6.0, 8.0]]]
     """
     inputs, out = letters.split("->")
     in_a, in_b = inputs.split(",")
@@ -324,7 +330,11 @@ def sigmoid(x: Array) -> Array:
 
 def blocks(length: int, size: int, end: int | None = None) -> Iterator[tuple[int, int]]:
     """Ranges (start, stop) of at most ``size`` that cover 0 … length, or 0 … end if that comes
-    first."""
+    first.
+
+    >>> list(blocks(5, 2))
+    [(0, 2), (2, 4), (4, 5)]
+    """
     stop = length if end is None else min(end, length)
     return ((start, min(start + size, stop)) for start in range(0, stop, size))
 
@@ -350,6 +360,10 @@ def scatter_add(rows: Array, values: Array, length: int) -> Array:
     Equal rows are sorted together and added in pairs, pairs of pairs and so on: the same order, and
     so the same bits, in every library and every run, where atomic additions would differ from run
     to run.
+
+    >>> import numpy as np
+    >>> scatter_add(np.array([0, 2, 0]), np.array([[1.0], [2.0], [3.0]]), 3).tolist()
+    [[4.0], [0.0], [2.0]]
     """
     xp, n = namespace(values=values), rows.shape[0]
     if n == 0:

@@ -32,12 +32,13 @@ class Batch(NamedTuple):
     With caches, ``takes_part`` is [B, S]: the cached positions, then these.
     """
 
-    tokens: Array
-    targets: Array
-    mask: Array  # which targets count
-    positions: Array  # for RoPE
-    takes_part: Array | None  # False for padding and, in MTP, where two documents would be joined
-    segments: Array | None
+    tokens: Array  # [B, T], T the depth's positions; so are the next
+    targets: Array  # [B, T]
+    mask: Array  # [B, T]: which targets count
+    positions: Array  # [B, T] or [T], for RoPE
+    # [B, T]: False for padding and, in MTP, where two documents would be joined
+    takes_part: Array | None
+    segments: Array | None  # [B, T]
     mtp_normaliser: str = "valid"  # the convention
     whole: Whole = Whole()  # its targets: those of this depth
     further: Batch | None = None  # with the tokens that follow the part
@@ -83,7 +84,7 @@ def make_batch(
     with_loss: bool = True,
 ) -> Batch:
     """The main model's batch, with the defaults that `forward` promises, on the device of ``like``,
-    a parameter."""
+    a parameter of any shape. The other arrays are as `refimpl.model.forward` takes them."""
     xp, device = namespace(moved=True, params=like), like.device
     expect("tokens", tokens, "(B, T)", (None, None))
     b, t = tokens.shape

@@ -87,7 +87,7 @@ class Conventions:
         _check_choices(self)
 
 
-CONVENTIONS: dict[str, Conventions] = {
+CONVENTIONS: dict[str, Conventions] = {  # by the name that `--convention` takes
     "official": Conventions(),
     "paper": Conventions(mtp_order="hidden_embedding"),
     # transformers 5.24; its MTP drafts tokens, without a loss that runs; no balance loss
@@ -294,6 +294,10 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def preset(name: str) -> ModelConfig:
-    """The preset called ``name``; ValueError lists the names if there is none."""
+    """The preset called ``name``; ValueError lists the names if there is none.
+
+    >>> preset("v3").layers, preset("v3").experts
+    (61, 256)
+    """
     expect_that(name in PRESETS, f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
     return PRESETS[name]

@@ -78,6 +78,8 @@ def _figure(x: Number | Figure) -> Figure:
 
 
 class Line(NamedTuple):
+    """A number of the table: what it is, how it comes about, its value."""
+
     name: str
     arithmetic: str  # how the value comes about; empty for an input, or a figure of a table above
     value: Number

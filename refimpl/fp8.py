@@ -61,7 +61,7 @@ class Recipe:
     weight_input: Literal["kept", "exact"] = "kept"  # what is quantised again for the weight
 
 
-DEFAULT = Recipe()
+DEFAULT = Recipe()  # V3's, as far as its report says it
 
 
 class Tiled(NamedTuple):
@@ -89,8 +89,8 @@ def spread(scale: Array, tile: tuple[int, int], shape: tuple[int, ...]) -> Array
 def scales(
     x: Array, tile: tuple[int, int], most: float, floor: float, *, power_of_two: bool
 ) -> Array:
-    """Of each tile of ``x``, float32: max(its largest number, floor) / most, or the next power of
-    two."""
+    """The scale of each tile of ``x`` [rows, columns], float32: max(its largest number, floor) /
+    most, or the next power of two."""
     largest = np.abs(x)
     for axis, length in enumerate(tile):
         if length > 1:
@@ -118,8 +118,8 @@ def quantised(
 
 
 def narrow(x: Array, dtype: type | np.dtype[Any]) -> Array:
-    """``x``, float32 or float64, rounded once to the nearest number of a narrower type, ties to
-    even.
+    """``x`` (any shape), float32 or float64, rounded once to the nearest number of a narrower type,
+    ties to even.
 
     ml_dtypes rounds float64 to float32 first, and so twice. Here that first step rounds to odd:
     what lies between two float32 numbers becomes the one whose last bit is set, so the second step
@@ -192,6 +192,8 @@ def added(terms: Array, bits: int | None) -> Array:
 
 
 class LinearSaved(NamedTuple):
+    """What `linear_forward` keeps for `linear_backward`."""
+
     x: Tiled | Array  # [R, I]: kept in FP8, or exact
     w: Tiled  # [O, I]
     x_shape: tuple[int, ...]
@@ -214,7 +216,8 @@ def linear_forward(
 
 
 def linear_backward(dy: Array, saved: LinearSaved) -> tuple[Array, Array]:
-    """(dx […, I], dw [O, I]): dy in tiles along O for the one, along the tokens for the other."""
+    """(dx […, I], dw [O, I]) from ``dy`` […, O], in tiles along O for the one, along the tokens for
+    the other."""
     x, w, x_shape, recipe = saved
     expect("dy", dy, "(…, O)", (*x_shape[:-1], w.numbers.shape[0]))
     rows = dy.reshape(-1, w.numbers.shape[0])
@@ -238,6 +241,8 @@ def kept(x: Tiled | Array) -> Array:
 
 
 class FFNSaved(NamedTuple):
+    """What `ffn_forward` keeps for `ffn_backward`."""
+
     gate: LinearSaved
     up: LinearSaved
     inputs: tuple[Tiled | Array, Tiled | Array]  # of SwiGLU

@@ -40,18 +40,24 @@ __all__ = [
 
 
 class AttentionMemory(NamedTuple):
+    """Peak memory of flash attention, forward and backward, at one length."""
+
     length: int  # T
     peak: int  # bytes above q, k, v, do
     probabilities: int  # bytes of the [H, T, T] probabilities that are never made
 
 
 class HeadMemory(NamedTuple):
+    """Peak memory of output head and cross-entropy in one, at one length."""
+
     length: int  # T
     peak: int  # bytes above h, w and beyond the returned dh, dw
     logits: int  # bytes of the [T, W] logits that are never made
 
 
 class ModelMemory(NamedTuple):
+    """Peak memory and time of a model, with and without ``recompute``."""
+
     layers: int
     recompute: bool  # each block's forward in the backward
     peak: int  # bytes above the parameters and beyond the returned gradients
@@ -60,6 +66,8 @@ class ModelMemory(NamedTuple):
 
 
 class ProcessMemory(NamedTuple):
+    """Peak memory of a process."""
+
     peak: int  # bytes that no file backs (RssAnon), the interpreter's included
     seconds: float
 
@@ -83,7 +91,8 @@ def attention_memory(
     value: int = 32,
     block: int = 128,
 ) -> Iterator[AttentionMemory]:
-    """Flash attention forward and backward, causal, batch 1, float32."""
+    """The peak memory of flash attention, forward and backward, at each of the ``lengths``: causal,
+    batch 1, float32; ``width`` of queries and keys, ``value`` of values, blocks of ``block``."""
     rng = np.random.default_rng(0)
     for t in lengths:
         q, k, v, do = (
@@ -103,7 +112,8 @@ def attention_memory(
 def head_memory(
     lengths: Sequence[int] = (1024, 2048, 4096, 8192), *, vocabulary: int = 129_280, width: int = 32
 ) -> Iterator[HeadMemory]:
-    """Output head and cross-entropy in one, forward and backward, float32."""
+    """The peak memory of output head and cross-entropy in one, forward and backward, float32, at
+    each of the ``lengths``: ``width`` of the hidden states, ``vocabulary`` of logits."""
     rng = np.random.default_rng(0)
     w = (rng.normal(size=(vocabulary, width)) / width**0.5).astype(np.float32)
     for t in lengths:
@@ -117,8 +127,9 @@ def head_memory(
 
 
 def model_memory(layers: Sequence[int] = (2, 4, 8), *, rounds: int = 9) -> Iterator[ModelMemory]:
-    """Forward and backward of a model with 16 experts, 2 sequences of 256 tokens, width 128,
-    float32: with everything saved, and with each block's forward made again in the backward."""
+    """Peak memory and time, the best of ``rounds``, of a model's forward and backward at each
+    number of ``layers``: 16 experts, 2 sequences of 256 tokens, width 128, float32; with everything
+    saved, and with each block's forward made again in the backward."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 256, (2, 256))
     for count in layers:

@@ -70,6 +70,9 @@ class Choices(NamedTuple):
 
 
 class ModelOutput(NamedTuple):
+    """What `forward` returns beside the saved record: logits, losses, and the routes of each MoE
+    layer."""
+
     hidden: Array  # [B, T, D], after the final norm: what the head and `log_prob` read
     loss: Array | None  # scalar main + λ/depth Σ mtp + Σ balance; None without loss
     main: Array | None  # scalar
@@ -537,7 +540,7 @@ def above_backward(
 
 
 def logits(params: Parameters, hidden: Array, ops: Ops = REFERENCE) -> Array:
-    """The next-token logits [B, T, W] of ``ModelOutput.hidden``."""
+    """The next-token logits [B, T, W] of ``hidden`` [B, T, D], that of `ModelOutput`."""
     head = HEAD if HEAD in params else EMBEDDING  # tied
     return ops.linear.forward(hidden, params[head])[0]
 

@@ -242,6 +242,13 @@ def clip_global_norm(
     are a part of all, ``together`` gives the sum of squares of all from that of these.
     Squares are summed in float64 where the gradients are; one number is copied from a device. A
     norm that is not finite changes nothing: the caller sees it in the result and skips the step.
+
+    >>> import numpy as np
+    >>> grads = {"a": np.array([3.0]), "b": np.array([4.0])}
+    >>> clip_global_norm(grads, 1.0)
+    5.0
+    >>> grads["a"].round(6).tolist()
+    [0.6]
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm must be positive, got {max_norm}")
@@ -259,8 +266,9 @@ def clip_global_norm(
 def update_gate_biases(
     params: Tensors, loads: Mapping[int, Array], gamma: float, config: ModelConfig
 ) -> None:
-    """`bias_update` in place on the gates whose ``loads`` [E] of the whole batch are given by
-    layer, as `forward` tells them, MTP modules' too; nothing in a model without gate biases."""
+    """`bias_update` by ``gamma``, in place, on the gates whose ``loads`` [E] of the whole batch are
+    given by layer, as `forward` tells them, MTP modules' too; nothing in a model without gate
+    biases."""
     for layer, load in loads.items() if config.gate_bias else ():
         bias = params[layer_name(layer, GATE_BIAS)]
         bias[...] = bias_update(bias, load, gamma, centre=config.conventions.bias_centre)
@@ -318,4 +326,4 @@ class Schedule:
         return self.mtp_weights[0] if tokens < self.mtp_until else self.mtp_weights[1]
 
 
-V3_SCHEDULE = Schedule()
+V3_SCHEDULE = Schedule()  # of the report's section 4.2

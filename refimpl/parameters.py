@@ -32,12 +32,13 @@ __all__ = [
     "parameter_shapes",
 ]
 
-Parameters = Mapping[str, Array]
+Parameters = Mapping[str, Array]  # by name, a weight as [out, in]
 Shapes = dict[str, tuple[int, ...]]
 
+# names of the tensors that belong to no layer, as in Hugging Face's files
 EMBEDDING = "model.embed_tokens.weight"
-FINAL_NORM = "model.norm.weight"
-HEAD = "lm_head.weight"
+FINAL_NORM = "model.norm.weight"  # before the head
+HEAD = "lm_head.weight"  # the output head's
 # In a layer:
 ATTENTION_NORM = "input_layernorm.weight"
 NETWORK_NORM = "post_attention_layernorm.weight"
@@ -164,7 +165,12 @@ def block_shapes(config: ModelConfig, layer: int) -> Shapes:
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor's name and shape, in the order of the forward. The gate's bias is a buffer: it
-    gets no gradient."""
+    gets no gradient.
+
+    >>> from refimpl.config import preset
+    >>> parameter_shapes(preset("v3"))["model.layers.3.mlp.gate.weight"]
+    (256, 7168)
+    """
     d = config.width
     shapes: Shapes = {EMBEDDING: (config.vocabulary, d)}
     for layer in range(config.layers):
@@ -186,8 +192,8 @@ def _named(layer: int, shapes: Shapes) -> Shapes:
 def init_parameters(
     config: ModelConfig, *, seed: int = 0, std: float = 0.006, dtype: Any = "float32"
 ) -> dict[str, Array]:
-    """Random NumPy parameters: normal with ``std`` (0.006, V3 section 4.2), norms 1, gate biases
-    0."""
+    """Random NumPy parameters of the type ``dtype``, drawn by ``seed``: normal with ``std`` (0.006,
+    V3 section 4.2), norms 1, gate biases 0."""
     import numpy as np
 
     rng = np.random.default_rng(seed)

@@ -54,8 +54,8 @@ class Part(NamedTuple):
 
 
 def by_rows(arrays: Arrays, sizes: Sequence[int]) -> list[Part]:
-    """The rows of a batch in parts of these ``sizes``, 0 included; ValueError unless they add up to
-    B."""
+    """The rows of a batch, its ``arrays`` [B, …] by name, in parts of these ``sizes``, 0 included;
+    ValueError unless they add up to B."""
     rows = len(arrays["tokens"])
     if min(sizes, default=-1) < 0 or sum(sizes) != rows:
         raise ValueError(f"sizes must be at least 0 and add up to B={rows}, got {list(sizes)}")
@@ -69,8 +69,9 @@ def by_rows(arrays: Arrays, sizes: Sequence[int]) -> list[Part]:
 
 
 def by_positions(arrays: Arrays, cuts: Sequence[int], config: ModelConfig) -> list[Part]:
-    """The sequences of a batch in pieces that end at ``cuts`` and at T, each with the tokens behind
-    it that its targets and MTP modules need; ValueError unless 0 ≤ cuts ≤ T in order.
+    """The sequences of a batch, its ``arrays`` [B, T] by name, in pieces that end at ``cuts`` and
+    at T, each with the tokens behind it that its targets and MTP modules need; ValueError unless 0
+    ≤ cuts ≤ T in order.
 
     An output of GRPO must not be cut: its ratios and lengths are of the whole. Gather the pieces'
     log-probabilities instead.
@@ -160,8 +161,8 @@ class ThreadExchange:
 
 
 def exchanging(ops: Ops, exchange: Exchange, *, balance: bool = True) -> Ops:
-    """The table for one piece: attention sees the keys of earlier pieces and, unless ``balance`` is
-    false, the balance loss counts whole sequences."""
+    """The table for one piece: by ``exchange``, attention sees the keys of earlier pieces and,
+    unless ``balance`` is false, the balance loss counts whole sequences."""
     rank, table = exchange.rank, ops
 
     def attention_forward(q: Any, k: Any, v: Any, **settings: Any) -> tuple[Any, Any]:

@@ -55,11 +55,12 @@ __all__ = [
     "widened",
 ]
 
-DTYPES: dict[str, Any] = {
+DTYPES: dict[str, Any] = {  # NumPy's type of a storage type
     "float64": np.float64,
     "float32": np.float32,
     "bfloat16": ml_dtypes.bfloat16,
 }
+# the type that its sums have at least
 WIDE: dict[str, Any] = {"float64": np.float64, "float32": np.float32, "bfloat16": np.float32}
 RUNS, FACTOR = 8, 2
 RUNS_OF_SEVERAL, FACTOR_OF_SEVERAL = 16, 4
@@ -143,10 +144,10 @@ class OtherChoice(ValueError):
 class Result(NamedTuple):
     """One output or gradient of what is tested."""
 
-    got: np.ndarray
-    wanted: np.ndarray  # float64
+    got: np.ndarray  # any shape, which the next two have, too
+    wanted: np.ndarray  # [of got], float64
     reference: float  # its error
-    allowed: np.ndarray  # the error of each element that the rule allows
+    allowed: np.ndarray  # [of got]: the error of each element that the rule allows
 
     @property
     def fault(self) -> str | None:
@@ -310,8 +311,8 @@ def widened(x: Any, dtype: Any) -> Any:
 
 
 def moved(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Each element moved by up to half a unit in its last place and rounded up or down at random,
-    more often to the nearer: to the nearest would undo every move."""
+    """Each element of ``x`` (any shape) moved by up to half a unit in its last place and rounded up
+    or down at random, more often to the nearer: to the nearest would undo every move."""
     by = rng.uniform(-0.5, 0.5, x.shape)
     goes = (rng.random(x.shape) < np.abs(by)) & (x != 0)
     return np.where(goes, np.nextafter(x, np.copysign(np.inf, by).astype(x.dtype)), x)

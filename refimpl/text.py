@@ -16,6 +16,8 @@ MOST = 2**28  # bytes
 
 
 class Text(NamedTuple):
+    """A text that verification reads."""
+
     name: str
     data: bytes
 

@@ -22,6 +22,8 @@ BROKEN = (
 
 
 class Tokenizer(Protocol):
+    """Whatever turns text into tokens and back."""
+
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, tokens: Sequence[int]) -> str: ...

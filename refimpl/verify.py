@@ -60,8 +60,8 @@ __all__ = [
 
 MODEL = "model"
 VARIANT = "model_variant"
-MODEL_GRPO = "model_grpo"
-MODELS = (MODEL, VARIANT, MODEL_GRPO)
+MODEL_GRPO = "model_grpo"  # the name of the model under GRPO's loss
+MODELS = (MODEL, VARIANT, MODEL_GRPO)  # names of what is verified beside the ops
 NAMES = (*CASES, *MODELS)  # in reading order
 MOST_EXAMPLES = 300  # drawn in search of a regime
 KERNELS = tuple(COLUMNS)  # the implementations that only a GPU runs

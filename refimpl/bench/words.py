@@ -27,4 +27,5 @@ def amount(x: float) -> str:
 
 
 def digits(x: float) -> str:
+    """A number in three digits or more."""
     return f"{x:.2f}" if x < 10 else f"{x:.1f}" if x < 100 else f"{x:.0f}"

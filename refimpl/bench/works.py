@@ -150,7 +150,8 @@ def most_error(storage: str) -> float:
 
 
 def worst_error(got: Array, wanted: Array) -> float:
-    """The largest error in any row (of the last axis), over the largest value of that very row.
+    """The largest error of ``got`` in any row (of the last axis), over the largest value of that
+    row of ``wanted``; both have any shape, the same.
 
     NaN where either has one, inf for another shape, and beyond any bound for anything but 0 in a
     row of zeros.
@@ -171,7 +172,8 @@ def _largest(rows: Array) -> Array:
 
 
 def error_of(got: Array, wanted: Array, storage: str | None = None) -> float:
-    """`worst_error` over `most_error` of the type of ``got``, or of ``storage``."""
+    """`worst_error`, with arguments as `worst_error`, over `most_error` of the type of ``got``, or
+    of ``storage``."""
     return worst_error(got, wanted) / most_error(storage or str(got.dtype))
 
 
@@ -180,6 +182,7 @@ def _wide(*arrays: Array) -> tuple[Array, ...]:
 
 
 def rms_norm_work(maker: Maker, *, backward: bool) -> Work:
+    """RMSNorm, forward or backward."""
     s, pair = maker.sizes, rms_norm(maker.launch)
     x = maker.normal(s.tokens, s.width, scale=EPS**0.5)
     w = maker.normal(s.width)
@@ -198,6 +201,7 @@ def rms_norm_work(maker: Maker, *, backward: bool) -> Work:
 
 
 def rope_work(maker: Maker, *, backward: bool) -> Work:
+    """RoPE, forward or backward."""
     s, pair = maker.sizes, rope(maker.launch)
     x, dy = (maker.normal(1, s.tokens, s.heads, s.rotated) for _ in range(2))
     positions = maker.xp.arange(s.tokens)
@@ -216,6 +220,7 @@ def rope_work(maker: Maker, *, backward: bool) -> Work:
 
 
 def swiglu_work(maker: Maker, *, backward: bool) -> Work:
+    """SwiGLU, forward or backward."""
     s, pair = maker.sizes, swiglu(maker.launch)
     gate, up, dy = (maker.normal(s.tokens, s.hidden) for _ in range(3))
     _, saved = pair.forward(gate, up)
@@ -332,6 +337,7 @@ def gate_work(maker: Maker) -> Work:
 
 
 def permute_work(maker: Maker) -> Work:
+    """Tokens copied into the experts' order."""
     s = maker.sizes
     x, order = maker.normal(s.tokens, s.width), maker.order(s.tokens * s.top_k)
     where = place(order)
@@ -346,6 +352,7 @@ def permute_work(maker: Maker) -> Work:
 
 
 def combine_work(maker: Maker) -> Work:
+    """The experts' rows added up per token."""
     s = maker.sizes
     rows, where = maker.normal(s.tokens * s.top_k, s.width), place(maker.order(s.tokens * s.top_k))
     weights = abs(maker.normal(s.tokens, s.top_k, dtype=np.float32))
@@ -494,6 +501,7 @@ def head_work(maker: Maker) -> Work:
 
 
 def grpo_work(maker: Maker) -> Work:
+    """GRPO's loss, forward and backward in one."""
     s, pair = maker.sizes, grpo(maker.launch)
     log_prob = -abs(maker.normal(s.outputs, s.length))
     old, reference = (log_prob + maker.normal(s.outputs, s.length, scale=0.3) for _ in range(2))

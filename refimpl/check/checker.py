@@ -33,10 +33,10 @@ __all__ = [
 ]
 
 FD_TOLERANCE = 1e-8  # ops; the whole model: MODEL_FD_TOLERANCE
-MODEL_FD_TOLERANCE = 1e-7
+MODEL_FD_TOLERANCE = 1e-7  # of the finite differences through the whole model
 VALIDITY = 1e-12  # largest sharpness at which the rounding-noise rule counts, in float64
-MODEL_VALIDITY = 1e-10
-RULES = ("contract", "differences", "noise")
+MODEL_VALIDITY = 1e-10  # VALIDITY for the whole model
+RULES = ("contract", "differences", "noise")  # those that run unless others are named
 DIGITS_MARGIN = 10  # of N digits, N − 10 must agree
 # a gradient may cancel by chance under one cotangent, and then nothing sharp can be said: draw
 # another
@@ -165,6 +165,7 @@ def check(
         dtype: the type under test, float64 or float32 (differences mean nothing in float32 and are
             left out).
         digits: also run exact dual numbers to so many digits.
+        seed: of the cotangents and directions that are drawn.
         rules: of "contract", "differences" and "noise"; leave out what your functions can't do.
         contract_dtypes: types that gradients must keep, float64 and float32 by default.
         difference_tolerance, validity: bounds of the finite-difference error and of the sharpness

@@ -111,7 +111,8 @@ def _lift(x: Any) -> Dual | None:
 
 
 def dual_array(x: np.ndarray, direction: np.ndarray | None = None) -> np.ndarray:
-    """Real ``x`` as duals, moving in ``direction`` (of the same shape; None: standing still)."""
+    """Real ``x``, of any shape, as duals that move in ``direction``, of any shape that is that of
+    ``x`` (None: they stand still)."""
     out = np.empty(x.shape, dtype=object)
     moves = np.zeros(x.shape) if direction is None else direction
     out.reshape(-1)[:] = [

@@ -34,6 +34,8 @@ __all__ = ["PLANTED", "Planted", "plant"]
 
 
 class Planted(NamedTuple):
+    """A mistake: edits of an op's source, and which rule sees it."""
+
     op: str  # an op, a function that is no pair (of `FUNCTIONS`), or "model"
     name: str
     exposed_by: str

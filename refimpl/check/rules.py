@@ -288,7 +288,7 @@ def finite_difference_error(
     g: np.ndarray,
 ) -> float:
     """|FD − ⟨g,v⟩| / max(|⟨g,v⟩|, ‖g‖‖v‖/√n), in float64, with steps relative to the RMS of the
-    tensor.
+    tensor. The direction ``v`` and the gradient ``g``, of any shape, have that of the input.
 
     A gradient that is exactly zero must have exactly zero differences (else the error is infinite).
     """
@@ -340,6 +340,8 @@ def full_jacobian(pair: Pair, inputs: Sequence[Any], index: int) -> tuple[np.nda
 
 
 class Noise(NamedTuple):
+    """The verdict of `rounding_noise` on one input."""
+
     error: float  # mathematical error over rounding noise: at most 1
     sharpness: (
         float  # rounding noise over Σ|g||v|: the smallest relative error that the rule could see
@@ -357,7 +359,8 @@ def rounding_noise(
     g_tested: np.ndarray,
     g80: np.ndarray,
 ) -> Noise:
-    """The primary rule, with no constant to tune.
+    """The primary rule, with no constant to tune. The direction ``v`` and the gradients
+    ``g_tested`` and ``g80``, of any shape, have that of the input.
 
     A complex step in clongdouble gives Jv to 80-bit precision, ``g80`` is the backward run in
     longdouble, ``g_tested`` the one under test (float64, or float32). The mathematical error

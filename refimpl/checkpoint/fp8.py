@@ -30,8 +30,9 @@ def dequantise(
     """Write the ``rows`` of a weight into ``out`` [len(rows), in], float32 or float64, each number
     times its scale.
 
-    ``weight`` [len(rows), in] holds these rows alone, ``scale`` is whole, and ``rows`` are their
-    numbers in the weight. The product is rounded once, to out's type: in float64 it is exact.
+    ``weight`` [len(rows), in] holds these rows alone, ``scale`` [blocks of out, blocks of in] is
+    whole, and ``rows`` are their numbers in the weight. The product is rounded once, to out's type:
+    in float64 it is exact.
     """
     out[...] = weight
     factors = scale[rows // block[0]].astype(out.dtype)

@@ -100,7 +100,11 @@ def is_quantised(name: str) -> bool:
 
 
 def layer_of(name: str) -> int | None:
-    """The layer that a tensor belongs to, or None."""
+    """The layer that a tensor belongs to, or None.
+
+    >>> layer_of("model.layers.12.mlp.gate.weight")
+    12
+    """
     found = re.match(r"model\.layers\.(\d{1,9})\.", name)
     return int(found[1]) if found else None
 

@@ -36,7 +36,7 @@ __all__ = [
     "write_tensor_file",
 ]
 
-DTYPES: dict[str, np.dtype[Any]] = {
+DTYPES: dict[str, np.dtype[Any]] = {  # NumPy's type by the name that safetensors has for it
     "F64": np.dtype("float64"),
     "F32": np.dtype("float32"),
     "F16": np.dtype("float16"),
@@ -58,6 +58,8 @@ FOREIGN = {  # how files begin that are often found under this name
 
 
 class Spec(NamedTuple):
+    """A tensor that is to be written."""
+
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
@@ -138,7 +140,7 @@ class StoredTensor(NamedTuple):
     path: Path
     dtype: str  # as safetensors calls it
     shape: tuple[int, ...]
-    data: np.ndarray  # uint8, mapped
+    data: np.ndarray  # [bytes] uint8, mapped
 
     def array(self) -> Array:
         """The values, mapped, in their stored type, which must be one of `DTYPES`; possibly
@@ -207,4 +209,5 @@ def _fits(start: bytes, size: int) -> bool:
 
 
 def one_line(text: object) -> str:
+    """Text from a file as it may stand in a message: escaped, at most 200 characters."""
     return ascii(str(text))[1:-1][:200]

@@ -14,21 +14,21 @@ from ..parallel.ranks import Ranks
 
 __all__ = ["ContextParallel", "DataParallel", "ExpertParallel", "RankCount", "Timeout", "joined"]
 
-RankCount = Annotated[
+RankCount = Annotated[  # ``--ranks``
     int | None,
     typer.Option(help="Run in so many processes (MPI): ranks = data-parallel · context-parallel."),
 ]
-DataParallel = Annotated[
+DataParallel = Annotated[  # ``--data-parallel``
     int | None,
     typer.Option(help="Ranks that the sequences of a batch are over; default: what is left."),
 ]
-ContextParallel = Annotated[
+ContextParallel = Annotated[  # ``--context-parallel``
     int, typer.Option(help="Ranks that the positions of each sequence are over.")
 ]
-ExpertParallel = Annotated[
+ExpertParallel = Annotated[  # ``--expert-parallel``
     int, typer.Option(help="Ranks that hold all experts between them; it divides --ranks.")
 ]
-Timeout = Annotated[
+Timeout = Annotated[  # ``--timeout``, seconds
     float, typer.Option(help="Seconds that a rank waits for another before all end.")
 ]
 

@@ -44,7 +44,7 @@ def show(value: float) -> str:
 
 
 def numbers(trap: Trap) -> Iterator[str]:
-    """A line a measure: what it is, and the number of each choice."""
+    """A line per measure of a trap: what it is, and the number of each choice."""
     for measure, choices in trap.measured.items():
         yield f"{measure}: " + "; ".join(
             f"{choice} = {show(value)}" for choice, value in choices.items()

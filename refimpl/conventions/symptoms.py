@@ -7,7 +7,7 @@ from .traps import TRAPS
 
 __all__ = ["SYMPTOMS", "rows"]
 
-SYMPTOMS: dict[str, tuple[str, ...]] = {
+SYMPTOMS: dict[str, tuple[str, ...]] = {  # what one sees, and the rows that could be its cause
     "Logits are right at position 0 and wrong later": (
         "RoPE's layout",
         "YaRN's mscale",

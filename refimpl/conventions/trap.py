@@ -35,7 +35,7 @@ VERSIONS = {
 """The version that a statement is about, unless it names its own."""
 
 How = Literal["run", "read", "told"]
-HOW = {
+HOW = {  # how a statement is known, in words
     "run": "its own code was executed beside ours, in this version: by the test that is named, or "
     "once, before this was written",
     "read": "its source was read, in this version, and not executed",
@@ -62,14 +62,17 @@ class Statement:
 
 
 def read(text: str, at: str = "") -> Statement:
+    """A statement known from the source, ``at`` a file and line."""
     return Statement(text, "read", at)
 
 
 def run(text: str, at: str = "", test: str = "") -> Statement:
+    """A statement known from an execution beside ours, by ``test`` where there is one."""
     return Statement(text, "run", at, test)
 
 
 def told(text: str, at: str = "") -> Statement:
+    """A statement that is second-hand."""
     return Statement(text, "told", at)
 
 

@@ -25,7 +25,7 @@ IN_PARTS = (
 )
 SPLIT_WORDS = "split micro-batch microbatch accumulation ranks data parallel context parallel"
 
-TRAPS = (
+TRAPS = (  # every row of the page
     Trap(
         "MTP's order",
         "Which comes first in front of the MTP module's projection `eh_proj`?",

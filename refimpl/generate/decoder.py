@@ -1,6 +1,6 @@
 """The main model reading tokens piece by piece, with latent caches.
 
-The cache of a layer holds C + R numbers a token, [B, S, C + R]; the prompt is read in the naive
+The cache of a layer holds C + R numbers per token, [B, S, C + R]; the prompt is read in the naive
 form of MLA, later tokens in the absorbed one. Prompts of different lengths are padded on the left,
 and a mask and positions of their own keep each row what it would be alone. Source: DeepSeek-V2
 (2405.04434) section 2.1.
@@ -19,6 +19,7 @@ from ..parameters import EMBEDDING
 
 __all__ = ["ABSORBED", "Decoder"]
 
+# the ops that decoding uses: attention reads the latents themselves
 ABSORBED = IMPLEMENTATIONS["absorbed"]
 
 

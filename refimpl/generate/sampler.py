@@ -19,6 +19,8 @@ NOT_A_NUMBER, NOTHING = -1, -2  # in the place of a token
 
 
 class Choice(NamedTuple):
+    """The tokens that `choose` drew."""
+
     tokens: np.ndarray  # [B]
     log_probs: np.ndarray | None  # [B]: of these tokens; None unless asked for
 
@@ -126,5 +128,5 @@ def running_sum(x: Array) -> Array:
 
 
 def to_numpy(x: Array) -> np.ndarray:
-    """A host copy of an array of any library."""
+    """A host copy of ``x``, an array of any library and any shape."""
     return np.asarray(x.get() if hasattr(x, "get") else x)

@@ -56,7 +56,7 @@ def embedding_forward(w: LazyTensor, *, ids: np.ndarray) -> tuple[np.ndarray, np
 
 
 def embedding_backward(dy: np.ndarray, ids: np.ndarray) -> Rows:
-    """The gradient of the table, from ``dy`` [B, T, D]."""
+    """The gradient of the table, from ``dy`` [B, T, D] and ``ids`` [B, T]."""
     return Rows(ids.reshape(-1), dy.reshape(-1, dy.shape[-1]))
 
 
@@ -106,7 +106,7 @@ def moe_postponed(
     indices: np.ndarray,
     ops: Ops,
 ) -> tuple[np.ndarray, MoESaved]:
-    """`moe_forward` for a step that needs the backward alone: no expert is run, and y is 0."""
+    """As `moe_forward`, for a step that needs the backward alone: no expert is run, and y is 0."""
     saved = MoESaved(x, weights, (w_gate, w_up, w_down), shared, indices, ops)
     return np.zeros_like(x), saved
 
@@ -128,8 +128,8 @@ def moe_forward(*args: Any, **kwargs: Any) -> tuple[np.ndarray, MoESaved]:
 
 
 def moe_backward(dy: np.ndarray, saved: MoESaved, *, write: Write) -> tuple[np.ndarray | None, ...]:
-    """`refimpl.ops.moe_backward`, which runs each expert again. The gradients of its weights go to
-    ``write`` under the checkpoint's names, None where it has no tokens and they are 0; in the
+    """As `refimpl.ops.moe_backward`, but it runs each expert again. The gradients of its weights go
+    to ``write`` under the checkpoint's names, None where it has no tokens and they are 0; in the
     result they are None."""
     x, weights, stacks, shared, indices, ops = saved
     rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, x.shape[-1])

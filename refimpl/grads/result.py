@@ -16,6 +16,8 @@ __all__ = ["Result", "result_of", "split_of", "write_result"]
 
 
 class Result(NamedTuple):
+    """What a finished run found: losses, loads, and the size of each gradient."""
+
     loss: float | None  # None with dlogits
     main: float | None  # None with dlogits
     mtp: list[float]  # of each module, before λ

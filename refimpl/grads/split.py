@@ -35,6 +35,7 @@ __all__ = [
     "term_gradients",
 ]
 
+# how a split is written
 SPEC = "micro_batches=M, or rows=2+3+1, or positions=8+16, each with ,ranks=R"
 LEAVES_OUT = 1e300  # a count that makes a term vanish
 BALANCE, OF_PART = "balance", "balance_of_part"
@@ -42,6 +43,8 @@ POLICY = "grpo"
 
 
 class Split(NamedTuple):
+    """A batch in parts: which rows, or which pieces of sequences."""
+
     parts: list[Part]
     rows: list[np.ndarray]  # of the batch, in each part
     pieces: bool  # of sequences, not micro-batches of rows

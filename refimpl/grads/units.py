@@ -133,6 +133,7 @@ class PermutedSource:
 
 
 def reruns_of(request: Request) -> list[Rerun]:
+    """Every rerun that a request's units need."""
     return [Rerun(name, number) for name in request.units for number in range(request.reruns)]
 
 
@@ -269,8 +270,8 @@ def units_of(steps: Steps) -> dict[str, dict[str, float | None]]:
 
 
 def unit_of(errors: np.ndarray, scale: float | None, type: str) -> float | None:
-    """The unit of a tensor whose largest number is ``scale``, from the ``errors`` of its reruns;
-    None where it is not finite."""
+    """The unit of a tensor whose largest number is ``scale``, from the ``errors`` [reruns] of its
+    reruns; None where it is not finite."""
     most, least = float(np.max(errors)), float(np.min(errors))
     spread = 0 if type == "bfloat16" else SPREAD
     unit = math.inf if scale is None else most + spread * (most - least)

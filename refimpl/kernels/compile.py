@@ -32,8 +32,8 @@ __all__ = [
 
 # Machine code for sm_80 runs on sm_86 and sm_89 too, for sm_100 on sm_103, for sm_120 on sm_121
 TARGETS = ("sm_80", "sm_90", "sm_90a", "sm_100", "sm_120")
-STORAGE = ("float64", "float32", "bfloat16")
-STEMS = tuple(sorted(path.stem for path in SOURCE.glob("*.cu")))
+STORAGE = ("float64", "float32", "bfloat16")  # types of arrays that kernels are compiled for
+STEMS = tuple(sorted(path.stem for path in SOURCE.glob("*.cu")))  # the sources, kernels/<stem>.cu
 OPTIONS = (
     "--std=c++17",
     "--ptxas-options=-v",

@@ -30,6 +30,8 @@ THREADS, BATCH = 128, 4  # threads of a block of the backward; chunks of a threa
 
 
 class CrossEntropySaved(NamedTuple):
+    """What the forward of `cross_entropy` keeps for its backward."""
+
     logits: Array  # […, W]: probabilities are recomputed from them
     largest: Array  # [rows]: the maximum, in float32 for bfloat16
     total: Array  # [rows]: Σ e^(z − largest)
@@ -149,7 +151,12 @@ def softmax_gradient(
     weight: Array,
     dloss: Any,
 ) -> Array:
-    """``out`` = dloss · weight (softmax(logits) − one-hot(targets)); ``out`` may be ``logits``."""
+    """``out`` = dloss · weight (softmax(logits) − one-hot(targets)); ``out`` may be ``logits``.
+
+    Args:
+        out, logits: […, W].
+        largest, total, targets, weight: [rows], as in `CrossEntropySaved`.
+    """
     kernels, n = Kernels(launch, "cross_entropy"), numbers(logits=logits)
     rows, vocabulary = prod(logits.shape[:-1]), logits.shape[-1]
     dloss = n.xp.asarray(dloss, dtype=n.real).reshape(1)

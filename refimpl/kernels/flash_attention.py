@@ -29,10 +29,12 @@ __all__ = [
 WIDEST = 256  # keys and values: a warp's sums of 16 rows lie in registers
 OWN = 16  # rows of a warp, as in the kernel
 SHARED = 99 << 10  # bytes of a block on every target: other tiles would add in another order
-ROW_THREADS = 128  # of a block of flash_attention_row_sum, a warp a row
+ROW_THREADS = 128  # of a block of flash_attention_row_sum, a warp per row
 
 
 class FlashAttentionSaved(NamedTuple):
+    """What the forward of `attention` keeps for its backward."""
+
     q: Array  # [B, T, H, X]
     k: Array  # [B, S, H or 1, X]
     v: Array  # [B, S, H or 1, V]
@@ -241,7 +243,7 @@ def _start(
     *arrays: Array,
 ) -> None:
     """Blocks for so many heads of so many rows. A block takes a tile of rows; in Numba CUDA one of
-    them, a thread a column."""
+    them, a thread per column."""
     given = *arrays, *_settings(n, saved)
     if isinstance(kernels.launch, NumbaLaunch):
         widest = max(shape.key_width, shape.value_width)

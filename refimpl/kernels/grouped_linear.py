@@ -61,7 +61,7 @@ Tilings = dict[str, tuple[Tiling, Tiling]]
 """By storage type: the tiling for few rows per expert, where reading the weights takes the time,
 and that for many."""
 
-TILINGS: Tilings = {
+TILINGS: Tilings = {  # those that the sources are compiled with
     "bfloat16": (Tiling(16, 128, 16, 32, 32, 4), Tiling(128, 128, 64, 32, 32, 4)),
     "float32": (Tiling(16, 128, 16, 32, 16, 4), Tiling(128, 128, 64, 32, 16, 3)),
     "float64": (Tiling(16, 64, 16, 32, 16, 3), Tiling(64, 64, 32, 32, 16, 3)),

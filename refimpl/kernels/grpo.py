@@ -27,6 +27,8 @@ THREADS = 256
 
 
 class GRPOSaved(NamedTuple):
+    """What the forward of `grpo` keeps for its backward."""
+
     dlog_prob: Array  # [N, T]: the loss's own gradient, in float32 for bfloat16
     dtype: Any  # of log_prob
 

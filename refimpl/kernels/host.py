@@ -53,7 +53,8 @@ class Numbers:
 
 
 def numbers(**arrays: Array | None) -> Numbers:
-    """The types that all the named arrays (None entries are skipped) have in common.
+    """The types that all the named ``arrays`` of any shape (None entries are skipped) have in
+    common.
 
     TypeError if one is not an array, or they differ in library or dtype, or that is not float64,
     float32 or bfloat16.
@@ -78,8 +79,8 @@ def numbers(**arrays: Array | None) -> Numbers:
 
 
 def ready(x: Array, dtype: Any = None) -> Array:
-    """``x`` (in ``dtype``, if given) contiguous and at a multiple of 16 bytes: itself, if it is so
-    already."""
+    """``x`` (any shape; in ``dtype``, if given) contiguous and at a multiple of 16 bytes: itself,
+    if it is so already."""
     xp = library(x)
     x = xp.asarray(x, dtype=x.dtype if dtype is None else dtype, order="C")
     address = x.data.ptr if xp.__name__ == "cupy" else x.ctypes.data
@@ -99,8 +100,8 @@ def product(a: Array, b: Array, dtype: Any) -> Array:
 
 
 def parts(x: Array, dtype: Any, count: int = 3) -> Iterator[Array]:
-    """Arrays in ``dtype`` whose sum is ``x``: ``x`` itself, or of float32 in bfloat16 ``count``,
-    the largest first.
+    """Arrays in ``dtype`` whose sum is ``x`` (any shape): ``x`` itself, or of float32 in bfloat16
+    ``count``, the largest first.
 
     Each holds 8 of its 24 bits, so that with three, products on tensor cores, which take bfloat16,
     are those of float32; with fewer each element is wrong by at most 2^(−8 count) of itself.
@@ -198,7 +199,7 @@ def _in_memory(x: Array) -> tuple[Array, int, int]:
 
 
 def place(permutation: Array) -> Array:
-    """The inverse of a permutation of 0 … n − 1."""
+    """The inverse of a ``permutation`` [n] of 0 … n − 1."""
     xp = library(permutation)
     inverse = xp.empty_like(permutation)
     inverse[permutation] = xp.arange(permutation.shape[0], dtype=permutation.dtype)

@@ -19,7 +19,7 @@ from ..files import PARTIAL, replacing_folder
 
 __all__ = ["FILES", "Kept", "kept", "kernels_folder"]
 
-FILES = ("kernel.ptx", "kernel.cubin", "log", "sha256")
+FILES = ("kernel.ptx", "kernel.cubin", "log", "sha256")  # of one compiled kernel, in its folder
 OTHERS_WRITE = 0o022  # the permission bits of group and others to write
 
 

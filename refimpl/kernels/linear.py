@@ -11,14 +11,14 @@ __all__ = ["linear_backward", "linear_forward"]
 
 
 def linear_forward(x: Array, w: Array) -> tuple[Array, LinearSaved]:
-    """y = x Wᵀ, in the type of ``x``."""
+    """As `refimpl.ops.linear_forward`, in the type of ``x``."""
     numbers(x=x, w=w)
     expect("w", w, "(O, I)", (None, last(x, "x")))
     return product(x, w.T, x.dtype), LinearSaved(x, w)
 
 
 def linear_backward(dy: Array, saved: LinearSaved) -> tuple[Array, Array]:
-    """(dx in the type of x, dw in float32 or wider)."""
+    """As `refimpl.ops.linear_backward`: dx in the type of x, dw in float32 or wider."""
     x, w = saved
     n = numbers(x=x, w=w, dy=dy)
     expect("dy", dy, "(…, O)", (*x.shape[:-1], w.shape[0]))

@@ -29,6 +29,8 @@ TILE = 128  # rows that a product is best a multiple of
 
 
 class LogProbSaved(NamedTuple):
+    """What the forward of `log_prob` keeps for its backward."""
+
     h: Array  # […, D]: logits are recomputed from it; 0 for tokens that are left out
     w: Array  # [W, D]
     largest: Array  # [M]: the largest logit of each token

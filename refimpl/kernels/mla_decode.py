@@ -43,6 +43,8 @@ presets mini and tiny."""
 
 
 class MLADecodeSaved(NamedTuple):
+    """The arguments of a step of decoding."""
+
     q: Array  # [B, T, H, X]
     k: Array  # [B, S, 1, X]
     v: Array  # [B, S, 1, V], in the memory of k

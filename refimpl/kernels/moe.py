@@ -34,6 +34,8 @@ THREADS = 128
 
 
 class MoESaved(NamedTuple):
+    """What the forward of `moe` keeps for its backward."""
+
     weights: Array  # [M, K], in float32 for bfloat16
     known: Array  # [M, K], in the same type: 1, and NaN for an index of no expert
     place: Array  # [M·K]: the row of each slot of [M, K] in the experts' order
@@ -81,7 +83,11 @@ def combine(launch: Launch, rows: Array, where: Array, weights: Array) -> Array:
 def combine_backward(
     launch: Launch, dy: Array, rows: Array, where: Array, weights: Array
 ) -> tuple[Array, Array]:
-    """(drows [M·K, D], dweights [M, K], float32 for bfloat16) of `combine` from ``dy`` [M, D]."""
+    """(drows [M·K, D], dweights [M, K], float32 for bfloat16) of `combine` from ``dy`` [M, D].
+
+    Args:
+        rows, where, weights: [M·K, D], [M·K], [M, K], as they were given to `combine`.
+    """
     kernels, n = Kernels(launch, "moe"), numbers(dy=dy, rows=rows)
     (tokens, top_k), d = weights.shape, dy.shape[1]
     drows, warps = kernels.empty(rows.shape, rows.dtype, rows), min(top_k, 8)

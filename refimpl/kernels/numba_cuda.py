@@ -27,7 +27,8 @@ from .kept import kept
 
 __all__ = ["NUMBA_STEMS", "NUMBA_STORAGE", "compile_numba", "kernels_of", "numba_versions"]
 
-NUMBA_STORAGE = ("float64", "float32")
+NUMBA_STORAGE = ("float64", "float32")  # types of arrays that the twins take
+# the sources, kernels/<stem>_numba_cuda.py
 NUMBA_STEMS = tuple(
     sorted(path.name.removesuffix("_numba_cuda.py") for path in SOURCE.glob("*_numba_cuda.py"))
 )

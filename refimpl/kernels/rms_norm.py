@@ -26,6 +26,8 @@ PARTS = 256  # partial sums of dw, at most; a constant, so that every GPU adds i
 
 
 class RMSNormSaved(NamedTuple):
+    """What the forward of `rms_norm` keeps for its backward."""
+
     x: Array  # […, D]
     w: Array  # [D]
     r: Array  # [rows]: 1 / rms, in float32 for bfloat16

@@ -1,4 +1,4 @@
-"""One file an op: ``X_forward(differentiable…, *, not_differentiable…) -> (y, saved)`` and
+"""One file per op: ``X_forward(differentiable…, *, not_differentiable…) -> (y, saved)`` and
 ``X_backward(dy, saved) -> gradients``, one gradient for each positional argument."""
 
 from .attention import attention_backward, attention_forward

@@ -31,6 +31,8 @@ __all__ = ["AttentionSaved", "attention_backward", "attention_forward", "visible
 
 
 class AttentionSaved(NamedTuple):
+    """What `attention_forward` keeps for `attention_backward`."""
+
     q: Array  # [B, T, H, X]
     k: Array  # [B, S, H or 1, X]
     v: Array  # [B, S, H or 1, V]
@@ -105,8 +107,13 @@ def visible(
     key_mask: Array | None,
     segments: Array | None,
 ) -> Array:
-    """Which keys [keys) each query in [queries) may see: bool [B or 1, 1, t, s]; the ranges make
-    blocks of it."""
+    """Which keys each query may see: bool [B or 1, 1, t, s]. The ranges ``queries`` and ``keys``,
+    (start, stop), cut a block out of all T × S.
+
+    Args:
+        q, k: [B, T, H, X] and [B, S, H or 1, X], of which the shapes alone are read.
+        key_mask, segments: [B, S], as in `attention_forward`.
+    """
     xp = namespace(q=q, k=k)
     offset = k.shape[1] - q.shape[1]
     t = xp.arange(queries[0] + offset, queries[1] + offset, device=q.device)[:, None]

@@ -31,6 +31,8 @@ __all__ = ["BalanceLossSaved", "balance_loss_backward", "balance_loss_forward", 
 
 
 class BalanceLossSaved(NamedTuple):
+    """What `balance_loss_forward` keeps for `balance_loss_backward`."""
+
     scores: Array  # [B, T, E], 1 at padding
     f: Array  # [B, 1, E]: E/(K T) times the counts, constant
     weight: Array  # [B, T, 1]: α / (B T) for each token that takes part, else 0

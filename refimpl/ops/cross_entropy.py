@@ -27,6 +27,8 @@ __all__ = ["CrossEntropySaved", "cross_entropy_backward", "cross_entropy_forward
 
 
 class CrossEntropySaved(NamedTuple):
+    """What `cross_entropy_forward` keeps for `cross_entropy_backward`."""
+
     p: Array  # […, W]: probabilities, 1/W for a token that is left out
     targets: Array  # […] integers
     weight: Array  # […]: mask / normaliser

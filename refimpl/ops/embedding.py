@@ -14,6 +14,8 @@ __all__ = ["EmbeddingSaved", "embedding_backward", "embedding_forward"]
 
 
 class EmbeddingSaved(NamedTuple):
+    """What `embedding_forward` keeps for `embedding_backward`."""
+
     ids: Array  # […] integers: where each row of dy belongs
     shape: tuple[int, ...]  # (W, D): that of dw
 

@@ -15,6 +15,8 @@ __all__ = ["FFNSaved", "ffn_backward", "ffn_forward"]
 
 
 class FFNSaved(NamedTuple):
+    """What `ffn_forward` keeps for `ffn_backward`."""
+
     gate: Any  # saved of the three linear maps and of the gate between them
     up: Any
     swiglu: Any

@@ -1,7 +1,7 @@
 """Attention in memory linear in the sequence: blocks, an online softmax, probabilities recomputed
 in the backward.
 
-The same function as `attention`, argument for argument. The forward keeps one number a row, the
+The same function as `attention`, argument for argument. The forward keeps one number per row, the
 logarithm of the softmax's denominator; the backward turns it into probabilities again, a block at a
 time. Source: Dao et al., FlashAttention (2205.14135) algorithms 1 and 4; Dao, FlashAttention-2
 (2307.08691). Derivation: derivations/flash_attention.md. Letters as in attention.py; t and s are
@@ -32,6 +32,8 @@ __all__ = ["FlashAttentionSaved", "flash_attention_backward", "flash_attention_f
 
 
 class FlashAttentionSaved(NamedTuple):
+    """What `flash_attention_forward` keeps for `flash_attention_backward`."""
+
     q: Array  # [B, T, H, X]
     k: Array  # [B, S, H or 1, X]
     v: Array  # [B, S, H or 1, V]
@@ -55,8 +57,8 @@ def flash_attention_forward(
     segments: Array | None = None,
     block: int = 128,
 ) -> tuple[Array, FlashAttentionSaved]:
-    """o [B, T, H, V], as `attention_forward` defines it; ``block`` is the length of a block of
-    queries or keys."""
+    """o [B, T, H, V], with arguments as `refimpl.ops.attention_forward`; ``block`` is the length of
+    a block of queries or keys."""
     xp, scale = namespace(q=q, k=k, v=v), float(scale)
     check_attention(q, k, v, causal, key_mask, segments)
     if block < 1:

@@ -39,6 +39,7 @@ __all__ = [
     "group_advantages",
 ]
 
+# settings of `grpo_forward` by the paper that prints them
 GRPO_PRESETS: dict[str, dict[str, Any]] = {
     "deepseekmath": {},
     "r1_print": {
@@ -60,14 +61,17 @@ GRPO_PRESETS: dict[str, dict[str, Any]] = {
 
 
 class GRPOOutput(NamedTuple):
+    """What `grpo_forward` returns beside `GRPOSaved`: the loss and the choices that it made."""
+
     loss: Array  # scalar
-    unclipped: (
-        Array  # [N, T] bool: where ρ counts as it is; a clip fraction is counted under the mask
-    )
+    # [N, T] bool: where ρ counts as it is; a clip fraction is counted under the mask
+    unclipped: Array
     kept: Array  # [N] bool: False for outputs that the off-policy mask drops
 
 
 class GRPOSaved(NamedTuple):
+    """What `grpo_forward` keeps for `grpo_backward`."""
+
     dz: Array  # [N, T]: ∂loss/∂log-ratio to the old policy, at the ratio's level
     du: Array | None  # [N, T]: in the log-ratio of the reference to the policy; None without KL
     mask: Array  # [N, T]
@@ -120,7 +124,7 @@ def grpo_forward(
         kl_bounds: of |ln π_ref/π| and of |k|, which stop there, and with them the gradient.
         off_policy: V3.2's δ: the ratio term of an output with A < 0 and mean ln(π_old/π) > δ is
             dropped.
-        unclipped, kept: choices of an earlier run to replay.
+        unclipped, kept: [N, T] and [N] bool, the choices of an earlier run to replay.
 
     Returns (loss, unclipped, kept). An output without tokens adds 0; A = 0 gives the ratio term no
     gradient.
@@ -203,6 +207,10 @@ def group_advantages(
             but for rounding are equal: a spread of at most 8 units of the largest counts as 0.
 
     ValueError if a reward is not finite, or no group or no output is there.
+
+    >>> import numpy as np
+    >>> group_advantages(np.array([[1.0, 1.0, 0.0, 0.0]]), ddof=0).tolist()
+    [1.0, 1.0, -1.0, -1.0]
     """
     xp = namespace(rewards=rewards)
     expect("rewards", rewards, "(Q, G)", (None, None))

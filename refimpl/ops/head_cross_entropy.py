@@ -17,6 +17,8 @@ __all__ = ["HeadCrossEntropySaved", "head_cross_entropy_backward", "head_cross_e
 
 
 class HeadCrossEntropySaved(NamedTuple):
+    """What `head_cross_entropy_forward` keeps for `head_cross_entropy_backward`."""
+
     log_prob: Any
     weight: Array  # […]: mask / normaliser
     ops: Leaves
@@ -34,8 +36,8 @@ def head_cross_entropy_forward(
 ) -> tuple[Array, HeadCrossEntropySaved]:
     """The scalar loss of ``targets`` […] for hidden states ``h`` […, D] and the head ``w`` [W, D].
 
-    Equal to `cross_entropy_forward` of the logits h wᵀ; mask and normaliser as there, block as in
-    `log_prob_forward`.
+    Equal to `cross_entropy_forward` of the logits h wᵀ; ``mask`` […] and normaliser as there, block
+    as in `log_prob_forward`.
     """
     xp = namespace(moved=True, h=h, w=w)
     expect_table(ops, Leaves)

@@ -36,11 +36,13 @@ Backward = TypeVar("Backward", bound=Callable[..., Any])
 
 
 class Op(NamedTuple, Generic[Forward, Backward]):
+    """The two functions of an op."""
+
     forward: Forward  # (differentiable…, *, not differentiable…) -> (y, saved)
     backward: Backward  # (dy, saved) -> gradients, one per positional argument of forward
 
 
-AnyOp = Op[Any, Any]
+AnyOp = Op[Any, Any]  # an op of any signature
 
 
 class Table(Mapping[str, AnyOp]):
@@ -111,4 +113,4 @@ class Leaves(Table):
     preference_loss = Op(preference_loss_forward, preference_loss_backward)
 
 
-LEAVES = Leaves()
+LEAVES = Leaves()  # the leaf ops of this package

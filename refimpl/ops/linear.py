@@ -14,6 +14,8 @@ __all__ = ["LinearSaved", "linear_backward", "linear_forward"]
 
 
 class LinearSaved(NamedTuple):
+    """What `linear_forward` keeps for `linear_backward`."""
+
     x: Array  # […, I]: dw is a product with it
     w: Array  # [O, I]: dx is a product with it
 

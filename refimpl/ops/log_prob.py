@@ -34,6 +34,8 @@ __all__ = ["LogProbSaved", "log_prob_backward", "log_prob_forward"]
 
 
 class LogProbSaved(NamedTuple):
+    """What `log_prob_forward` keeps for `log_prob_backward`."""
+
     h: Array  # […, D]: logits are recomputed from it; 0 for tokens that are left out
     w: Array  # [W, D]
     lse: Array  # [M, 1]: log Σ e^z of each token

@@ -1,13 +1,14 @@
 """Multi-head latent attention (MLA), naive form: keys and values are expanded from the latent, then
 plain attention.
 
-Keys and values of all heads come from one latent vector a token, and a small rotated key is shared
-by all heads. The cache holds the normalised latent and the rotated key, C + R numbers a token: 576
-for V3. `mla_absorbed` computes the same without expanding it. Sources: DeepSeek-V3 (2412.19437) eq.
-1–11 (our C is their d_c, A their d'_c, R their d_h^R); those equations leave out the norms of the
-two latents, which section 4.2 mentions. Derivation: derivations/mla.md. Letters: B batch, T query
-position, S key position, D model, H heads, N nope, R rope, V value width, A and C the query and
-key-value latents. Without query compression ``w_q_a`` and ``w_q_a_norm`` are None, and A is D.
+Keys and values of all heads come from one latent vector per token, and a small rotated key is
+shared by all heads. The cache holds the normalised latent and the rotated key, C + R numbers per
+token: 576 for V3. `mla_absorbed` computes the same without expanding it. Sources: DeepSeek-V3
+(2412.19437) eq. 1–11 (our C is their d_c, A their d'_c, R their d_h^R); those equations leave out
+the norms of the two latents, which section 4.2 mentions. Derivation: derivations/mla.md. Letters: B
+batch, T query position, S key position, D model, H heads, N nope, R rope, V value width, A and C
+the query and key-value latents. Without query compression ``w_q_a`` and ``w_q_a_norm`` are None,
+and A is D.
 """
 
 from __future__ import annotations
@@ -31,11 +32,15 @@ __all__ = [
 
 
 class MLAOutput(NamedTuple):
+    """What `mla_forward` returns beside `MLASaved`."""
+
     y: Array  # [B, T, D]
     cache: Array  # [B, S, C + R]: the given cache and the new tokens' latents and rotated keys
 
 
 class ProjectSaved(NamedTuple):
+    """What `project` keeps for `project_backward`."""
+
     q_a: Any  # saved of the linear maps, norms and rotations, in the order of the forward
     q_a_norm: Any
     q_b: Any
@@ -49,6 +54,8 @@ class ProjectSaved(NamedTuple):
 
 
 class MLASaved(NamedTuple):
+    """What `mla_forward` keeps for `mla_backward`."""
+
     project: ProjectSaved
     kv_b: Any
     attention: Any
@@ -71,7 +78,7 @@ def project(
     **rope: Any,
 ) -> tuple[tuple[Array, Array], ProjectSaved]:
     """Queries [B, T, H, N + R] and latents [B, T, C + R], both rotated: what both forms of MLA
-    begin with."""
+    begin with. Arguments as `mla_forward`'s."""
     xp = namespace(moved=True, x=x, w_q_b=w_q_b, w_kv_a=w_kv_a)
     expect_table(ops, Leaves)
     nope, latent = check_project(x, w_q_a, w_q_a_norm, w_q_b, w_kv_a, w_kv_a_norm, heads)
@@ -104,7 +111,8 @@ def project(
 
 
 def project_backward(dq: Array, dlatent: Array, saved: ProjectSaved) -> tuple[Array | None, ...]:
-    """Gradients (dx, dw_q_a, dw_q_a_norm, dw_q_b, dw_kv_a, dw_kv_a_norm) of `project`."""
+    """Gradients (dx, dw_q_a, dw_q_a_norm, dw_q_b, dw_kv_a, dw_kv_a_norm) of `project`, from ``dq``
+    [B, T, H, N + R] and ``dlatent`` [B, T, C + R]."""
     xp, ops = namespace(moved=True, dq=dq, dlatent=dlatent), saved.ops
     n, c = saved.nope, saved.latent
     dk_pe = ops.rope.backward(dlatent[..., c:][:, :, None, :], saved.k_pe)[:, :, 0, :]
@@ -179,7 +187,8 @@ def mla_forward(
 
 
 def value_width(w_kv_b: Array, w_o: Array, heads: int, n: int, c: int, d: int) -> int:
-    """V, the width of a head's values, by ``w_o``; ValueError unless both weights fit."""
+    """V, the width of a head's values, by ``w_o`` [D, H V]; ValueError unless that and ``w_kv_b``
+    [H (N+V), C] fit."""
     v = last(w_o, "w_o") // heads
     expect("w_kv_b", w_kv_b, "(H·(N+V), C)", (heads * (n + v), c))
     expect("w_o", w_o, "(D, H·V)", (d, heads * v))

@@ -3,7 +3,7 @@ expanded.
 
 q·k = q·(W_UK c) = (W_UKᵀ q)·c, so the key projection moves to the query, and the value projection
 behind the weighted sum. Attention then has one shared key, the cache row of C + R numbers, and one
-shared value, its first C: decoding reads 576 numbers a token instead of 128 heads of keys and
+shared value, its first C: decoding reads 576 numbers per token instead of 128 heads of keys and
 values. Same arguments and results as `mla_forward`. Source: DeepSeek-V2 (2405.04434) section 2.1.2
 (absorption is named there; its adjoint is derived here). Derivation: derivations/mla_absorbed.md.
 Letters as in mla.py.
@@ -30,6 +30,8 @@ __all__ = ["MLAAbsorbedSaved", "mla_absorbed_backward", "mla_absorbed_forward"]
 
 
 class MLAAbsorbedSaved(NamedTuple):
+    """What `mla_absorbed_forward` keeps for `mla_absorbed_backward`."""
+
     project: ProjectSaved
     q_nope: Array  # [B, T, H, N]: dW_UK is a product with it
     w_uk: Array  # [H, N, C], a view of w_kv_b
@@ -62,7 +64,7 @@ def mla_absorbed_forward(
     segments: Array | None = None,
     ops: Leaves = LEAVES,
 ) -> tuple[MLAOutput, MLAAbsorbedSaved]:
-    """The same as `mla_forward`, argument for argument, without expanding the cache to keys and
+    """As `refimpl.ops.mla_forward`, argument for argument, without expanding the cache to keys and
     values."""
     rope = {"positions": positions, "inv_freq": inv_freq, "layout": layout, "factor": factor}
     (q, latent), project_saved = project(

@@ -61,6 +61,8 @@ class Expert(NamedTuple):
 
 
 class MoESaved(NamedTuple):
+    """What `moe_forward` keeps for `moe_backward`."""
+
     weights: Array  # [M, K]
     outputs: Array  # [M, K, D]: each chosen expert's output; times dy, the weight's gradient
     order: Array  # [M·K]: dispatched row r holds token order[r] // K
@@ -88,8 +90,9 @@ def moe_forward(
 
     Args:
         weights, indices: […, K], from `router_forward`.
-        w_gate, w_up: [E, F, D]; w_down: [E, D, F]: the routed experts, stacked. w_shared_*: one
-        network as wide as all shared experts together, or None for none; added unscaled.
+        w_gate, w_up, w_down: [E, F, D], [E, F, D], [E, D, F]: the routed experts, stacked.
+        w_shared_gate, w_shared_up, w_shared_down: [Fs, D], [Fs, D], [D, Fs]: one network as wide as
+            all shared experts together, added unscaled; None without shared experts.
     """
     xp = namespace(x=x, weights=weights, w_gate=w_gate)
     expect_table(ops, Networks)
@@ -149,7 +152,11 @@ def expert_rows(load: Array) -> Iterator[tuple[int, slice]]:
 def experts_forward(
     dispatched: Array, load: Array, w_gate: Array, w_up: Array, w_down: Array, ops: Networks
 ) -> tuple[Array, list[Expert]]:
-    """The output of each dispatched row [M·K, D], and what the backward needs of each expert."""
+    """The output of each row of ``dispatched`` [M·K, D], and what each expert's backward needs.
+
+    ``load`` [E] says how many rows each expert has, in order; ``w_gate`` and ``w_up`` are
+    [E, F, D], ``w_down`` is [E, D, F].
+    """
     outputs, experts = [], []
     for expert, rows in expert_rows(load):
         w = w_gate[expert, ...], w_up[expert, ...], w_down[expert, ...]
@@ -162,8 +169,8 @@ def experts_forward(
 def experts_backward(
     dout: Array, experts: Sequence[Expert], dw: Sequence[Array], ops: Networks
 ) -> tuple[Array, list[Array]]:
-    """The gradient of each dispatched row [M·K, D] from that of its output, and ``dw`` (zeros,
-    stacked as the weights) with each expert's gradients put in their place."""
+    """The gradient of each dispatched row [M·K, D] from that of its output, ``dout`` [M·K, D], and
+    ``dw`` (zeros, stacked as the weights) with each expert's gradients put in their place."""
     drows, dw = [], list(dw)
     for expert, rows, saved in experts:
         dx, *dw_expert = ops.ffn.backward(dout[rows, :], saved)  # (moe.10)

@@ -20,6 +20,8 @@ __all__ = ["MTPSaved", "mtp_backward", "mtp_forward", "mtp_pairs"]
 
 
 class MTPSaved(NamedTuple):
+    """What `mtp_forward` keeps for `mtp_backward`."""
+
     hnorm: Any
     enorm: Any
     proj: Any
@@ -42,7 +44,7 @@ def mtp_forward(
     ``w_proj`` [D, 2D].
 
     ``order``: which comes first in front of the projection, ``embedding_hidden`` (the released
-    weights) or ``hidden_embedding`` (the paper's eq. 21).
+    weights) or ``hidden_embedding`` (the paper's eq. 21). ``eps``: of both norms.
     """
     xp, d = namespace(moved=True, hidden=hidden, embedding=embedding), last(hidden, "hidden")
     expect_table(ops, Leaves)
@@ -82,6 +84,12 @@ def mtp_pairs(
     its target, whether that counts, and whether the position takes part at all: with ``segments``
     [B, T] only if it and token i + depth lie in one document, with ``key_mask`` [B, T] only if
     neither is padding. None: all take part.
+
+    >>> import numpy as np
+    >>> tokens, targets = np.array([[5, 6, 7]]), np.array([[6, 7, 8]])
+    >>> read, predicted, *_ = mtp_pairs(tokens, targets, np.ones((1, 3), bool), 1)
+    >>> read.tolist(), predicted.tolist()
+    ([[6, 7]], [[7, 8]])
     """
     length = tokens.shape[1] - depth
     if depth < 1 or length < 1:

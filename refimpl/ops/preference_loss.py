@@ -16,6 +16,8 @@ __all__ = ["PreferenceLossSaved", "preference_loss_backward", "preference_loss_f
 
 
 class PreferenceLossSaved(NamedTuple):
+    """What `preference_loss_forward` keeps for `preference_loss_backward`."""
+
     h_chosen: Array  # [N, D]
     h_rejected: Array  # [N, D]
     w: Array  # [1, D]

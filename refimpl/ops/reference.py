@@ -23,9 +23,9 @@ class Ops(Networks):
     mtp = Op(mtp_forward, mtp_backward)
 
 
-REFERENCE = Ops()
+REFERENCE = Ops()  # every op of this package
 
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS = {  # tables by the name that `--implementation` takes; each needs NumPy alone
     "reference": REFERENCE,
     "flash": REFERENCE | {"attention": Op(flash_attention_forward, flash_attention_backward)},
     "absorbed": REFERENCE | {"mla": Op(mla_absorbed_forward, mla_absorbed_backward)},

@@ -16,6 +16,8 @@ __all__ = ["RMSNormSaved", "rms_norm_backward", "rms_norm_forward"]
 
 
 class RMSNormSaved(NamedTuple):
+    """What `rms_norm_forward` keeps for `rms_norm_backward`."""
+
     x: Array  # […, D]: the normalised rows are recomputed from it, x r
     w: Array  # [D]
     r: Array  # […, 1]: 1 / rms, the only sum over D that forward and backward share

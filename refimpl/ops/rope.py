@@ -43,6 +43,8 @@ class Yarn(NamedTuple):
 
 
 class RoPESaved(NamedTuple):
+    """What `rope_forward` keeps for `rope_backward`."""
+
     shape: tuple[int, ...]  # of x
     cos: Array  # [B or 1, T, 1, R/2], already times the factor
     sin: Array  # [B or 1, T, 1, R/2]
@@ -70,7 +72,11 @@ def check_yarn(yarn: Yarn) -> None:
 
 def rope_frequencies(width: int, theta: float, yarn: Yarn | None = None) -> Array:
     """Angles per position, inv_freq [R/2] in float64, for ``width`` R: theta^(−2i/R), slowed down
-    by YaRN."""
+    by ``yarn`` (2309.00071 section 3.2).
+
+    >>> rope_frequencies(4, 10_000.0).tolist()
+    [1.0, 0.01]
+    """
     import numpy as np
 
     expect_that(width >= 2 and width % 2 == 0, f"width must be even and positive, got {width}")
@@ -97,7 +103,11 @@ def rope_frequencies(width: int, theta: float, yarn: Yarn | None = None) -> Arra
 
 def yarn_mscale(factor: float, mscale: float) -> float:
     """0.1 mscale ln(factor) + 1, YaRN's attention temperature (its square root, on q and on k
-    alike)."""
+    alike).
+
+    >>> round(yarn_mscale(40.0, 1.0), 4)
+    1.3689
+    """
     return 0.1 * mscale * log(factor) + 1 if factor > 1 else 1.0  # (rope.4)
 
 
@@ -135,7 +145,7 @@ def rope_forward(
 
 
 def rope_backward(dy: Array, saved: RoPESaved) -> Array:
-    """Gradient dx [B, T, H, R] from ``dy``: the rotation by the negative angle."""
+    """Gradient dx from ``dy``, both [B, T, H, R]: the rotation by the negative angle."""
     expect("dy", dy, "(B, T, H, R)", tuple(saved.shape))
     return _rotate(dy, saved.cos, -saved.sin, saved.layout)  # (rope.6)
 

@@ -44,12 +44,16 @@ __all__ = [
 
 
 class RouterOutput(NamedTuple):
+    """What `router_forward` returns beside `RouterSaved`."""
+
     weights: Array  # […, K]: what the chosen experts' outputs are multiplied with
     scores: Array  # […, E]: unbiased, for the balance loss
     indices: Array  # […, K] integers: the chosen experts, best first
 
 
 class RouterSaved(NamedTuple):
+    """What `router_forward` keeps for `router_backward`."""
+
     x: Array  # […, D]
     w: Array  # [E, D]
     scores: Array  # […, E]: the derivative of sigmoid and softmax is made of their values
@@ -183,7 +187,7 @@ def select_experts(
     group_score: GroupScore = "top2",
     masked_groups: MaskedGroups = "-inf",
 ) -> Array:
-    """Indices […, K] of the best experts, best first; equal scores go to the lower index.
+    """Indices […, K] of the ``top_k`` best experts, best first; equal scores go to the lower index.
 
     Args:
         biased: […, E] real scores, with the bias.
@@ -239,8 +243,8 @@ def check_selection(
 
 
 def expert_load(indices: Array, experts: int, mask: Array | None = None) -> Array:
-    """How many tokens chose each expert: integers [E] from ``indices`` […, K]; ``mask`` […] False
-    drops a token."""
+    """How many tokens chose each of the ``experts``: integers [E] from ``indices`` […, K]; ``mask``
+    […] False drops a token."""
     xp = library(indices, "indices")
     indices = expect_ids("indices", indices, experts)
     if mask is not None:
@@ -253,11 +257,15 @@ def expert_load(indices: Array, experts: int, mask: Array | None = None) -> Arra
 
 
 def bias_update(bias: Array, load: Array, gamma: float, *, centre: bool = False) -> Array:
-    """The bias after a step: up by ``gamma`` for experts below the mean load, down above (V3
-    section 2.1.2).
+    """The ``bias`` [E] after a step: up by ``gamma`` for experts below the mean load, down above
+    (V3 section 2.1.2).
 
     ``load`` [E] counts the whole batch, once (a recomputed forward must not count twice).
     ``centre`` subtracts the mean change.
+
+    >>> import numpy as np
+    >>> bias_update(np.zeros(3), np.array([4, 2, 0]), 0.5).tolist()
+    [-0.5, 0.0, 0.5]
     """
     xp = namespace(bias=bias)
     expect("load", load, "(E,)", tuple(bias.shape))

@@ -14,6 +14,8 @@ __all__ = ["SwiGLUSaved", "swiglu_backward", "swiglu_forward"]
 
 
 class SwiGLUSaved(NamedTuple):
+    """What `swiglu_forward` keeps for `swiglu_backward`."""
+
     gate: Array  # […]: the sigmoid is recomputed from it
     up: Array  # […]
 

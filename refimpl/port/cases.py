@@ -47,10 +47,10 @@ __all__ = [
     "units",
 ]
 
-Arrays = dict[str, np.ndarray]
+Arrays = dict[str, np.ndarray]  # by name
 
-TYPES = ("float64", "float32", "bfloat16")
-ROUNDOFF = {dtype: roundoff(dtype) for dtype in TYPES}
+TYPES = ("float64", "float32", "bfloat16")  # that a port may compute in
+ROUNDOFF = {dtype: roundoff(dtype) for dtype in TYPES}  # half a unit in the last place of 1
 RERUNS = 8
 FAR = 64  # units of one rerun beyond which a bug's own need no more of them
 SINGLE = {  # the output's name, where an op has one and it is not y

@@ -47,8 +47,8 @@ class Difference(NamedTuple):
 
 
 def difference(theirs: np.ndarray, truth: np.ndarray, scale: float = math.nan) -> Difference:
-    """How ``theirs`` differs from ``truth`` of the same shape; ``scale`` is max |truth| if it is
-    known, which keeps the squares of large and small numbers in range."""
+    """How ``theirs`` differs from ``truth``, of any shape, the same; ``scale`` is max |truth| if it
+    is known, which keeps the squares of large and small numbers in range."""
     size = scale if scale > 0 and math.isfinite(scale) else 1.0
     error, largest = -1.0, 0.0
     worst = unlike = 0
@@ -101,7 +101,8 @@ def pieces(theirs: np.ndarray, truth: np.ndarray) -> Iterator[tuple[int, np.ndar
 
 
 def errors_along(theirs: np.ndarray, truth: np.ndarray) -> list[np.ndarray]:
-    """For each axis the largest error at each of its indices, [size]."""
+    """For each axis of ``theirs`` and ``truth``, of any shape, the largest error at each of its
+    indices, [size]."""
     found = [np.zeros(size) for size in truth.shape]
     if not found:  # a scalar
         return []
@@ -122,8 +123,8 @@ class Heat(NamedTuple):
 
 
 def heat(theirs: np.ndarray, truth: np.ndarray, cuts: list[Cut]) -> Heat:
-    """The heat map of a tensor: the axes are those of the first cuts, or the last two; cells end
-    where blocks do."""
+    """The heat map of ``theirs`` beside ``truth``, of any shape: the axes are those of the first
+    cuts, or the last two; cells end where blocks do."""
     named = list(dict.fromkeys(cut.axis for cut in cuts))
     spare = [axis for axis in reversed(range(truth.ndim)) if axis not in named]
     first, second = sorted([*named, *spare, -1, -1][:2]) if truth.ndim > 1 else (0, -1)

@@ -50,6 +50,8 @@ OF_LOSS = {  # of models: with which losses an op is run
 
 
 class Diagnosis(NamedTuple):
+    """The planted bugs whose numbers a wrong part has."""
+
     named: list[Planted]  # bugs that give these numbers
     hints: list[str]  # what needs no catalogue: a factor, a sign, a transpose
     note: str  # what could not be done, and why

@@ -206,7 +206,8 @@ class Example(NamedTuple):
 def examples_of(
     op: str, examples: int = 5, seed: int = 0, text: bytes | None = None
 ) -> tuple[Example, ...]:
-    """So many examples of the op, and those that meet the regimes still missing."""
+    """So many ``examples`` of the op, drawn by ``seed``, ``seed + 1``, …, and those that meet the
+    regimes still missing; tokens come from ``text``."""
     if op not in CASES:
         raise CouldNotRun(f"unknown op {op}; there are {', '.join(CASES)}")
     if seed < 0:

@@ -24,6 +24,7 @@ import numpy as np
 
 __all__ = ["GENERATOR", "dyadics", "integers"]
 
+# named in the index of vectors
 GENERATOR = "SplitMix64 of FNV-1a(name), k / 2^shift; refimpl/port/generator.py"
 MASK = 2**64 - 1
 

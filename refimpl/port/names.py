@@ -42,7 +42,7 @@ from .theirs import Tensor, Theirs
 
 __all__ = ["PREFIXES", "Alternative", "Found", "Layout", "find", "known_layout", "read_layout"]
 
-PREFIXES = ("in", "aux", "act", "out", "cot", "grad")
+PREFIXES = ("in", "aux", "act", "out", "cot", "grad")  # of tensors, before a slash
 PLACEHOLDERS = {"L", "E", "M", "R"}
 KEYS = {"theirs", "ranks", "split", "local_experts", "index", "transpose", "part", "rotated"}
 MOST_RANKS = 4096

@@ -57,6 +57,8 @@ OPS: dict[Kind, tuple[str, ...]] = {  # whose mistakes can show in a part
 
 
 class Part(NamedTuple):
+    """A piece of a run that can be judged alone: its tensors, in order."""
+
     kind: Kind
     layer: int | None  # of the parts of a layer or of an MTP module
     backward: bool

@@ -43,8 +43,8 @@ __all__ = [
     "peers_table",
 ]
 
-COLUMNS = ("contract", "differences", "noise", "sharpness")
-TYPES = ("float64", "float32", "bfloat16")
+COLUMNS = ("contract", "differences", "noise", "sharpness")  # of the table: our rules
+TYPES = ("float64", "float32", "bfloat16")  # in which false alarms are counted
 EXAMPLES = 10  # of clean code, an op
 SMALL = 1e-3  # what gradients are also multiplied with: an absolute tolerance then hides much
 RERUNS = 4
@@ -243,14 +243,14 @@ def calc_diff(x: np.ndarray, y: np.ndarray) -> bool:
     return bool(1 - 2 * float(np.sum(x * y)) / size <= 1e-3) if size else True
 
 
-PEERS: dict[str, Compare] = {
+PEERS: dict[str, Compare] = {  # other people's rules, by name
     "calc_diff ≤ 1e-3": calc_diff,
     "cosine ≥ 0.999": cosine,
     "allclose 1e-2": allclose(1e-2),
     "allclose 1e-4": allclose(1e-4),
     "allclose 1e-5": allclose(1e-5),
 }
-OURS = "4 units of float32"
+OURS = "4 units of float32"  # the name of our own rule beside them
 
 
 class Draws(NamedTuple):

@@ -21,6 +21,7 @@ EXAMPLE = "refimpl_example"
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Describe the mark."""
     config.addinivalue_line(
         "markers",
         "refimpl(op, *, array=None, examples=5, seed=0, types=(...)): the function returns "
@@ -51,6 +52,7 @@ def refimpl_example(request: pytest.FixtureRequest) -> Any:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test per case of a marked function."""
     mark = metafunc.definition.get_closest_marker(MARK)
     if mark is None:
         return
@@ -69,6 +71,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Compare a case of a marked function; other functions are left to pytest."""
     mark = pyfuncitem.get_closest_marker(MARK)
     if mark is None:
         return None

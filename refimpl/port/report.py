@@ -39,7 +39,7 @@ __all__ = [
     "text",
 ]
 
-Status = Literal["ok", "wrong", "other", "unjudged", "missing", "unreadable"]
+Status = Literal["ok", "wrong", "other", "unjudged", "missing", "unreadable"]  # of a tensor
 
 MOST_ROWS = 20  # of the table of wrong tensors
 MOST_LINES = 12  # of a list of names
@@ -148,7 +148,7 @@ def text(verdict: Verdict) -> str:
 
 
 HEADER = ("tensor", "units", "relative", "cosine", "norms", "where")
-COLUMNS = (
+COLUMNS = (  # what the table's columns mean
     "units: the largest error, 4 allowed; relative: that error over the truth's largest number; "
     "norms: the port's norm over the truth's; where: the rows, heads or positions that are wrong"
 )

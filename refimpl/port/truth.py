@@ -26,7 +26,7 @@ from ..kernels.columns import COLUMNS, IN_FP8, ON_CPU
 
 __all__ = ["KINDS", "Entry", "Truth", "config_from"]
 
-KINDS = ("model", "vectors")
+KINDS = ("model", "vectors")  # of folders: of `refimpl grads`, of `refimpl vectors`
 LOSSES = ("cross_entropy", "grpo", "dlogits")
 MOST_INDEX = 2**28  # bytes; of DeepSeek-V3's gradients, 1.3e7
 MOST_EXPERTS = 10**6  # of all layers; of DeepSeek-V3, 15,872

@@ -18,7 +18,7 @@ from .generator import dyadics, integers
 
 __all__ = ["OPS", "SIZES", "WRONG", "Vector", "cases_of"]
 
-SIZES = ("small", "v3-shaped")
+SIZES = ("small", "v3-shaped")  # of the cases
 
 WRONG = {  # an op's first case once more, with the numbers of a planted bug: a check must refuse it
     "rms_norm": "no mean term",

@@ -69,9 +69,9 @@ __all__ = [
 ]
 
 OPTIMIZER = ("adamw", "clip_global_norm", "bias_update")
-NAMES = (*OPS, *OPTIMIZER)
+NAMES = (*OPS, *OPTIMIZER)  # whose vectors are written
 MOST = 256 * 2**20  # bytes of a set
-SMALL = Path(str(files(__package__))) / "small"
+SMALL = Path(str(files(__package__))) / "small"  # the folder of the small set, in the package
 GOLDEN_TOLERANCE = 1e-13  # of the largest value, which our own ops keep to golden values
 ARRAYS = ("ops", "block", "routes", "unclipped", "kept")  # keyword arguments that are no setting
 

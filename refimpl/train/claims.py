@@ -16,6 +16,8 @@ HOW = ("greedy", "sampled")
 
 
 class Claim(NamedTuple):
+    """A sentence about the recipe, with its numbers and whether its bound holds."""
+
     name: str
     values: dict[str, float]
     bound: str

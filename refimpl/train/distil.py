@@ -21,6 +21,8 @@ TEACHING = 10**6 + 1  # the number of the draw that the teacher is given
 
 @dataclass(frozen=True)
 class DistilSettings(SFTSettings):
+    """Settings of `refimpl distil`; fields of `SFTSettings` are those of the student."""
+
     teacher: str = ""  # a checkpoint
     sampled: int = 8192  # problems given to the teacher; the same one may occur twice
     temperature: float = 1.0  # of the teacher

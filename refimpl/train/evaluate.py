@@ -76,6 +76,8 @@ def expect_answers(
 
 
 class Measured(NamedTuple):
+    """What held-out problems say of a model."""
+
     problems: int
     accuracy: float
     low: float  # the 95 % interval

@@ -25,6 +25,8 @@ __all__ = ["Extend", "ExtendSettings"]
 
 @dataclass(frozen=True)
 class ExtendSettings(BaseSettings):
+    """Settings of `refimpl extend`."""
+
     checkpoint: str = ""
     text: str = ""  # as in pre-training
     factors: tuple[int, ...] = (4, 16)  # new length over the original one, of each phase

@@ -205,6 +205,7 @@ def clock(seconds: float) -> str:
 
 
 def log_of(out: Path, name: str) -> Path:
+    """The file with what a job printed."""
     return out / f"{name}.log"
 
 

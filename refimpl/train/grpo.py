@@ -43,6 +43,8 @@ REFERENCE = "reference/"  # before the names of the reference model's tensors
 
 @dataclass(frozen=True)
 class GRPOSettings(BaseSettings):
+    """Settings of `refimpl grpo`."""
+
     checkpoint: str = ""
     kinds: tuple[str, ...] = ("add2",)  # of problems, in turn, one per step
     steps: int = 250
@@ -141,6 +143,8 @@ class Batch(NamedTuple):
 
 
 class GRPO(AnsweringStage):
+    """The stage of reinforcement learning."""
+
     name = "grpo"
 
     def __init__(self, settings: GRPOSettings, machine: Machine, begin: Begin) -> None:

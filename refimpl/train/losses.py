@@ -63,7 +63,7 @@ def _sums(
 
 
 def spread(stream: np.ndarray, length: int, count: int) -> Examples:
-    """``count`` rows of ``length`` that begin evenly over a stream of tokens, overlapping: then
+    """``count`` rows of ``length`` that begin evenly over a ``stream`` [tokens], overlapping: then
     each position is measured on nearly the same tokens."""
     last = len(stream) - length - 1
     if last < 0:

@@ -70,6 +70,8 @@ Jobs = Mapping[str, Any]
 
 
 class Picture(NamedTuple):
+    """A picture of the report, and what it needs."""
+
     name: str
     title: str
     says: str  # what to look at
@@ -279,7 +281,7 @@ def accuracies(figure: Any, jobs: Jobs, results: Mapping[str, Any]) -> None:
     panel.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
-PICTURES: Sequence[Picture] = (
+PICTURES: Sequence[Picture] = (  # in the order of the report
     Picture(
         "pretraining",
         "Pre-training",

@@ -52,6 +52,8 @@ Gradients = dict[str, Array]
 
 
 class LogProbsSaved(NamedTuple):
+    """What `log_probs` keeps for `log_probs_backward`."""
+
     output: ModelOutput  # routes and loads
     model: Any
     log_prob: Any
@@ -73,6 +75,8 @@ class GRPOTold(NamedTuple):
 
 
 class PreferenceTold(NamedTuple):
+    """What `preference_gradients` says of its pairs."""
+
     loss: Array  # scalar: of a part, its share
     accuracy: Array  # scalar: the share of pairs whose chosen answer has the higher reward
 
@@ -99,7 +103,7 @@ def log_probs(
     """log π [N, T] of the token that follows each position of ``tokens`` [N, T]; 0 at the last.
 
     ``key_mask`` [N, T] is False for padding, on either side; what stands there, or in front of it,
-    means nothing. ``routes``: choices to replay (`replay`).
+    means nothing. Logits are divided by ``temperature``. ``routes``: choices to replay (`replay`).
     """
     params, config = main_model(params, config)
     output, model = forward(
@@ -145,7 +149,7 @@ def grpo_gradients(
         mask: [N, T] bool, True where the next token is the output's.
         advantages: [N]. old_log_prob, reference_log_prob: [N, T] as `log_probs` gives them, at the
             same temperature; as in `grpo_forward`.
-        key_mask, temperature, routes: as in `log_probs`.
+        key_mask: [N, T] bool. It, temperature and routes are as in `log_probs`.
         normaliser: `grpo_normaliser` of the whole batch, if these outputs are a part of it: then
             losses and gradients of the parts add up to the whole's.
         settings: of `grpo_forward`, such as one of `GRPO_PRESETS`.
@@ -238,7 +242,7 @@ def rewards(
     ops: Ops = REFERENCE,
 ) -> Array:
     """The reward [N] of each row of ``tokens`` [N, T]: h wᵀ at its last token, ``w`` [1, D], in its
-    type."""
+    type. ``key_mask`` [N, T] is False for padding."""
     params, config = main_model(params, config)
     hidden = forward(params, tokens, config, key_mask=key_mask, ops=ops, with_loss=False)[0].hidden
     xp = namespace(w=w)
@@ -261,9 +265,9 @@ def preference_gradients(
     """The preference loss of pairs ``chosen``, ``rejected`` [N, T], its gradients, and that of the
     reward's head ``w`` [1, D], in whose type the loss is computed.
 
-    ``key_mask`` [N, T] of each is False for padding, on either side. The head of the vocabulary
-    takes no part and gets no gradient, but if tied. ``normaliser``: how many pairs the whole batch
-    has, if these are a part of it.
+    ``chosen_key_mask`` and ``rejected_key_mask`` [N, T] are False for padding, on either side. The
+    head of the vocabulary takes no part and gets no gradient, but if tied. ``normaliser``: how many
+    pairs the whole batch has, if these are a part of it.
     """
     xp = library(chosen)
     expect("rejected", rejected, "(N, T)", tuple(chosen.shape))

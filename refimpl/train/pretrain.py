@@ -34,6 +34,8 @@ DRAFTED = 16  # windows in which the MTP modules draft
 
 @dataclass(frozen=True)
 class PretrainSettings(BaseSettings):
+    """Settings of `refimpl train`."""
+
     learning_rate: float = 4e-3
     preset: str = "mini"
     model: Mapping[str, Any] = field(default_factory=dict)  # fields that differ from the preset's
@@ -66,6 +68,8 @@ class PretrainSettings(BaseSettings):
 
 
 class Pretrain(BaseStage):
+    """The stage of pre-training."""
+
     name = "train"
 
     def __init__(self, settings: PretrainSettings, machine: Machine) -> None:

@@ -70,7 +70,7 @@ HARD_START = STOP | {"kinds": [HARD], "steps": 400, "learning_rate": 4e-3, "eval
 UPDATES = {"minibatches": 4}  # of GRPO, for the outputs of a step
 STUDENT_SFT = {"model": STUDENT, "steps": 800}
 
-JOBS = [
+JOBS = [  # every job, after those that it needs
     Job("base", "train"),
     Job("unbalanced", "train", settings={"bias_speed": 0.0}),
     Job("long", "extend", {"checkpoint": "base"}),

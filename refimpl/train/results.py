@@ -153,15 +153,17 @@ def job_of(out: Path, job: Job) -> dict[str, Any]:
 def run_of(place: Path) -> dict[str, Any]:
     """What a stage's run told.
 
-    steps, tokens       of all
-    tokens_per_second   over the steps' seconds, evaluations left out
-    begin, end          means over the first tenth and the last fifth of the steps
-    curves              by name over the steps, each point a mean of neighbours
-    loads               [points][experts] by layer: the tokens of an expert as a share of the
-                        mean; steps
-    evaluations         by name, at the steps of the evaluations
-    positions           the loss by position, for the first and the last evaluation
-    samples             prompts and completions of the first and the last evaluation
+    Its keys:
+
+        steps, tokens       of all
+        tokens_per_second   over the steps' seconds, evaluations left out
+        begin, end          means over the first tenth and the last fifth of the steps
+        curves              by name over the steps, each point a mean of neighbours
+        loads               [points][experts] by layer: the tokens of an expert as a share of the
+                            mean; steps
+        evaluations         by name, at the steps of the evaluations
+        positions           the loss by position, for the first and the last evaluation
+        samples             prompts and completions of the first and the last evaluation
     """
     lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
     steps = [_numbers(x) for x in lines if x["kind"] == "step"]

@@ -40,6 +40,8 @@ AT_A_TIME = 256  # rows of a forward that only rewards
 
 @dataclass(frozen=True)
 class RewardModelSettings(BaseSettings):
+    """Settings of `refimpl reward-model`."""
+
     checkpoint: str = ""  # of the fine-tuned model
     kinds: tuple[str, ...] = ("add2",)
     steps: int = 60

@@ -56,7 +56,7 @@ __all__ = [
 FORMAT = 1  # of state.json, and of what it stands for
 COUNTS = ("format", "step", "moments", "tokens", "position", "metrics")  # integers of state.json
 HELD = ("first/", "second/", "master/")  # in moments.safetensors, in the order of `Moments`
-SETTINGS = "settings.toml"
+SETTINGS = "settings.toml"  # the file of a run's settings
 RESULT = "result.json"
 METRICS = "metrics.jsonl"
 STATE = "state-"
@@ -65,10 +65,12 @@ Extend = Callable[[Path], None]
 
 
 def is_run(path: Path) -> bool:
+    """Whether a folder is that of a run."""
     return (path / SETTINGS).exists()
 
 
 def is_finished(path: Path) -> bool:
+    """Whether the run in a folder has ended."""
     return (path / RESULT).exists()
 
 

@@ -14,7 +14,7 @@ from ..optimizer import V3_SCHEDULE, Schedule
 
 __all__ = ["V3_TOKENS", "decayed", "scaled"]
 
-V3_TOKENS = 14.8e12
+V3_TOKENS = 14.8e12  # of V3's pre-training
 FIRST_BATCH = V3_SCHEDULE.first_batch / V3_SCHEDULE.full_batch  # a fifth
 
 
@@ -45,7 +45,11 @@ def scaled(
 
 def decayed(step: int, steps: int, peak: float, *, warmup: int, end: float = 0.1) -> float:
     """The learning rate of a fine-tuning step: linear up over ``warmup`` steps, then a cosine from
-    ``peak`` to ``end`` · peak at the last."""
+    ``peak`` to ``end`` · peak at the last.
+
+    >>> [round(decayed(step, 100, 1.0, warmup=10), 2) for step in (0, 9, 99)]
+    [0.1, 1.0, 0.1]
+    """
     if step < warmup:
         return peak * (step + 1) / warmup
     done = 1.0 if step >= steps - 1 else (step - warmup) / (steps - 1 - warmup)

@@ -54,6 +54,8 @@ OWN = ("worked", "answers")  # solutions that come from no file
 
 @dataclass(frozen=True)
 class SFTSettings(BaseSettings):
+    """Settings of `refimpl sft`."""
+
     checkpoint: str = ""  # empty: a new model
     preset: str = "mini"  # preset, model and std: of a new model, as in pre-training
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -117,6 +119,8 @@ def begin_sft(settings: SFTSettings, machine: Machine) -> Begin:
 
 
 class SFT(AnsweringStage):
+    """The stage of fine-tuning."""
+
     name = "sft"
 
     def __init__(self, settings: SFTSettings, machine: Machine, begin: Begin) -> None:

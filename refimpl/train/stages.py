@@ -153,7 +153,7 @@ def live(name: str) -> Live:
 SHARED = ("train", "sft")
 """The stages that several ranks can run."""
 
-STAGES = {
+STAGES = {  # by the command's name: the settings' class, and what runs it
     "train": Kind(PretrainSettings, run_pretrain),
     "extend": Kind(ExtendSettings, run_extend),
     "sft": Kind(SFTSettings, run_sft),

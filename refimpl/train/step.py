@@ -239,6 +239,7 @@ def copied(state: State) -> State:
 
 
 def max_violation(load: Array) -> float:
-    """How far the fullest expert is above the mean, as a share of it: max load / mean − 1."""
+    """How far the fullest expert is above the mean, as a share of it: max / mean − 1 of ``load``
+    [E]."""
     total = int(load.sum())
     return int(load.max()) * len(load) / total - 1 if total else 0.0

@@ -30,6 +30,8 @@ REMARKS = ("hm", "so", "well")
 
 
 class Problem(NamedTuple):
+    """A problem with its solution."""
+
     kind: str
     prompt: str
     solution: str
@@ -69,7 +71,7 @@ def _same_sort(digits: int, number: int) -> str:
     return "".join(sorted(f"{number:0{digits}}"))
 
 
-KINDS = {
+KINDS = {  # of problems, by name
     "add2": Kind(10**4, partial(_sum, 2), partial(_same_sum, 2)),
     "add3": Kind(10**6, partial(_sum, 3), partial(_same_sum, 3)),
     "sort4": Kind(10**4, partial(_sort, 4), partial(_same_sort, 4)),

@@ -60,6 +60,15 @@ def test_first_screen() -> None:
     assert "refimpl.backward(saved)" in screen
 
 
+@pytest.mark.parametrize("document", ["README.md", "derivations/porting.md"])
+def test_lines_of_code_that_are_named(document: str) -> None:
+    """``refimpl/ops/mla.py:12 (mla.11) has …``: that line has it today."""
+    found = re.findall(r"(refimpl/\S+\.py):(\d+) \(\S+\) has (.*?);", (ROOT / document).read_text())
+    assert found or document != "README.md"
+    for file, line, code in found:
+        assert code in (ROOT / file).read_text().splitlines()[int(line) - 1], f"{file}:{line}"
+
+
 def test_citation() -> None:
     """CITATION.cff has the version and the name that the package has."""
     citation = (ROOT / "CITATION.cff").read_text()

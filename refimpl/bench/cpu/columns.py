@@ -22,6 +22,8 @@ LOSSES = ("cross_entropy", "head_cross_entropy")
 
 @dataclass(frozen=True)
 class Column:
+    """An implementation that is measured."""
+
     name: str
     problems: Sequence[str]  # that it computes
     file: str | None = None  # in benchmarks/; None: ours

@@ -16,6 +16,8 @@ FEWEST = 3  # points of a fit
 
 
 class Growth(NamedTuple):
+    """A fitted exponent of time or memory along a curve."""
+
     column: str
     what: str
     value: float

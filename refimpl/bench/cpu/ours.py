@@ -20,7 +20,7 @@ __all__ = ["Gradients", "Work", "expect_memory", "optimizer_of", "work_of"]
 
 COMPOSITE = ("mla", "moe", "head_cross_entropy")  # which find their own ops in the table
 STEPS = 3  # of AdamW, that its result is compared after: the first alone is the gradient's sign
-Gradients = dict[str, np.ndarray]
+Gradients = dict[str, np.ndarray]  # by the names of the parameters
 
 
 class Work(NamedTuple):
@@ -103,6 +103,7 @@ def _adamw(inputs: Inputs, optimizer: AdamW) -> Work:
 
 
 def optimizer_of(column: str) -> AdamW:
+    """The optimizer that a column's training step uses."""
     return FusedAdamW() if column == "numba_cpu" else AdamW()
 
 

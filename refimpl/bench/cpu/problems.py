@@ -78,6 +78,8 @@ class Sizes:
 
 
 class Inputs(NamedTuple):
+    """What a problem is called with."""
+
     arrays: Mapping[
         str, np.ndarray | None
     ]  # what gradients are asked for, in the order of arguments

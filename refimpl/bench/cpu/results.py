@@ -98,6 +98,7 @@ class CpuResults:
         return [row for row in self.rows if row.row.group == group]
 
 
+# of the table
 HEAD = ("column", "time (p10 … p90)", "÷ torch", "of floor", "memory", "error", "first call")
 
 

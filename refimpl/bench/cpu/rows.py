@@ -22,6 +22,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Row:
+    """A row of the table: a problem at one size."""
+
     name: str
     group: str
     problem: str
@@ -48,7 +50,7 @@ class Row:
         return 12 * s.experts * s.width * s.expert_hidden if self.problem == "moe" else 0
 
 
-GROUPS = {
+GROUPS = {  # sections of the table, by name
     "step": Group("Training step: forward, backward, AdamW"),
     "ops": Group("Ops: forward and backward"),
     "attention": Group("Attention, causal, by its length", "positions"),
@@ -97,7 +99,7 @@ def _by_name(*rows: Row) -> dict[str, Row]:
     return {row.name: row for row in rows}
 
 
-ROWS = _by_name(
+ROWS = _by_name(  # rows of the table, by name
     Row("step-d512", "step", "step", D512, budget=80),
     Row("step-d128", "step", "step", D128, budget=15),
     *(Row(op, "ops", op, D512) for op in OPS),

@@ -47,6 +47,8 @@ class Plan(NamedTuple):
 
 
 class Turn(NamedTuple):
+    """One turn of a column: samples in seconds per call."""
+
     samples: list[float]
     busy: float | None  # the share of the cores' time that others took
 

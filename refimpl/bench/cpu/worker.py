@@ -208,6 +208,7 @@ def failure(error: BaseException) -> str:
 
 
 def main(column: str) -> None:
+    """Serve requests from standard input until it ends."""
     before = time.perf_counter()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started this process ends it
     answers = os.fdopen(os.dup(1), "w")

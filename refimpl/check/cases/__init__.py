@@ -76,7 +76,9 @@ _FILES = (  # in reading order
     grpo,
     preference_loss,
 )
+# by op, a function that draws a case
 CASES: dict[str, Callable[[Draw], Case]] = {_op(file): file.case for file in _FILES}
+# by op, the regimes that a run must meet
 REGIMES: dict[str, set[str]] = {_op(file): file.REGIMES for file in _FILES}
 
 

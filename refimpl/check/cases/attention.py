@@ -12,7 +12,7 @@ from .draw import Case, Draw, flags, random_mask
 
 __all__ = ["REGIMES", "case"]
 
-REGIMES = {
+REGIMES = {  # that the cases of a run must meet
     "padding",
     "documents",
     "sees_nothing",
@@ -32,6 +32,7 @@ REGIMES = {
 
 
 def case(draw: Draw) -> Case:
+    """A drawn case of `attention`, with the regimes that it meets."""
     b = draw.integer(2, 3)
     t = draw.integer(1, 5)
     h = draw.integer(1, 3)

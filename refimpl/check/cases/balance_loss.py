@@ -9,10 +9,12 @@ from .draw import Case, Draw, flags, random_mask
 
 __all__ = ["REGIMES", "case"]
 
+# that the cases of a run must meet
 REGIMES = {"masked", "unmasked", "empty_sequence", "routed", "best", "part", "cut"}
 
 
 def case(draw: Draw) -> Case:
+    """A drawn case of `balance_loss`, with the regimes that it meets."""
     b = draw.integer(1, 3)
     t = draw.integer(1, 5)
     e = draw.integer(3, 7)

@@ -10,10 +10,12 @@ from .draw import Case, Draw, flags, random_mask
 
 __all__ = ["REGIMES", "case"]
 
+# that the cases of a run must meet
 REGIMES = {"masked", "whole", "weighted", "own_mean", "given_normaliser"}
 
 
 def case(draw: Draw) -> Case:
+    """A drawn case of `cross_entropy`, with the regimes that it meets."""
     b = draw.integer(2, 3)
     t = draw.integer(1, 4)
     w = draw.integer(2, 9)

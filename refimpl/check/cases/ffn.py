@@ -6,10 +6,11 @@ from .draw import Case, Draw, activations, flags, weight
 
 __all__ = ["REGIMES", "case"]
 
-REGIMES = {"narrow", "wide"}
+REGIMES = {"narrow", "wide"}  # that the cases of a run must meet
 
 
 def case(draw: Draw) -> Case:
+    """A drawn case of `ffn`, with the regimes that it meets."""
     b = draw.integer(1, 3)
     t = draw.integer(1, 4)
     d = draw.integer(1, 6)

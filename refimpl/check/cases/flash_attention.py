@@ -7,10 +7,11 @@ from .draw import Case, Draw, flags
 
 __all__ = ["REGIMES", "case"]
 
-REGIMES = attention.REGIMES | {"one_block", "blocks"}
+REGIMES = attention.REGIMES | {"one_block", "blocks"}  # that the cases of a run must meet
 
 
 def case(draw: Draw) -> Case:
+    """A drawn case of `flash_attention`, with the regimes that it meets."""
     drawn = attention.case(draw)
     block = draw.choice([1, 2, 3, 128])
     key = drawn.inputs[1]

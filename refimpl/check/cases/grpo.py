@@ -14,7 +14,7 @@ from .draw import Case, Draw, flags
 
 __all__ = ["REGIMES", "case"]
 
-REGIMES = {
+REGIMES = {  # that the cases of a run must meet
     "up_inside",
     "up_above",
     "up_below",
@@ -47,6 +47,7 @@ PLACES = np.array([[0.45, 0.7], [0.85, 1.15], [1.35, 1.9], [2.2, 2.6]])
 
 
 def case(draw: Draw) -> Case:
+    """A drawn case of `grpo`, with the regimes that it meets."""
     n = draw.integer(2, 4)
     t = draw.integer(1, 5)
     ratio = draw.choice(["token", "sequence", "sequence_mean"])

@@ -7,10 +7,12 @@ from .draw import Case, Draw, activations, flags, weight
 
 __all__ = ["REGIMES", "case"]
 
+# that the cases of a run must meet
 REGIMES = {"masked", "whole", "weighted", "one_block", "blocks"}
 
 
 def case(draw: Draw) -> Case:
+    """A drawn case of `head_cross_entropy`, with the regimes that it meets."""
     b = draw.integer(2, 3)
     t = draw.integer(1, 4)
     w = draw.integer(2, 9)

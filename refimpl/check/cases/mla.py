@@ -8,7 +8,7 @@ from .rope import rotation
 
 __all__ = ["REGIMES", "case"]
 
-REGIMES = {
+REGIMES = {  # that the cases of a run must meet
     "padding",
     "documents",
     "unmasked",
@@ -24,6 +24,7 @@ REGIMES = {
 
 
 def case(draw: Draw) -> Case:
+    """A drawn case of `mla`, with the regimes that it meets."""
     b = draw.integer(2, 3)
     t = draw.integer(1, 4)
     past = draw.integer(0, 3)

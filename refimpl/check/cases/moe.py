@@ -8,10 +8,12 @@ from .draw import Case, Draw, activations, flags, weight
 
 __all__ = ["REGIMES", "case"]
 
+# that the cases of a run must meet
 REGIMES = {"all_but_one_hit", "some_empty", "shared", "only_routed", "one_token", "one_choice"}
 
 
 def case(draw: Draw) -> Case:
+    """A drawn case of `moe`, with the regimes that it meets."""
     b = draw.integer(1, 3)
     t = draw.integer(1, 4)
     d = draw.integer(1, 5)

@@ -6,10 +6,11 @@ from .draw import Case, Draw, activations, norm_weight, weight
 
 __all__ = ["REGIMES", "case"]
 
-REGIMES = {"embedding_hidden", "hidden_embedding"}
+REGIMES = {"embedding_hidden", "hidden_embedding"}  # that the cases of a run must meet
 
 
 def case(draw: Draw) -> Case:
+    """A drawn case of `mtp`, with the regimes that it meets."""
     b = draw.integer(1, 3)
     t = draw.integer(1, 4)
     d = draw.integer(2, 6)

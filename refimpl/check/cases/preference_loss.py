@@ -6,10 +6,11 @@ from .draw import Case, Draw, flags, weight
 
 __all__ = ["REGIMES", "case"]
 
-REGIMES = {"wrong_order", "right_order", "narrow"}
+REGIMES = {"wrong_order", "right_order", "narrow"}  # that the cases of a run must meet
 
 
 def case(draw: Draw) -> Case:
+    """A drawn case of `preference_loss`, with the regimes that it meets."""
     n = draw.integer(2, 4)
     d = draw.integer(1, 5)
     scale = draw.choice([0.5, 2.0])

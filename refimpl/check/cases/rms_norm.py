@@ -6,10 +6,11 @@ from .draw import Case, Draw, activations, flags, norm_weight
 
 __all__ = ["REGIMES", "case"]
 
-REGIMES = {"one", "many", "small_eps", "one_row"}
+REGIMES = {"one", "many", "small_eps", "one_row"}  # that the cases of a run must meet
 
 
 def case(draw: Draw) -> Case:
+    """A drawn case of `rms_norm`, with the regimes that it meets."""
     b = draw.integer(1, 3)
     t = draw.integer(1, 4)
     d = draw.integer(1, 9)

@@ -12,10 +12,11 @@ from .draw import Case, Draw, flags
 
 __all__ = ["REGIMES", "case"]
 
-REGIMES = {"interleaved", "halves", "by_row", "shared"}
+REGIMES = {"interleaved", "halves", "by_row", "shared"}  # that the cases of a run must meet
 
 
 def case(draw: Draw) -> Case:
+    """A drawn case of `rope`, with the regimes that it meets."""
     b = draw.integer(1, 3)
     t = draw.integer(1, 4)
     h = draw.integer(1, 3)

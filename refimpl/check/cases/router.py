@@ -6,7 +6,7 @@ from .draw import Case, Draw, activations, flags, weight
 
 __all__ = ["REGIMES", "case"]
 
-REGIMES = {
+REGIMES = {  # that the cases of a run must meet
     "sigmoid",
     "softmax",
     "grouped",
@@ -23,6 +23,7 @@ REGIMES = {
 
 
 def case(draw: Draw) -> Case:
+    """A drawn case of `router`, with the regimes that it meets."""
     b = draw.integer(1, 3)
     t = draw.integer(1, 4)
     d = draw.integer(2, 6)

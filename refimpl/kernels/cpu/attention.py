@@ -30,6 +30,8 @@ KEYS = 4096  # whose values one product adds up: BLAS has running sums
 
 
 class AttentionSaved(NamedTuple):
+    """What `attention_forward` keeps for `attention_backward`."""
+
     q: Array  # [B, T, H, X]
     k: Array  # [B, S, H or 1, X]
     v: Array  # [B, S, H or 1, V]
@@ -85,6 +87,7 @@ def attention_forward(
     segments: Array | None = None,
     blind: BlindQuery = "zero",
 ) -> tuple[Array, Any]:
+    """As `refimpl.ops.attention_forward`, by kernels of Numba."""
     if blind != "zero":
         return reference_forward(
             q, k, v, scale=scale, causal=causal, key_mask=key_mask, segments=segments, blind=blind
@@ -132,6 +135,7 @@ def _forward_block(heads: Heads, out: Array, lse: Array, b: int, h: int, positio
 
 
 def attention_backward(do: Array, saved: Any) -> tuple[Array, Array, Array]:
+    """As `refimpl.ops.attention_backward`, by kernels of Numba."""
     if not isinstance(saved, AttentionSaved):
         return reference_backward(do, saved)
     q, k, v, o = saved[:4]

@@ -24,7 +24,7 @@ from .pool import NEEDS, blas_libraries
 
 __all__ = ["CHECKED", "STEMS", "compile_all", "kernel", "numba"]
 
-STEMS = tuple(
+STEMS = tuple(  # the kernels' files, kernels/<stem>_numba_cpu.py
     sorted(
         stem
         for path in SOURCE.glob("*_numba_cpu.py")

@@ -21,6 +21,8 @@ __all__ = ["CrossEntropySaved", "cross_entropy_backward", "cross_entropy_forward
 
 
 class CrossEntropySaved(NamedTuple):
+    """What `cross_entropy_forward` keeps for `cross_entropy_backward`."""
+
     logits: Array  # […, W]: probabilities are recomputed from them
     largest: Array  # [rows]
     total: Array  # [rows]: Σ e^(z − largest)
@@ -31,6 +33,7 @@ class CrossEntropySaved(NamedTuple):
 def cross_entropy_forward(
     logits: Array, *, targets: Array, mask: Array | None = None, normaliser: float | None = None
 ) -> tuple[Array, CrossEntropySaved]:
+    """As `refimpl.ops.cross_entropy_forward`, by kernels of Numba."""
     dtype = expect_real(logits=logits)
     vocabulary = last(logits, "logits")
     expect("targets", targets, "(…)", tuple(logits.shape[:-1]))
@@ -52,6 +55,7 @@ def cross_entropy_forward(
 
 
 def cross_entropy_backward(dloss: Array, saved: CrossEntropySaved) -> Array:
+    """As `refimpl.ops.cross_entropy_backward`, by kernels of Numba."""
     logits, largest, total, targets, weight = saved
     z, dz = ready(rows_of(logits)), empty(logits.shape, logits)
     by_row = rows_of(dz), z, largest, total, weight, number(dloss, weight) * weight, targets

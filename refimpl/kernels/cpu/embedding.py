@@ -15,6 +15,7 @@ SOME = 256  # rows of one sum
 
 
 def embedding_backward(dy: Array, saved: EmbeddingSaved) -> Array:
+    """As `refimpl.ops.embedding_backward`, by kernels of Numba."""
     dtype = expect_real(dy=dy)
     expect("dy", dy, "(…, D)", (*saved.ids.shape, saved.shape[1]))
     dw, ids = empty(saved.shape, dy), ready(saved.ids.reshape(-1))

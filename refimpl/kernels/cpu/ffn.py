@@ -24,6 +24,8 @@ ROWS = 256  # of one task
 
 
 class FFNSaved(NamedTuple):
+    """What `ffn_forward` keeps for `ffn_backward`."""
+
     x: Array  # […, D]
     w_gate: Array  # [F, D]
     w_up: Array  # [F, D]
@@ -35,6 +37,7 @@ class FFNSaved(NamedTuple):
 def ffn_forward(
     x: Array, w_gate: Array, w_up: Array, w_down: Array, *, ops: Leaves = LEAVES
 ) -> tuple[Array, FFNSaved]:
+    """As `refimpl.ops.ffn_forward`, a block of rows per task."""
     expect_table(ops, Leaves)
     expect_real(x=x, w_gate=w_gate, w_up=w_up, w_down=w_down)
     expect("w_gate", w_gate, "(F, D)", (None, last(x, "x")))
@@ -48,6 +51,7 @@ def ffn_forward(
 
 
 def ffn_backward(dy: Array, saved: FFNSaved) -> tuple[Array, Array, Array, Array]:
+    """As `refimpl.ops.ffn_backward`, a block of rows per task."""
     x, w_gate, w_up, w_down, *_ = saved
     expect_real(x=x, dy=dy)
     expect("dy", dy, "(…, D)", tuple(x.shape))
@@ -105,7 +109,8 @@ def backward_tasks(
 def forward_rows(
     y: Array, gate: Array, up: Array, x: Array, w_gate: Array, w_up: Array, w_down: Array
 ) -> None:
-    """``y`` [n, D], ``gate`` and ``up`` [n, F] of ``x`` [n, D]."""
+    """``y`` [n, D], ``gate`` and ``up`` [n, F] of ``x`` [n, D]; ``w_gate`` and ``w_up`` are [F, D],
+    ``w_down`` is [D, F]."""
     np.matmul(x, w_gate.T, out=gate)  # (ffn.1)
     np.matmul(x, w_up.T, out=up)
     hidden = np.empty_like(gate)
@@ -128,7 +133,11 @@ def backward_rows(
     w_down: Array,
 ) -> None:
     """The first five arrays are written, of a network whose output is multiplied by ``weights``
-    [n]."""
+    [n]: ``dx`` [n, D], ``dgate``, ``dup`` and ``hidden`` [n, F], ``dweights`` [n].
+
+    They come from ``dy`` [n, D], ``gate`` and ``up`` [n, F], ``w_gate`` and ``w_up`` [F, D], and
+    ``w_down`` [D, F].
+    """
     dhidden = dy @ w_down  # (ffn.4)
     backward = kernel("swiglu", "network_backward", gate.dtype)
     backward(dgate, dup, hidden, dweights, dhidden, gate, up, weights)

@@ -24,6 +24,8 @@ __all__ = ["HeadCrossEntropySaved", "head_cross_entropy_backward", "head_cross_e
 
 
 class HeadCrossEntropySaved(NamedTuple):
+    """What `head_cross_entropy_forward` keeps for `head_cross_entropy_backward`."""
+
     dh: Array  # […, D], for dloss = 1
     dw: Array  # [W, D], likewise
 
@@ -38,6 +40,7 @@ def head_cross_entropy_forward(
     block: tuple[int, int] = (256, 4096),
     ops: Leaves = LEAVES,
 ) -> tuple[Array, HeadCrossEntropySaved]:
+    """As `refimpl.ops.head_cross_entropy_forward`, by kernels of Numba."""
     expect_table(ops, Leaves)
     expect_real(h=h, w=w)
     check_log_prob(h, w, targets, 1.0, block)
@@ -54,6 +57,7 @@ def head_cross_entropy_forward(
 
 
 def head_cross_entropy_backward(dloss: Array, saved: HeadCrossEntropySaved) -> tuple[Array, Array]:
+    """As `refimpl.ops.head_cross_entropy_backward`, by kernels of Numba."""
     factor = number(dloss, saved.dw)  # (head_cross_entropy.2)
     dh, dw = (empty(x.shape, x) for x in saved)
     tasks = []

@@ -20,8 +20,8 @@ LEAST = 128  # rows or columns of one: fewer, and BLAS spends its time on packin
 
 
 def expect_real(**arrays: Array | None) -> np.dtype[Any]:
-    """The dtype of all named arrays (None entries are skipped); TypeError unless they are NumPy's,
-    and all float32 or all float64."""
+    """The dtype of all named ``arrays`` of any shape (None entries are skipped); TypeError unless
+    they are NumPy's, and all float32 or all float64."""
     first: tuple[str, np.dtype[Any]] | None = None
     for name, x in arrays.items():
         if x is None:
@@ -40,7 +40,7 @@ def expect_real(**arrays: Array | None) -> np.dtype[Any]:
 
 
 def ready(x: Array) -> np.ndarray:
-    """``x`` without gaps: itself, if it is so already."""
+    """``x`` (any shape) without gaps: itself, if it is so already."""
     return np.asarray(x, order="C")
 
 
@@ -51,7 +51,7 @@ def rows_of(x: Array) -> np.ndarray:
 
 
 def empty(shape: tuple[int, ...], like: Array) -> np.ndarray:
-    """An array that will be written to, all of it."""
+    """An array of the type of ``like`` (any shape) that will be written to, all of it."""
     return np.empty(shape, like.dtype)
 
 

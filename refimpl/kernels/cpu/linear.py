@@ -13,6 +13,7 @@ __all__ = ["linear_backward", "linear_forward"]
 
 
 def linear_forward(x: Array, w: Array) -> tuple[Array, LinearSaved]:
+    """As `refimpl.ops.linear_forward`, its products split over threads."""
     expect_real(x=x, w=w)
     expect("w", w, "(O, I)", (None, last(x, "x")))
     expect_some("w", w, "(O, I)")
@@ -22,6 +23,7 @@ def linear_forward(x: Array, w: Array) -> tuple[Array, LinearSaved]:
 
 
 def linear_backward(dy: Array, saved: LinearSaved) -> tuple[Array, Array]:
+    """As `refimpl.ops.linear_backward`, its products split over threads."""
     x, w = saved
     expect_real(x=x, w=w, dy=dy)
     expect("dy", dy, "(…, O)", (*x.shape[:-1], w.shape[0]))

@@ -28,6 +28,8 @@ ENTRIES = 1024  # of the vocabulary, likewise, where dw is added to
 
 
 class LogProbSaved(NamedTuple):
+    """What `log_prob_forward` keeps for `log_prob_backward`."""
+
     h: Array  # […, D]; 0 for tokens that are left out
     w: Array  # [W, D]
     lse: Array  # [M]
@@ -124,6 +126,7 @@ def log_prob_forward(
     temperature: float = 1.0,
     block: tuple[int, int] = (256, 4096),
 ) -> tuple[Array, LogProbSaved]:
+    """As `refimpl.ops.log_prob_forward`, by kernels of Numba."""
     expect_real(h=h, w=w)
     check_log_prob(h, w, targets, temperature, block)
     rows, targets, weight = counted_rows(h, targets, mask, 1.0, w)
@@ -137,6 +140,7 @@ def log_prob_forward(
 
 
 def log_prob_backward(dy: Array, saved: LogProbSaved) -> tuple[Array, Array]:
+    """As `refimpl.ops.log_prob_backward`, by kernels of Numba."""
     h, w, lse, targets, mask, temperature, block = saved
     expect_real(h=h, dy=dy)
     expect("dy", dy, "(…)", tuple(h.shape[:-1]))
@@ -152,7 +156,8 @@ def log_prob_backward(dy: Array, saved: LogProbSaved) -> tuple[Array, Array]:
 def counted_rows(
     h: Array, targets: Array, mask: Array | None, normaliser: float | None, w: Array
 ) -> tuple[Array, Array, Array]:
-    """``h`` as [M, D], 0 where the mask is; targets [M]; mask / normaliser [M]."""
+    """``h`` as [M, D], 0 where the mask is; targets [M]; mask / normaliser [M]. Arguments as
+    `refimpl.ops.log_prob_forward`, ``w`` [W, D]."""
     targets, weight = token_weights(h, targets, mask, normaliser, w.shape[0])
     targets, weight = targets.reshape(-1), weight.reshape(-1)
     rows = ready(rows_of(h))

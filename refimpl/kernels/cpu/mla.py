@@ -50,6 +50,8 @@ class Settings(NamedTuple):
 
 
 class MLASaved(NamedTuple):
+    """What `mla_forward` keeps for `mla_backward`."""
+
     x: Array  # [M, D]
     a: Array  # [M, A]: the query's latent, before its norm
     a_r: Array  # [M]: 1 / rms
@@ -87,6 +89,7 @@ def mla_forward(
     segments: Array | None = None,
     ops: Leaves = LEAVES,
 ) -> tuple[MLAOutput, MLASaved]:
+    """As `refimpl.ops.mla_forward`, by kernels of Numba."""
     expect_table(ops, Leaves)
     w = Weights(w_q_a, w_q_a_norm, w_q_b, w_kv_a, w_kv_a_norm, w_kv_b, w_o)
     expect_real(x=x, cache=cache, **{f"w_{name}": part for name, part in w._asdict().items()})
@@ -155,6 +158,7 @@ def _expand(latents: Array, kv: Array, k: Array, w_kv_b: Array, nope: int, i: sl
 
 
 def mla_backward(dy: tuple[Array, Array | None], saved: MLASaved) -> tuple[Array | None, ...]:
+    """As `refimpl.ops.mla_backward`, by kernels of Numba."""
     dout, dcache = dy
     w, settings = saved.w, saved.settings
     x, latents = saved.x, saved.latents

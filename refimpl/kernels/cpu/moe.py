@@ -27,6 +27,8 @@ __all__ = ["MoESaved", "moe_backward", "moe_forward"]
 
 
 class MoESaved(NamedTuple):
+    """What `moe_forward` keeps for `moe_backward`."""
+
     x: Array  # […, D]
     weights: Array  # [M, K]
     w: tuple[Array, Array, Array]  # [E, F, D] twice, [E, D, F]
@@ -51,6 +53,7 @@ def moe_forward(
     indices: Array,
     ops: Networks = NETWORKS,
 ) -> tuple[Array, MoESaved]:
+    """As `refimpl.ops.moe_forward`, by kernels of Numba."""
     expect_table(ops, Networks)
     shared_weights = w_shared_gate, w_shared_up, w_shared_down
     check_shapes(x, weights, indices, w_gate, w_up, w_down, *shared_weights)
@@ -96,6 +99,7 @@ def _forward_block(
 
 
 def moe_backward(dy: Array, saved: MoESaved) -> tuple[Array | None, ...]:
+    """As `refimpl.ops.moe_backward`, by kernels of Numba."""
     x, weights, w, gate, up, order, place, start, shared = saved
     expect_real(x=x, dy=dy)
     expect("dy", dy, "(…, D)", tuple(x.shape))

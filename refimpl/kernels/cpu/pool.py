@@ -33,8 +33,9 @@ __all__ = [
     "threads",
 ]
 
+# the error's text where a package is missing
 NEEDS = "numba_cpu needs Numba and threadpoolctl: pip install -e '.[cpu]'"
-Task = Callable[[], object]
+Task = Callable[[], object]  # what a thread is given to do
 
 
 class Job:

@@ -17,12 +17,15 @@ __all__ = ["RMSNormSaved", "rms_norm_backward", "rms_norm_forward"]
 
 
 class RMSNormSaved(NamedTuple):
+    """What `rms_norm_forward` keeps for `rms_norm_backward`."""
+
     x: Array  # […, D]
     w: Array  # [D]
     r: Array  # [rows]: 1 / rms
 
 
 def rms_norm_forward(x: Array, w: Array, *, eps: float) -> tuple[Array, RMSNormSaved]:
+    """As `refimpl.ops.rms_norm_forward`, by kernels of Numba."""
     dtype, eps = expect_real(x=x, w=w), float(eps)
     check_rms_norm(x, w, eps)
     rows, w = rows_of(ready(x)), ready(w)
@@ -34,6 +37,7 @@ def rms_norm_forward(x: Array, w: Array, *, eps: float) -> tuple[Array, RMSNormS
 
 
 def rms_norm_backward(dy: Array, saved: RMSNormSaved) -> tuple[Array, Array]:
+    """As `refimpl.ops.rms_norm_backward`, by kernels of Numba."""
     x, w, r = saved
     dtype = expect_real(x=x, dy=dy)
     expect("dy", dy, "(…, D)", tuple(x.shape))

@@ -25,7 +25,7 @@ def rope_forward(
     layout: Layout = "interleaved",
     factor: float = 1.0,
 ) -> tuple[Array, RoPESaved]:
-    """Saved: cos and sin [B·T or T, R/2]."""
+    """As `refimpl.ops.rope_forward`. Saved: cos and sin [B·T or T, R/2]."""
     expect_real(x=x)
     check_rope(x, positions, inv_freq, layout)
     cos, sin = angles(positions, inv_freq, factor, x.dtype)
@@ -34,14 +34,18 @@ def rope_forward(
 
 
 def rope_backward(dy: Array, saved: RoPESaved) -> Array:
+    """As `refimpl.ops.rope_backward`, by kernels of Numba."""
     expect("dy", dy, "(B, T, H, R)", tuple(saved.shape))
     expect_real(x=saved.cos, dy=dy)
     return _rotate(dy, saved, backward=True)
 
 
 def angles(positions: Array, inv_freq: Array, factor: float, dtype: Any) -> tuple[Array, Array]:
-    """cos and sin of each position's angles, made in float64, times the factor; read-only [B·T or
-    T, R/2]. The last few are kept: all layers of a model turn by the same."""
+    """cos and sin of the angles of ``positions`` [B, T] or [T] at ``inv_freq`` [R/2], made in
+    float64, times the factor; read-only [B·T or T, R/2].
+
+    The last few are kept: all layers of a model turn by the same.
+    """
     turns = np.ascontiguousarray(positions, np.float64).tobytes()
     frequencies = np.ascontiguousarray(inv_freq, np.float64).tobytes()
     return _angles(turns, frequencies, float(factor), np.dtype(dtype))

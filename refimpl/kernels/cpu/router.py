@@ -33,6 +33,7 @@ def router_forward(
     ranking: Ranking = "scores",
     routes: Array | None = None,
 ) -> tuple[RouterOutput, RouterSaved]:
+    """As `refimpl.ops.router_forward`, by kernels of Numba."""
     dtype = expect_real(x=x, w=w)
     scale, epsilon = float(scale), float(epsilon)
     check_router(x, w, bias, score, ranking, scale, epsilon)
@@ -54,6 +55,7 @@ def router_forward(
 
 
 def router_backward(dy: tuple[Array, Array | None], saved: RouterSaved) -> tuple[Array, Array]:
+    """As `refimpl.ops.router_backward`, by kernels of Numba."""
     dweights, dscores = dy
     x, w, scores, indices = saved[:4]
     dtype = expect_real(x=x, dweights=dweights, dscores=dscores)

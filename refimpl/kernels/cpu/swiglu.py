@@ -14,11 +14,14 @@ __all__ = ["SwiGLUSaved", "swiglu_backward", "swiglu_forward"]
 
 
 class SwiGLUSaved(NamedTuple):
+    """What `swiglu_forward` keeps for `swiglu_backward`."""
+
     gate: Array  # […]
     up: Array  # […]
 
 
 def swiglu_forward(gate: Array, up: Array) -> tuple[Array, SwiGLUSaved]:
+    """As `refimpl.ops.swiglu_forward`, by kernels of Numba."""
     dtype = expect_real(gate=gate, up=up)
     expect("up", up, "gate.shape", gate.shape)
     y, forward = empty(gate.shape, gate), kernel("swiglu", "swiglu_forward", dtype)
@@ -28,6 +31,7 @@ def swiglu_forward(gate: Array, up: Array) -> tuple[Array, SwiGLUSaved]:
 
 
 def swiglu_backward(dy: Array, saved: SwiGLUSaved) -> tuple[Array, Array]:
+    """As `refimpl.ops.swiglu_backward`, by kernels of Numba."""
     gate, up = saved
     dtype = expect_real(gate=gate, dy=dy)
     expect("dy", dy, "gate.shape", tuple(gate.shape))
