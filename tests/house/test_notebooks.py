@@ -17,6 +17,7 @@ HEADER = """---
 file_format: mystnb
 kernelspec:
   name: python3
+  language: python
   display_name: Python 3
 ---
 
