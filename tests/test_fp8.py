@@ -26,6 +26,7 @@ from refimpl.fp8 import (
     linear_forward,
     product,
     quantised,
+    recipe_of,
     round_to,
 )
 from refimpl.grads import Request, write_gradients
@@ -41,7 +42,7 @@ from refimpl.port.truth import Truth
 from support import FULL
 
 RNG = np.random.default_rng(0)
-BOTH = ("float32", "power_of_two")
+BOTH = ("float32", "ue8m0")
 
 
 def drawn(*shape: int) -> np.ndarray:
@@ -60,7 +61,7 @@ def test_weights_are_the_checkpoints(scale: str) -> None:
     for shape in ((1000, 1000) if FULL else (300, 260), (1, 1), (129, 5)):
         x = drawn(*shape)
         found = quantised(x, (128, 128), replace(DEFAULT, scale=scale))
-        numbers, scales = quantise(x, (128, 128), ue8m0=scale == "power_of_two")
+        numbers, scales = quantise(x, (128, 128), ue8m0=scale == "ue8m0")
         assert found.numbers.tobytes() == numbers.astype(np.float32).tobytes()
         assert found.scale.tobytes() == scales.tobytes()
         back = np.empty_like(x)
@@ -132,7 +133,7 @@ def test_sums_of_a_tensor_core() -> None:
     for small, counts in ((2.0**-13, True), (2.0**-14, False), (1.99 * 2.0**-13, True)):
         total = added(np.float32([1, small, small]), 14)
         assert total == 1 + 2 * counts * 2.0**-13
-    assert added(np.float32([1, 2.0**-20, -1]), None) == 2.0**-20
+    assert added(np.float32([1, 2.0**-20, -1]), 0) == 2.0**-20
     assert added(np.zeros(3, np.float32), 14) == 0
     a, b = (Tiled(x, np.ones((3, 2), np.float32), (1, 128)) for x in np.ones((2, 3, 256), "f4"))
     for recipe in (DEFAULT, Recipe(bits=14), Recipe(bits=14, promote=256)):
@@ -146,7 +147,7 @@ def test_sums_of_a_tensor_core() -> None:
 def test_gradients_are_exact_where_nothing_is_rounded() -> None:
     """On numbers that FP8 has, in tiles whose scales are powers of two, y, dx and dw are those of
     the linear map, bit for bit."""
-    recipe = Recipe(scale="power_of_two")
+    recipe = Recipe(scale="ue8m0")
     for rows, inputs, outputs in ((3, 5, 2), (130, 260, 140)):
         x, w, dy = (
             RNG.choice(np.float32([-2, -1, 0, 1, 2]), shape)
@@ -244,11 +245,31 @@ def test_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
         assert error <= 0.6 * largest, name
 
 
-def test_recipes_that_cannot_be() -> None:
-    with pytest.raises(ValueError, match="promote must be a multiple of 128, got 100"):
-        fp8_table(Recipe(promote=100))
-    with pytest.raises(ValueError, match="bits must lie in 2…24, got 1"):
-        fp8_table(Recipe(bits=1))
+def test_recipes_by_text() -> None:
+    assert recipe_of("") == DEFAULT
+    text = "scale=ue8m0,promote=0,bits=14,floor=0,weight_input=exact"
+    assert recipe_of(text) == Recipe(0.0, "ue8m0", 0, 14, "exact")
+    assert type(recipe_of("floor=0").floor) is float
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("promote=100", "promote must be a multiple of 128, or 0 for never, got 100"),
+        ("bits=1", "bits must lie in 2…24, or be 0 for float32, got 1"),
+        ("floor=-1", "floor must be a number of at least 0, got -1.0"),
+        ("floor=nan", "floor must be a number of at least 0, got nan"),
+        ("scale=e8m0", "scale must be float32 or ue8m0, got e8m0"),
+        ("weight_input=none", "weight_input must be kept or exact, got none"),
+        ("bits=many", "bits must be a number, got many"),
+        ("scale", "must be NAME=VALUE,… with each of floor, scale, promote, bits, weight_input"),
+        ("bits=14,bits=14", "must be NAME=VALUE,… with each of"),
+    ],
+)
+def test_recipes_that_cannot_be(text: str, line: str) -> None:
+    with pytest.raises(ValueError) as error:
+        recipe_of(text)
+    assert str(error.value).startswith(line)
 
 
 def test_moments_are_bfloat16() -> None:
@@ -318,6 +339,6 @@ def test_grads_and_check_judge_a_port(tmp_path: Path) -> None:
     assert planted("product", other_sums) <= 4
     assert planted("quantised", one_scale) > 4
     assert planted("product", inverted) > 4
-    assert furthest(fp8_table(Recipe(scale="power_of_two"))) > 4
-    assert furthest(fp8_table(Recipe(bits=14, promote=2**20))) > 4
+    assert furthest(fp8_table(Recipe(scale="ue8m0"))) > 4
+    assert furthest(fp8_table(Recipe(bits=14, promote=0))) > 4
     assert planted("linear_backward", not_again) > 4

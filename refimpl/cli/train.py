@@ -49,6 +49,9 @@ def command(
         str | None, Option(help="Of the ops; default: the fastest installed.")
     ] = None,
     dtype: Annotated[str | None, Option(help="float32, float64, or on a GPU bfloat16.")] = None,
+    fp8: Annotated[
+        str | None, Option(help="Choices of the implementation fp8, as in scale=ue8m0,promote=0.")
+    ] = None,
     *,
     stage: str,
 ) -> None:
@@ -60,6 +63,7 @@ def command(
         "backend": backend,
         "implementation": implementation,
         "dtype": dtype,
+        "fp8": fp8,
     }
     tables = read_tables(settings)
     chosen = make_settings(
