@@ -88,7 +88,7 @@ DEFAULT = Recipe()
 def recipe_of(text: str) -> Recipe:
     """The recipe of a text like ``scale=ue8m0,bits=14``, DEFAULT's where it says nothing;
     ValueError for one that can't be."""
-    defaults = {field.name: field.default for field in fields(Recipe)}
+    defaults: dict[str, Any] = {field.name: field.default for field in fields(Recipe)}
     given: dict[str, Any] = {}
     for part in text.split(",") if text else ():
         name, equals, value = part.partition("=")
@@ -201,7 +201,7 @@ def product(a: Tiled, b: Tiled, recipe: Recipe) -> Array:
         found = tensor_core(a.numbers[:, here], b.numbers[:, here], recipe.bits)
         found = found * of_a[:, i, None] * of_b[None, :, i]  # (fp8.3)
         part = found if part is None else added(np.stack((part, found), axis=-1), recipe.bits)
-        if first + TILE >= terms or recipe.promote and (first + TILE) % recipe.promote == 0:
+        if first + TILE >= terms or (recipe.promote and (first + TILE) % recipe.promote == 0):
             total, part = total + part, None
     return total
 

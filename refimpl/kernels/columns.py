@@ -144,7 +144,9 @@ def expect_recipe(text: str, implementation: str) -> Recipe:
     """What ``text`` chooses of FP8 (`recipe_of`); CouldNotRun if it can't be, or if it is given for
     another implementation."""
     if text and implementation != IN_FP8:
-        raise CouldNotRun(f"needs the implementation {IN_FP8}, got {implementation}", argument="fp8")
+        raise CouldNotRun(
+            f"needs the implementation {IN_FP8}, got {implementation}", argument="fp8"
+        )
     try:
         return recipe_of(text)
     except ValueError as error:

@@ -67,10 +67,7 @@ class Machine:
 
 
 def open_machine(
-    backend: str = "numpy",
-    implementation: str = "fastest",
-    dtype: str = "float32",
-    fp8: str = "",
+    backend: str = "numpy", implementation: str = "fastest", dtype: str = "float32", fp8: str = ""
 ) -> Machine:
     """CouldNotRun for a combination that does not exist or can't run here.
 
