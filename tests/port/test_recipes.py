@@ -175,11 +175,11 @@ def test_what_is_not_known(tmp_path: Path) -> None:
     assert verdict.verdict == "PASS"
     assert len(verdict.not_excluded) == len(PLANTED_IN_FP8)
     assert "told from act/ and cot/: the port does not give cot/model.layers.0" in str(verdict)
-    double = {n: 2 * x if n.endswith("o_proj.weight") else x for n, x in gradients.items()}
-    save_file(load_file(example.port()) | double, file)
+    turned = {n: -x if n.endswith("o_proj.weight") else x for n, x in gradients.items()}
+    save_file(load_file(example.port()) | turned, file)
     verdict = compare_folders(file, example.truth)
     assert (verdict.verdict, verdict.diagnosis and verdict.diagnosis.named) == ("FAIL", [])
-    assert "a factor of 2, as from " in str(verdict)
+    assert "hint: the sign is the other" in str(verdict)
     assert "hold the port in float32 against a truth in float32 first" in str(verdict)
 
 
