@@ -105,7 +105,8 @@ class Example:
         )
         params = init_parameters(config, std=0.08, dtype="float32", seed=seed)
         save_checkpoint(params, config, place / "checkpoint", dtype="float32")
-        self.place, self.recipe, self.seed = place, recipe, seed
+        self.place, self.recipe = place, recipe
+        self.seed = seed
         self.source = Checkpoint.open(place / "checkpoint", dtype="float32")
         tokens = rng.integers(0, config.vocabulary, (2, 20))
         request = Request(tokens, implementation="fp8", fp8=recipe, activations="*")
