@@ -8,15 +8,15 @@ output (act/ and cot/): right, with each mistake, and by each other choice.
 Of each tensor let e be the port's difference from the right one, d the mistake's. Both without what
 lies in the span of a few right runs whose float32 results are moved to their neighbours (`nudged`),
 which is what a tie does. Then c = ⟨e, d⟩ / ⟨d, d⟩ is 1 for a port with the mistake, and 0 for a
-right one, but for ties that no run met; these are near orthogonal to d. A mistake is named if c
-lies in ½…3/2 for nearly all tensors that it changes, and excluded if c is less for nearly all; of
-several the one that leaves the least of e. (On drawn models all tensors of ports with a mistake lie
-there, none of right ones, and at most seven in ten of ports with a mistake of an op.)
+right one, but for ties that no run met; these are near orthogonal to d. The mistake that leaves the
+least of e is named if c lies in ½…3/2 for nearly all tensors that it changes; one is excluded if c
+is less for nearly all. (On drawn models all tensors of ports with a mistake lie there, none of
+right ones, and at most seven in ten of ports with a mistake of an op.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -65,10 +65,10 @@ class Other(NamedTuple):
 
 
 class Share(NamedTuple):
-    """Of a tensor that a mistake changes."""
+    """How much of a mistake a tensor has."""
 
     tensor: str
-    c: float
+    c: float | None  # None where the mistake changes nothing but what ties do
     left: float  # |e − d|²
 
 
@@ -167,10 +167,8 @@ def shares_of(
                 made = again(own, block, other.table)
                 for n in names:
                     mine = relative(made[n], exact[n])
-                    if (c := share(errors[n], mine, spans[n])) is not None:
-                        found[other.name].append(
-                            Share(n, c, float(np.sum((errors[n] - mine) ** 2)))
-                        )
+                    left = float(np.sum((errors[n] - mine) ** 2))
+                    found[other.name].append(Share(n, share(errors[n], mine, spans[n]), left))
             break
     if not any(found.values()):
         raise CouldNotRun(why or "no block can be computed again")
@@ -212,7 +210,7 @@ def span(vectors: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def share(error: np.ndarray, mistake: np.ndarray, noise: np.ndarray) -> float | None:
-    """c; None where the mistake changes nothing but what ties do."""
+    """c of `Share`."""
     left = mistake - noise.T @ (noise @ mistake)
     size = float(left @ left)
     return float(error @ left) / size if size > LEAST**2 else None
@@ -220,17 +218,14 @@ def share(error: np.ndarray, mistake: np.ndarray, noise: np.ndarray) -> float | 
 
 def nearest(shares: Mapping[str, Sequence[Share]], every: Sequence[Other]) -> Judged:
     """The mistake or choice that the port has, if it has one."""
-    has = [x for x in every if nearly_all(abs(each.c - 1) < 1 / 2 for each in shares[x.name])]
-    if not has:
-        shown = [x for x in every if nearly_all(each.c < 1 / 2 for each in shares[x.name])]
-        hidden = [x.name for x in every if x.bug is not None and x not in shown]
-        return Judged([], "", "", hidden, "")
-    best = min(has, key=lambda x: np.mean([each.left for each in shares[x.name]]))
-    first = next(each.tensor for each in shares[best.name] if abs(each.c - 1) < 1 / 2)
-    return Judged([best.bug] if best.bug else [], "" if best.bug else best.name, first, [], "")
-
-
-def nearly_all(hold: Iterable[bool]) -> bool:
-    """False of none at all."""
-    found = list(hold)
-    return bool(found) and sum(found) >= NEARLY_ALL * len(found)
+    changed = {name: [x for x in each if x.c is not None] for name, each in shares.items()}
+    best = min(every, key=lambda x: np.mean([each.left for each in shares[x.name]]))
+    has = [x.tensor for x in changed[best.name] if x.c is not None and abs(x.c - 1) < 1 / 2]
+    if has and len(has) >= NEARLY_ALL * len(changed[best.name]):
+        return Judged([best.bug] if best.bug else [], "" if best.bug else best.name, has[0], [], "")
+    hidden = []
+    for bug in (x.bug for x in every if x.bug is not None):
+        less = [x for x in changed[bug.name] if x.c is not None and x.c < 1 / 2]
+        if not less or len(less) < NEARLY_ALL * len(changed[bug.name]):
+            hidden.append(bug.name)
+    return Judged([], "", "", hidden, "")
