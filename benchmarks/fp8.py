@@ -2,21 +2,25 @@
 tile: ``python benchmarks/fp8.py``.
 
 Three columns, each the largest difference over the largest number of the exact gradient: FP8 from
-float64; FP8 whose float32 results are moved to their neighbours by chance, as sums in another order
-move them, from FP8; FP8 with sums of 14 bits, as Hopper's tensor cores add, from FP8. All take the
-same experts.
+float64; FP8 whose float32 results are moved a little by chance, as the reruns of `refimpl grads
+--units` move them, from FP8; FP8 with sums of 14 bits, as Hopper's tensor cores add, from FP8. All
+take the same experts. Below it, over all tensors, how far each planted mistake stands from FP8
+(UE8M0 rounded down: from FP8 with scales in UE8M0).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
+from refimpl.check.planted import PLANTED_IN_FP8, plant
 from refimpl.config import preset
 from refimpl.fp8 import Recipe, fp8_table
 from refimpl.grads.rounded import nudged
+from refimpl.grads.units import STEPS_IN_FP8
 from refimpl.model import backward, forward
 from refimpl.ops import REFERENCE, Ops
 from refimpl.parameters import init_parameters
@@ -56,7 +60,7 @@ def main() -> None:
 
     wanted, table = backward(exact_saved), fp8_table()
     found = gradients(table)
-    moved = gradients(REFERENCE | {name: nudged(op, 1) for name, op in table.items()})
+    moved = gradients(REFERENCE | {name: nudged(op, 1, STEPS_IN_FP8) for name, op in table.items()})
     cut = gradients(fp8_table(Recipe(bits=14)))
     print(f"{'gradient of':48} from float64  moved float32  14-bit sums")
     for name, g in wanted.items():
@@ -64,6 +68,21 @@ def main() -> None:
             pairs = ((found, wanted), (moved, found), (cut, found))
             errors = (np.max(np.abs(a[name] - b[name])) / largest for a, b in pairs)
             print(f"{name:48} " + "  ".join(f"{100 * error:11.1f} %" for error in errors))
+    print(f"\n{'mistake':48}    smallest       median      largest")
+    ue8m0 = Recipe(scale="ue8m0")
+    of_ue8m0 = gradients(fp8_table(ue8m0))
+    for bug in PLANTED_IN_FP8:
+        module: Any = plant(bug)
+        down = "UE8M0" in bug.name
+        right, recipe = (of_ue8m0, ue8m0) if down else (found, Recipe())
+        wrong = gradients(module.fp8_table(recipe))
+        errors = [
+            np.max(np.abs(wrong[name] - g)) / np.max(np.abs(g))
+            for name, g in right.items()
+            if g.any()
+        ]
+        told = (min(errors), np.median(errors), max(errors))
+        print(f"{bug.name:48} " + "  ".join(f"{100 * error:9.3g} %" for error in told))
 
 
 if __name__ == "__main__":

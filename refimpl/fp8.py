@@ -2,6 +2,7 @@
 products take E4M3 numbers in tiles and add up as the recipe says. It claims no speed.
 
     table = fp8_table()                  # forward(params, tokens, config, ops=table)
+    table = fp8_table(recipe_of("scale=ue8m0,bits=14"))
 
 Each tile has a scale, max(largest, floor) / 448: activations and gradients 1 × 128 along the sum,
 weights 128 × 128. The sum over each 128 terms is scaled and added in float32. For the weight's
@@ -15,9 +16,9 @@ section 3.3. Letters as in linear.py; R rows: all leading dimensions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -39,6 +40,7 @@ __all__ = [
     "linear_forward",
     "narrow",
     "quantised",
+    "recipe_of",
     "scales",
     "spread",
 ]
@@ -50,18 +52,55 @@ LARGEST = 448.0  # of E4M3
 LARGEST_E5M6 = 65024.0  # as float16 has exponents; the last with its six bits of fraction
 
 
+Scale = Literal["float32", "ue8m0"]  # the latter a power of two, rounded up
+WeightInput = Literal["kept", "exact"]
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """What implementations choose."""
+    """What implementations choose. ValueError for what can't be."""
 
     floor: float = 1e-4  # of a tile's largest number
-    scale: Literal["float32", "power_of_two"] = "float32"  # the latter rounded up: UE8M0
-    promote: int = 128  # terms until a sum goes on in float32, a multiple of 128
-    bits: int | None = None  # of a tensor core's sum: 14 on Hopper, None for float32
-    weight_input: Literal["kept", "exact"] = "kept"  # what is quantised again for the weight
+    scale: Scale = "float32"
+    promote: int = 128  # terms until a sum goes on in float32, a multiple of 128; 0: never
+    bits: int = 0  # of a tensor core's sum: 14 on Hopper, 0 for float32
+    weight_input: WeightInput = "kept"  # what is quantised again for the weight's gradient
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.floor < np.inf:
+            raise ValueError(f"floor must be a number of at least 0, got {self.floor}")
+        if self.promote % TILE or self.promote < 0:
+            raise ValueError(
+                f"promote must be a multiple of {TILE}, or 0 for never, got {self.promote}"
+            )
+        if self.bits and not 2 <= self.bits <= 24:
+            raise ValueError(f"bits must lie in 2…24, or be 0 for float32, got {self.bits}")
+        for name, kind in (("scale", Scale), ("weight_input", WeightInput)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(
+                    f"{name} must be {' or '.join(get_args(kind))}, got {getattr(self, name)}"
+                )
 
 
 DEFAULT = Recipe()  # V3's, as far as its report says it
+
+
+def recipe_of(text: str) -> Recipe:
+    """The recipe of a text like ``scale=ue8m0,bits=14``, DEFAULT's where it says nothing;
+    ValueError for one that can't be."""
+    defaults: dict[str, Any] = {field.name: field.default for field in fields(Recipe)}
+    given: dict[str, Any] = {}
+    for part in text.split(",") if text else ():
+        name, equals, value = part.partition("=")
+        if not equals or name not in defaults or name in given:
+            raise ValueError(
+                f"must be NAME=VALUE,… with each of {', '.join(defaults)} at most once, got {text}"
+            )
+        try:
+            given[name] = type(defaults[name])(value)
+        except ValueError:
+            raise ValueError(f"{name} must be a number, got {value}") from None
+    return Recipe(**given)
 
 
 class Tiled(NamedTuple):
@@ -109,7 +148,7 @@ def quantised(
     nearest, ties to even. A tile with NaN or ∞ is NaN."""
     x = np.asarray(x, np.float32)
     most = LARGEST_E5M6 if e5m6 else LARGEST
-    power_of_two = e5m6 or recipe.scale == "power_of_two"
+    power_of_two = e5m6 or recipe.scale == "ue8m0"
     scale = scales(x, tile, most, recipe.floor, power_of_two=power_of_two)
     with np.errstate(invalid="ignore"):  # (fp8.1)
         ratio = np.clip(x / spread(scale, tile, x.shape), -most, most)
@@ -162,14 +201,14 @@ def product(a: Tiled, b: Tiled, recipe: Recipe) -> Array:
         found = tensor_core(a.numbers[:, here], b.numbers[:, here], recipe.bits)
         found = found * of_a[:, i, None] * of_b[None, :, i]  # (fp8.3)
         part = found if part is None else added(np.stack((part, found), axis=-1), recipe.bits)
-        if (first + TILE) % recipe.promote == 0 or first + TILE >= terms:
+        if first + TILE >= terms or (recipe.promote and (first + TILE) % recipe.promote == 0):
             total, part = total + part, None
     return total
 
 
-def tensor_core(a: Array, b: Array, bits: int | None) -> Array:
+def tensor_core(a: Array, b: Array, bits: int) -> Array:
     """a bᵀ in float32; with ``bits`` 32 products at a time and the sum so far, `added`."""
-    if bits is None:
+    if not bits:
         return np.asarray(np.matmul(a, b.T))
     total = np.zeros((len(a), len(b)), np.float32)
     for k in range(0, a.shape[1], STEP):
@@ -178,10 +217,10 @@ def tensor_core(a: Array, b: Array, bits: int | None) -> Array:
     return total
 
 
-def added(terms: Array, bits: int | None) -> Array:
+def added(terms: Array, bits: int) -> Array:
     """The sum along the last axis; with ``bits`` as Hopper's tensor cores add: each term is cut off
     at the place of the last of so many bits of the largest."""
-    if bits is None:
+    if not bits:
         return np.asarray(np.sum(terms, axis=-1))
     _, exponent = np.frexp(np.max(np.abs(terms), axis=-1, keepdims=True))
     unit = np.exp2((exponent - bits).astype(np.float32))
@@ -282,12 +321,7 @@ def ffn_backward(dy: Array, saved: FFNSaved) -> tuple[Array, Array, Array, Array
 
 
 def fp8_table(recipe: Recipe = DEFAULT) -> Ops:
-    """The reference's table with the recipe's linear maps; for NumPy's arrays. ValueError for a
-    recipe that can't be."""
-    if recipe.promote % TILE or recipe.promote < TILE:
-        raise ValueError(f"promote must be a multiple of {TILE}, got {recipe.promote}")
-    if recipe.bits is not None and not 2 <= recipe.bits <= 24:
-        raise ValueError(f"bits must lie in 2…24, got {recipe.bits}")
+    """The reference's table with the recipe's linear maps; for NumPy's arrays."""
 
     def inner(w_o: Array | None = None) -> Op[Any, Any]:
         def forward(x: Array, w: Array) -> Any:

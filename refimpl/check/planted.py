@@ -30,13 +30,13 @@ from typing import Any, NamedTuple
 
 from ..ops import AnyOp, Op
 
-__all__ = ["PLANTED", "Planted", "plant"]
+__all__ = ["PLANTED", "PLANTED_IN_FP8", "Planted", "plant"]
 
 
 class Planted(NamedTuple):
     """A mistake: edits of an op's source, and which rule sees it."""
 
-    op: str  # an op, a function that is no pair (of `FUNCTIONS`), or "model"
+    op: str  # an op, a function that is no pair (of `FUNCTIONS`), "model" or "fp8"
     name: str
     exposed_by: str
     edits: tuple[tuple[str, str], ...]  # (old, new): expressions or statements
@@ -65,6 +65,8 @@ FUNCTIONS = {  # what has no pair of its own, and its module: judged by golden v
     "expert_load": "refimpl.ops.router",
     "bias_update": "refimpl.ops.router",
 }
+
+OTHERS = {"model": "refimpl.model", "fp8": "refimpl.fp8"}  # that are no op
 
 
 PLANTED: tuple[Planted, ...] = (
@@ -341,14 +343,39 @@ PLANTED: tuple[Planted, ...] = (
 )  # fmt: skip
 
 
+PLANTED_IN_FP8: tuple[Planted, ...] = (
+    Planted("fp8", "no promotion", "a sum of more than 128 terms",
+            (("tensor_core(a.numbers[:, here], b.numbers[:, here], recipe.bits)",
+              "tensor_core(a.numbers[:, here], b.numbers[:, here], recipe.bits or 14)"),
+             ("added(np.stack((part, found), axis=-1), recipe.bits)",
+              "added(np.stack((part, found), axis=-1), recipe.bits or 14)"),
+             ("recipe.promote and (first + TILE) % recipe.promote == 0", "False"))),
+    _one("fp8", "one scale per tensor", "more than one tile",
+         "scale = scales(x, tile, most, recipe.floor, power_of_two=power_of_two)",
+         "scale = scales(x, tile, most, recipe.floor, power_of_two=power_of_two)\n"
+         "scale = np.full_like(scale, np.max(scale))"),
+    _one("fp8", "re-tiling left out", "more than one token",
+         "dy_tiled, x_tiled = (quantised(side.T, (1, TILE), recipe) for side in (rows, kept(x)))\n"
+         "dw = product(dy_tiled, x_tiled, recipe)",
+         "dw = quantised(rows, (1, TILE), recipe).values().T @ kept(x)"),
+    _one("fp8", "scale inverted", "any",
+         "found * of_a[:, i, None] * of_b[None, :, i]",
+         "found / of_a[:, i, None] / of_b[None, :, i]"),
+    _one("fp8", "UE8M0 rounded down", "scales that are powers of two",
+         "np.ceil(np.log2(found.astype(np.float64)))",
+         "np.floor(np.log2(found.astype(np.float64)))"),
+)  # fmt: skip
+"""Of V3's FP8 training, whose gradient is not its forward's: no check of the ops can judge them."""
+
+
 def plant(bug: Planted) -> AnyOp | types.ModuleType:
-    """The op's pair with the bug in it; for a bug of the model, or of one of `FUNCTIONS`, the whole
+    """The op's pair with the bug in it; for a bug of `OTHERS` or `FUNCTIONS`, the whole
     edited module.
 
     ValueError unless each piece that the bug replaces stands exactly once in the source.
     """
     module = plant_module(bug)
-    if bug.op == "model" or bug.op in FUNCTIONS:
+    if bug.op in OTHERS or bug.op in FUNCTIONS:
         return module
     return Op(getattr(module, f"{bug.op}_forward"), getattr(module, f"{bug.op}_backward"))
 
@@ -375,7 +402,7 @@ def fresh_module(name: str) -> types.ModuleType:
 
 def home(op: str) -> str:
     """The module in which an op, a function or the model stands."""
-    return "refimpl.model" if op == "model" else FUNCTIONS.get(op, f"refimpl.ops.{op}")
+    return OTHERS.get(op) or FUNCTIONS.get(op, f"refimpl.ops.{op}")
 
 
 def edited(source: str, bug: Planted) -> ast.Module:

@@ -33,7 +33,7 @@ from ..grads import (
     shared_gradients,
     write_gradients,
 )
-from ..kernels.columns import COLUMNS, IN_FP8, ON_CPU
+from ..kernels.columns import COLUMNS, IN_FP8, ON_CPU, expect_recipe
 from ..parallel.ranks import Ranks
 from ..parameters import (
     DENSE,
@@ -180,6 +180,15 @@ def grads(
             "numba_cpu for those and for speed, cuda on a GPU; fp8 emulates V3's FP8 training."
         ),
     ] = "reference",
+    fp8: Annotated[
+        str,
+        typer.Option(
+            help="Choices of --implementation fp8, as in scale=ue8m0,promote=0. floor: of a tile's "
+            "largest number, 1e-4. scale: float32 or ue8m0. promote: terms until a sum goes on in "
+            "float32, 128; 0: never. bits: of a tensor core's sum, as 14; 0: float32's. "
+            "weight_input: what is quantised for the weights' gradients, kept or exact."
+        ),
+    ] = "",
     dtype: Annotated[str, typer.Option(help="Type to compute in: float32 or float64.")] = "float32",
     force: Annotated[
         bool, typer.Option("--force", help="Replace the result that is in the folder.")
@@ -208,6 +217,7 @@ def grads(
     expect_choice("backend", backend, ("numpy", "cupy"))
     expect_choice("implementation", implementation, (*ON_CPU, IN_FP8, *COLUMNS))
     expect_choice("dtype", dtype, ("float32", "float64"))
+    recipe = expect_recipe(fp8, implementation)
     for argument, number in (("balance_alpha", balance_alpha), ("mtp_weight", mtp_weight or 0.0)):
         if not (number >= 0 and math.isfinite(number)):
             raise CouldNotRun(f"must be a number of at least 0, got {number}", argument=argument)
@@ -239,6 +249,7 @@ def grads(
         logits=logits,
         implementation=implementation,
         backend=backend,
+        fp8=recipe,
         positions=None if positions is None else _row(integers(positions, "--positions")),
         segments=None if segments is None else integers(segments, "--segments"),
         grpo=None if grpo is None else read_grpo(grpo),
@@ -274,6 +285,7 @@ def grads(
             "dtype": dtype,
             "backend": backend,
             "implementation": implementation,
+            "fp8": request.about(config)["fp8"],
             "convention": convention,
             "mtp": mtp,
             "layers": layers,

@@ -51,6 +51,9 @@ def command(
         str | None, Option(help="Of the ops; default: the fastest installed.")
     ] = None,
     dtype: Annotated[str | None, Option(help="float32, float64, or on a GPU bfloat16.")] = None,
+    fp8: Annotated[
+        str | None, Option(help="Choices of the implementation fp8, as in scale=ue8m0,promote=0.")
+    ] = None,
     ranks: RankCount = None,
     data_parallel: DataParallel = None,
     context_parallel: ContextParallel = 1,
@@ -67,6 +70,7 @@ def command(
         "backend": backend,
         "implementation": implementation,
         "dtype": dtype,
+        "fp8": fp8,
     }
     tables = read_tables(settings)
     chosen = make_settings(

@@ -1,4 +1,4 @@
-"""Where papers and implementations of DeepSeek-V3 and R1 disagree: 33 `TRAPS`, each with the number
+"""Where papers and implementations of DeepSeek-V3 and R1 disagree: 37 `TRAPS`, each with the number
 it changes. The one place that says who does what; configuration, ops and pages link here.
 
 `refimpl conventions` prints them; `refimpl conventions --markdown` writes

@@ -18,6 +18,7 @@ import numpy as np
 from ..array import Array
 from ..batch import make_batch
 from ..config import ModelConfig, Yarn, preset
+from ..fp8 import LARGEST, Recipe, linear_backward, linear_forward, quantised
 from ..grads.split import TermCounts, rules, split_batch, term_counts, term_gradient
 from ..model import ModelOutput, Run, backward, forward, logits, mtp_module_forward
 from ..ops import (
@@ -269,16 +270,6 @@ def weight_scale_inv() -> Numbers:
     )
     scale = largest / 448
     return {"multiply": 448 * scale, "divide": 448 / scale}
-
-
-def amax_floor() -> Numbers:
-    """What a tile of zeros is quantised to: x / scale, scale = max(amax, floor) / 448."""
-    amax = np.zeros(())
-    with np.errstate(invalid="ignore"):
-        return {
-            f"floor {floor:g}": float(amax / (np.maximum(amax, floor) / 448))
-            for floor in (1e-4, 0.0)
-        }
 
 
 def active_parameters() -> Numbers:
@@ -649,3 +640,79 @@ def token_mean_in_parts() -> Numbers:
 
 def output_mean_in_parts() -> Numbers:
     return grpo_in_parts([1, 3], "sequence", MEANS, SUM)
+
+
+# FP8
+
+FORMS = (Recipe(), Recipe(scale="ue8m0"))
+
+
+def fp8_floor() -> Numbers:
+    """What a tile of zeros is quantised to: x / scale, scale = max(largest, floor) / 448."""
+    with np.errstate(invalid="ignore"):
+        return {
+            f"floor {floor:g}": float(
+                quantised(np.zeros((1, 128)), (1, 128), Recipe(floor)).numbers[0, 0]
+            )
+            for floor in (1e-4, 1e-12, 0.0)
+        }
+
+
+def fp8_small_gradient() -> Numbers:
+    """The error of a tile of 128 numbers of std 1e-11, over their root mean square."""
+    x = 1e-11 * np.random.default_rng(0).normal(size=(1, 128)).astype(np.float32)
+    return {
+        f"floor {floor:g}": relative(quantised(x, (1, 128), Recipe(floor)).values(), x)
+        for floor in (1e-4, 1e-12)
+    }
+
+
+def relative(x: Array, exact: Array) -> float:
+    return float(np.linalg.norm(x - exact) / np.linalg.norm(exact))
+
+
+def fp8_largest() -> Numbers:
+    """A tile's largest number, 1.9, as it is read again: its scale as it is, the next power of two
+    above, that below, and as OCP's MX format has it, 2^⌊log2 1.9⌋ / 2^8."""
+    x = np.full((1, 128), 1.9, np.float32)
+    scale = 1.9 / LARGEST
+    down, mx = 2.0 ** np.floor(np.log2(scale)), 2.0**-8
+    found = {recipe.scale: float(quantised(x, (1, 128), recipe).values()[0, 0]) for recipe in FORMS}
+    return found | {"rounded down": LARGEST * down, "OCP's MX": LARGEST * mx}
+
+
+def fp8_scale_error() -> Numbers:
+    """Of 128 × 128 normal numbers, the error over their root mean square."""
+    x = np.random.default_rng(0).normal(size=(128, 128)).astype(np.float32)
+    return {recipe.scale: relative(quantised(x, (1, 128), recipe).values(), x) for recipe in FORMS}
+
+
+def fp8_sums() -> Numbers:
+    """The largest error, in per cent, of 32 × 32 products of 4,096 positive terms each, against the
+    exact ones of the same quantised numbers."""
+    a, b = np.random.default_rng(0).uniform(0, 1, (2, 32, 4096)).astype(np.float32)
+    rounded = (quantised(a, (1, 128)).values(), quantised(b, (128, 128)).values())
+    exact = np.matmul(rounded[0].astype(np.float64), rounded[1].astype(np.float64).T)
+    recipes = {
+        "float32": Recipe(),
+        "14 bits, each 128 terms": Recipe(bits=14),
+        "14 bits throughout": Recipe(bits=14, promote=0),
+    }
+    return {
+        name: 100 * float(np.max(np.abs(linear_forward(a, b, recipe)[0] / exact - 1)))
+        for name, recipe in recipes.items()
+    }
+
+
+def fp8_weight_input() -> Numbers:
+    """The error of a weight's gradient over 256 tokens, over its root mean square."""
+    rng = np.random.default_rng(0)
+    x, w, dy = (
+        rng.normal(size=shape).astype(np.float32) for shape in ((256, 128), (128, 128), (256, 128))
+    )
+    exact = dy.T.astype(np.float64) @ x
+    found: Numbers = {}
+    for recipe in (Recipe(), Recipe(weight_input="exact")):
+        _, saved = linear_forward(x, w, recipe)
+        found[recipe.weight_input] = relative(linear_backward(dy, saved)[1], exact)
+    return found

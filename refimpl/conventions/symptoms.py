@@ -43,7 +43,13 @@ SYMPTOMS: dict[str, tuple[str, ...]] = {  # what one sees, and the rows that cou
         "The gate's switches",
         "The latent norms' eps",
     ),
-    "NaN": ("The gate's precision", "FP8's scales", "k3 and its bounds"),
+    "NaN": ("The gate's precision", "FP8's floor", "k3 and its bounds"),
+    "Gradients in FP8 differ by more than two orders of sums do": (
+        "FP8's form of scale",
+        "FP8's sums",
+        "FP8's input of the weight's gradient",
+        "FP8's floor",
+    ),
     "Right in one batch, wrong with padding": (
         "Left padding",
         "The balance loss's counts",
@@ -96,6 +102,7 @@ SYMPTOMS: dict[str, tuple[str, ...]] = {  # what one sees, and the rows that cou
         "What MTP's gradient reaches",
         "k3 and its bounds",
         "The clip's width",
+        "FP8's floor",
     ),
     "Expert loads or biases drift apart over steps": (
         "The bias's update",

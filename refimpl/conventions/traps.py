@@ -1,4 +1,4 @@
-"""The 33 traps: who does what, how that is known, and of which version (`VERSIONS`)."""
+"""The 37 traps: who does what, how that is known, and of which version (`VERSIONS`)."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ SPLITS = "tests/oracle/test_splits.py::{}".format
 IN_PARTS = (
     "`splits.whole_of(parts)` and `forward(whole=)`; a split of `refimpl grads` names the others"
 )
+RECIPE = "`Recipe.{}`".format
+FP8_WORDS = "FP8 E4M3 quantised quantisation"
 SPLIT_WORDS = "split micro-batch microbatch accumulation ranks data parallel context parallel"
 
 TRAPS = (  # every row of the page
@@ -400,22 +402,17 @@ TRAPS = (  # every row of the page
         "How is a stored FP8 weight read?",
         {
             "DeepSeek": read(
-                "`weight_scale_inv` multiplies, in spite of its name (`weight_dequant`); "
-                "`act_quant` had no floor under amax before 2025-08-28, so a tile of "
-                "zeros was 0/0"
+                "`weight_scale_inv` multiplies, in spite of its name (`weight_dequant`)"
             ),
-            "paper": read("an online amax a tile, 1 × 128 and 128 × 128 (V3 3.3)"),
+            "paper": read("an online amax per tile, 1 × 128 and 128 × 128 (V3 3.3)"),
             "HF": read("multiplies"),
             "vLLM": told("multiplies"),
             "SGLang": read("multiplies"),
         },
-        "fixed: multiplies; floor 1e-4",
+        "fixed: multiplies",
         "–",
         "weights of magnitude 1e-2 against 1e6.",
-        (
-            ("largest weight of a tile, 0.05 before", ex.weight_scale_inv),
-            ("a tile of zeros, quantised", ex.amax_floor),
-        ),
+        (("largest weight of a tile, 0.05 before", ex.weight_scale_inv),),
         checkpoint=True,
     ),
     Trap(
@@ -922,5 +919,117 @@ TRAPS = (  # every row of the page
             ("mean over four outputs, one and three", ex.output_mean_in_parts),
         ),
         words=SPLIT_WORDS + " dapo bnpo loss_agg_mode",
+    ),
+    Trap(
+        "FP8's floor",
+        "How small may the largest number of a tile be before its scale stops to follow it?",
+        {
+            "DeepSeek": read(
+                "`act_quant` had no floor before 2025-08-28, so a tile of zeros was 0/0 "
+                "(inference/kernel.py)"
+            ),
+            "paper": read("does not say"),
+            "DeepGEMM": read("1e-4, in the casts beside its kernels (utils/math.py)"),
+            "TileKernels": read("1e-4, unless the caller gives another (quant/common.py)"),
+            "TransformerEngine": read(
+                "none by default (`amax_epsilon`); a tile of zeros has the scale 1 "
+                "(recipe_common.cuh)"
+            ),
+            "torchao": read("1e-12 (blockwise_fp8_training/kernels.py)"),
+        },
+        RECIPE("floor"),
+        "0.0001",
+        "give a linear map gradients of 1e-11: with a floor of 1e-4 they come out as 0. Those of a "
+        "mean over many tokens can be that small.",
+        (
+            ("a number of a tile of zeros, quantised", ex.fp8_floor),
+            ("relative error of a tile of gradients of 1e-11", ex.fp8_small_gradient),
+        ),
+        words=FP8_WORDS + " amax epsilon clamp zeros",
+    ),
+    Trap(
+        "FP8's form of scale",
+        "Is a tile's scale any float32 number or a power of two, and is that one rounded up?",
+        {
+            "paper": read(
+                "powers of two for the input of attention's output and for what the experts are "
+                "sent; else it does not say (V3 3.3)"
+            ),
+            "DeepSeek": told("V3.1 was trained with UE8M0 for weights and activations (its card)"),
+            "DeepGEMM": read(
+                "float32 on SM90, UE8M0 on SM100 (README.md); rounded up (`ceil_to_ue8m0`)"
+            ),
+            "TileKernels": read("either (`round_sf`), rounded up (quant/common.py)"),
+            "TransformerEngine": read(
+                "a power of two, rounded up; float32 if NVTE_FP8_BLOCK_SCALING_FP32_SCALES is 1 "
+                "(`Float8BlockScaling`, recipe_common.cuh). MXFP8 rounds up too (`float_to_e8m0`)"
+            ),
+            "torchao": read(
+                "float32, one over a rounded 448/amax (blockwise_fp8_training/kernels.py); "
+                "its MX formats by default 2^(⌊log₂ amax⌋ − 8), as OCP recommends, which cuts off "
+                "what lies above 448 (`ScaleCalculationMode`, mx_formats/config.py, fc0fcd2)"
+            ),
+            "torchtitan": read(
+                "has no tiles: one scale per row (quantization/float8.py); tiles were proposed in "
+                "torchtitan#3891"
+            ),
+        },
+        RECIPE("scale"),
+        "float32",
+        "the scales' last 23 bits: 0 if they are powers of two. Rounded down, the largest number "
+        "of a tile comes back smaller by up to a half.",
+        (
+            ("a tile's largest number, 1.9 before", ex.fp8_largest),
+            ("relative error of normal numbers, tiles of 128", ex.fp8_scale_error),
+        ),
+        words=FP8_WORDS + " ue8m0 e8m0 power of two MXFP8 rounding",
+    ),
+    Trap(
+        "FP8's sums",
+        "How long does a tensor core add before float32 goes on?",
+        {
+            "paper": read(
+                "128 terms; without that Hopper's 14 bits err by near 2 % at 4,096 terms (V3 3.3)"
+            ),
+            "DeepSeek": read("128 terms, a `tl.dot` each (`fp8_gemm_kernel`, inference/kernel.py)"),
+            "DeepGEMM": read(
+                "128 terms, then scaled and added in float32 (sm90_fp8_gemm_1d2d.cuh)"
+            ),
+            "TransformerEngine": read(
+                "cuBLAS's split accumulator, which `Float8BlockScaling` requires for all products"
+            ),
+            "torchao": read("128 terms, a `tl.dot` each (blockwise_fp8_training/kernels.py)"),
+        },
+        "`Recipe.bits`, " + RECIPE("promote"),
+        "0, 128",
+        "a product of 127 ones and one 2⁻⁸: exact in float32, 127 with 14 bits.",
+        (("largest error of a product of 4,096 positive terms, %", ex.fp8_sums),),
+        words=FP8_WORDS + " accumulation promotion split accumulator fast_accum 14 bits",
+    ),
+    Trap(
+        "FP8's input of the weight's gradient",
+        "From what is an activation quantised along the tokens, for the weight's gradient?",
+        {
+            "paper": read(
+                "from its FP8 numbers: read, transposed, quantised again as 128 × 1 (V3 3.3, 3.5)"
+            ),
+            "TileKernels": read(
+                "either: `per_channel_cast_fused` takes FP8 with its scales, too "
+                "(quant/per_channel_cast_fused_kernel.py)"
+            ),
+            "TransformerEngine": read(
+                "from the high-precision input, to quantise once (`Float8BlockScaling`)"
+            ),
+            "torchao": read(
+                "from the bfloat16 input, which it keeps (`fp8_blockwise_mm`, linear.py)",
+                at="torchao 36c8798",
+            ),
+        },
+        RECIPE("weight_input"),
+        "kept",
+        "outputs and gradients of inputs agree, those of weights differ by 2 or 3 %. With scales "
+        "that are powers of two the difference nearly vanishes.",
+        (("relative error of a weight's gradient, 256 tokens", ex.fp8_weight_input),),
+        words=FP8_WORDS + " wgrad re-tiling requantise transpose double quantisation",
     ),
 )

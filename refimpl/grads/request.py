@@ -17,7 +17,8 @@ from ..batch import Batch, make_batch
 from ..checkpoint.names import stored_names
 from ..checkpoint.source import Source
 from ..config import CONVENTIONS, ModelConfig
-from ..kernels.columns import expect_backend, on_cpu, placement, table_of
+from ..fp8 import DEFAULT, Recipe
+from ..kernels.columns import IN_FP8, expect_backend, on_cpu, placement, table_of
 from ..kernels.placed import on_host
 from ..model import Route
 from ..ops import Ops
@@ -103,6 +104,7 @@ class Request:
     backend: str = (
         "numpy"  # or cupy: each op moves what it is given to a GPU, and fetches what it gives
     )
+    fp8: Recipe = DEFAULT  # of the implementation of that name
 
     def config(self, config: ModelConfig) -> ModelConfig:
         """The config of the model that is run: its layers, modules and losses."""
@@ -165,7 +167,7 @@ class Request:
         expect_backend(self.backend, self.implementation)
         place = placement(self.backend)
         return (
-            on_cpu(self.implementation)
+            on_cpu(self.implementation, self.fp8)
             if place is None
             else on_host(table_of(self.implementation), place)
         )
@@ -305,6 +307,7 @@ class Request:
             "loss": loss if self.grpo is None else "grpo",
             "grpo": None if self.grpo is None else self.grpo.told,
             "routes_given": bool(self.routes),
+            "fp8": asdict(self.fp8) if self.implementation == IN_FP8 else None,
             "convention": next((n for n, x in named.items() if x == config.conventions), None),
         }
 

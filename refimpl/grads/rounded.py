@@ -77,15 +77,14 @@ def rounded(op: AnyOp, seed: int | None = None) -> AnyOp:
     )
 
 
-def nudged(op: AnyOp, seed: int) -> AnyOp:
-    """``op``, each number of whose float32 outputs and gradients is, by chance, the next larger or
-    smaller one, or as it was: as sums in another order make it."""
+def nudged(op: AnyOp, seed: int, steps: int = 1) -> AnyOp:
+    """``op``, each number of whose float32 outputs and gradients is, by chance, so many steps of
+    float32 larger or smaller, or as it was: as sums in another order make it."""
 
     def to_next(x: np.ndarray) -> np.ndarray:
         if x.dtype != np.float32:
             return x
         way = drawn(x, seed).integers(-1, 2, x.shape)
-        towards = np.where(way > 0, np.float32(np.inf), np.float32(-np.inf))
-        return np.where(way == 0, x, np.nextafter(x, towards))
+        return np.asarray(x + (steps * way).astype(np.float32) * np.spacing(np.abs(x)))
 
     return with_results(op, partial(on_arrays, to_next))

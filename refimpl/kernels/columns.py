@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 from ..errors import CouldNotRun
+from ..fp8 import DEFAULT, Recipe, fp8_table, recipe_of
 from ..ops import IMPLEMENTATIONS, REFERENCE, AnyOp, Op, Ops
 from .cross_entropy import cross_entropy
 from .embedding import embedding
@@ -36,6 +37,7 @@ __all__ = [
     "device_launch",
     "expect_backend",
     "expect_dtype",
+    "expect_recipe",
     "for_generation",
     "numba_cuda_table",
     "on_cpu",
@@ -138,27 +140,38 @@ def expect_dtype(dtype: str, implementation: str) -> None:
         )
 
 
-def on_cpu(implementation: str) -> Ops:
-    """The table of one of `ON_CPU`, or `IN_FP8`; ValueError for another name, CouldNotRun for
-    numba_cpu without Numba."""
+def expect_recipe(text: str, implementation: str) -> Recipe:
+    """What ``text`` chooses of FP8 (`recipe_of`); CouldNotRun if it can't be, or if it is given for
+    another implementation."""
+    if text and implementation != IN_FP8:
+        raise CouldNotRun(
+            f"needs the implementation {IN_FP8}, got {implementation}", argument="fp8"
+        )
+    try:
+        return recipe_of(text)
+    except ValueError as error:
+        raise CouldNotRun(str(error), argument="fp8") from error
+
+
+def on_cpu(implementation: str, recipe: Recipe = DEFAULT) -> Ops:
+    """The table of one of `ON_CPU`, or `IN_FP8` with a recipe; ValueError for another name,
+    CouldNotRun for numba_cpu without Numba."""
     if implementation == "numba_cpu":
         from .cpu.table import numba_cpu_table
 
         return numba_cpu_table()
     if implementation == IN_FP8:
-        from ..fp8 import fp8_table
-
-        return fp8_table()
+        return fp8_table(recipe)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {', '.join(ON_CPU)}, got {implementation}")
     return IMPLEMENTATIONS[implementation]
 
 
 @cache
-def table_of(implementation: str) -> Ops:
+def table_of(implementation: str, recipe: Recipe = DEFAULT) -> Ops:
     """The table of any implementation; CouldNotRun for kernels without a GPU or without Numba."""
     if implementation not in COLUMNS:
-        return on_cpu(implementation)
+        return on_cpu(implementation, recipe)
     return COLUMNS[implementation](device_launch())
 
 
@@ -193,10 +206,12 @@ def decoding(launch: Launch) -> dict[str, AnyOp]:
     return {"attention": mla_decode(launch), "mla": MLA_ABSORBED}
 
 
-def for_generation(implementation: str, dtype: str = "float32") -> tuple[Ops, Ops]:
+def for_generation(
+    implementation: str, dtype: str = "float32", recipe: Recipe = DEFAULT
+) -> tuple[Ops, Ops]:
     """The tables of an implementation for the prompt and for the tokens behind it, which MLA reads
     in its absorbed form; on NumPy both take weights that are read when they are used."""
-    table = decode = table_of(implementation)
+    table = decode = table_of(implementation, recipe)
     if implementation == "cuda":
         return table, table | decoding(device_launch())
     if implementation == IN_FP8:

@@ -95,6 +95,8 @@ class Setting(NamedTuple):
     dtype: str = "float64"
     seed: int = 0
     without: str = ""  # of `WITHOUT`
+    ops: Ops | None = None  # instead of those of the truth's implementation
+    most_bytes: float = inf  # of the weights, where less than `most_bytes` may be computed again
 
     @property
     def number_type(self) -> str:
@@ -116,7 +118,7 @@ class Setting(NamedTuple):
     def table(self, implementation: str) -> Ops:
         """The ops of the run, with the code's in their place, each rounded in bfloat16. A kernel's
         are the reference's, which can sum in other orders."""
-        ops: Ops = IMPLEMENTATIONS.get(implementation, REFERENCE)
+        ops: Ops = self.ops or IMPLEMENTATIONS.get(implementation, REFERENCE)
         for name, op in self.code.ops.items():
             if name == "cross_entropy":
                 name, op = "head_cross_entropy", head_of(op)
@@ -214,7 +216,7 @@ class Inputs:
         model = self.setting.code.model
         shapes = parameter_shapes(self.config)
         total = sum(8 * prod(shapes[name]) for name in names)
-        if total > (most := most_bytes()):
+        if total > (most := min(most_bytes(), self.setting.most_bytes)):
             raise CouldNotRun(
                 f"the weights of this part take {total / 2**30:.1f} GiB in float64, and at most "
                 f"{most / 2**30:.1f} can be computed again here"

@@ -18,6 +18,9 @@ float32 the same holds behind the first choice if the port does not give its rou
 no rounding explains is wrong; whether one does is known if the truth holds the gate's scores.
 
 At tokens that are padding, activations and routes are not compared.
+
+If the truth is in FP8, a port FAILs too if its blocks compute a mistake of FP8, or another choice
+than the truth's, whatever the units hide (`recipes`).
 """
 
 from __future__ import annotations
@@ -45,8 +48,10 @@ from .compare import FACTOR, difference, errors_along, heat
 from .diagnose import Diagnosis, diagnose
 from .divisors import Division, division, hidden_rules
 from .exclude import not_excluded
+from .hints import hints_of
 from .names import Found, Layout, find, known_layout, read_layout
 from .parts import Part, parts_of
+from .recipes import Judged, judge
 from .report import PartResult, Status, TensorResult, Verdict
 from .theirs import Theirs, open_theirs
 from .truth import Truth
@@ -55,6 +60,10 @@ __all__ = ["TYPES", "compare_folders", "expected"]
 
 TYPES = UNITS  # from the finest
 AGREES = "is wrong on purpose, and agrees"
+IN_FP8 = (
+    "in FP8 the mistakes of the ops themselves are not tried, since its units hide many: hold the "
+    "port in float32 against a truth in float32 first"
+)
 MOST_SHOWN = 5  # names of theirs, where none is ours
 
 
@@ -266,16 +275,23 @@ class _Judge:
             results[place.name] = self._judge(place)
         self.progress("done", len(self.located), len(self.located))
         results = self._without_what_is_no_fault(results)
+        in_fp8 = judge(self.truth, self._floats(results), self.progress)
+        if in_fp8 is not None and in_fp8.first:
+            return self._fails_in_fp8(results, in_fp8)
         order, wrong = list(results), [n for n, x in results.items() if x.status == "wrong"]
         choice, made = self._where_experts_may_differ(results), self._verdict_of(results)
         if wrong and (choice is None or order.index(wrong[0]) < order.index(choice.first)):
             made = replace(made, verdict="FAIL", reason=self._count(wrong, results))
-            return self._with_first_wrong(made, wrong[0])
+            return self._with_first_wrong(made, wrong[0], in_fp8)
         if reasons := self._reasons(results, choice if wrong else None):
             path = None
             if wrong and choice is not None and choice.differs:
                 path = self._find(choice.routes.name)[0].path
             return replace(made, verdict="INCONCLUSIVE", reason="; ".join(reasons), routes=path)
+        if in_fp8 is not None:
+            hidden = [f"fp8: {name}" for name in in_fp8.not_excluded]
+            notes = [*made.notes, IN_FP8, *([in_fp8.note] if in_fp8.note else [])]
+            return replace(made, not_excluded=hidden, notes=notes)
         judged = [x for x in self.located if results[x.name].status == "ok"]
         parts = list(dict.fromkeys(x.part for x in judged))
         try:
@@ -288,6 +304,36 @@ class _Judge:
         gradients = [name for kind, _, name in kinds if kind == "grad"]
         hidden = hidden_rules(self.truth, gradients, self.dtype)
         return replace(made, not_excluded=[*named, *hidden])
+
+    def _floats(self, results: Mapping[str, TensorResult]) -> Callable[[str], np.ndarray | None]:
+        """The port's tensor by the truth's name; None where it can't be read."""
+        readable = {
+            x.name: x.found
+            for x in self.located
+            if x.found is not None and results[x.name].status != "unreadable"
+        }
+
+        def theirs(name: str) -> np.ndarray | None:
+            if name not in readable:
+                return None
+            return readable[name].array().reshape(self.truth.entries[name].shape)
+
+        return theirs
+
+    def _fails_in_fp8(self, results: dict[str, TensorResult], found: Judged) -> Verdict:
+        """FAIL for a mistake of FP8 or another choice; its first tensor is wrong, however few units
+        it is off."""
+        wrong = [name for name, x in results.items() if x.status == "wrong"]
+        first = replace(results[found.first], status="wrong")
+        results = results | {found.first: first}
+        what = "the blocks compute " + (
+            f"FP8's mistake: {found.named[0].name}"
+            if found.named
+            else f"another choice than the truth's: {found.recipe}"
+        )
+        made = replace(self._verdict_of(results), verdict="FAIL")
+        reason = f"{what}; {self._count(wrong, results)}"
+        return self._with_first_wrong(replace(made, reason=reason), found.first, found)
 
     def _verdict_of(self, results: Mapping[str, TensorResult]) -> Verdict:
         """The verdict if nothing is wrong and all was judged."""
@@ -512,7 +558,7 @@ class _Judge:
         are = "is" if number == 1 else "are"
         return f"{number:,} of {given:,} tensors {are} more than {FACTOR} units of {self.dtype} off"
 
-    def _with_first_wrong(self, made: Verdict, first: str) -> Verdict:
+    def _with_first_wrong(self, made: Verdict, first: str, in_fp8: Judged | None) -> Verdict:
         part = next(x.part for x in self.located if x.name == first)
         mine = [x for x in self.located if x.part == part and made.tensors[x.name].dtype]
         readable = [x for x in mine if made.tensors[x.name].status != "unreadable"]
@@ -528,12 +574,24 @@ class _Judge:
             shown = heat(arrays[first], truth, cuts)
         named = PartResult(part.name, tuple(made.tensors[x.name] for x in mine))
         try:
-            diagnosis = self._on_purpose(part) if made.tensors[first].what == AGREES else None
-            diagnosis = diagnosis or diagnose(self.truth, part, arrays, self.dtype)
+            agrees = made.tensors[first].what == AGREES
+            diagnosis = self._diagnosis(part, arrays, agrees, in_fp8)
         except CouldNotRun as error:
             diagnosis = Diagnosis([], [], f"no planted bug was tried: {error}")
         found = self._division(made.tensors)
         return replace(made, first_wrong=named, diagnosis=diagnosis, division=found, heat=shown)
+
+    def _diagnosis(
+        self, part: Part, arrays: Mapping[str, np.ndarray], agrees: bool, in_fp8: Judged | None
+    ) -> Diagnosis:
+        if in_fp8 is None:
+            named = self._on_purpose(part) if agrees else None
+            return named or diagnose(self.truth, part, arrays, self.dtype)
+        if in_fp8.first:
+            choice = [f"the truth with the choice {in_fp8.recipe}"] if in_fp8.recipe else []
+            return Diagnosis(in_fp8.named, choice, "")
+        hints = hints_of(self.truth, part, arrays, self.dtype)
+        return Diagnosis([], hints, in_fp8.note or IN_FP8)
 
     def _on_purpose(self, part: Part) -> Diagnosis | None:
         """The bug whose numbers a case is made of, if its name is known."""

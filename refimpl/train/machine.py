@@ -19,6 +19,7 @@ from ..kernels.columns import (
     ON_CPU,
     expect_backend,
     expect_dtype,
+    expect_recipe,
     for_generation,
     placement,
     table_of,
@@ -68,11 +69,12 @@ class Machine:
 
 
 def open_machine(
-    backend: str = "numpy", implementation: str = "fastest", dtype: str = "float32"
+    backend: str = "numpy", implementation: str = "fastest", dtype: str = "float32", fp8: str = ""
 ) -> Machine:
     """CouldNotRun for a combination that does not exist or can't run here.
 
-    ``fastest`` is numba_cpu on NumPy where Numba is installed, and cuda on CuPy.
+    ``fastest`` is numba_cpu on NumPy where Numba is installed, and cuda on CuPy. ``fp8``: choices
+    of the implementation of that name, as `recipe_of` reads them.
     """
     if backend not in ("numpy", "cupy"):
         raise CouldNotRun(f"must be numpy or cupy, got {backend}", argument="backend")
@@ -86,8 +88,9 @@ def open_machine(
         )
     expect_backend(backend, implementation)
     expect_dtype(dtype, implementation)
-    place, table = placement(backend), table_of(implementation)
-    prefill, decode = for_generation(implementation, dtype)
+    recipe = expect_recipe(fp8, implementation)
+    place, table = placement(backend), table_of(implementation, recipe)
+    prefill, decode = for_generation(implementation, dtype, recipe)
     return Machine(
         backend,
         implementation,

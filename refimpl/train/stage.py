@@ -50,6 +50,7 @@ class BaseSettings:
     backend: str = "numpy"  # or cupy
     implementation: str = "fastest"  # of the ops; fastest: numba_cpu if installed, on a GPU cuda
     dtype: str = "float32"  # or float64, or of the implementation cuda bfloat16
+    fp8: str = ""  # choices of the implementation fp8, as in scale=ue8m0,bits=14
     learning_rate: float = 1e-3  # the highest
     weight_decay: float = 0.1
     beta1: float = 0.9
@@ -73,7 +74,7 @@ class BaseSettings:
             expect_setting(0 <= value < 1, name, "be at least 0 and below 1", value)
 
     def machine(self) -> Machine:
-        return open_machine(self.backend, self.implementation, self.dtype)
+        return open_machine(self.backend, self.implementation, self.dtype, self.fp8)
 
     def optimizer(self, machine: Machine) -> AdamW:
         return machine.optimizer(beta1=self.beta1, beta2=self.beta2, weight_decay=self.weight_decay)

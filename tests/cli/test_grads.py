@@ -228,6 +228,25 @@ def test_routes_of_another_run(folder: Path, run: Any, tmp_path: Path) -> None:
     )
 
 
+def test_a_recipe_of_fp8(run: Any, tmp_path: Path) -> None:
+    """Its choices change the gradients, are recorded, and tell a request from others."""
+    args, found = ("--implementation", "fp8", "--only", "*.layers.0.*"), {}
+    for name, more in {"plain": (), "ue8m0": ("--fp8", "scale=ue8m0,promote=0")}.items():
+        code, _, error = run("--out", tmp_path / name, *args, *more, "--json", tmp_path / "j.json")
+        assert code == 0, error
+        recipe = json.loads((tmp_path / "j.json").read_text())["settings"]["fp8"]
+        index = json.loads((tmp_path / name / "index.json").read_text())
+        assert recipe == index["metadata"]["request"]["fp8"]
+        found[name] = recipe["scale"], recipe["promote"], read(tmp_path / name)
+    assert found["plain"][:2] == ("float32", 128)
+    assert found["ue8m0"][:2] == ("ue8m0", 0)
+    name = next(x for x in found["plain"][2] if x.endswith("q_a_proj.weight"))
+    assert not np.array_equal(found["plain"][2][name], found["ue8m0"][2][name])
+    code, _, error = run("--out", tmp_path / "plain", *args, "--fp8", "scale=ue8m0")
+    assert code == 2
+    assert "--force" in error
+
+
 def test_one_gradient(run: Any, tmp_path: Path) -> None:
     _, printed, _ = run("--out", tmp_path / "out", "--only", "lm_head.weight")
     assert "\n1 gradient, 5,120 numbers, norm " in printed
@@ -633,6 +652,16 @@ BAD = [
         "--mask must have shape (B, T)=(2, 10), got (1, 3)",
     ),
     (["--out", "o", "--mask", "tokens.npy"], "tokens.npy", "--mask tokens.npy must hold 0 and 1"),
+    (
+        ["--out", "o", "--fp8", "scale=ue8m0"],
+        "tokens.npy",
+        "--fp8 needs the implementation fp8, got reference",
+    ),
+    (
+        ["--out", "o", "--implementation", "fp8", "--fp8", "promote=100"],
+        "tokens.npy",
+        "--fp8 promote must be a multiple of 128, or 0 for never, got 100",
+    ),
     (
         ["--out", "o", "--mask", "ones.json"],
         "tokens.npy",

@@ -65,11 +65,12 @@ def test_settings_come_in_order(text: Path, tmp_path: Path) -> None:
     file.write_text("[train]\nseed = 3\nbias_speed = 0.5\nmax_norm = 2.0\n[sft]\nsteps = 9\n")
     out = tmp_path / "out"
     more = ("--settings", file, "--set", "bias_speed=0.25", "--set", "seed=4", "--seed", 5)
+    more += ("--implementation", "fp8", "--set", "fp8=scale=ue8m0,bits=14", "--fp8", "scale=ue8m0")
     done = train(text, out, *more)
     assert done.returncode == 0, done.stderr
     found = tomllib.loads((out / "settings.toml").read_text())["train"]
-    names = ("seed", "bias_speed", "max_norm", "tokens", "text")
-    assert [found[name] for name in names] == [5, 0.25, 2.0, 200, str(text)]
+    names = ("seed", "bias_speed", "max_norm", "tokens", "text", "fp8")
+    assert [found[name] for name in names] == [5, 0.25, 2.0, 200, str(text), "scale=ue8m0"]
 
 
 def test_a_table_of_one_stage(text: Path, tmp_path: Path) -> None:
@@ -106,6 +107,10 @@ def test_help(stage: str) -> None:
             "--dtype must be one of float32, float64, bfloat16, got float16",
         ),
         (("train", "--settings", "/none.toml"), "/none.toml can't be read"),
+        (
+            ("train", "--implementation", "fp8", "--fp8", "bits=1"),
+            "--fp8 bits must lie in 2…24, or be 0 for float32, got 1",
+        ),
         (("train", "--text", "/none"), "--text /none can't be read"),
         (("sft", "--checkpoint", "/none"), "/none"),
         (("grpo",), "--checkpoint must name the checkpoint to begin with, got ''"),

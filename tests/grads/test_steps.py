@@ -231,6 +231,7 @@ def test_the_index(tmp_path: Path) -> None:
                     "loss": "cross_entropy",
                     "grpo": None,
                     "routes_given": True,
+                    "fp8": None,
                     "convention": "official",
                 },
                 "units": None,

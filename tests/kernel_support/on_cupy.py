@@ -55,7 +55,9 @@ def use_cuda(monkeypatch: pytest.MonkeyPatch, *, attention: bool = FULL) -> Ops:
     real = columns.table_of
     for module in ("kernels.columns", "verify", "train.machine", "grads.request"):
         found = importlib.import_module(f"refimpl.{module}")
-        monkeypatch.setattr(found, "table_of", lambda n: table if n == "cuda" else real(n))
+        monkeypatch.setattr(
+            found, "table_of", lambda n, *more: table if n == "cuda" else real(n, *more)
+        )
     optimizer = adamw(PretendedLaunch())
     of_others = machine.optimizer_of
     monkeypatch.setattr(

@@ -71,6 +71,11 @@ MODEL = {
             ("numpy", "reference", "float16"),
             "dtype must be one of float32, float64, bfloat16, got float16",
         ),
+        (
+            ("numpy", "reference", "float32", "bits=14"),
+            "fp8 needs the implementation fp8, got reference",
+        ),
+        (("numpy", "fp8", "float32", "bits=1"), "fp8 bits must lie in 2…24, or be 0 for float32"),
     ],
 )
 def test_refused(given: tuple[str, ...], line: str) -> None:
@@ -101,7 +106,7 @@ def test_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:  # where there is a device
         patch.setattr(machine, "placement", lambda backend: np.array)
         for module in ("refimpl.train.machine", "refimpl.kernels.columns"):
-            patch.setattr(f"{module}.table_of", lambda name: REFERENCE)
+            patch.setattr(f"{module}.table_of", lambda name, recipe: REFERENCE)
         patch.setattr("refimpl.kernels.columns.device_launch", InterpreterLaunch)
         patch.setattr(machine, "optimizer_of", lambda name: AdamW)
         device = open_machine("cupy")
