@@ -292,8 +292,8 @@ class RunFolder:
                 raise
             kept = f"{self.states()[-1].name} is kept" if self.states() else "no state is saved yet"
             raise CouldNotRun(
-                f"{self.path} can't be written: {cause.strerror}; {kept}: make it right, and go on "
-                "by",
+                f"{self.path} can't be written: {cause.strerror}; {kept}: remove the "
+                "cause, and resume with",
                 remedy="resume",
             ) from error
 

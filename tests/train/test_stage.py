@@ -125,7 +125,11 @@ FAULTS = [  # stage, a setting, the line
     ("grpo", "checkpoint=", "--checkpoint must name the checkpoint to begin with, got ''"),
     ("grpo", "minibatches=3", "minibatches must divide questions × group = 2, got 3"),
     ("grpo", "loss.x=1", "loss has no setting x; "),
-    ("grpo", "reward_model=base", "reward_model base has no reward_head.safetensors: it is no"),
+    (
+        "grpo",
+        "reward_model=base",
+        "reward_model base is not a reward model: it has no reward_head.safetensors",
+    ),
     ("reward-model", "problems=99999", "problems: count must be at most 1215 for"),
     ("distil", "teacher=", "--teacher must name a checkpoint, got ''"),
 ]
@@ -262,7 +266,7 @@ def test_checkpoints(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "base", run / "checkpoint")
     assert checkpoint_of(run) == run / "checkpoint"
     (run / "settings.toml").write_text("")
-    with pytest.raises(CouldNotRun, match="not finished"):  # though its checkpoint is whole
+    with pytest.raises(CouldNotRun, match="unfinished run"):  # though its checkpoint is whole
         checkpoint_of(run)
     (run / "result.json").write_text("{}")
     assert checkpoint_of(run) == run / "checkpoint"
