@@ -41,7 +41,7 @@ def count_command(
 ) -> None:
     """Count a model's parameters, KV cache, FLOPs and cost.
 
-    Each line has four columns: what is counted, the arithmetic, the exact number with its unit, and
+    Each line has four columns: the quantity, the arithmetic, the exact number with its unit, and
     the same number rounded.
 
     PLAN has the numbers of ranks:
@@ -49,7 +49,8 @@ def count_command(
     \b
     data: ranks that have different sequences
     context: ranks that have different pieces of each sequence
-    expert: of the data × context ranks, so many hold all experts of a layer
+    expert: ranks that hold all experts of a layer between them, a divisor of
+      data × context
     pipeline: ranks that have different layers
 
     For v3, the table also shows DeepSeek-V3's own plan.

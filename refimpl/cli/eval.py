@@ -38,8 +38,8 @@ def eval_command(
 ) -> None:
     """Count right answers to held-out problems.
 
-    The table has a row per kind and way of answering: greedy takes always the most probable token,
-    sampled takes one answer per problem at temperature 1. Its columns:
+    The table has a row per kind and way of answering: greedy always takes the most probable token,
+    sampled draws one answer per problem at temperature 1. Its columns:
 
     \b
     right: share of right answers, with its 95 % interval

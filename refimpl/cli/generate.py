@@ -78,7 +78,7 @@ def generate_command(
         typer.Option(help="Draw from the fewest tokens whose probabilities sum to at least this."),
     ] = 1.0,
     seed: Annotated[
-        int, typer.Option(help="Seed of the first prompt; each next one has one more.")
+        int, typer.Option(help="Seed of the first prompt; each next prompt adds 1.")
     ] = 0,
     stop: Annotated[
         list[int] | None,

@@ -46,7 +46,7 @@ LONGEST = len("layers.0.self_attn.kv_a_proj_with_mqa")  # of the tensors' names,
 Examples = Annotated[
     int, typer.Option(help="Examples per op, each with its own shapes and inputs.")
 ]
-Seed = Annotated[int, typer.Option(help="Seed of the first example; each next one has one more.")]
+Seed = Annotated[int, typer.Option(help="Seed of the first example; each next example adds 1.")]
 TextFile = Annotated[
     Path | None,
     typer.Option(help="File to take tokens (bytes) from; by default Python's own help texts."),
