@@ -42,12 +42,12 @@ peers: .venv-peers  ## compare with TRL's and verl's own losses (torch may bring
 # With the Python at hand where that has what is needed (a GPU machine may have no network), else in .venv.
 # gpu-more is the second list of tests/gpu.py: beside torch, compute-sanitizer, the whole model.
 gpu-more: MORE = --more
-gpu gpu-more:  ## the kernels' tests, the benchmark and every gradient on the GPU at hand; says so where there is none
+gpu gpu-more:  ## the kernels' tests, the benchmark and every gradient on this machine's GPU; says so if there is no GPU
 	@$(PYTHON) tests/gpu.py --only-look; case $$? in 0) ;; 3) exit 0 ;; *) exit 1 ;; esac; \
 	if $(PYTHON) -c 'import cupy, cuda.bindings, hypothesis, ml_dtypes, pytest, safetensors, typer' 2>/dev/null; \
 	then $(PYTHON) tests/gpu.py $(MORE); else $(MAKE) --no-print-directory .venv/gpu && $(BIN)/python tests/gpu.py $(MORE); fi
 
-ladder: .venv/dev  ## what kernels and their earlier versions cost, counted by the interpreter
+ladder: .venv/dev  ## the costs of kernels and their earlier versions, counted by the interpreter
 	$(BIN)/python tests/ladder.py
 	$(BIN)/python tests/shares.py
 
@@ -65,7 +65,7 @@ check: .venv/dev  ## lint, format and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: .venv/dev  ## measure ops and training steps on this CPU, beside torch where `make oracle` has put it
+bench: .venv/dev  ## measure ops and training steps on this CPU, beside torch if `make oracle` has installed it
 	$(BIN)/refimpl bench --cpu $(ARGUMENTS)
 
 AGAINST ?= HEAD^
@@ -88,10 +88,10 @@ memory: .venv/base  ## measure the peak memory of flash attention, of the fused 
 memory-grads: .venv/base  ## measure the peak memory of `refimpl grads` on V2-Lite's shape, 4 layers (14 GB of files)
 	$(BIN)/refimpl memory --grads
 
-pictures: .venv/base  ## draw the pictures of the derivations anew
+pictures: .venv/base  ## draw the pictures of the derivations again
 	$(BIN)/python derivations/pictures.py
 
-# A quarter of an hour on two quiet cores; if interrupted, the same command goes on.
+# A quarter of an hour on two quiet cores; if interrupted, run the same command again: it resumes.
 recipe: .venv/dev  ## pre-train, extend, fine-tune, reinforce and distil a tiny model; claims, pictures and report in build/recipe
 	$(BIN)/refimpl recipe --out build/recipe $(ARGUMENTS)
 

@@ -8,7 +8,7 @@ Each column is a process of its own, one after another, and does what `refimpl g
 ``from_pretrained(…).generate(…)`` does, greedily, from the same prompt. Both tell when each token
 comes. A first run warms up (files, compiled kernels) and is not counted. The columns of
 transformers need the extra ``oracle``, and as much memory as the weights have in their type; each
-of its ways to run the experts has a line, but for batched_mm, which copies an expert for every
+of its ways to run the experts has a line, except batched_mm, which copies an expert for every
 token that goes there (V2-Lite's shape, 64 tokens: 6 GB for a layer's).
 """
 
@@ -174,9 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument(
-        "--model", default="v2-lite", help="preset or config.json that has the shapes"
-    )
+    parser.add_argument("--model", default="v2-lite", help="preset or config.json with the shapes")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=64, help="tokens to add")
@@ -184,7 +182,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--column", action="append", choices=[*OURS, *THEIRS])
     parser.add_argument(
-        "--folder", type=Path, help="checkpoint to use, or to write if there is none"
+        "--folder", type=Path, help="checkpoint to use; it is written if it does not exist"
     )
     parser.add_argument("--experts", action="append", choices=EXPERTS, help="of transformers")
     parser.add_argument("--json", type=Path)

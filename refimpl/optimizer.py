@@ -80,11 +80,13 @@ def check_step(
         )
     if moments.first.keys() != moments.second.keys():
         odd = sorted(moments.first.keys() ^ moments.second.keys())
-        raise ValueError(f"moments must be in pairs, got one alone of {', '.join(odd)}")
+        raise ValueError(
+            f"moments must have first and second, got only one of them for {', '.join(odd)}"
+        )
     for name, g in grads.items():
         p = params.get(name)
         if p is None:
-            raise ValueError(f"{name} must be a parameter for its gradient, got no such parameter")
+            raise ValueError(f"grads must name parameters, got {name}")
         wanted = type_of(name, p)
         if p.shape != g.shape or wanted != g.dtype:
             raise ValueError(

@@ -102,12 +102,12 @@ class Settings:
         expect_dtype(self.dtype, self.implementation)
         if self.dtype == "bfloat16" and CONVENTIONS[self.convention].blind_query == "mean":
             raise CouldNotRun(
-                f"{self.convention} is not for bfloat16: no kernel gives a query that sees no key "
-                "the mean of the values",
+                f"{self.convention} cannot be combined with bfloat16: no kernel gives a query that "
+                "sees no key the mean of the values",
                 argument="convention",
             )
         if self.dtype == "bfloat16" and self.digits is not None:
-            raise CouldNotRun("says nothing of bfloat16", argument="digits")
+            raise CouldNotRun("cannot be combined with bfloat16", argument="digits")
         placement(self.backend)
         table_of(self.implementation)
 

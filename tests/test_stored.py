@@ -336,8 +336,8 @@ def test_what_bfloat16_reaches() -> None:
     ("given", "message"),
     [
         ({"implementation": "reference"}, "^dtype bfloat16 needs the implementation cuda"),
-        ({"convention": "hf"}, "^convention hf is not for bfloat16"),
-        ({"digits": 50}, "^digits says nothing of bfloat16$"),
+        ({"convention": "hf"}, "^convention hf cannot be combined with bfloat16"),
+        ({"digits": 50}, "^digits cannot be combined with bfloat16$"),
     ],
 )
 def test_settings(given: dict[str, Any], message: str) -> None:

@@ -220,7 +220,9 @@ def _check_arguments(inputs: Any, dtype: np.dtype[Any], rules: Sequence[str]) ->
     if dtype not in (np.float64, np.float32):
         raise ValueError(f"dtype must be float64 or float32, got {dtype}")
     if not set(rules) <= set(RULES):
-        raise ValueError(f"rules must be of {', '.join(RULES)}, got {', '.join(map(str, rules))}")
+        raise ValueError(
+            f"rules must be among {', '.join(RULES)}, got {', '.join(map(str, rules))}"
+        )
     if hasattr(inputs, "dtype"):
         raise TypeError("inputs must be a tuple of arrays, got an array: write (x,)")
     for i, x in enumerate(inputs):

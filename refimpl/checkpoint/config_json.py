@@ -354,14 +354,14 @@ def config_dict(config: ModelConfig, *, dtype: str, scales: str | None = None) -
     """
     if config.index_topk is not None:
         raise CouldNotRun(
-            f"no config.json stands for index_topk={config.index_topk} without indexers' weights"
+            f"config.json can't express index_topk={config.index_topk} without indexers' weights"
         )
     kind = "deepseek_v3" if config.gate == "sigmoid" else "deepseek_v2"
     if (config.group_score, config.gate_bias) != (
         ("top2", True) if kind == "deepseek_v3" else ("max", False)
     ):
         raise CouldNotRun(
-            f"no config.json stands for gate={config.gate!r}, "
+            f"config.json can't express gate={config.gate!r}, "
             f"group_score={config.group_score!r}, gate_bias={config.gate_bias}: deepseek_v3 is "
             "sigmoid, top2, True and deepseek_v2 softmax, max, False"
         )

@@ -38,7 +38,7 @@ def open_folder(folder: Path) -> dict[str, StoredTensor]:
         raise CouldNotRun(f"{folder} can't be read: {error.strerror}") from error
     if pickles := [name for name in found if name.endswith((".bin", ".pt", ".pth"))]:
         raise CouldNotRun(
-            f"{folder} holds pickles alone ({pickles[0]}): convert them to safetensors"
+            f"{folder} holds only pickles ({pickles[0]}): convert them to safetensors"
         )
     others = [name for name in found if name.endswith(".safetensors")]
     told = f" (it has {one_line(others[0])}{', …' if len(others) > 1 else ''})" if others else ""

@@ -70,7 +70,7 @@ def save_checkpoint(
     The folder is written beside its place and renamed when it is whole. It must not exist yet, or
     be empty: nothing is overwritten. MTP layers get their copies of embedding and head, as in the
     released files. CouldNotRun for a finite number that the type can't hold, a bias or an FP8
-    weight that is not finite, a config that no config.json stands for. λ of MTP and the conventions
+    weight that is not finite, a config that config.json can't express. λ of MTP and the conventions
     are not in the file. ValueError for parameters that do not fit the config, or are of
     another type than float64, float32, float16 or bfloat16.
     """

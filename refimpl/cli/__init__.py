@@ -1,8 +1,8 @@
 """The command line: one file per command.
 
 Exit code 0: it holds; 1: it does not hold; 2: it could not run, and one line says why; 70: a fault
-of ours, and one line asks for a report (REFIMPL_TRACEBACK=1 shows where); 130: Ctrl-C; 141: who
-read the output has stopped.
+of ours, and one line asks for a report (REFIMPL_TRACEBACK=1 shows where); 130: Ctrl-C; 141: the
+program that read the output has stopped.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ __all__ = [
 
 
 def main() -> None:
-    """Run the command line; whatever ends it becomes an exit code, and at most one line."""
+    """Run the command line; every error becomes an exit code, and at most one line."""
     if sys.stderr is None:  # closed, as by 2>&-
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
@@ -98,7 +98,7 @@ def leave(code: int, line: str) -> NoReturn:
 
 
 def leave_without_output(error: OSError) -> NoReturn:
-    """Of a file that the command did not tell of itself, or of the output."""
+    """For an error of a file that the command did not report, or of the output."""
     if error.filename is not None:
         leave(2, f"{error.filename} can't be used: {error.strerror}")
     print(f"refimpl: the output can't be written: {error.strerror}", file=sys.stderr)
@@ -116,5 +116,5 @@ def leave_with_fault(error: BaseException) -> NoReturn:
     leave(
         70,
         f"a fault of refimpl itself, please report it: {type(error).__name__} at {place}: {error} "
-        "(REFIMPL_TRACEBACK=1 shows all of it)",
+        "(REFIMPL_TRACEBACK=1 shows the traceback)",
     )

@@ -44,7 +44,7 @@ refimpl grade swiglu mine.py      check a backward of yours: the exercises in de
 refimpl --help                    all commands by use: a port, a checkpoint, training, kernels"""
 WIDTH = 118  # of a table that goes to a file or a pipe
 
-CONVENTION = f"One of {', '.join(CONVENTIONS)}: who is followed where implementations disagree."
+CONVENTION = f"One of {', '.join(CONVENTIONS)}: whom to follow where implementations disagree."
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")]
 
 # typer does not export the class of all errors of usage
@@ -54,12 +54,12 @@ UsageError: type[Exception] = next(
 
 
 class OutputClosed(Exception):
-    """Who reads the output has stopped, as in ``refimpl verify | head``."""
+    """The program that read the output has stopped, as in ``refimpl verify | head``."""
 
 
 class Commands(TyperGroup):
-    """The commands. Where one could not run, the line names its options as the user types them:
-    the rest of the package knows the arguments' names alone."""
+    """The commands. If one could not run, the line names its options as the user types them; the
+    rest of the package knows only the arguments' names."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=ORDER.index)
@@ -92,7 +92,7 @@ app = typer.Typer(cls=Commands, rich_markup_mode=None)
 
 
 def usage_line(error: Any) -> str:
-    """One line for a `UsageError`: what is wrong, and where to read on."""
+    """One line for a `UsageError`: the fault, and where to read on."""
     what = " ".join(error.format_message().split()).rstrip(".")
     command = error.ctx.command_path if error.ctx else "refimpl"
     return printable(f"{what[:1].lower()}{what[1:]}; see {command} --help")
@@ -118,8 +118,8 @@ def refimpl(
 
 
 class PlainConsole(Console):
-    """Standard output. Text is shown as it is: no markup, no emoji, and what a terminal would take
-    as a command is escaped."""
+    """Standard output. Text is shown as it is: no markup, no emoji, and characters that a terminal
+    would take as a command are escaped."""
 
     def __init__(self) -> None:
         super().__init__(highlight=False, soft_wrap=True, markup=False, emoji=False)
@@ -135,8 +135,8 @@ class PlainConsole(Console):
 
 
 def console() -> Console:
-    """Wide enough for the table: a narrow terminal wraps its lines, since a number that is cut is a
-    wrong number."""
+    """Wide enough for the table: a narrow terminal wraps its lines, because a number that is cut is
+    a wrong number."""
     console = PlainConsole()
     console.width = max(console.width, WIDTH) if sys.stdout.isatty() else WIDTH
     return console
@@ -149,11 +149,11 @@ def counted(count: int, noun: str) -> str:
 
 @contextmanager
 def refused(said: Mapping[str, str] | None = None) -> Iterator[None]:
-    """CouldNotRun for a ValueError or TypeError whose message begins with the argument that is
-    wrong, as in ``seed must be at least 0``.
+    """CouldNotRun for a ValueError or TypeError whose message begins with the wrong argument, as in
+    ``seed must be at least 0``.
 
     Args:
-        said: how the line begins instead, by argument, for those that are not options.
+        said: for arguments that are not options, the beginning of the line instead.
     """
     try:
         yield
@@ -172,8 +172,8 @@ def expect_choice(argument: str, value: str, choices: Iterable[str]) -> None:
 
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A function (what is done now, how many are done, how many there are) that moves a bar on a
-    terminal's standard error."""
+    """A function that moves a bar on a terminal's standard error; it takes the current step, the
+    number of steps done, and the number of all."""
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     description = TextColumn("{task.description}")
     shown = sys.stderr.isatty()
@@ -200,7 +200,9 @@ def check_writable(path: Path, option: str = "--json") -> None:
     except OSError as error:
         raise CouldNotRun(f"{option} {path} can't be written: {error.strerror}") from error
     if not os.access(path.parent, os.W_OK):
-        raise CouldNotRun(f"{option} {path} can't be written: no folder that can be written to")
+        raise CouldNotRun(
+            f"{option} {path} can't be written: its folder is missing or not writable"
+        )
 
 
 def replace_json(path: Path, content: dict[str, Any], option: str = "--json") -> None:

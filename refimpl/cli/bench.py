@@ -19,7 +19,7 @@ RESULTS = Path("benchmarks/results")
 def bench(
     rows: Annotated[
         list[str] | None,
-        typer.Argument(help="Names of rows of the table, or of its groups; by default all."),
+        typer.Argument(help="Rows of the table, or groups of rows, by name; by default all."),
     ] = None,
     gpu: Annotated[
         bool, typer.Option("--gpu", help="Measure the kernels on this machine's GPU.")
@@ -38,14 +38,15 @@ def bench(
         int, typer.Option(help="With --gpu: measurements per time, at least 20.")
     ] = RUNS,
     threads: Annotated[
-        int | None, typer.Option(help="With --cpu: cores of every column; by default all at hand.")
+        int | None,
+        typer.Option(help="With --cpu: cores of every column; by default all it may use."),
     ] = None,
     compiled: Annotated[
         bool, typer.Option("--compile", help="With --cpu: measure torch.compile too (slow).")
     ] = False,
     column: Annotated[
         list[str] | None,
-        typer.Option(help="With --cpu: measure this column alone; may be repeated."),
+        typer.Option(help="With --cpu: measure only this column; may be given several times."),
     ] = None,
     toy: Annotated[
         bool, typer.Option("--toy", help="With --cpu: tiny shapes, to try the command.")
@@ -62,45 +63,58 @@ def bench(
 ) -> None:
     """Measure speed and memory, or show results.
 
-    With --gpu, per row: the time (median and range), the floor (the least time that the row's bytes
-    or products take at this card's own speed), the target (the time that is asked for, scaled by
-    this card's speed) and how much of it is reached, torch's times if it is installed, the memory
-    taken beyond the inputs, and the error against float64, 1 being what is allowed.
+    With --gpu it measures for each row
 
-    With --cpu, per row and column: the time of forward and backward (median, and a tenth of the
-    samples below and above), over that of the fastest eager torch, the share of the product floor
-    (the row's products at the rate of NumPy's own), the memory that a call takes, results included,
-    the largest error of a gradient against float64, over its largest number, and, of what is
-    compiled, the time of the first call. Columns are processes bound to the same cores, which take
-    turns:
+    \b
+    time: median and range
+    floor: the least time for the row's bytes or products at this card's
+      own speed, and the share of it that is reached
+    target: the time that we aim for, scaled by this card's speed, and the
+      share of it that is reached
+    torch: its times, if it is installed
+    memory: taken beyond the inputs
+    error: against float64, over the error allowed, so at most 1
+
+    With --cpu it measures for each row and column
+
+    \b
+    time: of forward and backward, the median and the 10th and 90th percentile
+    ÷ torch: that time over the time of the fastest eager torch
+    of floor: the time of the row's products alone, at NumPy's own rate, over
+      that time
+    memory: of a call, results included
+    error: the largest of a gradient against float64, over its largest number
+    first call: its time, if code is compiled
+
+    The columns are processes bound to the same cores, which take turns:
 
     \b
     reference, flash, numba_cpu: ours
-    torch: its functions, eager; SDPA with values padded to the keys' width; its fused AdamW
+    torch: its functions, eager; SDPA with values padded to the keys' width;
+      its fused AdamW
     hf-…: transformers' DeepseekV3, with each implementation of its experts
     torch-compile, hf-compile: the same compiled, with --compile
     jax: jitted, where shapes are fixed
 
-    With --cpu --profile, per op of our training step (step-d512 and numba_cpu, unless rows and
-    --column say otherwise): its own time, that of its bare products, and the difference.
+    With --cpu --profile it shows for each op of our training step (step-d512 and numba_cpu, unless
+    rows and --column say otherwise) its own time, the time of its products alone, and the
+    difference.
 
     A run of all rows is kept as <results>/<device>-<date>.json (of a CPU in <results>/cpu, with
-    its curves as SVG); a run of some rows only with --json. The file grows row by row, with the
-    rows that hold. If a row can't be measured, the others still are.
+    its curves as SVG). A run of some rows is kept only with --json. The file grows row by row, with
+    the rows whose results are right. If a row can't be measured, the others still are.
     """
     if gpu + cpu + table != 1:
         raise CouldNotRun(
-            "bench needs one of --gpu or --cpu (measure) and --table (what was measured)"
+            "bench needs one of --gpu or --cpu, to measure, or --table, to show results"
         )
     if table:
         if json_file is not None:
-            raise CouldNotRun(
-                "--json takes what --gpu measures: it cannot be combined with --table"
-            )
+            raise CouldNotRun("--json writes measurements: it cannot be combined with --table")
         print(_table(results), end="")
         return
     if profile and not cpu:
-        raise CouldNotRun("--profile is of --cpu")
+        raise CouldNotRun("--profile needs --cpu")
     if profile:
         from .bench_cpu import profile_cpu
 

@@ -79,7 +79,9 @@ def profile_cpu(
     if strange := [row.name for row in rows if row.problem != "step"]:
         raise CouldNotRun(f"--profile takes rows of a training step, got {', '.join(strange)}")
     if strange := [column for column in columns if column not in ON_CPU]:
-        raise CouldNotRun(f"--column of a profile must be ours, got {', '.join(strange)}")
+        raise CouldNotRun(
+            f"--column must be one of {', '.join(ON_CPU)} with --profile, got {', '.join(strange)}"
+        )
     with refused():
         cores = cores_of(threads)
     out = console()
@@ -124,7 +126,7 @@ def _file(found: CpuResults) -> str:
 
 
 class Report:
-    """What is shown and written, as rows come."""
+    """Shows and writes rows as they come."""
 
     def __init__(self, found: CpuResults, columns: Sequence[Column], path: Path | None) -> None:
         self.found = found
@@ -134,7 +136,7 @@ class Report:
         self.shown = set[str]()
 
     def run(self, team: Team, rows: Sequence[Row]) -> int:
-        """All rows; what was measured is shown even if it is interrupted."""
+        """Measure all rows; if interrupted, the rows measured so far are still shown."""
         found, failed = self.found, []
         threads, cores = counted(found.threads, "thread"), ", ".join(map(str, found.cores))
         self.out.print(
@@ -142,7 +144,9 @@ class Report:
         )
         self.out.print(", ".join(f"{name} {v}" for name, v in found.versions.items()))
         if found.busy is not None and found.busy > BUSY:
-            self.out.print(f"WARNING: others take {100 * found.busy:.0f} % of these cores' time")
+            self.out.print(
+                f"WARNING: other processes take {100 * found.busy:.0f} % of these cores' time"
+            )
         try:
             with progress("bench") as move:
                 for measured in measure_rows(team, rows, self.columns, move):
@@ -165,7 +169,7 @@ class Report:
             replace_json(self.path, self.found.to_json(), "--json or --results")
 
     def show(self, still: Sequence[str]) -> None:
-        """The groups that are whole, which those are that ``still`` has no row of."""
+        """The complete groups: those of which ``still`` has no row."""
         for group in self.found.group_names:
             if group not in still and group not in self.shown:
                 self.show_group(group)
@@ -199,8 +203,9 @@ class Report:
         """Once all is shown."""
         if self.found.rows:
             self.out.print(
-                "÷ torch: over the fastest eager torch, marked *; of floor: the row's products at "
-                f"the rate of NumPy's own, {self.found.rate / 1e9:.0f} GFLOP/s, over its time"
+                "÷ torch: over the time of the fastest eager torch, marked *; of floor: the time "
+                f"of the row's products alone at NumPy's {self.found.rate / 1e9:.0f} GFLOP/s, over "
+                "its time"
             )
         if doubtful := doubts(self.found):
             self.out.print(f"WARNING: the machine was busy during {', '.join(doubtful)}")

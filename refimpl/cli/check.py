@@ -33,7 +33,7 @@ def check(
     ] = None,
     layout: Annotated[
         Path | None,
-        typer.Option("--map", help="TOML: your names and layouts, if they are not known."),
+        typer.Option("--map", help="TOML file with your names and layouts, if they are not known."),
     ] = None,
     only: Annotated[
         str, typer.Option(help="Judge the tensors whose names match, as in *.self_attn.*.")
@@ -41,29 +41,30 @@ def check(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help=f"What you compute in, one of {', '.join(TYPES)}; by default the coarsest type in "
-            "which a tensor is stored."
+            help=f"Type that you compute in, one of {', '.join(TYPES)}; by default the coarsest "
+            "type in which a tensor is stored."
         ),
     ] = None,
     names: Annotated[
-        bool, typer.Option("--list", help="Print the names and shapes that are expected, and exit.")
+        bool, typer.Option("--list", help="Print the expected names and shapes, and exit.")
     ] = False,
     html: Annotated[
         Path | None, typer.Option(help="Also write the report to this file, as a page.")
     ] = None,
     partial: Annotated[
-        bool, typer.Option("--partial", help="Judge what is given; gradients may be missing.")
+        bool, typer.Option("--partial", help="Judge the given tensors; gradients may be missing.")
     ] = False,
     json_file: Json = None,
 ) -> None:
     """Judge a port: the first wrong part, and the mistake.
 
-    THEIRS holds what your code computed: gradients under their parameters' names, or with the
-    prefixes grad/, act/, cot/, out/ and aux/ under the names of the truth. Known are the names of
-    Hugging Face (fused experts, too), ours (stacked experts) and DeepSeek's own; give others with
-    --map.
+    THEIRS holds the tensors that your code computed: gradients under their parameters' names, or
+    tensors with the prefixes grad/, act/, cot/, out/ and aux/ under the names of the truth. The
+    names of Hugging Face (fused experts, too), ours (stacked experts) and DeepSeek's own are known;
+    give others with --map.
 
-    A unit is how far the reference itself errs in your type, measured per tensor. The verdict is
+    A unit is how far the reference itself errs in your type, measured for each tensor. The verdict
+    is
 
     \b
     PASS: every tensor is within 4 units; the planted bugs that these inputs
@@ -73,7 +74,8 @@ def check(
     INCONCLUSIVE: something can't be judged, and a line says what would help
 
     A planted bug is one of this tool's catalogue of mistakes. Give all gradients, or select those
-    you have with --only, or judge what there is with --partial; everything else may be left out.
+    that you have with --only, or judge the given ones with --partial. You may leave out all other
+    tensors.
 
     The table of wrong tensors has the columns
 
@@ -112,8 +114,8 @@ def check(
     if verdict.routes is not None:
         command = _again(truth, verdict)
         console().print(
-            "run the truth with your routes and all that its first run was given (--mask and other "
-            f"files), and check against that:\n  {command}"
+            "compute the truth with your routes, with all files of its first run (--mask and "
+            f"others), and check against that:\n  {command}"
         )
     if json_file is not None:
         replace_json(json_file, verdict.to_json())
@@ -136,8 +138,8 @@ def _list(truth: Truth, only: str) -> None:
     for line in fold(described):
         console().print(line)
     console().print(
-        f"{counted(len(chosen), 'tensor')}; a gradient may also stand under its parameter's name "
-        "alone; of the others give what you have"
+        f"{counted(len(chosen), 'tensor')}; a gradient may also have its parameter's name without "
+        "a prefix; all tensors but gradients are optional"
     )
 
 

@@ -25,7 +25,7 @@ Chosen = Annotated[
 def conventions(
     traps: Chosen = None,
     symptoms: Annotated[
-        bool, typer.Option("--symptoms", help="List what a user sees, and the numbers to look at.")
+        bool, typer.Option("--symptoms", help="List symptoms, and the traps to look at.")
     ] = False,
     as_markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the page derivations/conventions.md.")
@@ -34,15 +34,17 @@ def conventions(
 ) -> None:
     """Show where papers and implementations disagree.
 
-    Such a place is called a trap. For each: who does what and how that is known, the field of ours
-    that decides it with its default, how to tell from outside which choice somebody made, and the
-    numbers that it changes.
+    Such a place is called a trap. For each trap the command shows who does what and how we know,
+    our field that decides it with its default, how to tell from outside which choice somebody made,
+    and the numbers that change.
     """
     chosen = list(dict.fromkeys(n for word in traps for n in _numbers(word))) if traps else EVERY
     if as_markdown and (traps or symptoms):
-        raise CouldNotRun("--markdown prints the whole page: it cannot be combined with a choice")
+        raise CouldNotRun(
+            "--markdown prints the whole page: it cannot be combined with --symptoms or traps"
+        )
     if symptoms and traps:
-        raise CouldNotRun("--symptoms prints the whole index: it cannot be combined with a choice")
+        raise CouldNotRun("--symptoms prints the whole index: it cannot be combined with traps")
     if json_file is not None:
         check_writable(json_file)
     if as_markdown:
@@ -61,13 +63,15 @@ EVERY = list(range(1, len(TRAPS) + 1))
 
 
 def _numbers(word: str) -> list[int]:
-    """The traps that a number or a word names; CouldNotRun if there are none."""
+    """The traps that a number or a word names; CouldNotRun if there is no such trap."""
     if word.isdecimal():
         if int(word) not in EVERY:
             raise CouldNotRun(f"trap must lie in 1 … {len(TRAPS)}, got {word}")
         return [int(word)]
     if not (found := find(word)):
-        raise CouldNotRun(f"trap must be a number or a word of one, got {word!r}: see --symptoms")
+        raise CouldNotRun(
+            f"trap must be a number or a word in a trap, got {word!r}: see --symptoms"
+        )
     return found
 
 
@@ -94,7 +98,7 @@ def _show(out: Console, number: int, trap: Trap) -> None:
     table.add_row("    ours", f"{trap.field.replace('`', '')}; default {trap.default}")
     table.add_row("    from outside", trap.tell.replace("`", ""))
     if trap.checkpoint:
-        table.add_row("", "(shows on checkpoints in FP8 alone; the numbers are of one tile)")
+        table.add_row("", "(shows only on checkpoints in FP8; the numbers are of one tile)")
     for line in numbers(trap):
         table.add_row("    changes", line)
     out.print(table, "")

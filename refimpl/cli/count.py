@@ -30,23 +30,30 @@ def count_command(
         str | None,
         typer.Option(
             metavar="PLAN",
-            help=f"Instead, memory and bytes sent per rank of a training step: {PLAN}.",
+            help=f"Count memory and bytes sent per rank of a training step instead: {PLAN}.",
         ),
     ] = None,
     sequences: Annotated[
         int | None,
-        typer.Option(help=f"Sequences per step, for --parallel. By default V3's {SEQUENCES:,}."),
+        typer.Option(help=f"With --parallel: sequences per step; by default V3's {SEQUENCES:,}."),
     ] = None,
     json_file: Json = None,
 ) -> None:
     """Count a model's parameters, KV cache, FLOPs and cost.
 
-    Each line has four columns: what is counted, the arithmetic, the exact number with its unit, and
+    Each line has four columns: the quantity, the arithmetic, the exact number with its unit, and
     the same number rounded.
 
-    The plan of --parallel: data ranks have sequences of their own, context ranks a piece of each
-    sequence, pipeline ranks some of the layers. Of the data × context ranks each group of so many
-    as expert says holds all experts of a layer. For v3, DeepSeek-V3's own plan is shown beside it.
+    PLAN has the numbers of ranks:
+
+    \b
+    data: ranks that have different sequences
+    context: ranks that have different pieces of each sequence
+    expert: ranks that hold all experts of a layer between them, a divisor of
+      data × context
+    pipeline: ranks that have different layers
+
+    For v3, the table also shows DeepSeek-V3's own plan.
     """
     if sequences is not None and parallel is None:
         raise CouldNotRun("needs --parallel", argument="sequences")

@@ -16,7 +16,9 @@ from .app import Json, app, check_writable, console, expect_choice, refused, rep
 
 @app.command("eval")
 def eval_command(
-    checkpoint: Annotated[str, typer.Option(help="A checkpoint, or a finished run.")],
+    checkpoint: Annotated[
+        str, typer.Option(help="Folder of a checkpoint, or of a finished run of training.")
+    ],
     kind: Annotated[
         list[str] | None, typer.Option(help="Kind of problems; may be given several times.")
     ] = None,
@@ -27,16 +29,22 @@ def eval_command(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampled answers.")] = 0,
     backend: Annotated[str, typer.Option(help="numpy, or cupy for a GPU.")] = "numpy",
     implementation: Annotated[
-        str, typer.Option(help="Of the ops; fastest: of those installed.")
+        str, typer.Option(help="Implementation of the ops; fastest: the fastest installed.")
     ] = "fastest",
-    dtype: Annotated[str, typer.Option(help="float32, float64, or on a GPU bfloat16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="Type: float32, float64, or on a GPU bfloat16.")
+    ] = "float32",
     json_file: Json = None,
 ) -> None:
     """Count right answers to held-out problems.
 
-    Shows the share of right answers with its 95 % interval, the share in the right format, and the
-    mean number of tokens. Greedy: always the most probable token. Sampled: one answer per problem
-    at temperature 1.
+    The table has a row per kind and way of answering: greedy always takes the most probable token,
+    sampled draws one answer per problem at temperature 1. Its columns:
+
+    \b
+    right: share of right answers, with its 95 % interval
+    format: share of answers in the right format
+    tokens: mean number of tokens per answer
     """
     if json_file is not None:
         check_writable(json_file)

@@ -50,7 +50,7 @@ def generate_command(
     checkpoint: Annotated[
         Path,
         typer.Option(
-            help="Folder with config.json and safetensors, or that of a finished run of training."
+            help="Folder with config.json and safetensors, or of a finished run of training."
         ),
     ],
     prompt: Annotated[
@@ -78,7 +78,7 @@ def generate_command(
         typer.Option(help="Draw from the fewest tokens whose probabilities sum to at least this."),
     ] = 1.0,
     seed: Annotated[
-        int, typer.Option(help="Seed of the first prompt; each next one has one more.")
+        int, typer.Option(help="Seed of the first prompt; each next prompt adds 1.")
     ] = 0,
     stop: Annotated[
         list[int] | None,
@@ -87,14 +87,14 @@ def generate_command(
     speculate: Annotated[
         int,
         typer.Option(
-            help="Number of tokens that the MTP modules draft, the last module those beyond their "
-            "number; the result is the same."
+            help="Number of tokens that the MTP modules draft; with more tokens than modules, the "
+            "last module drafts on. The output does not change."
         ),
     ] = 0,
     dtype: Annotated[
         str,
         typer.Option(
-            help="Type to compute in: float32 or float64, or bfloat16 of --implementation cuda."
+            help="Type to compute in: float32, float64, or bfloat16 (needs --implementation cuda)."
         ),
     ] = "float32",
     backend: Annotated[str, typer.Option(help="numpy, or cupy for a GPU.")] = "numpy",
@@ -110,9 +110,10 @@ def generate_command(
 ) -> None:
     """Continue prompts with a checkpoint.
 
-    One prompt is shown token by token, several are shown as each is finished. A summary goes to
-    standard error. The weights stay in the files' own type in the system's file cache; those that
-    do not fit there are read from the disk when they are used. On a GPU all are in its memory.
+    A single prompt is shown token by token; of several, each is shown when it is finished. A
+    summary goes to standard error. The weights stay in the files' own type in the system's file
+    cache; weights that do not fit there are read from the disk when they are used. With a GPU, all
+    weights are in its memory.
     """
     expect_choice("convention", convention, CONVENTIONS)
     expect_choice("backend", backend, ("numpy", "cupy"))
@@ -182,7 +183,7 @@ def generate_command(
             raise CouldNotRun(f"not enough memory for so many tokens ({error})") from error
     if source.config.index_topk is not None:
         print(
-            f"indexers left out: of up to {source.config.index_topk:,} tokens they choose every "
+            f"indexers left out: with up to {source.config.index_topk:,} tokens they choose every "
             "key",
             file=sys.stderr,
         )
@@ -205,7 +206,7 @@ def generate_command(
 
 
 def on_device(source: Checkpoint, dtype: str, place: Callable[[np.ndarray], Any]) -> dict[str, Any]:
-    """All parameters there, one after the other; gates' biases are float32 always."""
+    """All parameters on the device, one after the other; gates' biases are always float32."""
     return {
         name: place(x if is_buffer(name) else x.astype(dtype))
         for name in source.names
@@ -214,11 +215,10 @@ def on_device(source: Checkpoint, dtype: str, place: Callable[[np.ndarray], Any]
 
 
 def bytes_of(checkpoint: Path) -> Bytes:
-    """Bytes as tokens; CouldNotRun if the checkpoint's tokenizer.json says that its tokens are
-    others."""
+    """Bytes as tokens; CouldNotRun if the checkpoint's tokenizer.json has other tokens."""
     file = checkpoint / "tokenizer.json"
     if file.is_file() and read_json(file) != tokenizer_json():
-        raise CouldNotRun(f"--bytes cannot be used: by {file} tokens are not bytes")
+        raise CouldNotRun(f"--bytes cannot be used: the tokens of {file} are not bytes")
     return Bytes()
 
 
@@ -228,8 +228,8 @@ def short_of_memory(source: Checkpoint) -> str:
     if at_hand is None or source.bytes <= at_hand:
         return ""
     return (
-        f"the weights have {source.bytes / 1e9:.3g} GB, {at_hand / 1e9:.3g} GB of memory are at "
-        "hand: what is used is read from the disk again and again"
+        f"the weights have {source.bytes / 1e9:.3g} GB, but only {at_hand / 1e9:.3g} GB of memory "
+        "are free: weights are read from the disk again and again"
     )
 
 

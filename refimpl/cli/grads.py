@@ -93,15 +93,15 @@ def grads(
     targets: Annotated[
         File,
         typer.Option(
-            help="[batch, time]: what each position predicts instead of the next token; -100: "
-            "nothing."
+            help="[batch, time]: the token that each position predicts instead of the next one; "
+            "-100: none."
         ),
     ] = None,
     dlogits: Annotated[
         File,
         typer.Option(
-            help="[batch, time, vocabulary], .npy: the gradient of your own loss; only the "
-            "backward uses it."
+            help="[batch, time, vocabulary], .npy: the gradient of your own loss in the logits; "
+            "only the backward uses it."
         ),
     ] = None,
     positions: Annotated[
@@ -120,9 +120,9 @@ def grads(
         File,
         typer.Option(
             help="GRPO's loss instead: safetensors with mask [batch, time] (1 where the next token "
-            "is part of an output), advantages [batch] and, where they are needed, old_log_prob "
-            "and reference_log_prob [batch, time]. Its metadata has, as JSON under the key "
-            "settings, the op's settings (derivations/grpo.md), temperature, and preset."
+            "is part of an output), advantages [batch] and, if needed, old_log_prob and "
+            "reference_log_prob [batch, time]. The metadata's key settings has, as JSON, the op's "
+            "settings (derivations/grpo.md), temperature, and preset."
         ),
     ] = None,
     routes: Annotated[
@@ -140,7 +140,7 @@ def grads(
         float, typer.Option(help="α, the weight of the balance loss; Hugging Face's loss has none.")
     ] = 0.0,
     layers: Annotated[
-        int | None, typer.Option(help="Use only the first layers, this many, then norm and head.")
+        int | None, typer.Option(help="Use only this many first layers, then norm and head.")
     ] = None,
     only: Annotated[
         str, typer.Option(help="Write the gradients whose names match, as in *.self_attn.*.")
@@ -149,7 +149,7 @@ def grads(
         str | None,
         typer.Option(
             help="Also write the activations whose names match, and their gradients: "
-            f"{', '.join(ACTIVATIONS)}. Inside attention, if the pattern has self_attn. in it: "
+            f"{', '.join(ACTIVATIONS)}; inside attention, if the pattern contains self_attn.: "
             f"{', '.join(name.rpartition('.')[2] for name in INNER)}."
         ),
     ] = None,
@@ -158,26 +158,27 @@ def grads(
         str,
         typer.Option(
             help=f"Types, of {','.join(UNITS)}: also measure how far a right implementation in "
-            "that type errs, tensor by tensor, in 6 reruns each. `refimpl check` needs them."
+            "each type errs, for each tensor, in 6 reruns. `refimpl check` needs these units."
         ),
     ] = "",
     split: Annotated[
         str | None,
         typer.Option(
-            help=f"Also take the batch in parts: {SPEC}. rows are those of each part, positions "
-            "those at which a sequence is cut; R is by default the number of parts. Every part's "
-            "gradients are written, term by term. The whole model is in memory."
+            help=f"Also take the batch in parts: {SPEC}. rows gives the number of rows of each "
+            "part, positions the places at which sequences are cut; R is by default the number of "
+            "parts. Every part's gradients are written, for each term of the loss. The whole model "
+            "is in memory."
         ),
     ] = None,
     convention: Annotated[str, typer.Option(help=CONVENTION)] = "official",
     backend: Annotated[
-        str, typer.Option(help="numpy, or cupy for a GPU, to which each op moves its arrays.")
+        str, typer.Option(help="numpy, or cupy: each op moves its arrays to a GPU.")
     ] = "numpy",
     implementation: Annotated[
         str,
         typer.Option(
-            help=f"One of {', '.join((*ON_CPU, IN_FP8, *COLUMNS))}; flash for long sequences, "
-            "numba_cpu for those and for speed, cuda on a GPU; fp8 emulates V3's FP8 training."
+            help=f"One of {', '.join((*ON_CPU, IN_FP8, *COLUMNS))}: flash for long sequences, "
+            "numba_cpu for long sequences and speed, cuda on a GPU; fp8 emulates V3's FP8 training."
         ),
     ] = "reference",
     fp8: Annotated[
@@ -191,7 +192,7 @@ def grads(
     ] = "",
     dtype: Annotated[str, typer.Option(help="Type to compute in: float32 or float64.")] = "float32",
     force: Annotated[
-        bool, typer.Option("--force", help="Replace the result that is in the folder.")
+        bool, typer.Option("--force", help="Replace the result in the folder.")
     ] = False,
     ranks: RankCount = None,
     data_parallel: DataParallel = None,
@@ -202,16 +203,15 @@ def grads(
 ) -> None:
     """Compute the gradient of every parameter of a checkpoint.
 
-    The loss is Hugging Face's: the mean cross-entropy of the next token, with --mask over the
+    The loss is Hugging Face's, the mean cross-entropy of the next token, with --mask over the
     answers alone (SFT); or GRPO's. Memory holds one layer at a time. Every gradient goes to a file,
-    under the name that the checkpoint has for its parameter. If interrupted, run the same command
-    again: it resumes where it stopped. `refimpl check` compares a port with the result, if it has
-    --units.
+    under its parameter's name in the checkpoint. If interrupted, run the same command again: it
+    resumes where it stopped. `refimpl check` compares a port with the result, if it has --units.
 
-    The table has a row per layer and a column per part of it: the norm of the part's gradient. The
-    last two columns are of the whole layer; |g| is the absolute value of one number of a gradient.
-    With --split there is also a line per term of the loss with its right value, and below it what
-    each wrong divisor makes of it.
+    The table has a row per layer. Each column has the norm of the gradient of one part of it; the
+    last two columns are of the whole layer. |g| is the absolute value of one number of a gradient.
+    With --split there is also a line per term of the loss with its right value. The lines below it
+    have the value by each wrong divisor.
     """
     expect_choice("convention", convention, CONVENTIONS)
     expect_choice("backend", backend, ("numpy", "cupy"))
@@ -222,7 +222,7 @@ def grads(
         if not (number >= 0 and math.isfinite(number)):
             raise CouldNotRun(f"must be a number of at least 0, got {number}", argument=argument)
     if mtp_weight is not None and not mtp:
-        raise CouldNotRun("--mtp-weight weighs the losses of --mtp, which is not given")
+        raise CouldNotRun("--mtp-weight needs --mtp, whose losses it weighs")
     if (tokens is None) == (text is None):
         raise CouldNotRun("give either --tokens FILE or --text TEXT")
     if json_file is not None:
@@ -389,7 +389,9 @@ def _show(result: Result, config: ModelConfig, convention: str, after_padding: b
     unlike = _unlike_hf(config, after_padding)
     out.print(f"conventions: {convention}; {unlike}")
     if config.index_topk is not None:
-        out.print(f"indexers left out: of up to {config.index_topk:,} tokens they choose every key")
+        out.print(
+            f"indexers left out: with up to {config.index_topk:,} tokens they choose every key"
+        )
     if result.loss is not None:
         parts = [f"main {result.main:.9g}"] + [
             f"MTP {k} {x:.9g}" for k, x in enumerate(result.mtp, 1)
@@ -452,7 +454,7 @@ def _unlike_hf(config: ModelConfig, after_padding: bool) -> str:
         f"{name} {getattr(ours, name)!r}, hf {getattr(hf, name)!r}"
         for name in differing(config, hf, after_padding=after_padding)
     ]
-    return "other than hf: " + "; ".join(other) if other else "the same as hf here"
+    return "differs from hf: " + "; ".join(other) if other else "the same as hf here"
 
 
 def differing(config: ModelConfig, other: Conventions, *, after_padding: bool = False) -> list[str]:

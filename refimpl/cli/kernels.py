@@ -15,9 +15,9 @@ from .app import app, console, counted, progress
 def kernels() -> None:
     """Compile every kernel for every target, without a GPU.
 
-    They are kept in the folder $REFIMPL_KERNELS, by default in the user's cache, and what is there
-    already is not compiled again. A machine without compilers uses a copy of that folder if
-    REFIMPL_KERNELS names it there; where there are compilers, they must be of the same releases.
+    They are kept in the folder $REFIMPL_KERNELS, by default in the user's cache; kernels that are
+    there already are not compiled again. A machine without compilers can use a copy of that folder:
+    set REFIMPL_KERNELS to it. If that machine has compilers, they must be of the same releases.
     """
     twins = [(stem, name) for stem in NUMBA_STEMS for name in kernels_of(stem, NUMBA_STORAGE[0])]
     sources = [(s, kind, made) for s in STEMS for kind in STORAGE for made in variants(s, kind)]

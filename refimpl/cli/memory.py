@@ -35,21 +35,21 @@ def memory(
         ),
     ] = False,
     model: Annotated[
-        str, typer.Option(help="With --grads: preset or config.json that has the shapes.")
+        str, typer.Option(help="With --grads: preset or config.json with the shapes.")
     ] = "v2-lite",
-    layers: Annotated[int, typer.Option(help="With --grads: number of its layers to use.")] = 4,
+    layers: Annotated[int, typer.Option(help="With --grads: number of layers to use.")] = 4,
     tokens: Annotated[int, typer.Option(help="With --grads: number of tokens.")] = 256,
     folder: Annotated[
-        Path | None, typer.Option(help="With --grads: folder for its temporary files.")
+        Path | None, typer.Option(help="With --grads: folder for temporary files.")
     ] = None,
 ) -> None:
     """Measure the peak memory of ops, a model, or `refimpl grads`.
 
-    The ops are flash attention, and output head with cross-entropy in one. Each line has the peak
-    at T tokens, its ratio to the peak at T = 1024, and its share of the array that the op avoids.
-    The model runs with everything saved, and with each block's forward made again in the backward:
-    each line has both peaks, and the time that the second takes over that of the first. The last
-    line says whether the bounds hold.
+    The ops are flash attention, and the output head fused with cross-entropy. Each line has the
+    peak at T tokens, its ratio to the peak at T = 1024, and its share of the array that the op
+    avoids. The model runs once with everything saved, and once with recompute: the backward
+    computes each block's forward again. Each line has both peaks, and the time of the second run
+    over that of the first. The last line says whether the bounds hold.
     """
     if grads:
         raise typer.Exit(_grads(model, layers, tokens, folder))

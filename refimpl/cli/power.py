@@ -34,20 +34,21 @@ Extra = Callable[[Planted], bool]
 
 @app.command()
 def power(
-    draws: Annotated[int, typer.Option(help="Cases per op that other people's rules see.")] = 40,
+    draws: Annotated[int, typer.Option(help="Cases per op for other people's rules.")] = 40,
     clean: Annotated[int, typer.Option(help="Right runs per op and type, for false alarms.")] = 9,
     json_file: Json = None,
 ) -> None:
     """Show which rule catches which planted bug.
 
     A planted bug is an edit of one op's code. The first table has a row per bug and a column per
-    rule of the checker. The second has a row per rule of other people: the share of draws in which
-    it sees the bug, and how many bugs it never sees; both again with gradients times 0.001. A draw
-    is an op's case with inputs of its own. Last, how often right code is called wrong.
+    rule of the checker. A draw is an op's case with its own inputs. The second table has a row per
+    rule of other people: the share of draws in which the rule sees the bug, and how many bugs it
+    never sees; then both numbers with gradients times 0.001. The last lines say how often right
+    code is called wrong.
 
-    A mistake that forward and backward share is consistent in itself: golden values alone catch it.
-    In a clone of the repository `make bugs` adds their column, and `make power` also torch's
-    gradcheck and JAX's check_grads.
+    If forward and backward share a mistake, they agree, and only golden values catch it. In a clone
+    of the repository `make bugs` adds their column, and `make power` also torch's gradcheck and
+    JAX's check_grads.
     """
     for name, number in (("draws", draws), ("clean", clean)):
         if number < 1:
@@ -72,7 +73,9 @@ def show(draws: int, clean: int, json_file: Path | None, extra: dict[str, Extra]
         out.print(line)
     never = [x.bug for x in peers if not x.shown]
     if never:
-        out.print(f"shown by no draw of {draws}: " + ", ".join(f"{b.op}: {b.name}" for b in never))
+        out.print(
+            f"not shown by any of {draws} draws: " + ", ".join(f"{b.op}: {b.name}" for b in never)
+        )
     out.print()
     alarms, checked = false_alarms()
     out.print(f"false alarms of the checker: {alarms} of {checked} clean examples")

@@ -16,20 +16,26 @@ __all__ = ["ContextParallel", "DataParallel", "ExpertParallel", "RankCount", "Ti
 
 RankCount = Annotated[  # ``--ranks``
     int | None,
-    typer.Option(help="Run in so many processes (MPI): ranks = data-parallel · context-parallel."),
+    typer.Option(
+        help="Number of processes (MPI) to run in: data-parallel × context-parallel; by default 1."
+    ),
 ]
 DataParallel = Annotated[  # ``--data-parallel``
     int | None,
-    typer.Option(help="Ranks that the sequences of a batch are over; default: what is left."),
+    typer.Option(
+        help="Number of ranks that share the sequences of a batch; by default ranks / "
+        "context-parallel."
+    ),
 ]
 ContextParallel = Annotated[  # ``--context-parallel``
-    int, typer.Option(help="Ranks that the positions of each sequence are over.")
+    int, typer.Option(help="Number of ranks that share the positions of each sequence.")
 ]
 ExpertParallel = Annotated[  # ``--expert-parallel``
-    int, typer.Option(help="Ranks that hold all experts between them; it divides --ranks.")
+    int,
+    typer.Option(help="Number of ranks that hold all experts between them; it divides --ranks."),
 ]
 Timeout = Annotated[  # ``--timeout``, seconds
-    float, typer.Option(help="Seconds that a rank waits for another before all end.")
+    float, typer.Option(help="Seconds that a rank waits for another; then all ranks end.")
 ]
 
 

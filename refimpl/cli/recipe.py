@@ -33,30 +33,33 @@ Option = typer.Option
 @app.command("recipe")
 def recipe_command(
     out: Annotated[
-        Path | None, Option(help="Folder of jobs and results. If interrupted, run it again.")
+        Path | None,
+        Option(help="Folder of jobs and results. If interrupted, run the same command again."),
     ] = None,
     small: Annotated[
-        bool, Option("--toy", help="Tiny jobs of seconds, to see that everything runs.")
+        bool, Option("--toy", help="Tiny jobs that take seconds, to see that everything runs.")
     ] = False,
     workers: Annotated[int, Option(help="Number of jobs at a time, each with one thread.")] = 2,
     problems: Annotated[
-        int, Option(help="Most held-out problems of a kind in an evaluation.")
+        int, Option(help="Most held-out problems per kind in an evaluation.")
     ] = PROBLEMS,
     backend: Annotated[str | None, Option(help="numpy, or cupy for a GPU.")] = None,
     implementation: Annotated[
-        str | None, Option(help="Of the ops; default: the fastest installed.")
+        str | None, Option(help="Implementation of the ops; default: the fastest installed.")
     ] = None,
-    dtype: Annotated[str | None, Option(help="float32, float64, or on a GPU bfloat16.")] = None,
+    dtype: Annotated[
+        str | None, Option(help="Type: float32, float64, or on a GPU bfloat16.")
+    ] = None,
     only: Annotated[
         list[str] | None,
-        Option(help="Run this job and those it needs; may be given several times."),
+        Option(help="Run this job and the jobs that it needs; may be given several times."),
     ] = None,
     list_: Annotated[bool, Option("--list", help="Show the jobs and exit.")] = False,
 ) -> None:
     """Run the whole recipe, from text to a student.
 
-    Every stage and its controls. Writes results.json, report.md and pictures, and shows which
-    claims hold.
+    It runs every stage and its controls, writes results.json, report.md and pictures, and shows
+    which claims hold.
     """
     jobs = chosen(toy(JOBS) if small else JOBS, only or [])
     if list_:
@@ -76,7 +79,7 @@ def recipe_command(
         claims = write_all(recipe, workers, small)
     console().print(verdicts(claims))
     if small:
-        console().print("at toy size: it shows that everything runs, and its numbers mean nothing")
+        console().print("toy size: this shows that everything runs; the numbers mean nothing")
     elif any(claim.holds is False for claim in claims):
         raise typer.Exit(1)
 
@@ -94,7 +97,7 @@ def command_line(task: Task | None) -> list[str] | None:
 
 
 def run_jobs(recipe: Recipe, workers: int) -> None:
-    """At Ctrl-C a line says how to go on."""
+    """At Ctrl-C a line says how to resume."""
     try:
         with live() as (tell, show):
             run_graph(
@@ -107,7 +110,7 @@ def run_jobs(recipe: Recipe, workers: int) -> None:
                 show=show,
             )
     except KeyboardInterrupt:
-        typer.echo("stopped: the same command goes on", err=True)
+        typer.echo("stopped: run the same command again to resume", err=True)
         raise
 
 

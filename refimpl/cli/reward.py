@@ -27,12 +27,12 @@ def reward(
     file: Annotated[
         Path,
         typer.Argument(
-            help='JSON per line: {"completion": TEXT, "answer": TEXT}; "ended": false if it was '
-            "cut off; other keys are ignored."
+            help='File with one JSON object per line: {"completion": TEXT, "answer": TEXT}, and '
+            '"ended": false if the completion was cut off; other keys are ignored.'
         ),
     ],
     out: Annotated[
-        Path | None, typer.Option(help="Write the rewards to this file, JSON per line.")
+        Path | None, typer.Option(help="Write the rewards to this file, one JSON object per line.")
     ] = None,
     json_file: Json = None,
 ) -> None:

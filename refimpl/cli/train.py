@@ -17,12 +17,12 @@ from .app import app, console
 from .ranks import ContextParallel, DataParallel, ExpertParallel, RankCount, Timeout, joined
 
 HELP = {
-    "train": "Pre-train a model on text.\n\nMTP, bias balancing, V3's schedules scaled down.",
+    "train": "Pre-train a model on text.\n\nWith MTP, bias balancing, and V3's schedules in small.",
     "extend": "Extend a model's context by YaRN, in phases.",
     "sft": "Fine-tune on solved problems.\n\nOnly the tokens of completions count in the loss.",
     "grpo": "Reinforce by GRPO with rule-based rewards.",
     "reward-model": "Train a reward model on pairs that a rule orders.",
-    "distil": "Fine-tune a student on a teacher's solutions.\n\nThe rules choose which are kept.",
+    "distil": "Fine-tune a student on a teacher's solutions.\n\nThe rules choose the solutions.",
 }
 Option = typer.Option
 SHARING = {"ranks", "data_parallel", "context_parallel", "expert_parallel", "timeout"}
@@ -37,20 +37,24 @@ def command(
     ] = None,
     resume: Annotated[bool, Option(help="Continue the run in --out where it stopped.")] = False,
     checkpoint: Annotated[
-        str | None, Option(help="Model to begin with: a checkpoint, or a finished run.")
+        str | None, Option(help="Model to begin with: folder of a checkpoint or finished run.")
     ] = None,
     teacher: Annotated[
-        str | None, Option(help="Model that solves the problems: a checkpoint, or a finished run.")
+        str | None,
+        Option(help="Model that solves the problems: folder of a checkpoint or finished run."),
     ] = None,
     text: Annotated[
-        str | None, Option(help="Text file, or folder of them; default: English text of CPython.")
+        str | None,
+        Option(help="Text file, or folder of text files; default: English text of CPython."),
     ] = None,
     seed: Annotated[int | None, Option(help="Seed of all random numbers.")] = None,
     backend: Annotated[str | None, Option(help="numpy, or cupy for a GPU.")] = None,
     implementation: Annotated[
-        str | None, Option(help="Of the ops; default: the fastest installed.")
+        str | None, Option(help="Implementation of the ops; default: the fastest installed.")
     ] = None,
-    dtype: Annotated[str | None, Option(help="float32, float64, or on a GPU bfloat16.")] = None,
+    dtype: Annotated[
+        str | None, Option(help="Type: float32, float64, or on a GPU bfloat16.")
+    ] = None,
     fp8: Annotated[
         str | None, Option(help="Choices of the implementation fp8, as in scale=ue8m0,promote=0.")
     ] = None,
@@ -109,8 +113,8 @@ def add(stage: str) -> None:
     named = ", ".join(f"{x.name}={toml_value(default(x))}" for x in settings)
     source = STAGES[stage].settings.__module__.replace(".", "/")
     run.__doc__ = (
-        f"{HELP[stage]}\n\nSettings and their defaults: {named}. {source}.py says what each is, "
-        "and refimpl/train/stage.py those of all stages."
+        f"{HELP[stage]}\n\nSettings and their defaults: {named}. {source}.py explains the settings "
+        "of this stage, and refimpl/train/stage.py those of all stages."
     )
     app.command(stage)(run)
 

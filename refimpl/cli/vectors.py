@@ -18,21 +18,22 @@ def vectors(
     op: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"One of {', '.join(NAMES)}; more than once for several; by default all."
+            help=f"One of {', '.join(NAMES)}; may be given several times; by default all."
         ),
     ] = None,
     size: Annotated[
         str,
         typer.Option(
-            help=f"One of {', '.join(SIZES)}: odd shapes, or V3's head widths with at most 4 "
-            "heads, 8 experts, and 256 for every other width."
+            help=f"One of {', '.join(SIZES)}: small, odd shapes, or V3's head widths with at most "
+            "4 heads, 8 experts, 512 for the vocabulary and 256 for every other width."
         ),
     ] = "small",
 ) -> None:
     """Write conformance vectors: inputs, outputs, gradients.
 
-    They are of every op, for ports in any language. The folder has one safetensors file per op, and
-    index.json, which has a JSON Schema. A tensor's name is CASE/PREFIX/NAME, with the prefixes
+    There are vectors of every op, for ports in any language. The folder has one safetensors file
+    per op, and index.json, which has a JSON Schema. A tensor's name is CASE/PREFIX/NAME, with the
+    prefixes
 
     \b
     in: differentiable inputs
@@ -41,11 +42,11 @@ def vectors(
     out: outputs
     grad: gradients
 
-    Inputs are integers over powers of two, exact in bfloat16 and the same bytes everywhere.
-    index.json has by type the unit of rounding error of each tensor (a port may have 4) and the
-    planted bugs that a case excludes: right numbers show that a port does not have them. Cases with
-    valid: false are wrong on purpose. `refimpl check YOURS --against OUT` compares. More in
-    derivations/vectors.md.
+    Inputs are integers over powers of two, exact in bfloat16 and the same bytes everywhere. For
+    each type, index.json has the unit of rounding error of each tensor (a port may err by 4) and
+    the planted bugs that a case excludes: right numbers show that a port does not have them. Cases
+    with valid: false are wrong on purpose. `refimpl check YOURS --against OUT` compares.
+    derivations/vectors.md has the rest.
     """
     with progress("writing") as move:
         index = write(out, op or [], size, move)

@@ -46,7 +46,7 @@ LONGEST = len("layers.0.self_attn.kv_a_proj_with_mqa")  # of the tensors' names,
 Examples = Annotated[
     int, typer.Option(help="Examples per op, each with its own shapes and inputs.")
 ]
-Seed = Annotated[int, typer.Option(help="Seed of the first example; each next one has one more.")]
+Seed = Annotated[int, typer.Option(help="Seed of the first example; each next example adds 1.")]
 TextFile = Annotated[
     Path | None,
     typer.Option(help="File to take tokens (bytes) from; by default Python's own help texts."),
@@ -70,16 +70,16 @@ def verify(
     implementation: Annotated[
         str,
         typer.Option(
-            help=f"One of {', '.join((*ON_CPU, *KERNELS))}; or "
-            "package.module:table, a mapping from op to your (forward, backward)."
+            help=f"One of {', '.join((*ON_CPU, *KERNELS))}; or package.module:table for your own "
+            "functions, a mapping from the op's name to (forward, backward)."
         ),
     ] = "reference",
     backend: Annotated[str, typer.Option(help="numpy, or cupy for a GPU.")] = "numpy",
     dtype: Annotated[
         str,
         typer.Option(
-            help="Type under test: float64, float32 (without finite differences), or bfloat16, of "
-            "--implementation cuda."
+            help="Type under test: float64, float32 (without finite differences), or bfloat16 "
+            "(needs --implementation cuda)."
         ),
     ] = "float64",
     convention: Annotated[str, typer.Option(help=CONVENTION)] = "official",
@@ -94,16 +94,16 @@ def verify(
     difference: error against finite differences (bound 1e-8; the model's 1e-7)
     noise: mathematical error over the rounding noise of the same code (bound 1)
     sharpness: the smallest relative error that could have been seen
-    digits: how many agree with exact arithmetic (with --digits)
+    digits: to how many digits it agrees with exact arithmetic (with --digits)
 
-    In bfloat16, outputs have rows too, noise is the error over what is allowed (bound 1), and
-    sharpness what is allowed: of an op twice the error of the float32 reference and a unit; of
-    composites and models four times that of the reference that rounds at the same places.
+    In bfloat16, outputs have rows, too. sharpness is then the error allowed, and noise the error
+    over it (bound 1). An op may have twice the error of the float32 reference plus a unit;
+    composites and models may have four times that of the reference that rounds at the same places.
 
-    With package.module:table, your functions take our place, of any array library with DLPack: the
-    table's entry "array" makes your array from NumPy's, as torch.from_dlpack does. The columns
-    float64 and float32 then have the largest error in that type, in units of our own rounding
-    errors (4 allowed). derivations/vectors.md has the rest.
+    With package.module:table your functions are checked instead of ours. They may be of any array
+    library with DLPack: the table's entry "array" makes your array from NumPy's, as
+    torch.from_dlpack does. The columns float64 and float32 then have the largest error in that
+    type, in units of our own rounding errors (4 allowed). derivations/vectors.md has the rest.
     """
     if ":" in implementation:
         _expect_plain(digits=digits, backend=None if backend == "numpy" else backend)
@@ -136,11 +136,11 @@ def grade(
 ) -> None:
     """Check your own backward of one op.
 
-    It is checked against our forward, as `refimpl verify` checks ours. Every page of derivations/
-    ends with such an exercise, and a gradient that fails is told with its equation there. If the
-    file defines <op>_forward, too, both are compared with ours, and may be of any array library
-    with DLPack: array in the file, as in array = torch.from_dlpack, makes that library's array from
-    NumPy's.
+    It is checked against our forward, as `refimpl verify` checks our backward. Every page of
+    derivations/ ends with such an exercise. If a gradient fails, the output names its equation
+    there. If the file also defines <op>_forward, both are compared with ours. They may be of any
+    array library with DLPack: array in the file, as in array = torch.from_dlpack, makes that
+    library's array from NumPy's.
     """
     if op not in CASES:
         raise CouldNotRun(f"unknown op {op}; there are {', '.join(CASES)}")

@@ -339,9 +339,7 @@ def prepare(folder: Path, fingerprint: dict[str, str], force: bool) -> None:
         found = sorted(path.name for path in folder.iterdir())
         strange = [name for name in found if not ours(folder / name)]
         if strange:
-            raise CouldNotRun(
-                f"{folder} holds other things ({strange[0]}): give a folder of its own"
-            )
+            raise CouldNotRun(f"{folder} holds other things ({strange[0]}): give another folder")
         if force:
             for path in (folder / "index.json", state):  # first what says that the rest can be used
                 path.unlink(missing_ok=True)
@@ -353,7 +351,7 @@ def prepare(folder: Path, fingerprint: dict[str, str], force: bool) -> None:
             index = folder / "index.json"  # written last: what is older need not be read again
             if wrong := changed(folder, stored_of(index), index.stat().st_mtime_ns):
                 raise CouldNotRun(
-                    f"{wrong} is not as index.json says: give another folder, or start anew with",
+                    f"{wrong} is not as index.json says: give another folder, or start again with",
                     remedy="force",
                 )
             # of a run that was killed as it removed it
@@ -368,7 +366,7 @@ def prepare(folder: Path, fingerprint: dict[str, str], force: bool) -> None:
             if other:
                 raise CouldNotRun(
                     f"{folder} holds an unfinished run of another request (other "
-                    f"{', '.join(other)}): give another folder, or start anew with",
+                    f"{', '.join(other)}): give another folder, or start again with",
                     remedy="force",
                 )
             return
@@ -399,7 +397,7 @@ def stored_of(index: Path) -> dict[str, Stored]:
     try:
         return {file: Stored(**written) for file, written in files.items()}  # type: ignore[union-attr]
     except (AttributeError, TypeError) as error:
-        raise CouldNotRun(f"{index} is broken: start anew with", remedy="force") from error
+        raise CouldNotRun(f"{index} is broken: start again with", remedy="force") from error
 
 
 def notes_of(path: Path, text: bytes) -> dict[str, Any]:
@@ -409,7 +407,7 @@ def notes_of(path: Path, text: bytes) -> dict[str, Any]:
     except CouldNotRun:
         notes = None
     if not isinstance(notes, dict):
-        raise CouldNotRun(f"{path} is broken: start anew with", remedy="force")
+        raise CouldNotRun(f"{path} is broken: start again with", remedy="force")
     return notes
 
 

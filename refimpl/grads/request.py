@@ -111,9 +111,9 @@ class Request:
         if self.layers is not None and not 1 <= self.layers <= config.layers:
             raise ValueError(f"layers must lie in 1…{config.layers}, got {self.layers}")
         if self.mtp and not config.mtp_depth:
-            raise ValueError("mtp asks for a loss of modules that the model does not have")
+            raise ValueError("mtp needs MTP modules, which the model does not have")
         if self.mtp and self.layers not in (None, config.layers):
-            raise ValueError("layers leaves out what mtp reads: give one of them")
+            raise ValueError("layers cannot be combined with mtp, which reads the last layer")
         ours = self.mtp or self.balance_alpha or self.mask is not None or self.targets is not None
         if self.dlogits is not None and ours:
             raise ValueError(
@@ -122,8 +122,7 @@ class Request:
             )
         if self.grpo is not None and (self.mtp or self.mask is not None or not self.with_loss):
             raise ValueError(
-                "grpo has a loss and a mask of its own: it cannot be combined with mtp, mask or "
-                "dlogits"
+                "grpo has its own loss and mask: it cannot be combined with mtp, mask or dlogits"
             )
         layers = config.layers if self.layers is None else self.layers
         return replace(
@@ -216,7 +215,9 @@ class Request:
             raise ValueError("split needs a loss to divide: it cannot be combined with dlogits")
         found = split_batch(self.split, self.arrays(config), config)
         if found.pieces and self.grpo is not None:
-            raise ValueError("split must be of rows with grpo, whose outputs are not cut")
+            raise ValueError(
+                "split must be micro_batches or rows with grpo, which needs whole outputs"
+            )
         return found
 
     def targets_after_padding(self, config: ModelConfig) -> bool:
@@ -314,7 +315,7 @@ class Request:
     def _check_units(self, dtype: np.dtype[Any]) -> None:
         """ValueError unless all types of ``units`` can be measured beside results of ``dtype``."""
         if strange := [name for name in self.units if name not in UNITS]:
-            raise ValueError(f"units must be of {', '.join(UNITS)}, got {strange[0]}")
+            raise ValueError(f"units must be among {', '.join(UNITS)}, got {strange[0]}")
         if len({*self.units}) < len(self.units):
             raise ValueError(f"units must name a type once, got {', '.join(self.units)}")
         if self.units and self.reruns < 1:
@@ -332,7 +333,7 @@ class Request:
         if strange:
             given = ", ".join(map(str, strange))
             raise ValueError(
-                "routes must be of the model's MoE layers, with mtp also of its modules, got "
+                "routes must name the model's MoE layers, with mtp also those of its modules, got "
                 f"layer {given}"
             )
         missing = [layer for layer in moe_layers(config) if layer not in routes]
@@ -354,7 +355,7 @@ class Request:
             in_order = np.sort(routes[layer].indices, axis=-1)
             if np.any(in_order[..., 1:] == in_order[..., :-1]):
                 raise ValueError(
-                    f"routes of layer {layer} must name an expert once a token, got one twice"
+                    f"routes of layer {layer} must name an expert once per token, got one twice"
                 )
 
 

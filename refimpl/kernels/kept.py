@@ -108,7 +108,7 @@ def _expect_own(folder: Path) -> None:
         elif status.st_mode & OTHERS_WRITE:
             why = "can be written by other users: if you trust its content, chmod -R go-w"
         if why:
-            raise CouldNotRun(f"no kernel is loaded from {path}, which {why}")
+            raise CouldNotRun(f"kernels are not loaded from {path}, which {why}")
 
 
 def _write(folder: Path, content: tuple[bytes, bytes, bytes]) -> None:

@@ -81,7 +81,9 @@ def join(
     comm = mpi.COMM_WORLD
     size = comm.Get_size()
     if ranks not in (None, size):
-        raise CouldNotRun(f"must be {size}, what mpiexec started, got {ranks}", argument="ranks")
+        raise CouldNotRun(
+            f"must be {size}, the number that mpiexec started, got {ranks}", argument="ranks"
+        )
     grid = make_grid(size, data=data, context=context, expert=expert)
     sys.excepthook = partial(_end_all_of, sys.excepthook)
     world = Group(comm, Watch(comm.Get_rank(), timeout))

@@ -54,7 +54,7 @@ class Ranks:
             return ops
         if config.conventions.blind_query == "mean":
             raise CouldNotRun(
-                "must be 1 where blind_query is mean: blind queries read all keys",
+                "must be 1 if blind_query is mean: blind queries read all keys",
                 argument="context_parallel",
             )
         return ring(ops, self.pieces)

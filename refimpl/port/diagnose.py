@@ -29,7 +29,7 @@ FACTOR_RMS = 3  # times a rerun's root mean square, which varies less: named one
 PEAK = 3  # of rounding noise, its largest error over its root mean square, about
 RERUNS = 3  # of each bug that is not ruled out before
 RULED_OUT = 64  # units of one rerun: further away, no more are made
-COARSE = "in bfloat16 another mistake may give the same numbers: float32 tells them apart"
+COARSE = "in bfloat16 another mistake may give the same numbers: float32 can tell them apart"
 Arrays = Mapping[str, np.ndarray]
 
 MADE_OF = {  # of vectors' cases: the ops that an op calls

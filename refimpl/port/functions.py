@@ -286,7 +286,7 @@ def check_case(
 def _types(pair: Foreign, types: Sequence[str], result: Result) -> list[str]:
     """Those of the types that their library takes."""
     if not types or not set(types) <= set(TYPES):
-        raise CouldNotRun(f"must be of {', '.join(TYPES)}, got {list(types)}", argument="types")
+        raise CouldNotRun(f"must be among {', '.join(TYPES)}, got {list(types)}", argument="types")
     can = []
     for dtype in types:
         why = pair.refuses(dtype)

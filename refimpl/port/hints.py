@@ -95,7 +95,7 @@ def relations(truth: Truth, name: str, pair: Pair, theirs: Arrays) -> Iterator[s
         yield "0 throughout"
         return
     if pair.fits(-right):
-        yield "the sign is the other"
+        yield "the sign is wrong"
     elif hint := factor_hint(truth, pair):
         yield hint
     if right.ndim == 2 and right.shape[0] == right.shape[1] and pair.fits(right.T):
@@ -127,7 +127,7 @@ def factor_hint(truth: Truth, pair: Pair) -> str:
     shown = f"a factor of {factor:.4g}"
     if not could:
         return f"{shown}, which no number of this run gives"
-    tail = "" if len(could) == 1 else ": these agree here, and another run tells them apart"
+    tail = "" if len(could) == 1 else ": these agree here, but another run can tell them apart"
     return f"{shown}, as from {' or '.join(could)}{tail}"
 
 
@@ -293,7 +293,7 @@ def exchanged(truth: Truth, name: str, pair: Pair) -> Iterator[str]:
             if name.endswith(mine):
                 neighbour = f"{name.removesuffix(mine)}{its}"
                 if neighbour in truth and pair.fits(truth.array(neighbour).astype(np.float64)):
-                    yield f"that of {its} stands in its place"
+                    yield f"the tensor is that of {its}"
 
 
 def neighbours(config: ModelConfig | None) -> list[tuple[str, str]]:

@@ -78,7 +78,7 @@ def page(verdict: Verdict) -> str:
         ("Can't be compared", [(x.name, x.what) for x in verdict.those("unreadable")]),
         ("Routes", [(x.name, x.what) for x in verdict.those("other")]),
         ("Not given", [(x.name, "") for x in verdict.those("missing")]),
-        ("In the port alone", [(name, "") for name in verdict.extra]),
+        ("Only in the port", [(name, "") for name in verdict.extra]),
         ("Not excluded by these inputs and this type", by_op(verdict.not_excluded)),
         ("Notes", verdict.notes),
     ):

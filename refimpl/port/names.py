@@ -115,7 +115,7 @@ class Found(NamedTuple):
 def _in_pairs(rows: int, head: int, turned: int) -> np.ndarray:
     """The rows that ours are, where the last ``turned`` of each ``head`` rows lie in halves."""
     if rows % head:
-        raise ValueError(f"has {rows} rows, which are no heads of {head}")
+        raise ValueError(f"has {rows} rows, which is not a multiple of {head}, those of a head")
     order = np.arange(rows).reshape(-1, head)
     halves = order[:, head - turned :].reshape(-1, 2, turned // 2)
     order[:, head - turned :] = np.swapaxes(halves, 1, 2).reshape(-1, turned)

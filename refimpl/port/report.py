@@ -140,7 +140,7 @@ def text(verdict: Verdict) -> str:
     lines += listed("can't be compared", [(x.name, x.what) for x in verdict.those("unreadable")])
     lines += listed("routes", [(x.name, x.what) for x in verdict.those("other")])
     lines += not_given(verdict)
-    lines += listed("in the port alone", [(one_line(name), "") for name in verdict.extra])
+    lines += listed("only in the port", [(one_line(name), "") for name in verdict.extra])
     lines += [f"note: {note}" for note in verdict.notes]
     if verdict.ok:
         lines += listed("not excluded by these inputs and this type", by_op(verdict.not_excluded))
@@ -157,9 +157,9 @@ COLUMNS = (  # what the table's columns mean
 def follows(verdict: Verdict) -> str:
     """Which rows of the table may be wrong for no reason of their own; empty if none may."""
     if verdict.first_wrong is None:
-        return "these may follow from other experts, and say nothing alone"
+        return "these may follow from other choices of experts, and prove nothing alone"
     if len({x.part for x in verdict.those("wrong")}) > 1:
-        return "what stands behind the first wrong part may follow from it"
+        return "parts after the first wrong one may be wrong because of it"
     return ""
 
 
@@ -196,9 +196,7 @@ def place(x: TensorResult) -> str:
         f"{list(found.worst)}: yours {found.theirs:.9g}, truth {found.truth:.9g}"
     )
     if found.unlike:
-        text += (
-            f"; NaN or infinity where the truth has none, or none where it has: {found.unlike:,}"
-        )
+        text += f"; NaN or infinity in the port alone or in the truth alone: {found.unlike:,}"
     return text
 
 

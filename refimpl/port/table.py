@@ -88,7 +88,5 @@ def table_of_file(op: str, module: ModuleType, path: Path) -> TheirTable | None:
             raise CouldNotRun(f"{path} must define {op}_backward(dy, saved)")
         return TheirTable({op: (forward, backward)}, array if callable(array) else None)
     if callable(array) and getattr(array, "__module__", "") != "numpy":
-        raise CouldNotRun(
-            f"{path} must define {op}_forward too: what our own saves are NumPy's arrays"
-        )
+        raise CouldNotRun(f"{path} must also define {op}_forward: our own saves NumPy's arrays")
     return None

@@ -362,7 +362,7 @@ def write(
     if size not in SIZES:
         raise CouldNotRun(f"must be one of {', '.join(SIZES)}, got {size}", argument="size")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise CouldNotRun(f"{folder} is there already: give a folder of its own")
+        raise CouldNotRun(f"{folder} exists already: give another folder")
     try:
         with replacing_folder(folder) as inside:
             index = fill(inside, chosen, size, told)

@@ -94,7 +94,7 @@ def compare_folders(
     port = open_theirs(theirs)
     names = None if layout is None else read_layout(Path(layout))
     if names is not None and opened.config is None:
-        raise CouldNotRun("names a model's tensors, and the truth has vectors", argument="layout")
+        raise CouldNotRun("names a model's tensors, but the truth has vectors", argument="layout")
     return _Judge(opened, port, names, only, dtype, partial, progress).verdict()
 
 
@@ -297,7 +297,7 @@ class _Judge:
         try:
             bugs = not_excluded(self.truth, parts, [x.name for x in judged], self.dtype)
         except CouldNotRun as error:
-            note = f"which mistakes would not show here is not known: {error}"
+            note = f"it is not known which mistakes would not show here: {error}"
             bugs, made = [], replace(made, notes=[*made.notes, note])
         named = [f"{bug.op}: {bug.name}" for bug in bugs]
         kinds = (x.name.partition("/") for x in judged)
@@ -401,7 +401,7 @@ class _Judge:
                 return replace(made, status="ok", units=0.0)
             what = f"other experts for {int((~tokens).sum()):,} of {tokens.size:,} tokens"
             if kind == "aux/routes" and (sure := self._wrong_choices(layer, theirs)):
-                what += f", for {sure:,} of them such as no rounding of the scores explains"
+                what += f", which rounding of the scores can't explain for {sure:,} of them"
                 return replace(made, status="wrong", units=np.inf, what=what)
             return replace(made, status="other", what=what)
         wrong = theirs != truth
@@ -492,10 +492,10 @@ class _Judge:
         other = [x for x in results.values() if x.status == "other"]
         if choice is not None and choice.differs:
             told = f"{choice.routes.name} has {choice.routes.what}"
-            reasons.append(f"{told}, and what follows from them differs")
+            reasons.append(f"{told}, and tensors computed from them differ")
         elif choice is not None:
             reasons.append(
-                f"tensors behind the choice of experts differ, and in {self.dtype} a tie within "
+                f"tensors after the choice of experts differ, and in {self.dtype} a tie within "
                 "rounding may choose others: give aux/routes.L"
             )
         elif other:
@@ -629,15 +629,14 @@ class _Judge:
             notes.append(f"stored as {types}, judged as {self.dtype}")
         if coarser := self._coarser(results):
             notes.append(
-                f"each wrong tensor is within {FACTOR} units of {coarser}: name that type if it is "
-                "what you compute in"
+                f"each wrong tensor is within {FACTOR} units of {coarser}: give that type if you "
+                "compute in it"
             )
         if config is not None and config.top_k >= config.experts:
             notes.append("every token goes to every expert: the choice of experts isn't judged")
         if (self.truth.metadata.get("request") or {}).get("routes_given"):
             notes.append(
-                "the truth was run with routes that were given to it: the choice of experts isn't "
-                "judged"
+                "the truth was computed with given routes: the choice of experts isn't judged"
             )
         gradients = [x for x in results.values() if "grad" in x.name.split("/")[:-1]]
         if gradients and all(x.status == "missing" for x in gradients):

@@ -107,7 +107,7 @@ class Running:
             if code:
                 raise CouldNotRun(
                     f"{self.name} failed with exit code {code}: {last_line(self.log)} (all of it: "
-                    f"{self.log}); the same command goes on"
+                    f"{self.log}); run the same command again to resume"
                 )
         with self.log.open("ab") as log:
             if not locked(log):

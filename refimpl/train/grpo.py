@@ -86,9 +86,11 @@ class GRPOSettings(BaseSettings):
         judged = bool(self.reward_model) or self.model == 0
         expect_setting(judged, "model", "be 0 without a reward_model", self.model)
         names = ", ".join(GRPO_PRESETS)
-        expect_setting(self.variant in GRPO_PRESETS, "variant", f"be of {names}", self.variant)
+        expect_setting(self.variant in GRPO_PRESETS, "variant", f"be one of {names}", self.variant)
         kept = ("kept", "penalty", "filter")
-        expect_setting(self.overlong in kept, "overlong", f"be of {', '.join(kept)}", self.overlong)
+        expect_setting(
+            self.overlong in kept, "overlong", f"be one of {', '.join(kept)}", self.overlong
+        )
         outputs = self.questions * self.group
         expect_setting(
             outputs % self.minibatches == 0,

@@ -121,7 +121,7 @@ def chosen(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
     by_name = {job.name: job for job in jobs}
     for name in names:
         if name not in by_name:
-            raise CouldNotRun(f"must be of {', '.join(by_name)}, got {name}", argument="only")
+            raise CouldNotRun(f"must be one of {', '.join(by_name)}, got {name}", argument="only")
     found = set(names or by_name)
     for job in reversed(jobs):  # a job stands behind those that it needs
         if job.name in found:
@@ -199,8 +199,7 @@ class Recipe:
             wrong = f"began from another {' or '.join(job.inputs.values())} than there is"
         if wrong:
             raise CouldNotRun(
-                f"{place} {wrong}: remove it and the same command runs it again, or take another "
-                "folder"
+                f"{place} {wrong}: remove it and run the same command again, or take another folder"
             )
 
 

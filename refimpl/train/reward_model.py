@@ -230,7 +230,9 @@ def open_reward_model(checkpoint: str, machine: Machine, vocabulary: Vocabulary)
     tokens than those of ``vocabulary``."""
     folder = checkpoint_of(Path(checkpoint))
     if not (folder / FILE).exists():
-        raise CouldNotRun(f"{folder} has no {FILE}: it is no reward model", argument="reward_model")
+        raise CouldNotRun(
+            f"{folder} is not a reward model: it has no {FILE}", argument="reward_model"
+        )
     own = open_vocabulary(folder).files
     if own["tokenizer.json"] != vocabulary.files["tokenizer.json"]:
         raise CouldNotRun(f"{folder} has another tokenizer than the policy")

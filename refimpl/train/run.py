@@ -126,7 +126,7 @@ def run(stage: Stage, folder: RunFolder, *, live: Live | None = None) -> Metrics
 def _stop(stage: Stage, state: State, folder: RunFolder) -> NoReturn:
     folder.save(state, stage.config)
     raise Interrupted(
-        f"stopped after step {state.step}, which is saved: the same command goes on with"
+        f"stopped after step {state.step}, which is saved: to resume, run the same command with"
     )
 
 

@@ -85,7 +85,7 @@ def expect_place(path: Path, *, resume: bool) -> None:
         raise CouldNotRun(f"{path} holds a finished run: nothing was changed")
     begun = is_run(path) or any(name.startswith(PHASE) for name in there)
     if begun and not resume:
-        raise CouldNotRun(f"{path} holds a run already: go on with it by", remedy="resume")
+        raise CouldNotRun(f"{path} holds a run already: resume it with", remedy="resume")
     if not begun and any(not name.endswith(PARTIAL) for name in there):
         raise CouldNotRun(f"{path} is not empty and holds no run: nothing was changed")
 
@@ -222,7 +222,7 @@ class RunFolder:
         for name, digest in files.items():
             if not (folder / name).is_file() or file_digest(folder / name) != digest:
                 raise CouldNotRun(
-                    f"{folder / name} is not as it was saved: remove {folder} to go on from the "
+                    f"{folder / name} is not as it was saved: remove {folder} to resume from the "
                     "state before it, or from the beginning"
                 )
         return told
@@ -294,8 +294,8 @@ class RunFolder:
                 raise
             kept = f"{self.states()[-1].name} is kept" if self.states() else "no state is saved yet"
             raise CouldNotRun(
-                f"{self.path} can't be written: {cause.strerror}; {kept}: make it right, and go on "
-                "by",
+                f"{self.path} can't be written: {cause.strerror}; {kept}: remove the "
+                "cause, and resume with",
                 remedy="resume",
             ) from error
 

@@ -139,7 +139,7 @@ def begin_from(checkpoint: str, machine: Machine, *, mtp: bool = True) -> Begin:
 def expect_kinds(kinds: tuple[str, ...]) -> None:
     """CouldNotRun unless these are kinds of problems, at least one."""
     wrong = [kind for kind in kinds if kind not in KINDS]
-    expect_setting(bool(kinds) and not wrong, "kinds", f"be of {', '.join(KINDS)}", kinds)
+    expect_setting(bool(kinds) and not wrong, "kinds", f"be among {', '.join(KINDS)}", kinds)
 
 
 def expect_size(name: str, count: int, length: int) -> None:
@@ -154,7 +154,7 @@ def checkpoint_of(path: Path) -> Path:
     """The checkpoint that a path means: itself, that of a finished run, or that of a saved state;
     CouldNotRun if the run is not finished."""
     if is_run(path) and not is_finished(path):
-        raise CouldNotRun(f"{path} holds a run that is not finished: go on with it first")
+        raise CouldNotRun(f"{path} holds an unfinished run: finish it first")
     inside = path / "checkpoint"
     return inside if (inside / "config.json").exists() else path
 

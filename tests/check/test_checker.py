@@ -149,7 +149,7 @@ def test_none_inputs_and_several_outputs() -> None:
             (X, W),
             {"rules": ("differences", "hope")},
             ValueError,
-            "rules must be of contract, differences, noise",
+            "rules must be among contract, differences, noise",
         ),
     ],
 )

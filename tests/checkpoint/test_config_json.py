@@ -92,7 +92,7 @@ def test_model_types(tmp_path: Path) -> None:
     config = read_config(written(tmp_path / "config.json", V3_JSON | indexed))
     assert config == replace(preset("v3"), index_topk=2048)
     assert (config.context, preset("v3").context) == (2048, 163840)
-    with pytest.raises(CouldNotRun, match=r"no config\.json stands for index_topk=2048"):
+    with pytest.raises(CouldNotRun, match=r"config\.json can't express index_topk=2048"):
         config_dict(config, dtype="bfloat16")
 
 

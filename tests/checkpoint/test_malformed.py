@@ -432,7 +432,7 @@ BAD: list[tuple[str, Callable[[Path], None], str]] = [
     ),
     # the file
     ("one", removed(ONE), f"holds neither {ONE} nor {INDEX}"),
-    ("one", pickles_alone, "holds pickles alone (pytorch_model.bin)"),
+    ("one", pickles_alone, "holds only pickles (pytorch_model.bin)"),
     ("one", written(ONE, pickle.dumps({"a": 1})), f"{ONE} is a pickle"),
     ("one", to_zip, f"{ONE} is a zip archive"),
     ("one", written(ONE, LFS), f"{ONE} is a git-LFS pointer"),

@@ -293,6 +293,6 @@ def test_tied_head(tmp_path: Path) -> None:
     "change", [{"gate": "softmax"}, {"group_score": "max"}, {"gate_bias": False}], ids=str
 )
 def test_config_without_json(change: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(CouldNotRun, match=r"no config.json stands for gate="):
+    with pytest.raises(CouldNotRun, match=r"config.json can't express gate="):
         write_random(replace(TINY, **change), tmp_path / "a")
     assert list(tmp_path.iterdir()) == []

@@ -98,7 +98,7 @@ def test_a_crash_is_no_verdict(
     said = done.stderr.splitlines()
     if code == 70:
         begin = "refimpl: a fault of refimpl itself, please report it: "
-        assert re.fullmatch(f"{begin}{line}\\(REFIMPL_TRACEBACK=1 shows all of it\\)", said[-1])
+        assert re.fullmatch(f"{begin}{line}\\(REFIMPL_TRACEBACK=1 shows the traceback\\)", said[-1])
         assert ("Traceback (most recent call last):" in said) == (shown == "1")
         assert len(said) == 1 or shown == "1"
     else:
@@ -240,10 +240,10 @@ def test_options_are_named_in_cli_alone() -> None:
 
 def test_arguments_become_options() -> None:
     """At the beginning and at the end of a message, and nowhere else; names of no option stay."""
-    error = CouldNotRun("digits: start anew with", argument="digits", remedy="force")
-    assert str(error) == "digits digits: start anew with force"
-    assert error.spelled({"digits": "--digits"}) == "--digits digits: start anew with force"
-    assert error.spelled({"force": "--force"}) == "digits digits: start anew with --force"
+    error = CouldNotRun("digits: start again with", argument="digits", remedy="force")
+    assert str(error) == "digits digits: start again with force"
+    assert error.spelled({"digits": "--digits"}) == "--digits digits: start again with force"
+    assert error.spelled({"force": "--force"}) == "digits digits: start again with --force"
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_list(example: Example, tmp_path: Path) -> None:
     assert lines[0] == "act/model.embed_tokens [2, 9, 20]"
     assert "aux/routes.1…2 (2 tensors) [2, 9, 2] int64" in lines
     assert "grad/model.layers.1…3.mlp.experts.0…3.down_proj.weight (12 tensors) [20, 9]" in lines
-    assert lines[-1].startswith("148 tensors; a gradient may also stand under its parameter's")
+    assert lines[-1].startswith("148 tensors; a gradient may also have its parameter's name")
     assert len(lines) < 70
     code, out, _ = check("--list", "--against", example.truth, "--only", "act/*.0")
     assert out.splitlines()[0] == "act/model.layers.0 [2, 9, 20]"

@@ -96,4 +96,4 @@ def test_no_model(tmp_path: Path) -> None:
     (tmp_path / "settings.toml").write_text("")
     done = evaluated(tmp_path)
     assert done.returncode == 2
-    assert "holds a run that is not finished: go on with it first" in done.stderr
+    assert "holds an unfinished run: finish it first" in done.stderr

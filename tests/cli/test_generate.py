@@ -223,13 +223,13 @@ def test_more_drafts_than_modules(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("at_hand", [50_000, 60_000, None])
 def test_short_of_memory(at_hand: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line where the files are larger than the memory at hand, and the same tokens."""
+    """One line where the files are larger than the free memory, and the same tokens."""
     monkeypatch.setattr("refimpl.cli.generate.available_memory", lambda: at_hand)
     done = refimpl_here("generate", *ONE, "--checkpoint", TRAINED)
     assert done.returncode == 0
     line = (
-        "the weights have 5.35e-05 GB, 5e-05 GB of memory are at hand: what is used is read from "
-        "the disk again and again\n"
+        "the weights have 5.35e-05 GB, but only 5e-05 GB of memory are free: weights are read "
+        "from the disk again and again\n"
     )
     assert done.stderr.startswith(line) == (at_hand == 50_000)
     assert done.stderr.count("\n") == 1 + (at_hand == 50_000)
@@ -451,7 +451,7 @@ def test_bytes_that_are_no_tokens(
     file = folder / "tokenizer.json"
     file.write_text(json.dumps(content))
     assert refimpl(monkeypatch, *given) == 2
-    line = f"refimpl: --bytes cannot be used: by {file} tokens are not bytes\n"
+    line = f"refimpl: --bytes cannot be used: the tokens of {file} are not bytes\n"
     assert capsys.readouterr() == ("", line)
 
 

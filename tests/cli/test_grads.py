@@ -96,7 +96,7 @@ def test_a_checkpoint(folder: Path, run: Any, tmp_path: Path) -> None:
     assert f"loss {output.loss:.9g}" in done.stdout
     lines = done.stdout.splitlines()
     assert (
-        "other than hf: gate_epsilon 0.0, hf 1e-20; latent_eps 'config', hf 'class_default'"
+        "differs from hf: gate_epsilon 0.0, hf 1e-20; latent_eps 'config', hf 'class_default'"
         in lines[1]
     )
     assert [line.split("  ")[0] for line in lines[5:11]] == [
@@ -459,7 +459,7 @@ def test_what_hf_does_otherwise(run: Any, tmp_path: Path) -> None:
     within = replace(config, max_positions=16, yarn=Yarn(original=16))
     save_checkpoint(params, within, tmp_path / "within")
     _, printed, _ = run("--out", tmp_path / "b", checkpoint=str(tmp_path / "within"))
-    assert "other than hf: yarn_when 'beyond_original', hf 'always'\n" in printed
+    assert "differs from hf: yarn_when 'beyond_original', hf 'always'\n" in printed
 
 
 def test_left_padding_as_hugging_face(tmp_path: Path) -> None:
@@ -522,7 +522,7 @@ def test_indexers_are_left_out_and_said(tmp_path: Path) -> None:
         done = refimpl_here("grads", "--checkpoint", folder, *tokens)
         assert done.returncode == code
         if code == 0:
-            assert "indexers left out: of up to 20 tokens they choose every key" in done.stdout
+            assert "indexers left out: with up to 20 tokens they choose every key" in done.stdout
         else:
             assert "--tokens must have shape (B, T) with T at most index_topk=19" in done.stderr
     prompt = ["--tokens", tmp_path / "prompt.json", "--max-tokens", 100]
@@ -530,7 +530,7 @@ def test_indexers_are_left_out_and_said(tmp_path: Path) -> None:
     done = refimpl_here("generate", "--checkpoint", folder, *prompt, "--stop", 119)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.split()) <= 17
-    assert "indexers left out: of up to 20 tokens" in done.stderr
+    assert "indexers left out: with up to 20 tokens" in done.stderr
 
 
 def test_conventions_that_matter() -> None:
@@ -793,16 +793,20 @@ BAD = [
                 r"must hold aux/routes.L with a layer's number L, holds aux/routes.\u0662",
                 "must hold aux/routes.L with a layer's number L, holds aux/routes.999",
                 "must hold aux/routes.L with a layer's number L, holds aux/routes.",
-                "--routes must be of the model's MoE layers, with mtp also of its modules, "
+                "--routes must name the model's MoE layers, with mtp also those of its modules, "
                 "got layer 0, 7",
-                "--routes must be of the model's MoE layers, with mtp also of its modules, "
+                "--routes must name the model's MoE layers, with mtp also those of its modules, "
                 "got layer 3",
             )
         )
     ),
     (["--out", "o", "--layers", "0"], "tokens.npy", "--layers must lie in 1…3, got 0"),
     (["--out", "o", "--layers", "4"], "tokens.npy", "--layers must lie in 1…3, got 4"),
-    (["--out", "o", "--layers", "2", "--mtp"], "tokens.npy", "--layers leaves out what mtp reads"),
+    (
+        ["--out", "o", "--layers", "2", "--mtp"],
+        "tokens.npy",
+        "--layers cannot be combined with mtp, which reads the last layer",
+    ),
     (
         ["--out", "o", "--only", "nothing.*"],
         "tokens.npy",
@@ -818,11 +822,7 @@ BAD = [
         "tokens.npy",
         "--balance-alpha must be a number of at least 0, got -1.0",
     ),
-    (
-        ["--out", "o", "--mtp-weight", "0.3"],
-        "tokens.npy",
-        "--mtp-weight weighs the losses of --mtp",
-    ),
+    (["--out", "o", "--mtp-weight", "0.3"], "tokens.npy", "--mtp-weight needs --mtp"),
     (
         ["--out", "o", "--dtype", "bfloat16"],
         "tokens.npy",
@@ -856,7 +856,7 @@ BAD = [
     (
         ["--out", "o", "--units", "float16"],
         "tokens.npy",
-        "--units must be of float64, float32, bfloat16, got float16",
+        "--units must be among float64, float32, bfloat16, got float16",
     ),
     (
         ["--out", "o", "--activations", "*.self_attn.q", "--implementation", "flash"],
@@ -888,13 +888,13 @@ BAD = [
     (
         ["--out", "o", "--grpo", "grpo-13.safetensors", "--mtp"],
         "tokens.npy",
-        "--grpo has a loss and a mask of its own: it cannot be combined with mtp, mask or dlogits",
+        "--grpo has its own loss and mask: it cannot be combined with mtp, mask or dlogits",
     ),
     (["--out", "o", "--grpo", "broken.npy"], "tokens.npy", "broken.npy is not a safetensors file"),
     (
         ["--out", "checkpoint"],
         "tokens.npy",
-        "checkpoint holds other things (config.json): give a folder of its own",
+        "checkpoint holds other things (config.json): give another folder",
     ),
     (["--out", "tokens.npy"], "tokens.npy", "tokens.npy can't be written: File exists"),
     (["--out", "tokens.npy/o"], "tokens.npy", "tokens.npy/o can't be written: Not a directory"),
@@ -1003,7 +1003,7 @@ def test_a_checkpoint_with_a_dangling_link(folder: Path, run: Any, tmp_path: Pat
 def test_no_mtp_in_the_checkpoint(run: Any, tmp_path: Path) -> None:
     code, _, error = run("--out", tmp_path / "o", "--mtp", checkpoint="plain")
     assert (code, error.count("\n")) == (2, 1)
-    assert "--mtp asks for a loss of modules that the model does not have" in error
+    assert "--mtp needs MTP modules, which the model does not have" in error
 
 
 def test_resume_and_force(

@@ -73,7 +73,7 @@ def test_it_runs_to_its_end(whole: Whole) -> None:
             assert (whole.out / job.name / f"held_out-{kind}.json").exists()
         assert f"{job.name}: begins\n" in whole.done.stderr
         assert re.search(rf"^{job.name}: done in \d+ s$", whole.done.stderr, re.M)
-    assert whole.done.stdout.splitlines()[-1].startswith("at toy size: it shows that everything")
+    assert whole.done.stdout.splitlines()[-1].startswith("toy size: this shows that everything")
     assert re.search(r"^ ?held-out loss in nats.* below ≥ 0.5 .*FAILS", whole.done.stdout, re.M)
     seconds = json.loads((whole.out / "seconds.json").read_text())
     assert set(seconds["jobs"]) == {job.name for job in JOBS}
@@ -115,7 +115,7 @@ def test_it_goes_on(whole: Whole, tmp_path: Path) -> None:
     code, _ = stopped(out, "base/metrics.jsonl", signal.SIGKILL)
     assert code == -signal.SIGKILL
     code, told = stopped(out, "long/phase-1/metrics.jsonl", signal.SIGINT)
-    assert (code, told.splitlines()[-1]) == (130, "stopped: the same command goes on")
+    assert (code, told.splitlines()[-1]) == (130, "stopped: run the same command again to resume")
     for name in ("base", "long"):
         with graph.log_of(out, name).open("ab") as log:
             assert graph.locked(log)
@@ -187,7 +187,7 @@ def test_a_claim_that_fails(whole: Whole, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_another_recipe_in_the_folder(whole: Whole) -> None:
     done = run(whole.out, small=False)
-    line = f"refimpl: {whole.out / 'base'} has other settings than this recipe: remove it and the"
+    line = f"refimpl: {whole.out / 'base'} has other settings than this recipe: remove it and run"
     assert done.returncode == 2
     assert done.stderr.startswith(line)
 
@@ -201,8 +201,8 @@ def test_a_job_that_fails(tmp_path: Path) -> None:
     assert (done.returncode, lines[0], len(lines)) == (2, "base: begins", 2)
     assert lines[1] == (
         f"refimpl: base failed with exit code 2: refimpl: {tmp_path / 'base'} is not empty and "
-        f"holds no run: nothing was changed (all of it: {tmp_path / 'base.log'}); the same command "
-        "goes on"
+        f"holds no run: nothing was changed (all of it: {tmp_path / 'base.log'}); run the same "
+        "command again to resume"
     )
     assert [x.name for x in (tmp_path / "base").iterdir()] == ["mine"]
 
@@ -213,7 +213,7 @@ def test_a_job_that_fails(tmp_path: Path) -> None:
         ((), "--out must name the folder of the jobs"),
         (("--out", "x", "--workers", 0), "--workers must be at least 1, got 0"),
         (("--out", "x", "--problems", 0), "--problems must be at least 1, got 0"),
-        (("--out", "x", "--only", "y"), "--only must be of base, unbalanced, "),
+        (("--out", "x", "--only", "y"), "--only must be one of base, unbalanced, "),
         (
             ("--out", "x", "--dtype", "int8"),
             "--dtype must be one of float32, float64, bfloat16, got int8",

@@ -27,8 +27,8 @@ def test_vectors(tmp_path: Path) -> None:
     [
         (["v", "--op", "nothing"], "unknown op nothing; there are linear, "),
         (["v", "--size", "large"], "--size must be one of small, v3-shaped, got large"),
-        (["full"], "full is there already: give a folder of its own"),
-        (["full/file"], "full/file is there already: give a folder of its own"),
+        (["full"], "full exists already: give another folder"),
+        (["full/file"], "full/file exists already: give another folder"),
         (["full/file/v", "--op", "linear"], "full/file/v can't be written: Not a directory"),
     ],
 )

@@ -389,4 +389,4 @@ def test_grade_a_pair(tmp_path: Path) -> None:
     mine.write_text(RIGHT + "\ndef array(x):\n    return x\n")
     done = refimpl_here("grade", "rms_norm", str(mine))
     assert done.returncode == 2
-    assert "mine.py must define rms_norm_forward too" in done.stderr
+    assert "mine.py must also define rms_norm_forward" in done.stderr

@@ -195,7 +195,7 @@ def test_a_broken_state(content: bytes, tmp_path: Path) -> None:
     resume = unfinished(tmp_path)
     (tmp_path / "unfinished" / "request.json").write_bytes(content)
     with pytest.raises(
-        CouldNotRun, match=r"unfinished/request.json is broken: start anew with force$"
+        CouldNotRun, match=r"unfinished/request.json is broken: start again with force$"
     ):
         resume()
     resume(force=True)
@@ -331,7 +331,7 @@ def test_digests_of_the_index(tmp_path: Path) -> None:
         write_gradients(source, request, tmp_path)
     for content in ("{}", '{"files": [1]}', '{"files": {"a": {"b": 1}}}', "[", "[]"):
         (tmp_path / "index.json").write_text(content)
-        with pytest.raises(CouldNotRun, match=r"index.json is broken: start anew with force$"):
+        with pytest.raises(CouldNotRun, match=r"index.json is broken: start again with force$"):
             write_gradients(source, request, tmp_path)
     write_gradients(source, request, tmp_path, force=True)
 

@@ -171,7 +171,7 @@ def test_what_does_not_go_together() -> None:
     source = MemorySource(random_parameters(TINY), TINY)
     given = GRPO.of(ARRAYS, {})
     for other in ({"mtp": True}, {"mask": MASK}, {"dlogits": np.zeros((2, 12, 256))}):
-        with pytest.raises(ValueError, match=r"^grpo has a loss and a mask of its own"):
+        with pytest.raises(ValueError, match=r"^grpo has its own loss and mask"):
             Request(TOKENS, grpo=given, **other).check(source)  # type: ignore[arg-type]
     everywhere = GRPO(np.ones_like(MASK), ARRAYS["advantages"], settings={"kl_weight": 0.0})
     with pytest.raises(ValueError, match=r"^mask must be False where no target can count"):

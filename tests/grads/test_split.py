@@ -273,7 +273,10 @@ def test_grpo_by_outputs() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"split": "positions=3", "grpo": GRPO_GIVEN}, "split must be of rows with grpo"),
+        (
+            {"split": "positions=3", "grpo": GRPO_GIVEN},
+            "split must be micro_batches or rows with grpo",
+        ),
         ({"split": "rows=5", "dlogits": np.zeros((5, 8, 31))}, "cannot be combined with dlogits"),
         ({"split": "rows=4"}, "sizes must be at least 0"),
     ],

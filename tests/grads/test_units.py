@@ -194,7 +194,7 @@ def test_types_that_can_not_be_measured() -> None:
     single = MemorySource(random_parameters(TINY, dtype=np.float32), TINY)
     for types, message in {
         ("float64",): "units of float64 need results of that type to compare with, got float32",
-        ("float16",): "units must be of float64, float32, bfloat16, got float16",
+        ("float16",): "units must be among float64, float32, bfloat16, got float16",
         ("float32", "float32"): "units must name a type once",
     }.items():
         with pytest.raises(ValueError, match=f"^{message}"):

@@ -112,8 +112,8 @@ def test_what_others_could_have_written_is_refused(
         path.chmod(mode | open_to)
         with pytest.raises(
             CouldNotRun,
-            match=rf"^no kernel is loaded from {path}, which can be written by other users: if you "
-            r"trust its content, chmod -R go-w$",
+            match=rf"^kernels are not loaded from {path}, which can be written by other users: if "
+            r"you trust its content, chmod -R go-w$",
         ):
             compiled(None, by=by)
     path.chmod(mode)
@@ -130,8 +130,8 @@ def test_what_others_could_have_written_is_refused(
     monkeypatch.setattr(Path, "stat", foreign)
     with pytest.raises(
         CouldNotRun,
-        match=rf"^no kernel is loaded from {path}, which belongs to user 12345: copy the kernels "
-        r"to a folder of your own$",
+        match=rf"^kernels are not loaded from {path}, which belongs to user 12345: copy the "
+        r"kernels to a folder of your own$",
     ):
         compiled(None, by=by)
     owner = 0
@@ -145,7 +145,9 @@ def test_an_entry_reached_by_a_link_is_checked_where_it_is(kernels: Path, tmp_pa
     folder.symlink_to(real)
     compiled(None)
     tmp_path.chmod(0o777)
-    with pytest.raises(CouldNotRun, match=rf"^no kernel is loaded from {tmp_path}, which can be"):
+    with pytest.raises(
+        CouldNotRun, match=rf"^kernels are not loaded from {tmp_path}, which can be"
+    ):
         compiled(None)
 
 

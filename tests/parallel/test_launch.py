@@ -59,7 +59,7 @@ def test_a_rank_that_hangs() -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--ranks", "3"], "--ranks must be 2, what mpiexec started, got 3"),
+        (["--ranks", "3"], "--ranks must be 2, the number that mpiexec started, got 3"),
         (["--set", "batch=0"], "batch must be at least 1, got 0"),
     ],
 )

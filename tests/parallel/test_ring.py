@@ -73,5 +73,5 @@ def test_blind_queries_that_read_all() -> None:
             return self
 
     hf = replace(SMALL, conventions=Conventions(blind_query="mean"))
-    with pytest.raises(CouldNotRun, match=r"^context_parallel must be 1 where blind_query is mean"):
+    with pytest.raises(CouldNotRun, match=r"^context_parallel must be 1 if blind_query is mean"):
         Ranks(Grid(context=2), Alone()).ops(REFERENCE, hf)  # type: ignore[arg-type]

@@ -271,7 +271,7 @@ def test_what_cannot_be_asked_for() -> None:
     for given, said in (
         ({"op": "nothing"}, "unknown op nothing; there are linear"),
         ({"examples": 0}, "examples must be at least 1, got 0"),
-        ({"types": ["float16"]}, "types must be of float64, float32, got"),
+        ({"types": ["float16"]}, "types must be among float64, float32, got"),
     ):
         with pytest.raises(CouldNotRun, match=said):
             check(**({"op": "rms_norm", "forward": forward, "backward": backward} | given))

@@ -57,7 +57,7 @@ KV_A, KV_B = "kv_a_proj_with_mqa.weight", "kv_b_proj.weight"
 @pytest.mark.parametrize(
     ("part", "end", "change", "wanted"),
     [
-        (ATTENTION, "o_proj.weight", lambda x: -x, "the sign is the other: "),
+        (ATTENTION, "o_proj.weight", lambda x: -x, "the sign is wrong: "),
         (ATTENTION, "o_proj.weight", lambda x: 0 * x, "0 throughout: "),
         (ATTENTION, "o_proj.weight", lambda x: 1e-30 * x, "0 throughout: "),
         (ATTENTION, "o_proj.weight", lambda x: x / 0, "not finite: "),
@@ -96,7 +96,7 @@ def test_gate_and_up_changed_places(truth: Truth) -> None:
     gate, up = (next(n for n in held if f".{x}_proj" in n) for x in ("gate", "up"))
     held[gate], held[up] = held[up], held[gate]
     said = "\n".join(hints_of(truth, part, held, "float32"))
-    assert f"that of .up_proj.weight stands in its place: {gate}" in said
+    assert f"the tensor is that of .up_proj.weight: {gate}" in said
 
 
 def test_transposed(truth: Truth) -> None:

@@ -62,7 +62,7 @@ def test_a_test_per_case(here: pytest.Pytester) -> None:
         ("", "return 1, 2", "mark refimpl: .*missing 1 required positional argument: 'op'"),
         ('"mla"', "return 1, 2", r"test_it must return \(forward, backward\), got \(1, 2\)"),
         ('"mla"', "pass", r"test_it must return \(forward, backward\), got None"),
-        ('"mla", types=["int8"]', "return max, min", "types must be of float64, float32"),
+        ('"mla", types=["int8"]', "return max, min", "types must be among float64, float32"),
     ],
 )
 def test_what_is_wrong_is_one_line(here: pytest.Pytester, mark: str, body: str, line: str) -> None:

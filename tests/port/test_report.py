@@ -58,7 +58,7 @@ def test_the_verdict_is_first_and_the_rest_is_short(failed: Verdict) -> None:
     assert any(re.fullmatch("and [0-9]+ more rows", x) for x in lines)
     text = str(failed)
     assert "not given: 17 of act/" in lines
-    assert "in the port alone:\n  grad/mine\\x1b[31m" in text
+    assert "only in the port:\n  grad/mine\\x1b[31m" in text
     assert all(line.isprintable() for line in lines)
 
 
@@ -182,4 +182,4 @@ def test_experts_share_a_row(failed: Verdict) -> None:
     assert rows[names[0]].units == max(units)
     assert {x.name for x in wrong if ".experts." not in x.name} <= rows.keys()
     lines = str(failed).splitlines()
-    assert "(what stands behind the first wrong part may follow from it)" in lines
+    assert "(parts after the first wrong one may be wrong because of it)" in lines

@@ -243,7 +243,7 @@ def test_the_type_is_the_coarsest_that_is_stored(example: Example, tmp_path: Pat
     assert verdict.notes == ["stored as float32, float64, judged as float32"]
     verdict = judge(example, tmp_path, arrays, dtype="float64")
     assert verdict.verdict == "FAIL"
-    assert verdict.notes[1].startswith("each wrong tensor is within 4 units of float32: name that")
+    assert verdict.notes[1].startswith("each wrong tensor is within 4 units of float32: give that")
 
 
 def test_types_that_cannot_be_judged(example: Example, tmp_path: Path) -> None:
@@ -315,7 +315,9 @@ def test_other_experts(example: Example, tmp_path: Path) -> None:
     truth = edited(example.truth, tmp_path, lambda x: x["metadata"].update(checkpoint=None))
     verdict = judge(example, tmp_path, example.arrays | changed | behind, truth=truth)
     assert verdict.verdict == "INCONCLUSIVE"
-    assert "aux/routes.1 has other experts for 1 of 18 tokens, and what follows" in verdict.reason
+    assert (
+        "aux/routes.1 has other experts for 1 of 18 tokens, and tensors computed" in verdict.reason
+    )
     assert verdict.routes == tmp_path / "port.safetensors"
     before = {"act/model.layers.0": 2 * example.arrays["act/model.layers.0"]}
     verdict = judge(example, tmp_path, example.arrays | changed | before, truth=truth)
@@ -343,7 +345,7 @@ def test_other_experts_that_no_rounding_explains(example: Example, tmp_path: Pat
     assert verdict.verdict == "FAIL"
     assert verdict.first_wrong is not None
     assert verdict.first_wrong.name == "layer 1, gate, forward"
-    assert "for 1 of them such as no rounding of the scores explains" in str(verdict)
+    assert "which rounding of the scores can't explain for 1 of them" in str(verdict)
     twice = np.repeat(example.arrays[TIE][..., :1], 2, axis=-1)
     verdict = judge(example, tmp_path, example.arrays | {TIE: twice})
     assert (verdict.verdict, verdict.tensors[TIE].status) == ("FAIL", "wrong")
@@ -391,7 +393,7 @@ def test_what_a_verdict_does_not_say(example: Example, tmp_path: Path) -> None:
     verdict = judge(example, tmp_path, example.arrays, truth=truth)
     assert [note.split(":")[0] for note in verdict.notes] == [
         "every token goes to every expert",
-        "the truth was run with routes that were given to it",
+        "the truth was computed with given routes",
     ]
 
 
@@ -466,7 +468,7 @@ def test_vectors_of_some_ops(tmp_path: Path) -> None:
     assert verdict.verdict == "INCONCLUSIVE"
     assert "missing: linear-2/out/y" in verdict.reason
     (tmp_path / "map.toml").write_text('"a" = "b"')
-    with pytest.raises(CouldNotRun, match=r"^layout names a model's tensors, and the truth has"):
+    with pytest.raises(CouldNotRun, match=r"^layout names a model's tensors, but the truth has"):
         judge(example, tmp_path, one, layout=tmp_path / "map.toml")
 
 

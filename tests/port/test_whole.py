@@ -43,7 +43,7 @@ def test_without_the_checkpoint_the_verdict_stands(example: Example, tmp_path: P
     assert verdict.diagnosis.named == []
     verdict = compare_folders(save(tmp_path / "port.safetensors", example.arrays), truth)
     assert verdict.verdict == "PASS"
-    assert "which mistakes would not show here is not known: " in verdict.notes[-1]
+    assert "it is not known which mistakes would not show here: " in verdict.notes[-1]
 
 
 def test_code_that_is_not_ours_passes(tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ print("one"); print("it broke"); sys.exit(3)
         run_graph(needs, commands(tmp_path, {"a": wait, "b": PATIENT}), tmp_path, workers=2)
     assert str(error.value) == (
         f"a failed with exit code 3: it broke (all of it: {tmp_path / 'a.log'}); "
-        "the same command goes on"
+        "run the same command again to resume"
     )
     assert (tmp_path / "b.saved").read_text() == "1"
     assert not spans(tmp_path)

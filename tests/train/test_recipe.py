@@ -82,7 +82,7 @@ def test_chosen() -> None:
         (["a", "a"], "a"),
     ):
         assert "".join(job.name for job in chosen(jobs, names)) == wanted
-    with pytest.raises(CouldNotRun, match=r"^only must be of base, .*, got x$"):
+    with pytest.raises(CouldNotRun, match=r"^only must be one of base, .*, got x$"):
         chosen(JOBS, ["x"])
 
 
@@ -135,7 +135,7 @@ def test_what_is_out_of_date(phases: bool, tmp_path: Path) -> None:
             changed.next_task("b")
         return str(error.value)
 
-    end = ": remove it and the same command runs it again, or take another folder"
+    end = ": remove it and run the same command again, or take another folder"
     settings: dict[str, Any]
     for settings in ({"steps": 4}, {"steps": 3, "learning_rate": 2e-3}, {}):
         other = Recipe(tmp_path, [jobs[0], Job("b", "extend", {"checkpoint": "a"}, settings)])

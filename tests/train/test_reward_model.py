@@ -143,7 +143,7 @@ def test_models_that_cannot_judge(tmp_path: Path) -> None:
     with pytest.raises(CouldNotRun, match="has another tokenizer than the policy"):
         open_reward_model(str(tmp_path / "rm"), MACHINE, read)
     (tmp_path / "rm" / "checkpoint" / FILE).unlink()
-    with pytest.raises(CouldNotRun, match=r"reward_model .*it is no reward model"):
+    with pytest.raises(CouldNotRun, match=r"reward_model .*is not a reward model: it has no"):
         open_reward_model(str(tmp_path / "rm"), MACHINE, make_vocabulary())
 
 

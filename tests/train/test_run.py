@@ -130,7 +130,7 @@ def test_ctrl_c(whole: Path, tmp_path: Path, number: int, monkeypatch: pytest.Mo
     step = {1: 0, 4: 3, 5: 3}[number]
     assert done.returncode == 130
     line = f"refimpl: stopped after step {step}, which is saved: "
-    line += "the same command goes on with --resume"
+    line += "to resume, run the same command with --resume"
     assert done.stderr.splitlines()[-1] == line
     assert [x.name for x in (tmp_path / "run").glob("state-*")] == [f"state-{step:06d}"]
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == number
@@ -184,7 +184,8 @@ def test_process(whole: Path, tmp_path: Path) -> None:
     last = told.splitlines()[-1]
     step = int(
         re.findall(
-            "stopped after step ([0-9]+), which is saved: the same command goes on with --resume",
+            "stopped after step ([0-9]+), which is saved: to resume, run the same command with "
+            "--resume",
             last,
         )[0]
     )
@@ -228,7 +229,7 @@ def test_full_disk(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
         f"refimpl: {tmp_path / 'run'} can't be written: No space left on device; state-000002 is "
-        "kept: make it right, and go on by --resume"
+        "kept: remove the cause, and resume with --resume"
     )
     opened = Path.open
 

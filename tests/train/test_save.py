@@ -112,7 +112,7 @@ def test_not_as_saved(tmp_path: Path) -> None:
         "extra.safetensors",
         "moments.safetensors",
     ]
-    line = "is not as it was saved: remove .*state-000001 to go on from the state before it"
+    line = "is not as it was saved: remove .*state-000001 to resume from the state before it"
     for name in names:
         whole = (target / name).read_bytes()
         other = bytearray(whole)
@@ -186,8 +186,8 @@ PLACES: dict[str, tuple[tuple[str, ...], str | None, str | None]] = {
     "interrupted": (("settings.toml.0123.partial",), None, None),
     "foreign": (("letter.txt",), "is not empty and holds no run", "is not empty and holds no run"),
     "hidden": ((".git",), "is not empty and holds no run", "is not empty and holds no run"),
-    "run": (("settings.toml",), "holds a run already: go on with it by resume", None),
-    "phase": (("phase-1",), "holds a run already: go on with it by resume", None),
+    "run": (("settings.toml",), "holds a run already: resume it with resume", None),
+    "phase": (("phase-1",), "holds a run already: resume it with resume", None),
     "finished": (
         ("settings.toml", "result.json"),
         "holds a finished run: nothing was changed",
@@ -244,8 +244,8 @@ def test_unwritable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CouldNotRun) as error:
         opened(tmp_path / "run")
     assert str(error.value) == (
-        f"{tmp_path / 'run'} can't be written: Permission denied; no state is saved yet: make it "
-        "right, and go on by resume"
+        f"{tmp_path / 'run'} can't be written: Permission denied; no state is saved yet: remove "
+        "the cause, and resume with resume"
     )
 
 
@@ -294,7 +294,7 @@ def test_full_disk(tmp_path: Path, what: str) -> None:
             break
         number += 1 if FULL else 3
         assert "can't be written: No space left on device; state-00000" in line
-        assert line.endswith("is kept: make it right, and go on by resume")
+        assert line.endswith("is kept: remove the cause, and resume with resume")
         rest = files(tmp_path)
         assert not [name for name in rest if "partial" in name]
         if "run/result.json" not in rest:

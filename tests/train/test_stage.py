@@ -95,7 +95,7 @@ FAULTS = [  # stage, a setting, the line
     ("train", "model.q_latent=a", "model.q_latent must be an integer, got 'a'"),
     ("train", "model.max_positions=4", "model must have a context of at least 8, got 4"),
     ("train", "model.mtp_depth=8", "model.mtp_depth must be below 8, the length, got 8"),
-    ("train", "model.gate=softmax", "no config.json stands for gate='softmax'"),
+    ("train", "model.gate=softmax", "config.json can't express gate='softmax'"),
     ("train", "preset=big", "impossible model: preset must be one of tiny, mini, "),
     ("train", "length=0", "length must be at least 2, got 0"),
     ("train", "length=100000", "length must be below "),
@@ -113,23 +113,23 @@ FAULTS = [  # stage, a setting, the line
     ("extend", "factors=[4, 2]", "factors must be integers above 1 that rise, got (4, 2)"),
     ("extend", "factors=[9999]", "length must be below "),
     ("extend", "beta_fast=0", "impossible settings: yarn.beta_fast must be a finite number above"),
-    ("sft", "kinds=[]", "kinds must be of add2, add3, sort4, sort5, got ()"),
+    ("sft", "kinds=[]", "kinds must be among add2, add3, sort4, sort5, got ()"),
     ("sft", "checkpoint=nowhere", "nowhere does not exist"),
     ("sft", "checkpoint=letter", f"letter/config.json can't be read: {NO}"),
     ("sft", "checkpoint=foreign", "foreign has no tokenizer.json: give a checkpoint that has one"),
     ("sft", "checkpoint=bytes", "bytes/tokenizer.json has 261 tokens, and the model of "),
     ("sft", "checkpoint=cut", "cut/model.safetensors is cut off or not a safetensors file: "),
-    (
-        "sft",
-        "checkpoint=unfinished",
-        "unfinished holds a run that is not finished: go on with it first",
-    ),
+    ("sft", "checkpoint=unfinished", "unfinished holds an unfinished run: finish it first"),
     ("sft", "solutions=nowhere", f"nowhere can't be read: {NO}"),
     ("sft", "solutions=text.txt", "text.txt, line 1: must be a JSON object with prompt and"),
     ("grpo", "checkpoint=", "--checkpoint must name the checkpoint to begin with, got ''"),
     ("grpo", "minibatches=3", "minibatches must divide questions × group = 2, got 3"),
     ("grpo", "loss.x=1", "loss has no setting x; "),
-    ("grpo", "reward_model=base", "reward_model base has no reward_head.safetensors: it is no"),
+    (
+        "grpo",
+        "reward_model=base",
+        "reward_model base is not a reward model: it has no reward_head.safetensors",
+    ),
     ("reward-model", "problems=99999", "problems: count must be at most 1215 for"),
     ("distil", "teacher=", "--teacher must name a checkpoint, got ''"),
 ]
@@ -150,7 +150,7 @@ PLACES = [
     ("letter", "letter is not empty and holds no run: nothing was changed"),
     ("file", "file can't be written: File exists"),
     ("file/out", "file/out can't be written: Not a directory"),
-    ("unfinished", "unfinished holds a run already: go on with it by --resume"),
+    ("unfinished", "unfinished holds a run already: resume it with --resume"),
 ]
 
 
@@ -183,7 +183,7 @@ def test_resume(made: Path, tmp_path: Path) -> None:
     assert told([*line, "--resume"]) == told(line) == finished
     assert files(out) == before
     (out / "result.json").unlink()
-    assert told(line) == f"refimpl: {out} holds a run already: go on with it by --resume\n"
+    assert told(line) == f"refimpl: {out} holds a run already: resume it with --resume\n"
     other = f"refimpl: {out / 'settings.toml'} has other settings than this run "
     assert told([*line, "--set", "steps=2", "--resume"]).startswith(f"{other}(steps = 2): give")
     (given / "generation_config.json").write_text('{"eos_token_id": 256, "top_p": 1}')
@@ -229,7 +229,7 @@ def test_unfinished(made: Path, tmp_path: Path, stage: str) -> None:
     to any stage."""
     line = line_of(made, stage, out=str(tmp_path / "out"))
     done = refimpl_here(*line, "--checkpoint", "unfinished", cwd=made)
-    told = "refimpl: unfinished holds a run that is not finished: go on with it first\n"
+    told = "refimpl: unfinished holds an unfinished run: finish it first\n"
     assert (done.returncode, done.stderr) == (2, told)
 
 
@@ -255,7 +255,7 @@ def test_base_settings() -> None:
     optimizer = settings.optimizer(settings.machine())
     assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay) == (0.5, 0.95, 0.0)
     expect_kinds(("add2", "sort4"))
-    with pytest.raises(CouldNotRun, match=r"^kinds must be of add2, .*, got \('add2', 'x'\)$"):
+    with pytest.raises(CouldNotRun, match=r"^kinds must be among add2, .*, got \('add2', 'x'\)$"):
         expect_kinds(("add2", "x"))
 
 
@@ -266,7 +266,7 @@ def test_checkpoints(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "base", run / "checkpoint")
     assert checkpoint_of(run) == run / "checkpoint"
     (run / "settings.toml").write_text("")
-    with pytest.raises(CouldNotRun, match="not finished"):  # though its checkpoint is whole
+    with pytest.raises(CouldNotRun, match="unfinished run"):  # though its checkpoint is whole
         checkpoint_of(run)
     (run / "result.json").write_text("{}")
     assert checkpoint_of(run) == run / "checkpoint"
