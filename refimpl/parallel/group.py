@@ -12,8 +12,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn, TypeVar
 
 from ..errors import CouldNotRun
 
@@ -41,11 +41,14 @@ def import_mpi() -> Any:
     return MPI
 
 
-def stop_all(line: str, code: int) -> None:
-    """Print a line, and end every rank with this exit code."""
-    print(line, file=sys.stderr, flush=True)
+def stop_all(line: str, code: int) -> NoReturn:
+    """Print a line, and end every rank with this exit code; without MPI this process alone."""
+    with suppress(OSError):  # who would read the line may have ended before
+        print(line, file=sys.stderr, flush=True)
     time.sleep(0.2)  # for mpiexec to read it, before the end
-    import_mpi().COMM_WORLD.Abort(code)
+    with suppress(CouldNotRun):
+        import_mpi().COMM_WORLD.Abort(code)
+    os._exit(code)
 
 
 class Watch:

@@ -68,9 +68,11 @@ class SharedFolder(RunFolder):
         return self.ranks.world.first(lambda: RunFolder.save(self, whole, config, name, add))
 
     def latest(self, config: ModelConfig) -> State | None:
-        self.ranks.world.first(lambda: bool(RunFolder.latest(self, config)))  # alone it cuts files
         state = RunFolder.latest(self, config)
         return None if state is None else own_state(state, config, self.ranks)
+
+    def _cut_metrics(self, size: int) -> None:
+        self.ranks.world.first(lambda: RunFolder._cut_metrics(self, size))
 
     def metrics(self) -> list[dict[str, Any]]:
         return self.ranks.world.first(lambda: RunFolder.metrics(self))

@@ -27,9 +27,29 @@ ranks.world.gather(0)
 """
 
 
+TRAIN = """
+import sys
+from refimpl import cli
+
+def run_stage(*given, ranks, **how):
+    if ranks.rank == 1:
+        raise KeyboardInterrupt
+    ranks.world.gather(0)
+
+cli.train.run_stage = run_stage
+sys.argv = ["refimpl", "train", "--out", "nowhere"]
+cli.main()
+"""
+
+
 def launched(fault: str, timeout: float = 60.0) -> tuple[int, str, float]:
     """Exit code, standard error, and seconds of two ranks, of which the second has a fault."""
-    code, begin = RANKS.format(fault=fault, timeout=timeout), time.monotonic()
+    return run_ranks(RANKS.format(fault=fault, timeout=timeout))
+
+
+def run_ranks(code: str) -> tuple[int, str, float]:
+    """The same of two ranks that run this code."""
+    begin = time.monotonic()
     done = subprocess.run(
         [MPIEXEC, "-n", "2", sys.executable, "-c", code], capture_output=True, text=True, timeout=60
     )
@@ -53,6 +73,34 @@ def test_a_rank_that_hangs() -> None:
     assert "refimpl: rank 0 (process " in said
     assert "has waited 0.5 s to gather; another rank hangs, or needs a longer timeout" in said
     assert seconds < 20
+
+
+@needs_mpi
+def test_a_rank_that_hangs_and_nobody_who_reads() -> None:
+    """The line can't be printed, and all end."""
+    code = RANKS.format(fault="time.sleep(50)", timeout=0.5).replace(
+        "ranks.world", "import os; r, w = os.pipe(); os.close(r); os.dup2(w, 2); ranks.world"
+    )
+    assert run_ranks(code)[0] == 2
+
+
+@needs_mpi
+def test_an_interrupt_ends_all() -> None:
+    """Ctrl-C reaches one rank while the other waits for it inside MPI, where it hears nothing."""
+    code, said, _ = run_ranks(TRAIN)
+    assert code == 130
+    assert "): interrupted\n" in said
+    assert "Traceback" not in said
+
+
+@needs_mpi
+def test_mpiexec_without_mpi4py() -> None:
+    """A line, and no traceback."""
+    code, said, _ = run_ranks("import sys; sys.modules['mpi4py'] = None" + TRAIN)
+    assert code == 2
+    assert "refimpl: rank 0 (process " in said
+    assert "): several ranks need MPI: pip install -e '.[parallel]' (" in said
+    assert "Traceback" not in said
 
 
 @needs_mpi

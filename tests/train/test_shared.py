@@ -23,6 +23,7 @@ from refimpl.train.machine import Machine, open_machine
 from refimpl.train.pretrain import Pretrain, PretrainSettings
 from refimpl.train.reward_model import RewardModelSettings
 from refimpl.train.run import Guard
+from refimpl.train.save import RunFolder
 from refimpl.train.sft import SFTSettings
 from refimpl.train.shared import SharedStage, own_state, whole_state
 from refimpl.train.stages import run_stage
@@ -110,6 +111,16 @@ def test_other_ranks_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     run("train", tmp_path / "shared", given, resume=True)
     files = [load_file(tmp_path / x / "checkpoint/model.safetensors") for x in ("shared", "alone")]
     assert far(*files) <= 1e-10
+
+
+def test_the_first_rank_alone_cuts_the_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow rank would cut off what the first has written since."""
+    cut = []
+    monkeypatch.setattr(RunFolder, "_cut_metrics", lambda folder, _: cut.append(folder.ranks.rank))
+    run("train", tmp_path / "run", settings("train", tmp_path), Grid(2))
+    assert cut == [0]
 
 
 def test_a_state_there_and_back() -> None:
