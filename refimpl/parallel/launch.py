@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from ..errors import CouldNotRun
 from .grid import make_grid
-from .group import Group, Watch, import_mpi, stop_all
+from .group import TIMEOUT, Group, Watch, import_mpi, stop_all
 from .ranks import Ranks
 
 __all__ = ["end_all", "is_rank", "join", "start"]
@@ -69,7 +69,7 @@ def join(
     data: int | None = None,
     context: int = 1,
     expert: int = 1,
-    timeout: float = 300.0,
+    timeout: float = TIMEOUT,
 ) -> Ranks:
     """The ranks that mpiexec started, this one among them, in a grid (`make_grid`). The first rank
     prints which process on which machine each rank is: the names that mpiexec uses.
@@ -78,7 +78,7 @@ def join(
         ranks: how many there must be; None: as many as there are.
         timeout: seconds that a rank waits for another before all end.
     """
-    mpi = import_mpi()
+    mpi = import_mpi(timeout)
     comm = mpi.COMM_WORLD
     size = comm.Get_size()
     if ranks not in (None, size):

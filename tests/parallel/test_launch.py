@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -82,6 +83,26 @@ def test_a_rank_that_hangs_and_nobody_who_reads() -> None:
         "ranks.world", "import os; r, w = os.pipe(); os.close(r); os.dup2(w, 2); ranks.world"
     )
     assert run_ranks(code)[0] == 2
+
+
+@needs_mpi
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_rank_that_never_joins(interrupted: bool) -> None:
+    """It ends before MPI has begun, which mpiexec does not mind, and the other waits inside MPI."""
+    timeout = 50 if interrupted else 1
+    python = (sys.executable, "-c")
+    first = (*python, f"from refimpl.parallel.launch import join; join(timeout={timeout})")
+    command = [MPIEXEC, "-n", "1", *first, ":", "-n", "1", *python, "exit(1)"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            if interrupted:
+                time.sleep(1)
+                process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert process.returncode
+    assert interrupted or "in import_mpi" in said
 
 
 @needs_mpi
