@@ -34,9 +34,9 @@ def is_rank() -> bool:
     return any(name in os.environ for name in SIZES)
 
 
-def own_rank() -> int:
-    """This process's rank, before MPI is there."""
-    return int(next((os.environ[name] for name in RANKS if name in os.environ), 0))
+def told(names: tuple[str, ...], default: int) -> int:
+    """What mpiexec told this process by one of these names, before MPI is there."""
+    return int(next((os.environ[name] for name in names if name in os.environ), default))
 
 
 def start(ranks: int, arguments: list[str]) -> NoReturn:
@@ -81,6 +81,11 @@ def join(
     mpi = import_mpi(timeout)
     comm = mpi.COMM_WORLD
     size = comm.Get_size()
+    if size != (begun := told(SIZES, size)):
+        raise CouldNotRun(
+            f"mpiexec started {begun} processes, and mpi4py's MPI sees {size}: it must be the "
+            "mpiexec of that MPI"
+        )
     if ranks not in (None, size):
         raise CouldNotRun(f"must be {size}, what mpiexec started, got {ranks}", argument="ranks")
     grid = make_grid(size, data=data, context=context, expert=expert)
@@ -104,7 +109,7 @@ def end_all(line: str, code: int) -> NoReturn:
 
     The first rank goes first: where all have the same error, one line tells of it.
     """
-    rank = own_rank()
+    rank = told(RANKS, 0)
     if rank:
         with suppress(CouldNotRun):
             import_mpi()  # which waits for the others to be there

@@ -145,6 +145,18 @@ def test_one_line_for_all(arguments: list[str], line: str, tmp_path: Path) -> No
 
 
 @needs_mpi
+def test_the_mpiexec_of_another_mpi() -> None:
+    """Each process would take itself for the only one: they would all write to one folder."""
+    told = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
+    code = "from refimpl.parallel.launch import join; join()"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | told)
+    line = "CouldNotRun: mpiexec started 2 processes, and mpi4py's MPI sees 1: it must be the mpi"
+    assert done.returncode
+    assert line in done.stderr
+
+
+@needs_mpi
 def test_kills(tmp_path: Path) -> None:
     """SIGKILL of a rank: the others end, nothing is lost, and one process goes on."""
     kill(10 if FULL else 1, tmp_path)
