@@ -20,16 +20,19 @@ RankCount = Annotated[
 ]
 DataParallel = Annotated[
     int | None,
-    typer.Option(help="Ranks that the sequences of a batch are over; default: what is left."),
+    typer.Option(help="Ranks that share the sequences of a batch; default: what is left."),
 ]
 ContextParallel = Annotated[
-    int, typer.Option(help="Ranks that the positions of each sequence are over.")
+    int, typer.Option(help="Ranks that share the positions of each sequence.")
 ]
 ExpertParallel = Annotated[
     int, typer.Option(help="Ranks that hold all experts between them; it divides --ranks.")
 ]
 Timeout = Annotated[
-    float, typer.Option(help="Seconds that a rank waits for another before all end.")
+    float,
+    typer.Option(
+        help="Seconds that a rank waits for others, or for an evaluation, before all end."
+    ),
 ]
 
 

@@ -1,8 +1,8 @@
 """The gradients of a model over several ranks: each has its parts of the batch and its experts in
 memory, and the first writes the result, in the files that one process writes.
 
-The other way to a model that does not fit: one process keeps one layer in memory, ranks keep all,
-each its share.
+The other way to gradients whose step does not fit: one process keeps one layer in memory, ranks
+keep all, each its share. The first collects all gradients before it writes them.
 """
 
 from __future__ import annotations
