@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from refimpl.errors import CouldNotRun
+from refimpl.files import held
 from refimpl.generate.sampler import to_numpy
 from refimpl.optimizer import AdamW, Moments
 from refimpl.parallel.grid import Grid
@@ -22,10 +24,10 @@ from refimpl.train import shared
 from refimpl.train.machine import Machine, open_machine
 from refimpl.train.pretrain import Pretrain, PretrainSettings
 from refimpl.train.reward_model import RewardModelSettings
-from refimpl.train.run import Guard
+from refimpl.train.run import Guard, Interrupted
 from refimpl.train.save import RunFolder
 from refimpl.train.sft import SFTSettings
-from refimpl.train.shared import SharedStage, own_state, whole_state
+from refimpl.train.shared import SharedFolder, SharedStage, own_state, whole_state
 from refimpl.train.stages import run_stage
 from refimpl.train.step import NotTaken, State, train_step
 
@@ -182,6 +184,26 @@ def test_ranks_that_read_different_texts(tmp_path: Path) -> None:
             run_stage("train", tmp_path / "run", own, ranks=ranks)
 
     in_threads(2, work)
+
+
+def test_an_interrupt_of_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All stop after the same step; only the first shows lines."""
+    given, shown = settings("train", tmp_path), []
+    monkeypatch.setattr(
+        SharedFolder,
+        "agreed",
+        lambda self, _, agreed=SharedFolder.agreed: agreed(self, self.ranks.rank == 1),
+    )
+    monkeypatch.setattr("sys.stderr", SimpleNamespace(write=shown.append, flush=int, isatty=bool))
+    with pytest.raises(Interrupted, match=r"^stopped after step 0, which is saved"):
+        run("train", tmp_path / "run", given, Grid(2))
+    assert [x.name for x in (tmp_path / "run").glob("state-*")] == ["state-000000"]
+    assert len(shown) == 1
+
+
+def test_a_folder_in_use(tmp_path: Path) -> None:
+    with held(tmp_path / "run"), pytest.raises(CouldNotRun, match=r"is in use by another run$"):
+        run("train", tmp_path / "run", settings("train", tmp_path), Grid(2))
 
 
 def test_a_stage_for_one_process(tmp_path: Path) -> None:
