@@ -19,10 +19,12 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from refimpl.config import ModelConfig
+from refimpl.errors import CouldNotRun
 from refimpl.optimizer import AdamW, Moments
 from refimpl.parallel.grid import Grid
 from refimpl.parallel.ranks import Ranks
@@ -118,10 +120,29 @@ def off_steps(world: Any, grid: Grid) -> float:
     return float(world.first(compare))
 
 
+def meet(world: Any) -> None:
+    """What each rank gets of the others, also an error of the first with its arguments' names."""
+    rank, size = world.rank, world.size
+    assert world.gather(rank) == [*range(size)]
+    assert world.collect(rank) == (None if rank else [*range(size)])
+    assert world.swap([(rank, other) for other in range(size)]) == [(x, rank) for x in range(size)]
+    assert world.rotate(rank) == (rank - 1) % size
+    assert world.split(rank % 2).gather(rank) == [*range(rank % 2, size, 2)]
+    assert world.first(lambda: rank) == 0
+
+    def fail() -> None:
+        raise CouldNotRun("is wrong", argument="out", remedy="resume")
+
+    with pytest.raises(CouldNotRun) as error:
+        world.first(fail)
+    assert error.value.spelled({"out": "--out"}) == "--out is wrong resume"
+
+
 def main(examples: int, trained: int) -> None:
     from refimpl.parallel.launch import join
 
     world, worst = join(None).world, [0.0]
+    meet(world)
 
     @settings(
         max_examples=examples,

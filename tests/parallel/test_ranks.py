@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from refimpl.parallel.grid import Grid
 from refimpl.parallel.ranks import Ranks
 
-from parallel.alike import Drawn, draw, grids, off_gradients, off_steps
+from parallel.alike import Drawn, draw, grids, meet, off_gradients, off_steps
 from parallel.threads import each, in_threads
 from support import FULL
 
@@ -33,6 +33,10 @@ MPIEXEC = Path(sys.executable).parent / "mpiexec"
 def test_gradients_in_threads(data: st.DataObject, ranks: int) -> None:
     case: Drawn = draw(data, ranks)
     assert each(in_threads(ranks, partial(off_gradients, case=case))) <= 1e-12  # seen: 9e-14
+
+
+def test_threads_meet_as_processes_do() -> None:
+    in_threads(4, meet)
 
 
 def test_the_order_of_sums() -> None:
