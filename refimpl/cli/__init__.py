@@ -79,6 +79,8 @@ def main() -> None:
     except (CouldNotRun, UsageError) as error:
         leave(2, usage_line(error) if isinstance(error, UsageError) else str(error))
     except typer.Abort:  # Ctrl-C
+        if is_rank():
+            end_all("interrupted", 130)  # others may be waiting for this one
         sys.exit(130)
     except (OutputClosed, BrokenPipeError):
         os._exit(141)  # as a shell calls SIGPIPE; what is left in the buffer has nowhere to go

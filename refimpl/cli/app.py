@@ -81,6 +81,8 @@ class Commands(TyperGroup):
             if error.filename is not None:
                 raise
             raise OutputClosed from error  # typer would make an exit code 1 of it
+        except KeyboardInterrupt as error:
+            raise typer.Abort from error  # newer typers would make an exit code of it
         except CouldNotRun as error:
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
             given = command.params if command is not None else []

@@ -35,7 +35,10 @@ ExpertParallel = Annotated[  # ``--expert-parallel``
     typer.Option(help="Number of ranks that hold all experts between them; it divides --ranks."),
 ]
 Timeout = Annotated[  # ``--timeout``, seconds
-    float, typer.Option(help="Seconds that a rank waits for another; then all ranks end.")
+    float,
+    typer.Option(
+        help="Seconds that a rank waits for others, or for an evaluation, before all end."
+    ),
 ]
 
 

@@ -1,8 +1,8 @@
 """The gradients of a model over several ranks: each has its parts of the batch and its experts in
 memory, and the first writes the result, in the files that one process writes.
 
-The other way to a model that does not fit: one process keeps one layer in memory, ranks keep all,
-each its share.
+The other way to gradients whose step does not fit: one process keeps one layer in memory, ranks
+keep all, each its share. The first collects all gradients before it writes them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from ..parameters import (
     HEAD,
     depth_of,
     head_name,
-    is_buffer,
     is_stacked,
     layer_name,
     mtp_layers,
@@ -180,7 +179,7 @@ class SharedSteps(Steps):
     def _write_layer(self, layer: int, grads: LayerGradients) -> None:
         begin = layer_name(layer, "")
         for name, x in self.found.gradients.items():
-            if name.startswith(begin) and not is_buffer(name):
+            if name.startswith(begin):
                 for expert, stored in enumerate(stored_names(name, x.shape)):
                     grads.write(stored, x if stored == name else x[expert])
 

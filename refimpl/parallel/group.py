@@ -7,24 +7,27 @@ its ranks must call the same one.
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any, NoReturn, TypeVar
 
 from ..errors import CouldNotRun
 
 __all__ = ["Group", "Watch", "import_mpi", "stop_all"]
 
 T = TypeVar("T")
+TIMEOUT = 300.0  # seconds that a rank waits for another before all end
 
 
-def import_mpi() -> Any:
+def import_mpi(timeout: float = TIMEOUT) -> Any:
     """mpi4py's module ``MPI``; CouldNotRun without it. The first import joins this process to the
-    others that mpiexec started.
+    others that mpiexec started, for which it waits at most ``timeout`` seconds.
 
     Where there are more of them than processors, a rank that waits leaves its own to the others (a
     setting of MPICH's, which otherwise makes it spin).
@@ -33,7 +36,8 @@ def import_mpi() -> Any:
         os.environ.setdefault("MPIR_CVAR_POLLS_BEFORE_YIELD", "1")
         os.environ.setdefault("MPIR_CVAR_ENABLE_HEAVY_YIELD", "1")
     try:
-        from mpi4py import MPI
+        with nullcontext() if "mpi4py.MPI" in sys.modules else _starting(timeout):
+            from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise CouldNotRun(
             f"several ranks need MPI: pip install -e '.[parallel]' ({error})"
@@ -41,11 +45,27 @@ def import_mpi() -> Any:
     return MPI
 
 
-def stop_all(line: str, code: int) -> None:
-    """Print a line, and end every rank with this exit code."""
-    print(line, file=sys.stderr, flush=True)
+@contextmanager
+def _starting(timeout: float) -> Iterator[None]:
+    """Inside, Ctrl-C ends this process at once, and so does the time, with a traceback: the start
+    of MPI waits for all ranks, also for one that has ended, and lets no Python run meanwhile."""
+    faulthandler.dump_traceback_later(min(timeout, threading.TIMEOUT_MAX), exit=True)
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        faulthandler.cancel_dump_traceback_later()
+
+
+def stop_all(line: str, code: int) -> NoReturn:
+    """Print a line, and end every rank with this exit code; without MPI this process alone."""
+    with suppress(OSError):  # who would read the line may have ended before
+        print(line, file=sys.stderr, flush=True)
     time.sleep(0.2)  # for mpiexec to read it, before the end
-    import_mpi().COMM_WORLD.Abort(code)
+    with suppress(CouldNotRun):
+        import_mpi().COMM_WORLD.Abort(code)
+    os._exit(code)
 
 
 class Watch:

@@ -13,13 +13,14 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import CouldNotRun
 from .grid import make_grid
-from .group import Group, Watch, import_mpi, stop_all
+from .group import TIMEOUT, Group, Watch, import_mpi, stop_all
 from .ranks import Ranks
 
 __all__ = ["end_all", "is_rank", "join", "start"]
@@ -33,9 +34,9 @@ def is_rank() -> bool:
     return any(name in os.environ for name in SIZES)
 
 
-def own_rank() -> int:
-    """This process's rank, before MPI is there."""
-    return int(next((os.environ[name] for name in RANKS if name in os.environ), 0))
+def told(names: tuple[str, ...], default: int) -> int:
+    """What mpiexec told this process by one of these names, before MPI is there."""
+    return int(next((os.environ[name] for name in names if name in os.environ), default))
 
 
 def start(ranks: int, arguments: list[str]) -> NoReturn:
@@ -68,7 +69,7 @@ def join(
     data: int | None = None,
     context: int = 1,
     expert: int = 1,
-    timeout: float = 300.0,
+    timeout: float = TIMEOUT,
 ) -> Ranks:
     """The ranks that mpiexec started, this one among them, in a grid (`make_grid`). The first rank
     prints which process on which machine each rank is: the names that mpiexec uses.
@@ -77,9 +78,14 @@ def join(
         ranks: how many there must be; None: as many as there are.
         timeout: seconds that a rank waits for another before all end.
     """
-    mpi = import_mpi()
+    mpi = import_mpi(timeout)
     comm = mpi.COMM_WORLD
     size = comm.Get_size()
+    if size != (begun := told(SIZES, size)):
+        raise CouldNotRun(
+            f"mpiexec started {begun} processes, and mpi4py's MPI sees {size}: it must be the "
+            "mpiexec of that MPI"
+        )
     if ranks not in (None, size):
         raise CouldNotRun(
             f"must be {size}, the number that mpiexec started, got {ranks}", argument="ranks"
@@ -105,9 +111,9 @@ def end_all(line: str, code: int) -> NoReturn:
 
     The first rank goes first: where all have the same error, one line tells of it.
     """
-    rank = own_rank()
+    rank = told(RANKS, 0)
     if rank:
-        import_mpi()  # which waits for the others to be there
+        with suppress(CouldNotRun):
+            import_mpi()  # which waits for the others to be there
         time.sleep(0.5)
     stop_all(f"refimpl: rank {rank} (process {os.getpid()}): {line}", code)
-    os._exit(code)

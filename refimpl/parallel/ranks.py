@@ -18,7 +18,7 @@ from ..config import ModelConfig
 from ..errors import CouldNotRun
 from ..ops import Ops
 from ..optimizer import AdamW, Moments, clip_global_norm
-from ..parameters import is_buffer, is_stacked
+from ..parameters import is_stacked
 from ..splits import Part, added, counts
 from .experts import held, spread_experts
 from .grid import Grid, even
@@ -85,7 +85,7 @@ class Ranks:
         )
         for more in others:
             sums = {name: sums[name] + more[name] for name in sums}  # (parallel.6)
-        return sums if others else {name: x.copy() for name, x in sums.items()}
+        return sums
 
     def step(
         self,
@@ -163,7 +163,7 @@ class Ranks:
     # Which ranks share a tensor, and which slice of it is whose
 
     def _is_spread(self, name: str) -> bool:
-        return self.grid.expert > 1 and is_stacked(name) and not is_buffer(name)
+        return self.grid.expert > 1 and is_stacked(name)
 
     def _group(self, stacked: bool) -> Group:
         return self.replicas if stacked else self.world

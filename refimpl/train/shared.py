@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ModelConfig
+from ..errors import CouldNotRun
 from ..parallel.ranks import Ranks
 from .machine import Machine
 from .run import Metrics, Stage
@@ -52,6 +53,13 @@ class SharedFolder(RunFolder):
         self.ranks = ranks
 
     def open(self, *, resume: bool) -> None:
+        """As for one process; CouldNotRun too if a rank has other settings, or reads something
+        else, than the first."""
+        wanted, *others = (x.splitlines() for x in self.ranks.world.gather(self.settings))
+        for rank, given in enumerate(others, 1):
+            for ours, theirs in zip(wanted, given, strict=False):
+                if ours != theirs:
+                    raise CouldNotRun(f"ranks differ: rank {rank} has {theirs}, the first {ours}")
         self.ranks.world.first(lambda: RunFolder.open(self, resume=resume))
 
     def agreed(self, happened: bool) -> bool:
@@ -68,9 +76,11 @@ class SharedFolder(RunFolder):
         return self.ranks.world.first(lambda: RunFolder.save(self, whole, config, name, add))
 
     def latest(self, config: ModelConfig) -> State | None:
-        self.ranks.world.first(lambda: bool(RunFolder.latest(self, config)))  # alone it cuts files
         state = RunFolder.latest(self, config)
         return None if state is None else own_state(state, config, self.ranks)
+
+    def _cut_metrics(self, size: int) -> None:
+        self.ranks.world.first(lambda: RunFolder._cut_metrics(self, size))
 
     def metrics(self) -> list[dict[str, Any]]:
         return self.ranks.world.first(lambda: RunFolder.metrics(self))

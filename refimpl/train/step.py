@@ -213,7 +213,8 @@ def apply_gradients(
         named |= {f"the gradient of {name}": g for name, g in grads.items()}
         wrong = not_finite(named)
         if ranks is not None:
-            wrong = next(filter(None, ranks.world.gather(wrong)), None)
+            found = filter(None, ranks.world.gather(wrong))
+            wrong = min(found, key=list(named).index, default=None)
         told = f"{wrong} is not finite" if wrong else f"the norm of the gradients {norm:.4g}"
         raise NotTaken(f"the loss is {loss:.4g}, and {told}")
     if ranks is not None:

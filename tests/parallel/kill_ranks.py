@@ -98,7 +98,9 @@ def killed(folder: Path, grid: tuple[str, ...], draw: random.Random) -> bool:
 def finished(folder: Path, run: str, grid: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Run to the end: the parameters."""
     if last_state(folder / run) < sys.maxsize:
-        subprocess.run(command(folder, run, grid), check=True, capture_output=True, timeout=120)
+        line = command(folder, run, grid)
+        done = subprocess.run(line, check=True, capture_output=True, timeout=120)
+        assert done.stdout.count(b"the result is ") == 1  # of the first rank alone
     return load_file(folder / run / "checkpoint" / "model.safetensors")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -27,9 +28,29 @@ ranks.world.gather(0)
 """
 
 
+TRAIN = """
+import sys
+from refimpl import cli
+
+def run_stage(*given, ranks, **how):
+    if ranks.rank == 1:
+        raise KeyboardInterrupt
+    ranks.world.gather(0)
+
+cli.train.run_stage = run_stage
+sys.argv = ["refimpl", "train", "--out", "nowhere"]
+cli.main()
+"""
+
+
 def launched(fault: str, timeout: float = 60.0) -> tuple[int, str, float]:
     """Exit code, standard error, and seconds of two ranks, of which the second has a fault."""
-    code, begin = RANKS.format(fault=fault, timeout=timeout), time.monotonic()
+    return run_ranks(RANKS.format(fault=fault, timeout=timeout))
+
+
+def run_ranks(code: str) -> tuple[int, str, float]:
+    """The same of two ranks that run this code."""
+    begin = time.monotonic()
     done = subprocess.run(
         [MPIEXEC, "-n", "2", sys.executable, "-c", code], capture_output=True, text=True, timeout=60
     )
@@ -56,6 +77,54 @@ def test_a_rank_that_hangs() -> None:
 
 
 @needs_mpi
+def test_a_rank_that_hangs_and_nobody_who_reads() -> None:
+    """The line can't be printed, and all end."""
+    code = RANKS.format(fault="time.sleep(50)", timeout=0.5).replace(
+        "ranks.world", "import os; r, w = os.pipe(); os.close(r); os.dup2(w, 2); ranks.world"
+    )
+    assert run_ranks(code)[0] == 2
+
+
+@needs_mpi
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_rank_that_never_joins(interrupted: bool) -> None:
+    """It ends before MPI has begun, which mpiexec does not mind, and the other waits inside MPI."""
+    timeout = 50 if interrupted else 1
+    python = (sys.executable, "-c")
+    first = (*python, f"from refimpl.parallel.launch import join; join(timeout={timeout})")
+    command = [MPIEXEC, "-n", "1", *first, ":", "-n", "1", *python, "exit(1)"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            if interrupted:
+                time.sleep(1)
+                process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert process.returncode
+    assert interrupted or "in import_mpi" in said
+
+
+@needs_mpi
+def test_an_interrupt_ends_all() -> None:
+    """Ctrl-C reaches one rank while the other waits for it inside MPI, where it hears nothing."""
+    code, said, _ = run_ranks(TRAIN)
+    assert code == 130
+    assert "): interrupted\n" in said
+    assert "Traceback" not in said
+
+
+@needs_mpi
+def test_mpiexec_without_mpi4py() -> None:
+    """A line, and no traceback."""
+    code, said, _ = run_ranks("import sys; sys.modules['mpi4py'] = None" + TRAIN)
+    assert code == 2
+    assert "refimpl: rank 0 (process " in said
+    assert "): several ranks need MPI: pip install -e '.[parallel]' (" in said
+    assert "Traceback" not in said
+
+
+@needs_mpi
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -73,6 +142,18 @@ def test_one_line_for_all(arguments: list[str], line: str, tmp_path: Path) -> No
     ]
     assert done.stderr.count(line) == 1
     assert not (tmp_path / "run").exists()
+
+
+@needs_mpi
+def test_the_mpiexec_of_another_mpi() -> None:
+    """Each process would take itself for the only one: they would all write to one folder."""
+    told = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
+    code = "from refimpl.parallel.launch import join; join()"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | told)
+    line = "CouldNotRun: mpiexec started 2 processes, and mpi4py's MPI sees 1: it must be the mpi"
+    assert done.returncode
+    assert line in done.stderr
 
 
 @needs_mpi

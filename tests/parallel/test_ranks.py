@@ -8,12 +8,17 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel.alike import Drawn, draw, grids, off_gradients, off_steps
+from refimpl.parallel.grid import Grid
+from refimpl.parallel.ranks import Ranks
+
+from parallel.alike import Drawn, draw, grids, meet, off_gradients, off_steps
 from parallel.threads import each, in_threads
 from support import FULL
 
@@ -28,6 +33,20 @@ MPIEXEC = Path(sys.executable).parent / "mpiexec"
 def test_gradients_in_threads(data: st.DataObject, ranks: int) -> None:
     case: Drawn = draw(data, ranks)
     assert each(in_threads(ranks, partial(off_gradients, case=case))) <= 1e-12  # seen: 9e-14
+
+
+def test_threads_meet_as_processes_do() -> None:
+    in_threads(4, meet)
+
+
+def test_the_order_of_sums() -> None:
+    """(parallel.6): (1 + 10¹⁶) − 10¹⁶ = 0 in float64, in any other order of the ranks 1."""
+
+    def work(group: Any) -> Any:
+        gradient = np.full(6, [1.0, 1e16, -1e16][group.rank])
+        return Ranks(Grid(3), group).reduced({"w": gradient})["w"]
+
+    assert np.array_equal(np.concatenate(in_threads(3, work)), np.zeros(6))
 
 
 @pytest.mark.parametrize("grid", grids(4) if FULL else [grids(2)[0], grids(4)[5]], ids=str)

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,24 +15,26 @@ import pytest
 from safetensors.numpy import load_file
 
 from refimpl.errors import CouldNotRun
+from refimpl.files import held
 from refimpl.generate.sampler import to_numpy
-from refimpl.optimizer import Moments
+from refimpl.optimizer import AdamW, Moments
 from refimpl.parallel.grid import Grid
 from refimpl.parallel.ranks import Ranks
 from refimpl.train import shared
 from refimpl.train.machine import Machine, open_machine
 from refimpl.train.pretrain import Pretrain, PretrainSettings
 from refimpl.train.reward_model import RewardModelSettings
-from refimpl.train.run import Guard
+from refimpl.train.run import Guard, Interrupted
+from refimpl.train.save import RunFolder
 from refimpl.train.sft import SFTSettings
-from refimpl.train.shared import SharedStage, own_state, whole_state
+from refimpl.train.shared import SharedFolder, SharedStage, own_state, whole_state
 from refimpl.train.stages import run_stage
-from refimpl.train.step import State
+from refimpl.train.step import NotTaken, State, train_step
 
 from parallel.threads import in_threads
 from pretended_cupy import Pretended, ndarray
 from random_parameters import random_parameters
-from small_stage import COMMON, CONFIG, MODEL, far, same
+from small_stage import COMMON, CONFIG, MACHINE, MODEL, far, same
 
 GRID = Grid(data=2, context=2, expert=2)
 MODEL_SMALL = MODEL | {"layers": 2}
@@ -112,6 +115,16 @@ def test_other_ranks_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert far(*files) <= 1e-10
 
 
+def test_the_first_rank_alone_cuts_the_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow rank would cut off what the first has written since."""
+    cut = []
+    monkeypatch.setattr(RunFolder, "_cut_metrics", lambda folder, _: cut.append(folder.ranks.rank))
+    run("train", tmp_path / "run", settings("train", tmp_path), Grid(2))
+    assert cut == [0]
+
+
 def test_a_state_there_and_back() -> None:
     """What ranks hold of a state, put together, has the same bits; and they hold no more than
     their share of experts and moments."""
@@ -134,6 +147,63 @@ def test_a_state_there_and_back() -> None:
         same(dict(a), dict(b)) for a, b in zip(whole.moments[1:], state.moments[1:], strict=True)
     )
     assert sum(numbers for numbers, _ in found) == sum(x.size for x in params.values())
+
+
+def test_the_parameter_that_is_not_finite(tmp_path: Path) -> None:
+    """That of an expert of the second rank, not a gradient that it makes NaN on the first."""
+    name, lines = "model.layers.1.mlp.experts.up_proj.weight", []
+
+    def work(group: Any) -> None:
+        machine = replace(MACHINE, ranks=Ranks(Grid(2, expert=2), group))
+        params = random_parameters(CONFIG)
+        params[name][-1] = np.nan
+        state = own_state(State(params, Moments()), CONFIG, machine.ranks)
+        tokens = np.arange(40).reshape(2, 20)
+        with pytest.raises(NotTaken) as error:
+            train_step(state, {"tokens": tokens}, CONFIG, machine, AdamW(), learning_rate=0.1)
+        lines.append(str(error.value))
+
+    in_threads(2, work)
+    assert lines == [f"the loss is nan, and {name} is not finite"] * 2
+
+
+def test_ranks_that_read_different_texts(tmp_path: Path) -> None:
+    """As on two machines whose CPythons ship different ones: no rank trains."""
+    texts = [tmp_path / name for name in ("0", "1")]
+    given = settings("train", tmp_path)
+    for path in texts:
+        path.mkdir()
+        (path / "text.txt").write_text(Path(given.text).read_text() + path.name)
+
+    def work(group: Any) -> None:
+        ranks = Ranks(Grid(2), group)
+        own = replace(given, text=str(texts[ranks.rank] / "text.txt"))
+        with pytest.raises(
+            CouldNotRun, match=r"^ranks differ: rank 1 has # text: \w+, the first # text: "
+        ):
+            run_stage("train", tmp_path / "run", own, ranks=ranks)
+
+    in_threads(2, work)
+
+
+def test_an_interrupt_of_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All stop after the same step; only the first shows lines."""
+    given, shown = settings("train", tmp_path), []
+    monkeypatch.setattr(
+        SharedFolder,
+        "agreed",
+        lambda self, _, agreed=SharedFolder.agreed: agreed(self, self.ranks.rank == 1),
+    )
+    monkeypatch.setattr("sys.stderr", SimpleNamespace(write=shown.append, flush=int, isatty=bool))
+    with pytest.raises(Interrupted, match=r"^stopped after step 0, which is saved"):
+        run("train", tmp_path / "run", given, Grid(2))
+    assert [x.name for x in (tmp_path / "run").glob("state-*")] == ["state-000000"]
+    assert len(shown) == 1
+
+
+def test_a_folder_in_use(tmp_path: Path) -> None:
+    with held(tmp_path / "run"), pytest.raises(CouldNotRun, match=r"is in use by another run$"):
+        run("train", tmp_path / "run", settings("train", tmp_path), Grid(2))
 
 
 def test_a_stage_for_one_process(tmp_path: Path) -> None:
