@@ -46,7 +46,11 @@ from .app import CONVENTION, Json, app, check_writable, console, progress, repla
 LONGEST = len("layers.0.self_attn.kv_a_proj_with_mqa")  # of the tensors' names, as they are shown
 
 Examples = Annotated[
-    int, typer.Option(help="Examples per op, each with its own shapes and inputs.")
+    int,
+    typer.Option(
+        help="Examples per op, each with its own shapes and inputs; more follow until the op has "
+        "met every setting and edge that its cases name."
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the first example; each next example adds 1.")]
 TextFile = Annotated[
