@@ -145,10 +145,7 @@ def plan(names: Sequence[str], settings: Settings) -> list[Step]:
             continue
         missing = set(REGIMES[name])
         for example in range(MOST_EXAMPLES):
-            hit = (
-                CASES[name](RandomDraw(settings.seed + example, settings.text.data)).regimes
-                & missing
-            )
+            hit = regimes_of(Step(name, settings.seed + example), settings) & missing
             if example < settings.examples or hit:
                 steps.append(Step(name, settings.seed + example))
                 missing -= hit
@@ -159,6 +156,11 @@ def plan(names: Sequence[str], settings: Settings) -> list[Step]:
                 f"{settings.text.name} never gives {name} the case of {', '.join(sorted(missing))}"
             )
     return steps
+
+
+def regimes_of(step: Step, settings: Settings) -> set[str]:
+    """The regimes that an op's example meets."""
+    return CASES[step.op](RandomDraw(step.seed, settings.text.data)).regimes
 
 
 def run(step: Step, settings: Settings, replaced: Mapping[str, AnyOp] | None = None) -> Report:

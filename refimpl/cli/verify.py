@@ -33,9 +33,11 @@ from ..verify import (
     MODELS,
     NAMES,
     Settings,
+    Step,
     backward_of,
     module_from_file,
     plan,
+    regimes_of,
     run,
     select,
 )
@@ -44,7 +46,11 @@ from .app import CONVENTION, Json, app, check_writable, console, progress, repla
 LONGEST = len("layers.0.self_attn.kv_a_proj_with_mqa")  # of the tensors' names, as they are shown
 
 Examples = Annotated[
-    int, typer.Option(help="Examples per op, each with its own shapes and inputs.")
+    int,
+    typer.Option(
+        help="Examples per op, each with its own shapes and inputs; more follow until the op has "
+        "met every setting and edge that its cases name."
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the first example; each next example adds 1.")]
 TextFile = Annotated[
@@ -137,10 +143,12 @@ def grade(
     """Check your own backward of one op.
 
     It is checked against our forward, as `refimpl verify` checks our backward. Every page of
-    derivations/ ends with such an exercise. If a gradient fails, the output names its equation
-    there. If the file also defines <op>_forward, both are compared with ours. They may be of any
-    array library with DLPack: array in the file, as in array = torch.from_dlpack, makes that
-    library's array from NumPy's.
+    derivations/ ends with such an exercise. derivations/README.md explains the columns under How a
+    gradient is checked. If a gradient fails, its row has the worst example and the line FAIL quotes
+    the first; the output names its equation, and what the examples that fail have in common, such
+    as a setting or padding. If the file also defines <op>_forward, both are compared with ours.
+    They may be of any array library with DLPack: array in the file, as in array =
+    torch.from_dlpack, makes that library's array from NumPy's.
     """
     if op not in CASES:
         raise CouldNotRun(f"unknown op {op}; there are {', '.join(CASES)}")
@@ -212,6 +220,7 @@ def _run(
         f"{settings.text.sha256}"
     )
     report, broken = Report([]), set[str]()
+    failed: dict[tuple[str, str], set[Step]] = {}  # the examples, by op and tensor
     rows = _Rows(out, sys.stdout.isatty())
     with progress("verifying") as move:
         for i, step in enumerate(todo):
@@ -220,7 +229,10 @@ def _run(
             if step.op in broken:
                 continue
             try:
-                report.merge(run(step, settings, replaced))
+                one = run(step, settings, replaced)
+                report.merge(one)
+                for t in (t for t in one.tensors if t.verdict != "PASS"):
+                    failed.setdefault((t.op, t.tensor), set()).add(step)
             except KeyboardInterrupt:
                 raise
             except BaseException as error:  # SystemExit, too: code that is graded decides nothing
@@ -233,9 +245,8 @@ def _run(
         out.print(f"contract broken: {fault}")
     bad = [t for t in report.tensors if t.verdict != "PASS"]
     for t in bad:
-        more = f" (and {len(t.reasons) - 2} more like it)" if len(t.reasons) > 2 else ""
-        out.print(f"{t.verdict} {t.op} {t.tensor}: {'; '.join(t.reasons[:2])}{more}")
-        _show_equation(out, t.op, t.tensor)
+        steps = [step for step in todo if step.op == t.op and t.op in CASES and t.op not in broken]
+        _show_failure(out, t, _where_it_fails(steps, failed[t.op, t.tensor], settings))
     unread = [t for t in report.tensors if t.op == MODEL_GRPO and _is_zero(t)]
     if unread:
         out.print(
@@ -258,6 +269,32 @@ def _run(
     if json_file is not None:
         _write_json(json_file, report, settings, seconds)
     return int(not report.ok)
+
+
+def _show_failure(out: Console, t: TensorResult, where: str) -> None:
+    """Why a tensor fails, in which examples, and where its gradient is derived."""
+    more = f" (and {len(t.reasons) - 2} more like it)" if len(t.reasons) > 2 else ""
+    out.print(f"{t.verdict} {t.op} {t.tensor}: {'; '.join(t.reasons[:2])}{more}")
+    if where:
+        out.print(where)
+    _show_equation(out, t.op, t.tensor)
+
+
+def _where_it_fails(steps: list[Step], failed: set[Step], settings: Settings) -> str:
+    """In how many of an op's examples a tensor fails, and the rarest regime that they share; empty
+    without steps."""
+    if not steps:
+        return ""
+    said = f"it fails in {len(failed)} of {len(steps)} examples"
+    regimes = {step: regimes_of(step, settings) for step in steps}
+    passed = [regimes[step] for step in steps if step not in failed]
+    shared = set.intersection(*(regimes[step] for step in failed))
+    count = {name: sum(name in x for x in passed) for name in sorted(shared)}
+    rarest = min(count.values(), default=len(passed))
+    if rarest == len(passed):  # every example that passes has it, too
+        return said
+    names = " and ".join(name for name in count if count[name] == rarest)
+    return f"{said}; these have {names}, as have {rarest} of the {len(passed)} that pass"
 
 
 def _show_equation(out: Console, op: str, argument: str) -> None:

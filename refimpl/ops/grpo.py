@@ -105,8 +105,9 @@ def grpo_forward(
     """The loss of outputs whose tokens have ``log_prob`` [N, T] (from `log_prob_forward`).
 
     Args:
-        advantages: [N], from `group_advantages`. mask: [N, T] bool, True for the output's tokens;
-            what stands at the others, NaN included, does not count.
+        advantages: [N], from `group_advantages`.
+        mask: [N, T] bool, True for the output's tokens; what stands at the others, NaN included,
+            does not count.
         old_log_prob: [N, T], of the policy that sampled; None: this very policy (ρ = 1, and its
             gradient is A's).
         reference_log_prob: [N, T], for the KL; needed unless kl_weight is 0.
@@ -117,14 +118,19 @@ def grpo_forward(
             |o|-th root; GSPO).
         average: sequence (mean over outputs of the mean over tokens), token (mean over all tokens;
             DAPO), constant (sum over tokens by N·length; Dr. GRPO).
+        length: what average='constant' divides by, the longest output allowed for instance; the
+            other averages ignore it.
         empty: an output without tokens is counted in N, or left_out of it.
         normaliser: of the whole batch, if these outputs are a part of it, how many tokens
             (average='token') or outputs there are; by default those of ``mask``.
-        kl_weight, kl, kl_level: β; k1, k2, k3, or unbiased (ρ·k3, V3.2); token or sequence.
+        kl_weight: β.
+        kl: the estimate: k1, k2, k3, or unbiased (ρ·k3, V3.2).
+        kl_level: of the KL's log-ratio, token or sequence.
         kl_bounds: of |ln π_ref/π| and of |k|, which stop there, and with them the gradient.
         off_policy: V3.2's δ: the ratio term of an output with A < 0 and mean ln(π_old/π) > δ is
             dropped.
-        unclipped, kept: [N, T] and [N] bool, the choices of an earlier run to replay.
+        unclipped: [N, T] bool, the clip's choices of an earlier run, to replay.
+        kept: [N] bool, the off-policy mask's.
 
     Returns (loss, unclipped, kept). An output without tokens adds 0; A = 0 gives the ratio term no
     gradient.
@@ -202,7 +208,8 @@ def group_advantages(
 
     Args:
         scale: divide by the standard deviation (Dr. GRPO does not).
-        ddof, epsilon: 0 or 1, and what is added; the paper says neither.
+        ddof: 0 or 1: the deviation divides by G − ddof; the paper does not say which.
+        epsilon: added to the deviation; the paper does not say what.
         alone: what a group of one gets is ``alone`` · R. Equal rewards get 0, never NaN, and equal
             but for rounding are equal: a spread of at most 8 units of the largest counts as 0.
 

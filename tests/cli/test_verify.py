@@ -288,6 +288,39 @@ def test_grade(tmp_path: Path) -> None:
         assert f"rms_norm raised {left.split('(')[0]} at mine.py:2" in done.stdout
 
 
+GRPO = """
+def grpo_backward(dy, saved):
+    def back(level, g):
+        if level == "token":
+            return g
+        total = g.sum(axis=1, keepdims=True) + 0 * g
+        return total / saved.count if level == "sequence_mean" else total
+
+    d = back(saved.ratio, saved.dz)
+    if saved.du is not None:
+        d = d - back(saved.kl_level, saved.du)
+    return dy[0] * saved.mask * d
+"""
+
+
+def test_grade_says_which_examples_fail(tmp_path: Path) -> None:
+    """The mean's missing 1/n shows under one ratio alone, a missing factor everywhere."""
+    mine = tmp_path / "mine.py"
+    mine.write_text(GRPO)
+    done = refimpl_here("grade", "grpo", str(mine))
+    assert done.returncode == 0
+    assert "it fails" not in done.stdout
+    mine.write_text(GRPO.replace("total / saved.count if", "total if"))
+    done = refimpl_here("grade", "grpo", str(mine))
+    assert done.returncode == 1
+    assert " examples; these have ratio_sequence_mean, as have " in done.stdout
+    mine.write_text(GRPO.replace("dy[0] *", "2 * dy[0] *"))
+    done = refimpl_here("grade", "grpo", str(mine))
+    every = re.search(r"^it fails in (\d+) of (\d+) examples$", done.stdout, re.M)
+    assert every
+    assert every[1] == every[2]
+
+
 def test_a_broken_op_fails_and_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
