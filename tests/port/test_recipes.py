@@ -180,7 +180,7 @@ def test_what_is_not_known(tmp_path: Path) -> None:
     save_file(load_file(example.port()) | turned, file)
     verdict = compare_folders(file, example.truth)
     assert (verdict.verdict, verdict.diagnosis and verdict.diagnosis.named) == ("FAIL", [])
-    assert "hint: the sign is the other" in str(verdict)
+    assert "hint: the sign is wrong" in str(verdict)
     assert "hold the port in float32 against a truth in float32 first" in str(verdict)
 
 
