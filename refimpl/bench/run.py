@@ -43,7 +43,7 @@ def select_rows(names: Sequence[str]) -> list[Row]:
     exist."""
     unknown = [name for name in names if name not in ROWS]
     if unknown:
-        raise CouldNotRun(f"unknown row {', '.join(unknown)}; there are {', '.join(ROWS)}")
+        raise CouldNotRun(f"unknown row {', '.join(unknown)}; there are {'; '.join(ROWS)}")
     return [row for row in ROWS.values() if row.name in names or not names]
 
 

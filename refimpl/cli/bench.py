@@ -19,7 +19,10 @@ RESULTS = Path("benchmarks/results")
 def bench(
     rows: Annotated[
         list[str] | None,
-        typer.Argument(help="Rows of the table, or groups of rows, by name; by default all."),
+        typer.Argument(
+            help="Rows of the table by name, in quotes if it has spaces; with --cpu also groups of "
+            "rows; by default all."
+        ),
     ] = None,
     gpu: Annotated[
         bool, typer.Option("--gpu", help="Measure the kernels on this machine's GPU.")

@@ -25,7 +25,9 @@ __all__ = [
     "BuildError",
     "Module",
     "Usage",
+    "build",
     "compile_kernel",
+    "constants",
     "nvrtc_version",
     "release_of",
 ]
@@ -52,7 +54,7 @@ class BuildError(RuntimeError):
 class Usage:
     """What ptxas says that one kernel takes."""
 
-    registers: int  # a thread
+    registers: int  # per thread
     spills: int  # bytes per thread, stores and loads
     stack: int  # bytes per thread
     shared: int  # bytes per block, static
@@ -101,7 +103,7 @@ def compile_kernel(
     """``kernels/<stem>.cu`` for a target and a storage type, with such constants.
 
     ValueError for an unknown name; CouldNotRun if there is no NVRTC; BuildError if it does not
-    compile.
+    compile. `build` compiles a source from elsewhere.
     """
     for name, value, known in (
         ("stem", stem, STEMS),
@@ -115,13 +117,17 @@ def compile_kernel(
 
 
 def constants(storage: str, defines: tuple[tuple[str, int], ...] = ()) -> str:
-    """What is put before a source."""
+    """The lines that `compile_kernel` puts before a source: the storage type and such constants."""
     all_of_them = ((f"STORAGE_{storage.upper()}", 1), *defines)
     return "".join(f"#define {name} {value}\n" for name, value in all_of_them) + "#line 1\n"
 
 
 def build(stem: str, target: str, storage: str, source: str) -> Module:
-    """Compile ``source``, which may include common.cuh, or take what was compiled before."""
+    """Compile any ``source`` in CUDA C, or take what was compiled before.
+
+    It may include common.cuh if `constants` stand before it. ``stem`` names it in errors and in the
+    folder of compiled kernels. CouldNotRun and BuildError as `compile_kernel`.
+    """
     header = (SOURCE / "common.cuh").read_text()
     options = (f"--gpu-architecture={target}", *OPTIONS)
     found = kept(

@@ -39,7 +39,8 @@ def test_select_rows() -> None:
         "AdamW step",
     ]
     with pytest.raises(
-        CouldNotRun, match=r"^unknown row softmax; there are RMSNorm forward, [^\n]*$"
+        CouldNotRun,
+        match=r"^unknown row softmax; there are RMSNorm forward; RMSNorm backward; [^\n]*$",
     ):
         select_rows(["softmax"])
 
