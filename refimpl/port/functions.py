@@ -7,8 +7,8 @@ On drawn cases that meet every regime of the op, in each type that their library
 * outputs and gradients against the truth, our pair in longdouble, in units (`refimpl.port.cases`);
 * finite differences of their forward against their backward, in float64.
 
-A complex step, exact digits and longdouble need NumPy alone, and are named as not run. If something
-is wrong, the planted bugs that give the same numbers are named.
+A complex step, exact digits and longdouble, which `refimpl.check.check` runs on NumPy's functions,
+are named as not run. If something is wrong, the planted bugs that give the same numbers are named.
 """
 
 from __future__ import annotations
@@ -299,7 +299,7 @@ def _types(pair: Foreign, types: Sequence[str], result: Result) -> list[str]:
     if "float64" not in can:
         result.not_run.append("finite differences, which float32 is too coarse for")
     result.not_run += [
-        "longdouble, complex step and exact digits: NumPy's alone",
+        "longdouble, complex step and exact digits: for NumPy refimpl.check.check runs them",
         "read-only, strided and shared memory: what crosses over is a copy",
     ]
     if not has_longdouble():
@@ -502,8 +502,8 @@ class _Examination:
             row.difference = max(row.difference or 0.0, found)
             if not found <= FD_TOLERANCE:
                 row.fault(
-                    f"finite-difference error {found:.1e} of your own forward exceeds "
-                    f"{FD_TOLERANCE:.0e}",
+                    f"finite-difference error {found:.1e} exceeds {FD_TOLERANCE:.0e}: the gradient "
+                    "does not fit your own forward",
                     "finite-difference error",
                 )
 

@@ -111,6 +111,60 @@ def test_numpy_layer_wrong(
     assert_named(tmp_path / "mine.npz", truth, part, rows, bug)
 
 
+FORGOTTEN = "{0} * {1}[1] * {1}[2], None"  # a norm's backward without the mean's term
+ATTENTION = [  # the first wrong tensor of attention's backward: porting.md's table
+    ("product(dy, flat(o))", "product(dy, flat(o.swapaxes(2, 3)))", "o_proj", ""),
+    ("ds = scale * p * (dp", "ds = scale * p * p * (dp", "kv_b_proj", "key rows"),
+    (
+        'dv = np.einsum("bhts,bthv->bshv", p, do)',
+        "dv = p.sum(2).swapaxes(1, 2)[..., None] * do",
+        "kv_b_proj",
+        "value rows",
+    ),
+    (
+        'norm_backward(flat(dk_v) @ w["kv_b_proj"], latent_saved)',
+        FORGOTTEN.format('(flat(dk_v) @ w["kv_b_proj"])', "latent_saved"),
+        "kv_a_proj_with_mqa",
+        "latent rows",
+    ),
+    ("rotate(shared, c, -1)", "rotate(shared, c)", "kv_a_proj_with_mqa", "rotated key rows"),
+    (
+        "rotate(dq[..., c.nope :], c, -1)",
+        "rotate(dq[..., c.nope :], c)",
+        "q_b_proj",
+        "rotated rows",
+    ),
+    (
+        'np.einsum("bhts,bshx->bthx", ds, k), ',
+        'np.einsum("bhts,bshx->bthx", ds / scale, k), ',
+        "q_b_proj",
+        "everywhere",
+    ),
+    (
+        'norm_backward(dq @ w["q_b_proj"], a_saved)',
+        FORGOTTEN.format('(dq @ w["q_b_proj"])', "a_saved"),
+        "q_a_proj",
+        "",
+    ),
+    ('return da @ w["q_a_proj"] + dkv', "return dkv", "input_layernorm", ""),
+]
+
+
+@pytest.mark.parametrize(("right", "wrong", "tensor", "rows"), ATTENTION)
+def test_first_wrong_of_attention_s_backward(
+    right: str, wrong: str, tensor: str, rows: str, truth: Path, tmp_path: Path
+) -> None:
+    assert f"| `{tensor}` | {rows}".rstrip() in (ROOT / "derivations" / "porting.md").read_text()
+    module = loaded(EXAMPLES / "layer_numpy.py", (right, wrong))
+    mine = module.run(Truth.open(truth), 1, "float32")
+    np.savez(tmp_path / "mine.npz", **{name: x for name, x in mine.items() if x is not None})
+    said = str(compare_folders(tmp_path / "mine.npz", truth, partial=True))
+    first = next(line for line in said.splitlines() if line.startswith("first wrong part"))
+    assert "layer 1, attention, backward: grad/" in first
+    assert f"{tensor}.weight" in first
+    assert (f"{rows}: wrong" if rows.endswith("rows") else rows) in first
+
+
 EXPAND = "k_pe.expand(-1, -1, c.heads, -1)"
 MLA_TORCH = [
     (

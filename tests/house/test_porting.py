@@ -14,13 +14,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from refimpl.ops import mla_forward
 from refimpl.port import Truth, compare_folders
 
 from support import ROOT, Done, refimpl_here
 
 PAGE = (ROOT / "derivations" / "porting.md").read_text().replace("\\\n", " ")
-TORCH, JAX, PACK = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+TORCH, JAX, PACK, LAYER = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 TEXT = [b"The value of a name is the object it refe", b"rs to; an assignment binds the name to it"]
+
+ATTENTION = (
+    *("self_attn.q_a_proj", "self_attn.q_a_layernorm", "self_attn.q_b_proj"),
+    *("self_attn.kv_a_proj_with_mqa", "self_attn.kv_a_layernorm", "self_attn.kv_b_proj"),
+    "self_attn.o_proj",
+)
 
 
 def command(begin: str) -> list[str]:
@@ -64,6 +71,24 @@ def test_packed_from_plain_numbers(folder: Path, monkeypatch: pytest.MonkeyPatch
     done = refimpl_here(*command("check"), cwd=folder)
     assert_runs(done, 1)
     assert done.stdout.startswith("INCONCLUSIVE: missing: ")
+
+
+def test_settings_of_attention(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the page reads of layer 1 makes that layer's attention."""
+    names: dict[str, Any] = {}
+    monkeypatch.chdir(folder)
+    exec(compile(LAYER, "porting.md", "exec"), names)
+    truth = names["truth"]
+    x = names["x"]
+    names_of_w = [f"model.layers.1.{name}.weight" for name in ("input_layernorm", *ATTENTION)]
+    norm, *w = (truth.checkpoint().tensor(name) for name in names_of_w)
+    h = norm * x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + truth.config.norm_eps)
+    assert np.array_equal(w[-1], names["w"])
+    output, _ = mla_forward(h, None, *w, **names["settings"])
+    np.savez("attention.npz", **{"act/model.layers.1.self_attn": output.y})
+    verdict = compare_folders("attention.npz", "truth", partial=True)
+    assert verdict.verdict == "PASS", verdict
+    assert names["dy"].shape == x.shape
 
 
 def test_gradients_of_jax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
