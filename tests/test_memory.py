@@ -119,6 +119,7 @@ def test_same_numbers() -> None:
     assert abs(head_cross_entropy_forward(h, w, targets=targets)[0] - loss) <= 1e-13 * loss
 
 
+@pytest.mark.skipif(not FULL, reason="16 s: make test-full")
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is measured on Linux")
 def test_memory_does_not_grow_with_layers(tmp_path: Path) -> None:
     """8 layers need what 2 need, within 10 %, and a small part of what all gradients take."""

@@ -28,7 +28,7 @@ if __name__ == "__main__":
 from train.kill import MODEL, write_text
 
 SETTINGS = (
-    *(MODEL, "tokens=4096", "batch=8", "length=16", "warmup_steps=2"),
+    *(MODEL, "tokens=2048", "batch=8", "length=16", "warmup_steps=2"),
     *("evaluate_every=1000", "save_every=2", "rows=3"),
 )
 GRIDS = ((), ("--ranks", "2"), ("--ranks", "2", "--expert-parallel", "2"))
@@ -67,21 +67,21 @@ def last_state(run: Path) -> int:
 
 def killed(folder: Path, grid: tuple[str, ...], draw: random.Random) -> bool:
     """Start or resume the run, and kill one of its ranks; False if it ended before."""
-    process = subprocess.Popen(
+    with subprocess.Popen(
         command(folder, "run", grid), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
-    ranks = re.findall(r"is process (\d+)", process.stderr.readline())
-    time.sleep(draw.uniform(0, 1.2))
-    before = last_state(folder / "run")
-    if process.poll() is not None:
-        return False
-    rank = draw.randrange(len(ranks))
-    os.kill(int(ranks[rank]), signal.SIGKILL)
-    begin = time.monotonic()
-    out, errors = process.communicate(timeout=WITHIN)
-    assert process.returncode
-    assert ranks[rank] in out or "another rank seems to have ended" in errors, out + errors
+    ) as process:
+        assert process.stderr is not None
+        ranks = re.findall(r"is process (\d+)", process.stderr.readline())
+        time.sleep(draw.uniform(0, 1.2))
+        before = last_state(folder / "run")
+        if process.poll() is not None:
+            return False
+        rank = draw.randrange(len(ranks))
+        os.kill(int(ranks[rank]), signal.SIGKILL)
+        begin = time.monotonic()
+        out, errors = process.communicate(timeout=WITHIN)
+        assert process.returncode
+        assert ranks[rank] in out or "another rank seems to have ended" in errors, out + errors
     while running(folder / "run"):
         assert time.monotonic() - begin < WITHIN, running(folder / "run")
         time.sleep(0.02)
@@ -107,14 +107,15 @@ def finished(folder: Path, run: str, grid: tuple[str, ...]) -> dict[str, np.ndar
 def kill(kills: int, folder: Path) -> None:
     """AssertionError if ranks hang, a state is lost, or the end differs."""
     write_text(folder)
-    wanted, done = finished(folder, "whole", ()), 0
+    wanted, draw = finished(folder, "whole", ()), random.Random("ranks")
+    done = ended = 0
     while done < kills:
-        draw = random.Random(f"ranks {done}")
-        if not killed(folder, draw.choice(GRIDS[1:]), draw):
+        if killed(folder, draw.choice(GRIDS[1:]), draw):
+            done += 1
+        else:
             check(finished(folder, "run", ()), wanted)
-            (folder / "run").rename(folder / f"run-{done}")
-            continue
-        done += 1
+            ended += 1
+            (folder / "run").rename(folder / f"run-{ended}")
     check(finished(folder, "run", GRIDS[kills % 3]), wanted)
     print(f"{kills} kills: nothing lost, the same end", flush=True)
 
