@@ -157,9 +157,10 @@ def test_the_mpiexec_of_another_mpi() -> None:
 
 
 @needs_mpi
+@pytest.mark.skipif(not FULL, reason="36 s: make test-full")
 def test_kills(tmp_path: Path) -> None:
     """SIGKILL of a rank: the others end, nothing is lost, and one process goes on."""
-    kill(10 if FULL else 1, tmp_path)
+    kill(10, tmp_path)
 
 
 def test_without_mpi(monkeypatch: pytest.MonkeyPatch) -> None:

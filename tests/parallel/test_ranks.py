@@ -57,7 +57,7 @@ def test_steps_in_threads(grid: object) -> None:
 
 @needs_mpi
 @pytest.mark.parametrize(
-    ("ranks", "examples", "trained"), [(2, 60, 4), (4, 60, 3)] if FULL else [(2, 20, 1), (4, 8, 0)]
+    ("ranks", "examples", "trained"), [(2, 60, 4), (4, 60, 3)] if FULL else [(2, 12, 1), (4, 8, 0)]
 )
 def test_under_mpi(ranks: int, examples: int, trained: int) -> None:
     """One launch runs all drawn splits."""
