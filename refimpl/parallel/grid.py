@@ -16,7 +16,7 @@ from ..config import ModelConfig
 from ..errors import CouldNotRun
 from ..splits import Part, by_positions, by_rows
 
-__all__ = ["Grid", "even", "make_grid"]
+__all__ = ["Grid", "even", "make_grid", "share"]
 
 
 class Grid(NamedTuple):
@@ -44,8 +44,7 @@ class Grid(NamedTuple):
 
     def experts(self, rank: int, config: ModelConfig) -> slice:
         """The experts that a rank holds."""
-        ends = even(config.experts, self.expert)
-        return slice(ends[self.holder(rank)], ends[self.holder(rank) + 1])
+        return share(config.experts, self.expert, self.holder(rank))
 
     def parts(
         self,
@@ -80,14 +79,19 @@ class Grid(NamedTuple):
 
     def place(self, rank: int, rows: int, length: int) -> tuple[slice, slice]:
         """Which rows and positions of a batch a rank's parts are, if they are even."""
-        row, piece = even(rows, self.data), even(length, self.context)
-        i, j = self.row(rank), self.piece(rank)
-        return slice(row[i], row[i + 1]), slice(piece[j], piece[j + 1])
+        own_rows = share(rows, self.data, self.row(rank))
+        return own_rows, share(length, self.context, self.piece(rank))
 
 
 def even(count: int, parts: int) -> list[int]:
     """Where each of the nearly equal parts of ``count`` things begins, and the end of the last."""
     return [count * i // parts for i in range(parts + 1)]
+
+
+def share(count: int, parts: int, part: int) -> slice:
+    """One of those parts."""
+    ends = even(count, parts)
+    return slice(ends[part], ends[part + 1])
 
 
 def make_grid(ranks: int, *, data: int | None = None, context: int = 1, expert: int = 1) -> Grid:

@@ -21,7 +21,7 @@ from ..optimizer import AdamW, Moments, clip_global_norm
 from ..parameters import is_stacked
 from ..splits import Part, added, counts
 from .experts import held, spread_experts
-from .grid import Grid, even
+from .grid import Grid, even, share
 from .group import Group
 from .ring import ring
 
@@ -175,8 +175,7 @@ class Ranks:
 
 def _slice(x: Array, rank: int, ranks: int) -> Array:
     """A rank's slice of a tensor, flat; a view."""
-    ends = even(x.size, ranks)
-    return x.reshape(-1)[ends[rank] : ends[rank + 1]]
+    return x.reshape(-1)[share(x.size, ranks, rank)]
 
 
 def _joined(parts: list[Tensors]) -> Tensors:

@@ -19,8 +19,6 @@ from .group import Group
 
 __all__ = ["ring", "together"]
 
-BLOCK = 128  # queries or keys that `flash_attention` takes at a time
-
 
 class Block(NamedTuple):
     """The keys and values of a rank, on their way."""
@@ -32,11 +30,8 @@ class Block(NamedTuple):
 
 
 class Saved(NamedTuple):
-    q: Array  # [B, T, H, X]
     own: Block
-    o: Array  # [B, T, H, V]
-    lse: Array  # [B, H, T, 1], of all blocks together
-    stops: list[dict[str, Any]]  # what `flash_attention` was told at each stop
+    whole: FlashAttentionSaved  # of this rank's block, with the output and log-sum-exp of all
 
 
 def ring(ops: Ops, group: Group) -> Ops:
@@ -54,30 +49,27 @@ def ring(ops: Ops, group: Group) -> Ops:
         segments: Array | None = None,
     ) -> tuple[Array, Saved]:
         own = block = Block(k, v, key_mask, segments)
-        outs, log_sums = [], []
-        stops = []
+        parts, log_sums = [], []
         for stop in range(group.size):
             if stop < seen:
                 keys, values, told = _at_stop(q, block, own)
-                o, saved = flash_attention_forward(q, keys, values, scale=scale, **told)
-                outs.append(o)
-                log_sums.append(_where_seen(saved.lse, q, keys, told))
-                stops.append({"scale": scale, "causal": True, "key_mask": None, "segments": None})
-                stops[-1] |= told
+                _, part = flash_attention_forward(q, keys, values, scale=scale, **told)
+                parts.append(part)
+                log_sums.append(_where_seen(part.lse, q, keys, told))
             if stop < group.size - 1:
                 block = group.rotate(block)
-        o, lse = together(outs, log_sums)
-        return o, Saved(q, own, o, lse, stops)
+        o, lse = together([part.o for part in parts], log_sums)
+        return o, Saved(own, parts[0]._replace(o=o, lse=lse))
 
     def attention_backward(do: Array, saved: Saved) -> tuple[Array, Array, Array]:
-        q, own, o, lse, stops = saved
-        dq, block = zeros(q.shape, q), own
-        dk, dv = zeros(own.k.shape, q), zeros(own.v.shape, q)
+        own, whole = saved
+        q, block = whole.q, own
+        dq, dk, dv = (zeros(x.shape, q) for x in (q, own.k, own.v))
         for stop in range(group.size):
             if stop < seen:
-                keys, values, _ = _at_stop(q, block, own)
-                whole = FlashAttentionSaved(q, keys, values, o, lse, block=BLOCK, **stops[stop])
-                dq_stop, dk_stop, dv_stop = flash_attention_backward(do, whole)
+                keys, values, told = _at_stop(q, block, own)
+                at_stop = whole._replace(k=keys, v=values, **told)
+                dq_stop, dk_stop, dv_stop = flash_attention_backward(do, at_stop)
                 length = block.k.shape[1]
                 dq = dq + dq_stop
                 dk, dv = dk + dk_stop[:, :length], dv + dv_stop[:, :length]  # (parallel.5)
@@ -96,9 +88,9 @@ def _at_stop(q: Array, block: Block, own: Block) -> tuple[Array, Array, dict[str
     """
     k, v, key_mask, segments = block
     if block is own:
-        return k, v, {"key_mask": key_mask, "segments": segments}
+        return k, v, {"causal": True, "key_mask": key_mask, "segments": segments}
     if own.segments is None:
-        return k, v, {"causal": False, "key_mask": key_mask}
+        return k, v, {"causal": False, "key_mask": key_mask, "segments": None}
     xp = library(q)
     shown = xp.ones(k.shape[:2], dtype=xp.bool, device=q.device) if key_mask is None else key_mask
     hidden = xp.zeros(own.k.shape[:2], dtype=xp.bool, device=q.device)

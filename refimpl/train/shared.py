@@ -15,7 +15,7 @@ from ..errors import CouldNotRun
 from ..parallel.ranks import Ranks
 from .machine import Machine
 from .run import Metrics, Stage
-from .save import Extend, RunFolder
+from .save import RunFolder
 from .step import State
 
 __all__ = ["SharedFolder", "SharedStage"]
@@ -65,15 +65,9 @@ class SharedFolder(RunFolder):
     def agreed(self, happened: bool) -> bool:
         return any(self.ranks.world.gather(happened))
 
-    def save(
-        self,
-        state: State,
-        config: ModelConfig,
-        name: str | None = None,
-        add: Extend = lambda folder: None,
-    ) -> Path:
+    def save(self, state: State, *how: Any, **named: Any) -> Path:
         whole = whole_state(state, self.ranks)
-        return self.ranks.world.first(lambda: RunFolder.save(self, whole, config, name, add))
+        return self.ranks.world.first(lambda: RunFolder.save(self, whole, *how, **named))
 
     def latest(self, config: ModelConfig) -> State | None:
         state = RunFolder.latest(self, config)
@@ -89,15 +83,9 @@ class SharedFolder(RunFolder):
         if self.ranks.rank == 0:
             super().write_metrics(line)
 
-    def finish(
-        self,
-        state: State,
-        config: ModelConfig,
-        result: Mapping[str, Any],
-        add: Extend = lambda folder: None,
-    ) -> None:
+    def finish(self, state: State, *how: Any, **named: Any) -> None:
         whole = whole_state(state, self.ranks)
-        self.ranks.world.first(lambda: RunFolder.finish(self, whole, config, result, add))
+        self.ranks.world.first(lambda: RunFolder.finish(self, whole, *how, **named))
 
 
 def own_state(state: State, config: ModelConfig, ranks: Ranks) -> State:

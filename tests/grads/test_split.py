@@ -14,25 +14,16 @@ import pytest
 from refimpl.batch import Whole
 from refimpl.checkpoint.source import MemorySource
 from refimpl.checkpoint.tensor_file import read_tensor_file
-from refimpl.config import Conventions, ModelConfig, preset
+from refimpl.config import Conventions, ModelConfig
 from refimpl.grads import GRPO, Request, write_gradients
 from refimpl.grads.split import Split, TermCounts, rules, split_batch, term_counts, term_gradients
 from refimpl.model import backward, forward
 from refimpl.splits import counts, run_parts
 
+from drawn_batches import SMALL
 from random_parameters import random_parameters
 
-CONFIG = replace(
-    preset("tiny"),
-    vocabulary=31,
-    width=9,
-    q_latent=5,
-    heads=2,
-    layers=2,
-    mtp_depth=2,
-    balance_weight=0.3,
-    conventions=Conventions(mtp_normaliser="valid"),
-)
+CONFIG = replace(SMALL, mtp_depth=2, conventions=Conventions(mtp_normaliser="valid"))
 RNG = np.random.default_rng(0)
 ARRAYS: dict[str, Any] = {
     "tokens": RNG.integers(0, 31, (5, 8)),

@@ -15,16 +15,13 @@ from refimpl.grads import Request, write_gradients
 from refimpl.port.divisors import Division, division, hidden_rules
 from refimpl.port.truth import Truth
 
+from drawn_batches import SMALL
 from random_parameters import random_parameters
 
 CONFIG = replace(
-    preset("tiny"),
-    vocabulary=31,
-    width=9,
-    q_latent=5,
-    heads=2,
-    layers=2,
+    SMALL,
     mtp_depth=1,
+    balance_weight=preset("tiny").balance_weight,
     conventions=Conventions(mtp_normaliser="valid"),
 )
 RNG = np.random.default_rng(0)

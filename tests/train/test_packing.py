@@ -11,22 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refimpl.batch import make_batch
-from refimpl.config import ModelConfig, preset
+from refimpl.config import ModelConfig
 from refimpl.splits import Part, run_parts, whole_of
 from refimpl.train.packing import Examples, Windows, chosen, order, pack
 
+from drawn_batches import SMALL as SMALL_MODEL
 from random_parameters import random_parameters
 from support import FULL
 
 END = 30
 SMALL = replace(
-    preset("tiny"),
-    vocabulary=31,
-    width=9,
-    q_latent=5,
-    heads=2,
-    layers=2,
-    dense_layers=1,
+    SMALL_MODEL,
     mtp_depth=2,
     balance_weight=0.0,  # the balance loss counts a row as one sequence, packed or not
 )
