@@ -1,9 +1,13 @@
-"""Attention's softmax for a CPU, on one block of scores that NumPy's products made and use next.
+"""Attention for a CPU, one head at a time, in memory linear in the sequence.
 
 The reference keeps the scores of all heads, [B, H, T, S], and makes six such arrays on its way.
-Here the scores of one head and a block of queries (in the backward, of keys) stay in the cache, and
-each kernel changes them in place. What the order of positions hides is computed neither here nor,
-but for the block on the diagonal, in the products. Memory is linear in the sequence.
+Here the queries of a block are the columns of panels (products_numba_cpu.py), and their scores stay
+in the cache: scores [keys, queries] are keys by queries, outputs are valuesᵀ by probabilities, and
+what one product makes is the next one's factor. Keys that the order of positions hides from a whole
+block are not multiplied.
+
+The forward takes a panel of queries and all its keys. The backward takes a block of keys, whose dk
+and dv are done when all queries that see them were there, and adds to dq.
 """
 
 from __future__ import annotations
@@ -11,55 +15,268 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numba import njit
 
-from .common_numba_cpu import LANES, Bools1, Bools2, In1, Int, Out1, Out2, exp, largest_of
+from .common_numba_cpu import Bools1, Ids1, In1, In2View, Int, Out1, Out2View, Real, exp
+from .products_numba_cpu import (
+    EXACT,
+    factor,
+    multiply,
+    multiply_tiles,
+    pack,
+    put_tiles,
+    room,
+    tiles_of,
+    unpack_rows,
+    width_of,
+)
+
+KEYS = 512  # of a block of the backward
+PAIR = 2  # panels of queries that the backward handles at a time
+SOME = 64  # numbers that are summed in their own type; such sums are added in float64
+MANY = 4096  # likewise values, which a product sums
 
 
-def hide(scores: Out2, visible: Bools2) -> None:
-    """−∞ where a row may not see a column."""
-    for row in range(scores.shape[0]):
-        for i in range(scores.shape[1]):
-            if not visible[row, i]:
-                scores[row, i] = -np.inf
+@njit(**EXACT)
+def contiguous(x):
+    """A copy of x [n, m] without gaps."""
+    copy = np.empty(x.shape, x.dtype)
+    copy[:] = x
+    return copy
 
 
-def softmax_forward(
-    scores: Out2, total: Out1, lse: Out1, seen: Bools1, first: Int, each: Int
+@njit(**EXACT)
+def scale_and_hide(scores, scale, first, limit, masked, key_mask, segments, own):
+    """Scores [keys, WIDTH] of the keys from ``first`` on times ``scale``; −∞ where a query (column)
+    may not see a key: beyond its ``limit``, or if ``masked``, hidden by ``key_mask`` or of another
+    segment than its ``own``."""
+    lowest = limit[0]
+    for i in range(scores.shape[0]):
+        row, key = scores[i], first + i
+        for lane in range(row.size):
+            row[lane] *= scale
+        if key > lowest:
+            for lane in range(row.size):
+                if key > limit[lane]:
+                    row[lane] = -np.inf
+        if masked:
+            for lane in range(row.size):
+                if not key_mask[key] or segments[key] != own[lane]:
+                    row[lane] = -np.inf
+
+
+@njit(**EXACT)
+def put_limits(limit, own, first, rows, each, behind, keys, masked, segments):
+    """Of the queries from ``first`` on: the last key that each may see, and its segment. Those
+    beyond ``rows`` are as the last."""
+    offset = keys - rows // each
+    for lane in range(limit.size):
+        position = min(first + lane, rows - 1) // each
+        limit[lane] = behind + position
+        own[lane] = segments[offset + position] if masked and offset >= 0 else 0
+
+
+@njit(**EXACT)
+def soften(scores, shift, total):
+    """Scores [keys, WIDTH] become e^(score − shift), whose sums are ``total``; ``shift`` is the
+    largest, or 0."""
+    shift[:] = -np.inf
+    for key in range(scores.shape[0]):
+        row = scores[key]
+        for lane in range(row.size):
+            shift[lane] = row[lane] if row[lane] > shift[lane] else shift[lane]
+    for lane in range(shift.size):
+        shift[lane] = shift[lane] if -np.inf < shift[lane] < np.inf else 0
+    total[:] = 0
+    part = np.empty(shift.size, shift.dtype)
+    for begin in range(0, scores.shape[0], SOME):
+        part[:] = 0
+        for key in range(begin, min(begin + SOME, scores.shape[0])):
+            row = scores[key]
+            for lane in range(row.size):
+                p = exp(row[lane] - shift[lane])
+                row[lane] = p
+                part[lane] += p  # (flash_attention.2)
+        for lane in range(part.size):
+            total[lane] += part[lane]
+
+
+@njit(**EXACT)
+def put_row_sums(row_sum, do, o):
+    for row in range(o.shape[0]):
+        total = 0.0
+        for i in range(o.shape[1]):
+            total += do[row, i] * o[row, i]
+        row_sum[row] = total  # (flash_attention.5)
+
+
+@njit(**EXACT)
+def put_gradients(scores, ds, lse, row_sum, scale):
+    """Scores [keys, WIDTH] become probabilities, and ``ds``, their gradients, those of scores."""
+    for key in range(scores.shape[0]):
+        row, drow = scores[key], ds[key]
+        for lane in range(row.size):
+            p = exp(row[lane] - lse[lane])  # (flash_attention.6)
+            row[lane] = p
+            drow[lane] = p * (drow[lane] - row_sum[lane]) * scale  # (flash_attention.7)
+
+
+@njit(**EXACT)
+def blind(limit, masked, key_mask, segments, own):
+    """Whether such a query sees no key."""
+    end = min(limit + 1, key_mask.size)
+    if not masked:
+        return end <= 0
+    seen = 0
+    for key in range(end):
+        seen += key_mask[key] and segments[key] == own
+    return seen == 0
+
+
+@njit(**EXACT)
+def columns_of(x, rows):
+    """Panels [P, rows, WIDTH] that have the columns of x [n, m]; zeros beyond."""
+    width = width_of(x)
+    panels = room(-(-x.shape[1] // width), rows, x)
+    panels[:] = 0
+    for row in range(x.shape[0]):
+        for start in range(0, x.shape[1], width):
+            part, out = x[row, start : start + width], panels[start // width, row]
+            for i in range(part.size):
+                out[i] = part[i]
+    return panels
+
+
+@njit(**EXACT)
+def put_columns(x, panels):
+    """x [n, m] from panels that have its columns."""
+    width = panels.shape[2]
+    for row in range(x.shape[0]):
+        for start in range(0, x.shape[1], width):
+            out, part = x[row, start : start + width], panels[start // width, row]
+            for i in range(out.size):
+                out[i] = part[i]
+
+
+def attention_forward(
+    o: Out2View,
+    lse: Out1,
+    q: In2View,
+    k: In2View,
+    v: In2View,
+    scale: Real,
+    start: Int,
+    stop: Int,
+    each: Int,
+    behind: Int,
+    masked: Int,
+    key_mask: Bools1,
+    segments: Ids1,
 ) -> None:
-    """Scores [queries, keys] become e^(score − largest), not yet divided by their sum ``total``.
-    Row r sees the keys up to first + r // each, and if not ``seen``, none."""
-    real = scores.dtype.type
-    for row in range(scores.shape[0]):
-        end = min(scores.shape[1], first + row // each + 1)
-        own = scores[row, :end]
-        largest = largest_of(own)
-        shift = largest if -np.inf < largest < np.inf else real(0)
-        summed = 0.0
-        for start in range(0, own.size, LANES):  # a long sum in one type would lose its end
-            part, some = real(0), own[start : start + LANES]
-            for i in range(some.size):
-                e = exp(some[i] - shift)
-                some[i] = e
-                part += e
-            summed += part  # (flash_attention.2)
-        scores[row, end:] = 0
-        if not seen[row]:
-            total[row], lse[row] = 1, 0
-        elif summed < np.inf:
-            total[row], lse[row] = summed, shift + math.log(summed)  # (flash_attention.4)
-        else:
-            total[row], lse[row] = np.nan, np.nan
+    """Of one head, the rows start … stop of ``o`` [rows, V] and ``lse`` [rows], from ``q``
+    [rows, X], ``k`` [S, X] and ``v`` [S, V].
+
+    Row r is of position r // each and sees the keys up to behind + r // each; if ``masked``, only
+    those that ``key_mask`` shows and that are of its position's segment (both [S]).
+    """
+    (keys, values), width = v.shape, width_of(q)
+    query, out = room(1, q.shape[1], q), room(1, values, q)
+    all_scores = room(1, keys, q)
+    tiles = tiles_of(values, keys, v)
+    put_tiles(tiles, contiguous(v), 0, keys, 0, values)
+    limit, own = np.empty(width, np.int64), np.empty(width, np.int64)
+    shift, total = np.empty(width, q.dtype), np.empty(width)
+    summed = np.empty((values, width))
+    for first in range(start, stop, width):
+        count = min(width, stop - first)
+        put_limits(limit, own, first, q.shape[0], each, behind, keys, masked, segments)
+        end = min(keys, limit[count - 1] + 1)
+        scores = all_scores[0, :end]  # without gaps: the compiler sees vectors
+        pack(query[0], q[first : first + count])
+        multiply(all_scores[:, :end], factor(k[:end]), query, False)
+        scale_and_hide(scores, scale, 0, limit, masked, key_mask, segments, own)
+        soften(scores, shift, total)
+        for lane in range(count):
+            if blind(limit[lane], masked, key_mask, segments, own[lane]):
+                total[lane], lse[first + lane] = 1, 0
+            elif total[lane] < np.inf:
+                lse[first + lane] = shift[lane] + math.log(total[lane])  # (flash_attention.4)
+            else:
+                total[lane], lse[first + lane] = np.nan, np.nan
+        summed[:] = 0
+        for begin in range(0, end, MANY):
+            some = slice(begin, min(begin + MANY, end))
+            multiply_tiles(out, tiles[:, some], all_scores[:, some], False)  # (flash_attention.3)
+            summed += out[0]
+        summed /= total
+        out[0] = summed
+        unpack_rows(o[first : first + count], out)
 
 
-def softmax_backward(scores: Out2, dp: Out2, lse: In1, row_sum: In1, first: Int, each: Int) -> None:
-    """Scores [keys, queries] become probabilities, and ``dp`` the gradient of scores. Row r is seen
-    by the queries from (first + r) each on."""
-    for row in range(scores.shape[0]):
-        start = min(scores.shape[1], max(0, (first + row) * each))
-        scores[row, :start] = 0
-        dp[row, :start] = 0
-        p, ds = scores[row, start:], dp[row, start:]
-        shift, less = lse[start:], row_sum[start:]
-        for i in range(p.size):
-            p[i] = exp(p[i] - shift[i])  # (flash_attention.6)
-            ds[i] = p[i] * (ds[i] - less[i])  # (flash_attention.7)
+def attention_backward(
+    dq: Out2View,
+    dk: Out2View,
+    dv: Out2View,
+    do: In2View,
+    o: In2View,
+    lse: In1,
+    q: In2View,
+    k: In2View,
+    v: In2View,
+    scale: Real,
+    each: Int,
+    behind: Int,
+    masked: Int,
+    key_mask: Bools1,
+    segments: Ids1,
+) -> None:
+    """Of one head, all gradients, as the forward's arrays."""
+    (rows, x), (keys, values) = q.shape, v.shape
+    width = width_of(q)
+    panels = -(-rows // width)
+    queries, given = room(panels, x, q), room(panels, values, q)
+    summed = room(panels, x, q)
+    summed[:] = 0
+    for panel in range(panels):
+        pack(queries[panel], q[panel * width : (panel + 1) * width])
+        pack(given[panel], do[panel * width : (panel + 1) * width])
+    shape = panels * width
+    limit, own = np.empty(shape, np.int64), np.empty(shape, np.int64)
+    put_limits(limit, own, 0, rows, each, behind, keys, masked, segments)
+    shift, row_sum = np.zeros(shape, q.dtype), np.zeros(shape, q.dtype)
+    shift[:rows] = lse
+    put_row_sums(row_sum, do, o)
+    query_columns, given_columns = columns_of(q, shape), columns_of(do, shape)
+    both = room(2 * PAIR, KEYS, q).reshape(2, PAIR, KEYS, width)
+    for begin in range(0, keys, KEYS):
+        k_block, v_block = contiguous(k[begin : begin + KEYS]), contiguous(v[begin : begin + KEYS])
+        block = k_block.shape[0]
+        tiles = tiles_of(x, block, k)
+        put_tiles(tiles, k_block, 0, block, 0, x)
+        dk_columns, dv_columns = (
+            room(query_columns.shape[0], block, q),
+            room(given_columns.shape[0], block, q),
+        )
+        dk_columns[:], dv_columns[:] = 0, 0
+        for first in range(0, panels, PAIR):
+            some = slice(first, min(first + PAIR, panels))
+            those = slice(some.start * width, some.stop * width)
+            end = min(block, limit[those.stop - 1] + 1 - begin)
+            if end <= 0:
+                continue
+            scores, ds = both[0, : some.stop - first, :end], both[1, : some.stop - first, :end]
+            multiply(scores, factor(k_block[:end]), queries[some], False)
+            multiply(ds, factor(v_block[:end]), given[some], False)
+            for panel in range(some.stop - first):
+                lanes = slice((first + panel) * width, (first + panel + 1) * width)
+                s, d = both[0, panel, :end], both[1, panel, :end]
+                scale_and_hide(
+                    s, scale, begin, limit[lanes], masked, key_mask, segments, own[lanes]
+                )
+                put_gradients(s, d, shift[lanes], row_sum[lanes], scale)
+            multiply(dv_columns[:, :end], scores.transpose(1, 0, 2), given_columns[:, those], True)
+            multiply(dk_columns[:, :end], ds.transpose(1, 0, 2), query_columns[:, those], True)
+            multiply_tiles(summed[some], tiles, ds, True)  # (flash_attention.8)
+        put_columns(dk[begin : begin + block], dk_columns)
+        put_columns(dv[begin : begin + block], dv_columns)
+    unpack_rows(dq, summed)

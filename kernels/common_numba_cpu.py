@@ -23,10 +23,12 @@ class Argument(NamedTuple):
     dims: int
     written: bool = False
     kind: str = "real"  # or a type that does not change: int64, boolean
+    layout: str = "C"  # without gaps; "A" for any view
 
 
 In1, In2, In3 = (Argument(dims) for dims in (1, 2, 3))
 Out1, Out2, Out3 = (Argument(dims, written=True) for dims in (1, 2, 3))
+In2View, Out2View = Argument(2, layout="A"), Argument(2, written=True, layout="A")
 Ids1, Ids2 = (Argument(dims, kind="int64") for dims in (1, 2))
 OutIds1, OutIds2 = (Argument(dims, written=True, kind="int64") for dims in (1, 2))
 Bools1, Bools2 = (Argument(dims, kind="boolean") for dims in (1, 2))

@@ -1,10 +1,8 @@
-"""The mixture of experts for a CPU: who goes where, rows gathered for an expert, and what comes
-back added up.
+"""The mixture of experts for a CPU: who goes where, and what comes back added up.
 
 The reference sorts, copies all rows to the experts' order, back, multiplies, and adds. Here tokens
-are counted and placed in one pass, an expert's block of rows is gathered just before its products,
-and each token adds up its K rows in its own order, so the sum never depends on threads. What stands
-between an expert's products is `network_backward` of swiglu_numba_cpu.py.
+are counted and placed in one pass. ffn_numba_cpu.py takes an expert's rows from where they are
+(moe.2), and each token adds up its K rows in its own order, so the sum never depends on threads.
 """
 
 from __future__ import annotations
@@ -27,14 +25,6 @@ def dispatch(order: OutIds1, place: OutIds1, start: OutIds1, indices: Ids1) -> N
     for expert in range(start.size - 1, 0, -1):  # … so in the end the beginning of the one after e
         start[expert] = start[expert - 1]
     start[0] = 0
-
-
-def gather(rows: Out2, x: In2, order: Ids1, top_k: Int) -> None:
-    """The tokens' rows of these slots: x[slot // K]."""
-    for i in range(order.size):
-        row, out = x[order[i] // top_k], rows[i]
-        for j in range(out.size):
-            out[j] = row[j]  # (moe.2)
 
 
 def combine(y: Out2, rows: In2, place: Ids2, weights: In2, weighted: Int) -> None:

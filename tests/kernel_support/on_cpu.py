@@ -24,13 +24,12 @@ OPS = [name for name in CPU if CPU[name] != REFERENCE[name]]
 OTHERS = {"attention": CASES["attention"]}  # its blocks are smaller than the tiles of a GPU
 DRAWN: dict[str, Callable[[Draw], Case]] = {op: (CASES | SHAPES | OTHERS)[op] for op in OPS}
 BLOCKS = {  # by module, the sizes that decide how work is cut
-    "attention": {"BLOCK": 6, "KEYS": 3},
+    "attention": {"BLOCK": 6},
     "ffn": {"ROWS": 2},
     "embedding": {"SOME": 2},
     "host": {"ONE_TASK": 8, "ONE_PRODUCT": 8, "MOST": 3, "LEAST": 2},
     "log_prob": {"AT_A_TIME": 0, "TOKENS": 2, "ENTRIES": 2},
     "mla": {"ROWS": 2},
-    "moe": {"ROWS": 2},
 }
 
 
@@ -75,20 +74,48 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
         "turned the same way back": ("-s[i] if backward", "s[i] if backward"),
         "turned from the first number on": ("head, start:]", "head, :]"),
     },
-    "swiglu": {
-        "silu without its second term": ("(s + g * s * (one - s))  # (swiglu.2)", "s"),
-        "weight of an expert left out": ("dh *= weight", "dh *= one"),
-        "weight applied twice": ("total += h * dh", "total += h * dh * weight"),
+    "swiglu": {"silu without its second term": ("(s + g * s * (one - s))  # (swiglu.2)", "s")},
+    "ffn": {
+        "silu without its second term": ("(s + g[r] * s * (one - s))", "s"),
+        "up left out of dx": ("w_up, dup, True", "w_up, dup, False"),
+        "gradients of gate and up exchanged": ("(dw_up, dup", "(dw_up, dgate"),
+        "weight of an expert left out": ("d = dh[r] * weight[r]", "d = dh[r]"),
+        "weight applied twice": ("total[r] += h * dh[r]", "total[r] += h * dh[r] * weight[r]"),
+    },
+    "products": {
+        "row of the next token": (
+            "x[order[first + i] // each], rows[i]",
+            "x[(order[first + i] + 1) // each % x.shape[0]], rows[i]",
+        ),
+        "rows that fill no panel forgotten": ("if whole * width < steps:", "if False:"),
+        "a sum begins anew": ("add or whole > 0)", "False)"),
+        "columns that fill no panel forgotten": (
+            "into[:, rest] = edge[0, :, : found - whole * width]",
+            "into[:, rest] = 0",
+        ),
+        "rows that fill no tile forgotten": (
+            "for first in range(tall, rows):",
+            "for first in range(0):",
+        ),
     },
     "attention": {
-        "diagonal hidden": ("first + row // each + 1)", "first + row // each)"),
-        "one key too many": ("first + row // each + 1)", "first + row // each + 2)"),
-        "position of a folded row": ("first + row // each + 1)", "first + row + 1)"),
-        "backward sees one query too few": ("(first + row) * each))", "(first + row) * each + 1))"),
-        "probability left out of ds": ("ds[i] = p[i] * (ds", "ds[i] = (ds"),
-        "row sum left out": ("(ds[i] - less[i])", "ds[i]"),
-        "a query that sees nothing sees all": ("if not seen[row]:", "if False:"),
-        "hidden keys seen": ("if not visible[row, i]:", "if False:"),
+        "diagonal hidden": ("if key > limit[lane]:", "if key >= limit[lane]:"),
+        "one key too many": ("if key > limit[lane]:", "if key > limit[lane] + 1:"),
+        "position of a folded row": (
+            "min(first + lane, rows - 1) // each",
+            "min(first + lane, rows - 1)",
+        ),
+        "backward sees one key too few": (
+            "limit[those.stop - 1] + 1 - begin",
+            "limit[those.stop - 1] - begin",
+        ),
+        "probability left out of ds": ("p * (drow", "(drow"),
+        "row sum left out": ("(drow[lane] - row_sum[lane])", "drow[lane]"),
+        "a query that sees nothing sees all": (
+            "if blind(limit[lane]",
+            "if False and blind(limit[lane]",
+        ),
+        "hidden keys seen": ("if not key_mask[key] or segments[key] != own[lane]:", "if False:"),
     },
     "cross_entropy": {
         "target off by one": ("hit = 0 <= target", "target += 1\n    hit = 0 <= target"),
@@ -120,12 +147,11 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
         ),
         "weights left out": ("out[i] += weight * row[i]", "out[i] += row[i]"),
         "last choice dropped": ("range(place.shape[1])", "range(place.shape[1] - 1)"),
-        "row of the next token": (
-            "x[order[i] // top_k]",
-            "x[(order[i] + 1) // top_k % x.shape[0]]",
-        ),
     },
 }
+
+
+CALLERS = {"products": ("attention", "ffn")}  # of a file's functions, beside the host sides
 
 
 def plant(stem: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,6 +161,13 @@ def plant(stem: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plant_text(stem: str, before: str, after: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_text(stem, before, after, monkeypatch)
+    for other in CALLERS.get(stem, ()):
+        replace_text(other, "from __future__", "from __future__", monkeypatch)
+    recompiled(monkeypatch)
+
+
+def replace_text(stem: str, before: str, after: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = SOURCE / f"{stem}_numba_cpu.py"
     source = path.read_text()
     assert source.count(before) >= 1, f"{path.name} has no {before!r}"
@@ -142,7 +175,6 @@ def plant_text(stem: str, before: str, after: str, monkeypatch: pytest.MonkeyPat
     module.__package__ = "refimpl.kernels"
     exec(compile(source.replace(before, after), str(path), "exec"), vars(module))
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    recompiled(monkeypatch)
 
 
 def recompiled(monkeypatch: pytest.MonkeyPatch) -> None:

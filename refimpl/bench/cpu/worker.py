@@ -33,6 +33,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from ...errors import CouldNotRun
+from ...kernels.cpu.memory import release
 from .columns import BENCHMARKS, COLUMNS
 from .ours import Gradients, Work, work_of
 from .problems import Sizes, inputs_of
@@ -160,7 +161,8 @@ def fastest(call: Callable[[], object]) -> float:
 
 
 def trim() -> None:
-    """Give back to the system what was freed (glibc's malloc, which torch uses too)."""
+    """Give back to the system what was freed, by our store and glibc's malloc, which torch uses."""
+    release()
     if hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -22,13 +22,13 @@ from .. import SOURCE
 from ..kept import OTHERS_WRITE, kernels_folder
 from .pool import NEEDS, blas_libraries
 
-__all__ = ["CHECKED", "STEMS", "compile_all", "kernel", "numba"]
+__all__ = ["CHECKED", "STEMS", "compile_all", "kernel", "numba", "panel_width"]
 
+HELPERS = {"common", "products"}  # files without kernels: what kernels call
 STEMS = tuple(  # the kernels' files, kernels/<stem>_numba_cpu.py
     sorted(
-        stem
-        for path in SOURCE.glob("*_numba_cpu.py")
-        if (stem := path.name.removesuffix("_numba_cpu.py")) != "common"
+        {path.name.removesuffix("_numba_cpu.py") for path in SOURCE.glob("*_numba_cpu.py")}
+        - HELPERS
     )
 )
 CHECKED = os.environ.get("REFIMPL_BOUNDS_CHECKS") == "1"
@@ -80,13 +80,21 @@ def kernel(stem: str, name: str, dtype: Any) -> Callable[..., None]:
                 return module.njit(signature, **OPTIONS)(function)  # type: ignore[no-any-return]
 
 
+@cache
+def panel_width(dtype: Any) -> int:
+    """Columns of a panel (kernels/products_numba_cpu.py) of a dtype on this CPU."""
+    numba()
+    products = importlib.import_module("..products_numba_cpu", __package__)
+    return int(products.VECTORS * products.BYTES // np.dtype(dtype).itemsize)
+
+
 def _type(argument: Any, real: str) -> Any:
     """Numba's type of an `Argument` of the kernels."""
     types: Any = numba().types
     scalar = getattr(types, real if argument.kind == "real" else argument.kind)
     if argument.dims == 0:
         return scalar
-    return types.Array(scalar, argument.dims, "C", readonly=not argument.written)
+    return types.Array(scalar, argument.dims, argument.layout, readonly=not argument.written)
 
 
 @cache

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...array import Array
+from .memory import STORE
 from .pool import Task, blocks_of, run
 
 __all__ = ["empty", "expect_real", "products", "ready", "rows_of", "run_products", "some_rows"]
@@ -52,7 +53,7 @@ def rows_of(x: Array) -> np.ndarray:
 
 def empty(shape: tuple[int, ...], like: Array) -> np.ndarray:
     """An array of the type of ``like`` (any shape) that will be written to, all of it."""
-    return np.empty(shape, like.dtype)
+    return STORE.array(shape, like.dtype)
 
 
 def some_rows(count: int, width: int = 1) -> tuple[slice, ...]:

@@ -1,16 +1,14 @@
-"""Mixture of experts on kernels/moe_numba_cpu.py; as `refimpl.ops.moe`, but that the table's
-``ffn`` is not looked up.
+"""Mixture of experts on kernels/moe_numba_cpu.py and ffn_numba_cpu.py; as `refimpl.ops.moe`, but
+that the table's ``ffn`` is not looked up.
 
-A task is a block of at most `ROWS` rows of one expert, with all that is done to them, or of the
-shared experts: so one hot expert is as many tasks as all experts with a few rows each. Saved are
-gate and up of each row; neither the dispatched rows nor the outputs, since dy · output is the sum
-over hidden ∘ (dy W_down).
+A task is a block of rows of one expert, with all that is done to them, or of the shared experts: so
+one hot expert is as many tasks as all experts with a few rows each. Neither the dispatched rows nor
+the outputs are saved.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -19,9 +17,9 @@ from ...array import Array, expect, expect_ids, expect_some
 from ...ops.leaves import expect_table
 from ...ops.moe import NETWORKS, Networks, check_shapes
 from .compile import kernel
-from .ffn import ROWS, FFNSaved, backward_rows, backward_tasks, forward_rows, forward_tasks
+from .ffn import FFNSaved, Routed, Weights, all_rows, backward_tasks, forward_tasks, whole_backward
 from .host import empty, expect_real, ready, rows_of, some_rows
-from .pool import Task, blocks_of, run
+from .pool import run
 
 __all__ = ["MoESaved", "moe_backward", "moe_forward"]
 
@@ -31,9 +29,9 @@ class MoESaved(NamedTuple):
 
     x: Array  # […, D]
     weights: Array  # [M, K]
-    w: tuple[Array, Array, Array]  # [E, F, D] twice, [E, D, F]
-    gate: Array  # [M·K, F], in the order of experts
-    up: Array  # [M·K, F]
+    w: Weights
+    gate: Array  # [P, F, WIDTH], in the order of experts
+    up: Array  # [P, F, WIDTH]
     order: Array  # [M·K]: row r holds slot order[r] of [M, K]
     place: Array  # [M, K]: its inverse
     start: list[int]  # [E + 1]: where each expert's rows begin
@@ -69,33 +67,22 @@ def moe_forward(
     )
     if w_shared_gate is not None:
         expect_some("w_shared_gate", w_shared_gate, "(F, D)")
-    (d, top_k), f = (x.shape[-1], indices.shape[-1]), w_gate.shape[1]
-    rows, w = ready(rows_of(x)), (w_gate, w_up, w_down)
+    w, top_k = (w_gate, w_up, w_down), indices.shape[-1]
     order, place, start = _dispatch(indices, w_gate.shape[0])
-    gate, up = empty((order.size, f), x), empty((order.size, f), x)
-    out, y = empty((order.size, d), x), empty(x.shape, x)
-    tasks: list[Task] = [
-        partial(_forward_block, out[i], gate[i], up[i], rows, order[i], top_k, *_of(w, e))
-        for e, i in _blocks(start)
-    ]
+    routed = Routed(ready(rows_of(x)), order, top_k, start)
+    out, y = empty((order.size, x.shape[-1]), x), empty(x.shape, x)
+    tasks, gate, up = forward_tasks(routed, w, out)
     shared = None
     if w_shared_gate is None:
         y[...] = 0
     else:
-        more, shared = forward_tasks(rows, w_shared_gate, w_shared_up, w_shared_down, rows_of(y))
-        tasks += more
-    run(tasks)
+        w_shared: Weights = w_shared_gate[None], w_shared_up[None], w_shared_down[None]  # type: ignore[index]
+        more, *kept = forward_tasks(all_rows(x), w_shared, rows_of(y))
+        tasks, shared = more + tasks, FFNSaved(x, w_shared, *kept)
+    run(tasks)  # (moe.3)
     weights = ready(rows_of(weights))
     _combine(rows_of(y), out, place, weights)
     return y, MoESaved(x, weights, w, gate, up, order, place, start, shared)
-
-
-def _forward_block(
-    out: Array, gate: Array, up: Array, x: Array, order: Array, top_k: int, *w: Array
-) -> None:
-    rows = empty(out.shape, out)
-    kernel("moe", "gather", x.dtype)(rows, x, order, top_k)
-    forward_rows(out, gate, up, rows, *w)  # (moe.3)
 
 
 def moe_backward(dy: Array, saved: MoESaved) -> tuple[Array | None, ...]:
@@ -103,70 +90,26 @@ def moe_backward(dy: Array, saved: MoESaved) -> tuple[Array | None, ...]:
     x, weights, w, gate, up, order, place, start, shared = saved
     expect_real(x=x, dy=dy)
     expect("dy", dy, "(…, D)", tuple(x.shape))
-    top_k = weights.shape[1]
-    rows, given = ready(rows_of(x)), ready(rows_of(dy))
+    top_k, given = weights.shape[1], ready(rows_of(dy))
+    routed = Routed(ready(rows_of(x)), order, top_k, start)
     drows, dx = empty((order.size, x.shape[-1]), x), empty(x.shape, x)
-    dgate, dup, hidden = (empty(gate.shape, x) for _ in range(3))
     by_slot, dweights = weights.reshape(-1)[order], empty((order.size,), x)
-    dw = [empty(part.shape, x) for part in w]
-    by_row = drows, dgate, dup, hidden, dweights, order, gate, up, by_slot
-    first: list[Task] = []
-    then: list[Task] = []
-    for e, i in _blocks(start):
-        parts = tuple(array[i] for array in by_row)
-        whole = i == slice(start[e], start[e + 1])
-        dw_here = _of(dw, e) if whole else None
-        first.append(partial(_backward_block, parts, rows, given, top_k, _of(w, e), dw_here))
-    for e, (a, b) in enumerate(pairwise(start)):
-        if not 0 < b - a <= ROWS:  # of several blocks, or none
-            i = slice(a, b)
-            arrays = dgate[i], dup[i], hidden[i], rows, given, order[i]
-            then.append(partial(_weight_gradients, _of(dw, e), arrays, top_k))
+    dw = tuple(empty(part.shape, x) for part in w)
+    first, then = backward_tasks(
+        routed, w, given, gate, up, by_slot, drows, dweights, dw
+    )  # (moe.10)
     dshared: tuple[Array | None, ...] = None, None, None
     if shared is None:
         dx[...] = 0
     else:
-        dshared = tuple(empty(part.shape, x) for part in shared[1:4])
-        more, after = backward_tasks(given, shared, rows_of(dx), dshared)  # type: ignore[arg-type]
+        more, after, found = whole_backward(given, shared, rows_of(dx))
         first, then = more + first, after + then
+        dshared = tuple(part[0] for part in found)
     run(first)
     run(then)
     _combine(rows_of(dx), drows, place, None)
     dweights = dweights[place.reshape(-1)].reshape(*x.shape[:-1], top_k)
     return dx, dweights, *dw, *dshared
-
-
-def _backward_block(
-    parts: tuple[Array, ...],
-    x: Array,
-    dy: Array,
-    top_k: int,
-    w: tuple[Array, ...],
-    dw: tuple[Array, ...] | None,
-) -> None:
-    """Rows of one expert: the first five of ``parts`` are written; if they are all its rows, ``dw``
-    too."""
-    drows, dgate, dup, hidden, dweights, order, *saved = parts
-    given = empty(drows.shape, dy)
-    kernel("moe", "gather", dy.dtype)(given, dy, order, top_k)
-    backward_rows(drows, dgate, dup, hidden, dweights, given, *saved, *w)  # (moe.10)
-    if dw is not None:
-        np.matmul(given.T, hidden, out=dw[2])
-        kernel("moe", "gather", x.dtype)(given, x, order, top_k)
-        np.matmul(dgate.T, given, out=dw[0])
-        np.matmul(dup.T, given, out=dw[1])
-
-
-def _weight_gradients(dw: tuple[Array, ...], arrays: tuple[Array, ...], top_k: int) -> None:
-    """``dw`` (of gate, up and down) of one expert, zeros if it has no rows."""
-    dgate, dup, hidden, x, dy, order = arrays
-    gather = kernel("moe", "gather", x.dtype)
-    rows = empty((order.size, x.shape[1]), x)
-    gather(rows, x, order, top_k)
-    np.matmul(dgate.T, rows, out=dw[0])
-    np.matmul(dup.T, rows, out=dw[1])
-    gather(rows, dy, order, top_k)
-    np.matmul(rows.T, hidden, out=dw[2])
 
 
 def _dispatch(indices: Array, experts: int) -> tuple[Array, Array, list[int]]:
@@ -183,21 +126,6 @@ def by_expert(ids: Array, experts: int) -> tuple[Array, Array, Array]:
     start = np.empty(experts + 1, np.int64)
     kernel("moe", "dispatch", np.dtype(np.float32))(order, place, start, ids)
     return order, place, start
-
-
-def _blocks(start: list[int]) -> list[tuple[int, slice]]:
-    """(expert, rows) of each task, the longest first."""
-    found = [
-        (e, slice(a + i.start, a + i.stop))
-        for e, (a, b) in enumerate(pairwise(start))
-        if b > a
-        for i in blocks_of(b - a, ROWS)
-    ]
-    return sorted(found, key=lambda part: part[1].start - part[1].stop)
-
-
-def _of(w: tuple[Array, ...] | list[Array], expert: int) -> tuple[Array, ...]:
-    return tuple(part[expert] for part in w)
 
 
 def _combine(y: Array, rows: Array, place: Array, weights: Array | None) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from refimpl.check import check
 from refimpl.check.cases import CASES, REGIMES, RandomDraw
 from refimpl.config import preset
+from refimpl.kernels import SOURCE
 from refimpl.kernels.cpu import compile as compiling
 from refimpl.kernels.cpu.adamw import FusedAdamW
 from refimpl.kernels.cpu.pool import threads
@@ -33,12 +34,12 @@ from kernel_support.on_cpu import (
     PLANTED,
     plant,
     plant_text,
-    recompiled,
     small_blocks,
     with_table,
 )
 from support import FULL, HypothesisDraw
 
+CHECKED = 'CHECKED = os.environ.get("REFIMPL_BOUNDS_CHECKS") == "1"', "CHECKED = True"
 DIFFERENCES = 40 if FULL else 4  # examples of each op, beside those of its regimes
 EXAMPLES = 60 if FULL else 8  # likewise, in each type
 
@@ -261,7 +262,8 @@ def test_attention_with_any_scale(scale: float) -> None:
 
 def test_long_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a running sum in float32 would lose: a token 100,000 times, and 200,000 logits and keys
-    nearly as large as the largest. Within 4 units in the last place."""
+    nearly as large as the largest. Within 4 units in the last place, but for attention's values,
+    which are summed in parts as in NumPy's product."""
     monkeypatch.undo()  # blocks of their own sizes
     unit = 2.0**-23
     ids, dy = np.zeros(100_000, np.int64), np.full((100_000, 1), 0.1, np.float32)
@@ -274,8 +276,11 @@ def test_long_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     assert abs(float(loss) / exact - 1) <= 4 * unit
     k = np.zeros((1, 200_000, 1, 1), np.float32)
     k[0, 0], q = 0.1, np.ones((1, 1, 1, 1), np.float32)
-    o, _ = CPU.attention.forward(q, k, np.ones_like(k), scale=1.0)
-    assert abs(float(o[0, 0, 0, 0]) - 1) <= 4 * unit
+    v = np.ones((1, 200_000, 1, 64), np.float32)
+    o, _ = CPU.attention.forward(q, k, v, scale=1.0)
+    p = np.exp(k[0, :, 0, 0] - k.max())
+    of_numpy = np.max(np.abs((p @ v[0, :, 0]) / np.sum(p, dtype=np.float64) - 1))
+    assert np.max(np.abs(o - 1)) <= 2 * of_numpy + 4 * unit
 
 
 def test_gradients_of_other_ops_are_not_written_to() -> None:
@@ -304,7 +309,8 @@ def test_left_out_tokens_may_be_anything() -> None:
 
 USES = {
     "rope": ("rope", "mla"),
-    "swiglu": ("swiglu", "ffn", "moe"),
+    "ffn": ("ffn", "moe"),
+    "products": ("moe", "attention"),
     "cross_entropy": ("cross_entropy", "log_prob"),
 }
 MISTAKES = [(stem, name) for stem, planted in PLANTED.items() for name in planted]
@@ -363,13 +369,22 @@ def test_ties_to_the_lower_index() -> None:
 def test_within_bounds(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same cases with kernels that check every index."""
     monkeypatch.setitem(compiling.OPTIONS, "boundscheck", True)
-    recompiled(monkeypatch)
+    plant_text("products", *CHECKED, monkeypatch)
     assert_differences(op, range(2))
     assert_errors(op, "float32", range(10))
 
 
-def test_a_write_out_of_bounds_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+WRITES = {  # of a file's kernels, out of bounds
+    "swiglu": ("        y[i] = g", "        y[i + 1] = g"),
+    "attention": ("lse[first + lane] = shift", "lse[first + lane + 1] = shift"),
+    "products": ("c[panel, i, lane] = total", "c[panel, i + 1, lane] = total"),
+}
+
+
+@pytest.mark.parametrize("stem", WRITES if FULL else ["swiglu"])
+def test_a_write_out_of_bounds_is_seen(stem: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(compiling.OPTIONS, "boundscheck", True)
-    plant_text("swiglu", "        y[i] = g", "        y[i + 1] = g", monkeypatch)
+    text = (SOURCE / f"{stem}_numba_cpu.py").read_text()
+    plant_text(stem, text, text.replace(*CHECKED).replace(*WRITES[stem]), monkeypatch)
     with pytest.raises(IndexError):
-        assert_errors("swiglu", "float32", range(1))
+        assert_errors("attention" if stem == "products" else stem, "float32", range(3))

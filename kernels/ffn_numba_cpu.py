@@ -1,0 +1,128 @@
+"""A feed-forward network for a CPU, from rows to rows: between its products everything stays in
+the cache.
+
+The rows of a block are the columns of panels (products_numba_cpu.py), so a weight is read where it
+lies, and what one product makes is the next one's factor. ``gate`` and ``up`` are kept as panels
+[P, F, WIDTH]; the hidden state is made again in the backward. An expert is a network whose rows
+are gathered (`order`, as in moe_numba_cpu.py) and whose output is multiplied by a weight per row.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .common_numba_cpu import Ids1, In1, In2, In3, Int, Out1, Out2, Out3, sigmoid
+from .products_numba_cpu import (
+    factor,
+    multiply,
+    multiply_turned,
+    outer_products,
+    pack_rows,
+    room,
+    unpack_rows,
+)
+
+
+def network_forward(
+    y: Out2,
+    gate: Out3,
+    up: Out3,
+    x: In2,
+    order: Ids1,
+    top_k: Int,
+    w_gate: In2,
+    w_up: In2,
+    w_down: In2,
+) -> None:
+    """y [n, D] of the rows order // top_k of ``x``; ``w_gate`` and ``w_up`` [F, D], ``w_down``
+    [D, F]."""
+    one = gate.dtype.type(1)
+    rows = room(gate.shape[0], x.shape[1], x)
+    pack_rows(rows, x, order, top_k)
+    multiply(gate, factor(w_gate), rows, False)  # (ffn.1)
+    multiply(up, factor(w_up), rows, False)
+    hidden = room(gate.shape[0], gate.shape[1], x)
+    h, g = hidden.reshape(-1), gate.reshape(-1)
+    u = up.reshape(-1)
+    for i in range(h.size):
+        h[i] = g[i] * sigmoid(g[i], one) * u[i]  # (swiglu.1)
+    multiply(rows, factor(w_down), hidden, False)  # (ffn.3)
+    unpack_rows(y, rows)
+
+
+def network_backward(
+    dx: Out2,
+    dgate: Out3,
+    dup: Out3,
+    given: Out3,
+    hidden: Out2,
+    dweights: Out1,
+    dy: In2,
+    order: Ids1,
+    top_k: Int,
+    gate: In3,
+    up: In3,
+    weights: In1,
+    w_gate: In2,
+    w_up: In2,
+    w_down: In2,
+) -> None:
+    """The first six are written: ``dx`` [n, D]; ``dgate`` and ``dup``; ``given``, panels
+    [P, D, WIDTH] of ``dy``; the hidden state [n, F] times the row's weight; ``dweights`` [n].
+
+    ``dy`` is that of the output times its weight, so dweights = Σ hidden ∘ dhidden: the output
+    itself is not needed.
+    """
+    one = gate.dtype.type(1)
+    pack_rows(given, dy, order, top_k)
+    dhidden = room(gate.shape[0], gate.shape[1], dy)
+    multiply_turned(dhidden, w_down, given, False)  # (ffn.4)
+    width = gate.shape[2]
+    for panel in range(gate.shape[0]):
+        first = panel * width
+        count = min(width, order.size - first)
+        weight, total = np.zeros(width, gate.dtype), np.zeros(width)  # a long sum: in float64
+        weight[:count] = weights[first : first + count]
+        for f in range(gate.shape[1]):
+            g, u = gate[panel, f], up[panel, f]
+            dg, du = dgate[panel, f], dup[panel, f]
+            dh = dhidden[panel, f]
+            for r in range(width):
+                s = sigmoid(g[r], one)
+                h = g[r] * s * u[r]
+                total[r] += h * dh[r]
+                d = dh[r] * weight[r]
+                dg[r] = d * u[r] * (s + g[r] * s * (one - s))  # (swiglu.2)
+                du[r] = d * g[r] * s  # (swiglu.3)
+                dh[r] = h * weight[r]
+        dweights[first : first + count] = total[:count]
+    unpack_rows(hidden, dhidden)
+    rows = room(given.shape[0], given.shape[1], dy)
+    multiply_turned(rows, w_gate, dgate, False)
+    multiply_turned(rows, w_up, dup, True)  # (ffn.6)
+    unpack_rows(dx, rows)
+
+
+def weight_gradients(
+    dw_gate: Out2,
+    dw_up: Out2,
+    dw_down: Out2,
+    dgate: In3,
+    dup: In3,
+    given: In3,
+    hidden: In2,
+    x: In2,
+    order: Ids1,
+    own: Ids1,
+    top_k: Int,
+    part: Int,
+    parts: Int,
+) -> None:
+    """A part of the rows of each weight's gradient; the arrays are those of `network_backward` for
+    all rows of a network, ``own`` is 0 … n."""
+    f, d = dw_gate.shape
+    first, last = f * part // parts, f * (part + 1) // parts
+    outer_products(dw_gate, dgate, x, order, top_k, first, last)
+    outer_products(dw_up, dup, x, order, top_k, first, last)
+    first, last = d * part // parts, d * (part + 1) // parts
+    outer_products(dw_down, given, hidden, own, 1, first, last)

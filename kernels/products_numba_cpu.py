@@ -1,0 +1,464 @@
+"""Products inside a kernel: what stands before and after them stays in the cache.
+
+NumPy's product copies both factors into an order of its own at each call. For the few rows of an
+expert, or the few columns of a head, that takes as long as multiplying. Here one factor is read
+where it lies, by any strides. The other is in *panels*: `WIDTH` columns lie beside each other, so
+matrix [K, N] is an array [N / WIDTH, K, WIDTH]. What a kernel makes in that order is the next
+product's factor, without a copy.
+
+`multiply` makes a tile of c, `TALL` rows of one panel, at a time. All its sums are in registers:
+each step along K reads one vector or two of b, one number of each row of a, and adds the products.
+A sum runs along K in order, so its bits depend neither on the processor nor on the tiles.
+"""
+
+from __future__ import annotations
+
+import os
+
+import llvmlite.binding as llvm
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils, config
+from numba.extending import intrinsic, overload
+from numpy.lib.stride_tricks import as_strided
+
+EXACT = {"fastmath": False}
+CHECKED = os.environ.get("REFIMPL_BOUNDS_CHECKS") == "1"  # then every index is, and so no tiles
+
+
+def _features():
+    """What Numba compiles for: this processor, or the one that the user named to Numba."""
+    if config.CPU_NAME or config.CPU_FEATURES:
+        return {name[1:] for name in (config.CPU_FEATURES or "").split(",") if name[:1] == "+"}
+    return {name for name, has in llvm.get_host_cpu_features().items() if has}
+
+
+FEATURES = _features()
+WIDE, ARM = "avx512f" in FEATURES, "neon" in FEATURES
+BYTES = 64 if WIDE else 32 if "avx2" in FEATURES else 16  # of a vector
+VECTORS = 2  # of a panel's row
+TALL = 8 if WIDE or ARM else 6  # rows of a tile: with 32 registers or 16, all its sums are in them
+DEEP = 256  # steps along K: a panel is then in the nearest cache
+SLAB = 256  # rows of a, so that they are in the next
+LINE = 64  # bytes, of the cache
+PANELS = 4  # that are made of rows at a time
+GAP = 2  # steps between tiles: at a distance of a power of two they would share a place there
+SQUARE = 8  # numbers that change places together when rows become columns
+FUSED = "fma" in FEATURES or ARM  # a product and a sum are one instruction
+
+
+def width_of(x):
+    """Columns of a panel of x's type, in compiled code."""
+    return VECTORS * BYTES // x.itemsize
+
+
+@overload(width_of)
+def _width_of(x):
+    width = VECTORS * BYTES * 8 // x.dtype.bitwidth
+    return lambda x: width
+
+
+class _Code:
+    """Writes LLVM's instructions on numbers of one type, at ``builder``'s place."""
+
+    def __init__(self, context, builder, dtype):
+        self.context, self.builder = context, builder
+        self.real = context.get_data_type(dtype)
+        self.align = self.real.get_abi_size(context.target_data)
+
+    def array(self, kind, value):
+        return self.context.make_array(kind)(self.context, self.builder, value)
+
+    def strides(self, array):
+        return cgutils.unpack_tuple(self.builder, array.strides)
+
+    def whole(self, value):
+        return ir.Constant(ir.IntType(64), value)
+
+    def vector(self, lanes):
+        return ir.VectorType(self.real, lanes)
+
+    def moved(self, pointer, *distances):
+        """By these (count, bytes)."""
+        at = self.builder.bitcast(pointer, ir.IntType(8).as_pointer())
+        for count, stride in distances:
+            at = self.builder.gep(at, [self.builder.mul(count, stride)])
+        return at
+
+    def load(self, at, kind):
+        loaded = self.builder.load(self.builder.bitcast(at, kind.as_pointer()))
+        loaded.align = self.align
+        return loaded
+
+    def store(self, value, at):
+        place = self.builder.bitcast(at, value.type.as_pointer())
+        self.builder.store(value, place).align = self.align
+
+    def apart(self, pointer):
+        """The pointer, which LLVM no longer sees to be at some distance from another: else each
+        row's address is made from that of the row before, and the sums wait."""
+        kind = ir.FunctionType(pointer.type, [pointer.type])
+        return self.builder.asm(kind, "", "=r,0", [pointer], side_effect=False)
+
+    def everywhere(self, number, lanes):
+        """A vector of one number."""
+        undefined, lane = ir.Constant(self.vector(lanes), ir.Undefined), ir.IntType(32)
+        one = self.builder.insert_element(undefined, number, ir.Constant(lane, 0))
+        places = ir.Constant(ir.VectorType(lane, lanes), [0] * lanes)
+        return self.builder.shuffle_vector(one, undefined, places)
+
+    def add_product(self, a, b, total):
+        """a b + total."""
+        if not FUSED:
+            return self.builder.fadd(self.builder.fmul(a, b), total)
+        size = "f32" if self.align == 4 else "f64"
+        kind = ir.FunctionType(a.type, [a.type] * 3)
+        name = f"llvm.fma.v{a.type.count}{size}"
+        function = cgutils.get_or_insert_function(self.builder.module, kind, name)
+        return self.builder.call(function, [a, b, total])
+
+
+def _tile(height):
+    """The function that makes so many rows, from ``first`` on, of a panel of c [P, M, WIDTH] from
+    a [tiles, TALL, R, K] and b [P, R·K, WIDTH]."""
+
+    @intrinsic
+    def tile(typing, c, a, b, panel, first, add):
+        def code(context, builder, signature, arguments):
+            emit = _Code(context, builder, signature.args[0].dtype)
+            arrays = zip(signature.args[:3], arguments[:3], strict=True)
+            c, a, b = (emit.array(kind, value) for kind, value in arrays)
+            panel, first, add = arguments[3:]
+            zero = ir.Constant(emit.vector(BYTES // emit.align), [0.0] * (BYTES // emit.align))
+            sums = [
+                [cgutils.alloca_once_value(builder, zero) for _ in range(VECTORS)]
+                for _ in range(height)
+            ]
+            _add_up(emit, sums, a, b, panel, first)
+            _put(emit, sums, c, panel, first, add)
+            return context.get_dummy_value()
+
+        return types.void(c, a, b, panel, first, add), code
+
+    return tile
+
+
+def _add_up(emit, sums, a, b, panel, first):
+    """Add the products of rows of a with the panel of b to ``sums``, vectors by row."""
+    builder, vector = emit.builder, sums[0][0].type.pointee
+    by_tile, by_row, by_repeat, by_step = emit.strides(a)
+    b_panel, b_row, _ = emit.strides(b)
+    *_, repeats, steps = cgutils.unpack_tuple(builder, a.shape)
+    tall = emit.whole(TALL)
+    begin = emit.moved(
+        a.data, (builder.udiv(first, tall), by_tile), (builder.urem(first, tall), by_row)
+    )
+    a_rows = [emit.apart(emit.moved(begin, (emit.whole(i), by_row))) for i in range(len(sums))]
+    b_begin = emit.moved(b.data, (panel, b_panel))
+    with cgutils.for_range(builder, repeats) as outer:
+        parts = [emit.moved(row, (outer.index, by_repeat)) for row in a_rows]
+        b_part = emit.moved(b_begin, (builder.mul(outer.index, steps), b_row))
+        with cgutils.for_range(builder, steps) as inner:
+            row = emit.moved(b_part, (inner.index, b_row))
+            those = [
+                emit.load(emit.moved(row, (emit.whole(BYTES), emit.whole(v))), vector)
+                for v in range(VECTORS)
+            ]
+            for part, own in zip(parts, sums, strict=True):
+                number = emit.load(emit.moved(part, (inner.index, by_step)), emit.real)
+                same = emit.everywhere(number, vector.count)
+                for total, other in zip(own, those, strict=True):
+                    added = emit.add_product(same, other, builder.load(total))
+                    builder.store(added, total)
+
+
+def _put(emit, sums, c, panel, first, add):
+    """Write ``sums`` to the panel of c, or add them."""
+    builder, vector = emit.builder, sums[0][0].type.pointee
+    by_panel, by_row, _ = emit.strides(c)
+    begin = emit.moved(c.data, (panel, by_panel), (first, by_row))
+    for i, own in enumerate(sums):
+        for v, total in enumerate(own):
+            at = emit.moved(begin, (emit.whole(i), by_row), (emit.whole(BYTES), emit.whole(v)))
+            with builder.if_then(add):
+                before = emit.load(at, vector)
+                builder.store(builder.fadd(before, builder.load(total)), total)
+            emit.store(builder.load(total), at)
+
+
+@intrinsic
+def _moved(typing, out, x):
+    """`TALL` numbers of x [n] to out [n]."""
+
+    def code(context, builder, signature, arguments):
+        emit = _Code(context, builder, signature.args[0].dtype)
+        arrays = zip(signature.args, arguments, strict=True)
+        out, x = (emit.array(kind, value) for kind, value in arrays)
+        emit.store(emit.load(x.data, emit.vector(TALL)), out.data)
+        return context.get_dummy_value()
+
+    return types.void(out, x), code
+
+
+@intrinsic
+def _turned(typing, out, x, i, j):
+    """Of out = xᵀ, the square of `SQUARE` columns from i and rows from j on; rows have no gaps."""
+
+    def code(context, builder, signature, arguments):
+        emit = _Code(context, builder, signature.args[0].dtype)
+        arrays = zip(signature.args[:2], arguments[:2], strict=True)
+        out, x = (emit.array(kind, value) for kind, value in arrays)
+        i, j = arguments[2:]
+
+        def places(array, row, column):
+            down, across = emit.strides(array)
+            begin = emit.moved(array.data, (row, down), (column, across))
+            return [emit.moved(begin, (emit.whole(k), down)) for k in range(SQUARE)]
+
+        rows = [emit.load(place, emit.vector(SQUARE)) for place in places(x, i, j)]
+        half, lanes = SQUARE // 2, ir.VectorType(ir.IntType(32), SQUARE)
+        turns = [
+            ir.Constant(lanes, [begin + k // 2 + k % 2 * SQUARE for k in range(SQUARE)])
+            for begin in (0, half)
+        ]
+        for _ in range(half.bit_length()):  # two rows take turns: after log₂ times they are columns
+            pairs = zip(rows[:half], rows[half:], strict=True)
+            rows = [builder.shuffle_vector(*pair, turn) for pair in pairs for turn in turns]
+        for row, place in zip(rows, places(out, j, i), strict=True):
+            emit.store(row, place)
+        return context.get_dummy_value()
+
+    return types.void(out, x, i, j), code
+
+
+@njit(**EXACT)
+def _checked_tile(c, a, b, panel, first, add, height):
+    steps = a.shape[3]
+    for i in range(first, first + height):
+        for lane in range(c.shape[2]):
+            total = c[panel, i, lane] if add else c.dtype.type(0)
+            for k in range(b.shape[1]):
+                factor = a[i // TALL, i % TALL, k // steps, k % steps]
+                total += factor * b[panel, k, lane]
+            c[panel, i, lane] = total
+
+
+if CHECKED:  # the same in plain loops, whose indices Numba checks
+
+    @njit(**EXACT)
+    def _tall(c, a, b, panel, first, add):
+        _checked_tile(c, a, b, panel, first, add, TALL)
+
+    @njit(**EXACT)
+    def _single(c, a, b, panel, first, add):
+        _checked_tile(c, a, b, panel, first, add, 1)
+
+    @njit(**EXACT)
+    def _move(out, x):
+        for i in range(TALL):
+            out[i] = x[i]
+
+    @njit(**EXACT)
+    def _square(out, x, i, j):
+        for row in range(i, i + SQUARE):
+            for column in range(j, j + SQUARE):
+                out[column, row] = x[row, column]
+
+else:
+    _tall, _single = _tile(TALL), _tile(1)
+    _move, _square = _moved, _turned
+
+
+@njit(**EXACT)
+def room(count, rows, like):
+    """Panels [count, rows, WIDTH] whose rows begin where a line of the cache does: a vector that
+    lies in two is read twice."""
+    width = width_of(like)
+    size = count * rows * width
+    numbers = np.empty(size + LINE // like.itemsize, like.dtype)
+    first = -numbers.ctypes.data % LINE // like.itemsize
+    return numbers[first : first + size].reshape(count, rows, width)
+
+
+@njit(**EXACT)
+def multiply(c, a, b, add):
+    """c [P, M, WIDTH] = a [M, R, K] by b [P, R·K, WIDTH], added to c if ``add``. All may be views,
+    but a row of a panel has no gaps."""
+    rows, repeats, steps = a.shape
+    if c.shape[0] != b.shape[0] or c.shape[1] != rows or b.shape[1] != repeats * steps:
+        raise ValueError("shapes do not agree")
+    if a.size == 0 and not add:
+        c[:] = 0
+    together = max(1, DEEP // max(1, steps))
+    for i in range(0, rows, SLAB):
+        for r in range(0, repeats, together):
+            for k in range(0, steps, DEEP):
+                part = a[i : i + SLAB, r : r + together, k : k + DEEP]
+                begin = r * steps + k
+                those = b[:, begin : begin + part.shape[1] * part.shape[2]]
+                shape, strides = (
+                    (SLAB, TALL, *part.shape[1:]),
+                    (TALL * part.strides[0], *part.strides),
+                )
+                _block(
+                    c[:, i : i + SLAB], as_strided(part, shape, strides), those, add or begin > 0
+                )
+
+
+@njit(**EXACT)
+def _block(c, a, b, add):
+    """The same, of matrices that stay in the cache; a is [tiles, TALL, R, K]."""
+    rows = c.shape[1]
+    tall = rows - rows % TALL
+    for panel in range(b.shape[0]):
+        for first in range(0, tall, TALL):
+            _tall(c, a, b, panel, first, add)
+        for first in range(tall, rows):
+            _single(c, a, b, panel, first, add)
+
+
+@njit(**EXACT)
+def tiles_of(rows, steps, like):
+    """Room for the transpose of w [steps, rows], as `multiply_tiles` reads it."""
+    return np.empty((-(-rows // TALL), steps + GAP, 1, TALL), like.dtype)
+
+
+@njit(**EXACT)
+def put_tiles(tiles, w, first, steps, start, rows):
+    """The part of w [K, M] from [first, start] on, `steps` by `rows`."""
+    for k in range(steps):
+        row = w[first + k, start : start + rows]
+        for tile in range(rows // TALL):
+            _move(tiles[tile, k, 0], row[tile * TALL :])
+        for i in range(rows - rows % TALL, rows):
+            tiles[i // TALL, k, 0, i % TALL] = row[i]
+
+
+@njit(**EXACT)
+def multiply_tiles(c, tiles, b, add):
+    """c [P, M, WIDTH] = wᵀ b of w [K, M], in tiles, and b [P, K, WIDTH]; added to c if ``add``."""
+    for k in range(0, b.shape[1], DEEP):
+        some = b[:, k : k + DEEP]
+        turned = tiles[:, k : k + some.shape[1]].transpose(0, 3, 2, 1)
+        _block(c, turned, some, add or k > 0)
+
+
+@njit(**EXACT)
+def multiply_turned(c, w, b, add):
+    """c [P, M, WIDTH] = wᵀ b of w [K, M] and b [P, K, WIDTH], added to c if ``add``.
+
+    A tile would read a few numbers of each row of w, and fetch a line of memory for them. So what
+    stays in the cache is copied there first, in the order in which tiles read it.
+    """
+    steps, rows = w.shape
+    if c.shape[0] != b.shape[0] or c.shape[1] != rows or b.shape[1] != steps:
+        raise ValueError("shapes do not agree")
+    if w.size == 0 and not add:
+        c[:] = 0
+    tiles = tiles_of(min(rows, SLAB), min(steps, DEEP), w)
+    for i in range(0, rows, SLAB):
+        height = min(SLAB, rows - i)
+        for k in range(0, steps, DEEP):
+            deep = min(DEEP, steps - k)
+            put_tiles(tiles, w, k, deep, i, height)
+            multiply_tiles(c[:, i : i + height], tiles, b[:, k : k + deep], add or k > 0)
+
+
+@njit(**EXACT)
+def factor(w):
+    """w [M, K] as `multiply` wants a."""
+    return as_strided(w, (w.shape[0], 1, w.shape[1]), (w.strides[0], 0, w.strides[1]))
+
+
+@njit(**EXACT)
+def pack(panel, x):
+    """A panel [K, WIDTH] whose columns are the rows of x [n, K]; zeros beyond."""
+    count = x.shape[0]
+    _transpose(panel, x)
+    if count < panel.shape[1]:
+        for k in range(panel.shape[0]):
+            panel[k, count:] = 0
+
+
+@njit(**EXACT)
+def _transpose(out, x):
+    """out [n, m] = xᵀ of x [m, n]; out may be larger."""
+    m, n = x.shape
+    whole_m, whole_n = m - m % SQUARE, n - n % SQUARE
+    for j in range(0, whole_n, SQUARE):
+        for i in range(0, whole_m, SQUARE):
+            _square(out, x, i, j)
+    for i in range(m):
+        for j in range(whole_n if i < whole_m else 0, n):
+            out[j, i] = x[i, j]
+
+
+@njit(**EXACT)
+def pack_rows(panels, x, order, each):
+    """panels [P, K, WIDTH]: their column r is row order[r] // each of x [rows, K]; zeros beyond."""
+    width = panels.shape[2]
+    rows = np.empty((width, x.shape[1]), x.dtype)
+    for panel in range(panels.shape[0]):
+        first = panel * width
+        count = min(width, order.size - first)
+        for i in range(count):
+            row, out = x[order[first + i] // each], rows[i]
+            for k in range(row.size):
+                out[k] = row[k]
+        pack(panels[panel], rows[:count])
+
+
+@njit(**EXACT)
+def unpack_rows(x, panels):
+    """x [rows, K] from panels [P, K, WIDTH], whose columns are its rows."""
+    width = panels.shape[2]
+    for panel in range(panels.shape[0]):
+        rows = x[panel * width : (panel + 1) * width]
+        _transpose(rows, panels[panel, :, : rows.shape[0]])
+
+
+@njit(**EXACT)
+def outer_products(dw, a, b, order, each, first, last):
+    """Rows first … last of dw [M, N] = Σ_r a_r b_rᵀ, where a_r is column r of a, panels
+    [P, M, WIDTH], and b_r row order[r] // each of b [rows, N]."""
+    width, (_, columns) = a.shape[2], dw.shape
+    into, by_row = dw[first:last], a[:, first:last].transpose(1, 0, 2)
+    packed, edge = room(PANELS, DEEP, dw), room(1, last - first, dw)
+    if order.size == 0:
+        into[:] = 0
+    for begin in range(0, order.size, DEEP):
+        count = min(DEEP, order.size - begin)
+        at = begin // width
+        for start in range(0, columns, PANELS * width):
+            found = min(PANELS * width, columns - start)
+            whole = found // width
+            for r in range(count):
+                row = b[order[begin + r] // each, start : start + found]
+                for panel in range(whole):
+                    out, part = packed[panel, r], row[panel * width :]
+                    for lane in range(width):
+                        out[lane] = part[lane]
+                for lane in range(whole * width, found):
+                    packed[whole, r, lane - whole * width] = row[lane]
+            shape, strides = (whole, last - first, width), (width * dw.itemsize, *dw.strides)
+            direct = as_strided(into[:, start:], shape, strides)
+            _add_rows(direct, by_row[:, at:], packed[:whole, :count], begin > 0)
+            if found == whole * width:
+                continue
+            rest = slice(start + whole * width, start + found)
+            packed[whole, :count, found - whole * width :] = 0
+            edge[0, :, : found - whole * width] = into[:, rest]
+            _add_rows(edge, by_row[:, at:], packed[whole : whole + 1, :count], begin > 0)
+            into[:, rest] = edge[0, :, : found - whole * width]
+
+
+@njit(**EXACT)
+def _add_rows(c, a, b, add):
+    """c (+)= a b of the first rows of a [M, P, WIDTH]: as many as b [·, K, ·] has."""
+    width, steps = a.shape[2], b.shape[1]
+    whole = steps // width
+    multiply(c, a[:, :whole], b[:, : whole * width], add)
+    if whole * width < steps:
+        rest = a[:, whole : whole + 1, : steps - whole * width]
+        multiply(c, rest, b[:, whole * width :], add or whole > 0)

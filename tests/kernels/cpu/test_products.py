@@ -1,0 +1,197 @@
+"""The products inside kernels (kernels/products_numba_cpu.py) beside NumPy's: any strides, sizes
+that fill no tile, panel or part, and the ops made of them at sizes that have several of each."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from refimpl.kernels.cpu.compile import numba, panel_width
+from refimpl.ops import REFERENCE
+
+from kernel_support import results
+from kernel_support.on_cpu import CPU
+from support import FULL
+
+SIZES = st.integers(1, 40) | st.sampled_from([64, 255, 256, 257, 300, 520])
+EXAMPLES = 200 if FULL else 25
+REALS = (np.float32, np.float64) if FULL else (np.float32,)
+
+
+# the arguments of the kernels' helpers: arrays of so many dimensions, numbers; of any strides where
+# they may have any, so that one compilation serves all
+ARGUMENTS = {
+    "multiply": ("views3", "views3", "views3", "boolean"),
+    "multiply_turned": ("views3", "real2", "views3", "boolean"),
+    "pack_rows": ("real3", "real2", "ids", "int64"),
+    "unpack_rows": ("real2", "real3"),
+    "outer_products": ("real2", "real3", "real2", "ids", "int64", "int64", "int64"),
+}
+
+
+@cache
+def compiled(name: str, real: Any) -> Callable[..., None]:
+    """A helper of the kernels, to be called from Python."""
+    types: Any = numba().types
+    products: Any = importlib.import_module("refimpl.kernels.products_numba_cpu")
+    scalar = getattr(types, np.dtype(real).name)
+    of = {
+        "views3": types.Array(scalar, 3, "A"),
+        "real2": types.Array(scalar, 2, "C"),
+        "real3": types.Array(scalar, 3, "C"),
+        "ids": types.Array(types.int64, 1, "C"),
+        "boolean": types.boolean,
+        "int64": types.int64,
+    }
+    arguments = [of[kind] for kind in ARGUMENTS[name]]
+    function = numba().njit(types.void(*arguments))(getattr(products, name).py_func)
+    return function  # type: ignore[no-any-return]
+
+
+def panels(x: np.ndarray) -> np.ndarray:
+    """x [K, N] as [P, K, WIDTH]; NaN beyond."""
+    width = panel_width(x.dtype)
+    wide = np.full((x.shape[0], -(-x.shape[1] // width) * width), np.nan, x.dtype)
+    wide[:, : x.shape[1]] = x
+    return np.ascontiguousarray(wide.reshape(x.shape[0], -1, width).swapaxes(0, 1))
+
+
+def matrix(of: np.ndarray, columns: int) -> np.ndarray:
+    """What `panels` was made of."""
+    return of.swapaxes(0, 1).reshape(of.shape[1], -1)[:, :columns]
+
+
+def assert_close(found: np.ndarray, a: np.ndarray, b: np.ndarray, before: np.ndarray | int) -> None:
+    """found = before + a b, to the error of a sum in its own type: K + 1 roundings of terms."""
+    unit = np.finfo(found.dtype).eps / 2
+    a, b = a.astype(np.longdouble), b.astype(np.longdouble)
+    bound = (a.shape[1] + 2) * unit * (np.abs(a) @ np.abs(b) + np.abs(before))
+    assert np.all(np.abs(found - (before + a @ b)) <= bound + np.finfo(found.dtype).tiny)
+
+
+@settings(max_examples=EXAMPLES)
+@given(SIZES, SIZES, SIZES, st.booleans(), st.sampled_from(REALS), st.integers(0, 99))
+def test_multiply(m: int, k: int, n: int, add: bool, real: Any, seed: int) -> None:
+    """By a matrix as it lies, every other row and column of a larger one, and turned."""
+    rng = np.random.default_rng(seed)
+    numbers = rng.normal(size=(2 * m, 2 * k)).astype(real)
+    b = rng.normal(size=(k, n)).astype(real)
+    start = rng.normal(size=(m, n)).astype(real)
+    factor, packed = panels(start), panels(b)
+    for a in (np.ascontiguousarray(numbers[:m, :k]), numbers[::2, ::2], numbers[:k, :m].T):
+        if a.shape != (m, k):
+            continue
+        c = factor.copy()
+        compiled("multiply", real)(c, a[:, None], packed, add)
+        assert_close(matrix(c, n), a, b, start if add else 0)
+    w = rng.normal(size=(k, m)).astype(real)
+    c = factor.copy()
+    compiled("multiply_turned", real)(c, w, packed, add)
+    assert_close(matrix(c, n), w.T, b, start if add else 0)
+
+
+@settings(max_examples=EXAMPLES)
+@given(SIZES, SIZES, SIZES, st.integers(1, 3), st.sampled_from(REALS), st.integers(0, 99))
+def test_rows_and_outer_products(n: int, d: int, f: int, each: int, real: Any, seed: int) -> None:
+    """Rows become columns, zeros beyond, and come back; a part of the rows of Σ a bᵀ."""
+    rng = np.random.default_rng(seed)
+    width = panel_width(real)
+    x = rng.normal(size=(2 * n, d)).astype(real)
+    order = rng.integers(0, x.shape[0] * each, n)
+    rows = x[order // each]
+    packed = np.full((-(-n // width), d, width), np.nan, real)
+    compiled("pack_rows", real)(packed, x, order, each)
+    assert (matrix(packed, n) == rows.T).all()
+    assert (matrix(packed, packed.shape[0] * width)[:, n:] == 0).all()
+    back = np.full((n, d), np.nan, real)
+    compiled("unpack_rows", real)(back, packed)
+    assert (back == rows).all()
+    a = rng.normal(size=(n, f)).astype(real)
+    by_column = np.full((packed.shape[0], f, width), np.nan, real)
+    compiled("pack_rows", real)(by_column, a, np.arange(n), 1)
+    dw, (first, last) = np.full((f, d), np.nan, real), sorted(rng.integers(0, f + 1, 2).tolist())
+    compiled("outer_products", real)(dw, by_column, x, order, each, first, last)
+    assert_close(dw[first:last], a.T[first:last], rows, 0)
+    assert np.isnan(dw[:first]).all()
+    assert np.isnan(dw[last:]).all()
+
+
+def test_nothing_to_sum() -> None:
+    """Zeros, or what was there."""
+    for add in (False, True):
+        c = np.ones((1, 3, panel_width(np.float32)), np.float32)
+        compiled("multiply", np.float32)(c, np.ones((3, 1, 0), np.float32), c[:, :0], add)
+        assert (c == add).all()
+        compiled("multiply_turned", np.float32)(c, np.ones((0, 3), np.float32), c[:, :0], add)
+        assert (c == add).all()
+    dw = np.ones((2, 3), np.float32)
+    compiled("outer_products", np.float32)(dw, c[:0], dw, np.arange(0), 1, 0, 2)
+    assert (dw == 0).all()
+
+
+def test_shapes_that_do_not_agree() -> None:
+    c = np.ones((1, 3, panel_width(np.float32)), np.float32)
+    for name, a in (("multiply", np.ones((3, 1, 2), np.float32)), ("multiply_turned", c[0, :2])):
+        with pytest.raises(ValueError, match="shapes do not agree"):
+            compiled(name, np.float32)(c, a, c, False)
+
+
+LARGE = {  # op: shapes of its arrays, keyword arguments
+    "ffn": ([(300, 70), (600, 70), (600, 70), (70, 600)], {}),
+    "moe": (
+        [(200, 70), (200, 2), *[(3, 90, 70)] * 2, (3, 70, 90), *[(280, 70)] * 2, (70, 280)],
+        {"indices": np.where(np.arange(400) < 330, np.arange(400) % 2, 2 - np.arange(400) % 2)},
+    ),
+    "attention": ([(1, 600, 2, 40), (1, 1100, 2, 40), (1, 1100, 2, 50)], {"scale": 0.2}),
+    "attention, one head of keys, masked": (
+        [(2, 90, 3, 40), (2, 130, 1, 40), (2, 130, 1, 50)],
+        {
+            "scale": 0.2,
+            "key_mask": np.arange(260).reshape(2, 130) % 7 > 1,
+            "segments": np.repeat([[0] * 40 + [1] * 90], 2, axis=0),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_several_of_everything(case: str) -> None:
+    """Tasks, panels, tiles and parts: as the reference in float64."""
+    shapes, kwargs = LARGE[case]
+    op, rng = case.split(",")[0], np.random.default_rng(0)
+    if op == "moe":
+        kwargs = kwargs | {"indices": kwargs["indices"].reshape(200, 2)}
+    arrays = [rng.normal(size=shape) * shape[-1] ** -0.25 for shape in shapes]
+    y, _ = REFERENCE[op].forward(*arrays, **kwargs)
+    dy = [rng.normal(size=y.shape)]
+    found, wanted = (results(table[op], arrays, kwargs, dy) for table in (CPU, REFERENCE))
+    for x, right in zip(found, wanted, strict=True):
+        assert np.max(np.abs(x - right)) <= 1e-12 * np.max(np.abs(right))
+
+
+PROCESSORS = {  # as Numba is told: vectors of 32 bytes, and of 16 without fused multiply-adds
+    "haswell": "+64bit,+avx,+avx2,+fma,+sse,+sse2,+sse3,+sse4.1,+sse4.2,+ssse3,+popcnt,+bmi,+bmi2",
+    "x86-64": "+64bit,+sse,+sse2",
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS if FULL else [])
+def test_other_processors(name: str) -> None:
+    """The same tests, compiled for an older one."""
+    if not hasattr(numba(), "njit") or os.uname().machine != "x86_64":
+        pytest.skip("needs a processor of x86-64")
+    told = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": PROCESSORS[name]}
+    test = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    environment = os.environ | told | {"REFIMPL_TEST_FULL": ""}
+    done = subprocess.run(test, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout[-2000:]
