@@ -1,0 +1,144 @@
+"""Memory that is used again: never while an array refers to it, and never more than was in use."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refimpl.kernels.cpu import memory
+from refimpl.kernels.cpu.memory import LARGE, LINE, Store, release
+
+REAL = np.dtype(np.float32)
+MANY = LARGE // 4
+
+
+def address(x: np.ndarray) -> int:
+    return int(x.__array_interface__["data"][0])
+
+
+def test_lent_again() -> None:
+    """To the next array of nearly its size, from the beginning of a line of the cache on."""
+    store = Store()
+    x = store.array((MANY,), REAL)
+    place, kept = address(x), x
+    assert place % LINE == 0
+    del x
+    assert address(store.array((MANY,), REAL)) != place
+    del kept
+    y = store.array((MANY // 2, 2), REAL)
+    assert address(y) == place
+    assert y.shape == (MANY // 2, 2)
+    assert y.flags.c_contiguous
+    assert y.flags.writeable
+
+
+def test_small_arrays_are_numpys() -> None:
+    store = Store()
+    assert store.array((3,), REAL).base is None
+    assert store.lent == 0
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[5:7],
+        lambda x: x.reshape(2, -1).T[3:],
+        lambda x: x.view(np.uint8)[::7],
+        lambda x: memoryview(x),
+        lambda x: np.from_dlpack(x),
+        lambda x: np.broadcast_to(x[:1], (3, 1)),
+    ],
+)
+def test_a_view_keeps_it(view: Any) -> None:
+    store = Store()
+    x = store.array((MANY,), REAL)
+    x[:] = 1
+    part = view(x)
+    before = np.asarray(part).copy()
+    del x
+    gc.collect()
+    others = [store.array((MANY,), REAL) for _ in range(3)]
+    for other in others:
+        other[:] = 2
+    assert (np.asarray(part) == before).all()
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 9)), max_size=60))
+def test_never_two_owners_and_never_more_than_was_lent(steps: list[tuple[int, int]]) -> None:
+    store = Store()
+    held: list[np.ndarray] = []
+    for k, (size, drop) in enumerate(steps):
+        if drop < len(held):
+            del held[drop]
+        x = store.array((MANY + size * MANY // 3,), REAL)
+        x[:] = k
+        assert not any(np.shares_memory(x, other) for other in held)
+        held.append(x)
+        del x
+        assert store.lent + store.kept <= store.most
+    assert len({float(x[0]) for x in held}) == len(held)
+    assert all((x == x[0]).all() for x in held)
+    held.clear()
+    store.release()
+    assert (store.lent, store.kept, store.most) == (0, 0, 0)
+
+
+def test_threads() -> None:
+    store, wrong = Store(), []
+
+    def work(own: int) -> None:
+        for _ in range(200):
+            x = store.array((MANY,), REAL)
+            x[::1000] = own
+            y = store.array((MANY, 2), REAL)
+            y[::1000] = own
+            if not ((x[::1000] == own).all() and (y[::1000] == own).all()):
+                wrong.append(own)
+
+    workers = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+    assert store.lent + store.kept <= store.most
+
+
+def test_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits is given back first; what can't be had is not counted."""
+    store = Store()
+    x = store.array((MANY,), REAL)
+    del x
+    aligned, asked = memory.aligned, []
+
+    def refuses_once(size: int) -> np.ndarray:
+        asked.append(size)
+        if len(asked) == 1:
+            raise MemoryError
+        return aligned(size)
+
+    monkeypatch.setattr(memory, "aligned", refuses_once)
+    y = store.array((2 * MANY,), REAL)
+    assert (len(asked), store.kept, store.lent) == (2, 0, y.nbytes)
+    del y
+    store.release()
+
+    def refuses(size: int) -> np.ndarray:
+        raise MemoryError
+
+    monkeypatch.setattr(memory, "aligned", refuses)
+    with pytest.raises(MemoryError):
+        store.array((MANY,), REAL)
+    assert store.lent == 0
+
+
+def test_release() -> None:
+    memory.STORE.array((MANY,), REAL)
+    release()
+    assert memory.STORE.kept == 0
