@@ -20,21 +20,21 @@ from numba import njit
 from .common_numba_cpu import Bools1, Ids1, In1, In2View, Int, Out1, Out2View, Real, exp
 from .products_numba_cpu import (
     EXACT,
+    empty_panels,
+    empty_tiles,
     factor,
     multiply,
     multiply_tiles,
     pack,
     put_tiles,
-    room,
-    tiles_of,
     unpack_rows,
     width_of,
 )
 
 KEYS = 512  # of a block of the backward
 PAIR = 2  # panels of queries that the backward handles at a time
-SOME = 64  # numbers that are summed in their own type; such sums are added in float64
-MANY = 4096  # likewise values, which a product sums
+SOME = 64  # keys that are value_sums in their own type; such sums are added in float64
+MANY = 4096  # keys per product of values, likewise
 
 
 @njit(**EXACT)
@@ -46,10 +46,10 @@ def contiguous(x):
 
 
 @njit(**EXACT)
-def scale_and_hide(scores, scale, first, limit, masked, key_mask, segments, own):
+def scale_and_hide(scores, scale, first, limit, masked, key_mask, segments, segment):
     """Scores [keys, WIDTH] of the keys from ``first`` on times ``scale``; −∞ where a query (column)
     may not see a key: beyond its ``limit``, or if ``masked``, hidden by ``key_mask`` or of another
-    segment than its ``own``."""
+    segment than its ``segment``."""
     lowest = limit[0]
     for i in range(scores.shape[0]):
         row, key = scores[i], first + i
@@ -61,25 +61,25 @@ def scale_and_hide(scores, scale, first, limit, masked, key_mask, segments, own)
                     row[lane] = -np.inf
         if masked:
             for lane in range(row.size):
-                if not key_mask[key] or segments[key] != own[lane]:
+                if not key_mask[key] or segments[key] != segment[lane]:
                     row[lane] = -np.inf
 
 
 @njit(**EXACT)
-def put_limits(limit, own, first, rows, each, behind, keys, masked, segments):
-    """Of the queries from ``first`` on: the last key that each may see, and its segment. Those
-    beyond ``rows`` are as the last."""
-    offset = keys - rows // each
+def put_limits(limit, segment, first, rows, per_position, behind, keys, masked, segments):
+    """For the query rows from ``first`` on: ``limit``, the last key that each may see, and its
+    ``segment``. Lanes beyond the last of ``rows`` repeat it."""
+    offset = keys - rows // per_position
     for lane in range(limit.size):
-        position = min(first + lane, rows - 1) // each
+        position = min(first + lane, rows - 1) // per_position
         limit[lane] = behind + position
-        own[lane] = segments[offset + position] if masked and offset >= 0 else 0
+        segment[lane] = segments[offset + position] if masked and offset >= 0 else 0
 
 
 @njit(**EXACT)
 def soften(scores, shift, total):
     """Scores [keys, WIDTH] become e^(score − shift), whose sums are ``total``; ``shift`` is the
-    largest, or 0."""
+    largest, or 0 if that is not finite."""
     shift[:] = -np.inf
     for key in range(scores.shape[0]):
         row = scores[key]
@@ -103,6 +103,7 @@ def soften(scores, shift, total):
 
 @njit(**EXACT)
 def put_row_sums(row_sum, do, o):
+    """row_sum [rows] = Σ_v do ∘ o."""
     for row in range(o.shape[0]):
         total = 0.0
         for i in range(o.shape[1]):
@@ -122,22 +123,22 @@ def put_gradients(scores, ds, lse, row_sum, scale):
 
 
 @njit(**EXACT)
-def blind(limit, masked, key_mask, segments, own):
-    """Whether such a query sees no key."""
+def blind(limit, masked, key_mask, segments, segment):
+    """Whether a query with this limit and segment sees no key."""
     end = min(limit + 1, key_mask.size)
     if not masked:
         return end <= 0
     seen = 0
     for key in range(end):
-        seen += key_mask[key] and segments[key] == own
+        seen += key_mask[key] and segments[key] == segment
     return seen == 0
 
 
 @njit(**EXACT)
-def columns_of(x, rows):
+def pack_columns(x, rows):
     """Panels [P, rows, WIDTH] that have the columns of x [n, m]; zeros beyond."""
     width = width_of(x)
-    panels = room(-(-x.shape[1] // width), rows, x)
+    panels = empty_panels(-(-x.shape[1] // width), rows, x)
     panels[:] = 0
     for row in range(x.shape[0]):
         for start in range(0, x.shape[1], width):
@@ -148,7 +149,7 @@ def columns_of(x, rows):
 
 
 @njit(**EXACT)
-def put_columns(x, panels):
+def unpack_columns(x, panels):
     """x [n, m] from panels that have its columns."""
     width = panels.shape[2]
     for row in range(x.shape[0]):
@@ -167,7 +168,7 @@ def attention_forward(
     scale: Real,
     start: Int,
     stop: Int,
-    each: Int,
+    per_position: Int,
     behind: Int,
     masked: Int,
     key_mask: Bools1,
@@ -176,40 +177,41 @@ def attention_forward(
     """Of one head, the rows start … stop of ``o`` [rows, V] and ``lse`` [rows], from ``q``
     [rows, X], ``k`` [S, X] and ``v`` [S, V].
 
-    Row r is of position r // each and sees the keys up to behind + r // each; if ``masked``, only
-    those that ``key_mask`` shows and that are of its position's segment (both [S]).
+    Row r is of position p = r // per_position and sees the keys up to behind + p; if ``masked``,
+    only those that ``key_mask`` shows and that are of its position's segment (both [S]). X is the
+    width of queries and keys, V of values, S the number of keys.
     """
     (keys, values), width = v.shape, width_of(q)
-    query, out = room(1, q.shape[1], q), room(1, values, q)
-    all_scores = room(1, keys, q)
-    tiles = tiles_of(values, keys, v)
+    query, out = empty_panels(1, q.shape[1], q), empty_panels(1, values, q)
+    all_scores = empty_panels(1, keys, q)
+    tiles = empty_tiles(values, keys, v)
     put_tiles(tiles, contiguous(v), 0, keys, 0, values)
-    limit, own = np.empty(width, np.int64), np.empty(width, np.int64)
+    limit, segment = np.empty(width, np.int64), np.empty(width, np.int64)
     shift, total = np.empty(width, q.dtype), np.empty(width)
-    summed = np.empty((values, width))
+    value_sums = np.empty((values, width))
     for first in range(start, stop, width):
         count = min(width, stop - first)
-        put_limits(limit, own, first, q.shape[0], each, behind, keys, masked, segments)
+        put_limits(limit, segment, first, q.shape[0], per_position, behind, keys, masked, segments)
         end = min(keys, limit[count - 1] + 1)
-        scores = all_scores[0, :end]  # without gaps: the compiler sees vectors
+        scores = all_scores[0, :end]  # without gaps, as the compiler must see for vectors
         pack(query[0], q[first : first + count])
         multiply(all_scores[:, :end], factor(k[:end]), query, False)
-        scale_and_hide(scores, scale, 0, limit, masked, key_mask, segments, own)
+        scale_and_hide(scores, scale, 0, limit, masked, key_mask, segments, segment)
         soften(scores, shift, total)
         for lane in range(count):
-            if blind(limit[lane], masked, key_mask, segments, own[lane]):
+            if blind(limit[lane], masked, key_mask, segments, segment[lane]):
                 total[lane], lse[first + lane] = 1, 0
             elif total[lane] < np.inf:
                 lse[first + lane] = shift[lane] + math.log(total[lane])  # (flash_attention.4)
             else:
                 total[lane], lse[first + lane] = np.nan, np.nan
-        summed[:] = 0
+        value_sums[:] = 0
         for begin in range(0, end, MANY):
-            some = slice(begin, min(begin + MANY, end))
-            multiply_tiles(out, tiles[:, some], all_scores[:, some], False)  # (flash_attention.3)
-            summed += out[0]
-        summed /= total
-        out[0] = summed
+            block = slice(begin, min(begin + MANY, end))
+            multiply_tiles(out, tiles[:, block], all_scores[:, block], False)  # (flash_attention.3)
+            value_sums += out[0]
+        value_sums /= total
+        out[0] = value_sums
         unpack_rows(o[first : first + count], out)
 
 
@@ -224,59 +226,60 @@ def attention_backward(
     k: In2View,
     v: In2View,
     scale: Real,
-    each: Int,
+    per_position: Int,
     behind: Int,
     masked: Int,
     key_mask: Bools1,
     segments: Ids1,
 ) -> None:
-    """Of one head, all gradients, as the forward's arrays."""
+    """Writes ``dq``, ``dk`` and ``dv`` of one head: shapes as in the forward, gradients as their
+    arrays."""
     (rows, x), (keys, values) = q.shape, v.shape
     width = width_of(q)
     panels = -(-rows // width)
-    queries, given = room(panels, x, q), room(panels, values, q)
-    summed = room(panels, x, q)
-    summed[:] = 0
+    queries, do_panels = empty_panels(panels, x, q), empty_panels(panels, values, q)
+    dq_panels = empty_panels(panels, x, q)
+    dq_panels[:] = 0
     for panel in range(panels):
         pack(queries[panel], q[panel * width : (panel + 1) * width])
-        pack(given[panel], do[panel * width : (panel + 1) * width])
-    shape = panels * width
-    limit, own = np.empty(shape, np.int64), np.empty(shape, np.int64)
-    put_limits(limit, own, 0, rows, each, behind, keys, masked, segments)
-    shift, row_sum = np.zeros(shape, q.dtype), np.zeros(shape, q.dtype)
-    shift[:rows] = lse
+        pack(do_panels[panel], do[panel * width : (panel + 1) * width])
+    padded = panels * width
+    limit, segment = np.empty(padded, np.int64), np.empty(padded, np.int64)
+    put_limits(limit, segment, 0, rows, per_position, behind, keys, masked, segments)
+    padded_lse, row_sum = np.zeros(padded, q.dtype), np.zeros(padded, q.dtype)
+    padded_lse[:rows] = lse
     put_row_sums(row_sum, do, o)
-    query_columns, given_columns = columns_of(q, shape), columns_of(do, shape)
-    both = room(2 * PAIR, KEYS, q).reshape(2, PAIR, KEYS, width)
+    query_columns, do_columns = pack_columns(q, padded), pack_columns(do, padded)
+    both = empty_panels(2 * PAIR, KEYS, q).reshape(2, PAIR, KEYS, width)
     for begin in range(0, keys, KEYS):
         k_block, v_block = contiguous(k[begin : begin + KEYS]), contiguous(v[begin : begin + KEYS])
         block = k_block.shape[0]
-        tiles = tiles_of(x, block, k)
+        tiles = empty_tiles(x, block, k)
         put_tiles(tiles, k_block, 0, block, 0, x)
         dk_columns, dv_columns = (
-            room(query_columns.shape[0], block, q),
-            room(given_columns.shape[0], block, q),
+            empty_panels(query_columns.shape[0], block, q),
+            empty_panels(do_columns.shape[0], block, q),
         )
         dk_columns[:], dv_columns[:] = 0, 0
         for first in range(0, panels, PAIR):
-            some = slice(first, min(first + PAIR, panels))
-            those = slice(some.start * width, some.stop * width)
-            end = min(block, limit[those.stop - 1] + 1 - begin)
+            pair = slice(first, min(first + PAIR, panels))
+            columns = slice(pair.start * width, pair.stop * width)
+            end = min(block, limit[columns.stop - 1] + 1 - begin)
             if end <= 0:
                 continue
-            scores, ds = both[0, : some.stop - first, :end], both[1, : some.stop - first, :end]
-            multiply(scores, factor(k_block[:end]), queries[some], False)
-            multiply(ds, factor(v_block[:end]), given[some], False)
-            for panel in range(some.stop - first):
+            scores, ds = both[0, : pair.stop - first, :end], both[1, : pair.stop - first, :end]
+            multiply(scores, factor(k_block[:end]), queries[pair], False)
+            multiply(ds, factor(v_block[:end]), do_panels[pair], False)
+            for panel in range(pair.stop - first):
                 lanes = slice((first + panel) * width, (first + panel + 1) * width)
                 s, d = both[0, panel, :end], both[1, panel, :end]
                 scale_and_hide(
-                    s, scale, begin, limit[lanes], masked, key_mask, segments, own[lanes]
+                    s, scale, begin, limit[lanes], masked, key_mask, segments, segment[lanes]
                 )
-                put_gradients(s, d, shift[lanes], row_sum[lanes], scale)
-            multiply(dv_columns[:, :end], scores.transpose(1, 0, 2), given_columns[:, those], True)
-            multiply(dk_columns[:, :end], ds.transpose(1, 0, 2), query_columns[:, those], True)
-            multiply_tiles(summed[some], tiles, ds, True)  # (flash_attention.8)
-        put_columns(dk[begin : begin + block], dk_columns)
-        put_columns(dv[begin : begin + block], dv_columns)
-    unpack_rows(dq, summed)
+                put_gradients(s, d, padded_lse[lanes], row_sum[lanes], scale)
+            multiply(dv_columns[:, :end], scores.transpose(1, 0, 2), do_columns[:, columns], True)
+            multiply(dk_columns[:, :end], ds.transpose(1, 0, 2), query_columns[:, columns], True)
+            multiply_tiles(dq_panels[pair], tiles, ds, True)  # (flash_attention.8)
+        unpack_columns(dk[begin : begin + block], dk_columns)
+        unpack_columns(dv[begin : begin + block], dv_columns)
+    unpack_rows(dq, dq_panels)

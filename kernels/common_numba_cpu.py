@@ -1,8 +1,9 @@
 """What the kernels for a CPU share: how their arguments are written down, and an exponential that
 the compiler turns into vector instructions.
 
-A kernel is a plain loop over one block of rows, on one thread; `refimpl.kernels.cpu.pool` gives
-the blocks to threads, and NumPy makes the products between the kernels. A kernel's annotations are
+A kernel works on one block of rows or one head, on one thread; `refimpl.kernels.cpu.pool` gives
+the blocks to threads. Products of few rows are made inside kernels (products_numba_cpu.py), the
+others by NumPy between them. A kernel's annotations are
 the types of its arguments: ``In2`` is an array [rows, columns] that it reads, ``Out2`` one that it
 writes, both without gaps, and ``Real`` a number, each of the type that it is compiled for.
 """
@@ -31,7 +32,7 @@ Out1, Out2, Out3 = (Argument(dims, written=True) for dims in (1, 2, 3))
 In2View, Out2View = Argument(2, layout="A"), Argument(2, written=True, layout="A")
 Ids1, Ids2 = (Argument(dims, kind="int64") for dims in (1, 2))
 OutIds1, OutIds2 = (Argument(dims, written=True, kind="int64") for dims in (1, 2))
-Bools1, Bools2 = (Argument(dims, kind="boolean") for dims in (1, 2))
+Bools1 = Argument(1, kind="boolean")
 Real, Int = Argument(0), Argument(0, kind="int64")
 
 LANES = 1024  # numbers that are summed in their own type; such sums are added in float64

@@ -5,6 +5,8 @@ The rows of a block are the columns of panels (products_numba_cpu.py), so a weig
 lies, and what one product makes is the next one's factor. ``gate`` and ``up`` are kept as panels
 [P, F, WIDTH]; the hidden state is made again in the backward. An expert is a network whose rows
 are gathered (`order`, as in moe_numba_cpu.py) and whose output is multiplied by a weight per row.
+
+P panels of WIDTH rows hold a network's n rows; other letters as in `refimpl.ops.ffn`.
 """
 
 from __future__ import annotations
@@ -13,12 +15,12 @@ import numpy as np
 
 from .common_numba_cpu import Ids1, In1, In2, In3, Int, Out1, Out2, Out3, sigmoid
 from .products_numba_cpu import (
+    empty_panels,
     factor,
     multiply,
-    multiply_turned,
+    multiply_transposed,
     outer_products,
     pack_rows,
-    room,
     unpack_rows,
 )
 
@@ -29,19 +31,19 @@ def network_forward(
     up: Out3,
     x: In2,
     order: Ids1,
-    top_k: Int,
+    per_token: Int,
     w_gate: In2,
     w_up: In2,
     w_down: In2,
 ) -> None:
-    """y [n, D] of the rows order // top_k of ``x``; ``w_gate`` and ``w_up`` [F, D], ``w_down``
+    """y [n, D] of the rows order // per_token of ``x``; ``w_gate`` and ``w_up`` [F, D], ``w_down``
     [D, F]."""
     one = gate.dtype.type(1)
-    rows = room(gate.shape[0], x.shape[1], x)
-    pack_rows(rows, x, order, top_k)
+    rows = empty_panels(gate.shape[0], x.shape[1], x)
+    pack_rows(rows, x, order, per_token)
     multiply(gate, factor(w_gate), rows, False)  # (ffn.1)
     multiply(up, factor(w_up), rows, False)
-    hidden = room(gate.shape[0], gate.shape[1], x)
+    hidden = empty_panels(gate.shape[0], gate.shape[1], x)
     h, g = hidden.reshape(-1), gate.reshape(-1)
     u = up.reshape(-1)
     for i in range(h.size):
@@ -54,12 +56,12 @@ def network_backward(
     dx: Out2,
     dgate: Out3,
     dup: Out3,
-    given: Out3,
+    dy_panels: Out3,
     hidden: Out2,
     dweights: Out1,
     dy: In2,
     order: Ids1,
-    top_k: Int,
+    per_token: Int,
     gate: In3,
     up: In3,
     weights: In1,
@@ -67,16 +69,16 @@ def network_backward(
     w_up: In2,
     w_down: In2,
 ) -> None:
-    """The first six are written: ``dx`` [n, D]; ``dgate`` and ``dup``; ``given``, panels
-    [P, D, WIDTH] of ``dy``; the hidden state [n, F] times the row's weight; ``dweights`` [n].
+    """Writes ``dx`` [n, D], ``dgate`` and ``dup`` [P, F, WIDTH], ``dy_panels`` [P, D, WIDTH] (the
+    rows of ``dy``), ``hidden`` [n, F] (times the row's weight) and ``dweights`` [n].
 
-    ``dy`` is that of the output times its weight, so dweights = Σ hidden ∘ dhidden: the output
-    itself is not needed.
+    ``dy`` is the gradient of Σ weight · output, so dweights = Σ_f hidden_f dhidden_f with
+    dhidden = w_downᵀ dy: the output is not needed.
     """
     one = gate.dtype.type(1)
-    pack_rows(given, dy, order, top_k)
-    dhidden = room(gate.shape[0], gate.shape[1], dy)
-    multiply_turned(dhidden, w_down, given, False)  # (ffn.4)
+    pack_rows(dy_panels, dy, order, per_token)
+    dhidden = empty_panels(gate.shape[0], gate.shape[1], dy)
+    multiply_transposed(dhidden, w_down, dy_panels, False)  # (ffn.4)
     width = gate.shape[2]
     for panel in range(gate.shape[0]):
         first = panel * width
@@ -94,12 +96,12 @@ def network_backward(
                 d = dh[r] * weight[r]
                 dg[r] = d * u[r] * (s + g[r] * s * (one - s))  # (swiglu.2)
                 du[r] = d * g[r] * s  # (swiglu.3)
-                dh[r] = h * weight[r]
+                dh[r] = h * weight[r]  # dhidden is used up: its place takes the hidden state
         dweights[first : first + count] = total[:count]
     unpack_rows(hidden, dhidden)
-    rows = room(given.shape[0], given.shape[1], dy)
-    multiply_turned(rows, w_gate, dgate, False)
-    multiply_turned(rows, w_up, dup, True)  # (ffn.6)
+    rows = empty_panels(dy_panels.shape[0], dy_panels.shape[1], dy)
+    multiply_transposed(rows, w_gate, dgate, False)
+    multiply_transposed(rows, w_up, dup, True)  # (ffn.6)
     unpack_rows(dx, rows)
 
 
@@ -109,20 +111,20 @@ def weight_gradients(
     dw_down: Out2,
     dgate: In3,
     dup: In3,
-    given: In3,
+    dy_panels: In3,
     hidden: In2,
     x: In2,
     order: Ids1,
-    own: Ids1,
-    top_k: Int,
+    identity: Ids1,
+    per_token: Int,
     part: Int,
     parts: Int,
 ) -> None:
     """A part of the rows of each weight's gradient; the arrays are those of `network_backward` for
-    all rows of a network, ``own`` is 0 … n."""
+    all rows of a network, ``identity`` is 0 … n."""
     f, d = dw_gate.shape
     first, last = f * part // parts, f * (part + 1) // parts
-    outer_products(dw_gate, dgate, x, order, top_k, first, last)
-    outer_products(dw_up, dup, x, order, top_k, first, last)
+    outer_products(dw_gate, dgate, x, order, per_token, first, last)
+    outer_products(dw_up, dup, x, order, per_token, first, last)
     first, last = d * part // parts, d * (part + 1) // parts
-    outer_products(dw_down, given, hidden, own, 1, first, last)
+    outer_products(dw_down, dy_panels, hidden, identity, 1, first, last)

@@ -1,14 +1,19 @@
 """Products inside a kernel: what stands before and after them stays in the cache.
 
 NumPy's product copies both factors into an order of its own at each call. For the few rows of an
-expert, or the few columns of a head, that takes as long as multiplying. Here one factor is read
-where it lies, by any strides. The other is in *panels*: `WIDTH` columns lie beside each other, so
-matrix [K, N] is an array [N / WIDTH, K, WIDTH]. What a kernel makes in that order is the next
-product's factor, without a copy.
+expert, or the few columns of a head, that takes as long as multiplying. Here, in c = a b, a is read
+where it lies, by any strides. b and c are in *panels*: `WIDTH` columns, two vectors, lie beside
+each other, so a matrix [K, N] is an array [⌈N / WIDTH⌉, K, WIDTH]. What a kernel makes in that
+order is the next product's b, without a copy.
 
 `multiply` makes a tile of c, `TALL` rows of one panel, at a time. All its sums are in registers:
-each step along K reads one vector or two of b, one number of each row of a, and adds the products.
-A sum runs along K in order, so its bits depend neither on the processor nor on the tiles.
+each step along K reads one row of a panel of b and one number of each row of a, and adds the
+products. An element's sum runs along K in order, `DEEP` steps at a time; these sums are added in
+order. So its bits depend neither on the tile nor on the number of threads, but on the processor: on
+its fused multiply-add, and in `outer_products` on `WIDTH`.
+
+Letters: c [M, N] = a [M, K] b [K, N], P panels, WIDTH = `width_of(x)`. a may be [M, R, K / R]: K in
+R pieces that lie apart, as where its columns are in panels.
 """
 
 from __future__ import annotations
@@ -23,8 +28,9 @@ from numba.core import cgutils, config
 from numba.extending import intrinsic, overload
 from numpy.lib.stride_tricks import as_strided
 
-EXACT = {"fastmath": False}
-CHECKED = os.environ.get("REFIMPL_BOUNDS_CHECKS") == "1"  # then every index is, and so no tiles
+from .common_numba_cpu import EXACT
+
+CHECKED = os.environ.get("REFIMPL_BOUNDS_CHECKS") == "1"  # as in compile.py: no tiles then
 
 
 def _features():
@@ -39,12 +45,12 @@ WIDE, ARM = "avx512f" in FEATURES, "neon" in FEATURES
 BYTES = 64 if WIDE else 32 if "avx2" in FEATURES else 16  # of a vector
 VECTORS = 2  # of a panel's row
 TALL = 8 if WIDE or ARM else 6  # rows of a tile: with 32 registers or 16, all its sums are in them
-DEEP = 256  # steps along K: a panel is then in the nearest cache
-SLAB = 256  # rows of a, so that they are in the next
-LINE = 64  # bytes, of the cache
-PANELS = 4  # that are made of rows at a time
-GAP = 2  # steps between tiles: at a distance of a power of two they would share a place there
-SQUARE = 8  # numbers that change places together when rows become columns
+DEEP = 256  # steps along K per block: a panel's rows fit the first cache
+SLAB = 256  # rows of a per block: DEEP × SLAB numbers fit the second cache
+LINE = 64  # bytes, of the cache: as in memory.py
+PANELS = 4  # of b that `outer_products` packs at a time
+GAP = 2  # unused steps between tiles: a power of two apart, they would share a place in the cache
+SQUARE = 8  # side of what is transposed in registers
 FUSED = "fma" in FEATURES or ARM  # a product and a sum are one instruction
 
 
@@ -73,14 +79,14 @@ class _Code:
     def strides(self, array):
         return cgutils.unpack_tuple(self.builder, array.strides)
 
-    def whole(self, value):
+    def integer(self, value):
         return ir.Constant(ir.IntType(64), value)
 
     def vector(self, lanes):
         return ir.VectorType(self.real, lanes)
 
     def moved(self, pointer, *distances):
-        """By these (count, bytes)."""
+        """The pointer, moved by count · bytes for each pair."""
         at = self.builder.bitcast(pointer, ir.IntType(8).as_pointer())
         for count, stride in distances:
             at = self.builder.gep(at, [self.builder.mul(count, stride)])
@@ -96,12 +102,12 @@ class _Code:
         self.builder.store(value, place).align = self.align
 
     def apart(self, pointer):
-        """The pointer, which LLVM no longer sees to be at some distance from another: else each
-        row's address is made from that of the row before, and the sums wait."""
+        """The same pointer, hidden from LLVM: otherwise it computes each row's address from the row
+        before, and the loads wait."""
         kind = ir.FunctionType(pointer.type, [pointer.type])
         return self.builder.asm(kind, "", "=r,0", [pointer], side_effect=False)
 
-    def everywhere(self, number, lanes):
+    def broadcast(self, number, lanes):
         """A vector of one number."""
         undefined, lane = ir.Constant(self.vector(lanes), ir.Undefined), ir.IntType(32)
         one = self.builder.insert_element(undefined, number, ir.Constant(lane, 0))
@@ -121,7 +127,7 @@ class _Code:
 
 def _tile(height):
     """The function that makes so many rows, from ``first`` on, of a panel of c [P, M, WIDTH] from
-    a [tiles, TALL, R, K] and b [P, R·K, WIDTH]."""
+    a [tiles, TALL, R, K / R] and b [P, K, WIDTH]."""
 
     @intrinsic
     def tile(typing, c, a, b, panel, first, add):
@@ -150,25 +156,25 @@ def _add_up(emit, sums, a, b, panel, first):
     by_tile, by_row, by_repeat, by_step = emit.strides(a)
     b_panel, b_row, _ = emit.strides(b)
     *_, repeats, steps = cgutils.unpack_tuple(builder, a.shape)
-    tall = emit.whole(TALL)
+    tall = emit.integer(TALL)
     begin = emit.moved(
         a.data, (builder.udiv(first, tall), by_tile), (builder.urem(first, tall), by_row)
     )
-    a_rows = [emit.apart(emit.moved(begin, (emit.whole(i), by_row))) for i in range(len(sums))]
+    a_rows = [emit.apart(emit.moved(begin, (emit.integer(i), by_row))) for i in range(len(sums))]
     b_begin = emit.moved(b.data, (panel, b_panel))
     with cgutils.for_range(builder, repeats) as outer:
         parts = [emit.moved(row, (outer.index, by_repeat)) for row in a_rows]
         b_part = emit.moved(b_begin, (builder.mul(outer.index, steps), b_row))
         with cgutils.for_range(builder, steps) as inner:
             row = emit.moved(b_part, (inner.index, b_row))
-            those = [
-                emit.load(emit.moved(row, (emit.whole(BYTES), emit.whole(v))), vector)
+            b_vectors = [
+                emit.load(emit.moved(row, (emit.integer(BYTES), emit.integer(v))), vector)
                 for v in range(VECTORS)
             ]
             for part, own in zip(parts, sums, strict=True):
                 number = emit.load(emit.moved(part, (inner.index, by_step)), emit.real)
-                same = emit.everywhere(number, vector.count)
-                for total, other in zip(own, those, strict=True):
+                same = emit.broadcast(number, vector.count)
+                for total, other in zip(own, b_vectors, strict=True):
                     added = emit.add_product(same, other, builder.load(total))
                     builder.store(added, total)
 
@@ -180,7 +186,9 @@ def _put(emit, sums, c, panel, first, add):
     begin = emit.moved(c.data, (panel, by_panel), (first, by_row))
     for i, own in enumerate(sums):
         for v, total in enumerate(own):
-            at = emit.moved(begin, (emit.whole(i), by_row), (emit.whole(BYTES), emit.whole(v)))
+            at = emit.moved(
+                begin, (emit.integer(i), by_row), (emit.integer(BYTES), emit.integer(v))
+            )
             with builder.if_then(add):
                 before = emit.load(at, vector)
                 builder.store(builder.fadd(before, builder.load(total)), total)
@@ -188,7 +196,7 @@ def _put(emit, sums, c, panel, first, add):
 
 
 @intrinsic
-def _moved(typing, out, x):
+def _copy_tall(typing, out, x):
     """`TALL` numbers of x [n] to out [n]."""
 
     def code(context, builder, signature, arguments):
@@ -202,8 +210,9 @@ def _moved(typing, out, x):
 
 
 @intrinsic
-def _turned(typing, out, x, i, j):
-    """Of out = xᵀ, the square of `SQUARE` columns from i and rows from j on; rows have no gaps."""
+def _transpose_square(typing, out, x, i, j):
+    """One square of out = xᵀ: out[j + b, i + a] = x[i + a, j + b] for a, b < `SQUARE`; rows have no
+    gaps."""
 
     def code(context, builder, signature, arguments):
         emit = _Code(context, builder, signature.args[0].dtype)
@@ -214,7 +223,7 @@ def _turned(typing, out, x, i, j):
         def places(array, row, column):
             down, across = emit.strides(array)
             begin = emit.moved(array.data, (row, down), (column, across))
-            return [emit.moved(begin, (emit.whole(k), down)) for k in range(SQUARE)]
+            return [emit.moved(begin, (emit.integer(k), down)) for k in range(SQUARE)]
 
         rows = [emit.load(place, emit.vector(SQUARE)) for place in places(x, i, j)]
         half, lanes = SQUARE // 2, ir.VectorType(ir.IntType(32), SQUARE)
@@ -237,14 +246,14 @@ def _checked_tile(c, a, b, panel, first, add, height):
     steps = a.shape[3]
     for i in range(first, first + height):
         for lane in range(c.shape[2]):
-            total = c[panel, i, lane] if add else c.dtype.type(0)
+            total = c.dtype.type(0)
             for k in range(b.shape[1]):
                 factor = a[i // TALL, i % TALL, k // steps, k % steps]
                 total += factor * b[panel, k, lane]
-            c[panel, i, lane] = total
+            c[panel, i, lane] = c[panel, i, lane] + total if add else total
 
 
-if CHECKED:  # the same in plain loops, whose indices Numba checks
+if CHECKED:  # the same but for rounding, in plain loops whose indices Numba checks
 
     @njit(**EXACT)
     def _tall(c, a, b, panel, first, add):
@@ -255,7 +264,7 @@ if CHECKED:  # the same in plain loops, whose indices Numba checks
         _checked_tile(c, a, b, panel, first, add, 1)
 
     @njit(**EXACT)
-    def _move(out, x):
+    def _copy(out, x):
         for i in range(TALL):
             out[i] = x[i]
 
@@ -267,11 +276,11 @@ if CHECKED:  # the same in plain loops, whose indices Numba checks
 
 else:
     _tall, _single = _tile(TALL), _tile(1)
-    _move, _square = _moved, _turned
+    _copy, _square = _copy_tall, _transpose_square
 
 
 @njit(**EXACT)
-def room(count, rows, like):
+def empty_panels(count, rows, like):
     """Panels [count, rows, WIDTH] whose rows begin where a line of the cache does: a vector that
     lies in two is read twice."""
     width = width_of(like)
@@ -283,8 +292,8 @@ def room(count, rows, like):
 
 @njit(**EXACT)
 def multiply(c, a, b, add):
-    """c [P, M, WIDTH] = a [M, R, K] by b [P, R·K, WIDTH], added to c if ``add``. All may be views,
-    but a row of a panel has no gaps."""
+    """c [P, M, WIDTH] = a [M, R, K / R] by b [P, K, WIDTH], added to c if ``add``. All may be
+    views, but a row of a panel has no gaps."""
     rows, repeats, steps = a.shape
     if c.shape[0] != b.shape[0] or c.shape[1] != rows or b.shape[1] != repeats * steps:
         raise ValueError("shapes do not agree")
@@ -294,21 +303,18 @@ def multiply(c, a, b, add):
     for i in range(0, rows, SLAB):
         for r in range(0, repeats, together):
             for k in range(0, steps, DEEP):
-                part = a[i : i + SLAB, r : r + together, k : k + DEEP]
+                a_block = a[i : i + SLAB, r : r + together, k : k + DEEP]
                 begin = r * steps + k
-                those = b[:, begin : begin + part.shape[1] * part.shape[2]]
-                shape, strides = (
-                    (SLAB, TALL, *part.shape[1:]),
-                    (TALL * part.strides[0], *part.strides),
-                )
-                _block(
-                    c[:, i : i + SLAB], as_strided(part, shape, strides), those, add or begin > 0
-                )
+                b_block = b[:, begin : begin + a_block.shape[1] * a_block.shape[2]]
+                # the last tile may reach past a; no row beyond M is read
+                shape = (-(-a_block.shape[0] // TALL), TALL, *a_block.shape[1:])
+                tiles = as_strided(a_block, shape, (TALL * a_block.strides[0], *a_block.strides))
+                _block(c[:, i : i + SLAB], tiles, b_block, add or begin > 0)
 
 
 @njit(**EXACT)
 def _block(c, a, b, add):
-    """The same, of matrices that stay in the cache; a is [tiles, TALL, R, K]."""
+    """`multiply` of matrices that stay in the cache; a is [tiles, TALL, R, K / R]."""
     rows = c.shape[1]
     tall = rows - rows % TALL
     for panel in range(b.shape[0]):
@@ -319,18 +325,18 @@ def _block(c, a, b, add):
 
 
 @njit(**EXACT)
-def tiles_of(rows, steps, like):
+def empty_tiles(rows, steps, like):
     """Room for the transpose of w [steps, rows], as `multiply_tiles` reads it."""
     return np.empty((-(-rows // TALL), steps + GAP, 1, TALL), like.dtype)
 
 
 @njit(**EXACT)
 def put_tiles(tiles, w, first, steps, start, rows):
-    """The part of w [K, M] from [first, start] on, `steps` by `rows`."""
+    """Fill ``tiles`` from w [K, M]: ``steps`` rows and ``rows`` columns from w[first, start] on."""
     for k in range(steps):
         row = w[first + k, start : start + rows]
         for tile in range(rows // TALL):
-            _move(tiles[tile, k, 0], row[tile * TALL :])
+            _copy(tiles[tile, k, 0], row[tile * TALL :])
         for i in range(rows - rows % TALL, rows):
             tiles[i // TALL, k, 0, i % TALL] = row[i]
 
@@ -345,7 +351,7 @@ def multiply_tiles(c, tiles, b, add):
 
 
 @njit(**EXACT)
-def multiply_turned(c, w, b, add):
+def multiply_transposed(c, w, b, add):
     """c [P, M, WIDTH] = wᵀ b of w [K, M] and b [P, K, WIDTH], added to c if ``add``.
 
     A tile would read a few numbers of each row of w, and fetch a line of memory for them. So what
@@ -356,7 +362,7 @@ def multiply_turned(c, w, b, add):
         raise ValueError("shapes do not agree")
     if w.size == 0 and not add:
         c[:] = 0
-    tiles = tiles_of(min(rows, SLAB), min(steps, DEEP), w)
+    tiles = empty_tiles(min(rows, SLAB), min(steps, DEEP), w)
     for i in range(0, rows, SLAB):
         height = min(SLAB, rows - i)
         for k in range(0, steps, DEEP):
@@ -395,15 +401,15 @@ def _transpose(out, x):
 
 
 @njit(**EXACT)
-def pack_rows(panels, x, order, each):
-    """panels [P, K, WIDTH]: their column r is row order[r] // each of x [rows, K]; zeros beyond."""
+def pack_rows(panels, x, order, per_token):
+    """panels [P, K, WIDTH]: column r is row order[r] // per_token of x [rows, K]; zeros beyond."""
     width = panels.shape[2]
     rows = np.empty((width, x.shape[1]), x.dtype)
     for panel in range(panels.shape[0]):
         first = panel * width
         count = min(width, order.size - first)
         for i in range(count):
-            row, out = x[order[first + i] // each], rows[i]
+            row, out = x[order[first + i] // per_token], rows[i]
             for k in range(row.size):
                 out[k] = row[k]
         pack(panels[panel], rows[:count])
@@ -419,43 +425,44 @@ def unpack_rows(x, panels):
 
 
 @njit(**EXACT)
-def outer_products(dw, a, b, order, each, first, last):
+def outer_products(dw, a, b, order, per_token, first, last):
     """Rows first … last of dw [M, N] = Σ_r a_r b_rᵀ, where a_r is column r of a, panels
-    [P, M, WIDTH], and b_r row order[r] // each of b [rows, N]."""
+    [P, M, WIDTH], and b_r row order[r] // per_token of b [rows, N]."""
     width, (_, columns) = a.shape[2], dw.shape
     into, by_row = dw[first:last], a[:, first:last].transpose(1, 0, 2)
-    packed, edge = room(PANELS, DEEP, dw), room(1, last - first, dw)
+    packed, edge = empty_panels(PANELS, DEEP, dw), empty_panels(1, last - first, dw)
     if order.size == 0:
         into[:] = 0
     for begin in range(0, order.size, DEEP):
-        count = min(DEEP, order.size - begin)
-        at = begin // width
+        rows = order[begin : begin + DEEP]
+        a_block = by_row[:, begin // width :]
         for start in range(0, columns, PANELS * width):
-            found = min(PANELS * width, columns - start)
-            whole = found // width
-            for r in range(count):
-                row = b[order[begin + r] // each, start : start + found]
+            stop = min(start + PANELS * width, columns)
+            whole, rest = (stop - start) // width, (stop - start) % width
+            for r in range(rows.size):
+                row = b[rows[r] // per_token, start:stop]
                 for panel in range(whole):
                     out, part = packed[panel, r], row[panel * width :]
                     for lane in range(width):
                         out[lane] = part[lane]
-                for lane in range(whole * width, found):
-                    packed[whole, r, lane - whole * width] = row[lane]
+                for lane in range(rest):
+                    packed[whole, r, lane] = row[whole * width + lane]
+            # whole panels go straight to dw, a last one that is not full by way of edge
             shape, strides = (whole, last - first, width), (width * dw.itemsize, *dw.strides)
             direct = as_strided(into[:, start:], shape, strides)
-            _add_rows(direct, by_row[:, at:], packed[:whole, :count], begin > 0)
-            if found == whole * width:
-                continue
-            rest = slice(start + whole * width, start + found)
-            packed[whole, :count, found - whole * width :] = 0
-            edge[0, :, : found - whole * width] = into[:, rest]
-            _add_rows(edge, by_row[:, at:], packed[whole : whole + 1, :count], begin > 0)
-            into[:, rest] = edge[0, :, : found - whole * width]
+            _multiply_columns(direct, a_block, packed[:whole, : rows.size], begin > 0)
+            if rest > 0:
+                packed[whole, : rows.size, rest:] = 0
+                edge[0, :, :rest] = into[:, stop - rest : stop]
+                one = packed[whole : whole + 1, : rows.size]
+                _multiply_columns(edge, a_block, one, begin > 0)
+                into[:, stop - rest : stop] = edge[0, :, :rest]
 
 
 @njit(**EXACT)
-def _add_rows(c, a, b, add):
-    """c (+)= a b of the first rows of a [M, P, WIDTH]: as many as b [·, K, ·] has."""
+def _multiply_columns(c, a, b, add):
+    """c = Σ_k a_k b_kᵀ over the rows b_k of b [P, K, WIDTH], where a_k is column k of a
+    [M, panels, WIDTH]; added to c if ``add``. K need not fill the last panel."""
     width, steps = a.shape[2], b.shape[1]
     whole = steps // width
     multiply(c, a[:, :whole], b[:, : whole * width], add)

@@ -472,7 +472,9 @@ def test_left_padding_as_hugging_face(tmp_path: Path) -> None:
     base = ["grads", "--checkpoint", LEFT]
     done = refimpl_here(*base, *inputs, "--out", tmp_path / "o", "--convention", "hf")
     assert done.returncode == 0, done.stderr
-    assert "conventions: hf; the same as hf here\nloss 4.87113762\n" in done.stdout
+    printed = re.search(r"conventions: hf; the same as hf here\nloss ([\d.]+)\n", done.stdout)
+    assert printed is not None
+    assert abs(float(printed[1]) - 4.87113762) < 2e-6  # the last digits are BLAS's
     theirs = load_file(LEFT / "outputs.safetensors")
     ours = {}
     for file in (tmp_path / "o").glob("*.safetensors"):

@@ -84,14 +84,14 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
     },
     "products": {
         "row of the next token": (
-            "x[order[first + i] // each], rows[i]",
-            "x[(order[first + i] + 1) // each % x.shape[0]], rows[i]",
+            "x[order[first + i] // per_token], rows[i]",
+            "x[(order[first + i] + 1) // per_token % x.shape[0]], rows[i]",
         ),
         "rows that fill no panel forgotten": ("if whole * width < steps:", "if False:"),
         "a sum begins anew": ("add or whole > 0)", "False)"),
         "columns that fill no panel forgotten": (
-            "into[:, rest] = edge[0, :, : found - whole * width]",
-            "into[:, rest] = 0",
+            "into[:, stop - rest : stop] = edge[0, :, :rest]",
+            "into[:, stop - rest : stop] = 0",
         ),
         "rows that fill no tile forgotten": (
             "for first in range(tall, rows):",
@@ -102,12 +102,12 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
         "diagonal hidden": ("if key > limit[lane]:", "if key >= limit[lane]:"),
         "one key too many": ("if key > limit[lane]:", "if key > limit[lane] + 1:"),
         "position of a folded row": (
-            "min(first + lane, rows - 1) // each",
+            "min(first + lane, rows - 1) // per_position",
             "min(first + lane, rows - 1)",
         ),
         "backward sees one key too few": (
-            "limit[those.stop - 1] + 1 - begin",
-            "limit[those.stop - 1] - begin",
+            "limit[columns.stop - 1] + 1 - begin",
+            "limit[columns.stop - 1] - begin",
         ),
         "probability left out of ds": ("p * (drow", "(drow"),
         "row sum left out": ("(drow[lane] - row_sum[lane])", "drow[lane]"),
@@ -115,7 +115,10 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
             "if blind(limit[lane]",
             "if False and blind(limit[lane]",
         ),
-        "hidden keys seen": ("if not key_mask[key] or segments[key] != own[lane]:", "if False:"),
+        "hidden keys seen": (
+            "if not key_mask[key] or segments[key] != segment[lane]:",
+            "if False:",
+        ),
     },
     "cross_entropy": {
         "target off by one": ("hit = 0 <= target", "target += 1\n    hit = 0 <= target"),

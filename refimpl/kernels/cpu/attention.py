@@ -44,10 +44,10 @@ class AttentionSaved(NamedTuple):
 class Heads(NamedTuple):
     """The arrays with one head each for keys and queries, and who sees what."""
 
-    q: Array  # [B, rows, heads, X]: row r is of position r // each
+    q: Array  # [B, rows, heads, X]: row r is of position r // per_position
     k: Array  # [B, S, heads, X]
     v: Array  # [B, S, heads, V]
-    each: int  # rows per position
+    per_position: int  # rows per position
     behind: int  # S − T, or if not causal so many that every row sees all keys
     key_mask: Array  # bool [B, S]
     segments: Array  # int [B, S]
@@ -56,11 +56,11 @@ class Heads(NamedTuple):
     def settings(self, b: int) -> tuple[Any, ...]:
         """The kernels' last arguments."""
         masks = int(self.masked), self.key_mask[b], self.segments[b]
-        return self.each, self.behind, *masks
+        return self.per_position, self.behind, *masks
 
 
 def heads_of(saved: Any) -> Heads:
-    q, k, v = (_with_rows(x) for x in saved[:3])
+    q, k, v = (_rows_without_gaps(x) for x in saved[:3])
     b, t, h, _ = q.shape
     s = k.shape[1]
     behind = s - t if saved.causal else s
@@ -74,7 +74,7 @@ def heads_of(saved: Any) -> Heads:
     return Heads(q, k, v, 1, *who)
 
 
-def _with_rows(x: Array) -> Array:
+def _rows_without_gaps(x: Array) -> Array:
     """``x`` […, n], a copy if a row of it has gaps."""
     return x if x.strides[-1] == x.itemsize else ready(x)
 
@@ -134,7 +134,7 @@ def attention_backward(do: Array, saved: Any) -> tuple[Array, Array, Array]:
     b, rows, h, _ = heads.q.shape
     dq = empty(q.shape, q)
     dk, dv = empty(heads.k.shape, q), empty(heads.v.shape, q)
-    do, out, dq_rows = (_with_rows(x).reshape(b, rows, h, -1) for x in (do, o, dq))
+    do, out, dq_rows = (_rows_without_gaps(x).reshape(b, rows, h, -1) for x in (do, o, dq))
     backward, scale = kernel("attention", "attention_backward", q.dtype), q.dtype.type(saved.scale)
     run(
         [

@@ -85,7 +85,7 @@ def panel_width(dtype: Any) -> int:
     """Columns of a panel (kernels/products_numba_cpu.py) of a dtype on this CPU."""
     numba()
     products = importlib.import_module("..products_numba_cpu", __package__)
-    return int(products.VECTORS * products.BYTES // np.dtype(dtype).itemsize)
+    return int(products.width_of(np.dtype(dtype)))
 
 
 def _type(argument: Any, real: str) -> Any:

@@ -4,6 +4,8 @@
 A block of rows goes through a whole network in one kernel. Several networks, each with rows of its
 own, are the experts of moe.py. Saved are gate and up, in panels; the hidden state is made again in
 the backward.
+
+P panels of WIDTH rows (`panel_width`) hold the networks' rows.
 """
 
 from __future__ import annotations
@@ -23,15 +25,15 @@ from .pool import Task, blocks_of, run
 __all__ = ["FFNSaved", "Routed", "backward_tasks", "ffn_backward", "ffn_forward", "forward_tasks"]
 
 ROWS = 128  # of one task
-Weights = tuple[Array, Array, Array]  # of E networks: w_gate and w_up [E, F, D], w_down [E, D, F]
+Matrices = tuple[Array, Array, Array]  # of E networks: w_gate and w_up [E, F, D], w_down [E, D, F]
 
 
 class Routed(NamedTuple):
     """The rows of each network, network after network; rows start[e] … start[e + 1] are e's."""
 
-    x: Array  # [tokens, D]
-    order: Array  # [rows]: row r is that of token order[r] // each
-    each: int
+    x: Array  # [M, D]
+    order: Array  # [rows]: row r is that of token order[r] // per_token
+    per_token: int
     start: list[int]  # [E + 1]
 
 
@@ -39,7 +41,7 @@ class FFNSaved(NamedTuple):
     """What `ffn_forward` keeps for `ffn_backward`."""
 
     x: Array  # […, D]
-    w: Weights
+    w: Matrices
     gate: Array  # [P, F, WIDTH]
     up: Array  # [P, F, WIDTH]
 
@@ -100,7 +102,7 @@ def networks(start: list[int], width: int) -> list[Block]:
     """All rows of each network; its panels follow those of the one before."""
     found, panel = [], 0
     for e, (begin, end) in enumerate(pairwise(start)):
-        panels = slice(panel, panel - (begin - end) // width)
+        panels = slice(panel, panel + -(-(end - begin) // width))
         found.append(Block(e, slice(begin, end), panels))
         panel = panels.stop
     return found
@@ -118,15 +120,17 @@ def blocks(start: list[int], width: int) -> list[Block]:
     return sorted(found, key=lambda block: block.rows.start - block.rows.stop)
 
 
-def forward_tasks(routed: Routed, w: Weights, y: Array) -> tuple[list[Task], Array, Array]:
+def forward_tasks(routed: Routed, w: Matrices, y: Array) -> tuple[list[Task], Array, Array]:
     """Tasks that fill ``y`` [rows, D], and the gate and up [P, F, WIDTH] that they fill too."""
-    x, order, each, start = routed
-    width, weights = panel_width(x.dtype), [ready(part) for part in w]
+    x, order, per_token, start = routed
+    width, matrices = panel_width(x.dtype), [ready(part) for part in w]
     shape = networks(start, width)[-1].panels.stop, w[0].shape[1], width
     gate, up = empty(shape, x), empty(shape, x)
     forward = kernel("ffn", "network_forward", x.dtype)
     tasks: list[Task] = [
-        partial(forward, y[i], gate[p], up[p], x, order[i], each, *(part[e] for part in weights))
+        partial(
+            forward, y[i], gate[p], up[p], x, order[i], per_token, *(part[e] for part in matrices)
+        )
         for e, i, p in blocks(start, width)
     ]
     return tasks, gate, up
@@ -134,7 +138,7 @@ def forward_tasks(routed: Routed, w: Weights, y: Array) -> tuple[list[Task], Arr
 
 def backward_tasks(
     routed: Routed,
-    w: Weights,
+    w: Matrices,
     dy: Array,
     gate: Array,
     up: Array,
@@ -146,28 +150,28 @@ def backward_tasks(
     """Tasks that fill ``dx`` [rows, D] and ``dweights`` [rows], and those that after them fill
     ``dw``, [E, F, D] twice and [E, D, F].
 
-    ``dy`` [tokens, D] is of the outputs times ``weights`` [rows]; ``gate`` and ``up`` [P, F, WIDTH]
+    ``dy`` [M, D] is of the outputs times ``weights`` [rows]; ``gate`` and ``up`` [P, F, WIDTH]
     are the forward's.
     """
-    x, order, each, start = routed
+    x, order, per_token, start = routed
     (_, f, width), d = gate.shape, x.shape[1]
-    given = empty((gate.shape[0], d, width), x)
+    dy_panels = empty((gate.shape[0], d, width), x)
     dgate, dup = empty(gate.shape, x), empty(gate.shape, x)
     hidden = empty((order.size, f), x)
     backward = kernel("ffn", "network_backward", x.dtype)
     gradients = kernel("ffn", "weight_gradients", x.dtype)
-    weights_of = [ready(part) for part in w]
+    matrices = [ready(part) for part in w]
     first: list[Task] = []
     for e, i, p in blocks(start, width):
-        written = dx[i], dgate[p], dup[p], given[p], hidden[i], dweights[i]
-        read = dy, order[i], each, gate[p], up[p], weights[i]
-        first.append(partial(backward, *written, *read, *(part[e] for part in weights_of)))
-    own = np.arange(order.size)
+        written = dx[i], dgate[p], dup[p], dy_panels[p], hidden[i], dweights[i]
+        read = dy, order[i], per_token, gate[p], up[p], weights[i]
+        first.append(partial(backward, *written, *read, *(part[e] for part in matrices)))
+    identity = np.arange(order.size)
     then: list[Task] = []
     for e, i, p in networks(start, width):
         n = i.stop - i.start
         parts = max(1, min(n * d * f // ONE_PRODUCT, min(d, f) // LEAST))
-        arrays = dgate[p], dup[p], given[p], hidden[i], x, order[i], own[:n]
+        arrays = dgate[p], dup[p], dy_panels[p], hidden[i], x, order[i], identity[:n]
         dw_here = [part[e] for part in dw]
-        then += [partial(gradients, *dw_here, *arrays, each, k, parts) for k in range(parts)]
+        then += [partial(gradients, *dw_here, *arrays, per_token, k, parts) for k in range(parts)]
     return first, then

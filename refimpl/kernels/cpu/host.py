@@ -17,7 +17,7 @@ __all__ = ["empty", "expect_real", "products", "ready", "rows_of", "run_products
 ONE_TASK = 2**17  # numbers that one task handles at least: waking a thread takes 50 µs
 ONE_PRODUCT = 2**22  # multiplications of one task at least, likewise
 MOST = 16  # tasks of one product
-LEAST = 128  # rows or columns of one: fewer, and BLAS spends its time on packing the other side
+LEAST = 128  # rows or columns of one: with fewer, packing the other factor takes the time
 
 
 def expect_real(**arrays: Array | None) -> np.dtype[Any]:

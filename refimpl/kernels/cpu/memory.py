@@ -53,10 +53,10 @@ class Store:
         # What came back, not counted yet. An array may go at any moment and on any thread, in the
         # middle of a method of this class too: to append needs no lock.
         self.back: deque[np.ndarray] = deque()
-        self.waiting: dict[int, list[np.ndarray]] = {}  # by size; the size used last is last
+        self.waiting: dict[int, list[np.ndarray]] = {}  # by size; what came back last is last
         self.kept = 0  # bytes that wait
-        self.lent = 0  # bytes
-        self.most = 0  # bytes lent at a time, so far
+        self.lent = 0  # bytes that arrays hold, or that `back` still has
+        self.most = 0  # bytes lent at a time, since the last `release`
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
         """An array whose numbers are arbitrary; MemoryError as by NumPy."""
@@ -77,7 +77,8 @@ class Store:
         return np.asarray(Lent(memory, self.back.append, shape, dtype))
 
     def _take(self, size: int) -> np.ndarray | None:
-        """Memory of this size that waits; if there is none, as much goes as the new one needs."""
+        """Memory of this size that waits, or None; then what waits is dropped, the oldest size
+        first, until the new memory fits below `most`."""
         with self.lock:
             self._count()
             if size in self.waiting:

@@ -1,8 +1,8 @@
 """Mixture of experts on kernels/moe_numba_cpu.py and ffn_numba_cpu.py; as `refimpl.ops.moe`, but
 that the table's ``ffn`` is not looked up.
 
-A task is a block of rows of one expert, with all that is done to them, or of the shared experts: so
-one hot expert is as many tasks as all experts with a few rows each. Neither the dispatched rows nor
+A task is one block of rows of one expert, or of the shared experts, through the whole network: so a
+hot expert is many tasks. Neither the dispatched rows nor
 the outputs are saved.
 """
 
@@ -17,7 +17,7 @@ from ...array import Array, expect, expect_ids, expect_some
 from ...ops.leaves import expect_table
 from ...ops.moe import NETWORKS, Networks, check_shapes
 from .compile import kernel
-from .ffn import FFNSaved, Routed, Weights, all_rows, backward_tasks, forward_tasks, whole_backward
+from .ffn import FFNSaved, Matrices, Routed, all_rows, backward_tasks, forward_tasks, whole_backward
 from .host import empty, expect_real, ready, rows_of, some_rows
 from .pool import run
 
@@ -29,7 +29,7 @@ class MoESaved(NamedTuple):
 
     x: Array  # […, D]
     weights: Array  # [M, K]
-    w: Weights
+    w: Matrices
     gate: Array  # [P, F, WIDTH], in the order of experts
     up: Array  # [P, F, WIDTH]
     order: Array  # [M·K]: row r holds slot order[r] of [M, K]
@@ -53,8 +53,8 @@ def moe_forward(
 ) -> tuple[Array, MoESaved]:
     """As `refimpl.ops.moe_forward`, by kernels of Numba."""
     expect_table(ops, Networks)
-    shared_weights = w_shared_gate, w_shared_up, w_shared_down
-    check_shapes(x, weights, indices, w_gate, w_up, w_down, *shared_weights)
+    shared_matrices = w_shared_gate, w_shared_up, w_shared_down
+    check_shapes(x, weights, indices, w_gate, w_up, w_down, *shared_matrices)
     expect_real(
         x=x,
         weights=weights,
@@ -76,7 +76,7 @@ def moe_forward(
     if w_shared_gate is None:
         y[...] = 0
     else:
-        w_shared: Weights = w_shared_gate[None], w_shared_up[None], w_shared_down[None]  # type: ignore[index]
+        w_shared: Matrices = w_shared_gate[None], w_shared_up[None], w_shared_down[None]  # type: ignore[index]
         more, *kept = forward_tasks(all_rows(x), w_shared, rows_of(y))
         tasks, shared = more + tasks, FFNSaved(x, w_shared, *kept)
     run(tasks)  # (moe.3)
@@ -90,21 +90,21 @@ def moe_backward(dy: Array, saved: MoESaved) -> tuple[Array | None, ...]:
     x, weights, w, gate, up, order, place, start, shared = saved
     expect_real(x=x, dy=dy)
     expect("dy", dy, "(…, D)", tuple(x.shape))
-    top_k, given = weights.shape[1], ready(rows_of(dy))
+    top_k, dy_rows = weights.shape[1], ready(rows_of(dy))
     routed = Routed(ready(rows_of(x)), order, top_k, start)
     drows, dx = empty((order.size, x.shape[-1]), x), empty(x.shape, x)
     by_slot, dweights = weights.reshape(-1)[order], empty((order.size,), x)
     dw = tuple(empty(part.shape, x) for part in w)
     first, then = backward_tasks(
-        routed, w, given, gate, up, by_slot, drows, dweights, dw
+        routed, w, dy_rows, gate, up, by_slot, drows, dweights, dw
     )  # (moe.10)
     dshared: tuple[Array | None, ...] = None, None, None
     if shared is None:
         dx[...] = 0
     else:
-        more, after, found = whole_backward(given, shared, rows_of(dx))
-        first, then = more + first, after + then
-        dshared = tuple(part[0] for part in found)
+        shared_first, shared_then, shared_dw = whole_backward(dy_rows, shared, rows_of(dx))
+        first, then = shared_first + first, shared_then + then
+        dshared = tuple(part[0] for part in shared_dw)
     run(first)
     run(then)
     _combine(rows_of(dx), drows, place, None)
