@@ -20,11 +20,10 @@ from __future__ import annotations
 
 import os
 
-import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils, config
+from numba.core import cgutils, codegen, config
 from numba.extending import intrinsic, overload
 from numpy.lib.stride_tricks import as_strided
 
@@ -34,10 +33,10 @@ CHECKED = os.environ.get("REFIMPL_BOUNDS_CHECKS") == "1"  # as in compile.py: no
 
 
 def _features():
-    """What Numba compiles for: this processor, or the one that the user named to Numba."""
-    if config.CPU_NAME or config.CPU_FEATURES:
-        return {name[1:] for name in (config.CPU_FEATURES or "").split(",") if name[:1] == "+"}
-    return {name for name, has in llvm.get_host_cpu_features().items() if has}
+    """Of what Numba compiles for: this processor's, or those that the user named to Numba."""
+    told = config.CPU_FEATURES
+    features = codegen.get_host_cpu_features() if told is None else told
+    return {name[1:] for name in features.split(",") if name[:1] == "+"}
 
 
 FEATURES = _features()
@@ -253,7 +252,7 @@ def _checked_tile(c, a, b, panel, first, add, height):
             c[panel, i, lane] = c[panel, i, lane] + total if add else total
 
 
-if CHECKED:  # the same but for rounding, in plain loops whose indices Numba checks
+if CHECKED or config.DISABLE_JIT:  # the same but for rounding, in loops whose indices are checked
 
     @njit(**EXACT)
     def _tall(c, a, b, panel, first, add):

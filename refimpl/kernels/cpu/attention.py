@@ -66,12 +66,19 @@ def heads_of(saved: Any) -> Heads:
     behind = s - t if saved.causal else s
     masks = saved.key_mask, saved.segments
     seen = np.ones((b, s), bool) if masks[0] is None else ready(masks[0])
-    segments = np.zeros((b, s), np.int64) if masks[1] is None else ready(masks[1].astype(np.int64))
+    segments = np.zeros((b, s), np.int64) if masks[1] is None else numbered(masks[1])
     who = behind, seen, segments, any(x is not None for x in masks)
     if k.shape[2] == v.shape[2] == 1:
         return Heads(q.reshape(b, t * h, 1, -1), k, v, h, *who)
     k, v = (np.broadcast_to(x, (*x.shape[:2], h, x.shape[3])) for x in (k, v))
     return Heads(q, k, v, 1, *who)
+
+
+def numbered(segments: Array) -> Array:
+    """``segments`` [B, S] as int64, equal where they are."""
+    if segments.dtype.kind not in "iub":
+        _, segments = np.unique(segments, return_inverse=True)
+    return ready(segments.astype(np.int64))
 
 
 def _rows_without_gaps(x: Array) -> Array:

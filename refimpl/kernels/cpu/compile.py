@@ -105,8 +105,10 @@ def _place(real: str) -> Path | None:
     A folder per type: two processes that write one function for two types at the same time would
     each lose the other's.
     """
-    host: Any = importlib.import_module("llvmlite.binding")
-    made_by = sorted(OPTIONS.items(), key=str), numba().__version__, host.get_host_cpu_name()
+    llvm: Any = importlib.import_module("llvmlite.binding")
+    products: Any = importlib.import_module("..products_numba_cpu", __package__)
+    made_by = [*sorted(OPTIONS.items(), key=str), numba().__version__, llvm.get_host_cpu_name()]
+    made_by += [numba().config.CPU_NAME, sorted(products.FEATURES), products.CHECKED]
     digest = hashlib.sha256(repr(made_by).encode())
     for path in sorted(SOURCE.glob("*_numba_cpu.py")):  # Numba looks at the kernel's own file alone
         digest.update(path.read_bytes())

@@ -8,10 +8,11 @@ once lent at a time.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections import deque
-from collections.abc import Callable
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -24,39 +25,32 @@ LINE = 64  # bytes, of the cache
 PARTS = 8  # sizes per power of two: memory is at most an eighth larger than its array
 
 
-class Lent:
-    """Memory that comes back when the last array on it is gone."""
+def come_back(self: Any) -> None:
+    self.back(self.memory)
 
-    __slots__ = ("__array_interface__", "back", "memory")
 
-    def __init__(
-        self,
-        memory: np.ndarray,
-        back: Callable[[np.ndarray], None],
-        shape: tuple[int, ...],
-        dtype: np.dtype[Any],
-    ) -> None:
-        start = memory.__array_interface__["data"]
-        interface = {"data": start, "shape": shape, "typestr": dtype.str, "version": 3}
-        self.memory, self.back = memory, back
-        self.__array_interface__ = interface
-
-    def __del__(self) -> None:
-        self.back(self.memory)
+@cache
+def lent_type(size: int) -> type[Any]:
+    """Of so many bytes of memory, which come back when the last array on them is gone."""
+    return type("Lent", (ctypes.c_uint8 * size,), {"__del__": come_back})
 
 
 class Store:
     """Memory that waits for the next array."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         # What came back, not counted yet. An array may go at any moment and on any thread, in the
         # middle of a method of this class too: to append needs no lock.
         self.back: deque[np.ndarray] = deque()
         self.waiting: dict[int, list[np.ndarray]] = {}  # by size; what came back last is last
-        self.kept = 0  # bytes that wait
         self.lent = 0  # bytes that arrays hold, or that `back` still has
         self.most = 0  # bytes lent at a time, since the last `release`
+
+    @property
+    def kept(self) -> int:
+        """Bytes that wait."""
+        return sum(size * len(same) for size, same in self.waiting.items())
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
         """An array whose numbers are arbitrary; MemoryError as by NumPy."""
@@ -66,42 +60,51 @@ class Store:
         size = rounded(size)
         memory = self._take(size)
         if memory is None:
-            try:
-                memory = aligned(size)
-            except MemoryError:
-                self.release()
-                memory = aligned(size)
-        with self.lock:
-            self.lent += size
-            self.most = max(self.most, self.lent)
-        return np.asarray(Lent(memory, self.back.append, shape, dtype))
+            memory = self._new(size)
+        place = lent_type(size).from_address(memory.__array_interface__["data"][0])
+        place.memory, place.back = memory, self.back.append
+        return np.ndarray(shape, dtype, buffer=place)
 
     def _take(self, size: int) -> np.ndarray | None:
         """Memory of this size that waits, or None; then what waits is dropped, the oldest size
-        first, until the new memory fits below `most`."""
+        first, until the new memory fits below `most`. It is counted as lent."""
         with self.lock:
             self._count()
-            if size in self.waiting:
-                return self._pop(size)
-            while self.waiting and self.lent + self.kept + size > self.most:
+            memory = self._pop(size)
+            while memory is None and self.waiting and self.lent + self.kept + size > self.most:
                 self._pop(next(iter(self.waiting)))
-            return None
+            self.lent += size
+            self.most = max(self.most, self.lent)
+            return memory
+
+    def _new(self, size: int) -> np.ndarray:
+        try:
+            try:
+                return aligned(size)
+            except MemoryError:
+                self.release()
+                return aligned(size)
+        except BaseException:
+            with self.lock:
+                self.lent -= size
+            raise
 
     def _count(self) -> None:
+        # an interrupt between two lines may lose memory, and must not lend it twice
         while self.back:
             memory = self.back.popleft()
             same = self.waiting.pop(memory.size, [])
             same.append(memory)
             self.waiting[memory.size] = same
-            self.kept += memory.size
             self.lent -= memory.size
 
-    def _pop(self, size: int) -> np.ndarray:
-        same = self.waiting[size]
-        memory = same.pop()
-        self.kept -= size
+    def _pop(self, size: int) -> np.ndarray | None:
+        same = self.waiting.pop(size, None)
         if not same:
-            del self.waiting[size]
+            return None
+        memory = same.pop()
+        if same:
+            self.waiting[size] = same
         return memory
 
     def release(self) -> None:
@@ -109,7 +112,6 @@ class Store:
         with self.lock:
             self._count()
             self.waiting.clear()
-            self.kept = 0
             self.most = self.lent
 
 
@@ -135,5 +137,5 @@ def release() -> None:
     STORE.release()
 
 
-if hasattr(os, "register_at_fork"):  # the thread that held the lock is not in the child
-    os.register_at_fork(after_in_child=lambda: setattr(STORE, "lock", threading.Lock()))
+if hasattr(os, "register_at_fork"):  # another thread may have been in the middle of something
+    os.register_at_fork(after_in_child=STORE.__init__)  # type: ignore[misc]

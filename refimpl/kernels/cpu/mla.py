@@ -116,6 +116,7 @@ def mla_forward(
     if cache is not None:
         run(project)
     latents, past = append(cache, latent)
+    latents = ready(latents)
     s = latents.shape[1]
     k = empty((b, s, heads, nope + rope), x)
     kv = empty((b, s, heads, nope + value), x)

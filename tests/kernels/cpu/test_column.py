@@ -260,6 +260,32 @@ def test_attention_with_any_scale(scale: float) -> None:
         assert np.allclose(x, y, rtol=1e-12, atol=1e-14)
 
 
+def test_segments_of_any_type() -> None:
+    """Numbers between whole ones are as different as others."""
+    rng = np.random.default_rng(0)
+    q, k, v, do = rng.normal(size=(4, 1, 4, 2, 3))
+    segments = {"segments": np.array([[0.1, 0.1, 0.7, 0.7]]), "scale": 0.5}
+    found, wanted = (
+        results(table.attention, (q, k, v), segments, [do]) for table in (CPU, REFERENCE)
+    )
+    for x, y in zip(found, wanted, strict=True):
+        assert np.allclose(x, y, rtol=1e-12, atol=1e-14)
+
+
+def test_cache_in_any_order() -> None:
+    case = next(
+        case
+        for case in (CASES["mla"](RandomDraw(seed)) for seed in range(100))
+        if case.inputs[1] is not None and case.inputs[1].shape[1] > 1
+    )
+    x, cache, *w = case.inputs
+    turned = x, np.asfortranarray(cache), *w
+    (y, _), (wanted, _) = (
+        CPU.mla.forward(*inputs, **case.kwargs | {"ops": CPU}) for inputs in (turned, case.inputs)
+    )
+    assert (y.y == wanted.y).all()
+
+
 def test_long_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a running sum in float32 would lose: a token 100,000 times, and 200,000 logits and keys
     nearly as large as the largest. Within 4 units in the last place, but for attention's values,

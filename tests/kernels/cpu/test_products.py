@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -180,6 +181,34 @@ def test_several_of_everything(case: str) -> None:
     found, wanted = (results(table[op], arrays, kwargs, dy) for table in (CPU, REFERENCE))
     for x, right in zip(found, wanted, strict=True):
         assert np.max(np.abs(x - right)) <= 1e-12 * np.max(np.abs(right))
+
+
+CODE = """
+import numpy as np
+from refimpl.kernels.columns import on_cpu
+from refimpl.ops import REFERENCE
+rng = np.random.default_rng(0)
+arrays = [rng.normal(size=shape) for shape in ((9, 5), (3, 5), (3, 5), (5, 3))]
+found, right = (table["ffn"].forward(*arrays)[0] for table in (on_cpu("numba_cpu"), REFERENCE))
+assert np.allclose(found, right, rtol=1e-13, atol=0)
+"""
+
+
+def run_with(**environment: str) -> None:
+    subprocess.run([sys.executable, "-c", CODE], check=True, env=os.environ | environment)
+
+
+def test_without_compiler() -> None:
+    run_with(NUMBA_DISABLE_JIT="1")
+
+
+def test_the_name_of_this_processor_changes_nothing(tmp_path: Path) -> None:
+    """Numba takes its own features then, and finds what was compiled without the name."""
+    llvm: Any = importlib.import_module("llvmlite.binding")
+    folder = {"REFIMPL_KERNELS": str(tmp_path)}
+    run_with(**folder)
+    run_with(**folder, NUMBA_CPU_NAME=llvm.get_host_cpu_name())
+    run_with(**folder)
 
 
 PROCESSORS = {  # as Numba is told: vectors of 32 bytes, and of 16 without fused multiply-adds

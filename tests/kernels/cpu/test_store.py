@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -136,6 +139,48 @@ def test_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MemoryError):
         store.array((MANY,), REAL)
     assert store.lent == 0
+
+
+@contextmanager
+def interrupt_before(line: int) -> Iterator[None]:
+    """Ctrl-C before the so-many-th line of the store's methods."""
+    seen = 0
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal seen
+        code = frame.f_code
+        if code.co_filename == memory.__file__ and code.co_name != "come_back" and event == "line":
+            seen += 1
+            if seen == line:
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        with suppress(KeyboardInterrupt):
+            yield
+    finally:
+        sys.settrace(None)
+
+
+def test_an_interrupt_breaks_nothing() -> None:
+    """Memory may be lost, and is never lent twice."""
+    for line in range(60):
+        store = Store()
+        held = [store.array((MANY + k % 2 * MANY,), REAL) for k in range(4)]
+        del held[1:]
+        with interrupt_before(line):
+            held.append(store.array((MANY,), REAL))
+        held += [store.array((MANY + k % 2 * MANY,), REAL) for k in range(4)]
+        for k, x in enumerate(held):
+            x[:] = k
+        assert all((x == k).all() for k, x in enumerate(held))
+
+
+def test_may_be_made_writable_again() -> None:
+    x = Store().array((MANY,), REAL)
+    x.setflags(write=False)
+    x.setflags(write=True)
 
 
 def test_release() -> None:
