@@ -88,7 +88,6 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
             "x[(order[first + i] + 1) // per_token % x.shape[0]], rows[i]",
         ),
         "rows that fill no panel forgotten": ("if whole * width < steps:", "if False:"),
-        "a sum begins anew": ("add or whole > 0)", "False)"),
         "columns that fill no panel forgotten": (
             "into[:, stop - rest : stop] = edge[0, :, :rest]",
             "into[:, stop - rest : stop] = 0",

@@ -26,13 +26,14 @@ PARTS = 8  # sizes per power of two: memory is at most an eighth larger than its
 
 
 def come_back(self: Any) -> None:
-    self.back(self.memory)
+    if self.memory is not None:  # else interrupted while it was made
+        self.back(self.memory)
 
 
 @cache
 def lent_type(size: int) -> type[Any]:
     """Of so many bytes of memory, which come back when the last array on them is gone."""
-    return type("Lent", (ctypes.c_uint8 * size,), {"__del__": come_back})
+    return type("Lent", (ctypes.c_uint8 * size,), {"__del__": come_back, "memory": None})
 
 
 class Store:
@@ -62,7 +63,8 @@ class Store:
         if memory is None:
             memory = self._new(size)
         place = lent_type(size).from_address(memory.__array_interface__["data"][0])
-        place.memory, place.back = memory, self.back.append
+        place.back = self.back.append
+        place.memory = memory
         return np.ndarray(shape, dtype, buffer=place)
 
     def _take(self, size: int) -> np.ndarray | None:
