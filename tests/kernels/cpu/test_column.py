@@ -342,7 +342,11 @@ USES = {
 MISTAKES = [(stem, name) for stem, planted in PLANTED.items() for name in planted]
 
 
-@pytest.mark.parametrize(("stem", "name"), MISTAKES if FULL else MISTAKES[::9])
+SLOW = ("attention", "ffn", "products")  # to compile
+QUICK = [mistake for mistake in MISTAKES if mistake[0] not in SLOW][::5]
+
+
+@pytest.mark.parametrize(("stem", "name"), MISTAKES if FULL else QUICK)
 def test_planted_mistakes_are_caught(stem: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By differences, the rule for errors, or the two tests above, of an op that the kernel is part
     of."""

@@ -202,6 +202,7 @@ def test_without_compiler() -> None:
     run_with(NUMBA_DISABLE_JIT="1")
 
 
+@pytest.mark.skipif(not FULL, reason="compiles twice: make test-full")
 def test_the_name_of_this_processor_changes_nothing(tmp_path: Path) -> None:
     """Numba takes its own features then, and finds what was compiled without the name."""
     llvm: Any = importlib.import_module("llvmlite.binding")
