@@ -33,7 +33,7 @@ from .products_numba_cpu import (
 
 KEYS = 512  # of a block of the backward
 PAIR = 2  # panels of queries that the backward handles at a time
-SOME = 64  # keys that are value_sums in their own type; such sums are added in float64
+SOME = 64  # keys that are summed in their own type; such sums are added in float64
 MANY = 4096  # keys per product of values, likewise
 
 

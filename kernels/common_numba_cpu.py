@@ -3,9 +3,9 @@ the compiler turns into vector instructions.
 
 A kernel works on one block of rows or one head, on one thread; `refimpl.kernels.cpu.pool` gives
 the blocks to threads. Products of few rows are made inside kernels (products_numba_cpu.py), the
-others by NumPy between them. A kernel's annotations are
-the types of its arguments: ``In2`` is an array [rows, columns] that it reads, ``Out2`` one that it
-writes, both without gaps, and ``Real`` a number, each of the type that it is compiled for.
+others by NumPy between them. A kernel's annotations are the types of its arguments: ``In2`` is an
+array [rows, columns] that it reads, ``Out2`` one that it writes, both without gaps, and ``Real`` a
+number, each of the type that it is compiled for.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 that the table's ``ffn`` is not looked up.
 
 A task is one block of rows of one expert, or of the shared experts, through the whole network: so a
-hot expert is many tasks. Neither the dispatched rows nor
-the outputs are saved.
+hot expert is many tasks. Neither the dispatched rows nor the outputs are saved.
 """
 
 from __future__ import annotations
