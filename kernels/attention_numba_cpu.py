@@ -17,7 +17,18 @@ import math
 import numpy as np
 from numba import njit
 
-from .common_numba_cpu import Bools1, Ids1, In1, In2View, Int, Out1, Out2View, Real, exp
+from .common_numba_cpu import (
+    Bools1,
+    Ids1,
+    In1,
+    In2View,
+    Int,
+    Out1,
+    Out2View,
+    Real,
+    exp,
+    whole_vectors,
+)
 from .products_numba_cpu import (
     EXACT,
     empty_panels,
@@ -27,6 +38,7 @@ from .products_numba_cpu import (
     multiply_tiles,
     pack,
     put_tiles,
+    turned,
     unpack_rows,
     width_of,
 )
@@ -41,25 +53,35 @@ MANY = 4096  # keys per product of values, likewise
 def contiguous(x):
     """A copy of x [n, m] without gaps."""
     copy = np.empty(x.shape, x.dtype)
-    copy[:] = x
+    for i in range(x.shape[0]):
+        for j in range(x.shape[1]):
+            copy[i, j] = x[i, j]
     return copy
 
 
 @njit(**EXACT)
-def scale_and_hide(scores, scale, first, limit, masked, key_mask, segments, segment):
-    """Scores [keys, WIDTH] of the keys from ``first`` on times ``scale``; −∞ where a query (column)
-    may not see a key: beyond its ``limit``, or if ``masked``, hidden by ``key_mask`` or of another
-    segment than its ``segment``."""
-    lowest = limit[0]
-    for i in range(scores.shape[0]):
+def pack_scaled(panel, x, scale):
+    """A panel [K, WIDTH] whose columns are the rows of x [n, K] times ``scale``; zeros beyond."""
+    pack(panel, x)
+    numbers = panel.reshape(-1)
+    for i in range(numbers.size):
+        numbers[i] *= scale
+
+
+@njit(**EXACT)
+def hide(scores, first, limit, masked, key_mask, segments, segment):
+    """−∞ in the scores [keys, WIDTH] of the keys from ``first`` on where a query (column) may not
+    see a key: beyond its ``limit``, or if ``masked``, hidden by ``key_mask`` or of another segment
+    than its ``segment``."""
+    keys, begin = scores.shape[0], max(0, limit[0] + 1 - first)  # every query sees those before
+    for i in range(begin, keys):
         row, key = scores[i], first + i
         for lane in range(row.size):
-            row[lane] *= scale
-        if key > lowest:
-            for lane in range(row.size):
-                if key > limit[lane]:
-                    row[lane] = -np.inf
-        if masked:
+            if key > limit[lane]:
+                row[lane] = -np.inf
+    if masked:
+        for i in range(keys):
+            row, key = scores[i], first + i
             for lane in range(row.size):
                 if not key_mask[key] or segments[key] != segment[lane]:
                     row[lane] = -np.inf
@@ -80,6 +102,7 @@ def put_limits(limit, segment, first, rows, per_position, behind, keys, masked, 
 def soften(scores, shift, total):
     """Scores [keys, WIDTH] become e^(score − shift), whose sums are ``total``; ``shift`` is the
     largest, or 0 if that is not finite."""
+    whole_vectors()
     shift[:] = -np.inf
     for key in range(scores.shape[0]):
         row = scores[key]
@@ -112,14 +135,15 @@ def put_row_sums(row_sum, do, o):
 
 
 @njit(**EXACT)
-def put_gradients(scores, ds, lse, row_sum, scale):
+def put_gradients(scores, ds, lse, row_sum):
     """Scores [keys, WIDTH] become probabilities, and ``ds``, their gradients, those of scores."""
+    whole_vectors()
     for key in range(scores.shape[0]):
         row, drow = scores[key], ds[key]
         for lane in range(row.size):
             p = exp(row[lane] - lse[lane])  # (flash_attention.6)
             row[lane] = p
-            drow[lane] = p * (drow[lane] - row_sum[lane]) * scale  # (flash_attention.7)
+            drow[lane] = p * (drow[lane] - row_sum[lane])  # (flash_attention.7)
 
 
 @njit(**EXACT)
@@ -135,8 +159,8 @@ def blind(limit, masked, key_mask, segments, segment):
 
 
 @njit(**EXACT)
-def pack_columns(x, rows):
-    """Panels [P, rows, WIDTH] that have the columns of x [n, m]; zeros beyond."""
+def pack_columns(x, rows, scale):
+    """Panels [P, rows, WIDTH] that have the columns of x [n, m] times ``scale``; zeros beyond."""
     width = width_of(x)
     panels = empty_panels(-(-x.shape[1] // width), rows, x)
     panels[:] = 0
@@ -144,7 +168,7 @@ def pack_columns(x, rows):
         for start in range(0, x.shape[1], width):
             part, out = x[row, start : start + width], panels[start // width, row]
             for i in range(part.size):
-                out[i] = part[i]
+                out[i] = part[i] * scale
     return panels
 
 
@@ -194,9 +218,9 @@ def attention_forward(
         put_limits(limit, segment, first, q.shape[0], per_position, behind, keys, masked, segments)
         end = min(keys, limit[count - 1] + 1)
         scores = all_scores[0, :end]  # without gaps, as the compiler must see for vectors
-        pack(query[0], q[first : first + count])
+        pack_scaled(query[0], q[first : first + count], scale)
         multiply(all_scores[:, :end], factor(k[:end]), query, False)
-        scale_and_hide(scores, scale, 0, limit, masked, key_mask, segments, segment)
+        hide(scores, 0, limit, masked, key_mask, segments, segment)
         soften(scores, shift, total)
         for lane in range(count):
             if blind(limit[lane], masked, key_mask, segments, segment[lane]):
@@ -209,9 +233,12 @@ def attention_forward(
         for begin in range(0, end, MANY):
             block = slice(begin, min(begin + MANY, end))
             multiply_tiles(out, tiles[:, block], all_scores[:, block], False)  # (flash_attention.3)
-            value_sums += out[0]
-        value_sums /= total
-        out[0] = value_sums
+            for i in range(values):
+                for lane in range(width):
+                    value_sums[i, lane] += out[0, i, lane]
+        for i in range(values):
+            for lane in range(width):
+                out[0, i, lane] = value_sums[i, lane] / total[lane]
         unpack_rows(o[first : first + count], out)
 
 
@@ -241,15 +268,19 @@ def attention_backward(
     dq_panels = empty_panels(panels, x, q)
     dq_panels[:] = 0
     for panel in range(panels):
-        pack(queries[panel], q[panel * width : (panel + 1) * width])
+        pack_scaled(queries[panel], q[panel * width : (panel + 1) * width], scale)
         pack(do_panels[panel], do[panel * width : (panel + 1) * width])
     padded = panels * width
     limit, segment = np.empty(padded, np.int64), np.empty(padded, np.int64)
     put_limits(limit, segment, 0, rows, per_position, behind, keys, masked, segments)
     padded_lse, row_sum = np.zeros(padded, q.dtype), np.zeros(padded, q.dtype)
-    padded_lse[:rows] = lse
+    for row in range(rows):
+        padded_lse[row] = lse[row]
     put_row_sums(row_sum, do, o)
-    query_columns, do_columns = pack_columns(q, padded), pack_columns(do, padded)
+    query_columns, do_columns = (
+        pack_columns(q, padded, scale),
+        pack_columns(do, padded, q.dtype.type(1)),
+    )
     both = empty_panels(2 * PAIR, KEYS, q).reshape(2, PAIR, KEYS, width)
     for begin in range(0, keys, KEYS):
         k_block, v_block = contiguous(k[begin : begin + KEYS]), contiguous(v[begin : begin + KEYS])
@@ -273,13 +304,14 @@ def attention_backward(
             for panel in range(pair.stop - first):
                 lanes = slice((first + panel) * width, (first + panel + 1) * width)
                 s, d = both[0, panel, :end], both[1, panel, :end]
-                scale_and_hide(
-                    s, scale, begin, limit[lanes], masked, key_mask, segments, segment[lanes]
-                )
-                put_gradients(s, d, padded_lse[lanes], row_sum[lanes], scale)
-            multiply(dv_columns[:, :end], scores.transpose(1, 0, 2), do_columns[:, columns], True)
-            multiply(dk_columns[:, :end], ds.transpose(1, 0, 2), query_columns[:, columns], True)
+                hide(s, begin, limit[lanes], masked, key_mask, segments, segment[lanes])
+                put_gradients(s, d, padded_lse[lanes], row_sum[lanes])
+            multiply(dv_columns[:, :end], turned(scores), do_columns[:, columns], True)
+            multiply(dk_columns[:, :end], turned(ds), query_columns[:, columns], True)
             multiply_tiles(dq_panels[pair], tiles, ds, True)  # (flash_attention.8)
         unpack_columns(dk[begin : begin + block], dk_columns)
         unpack_columns(dv[begin : begin + block], dv_columns)
+    numbers = dq_panels.reshape(-1)
+    for i in range(numbers.size):
+        numbers[i] *= scale
     unpack_rows(dq, dq_panels)

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 from numba import njit, types
-from numba.extending import overload
+from numba.core import config
+from numba.extending import intrinsic, overload
 
 
 class Argument(NamedTuple):
@@ -40,7 +41,9 @@ LOG2_E = np.float32(1.4426950408889634)
 LN2_HIGH = np.float32(0.693145751953125)  # 15 bits of ln 2: n times it is exact for |n| < 2⁹
 LN2_LOW = np.float32(1.42860677e-06)  # the rest
 LOWEST, HIGHEST = np.float32(-105), np.float32(89)  # beyond, e^x is 0 or ∞ in float32
-HALF, ONE = np.float32(0.5), np.float32(1)
+BIAS = 127  # of a float32's exponent, which is from bit 23 on
+ROUND = np.float32(3 * 2**22 + 2 * BIAS)  # a number added to it is rounded to a whole one
+ONE = np.float32(1)
 # (e^r − 1 − r) / r² for |r| ≤ ln 2 / 2, interpolated at 5 Chebyshev nodes
 C0, C1, C2, C3, C4 = (
     np.float32(c) for c in (0.5, 0.16666576, 0.041666556, 0.008363179, 0.0013926184)
@@ -48,6 +51,25 @@ C0, C1, C2, C3, C4 = (
 
 
 EXACT = {"fastmath": False}  # said aloud: a function that is silent takes the options of its caller
+
+
+@intrinsic
+def _whole_vectors(typing):
+    def code(context, builder, signature, arguments):
+        # llvmlite's own `add` knows only attributes without a value
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        return context.get_dummy_value()
+
+    return types.void(), code
+
+
+def whole_vectors():
+    """In a compiled function whose loops are more than memory: where a processor has vectors of 512
+    bits, they use them. By default LLVM takes half on most of these."""
+
+
+if not config.DISABLE_JIT:
+    whole_vectors = _whole_vectors
 
 
 @njit(**EXACT)
@@ -66,17 +88,19 @@ def exp(x):
 
 @njit(fastmath={"contract"})  # a product and a sum may be one instruction, whose product is exact
 def _exp_float32(x):
-    # not reordered: n LN2_HIGH + n LN2_LOW would be n ln 2
+    # not reordered: x LOG2_E would come out of the additions, n ln 2 of the subtractions
     x = min(max(x, LOWEST), HIGHEST)
-    n = np.floor(x * LOG2_E + HALF)
+    shifted = np.float32(x * LOG2_E + ROUND)
+    n = shifted - ROUND
     r = x - n * LN2_HIGH
     r = r - n * LN2_LOW
-    p = (((C4 * r + C3) * r + C2) * r + C1) * r + C0
-    y = p * r * r + r + ONE
-    whole = np.int32(n)
-    half = whole >> 1  # 2ⁿ may be no float32: two factors are
-    first = np.int32((half + 127) << 23).view(np.float32)
-    second = np.int32((whole - half + 127) << 23).view(np.float32)
+    y = (((((C4 * r + C3) * r + C2) * r + C1) * r + C0) * r + ONE) * r + ONE
+    # 2ⁿ may be no float32: two factors are. The last bits of `shifted` are n + 2 BIAS; those before
+    # them are shifted out
+    whole = np.float32(shifted).view(np.int32)
+    half = np.int32(whole >> 1)
+    first = np.int32(half << 23).view(np.float32)
+    second = np.int32((whole - half) << 23).view(np.float32)
     return y * first * second
 
 

@@ -11,7 +11,19 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from .common_numba_cpu import LANES, Ids1, In1, In2, Int, Out1, Out2, Real, exp, largest_of
+from .common_numba_cpu import (
+    LANES,
+    Ids1,
+    In1,
+    In2,
+    Int,
+    Out1,
+    Out2,
+    Real,
+    exp,
+    largest_of,
+    whole_vectors,
+)
 
 
 def divide(z: Out2, first: Int, last: Int, temperature: Real) -> None:
@@ -23,6 +35,7 @@ def divide(z: Out2, first: Int, last: Int, temperature: Real) -> None:
 
 def statistics(largest: Out1, total: Out1, z: In2, first: Int, last: Int) -> None:
     """Of the entries first … last of each row."""
+    whole_vectors()
     real = z.dtype.type
     for row in range(z.shape[0]):
         own = z[row, first:last]
@@ -59,6 +72,7 @@ def gradient(
 ) -> None:
     """dz = weight (e^(z − shift) / total − one-hot(target)) of each row. A row whose ``counted`` is
     0 gets 0, whatever its logits."""
+    whole_vectors()
     for row in range(z.shape[0]):
         own, out = z[row], dz[row]
         row_gradient(out, own, shift[row], total[row], counted[row], weight[row], targets[row])
@@ -68,6 +82,7 @@ def gradient_in_place(
     z: Out2, shift: In1, counted: In1, weight: In1, targets: Ids1, first: Int, last: Int
 ) -> None:
     """The same in the place of the entries first … last of each row, with a total of 1."""
+    whole_vectors()
     one = z.dtype.type(1)
     for row in range(z.shape[0]):
         own = z[row, first:last]

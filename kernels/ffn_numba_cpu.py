@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .common_numba_cpu import Ids1, In1, In2, In3, Int, Out1, Out2, Out3, sigmoid
+from .common_numba_cpu import Ids1, In1, In2, In3, Int, Out1, Out2, Out3, sigmoid, whole_vectors
 from .products_numba_cpu import (
     empty_panels,
     factor,
@@ -38,6 +38,7 @@ def network_forward(
 ) -> None:
     """y [n, D] of the rows order // per_token of ``x``; ``w_gate`` and ``w_up`` [F, D], ``w_down``
     [D, F]."""
+    whole_vectors()
     one = gate.dtype.type(1)
     rows = empty_panels(gate.shape[0], x.shape[1], x)
     pack_rows(rows, x, order, per_token)
@@ -75,6 +76,7 @@ def network_backward(
     ``dy`` is the gradient of Σ weight · output, so dweights = Σ_f hidden_f dhidden_f with
     dhidden = w_downᵀ dy: the output is not needed.
     """
+    whole_vectors()
     one = gate.dtype.type(1)
     pack_rows(dy_panels, dy, order, per_token)
     dhidden = empty_panels(gate.shape[0], gate.shape[1], dy)
@@ -84,7 +86,8 @@ def network_backward(
         first = panel * width
         count = min(width, order.size - first)
         weight, total = np.zeros(width, gate.dtype), np.zeros(width)  # a long sum: in float64
-        weight[:count] = weights[first : first + count]
+        for r in range(count):
+            weight[r] = weights[first + r]
         for f in range(gate.shape[1]):
             g, u = gate[panel, f], up[panel, f]
             dg, du = dgate[panel, f], dup[panel, f]
@@ -97,7 +100,8 @@ def network_backward(
                 dg[r] = d * u[r] * (s + g[r] * s * (one - s))  # (swiglu.2)
                 du[r] = d * g[r] * s  # (swiglu.3)
                 dh[r] = h * weight[r]  # dhidden is used up: its place takes the hidden state
-        dweights[first : first + count] = total[:count]
+        for r in range(count):
+            dweights[first + r] = total[r]
     unpack_rows(hidden, dhidden)
     rows = empty_panels(dy_panels.shape[0], dy_panels.shape[1], dy)
     multiply_transposed(rows, w_gate, dgate, False)
@@ -127,4 +131,5 @@ def weight_gradients(
     outer_products(dw_gate, dgate, x, order, per_token, first, last)
     outer_products(dw_up, dup, x, order, per_token, first, last)
     first, last = d * part // parts, d * (part + 1) // parts
-    outer_products(dw_down, dy_panels, hidden, identity, 1, first, last)
+    one = np.int64(1)  # Numba would compile `outer_products` once more for the literal
+    outer_products(dw_down, dy_panels, hidden, identity, one, first, last)

@@ -345,8 +345,11 @@ def multiply_tiles(c, tiles, b, add):
     """c [P, M, WIDTH] = wᵀ b of w [K, M], in tiles, and b [P, K, WIDTH]; added to c if ``add``."""
     for k in range(0, b.shape[1], DEEP):
         some = b[:, k : k + DEEP]
-        turned = tiles[:, k : k + some.shape[1]].transpose(0, 3, 2, 1)
-        _block(c, turned, some, add or k > 0)
+        part = tiles[:, k:]
+        shape = (part.shape[0], TALL, 1, some.shape[1])
+        by_tile, by_step, by_repeat, by_row = part.strides
+        by_rows = as_strided(part, shape, (by_tile, by_row, by_repeat, by_step))
+        _block(c, by_rows, some, add or k > 0)
 
 
 @njit(**EXACT)
@@ -374,6 +377,13 @@ def multiply_transposed(c, w, b, add):
 def factor(w):
     """w [M, K] as `multiply` wants a."""
     return as_strided(w, (w.shape[0], 1, w.shape[1]), (w.strides[0], 0, w.strides[1]))
+
+
+@njit(**EXACT)
+def turned(x):
+    """x [P, M, n] as [M, P, n], a view. (NumPy's `transpose` takes Numba three seconds.)"""
+    p, m, n = x.shape
+    return as_strided(x, (m, p, n), (x.strides[1], x.strides[0], x.strides[2]))
 
 
 @njit(**EXACT)
@@ -428,8 +438,9 @@ def outer_products(dw, a, b, order, per_token, first, last):
     """Rows first … last of dw [M, N] = Σ_r a_r b_rᵀ, where a_r is column r of a, panels
     [P, M, WIDTH], and b_r row order[r] // per_token of b [rows, N]."""
     width, (_, columns) = a.shape[2], dw.shape
-    into, by_row = dw[first:last], a[:, first:last].transpose(1, 0, 2)
-    packed, edge = empty_panels(PANELS, DEEP, dw), empty_panels(1, last - first, dw)
+    into, by_row = dw[first:last], turned(a[:, first:last])
+    packed = empty_panels(PANELS, DEEP, dw)
+    edge = empty_panels(1, last - first, dw)[:, : last - first]  # a view, as `direct` below
     if order.size == 0:
         into[:] = 0
     for begin in range(0, order.size, DEEP):
@@ -452,10 +463,14 @@ def outer_products(dw, a, b, order, per_token, first, last):
             _multiply_columns(direct, a_block, packed[:whole, : rows.size], begin > 0)
             if rest > 0:
                 packed[whole, : rows.size, rest:] = 0
-                edge[0, :, :rest] = into[:, stop - rest : stop]
+                for i in range(last - first):
+                    for lane in range(rest):
+                        edge[0, i, lane] = into[i, stop - rest + lane]
                 one = packed[whole : whole + 1, : rows.size]
                 _multiply_columns(edge, a_block, one, begin > 0)
-                into[:, stop - rest : stop] = edge[0, :, :rest]
+                for i in range(last - first):
+                    for lane in range(rest):
+                        into[i, stop - rest + lane] = edge[0, i, lane]
 
 
 @njit(**EXACT)

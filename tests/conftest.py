@@ -9,6 +9,8 @@ a CPU, stay out, since they say the same on any machine.
 from __future__ import annotations
 
 import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 
@@ -31,7 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if in_workers and os.environ.get("REFIMPL_GPU") != "1":
         from refimpl.kernels.cpu.compile import compile_all
 
-        compile_all()
+        with ProcessPoolExecutor(2, get_context("spawn")) as processes:
+            list(processes.map(compile_all, ("float32", "float64")))
 
 
 @pytest.fixture(autouse=True, scope="session")

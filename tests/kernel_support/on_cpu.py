@@ -89,8 +89,8 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
         ),
         "rows that fill no panel forgotten": ("if whole * width < steps:", "if False:"),
         "columns that fill no panel forgotten": (
-            "into[:, stop - rest : stop] = edge[0, :, :rest]",
-            "into[:, stop - rest : stop] = 0",
+            "into[i, stop - rest + lane] = edge[0, i, lane]",
+            "into[i, stop - rest + lane] = 0",
         ),
         "rows that fill no tile forgotten": (
             "for first in range(tall, rows):",
@@ -164,9 +164,10 @@ def plant(stem: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def plant_text(stem: str, before: str, after: str, monkeypatch: pytest.MonkeyPatch) -> None:
     replace_text(stem, before, after, monkeypatch)
-    for other in CALLERS.get(stem, ()):
+    callers = CALLERS.get(stem, ())
+    for other in callers:
         replace_text(other, "from __future__", "from __future__", monkeypatch)
-    recompiled(monkeypatch)
+    recompiled(monkeypatch, stem, *callers)
 
 
 def replace_text(stem: str, before: str, after: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,18 +180,22 @@ def replace_text(stem: str, before: str, after: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
-def recompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels are compiled anew, and nothing is kept, here or on disk."""
+def recompiled(monkeypatch: pytest.MonkeyPatch, *stems: str) -> None:
+    """Kernels of these files (none named: of all) are compiled anew, and nothing of that is kept,
+    here or on disk."""
     fresh: dict[tuple[Any, ...], Any] = {}
-    uncached = compiling.kernel.__wrapped__
+    kept, uncached = compiling.kernel, compiling.kernel.__wrapped__
 
-    def kernel(*key: Any) -> Any:
-        if key not in fresh:
-            fresh[key] = uncached(*key)
-        return fresh[key]
+    def kernel(stem: str, *key: Any) -> Any:
+        if stems and stem not in stems:
+            return kept(stem, *key)
+        if (stem, *key) not in fresh:
+            with pytest.MonkeyPatch.context() as nowhere:
+                nowhere.setattr(compiling, "_place", lambda real: None)
+                nowhere.setattr(compiling, "_tell_once", lambda where: None)
+                fresh[stem, *key] = uncached(stem, *key)
+        return fresh[stem, *key]
 
-    monkeypatch.setattr(compiling, "_place", lambda real: None)
-    monkeypatch.setattr(compiling, "_tell_once", lambda where: None)
     for path in (SOURCE.parent / "refimpl" / "kernels" / "cpu").glob("*.py"):
         module = module_of(path.stem)
         if hasattr(module, "kernel"):

@@ -142,12 +142,12 @@ def _tell_once(where: str) -> None:
     print(f"compiling the kernels of numba_cpu for this CPU ({where})", file=sys.stderr)
 
 
-def compile_all() -> None:
-    """Every kernel for both types: what a machine needs once."""
+def compile_all(*reals: str) -> None:
+    """Every kernel for these types, both if none is named: what a machine needs once."""
     numba()
     for stem in STEMS:
         module = importlib.import_module(f"..{stem}_numba_cpu", __package__)
         for name, function in vars(module).items():
             if inspect.isfunction(function) and function.__module__ == module.__name__:
-                for dtype in (np.float32, np.float64):
-                    kernel(stem, name, np.dtype(dtype))
+                for real in reals or ("float32", "float64"):
+                    kernel(stem, name, np.dtype(real))

@@ -34,6 +34,7 @@ from kernel_support.on_cpu import (
     PLANTED,
     plant,
     plant_text,
+    recompiled,
     small_blocks,
     with_table,
 )
@@ -400,6 +401,7 @@ def test_within_bounds(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same cases with kernels that check every index."""
     monkeypatch.setitem(compiling.OPTIONS, "boundscheck", True)
     plant_text("products", *CHECKED, monkeypatch)
+    recompiled(monkeypatch)
     assert_differences(op, range(2))
     assert_errors(op, "float32", range(10))
 
