@@ -47,7 +47,8 @@ TALL = 8 if WIDE or ARM else 6  # rows of a tile: with 32 registers or 16, all i
 DEEP = 256  # steps along K per block: a panel's rows fit the first cache
 SLAB = 256  # rows of a per block: DEEP × SLAB numbers fit the second cache
 LINE = 64  # bytes, of the cache: as in memory.py
-PANELS = 4  # of b that `outer_products` packs at a time
+PANELS = 4  # of b that `multiply_rows` and `outer_products` pack at a time
+FEW = 8  # rows, so few that to pack the other factor would take longer than to multiply
 GAP = 2  # unused steps between tiles: a power of two apart, they would share a place in the cache
 SQUARE = 8  # side of what is transposed in registers
 FUSED = "fma" in FEATURES or ARM  # a product and a sum are one instruction
@@ -434,13 +435,109 @@ def unpack_rows(x, panels):
 
 
 @njit(**EXACT)
+def _whole_panels(x, start, count):
+    """So many panels of the columns of x [n, m] from ``start`` on, a view."""
+    width = width_of(x)
+    strides = (width * x.itemsize, x.strides[0], x.itemsize)
+    return as_strided(x[:, start:], (count, x.shape[0], width), strides)
+
+
+@njit(**EXACT)
+def _put_columns(panel, x, first):
+    """The columns of x [n, m] from ``first`` on, to a panel [n, WIDTH] that they do not fill."""
+    for i in range(x.shape[0]):
+        for lane in range(x.shape[1] - first):
+            panel[i, lane] = x[i, first + lane]
+
+
+@njit(**EXACT)
+def _take_columns(x, first, panel):
+    """The reverse of `_put_columns`."""
+    for i in range(x.shape[0]):
+        for lane in range(x.shape[1] - first):
+            x[i, first + lane] = panel[i, lane]
+
+
+@njit(**EXACT)
+def multiply_rows(c, a, b, add):
+    """c [M, N] = a [M, K] b [K, N], none of them in panels, added to c if ``add``: for factors that
+    are used once, or by rows. All may be views, b a transpose too, but a row of c has no gaps."""
+    (rows, columns), steps, width = c.shape, a.shape[1], width_of(c)
+    if a.shape[0] != rows or b.shape[0] != steps or b.shape[1] != columns:
+        raise ValueError("shapes do not agree")
+    if steps == 0 and not add:
+        c[:] = 0
+    if rows <= FEW:
+        _multiply_few(c, a, b, add)
+        return
+    packed = empty_panels(PANELS, min(steps, DEEP), c)
+    edge = empty_panels(1, rows, c)[:, :rows]  # a view, as whole panels are
+    for k in range(0, steps, DEEP):
+        a_block = factor(a[:, k : k + DEEP])
+        deep, more = a_block.shape[2], add or k > 0
+        for start in range(0, columns, PANELS * width):
+            stop = min(start + PANELS * width, columns)
+            whole = (stop - start) // width
+            _pack_block(packed, b[k : k + deep, start:stop])
+            multiply(_whole_panels(c, start, whole), a_block, packed[:whole, :deep], more)
+            if start + whole * width < stop:
+                _put_columns(edge[0], c[:, :stop], start + whole * width)
+                multiply(edge, a_block, packed[whole : whole + 1, :deep], more)
+                _take_columns(c[:, :stop], start + whole * width, edge[0])
+
+
+@njit(fastmath={"reassoc"})
+def _multiply_few(c, a, b, add):
+    """`multiply_rows`, a row at a time; where b is wᵀ, sums are in vector lanes."""
+    steps, columns = b.shape
+    own, out = np.empty(steps, c.dtype), np.empty(columns, c.dtype)  # without gaps
+    by_row, by_column = b, b.T
+    for i in range(c.shape[0]):
+        for k in range(steps):
+            own[k] = a[i, k]
+        if b.strides[1] != b.itemsize:
+            for j in range(columns):
+                row, total = by_column[j], c.dtype.type(0)
+                for k in range(steps):
+                    total += own[k] * row[k]
+                out[j] = total
+        else:
+            out[:] = 0
+            for k in range(steps):
+                row = by_row[k]
+                for j in range(columns):
+                    out[j] += own[k] * row[j]
+        for j in range(columns):
+            c[i, j] = c[i, j] + out[j] if add else out[j]
+
+
+@njit(**EXACT)
+def _pack_block(panels, x):
+    """panels [P, …, WIDTH]: the columns of x [n, m]; zeros beyond."""
+    width, (rows, columns) = panels.shape[2], x.shape
+    by_column = as_strided(x, (columns, rows), (x.strides[1], x.strides[0]))
+    for panel in range(-(-columns // width)):
+        first = panel * width
+        if x.strides[1] != x.itemsize:
+            pack(panels[panel, :rows], by_column[first : first + width])
+        else:
+            count = min(width, columns - first)
+            for i in range(rows):
+                out, part = panels[panel, i], x[i, first : first + count]
+                for lane in range(count):
+                    out[lane] = part[lane]
+                for lane in range(count, width):
+                    out[lane] = 0
+
+
+@njit(**EXACT)
 def outer_products(dw, a, b, order, per_token, first, last):
     """Rows first … last of dw [M, N] = Σ_r a_r b_rᵀ, where a_r is column r of a, panels
     [P, M, WIDTH], and b_r row order[r] // per_token of b [rows, N]."""
     width, (_, columns) = a.shape[2], dw.shape
     into, by_row = dw[first:last], turned(a[:, first:last])
     packed = empty_panels(PANELS, DEEP, dw)
-    edge = empty_panels(1, last - first, dw)[:, : last - first]  # a view, as `direct` below
+    edge = empty_panels(1, last - first, dw)[:, : last - first]  # a view, as whole panels are
     if order.size == 0:
         into[:] = 0
     for begin in range(0, order.size, DEEP):
@@ -458,19 +555,14 @@ def outer_products(dw, a, b, order, per_token, first, last):
                 for lane in range(rest):
                     packed[whole, r, lane] = row[whole * width + lane]
             # whole panels go straight to dw, a last one that is not full by way of edge
-            shape, strides = (whole, last - first, width), (width * dw.itemsize, *dw.strides)
-            direct = as_strided(into[:, start:], shape, strides)
+            direct = _whole_panels(into, start, whole)
             _multiply_columns(direct, a_block, packed[:whole, : rows.size], begin > 0)
             if rest > 0:
                 packed[whole, : rows.size, rest:] = 0
-                for i in range(last - first):
-                    for lane in range(rest):
-                        edge[0, i, lane] = into[i, stop - rest + lane]
+                _put_columns(edge[0], into[:, :stop], stop - rest)
                 one = packed[whole : whole + 1, : rows.size]
                 _multiply_columns(edge, a_block, one, begin > 0)
-                for i in range(last - first):
-                    for lane in range(rest):
-                        into[i, stop - rest + lane] = edge[0, i, lane]
+                _take_columns(into[:, :stop], stop - rest, edge[0])
 
 
 @njit(**EXACT)

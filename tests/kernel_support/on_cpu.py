@@ -89,8 +89,8 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
         ),
         "rows that fill no panel forgotten": ("if whole * width < steps:", "if False:"),
         "columns that fill no panel forgotten": (
-            "into[i, stop - rest + lane] = edge[0, i, lane]",
-            "into[i, stop - rest + lane] = 0",
+            "x[i, first + lane] = panel[i, lane]",
+            "x[i, first + lane] = 0",
         ),
         "rows that fill no tile forgotten": (
             "for first in range(tall, rows):",
