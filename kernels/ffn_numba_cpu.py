@@ -6,14 +6,29 @@ lies, and what one product makes is the next one's factor. ``gate`` and ``up`` a
 [P, F, WIDTH]; the hidden state is made again in the backward. An expert is a network whose rows
 are gathered (`order`, as in moe_numba_cpu.py) and whose output is multiplied by a weight per row.
 
-P panels of WIDTH rows hold a network's n rows; other letters as in `refimpl.ops.ffn`.
+P panels of WIDTH rows hold a network's n rows; other letters as in `refimpl.ops.ffn`. A kernel gets
+all of E networks, and a table of `Ids2` that says what of them is its part: in a row each the
+network, its rows begin … end, and their panels begin … end.
 """
 
 from __future__ import annotations
 
 import numpy as np
+from numba import njit
 
-from .common_numba_cpu import Ids1, In1, In2, In3, Int, Out1, Out2, Out3, sigmoid, whole_vectors
+from .common_numba_cpu import (
+    Ids1,
+    Ids2,
+    In1,
+    In2,
+    In3,
+    Int,
+    Out1,
+    Out2,
+    Out3,
+    sigmoid,
+    whole_vectors,
+)
 from .products_numba_cpu import (
     empty_panels,
     factor,
@@ -24,20 +39,38 @@ from .products_numba_cpu import (
     unpack_rows,
 )
 
+SAME = {"error_model": "numpy"}  # as the kernels: a division by 0 raises nothing
 
-def network_forward(
+
+@njit(**SAME)
+def part_of(row):
+    """The network of a table's row, its rows, and their panels."""
+    return row[0], slice(row[1], row[2]), slice(row[3], row[4])
+
+
+def networks_forward(
     y: Out2,
     gate: Out3,
     up: Out3,
     x: In2,
     order: Ids1,
     per_token: Int,
-    w_gate: In2,
-    w_up: In2,
-    w_down: In2,
+    w_gate: In3,
+    w_up: In3,
+    w_down: In3,
+    table: Ids2,
 ) -> None:
-    """y [n, D] of the rows order // per_token of ``x``; ``w_gate`` and ``w_up`` [F, D], ``w_down``
-    [D, F]."""
+    """``y`` [rows, D] of the rows order // per_token of ``x``; ``w_gate`` and ``w_up`` [E, F, D],
+    ``w_down`` [E, D, F]."""
+    for i in range(table.shape[0]):
+        e, rows, panels = part_of(table[i])
+        own = y[rows], gate[panels], up[panels]
+        network_forward(*own, x, order[rows], per_token, w_gate[e], w_up[e], w_down[e])
+
+
+@njit(**SAME)
+def network_forward(y, gate, up, x, order, per_token, w_gate, w_up, w_down):
+    """One network's."""
     whole_vectors()
     one = gate.dtype.type(1)
     rows = empty_panels(gate.shape[0], x.shape[1], x)
@@ -53,7 +86,7 @@ def network_forward(
     unpack_rows(y, rows)
 
 
-def network_backward(
+def networks_backward(
     dx: Out2,
     dgate: Out3,
     dup: Out3,
@@ -66,16 +99,57 @@ def network_backward(
     gate: In3,
     up: In3,
     weights: In1,
-    w_gate: In2,
-    w_up: In2,
-    w_down: In2,
+    w_gate: In3,
+    w_up: In3,
+    w_down: In3,
+    table: Ids2,
 ) -> None:
-    """Writes ``dx`` [n, D], ``dgate`` and ``dup`` [P, F, WIDTH], ``dy_panels`` [P, D, WIDTH] (the
-    rows of ``dy``), ``hidden`` [n, F] (times the row's weight) and ``dweights`` [n].
+    """Writes ``dx`` [rows, D], ``dgate`` and ``dup`` [P, F, WIDTH], ``dy_panels`` [P, D, WIDTH],
+    the rows of ``dy``, ``hidden`` [rows, F], times the row's weight, and ``dweights`` [rows].
 
     ``dy`` is the gradient of Σ weight · output, so dweights = Σ_f hidden_f dhidden_f with
     dhidden = w_downᵀ dy: the output is not needed.
     """
+    for i in range(table.shape[0]):
+        e, rows, panels = part_of(table[i])
+        network_backward(
+            dx[rows],
+            dgate[panels],
+            dup[panels],
+            dy_panels[panels],
+            hidden[rows],
+            dweights[rows],
+            dy,
+            order[rows],
+            per_token,
+            gate[panels],
+            up[panels],
+            weights[rows],
+            w_gate[e],
+            w_up[e],
+            w_down[e],
+        )
+
+
+@njit(**SAME)
+def network_backward(
+    dx,
+    dgate,
+    dup,
+    dy_panels,
+    hidden,
+    dweights,
+    dy,
+    order,
+    per_token,
+    gate,
+    up,
+    weights,
+    w_gate,
+    w_up,
+    w_down,
+):
+    """One network's."""
     whole_vectors()
     one = gate.dtype.type(1)
     pack_rows(dy_panels, dy, order, per_token)
@@ -110,9 +184,9 @@ def network_backward(
 
 
 def weight_gradients(
-    dw_gate: Out2,
-    dw_up: Out2,
-    dw_down: Out2,
+    dw_gate: Out3,
+    dw_up: Out3,
+    dw_down: Out3,
     dgate: In3,
     dup: In3,
     dy_panels: In3,
@@ -121,15 +195,19 @@ def weight_gradients(
     order: Ids1,
     identity: Ids1,
     per_token: Int,
-    part: Int,
     parts: Int,
+    table: Ids2,
 ) -> None:
-    """A part of the rows of each weight's gradient; the arrays are those of `network_backward` for
-    all rows of a network, ``identity`` is 0 … n."""
-    f, d = dw_gate.shape
-    first, last = f * part // parts, f * (part + 1) // parts
-    outer_products(dw_gate, dgate, x, order, per_token, first, last)
-    outer_products(dw_up, dup, x, order, per_token, first, last)
-    first, last = d * part // parts, d * (part + 1) // parts
-    one = np.int64(1)  # Numba would compile `outer_products` once more for the literal
-    outer_products(dw_down, dy_panels, hidden, identity, one, first, last)
+    """The weights' gradients, a part of their rows: the table has one more column, which of
+    ``parts``. The arrays are those of `networks_backward`; ``identity`` is 0 … rows."""
+    _, f, d = dw_gate.shape
+    once = np.int64(1)  # for a literal Numba would compile `outer_products` once more
+    for i in range(table.shape[0]):
+        e, rows, panels = part_of(table[i])
+        part, of_rows = table[i, 5], order[rows]
+        first, last = f * part // parts, f * (part + 1) // parts
+        outer_products(dw_gate[e], dgate[panels], x, of_rows, per_token, first, last)
+        outer_products(dw_up[e], dup[panels], x, of_rows, per_token, first, last)
+        first, last = d * part // parts, d * (part + 1) // parts
+        own = identity[: of_rows.size]
+        outer_products(dw_down[e], dy_panels[panels], hidden[rows], own, once, first, last)

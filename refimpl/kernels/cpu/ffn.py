@@ -46,14 +46,6 @@ class FFNSaved(NamedTuple):
     up: Array  # [P, F, WIDTH]
 
 
-class Block(NamedTuple):
-    """What one task handles, of one network."""
-
-    network: int
-    rows: slice
-    panels: slice
-
-
 def ffn_forward(
     x: Array, w_gate: Array, w_up: Array, w_down: Array, *, ops: Leaves = LEAVES
 ) -> tuple[Array, FFNSaved]:
@@ -98,42 +90,50 @@ def all_rows(x: Array) -> Routed:
     return Routed(rows, np.arange(len(rows)), 1, [0, len(rows)])
 
 
-def networks(start: list[int], width: int) -> list[Block]:
-    """All rows of each network; its panels follow those of the one before."""
+def networks(start: list[int], width: int) -> list[list[int]]:
+    """The table of all rows of each network, as kernels read it; its panels follow those of the
+    one before."""
     found, panel = [], 0
     for e, (begin, end) in enumerate(pairwise(start)):
-        panels = slice(panel, panel + -(-(end - begin) // width))
-        found.append(Block(e, slice(begin, end), panels))
-        panel = panels.stop
+        stop = panel - (begin - end) // width
+        found.append([e, begin, end, panel, stop])
+        panel = stop
     return found
 
 
-def blocks(start: list[int], width: int) -> list[Block]:
-    """At most `ROWS` rows of a network each, the longest first."""
+def blocks(start: list[int], width: int) -> list[list[int]]:
+    """The same of at most `ROWS` rows of a network each, the longest first."""
     found = []
-    for e, rows, panels in networks(start, width):
-        count = panels.stop - panels.start
-        for some in blocks_of(count, max(1, ROWS // width)) if count else ():
-            begin = rows.start + some.start * width
-            i = slice(begin, min(rows.start + some.stop * width, rows.stop))
-            found.append(Block(e, i, slice(panels.start + some.start, panels.start + some.stop)))
-    return sorted(found, key=lambda block: block.rows.start - block.rows.stop)
+    for e, begin, end, panel, stop in networks(start, width):
+        for some in blocks_of(stop - panel, max(1, ROWS // width)) if end > begin else ():
+            first, last = begin + some.start * width, min(begin + some.stop * width, end)
+            found.append([e, first, last, panel + some.start, panel + some.stop])
+    return sorted(found, key=lambda block: block[1] - block[2])
+
+
+def in_tasks(table: list[list[int]], work: int) -> list[Array]:
+    """The table in parts, each for a task of `ONE_PRODUCT` multiplications or more, where a row
+    takes ``work``."""
+    found, first, count = [], 0, 0
+    for i, (_, begin, end, *_) in enumerate(table, 1):
+        count += (end - begin) * work
+        if count >= ONE_PRODUCT or i == len(table):
+            found.append(np.array(table[first:i]))
+            first, count = i, 0
+    return found
 
 
 def forward_tasks(routed: Routed, w: Matrices, y: Array) -> tuple[list[Task], Array, Array]:
     """Tasks that fill ``y`` [rows, D], and the gate and up [P, F, WIDTH] that they fill too."""
     x, order, per_token, start = routed
     width, matrices = panel_width(x.dtype), [ready(part) for part in w]
-    shape = networks(start, width)[-1].panels.stop, w[0].shape[1], width
+    _, f, d = w[0].shape
+    shape = networks(start, width)[-1][-1], f, width
     gate, up = empty(shape, x), empty(shape, x)
-    forward = kernel("ffn", "network_forward", x.dtype)
-    tasks: list[Task] = [
-        partial(
-            forward, y[i], gate[p], up[p], x, order[i], per_token, *(part[e] for part in matrices)
-        )
-        for e, i, p in blocks(start, width)
-    ]
-    return tasks, gate, up
+    forward = kernel("ffn", "networks_forward", x.dtype)
+    tables = in_tasks(blocks(start, width), 3 * f * d)
+    arrays = y, gate, up, x, order, per_token, *matrices
+    return [partial(forward, *arrays, table) for table in tables], gate, up
 
 
 def backward_tasks(
@@ -158,20 +158,16 @@ def backward_tasks(
     dy_panels = empty((gate.shape[0], d, width), x)
     dgate, dup = empty(gate.shape, x), empty(gate.shape, x)
     hidden = empty((order.size, f), x)
-    backward = kernel("ffn", "network_backward", x.dtype)
-    gradients = kernel("ffn", "weight_gradients", x.dtype)
+    written = dgate, dup, dy_panels, hidden
     matrices = [ready(part) for part in w]
-    first: list[Task] = []
-    for e, i, p in blocks(start, width):
-        written = dx[i], dgate[p], dup[p], dy_panels[p], hidden[i], dweights[i]
-        read = dy, order[i], per_token, gate[p], up[p], weights[i]
-        first.append(partial(backward, *written, *read, *(part[e] for part in matrices)))
-    identity = np.arange(order.size)
-    then: list[Task] = []
-    for e, i, p in networks(start, width):
-        n = i.stop - i.start
-        parts = max(1, min(n * d * f // ONE_PRODUCT, min(d, f) // LEAST))
-        arrays = dgate[p], dup[p], dy_panels[p], hidden[i], x, order[i], identity[:n]
-        dw_here = [part[e] for part in dw]
-        then += [partial(gradients, *dw_here, *arrays, per_token, k, parts) for k in range(parts)]
-    return first, then
+    arrays = dx, *written, dweights, dy, order, per_token, gate, up, weights, *matrices
+    backward = kernel("ffn", "networks_backward", x.dtype)
+    tables = in_tasks(blocks(start, width), 3 * f * d)
+    first: list[Task] = [partial(backward, *arrays, table) for table in tables]
+    most = max(end - begin for begin, end in pairwise(start))
+    parts = max(1, min(most * d * f // ONE_PRODUCT, min(d, f) // LEAST))
+    of_weights = *dw, *written, x, order, np.arange(most), per_token, parts
+    gradients = kernel("ffn", "weight_gradients", x.dtype)
+    table = [[*row, part] for row in networks(start, width) for part in range(parts)]
+    tables = in_tasks(table, -(-3 * f * d // parts))
+    return first, [partial(gradients, *of_weights, table) for table in tables]
