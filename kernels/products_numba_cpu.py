@@ -461,7 +461,8 @@ def _take_columns(x, first, panel):
 @njit(**EXACT)
 def multiply_rows(c, a, b, add):
     """c [M, N] = a [M, K] b [K, N], none of them in panels, added to c if ``add``: for factors that
-    are used once, or by rows. All may be views, b a transpose too, but a row of c has no gaps."""
+    are used once, or by rows. All may be views, but a row of c has no gaps, and of b no row or no
+    column has."""
     (rows, columns), steps, width = c.shape, a.shape[1], width_of(c)
     if a.shape[0] != rows or b.shape[0] != steps or b.shape[1] != columns:
         raise ValueError("shapes do not agree")
@@ -515,19 +516,23 @@ def _multiply_few(c, a, b, add):
 def _pack_block(panels, x):
     """panels [P, …, WIDTH]: the columns of x [n, m]; zeros beyond."""
     width, (rows, columns) = panels.shape[2], x.shape
-    by_column = as_strided(x, (columns, rows), (x.strides[1], x.strides[0]))
-    for panel in range(-(-columns // width)):
-        first = panel * width
-        if x.strides[1] != x.itemsize:
-            pack(panels[panel, :rows], by_column[first : first + width])
-        else:
-            count = min(width, columns - first)
-            for i in range(rows):
-                out, part = panels[panel, i], x[i, first : first + count]
-                for lane in range(count):
-                    out[lane] = part[lane]
-                for lane in range(count, width):
-                    out[lane] = 0
+    if x.strides[1] != x.itemsize:
+        by_column = as_strided(x, (columns, rows), (x.strides[1], x.strides[0]))
+        for first in range(0, columns, width):
+            pack(panels[first // width, :rows], by_column[first : first + width])
+        return
+    whole = columns // width
+    for i in range(rows):
+        row = x[i]
+        for panel in range(whole):
+            out, part = panels[panel, i], row[panel * width :]
+            for lane in range(width):
+                out[lane] = part[lane]
+        if whole * width < columns:
+            out, part = panels[whole, i], row[whole * width :]
+            for lane in range(part.size):
+                out[lane] = part[lane]
+            out[part.size :] = 0
 
 
 @njit(**EXACT)

@@ -25,7 +25,7 @@ OTHERS = {"attention": CASES["attention"]}  # its blocks are smaller than the ti
 DRAWN: dict[str, Callable[[Draw], Case]] = {op: (CASES | SHAPES | OTHERS)[op] for op in OPS}
 BLOCKS = {  # by module, the sizes that decide how work is cut
     "attention": {"BLOCK": 6},
-    "ffn": {"ROWS": 2},
+    "ffn": {"MOST_ROWS": 2},
     "embedding": {"SOME": 2},
     "host": {"ONE_TASK": 8, "ONE_PRODUCT": 8, "MOST": 3, "LEAST": 2},
     "log_prob": {"AT_A_TIME": 0, "TOKENS": 2, "ENTRIES": 2},

@@ -19,12 +19,13 @@ import numpy as np
 from ...array import Array, expect, expect_some, last
 from ...ops.leaves import LEAVES, Leaves, expect_table
 from .compile import kernel, panel_width
-from .host import LEAST, ONE_PRODUCT, empty, expect_real, ready, rows_of
-from .pool import Task, blocks_of, run
+from .host import ONE_PRODUCT, empty, expect_real, ready, rows_of
+from .pool import Task, blocks_of, run, thread_count
 
 __all__ = ["FFNSaved", "Routed", "backward_tasks", "ffn_backward", "ffn_forward", "forward_tasks"]
 
-ROWS = 128  # of one task
+MOST_ROWS = 256  # of one task: the more, the less often a weight is fetched
+LEAST_ROWS = 32  # of a part of a weight's gradient: the other factor is packed for each
 Matrices = tuple[Array, Array, Array]  # of E networks: w_gate and w_up [E, F, D], w_down [E, D, F]
 
 
@@ -102,10 +103,12 @@ def networks(start: list[int], width: int) -> list[list[int]]:
 
 
 def blocks(start: list[int], width: int) -> list[list[int]]:
-    """The same of at most `ROWS` rows of a network each, the longest first."""
+    """The same of some rows of a network each, the longest first: as many that each thread gets
+    two blocks or more. A row's result depends on no other row, so not on the number of threads."""
+    rows = min(MOST_ROWS, max(MOST_ROWS // 2, start[-1] // (2 * thread_count())))
     found = []
     for e, begin, end, panel, stop in networks(start, width):
-        for some in blocks_of(stop - panel, max(1, ROWS // width)) if end > begin else ():
+        for some in blocks_of(stop - panel, max(1, rows // width)) if end > begin else ():
             first, last = begin + some.start * width, min(begin + some.stop * width, end)
             found.append([e, first, last, panel + some.start, panel + some.stop])
     return sorted(found, key=lambda block: block[1] - block[2])
@@ -165,7 +168,8 @@ def backward_tasks(
     tables = in_tasks(blocks(start, width), 3 * f * d)
     first: list[Task] = [partial(backward, *arrays, table) for table in tables]
     most = max(end - begin for begin, end in pairwise(start))
-    parts = max(1, min(most * d * f // ONE_PRODUCT, min(d, f) // LEAST))
+    parts = min(most * d * f // ONE_PRODUCT, min(d, f) // LEAST_ROWS, 2 * thread_count())
+    parts = max(1, parts)  # which is no matter for the numbers either
     of_weights = *dw, *written, x, order, np.arange(most), per_token, parts
     gradients = kernel("ffn", "weight_gradients", x.dtype)
     table = [[*row, part] for row in networks(start, width) for part in range(parts)]

@@ -30,6 +30,7 @@ __all__ = [
     "in_turn",
     "run",
     "serial_blas",
+    "thread_count",
     "threads",
 ]
 
@@ -185,10 +186,10 @@ class serial_blas:
                 self.counted = True
                 if STATE.inside == 1:
                     _set_blas(1)
+            return thread_count()
         except BaseException:
             self._leave()
             raise
-        return WANTED.get() or max(STATE.outside, default=_cores())
 
     def __exit__(self, *_: object) -> None:
         try:
@@ -211,6 +212,18 @@ def _set_blas(count: int | None) -> None:
     for library, outside in zip(blas_libraries(), STATE.outside, strict=True):
         if outside != 1:
             library.set_num_threads(count or outside)
+
+
+def thread_count() -> int:
+    """As many as `run` uses: what `threads` says, else what BLAS is set to."""
+    wanted = WANTED.get()
+    if wanted is not None:
+        return wanted
+    with STATE.lock:
+        inside, outside = STATE.inside > 0, STATE.outside
+    if not inside:
+        outside = [library.get_num_threads() for library in blas_libraries()]
+    return max(outside) if outside else _cores()
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refimpl.kernels.cpu.compile import numba, panel_width
+from refimpl.kernels.cpu.pool import threads
 from refimpl.ops import REFERENCE
 
 from kernel_support import results
@@ -34,6 +35,7 @@ REALS = (np.float32, np.float64) if FULL else (np.float32,)
 ARGUMENTS = {
     "multiply": ("views3", "views3", "views3", "boolean"),
     "multiply_transposed": ("views3", "real2", "views3", "boolean"),
+    "multiply_rows": ("views2", "views2", "views2", "boolean"),
     "pack_rows": ("real3", "real2", "ids", "int64"),
     "unpack_rows": ("real2", "real3"),
     "outer_products": ("real2", "real3", "real2", "ids", "int64", "int64", "int64"),
@@ -48,6 +50,7 @@ def compiled(name: str, real: Any) -> Callable[..., None]:
     scalar = getattr(types, np.dtype(real).name)
     of = {
         "views3": types.Array(scalar, 3, "A"),
+        "views2": types.Array(scalar, 2, "A"),
         "real2": types.Array(scalar, 2, "C"),
         "real3": types.Array(scalar, 3, "C"),
         "ids": types.Array(types.int64, 1, "C"),
@@ -127,6 +130,30 @@ def test_rows_and_outer_products(n: int, d: int, f: int, each: int, real: Any, s
     assert np.isnan(dw[last:]).all()
 
 
+@settings(max_examples=EXAMPLES)
+@given(SIZES, SIZES, SIZES, st.booleans(), st.sampled_from(REALS), st.integers(0, 99))
+def test_multiply_rows(m: int, k: int, n: int, add: bool, real: Any, seed: int) -> None:
+    """Each factor as it lies, in a larger one (a with gaps in its rows too), and turned; what
+    stands beside the result stays."""
+    rng = np.random.default_rng(seed)
+
+    def laid_out(x: np.ndarray, gap: int) -> list[np.ndarray]:
+        apart = np.full((2 * x.shape[0], 2 * x.shape[1]), np.nan, real)
+        inside = apart[::2, : gap * x.shape[1] : gap]
+        inside[:] = x
+        return [x, inside, np.ascontiguousarray(x.T).T]
+
+    a, b = (rng.normal(size=shape).astype(real) for shape in ((m, k), (k, n)))
+    start = rng.normal(size=(m, n + 3)).astype(real)
+    for one in laid_out(a, 2):
+        for other in laid_out(b, 1):
+            c = start.copy()
+            compiled("multiply_rows", real)(c[:, 1 : n + 1], one, other, add)
+            assert_close(c[:, 1 : n + 1], a, b, start[:, 1 : n + 1] if add else 0)
+            assert (c[:, 0] == start[:, 0]).all()
+            assert (c[:, n + 1 :] == start[:, n + 1 :]).all()
+
+
 def test_nothing_to_sum() -> None:
     """Zeros, or what was there."""
     for add in (False, True):
@@ -135,6 +162,9 @@ def test_nothing_to_sum() -> None:
         assert (c == add).all()
         compiled("multiply_transposed", np.float32)(c, np.ones((0, 3), np.float32), c[:, :0], add)
         assert (c == add).all()
+        for y in (np.ones((3, 5), np.float32), np.ones((20, 5), np.float32)):
+            compiled("multiply_rows", np.float32)(y, y[:, :0], y[:0], add)
+            assert (y == add).all()
     dw = np.ones((2, 3), np.float32)
     compiled("outer_products", np.float32)(dw, c[:0], dw, np.arange(0), 1, 0, 2)
     assert (dw == 0).all()
@@ -148,6 +178,11 @@ def test_shapes_that_do_not_agree() -> None:
     ):
         with pytest.raises(ValueError, match="shapes do not agree"):
             compiled(name, np.float32)(c, a, c, False)
+    c = np.ones((5, 3), np.float32)
+    for a, b in (((4, 2), (2, 3)), ((5, 3), (2, 3)), ((5, 2), (2, 4))):
+        factors = np.ones(a, np.float32), np.ones(b, np.float32)
+        with pytest.raises(ValueError, match="shapes do not agree"):
+            compiled("multiply_rows", np.float32)(c, *factors, False)
 
 
 LARGE = {  # op: shapes of its arrays, keyword arguments
@@ -181,6 +216,39 @@ def test_several_of_everything(case: str) -> None:
     found, wanted = (results(table[op], arrays, kwargs, dy) for table in (CPU, REFERENCE))
     for x, right in zip(found, wanted, strict=True):
         assert np.max(np.abs(x - right)) <= 1e-12 * np.max(np.abs(right))
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_mla_of_many_tokens(compressed: bool) -> None:
+    """More than those whose products are made one by one."""
+    rng, (d, a, c, h, n, r, v) = np.random.default_rng(0), (40, 24, 12, 3, 10, 4, 8)
+    shapes = [(h * (n + r), a if compressed else d), (c + r, d), (c,), (h * (n + v), c), (d, h * v)]
+    shapes = [(a, d), (a,), *shapes] if compressed else shapes
+    weights = [rng.normal(size=shape) * shape[-1] ** -0.5 for shape in shapes]
+    arrays = [rng.normal(size=(2, 150, d)), None, *([] if compressed else [None] * 2), *weights]
+    settings = {"heads": h, "scale": 0.3, "eps": 1e-6, "positions": np.arange(150)}
+    settings["inv_freq"] = np.array([1.0, 0.1])
+    (right, saved), (found, kept) = (x.mla.forward(*arrays, **settings) for x in (REFERENCE, CPU))
+    dy = rng.normal(size=right.y.shape), rng.normal(size=right.cache.shape)
+    wanted = *right, *REFERENCE.mla.backward(dy, saved)
+    for x, one in zip((*found, *CPU.mla.backward(dy, kept)), wanted, strict=True):
+        assert (x is None) == (one is None)
+        if one is not None:
+            assert np.max(np.abs(x - one)) <= 1e-13 * np.max(np.abs(one))
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    """Though it decides how many rows a task has."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=shape) for shape in ((2100, 70), (300, 70), (300, 70), (70, 300))]
+    dy = rng.normal(size=(2100, 70))
+    found = []
+    for count in (1, 2, 3, 20):
+        with threads(count):
+            y, saved = CPU.ffn.forward(*arrays)
+            found.append((y, *CPU.ffn.backward(dy, saved)))
+    for other in found[1:]:
+        assert all((x == y).all() for x, y in zip(found[0], other, strict=True))
 
 
 CODE = """
