@@ -514,7 +514,7 @@ def _multiply_few(c, a, b, add):
 
 @njit(**EXACT)
 def _pack_block(panels, x):
-    """panels [P, …, WIDTH]: the columns of x [n, m]; zeros beyond."""
+    """panels [P, …, WIDTH]: the columns of x [n, m]; what is beyond does not matter."""
     width, (rows, columns) = panels.shape[2], x.shape
     if x.strides[1] != x.itemsize:
         by_column = as_strided(x, (columns, rows), (x.strides[1], x.strides[0]))
@@ -532,7 +532,6 @@ def _pack_block(panels, x):
             out, part = panels[whole, i], row[whole * width :]
             for lane in range(part.size):
                 out[lane] = part[lane]
-            out[part.size :] = 0
 
 
 @njit(**EXACT)
