@@ -17,7 +17,7 @@ __all__ = ["empty", "expect_real", "products", "ready", "rows_of", "run_products
 ONE_TASK = 2**17  # numbers that one task handles at least: waking a thread takes 50 µs
 ONE_PRODUCT = 2**22  # multiplications of one task at least, likewise
 MOST = 16  # tasks of one product
-LEAST = 128  # rows or columns of one: with fewer, packing the other factor takes the time
+SIDE = 256  # rows and columns of one at least: with fewer, packing takes the time
 
 
 def expect_real(**arrays: Array | None) -> np.dtype[Any]:
@@ -63,13 +63,14 @@ def some_rows(count: int, width: int = 1) -> tuple[slice, ...]:
 
 def products(a: Array, b: Array, out: Array) -> list[Task]:
     """Tasks that write a [n, k] @ b [k, m] into ``out`` [n, m], any of them views; each makes a
-    block of rows or of columns."""
+    block, as square as it can be: BLAS packs both factors of each anew."""
     (n, k), m = a.shape, b.shape[1]
-    count = max(1, min(MOST, n * k * m // ONE_PRODUCT, max(n, m) // LEAST))
-    if n >= m:
-        parts = blocks_of(n, -(-n // count))
-        return [partial(np.matmul, a[i], b, out=out[i]) for i in parts]
-    return [partial(np.matmul, a, b[:, i], out=out[:, i]) for i in blocks_of(m, -(-m // count))]
+    count = max(1, min(MOST, n * k * m // ONE_PRODUCT))
+    most = [max(1, min(count, length // SIDE)) for length in (n, m)]
+    long = int(n < m)
+    most[1 - long] = min(most[1 - long], count // most[long])
+    rows, columns = (blocks_of(x, -(-x // part)) for x, part in zip((n, m), most, strict=True))
+    return [partial(np.matmul, a[i], b[:, j], out=out[i, j]) for i in rows for j in columns]
 
 
 def run_products(*factors: tuple[Array, Array, Array]) -> None:
