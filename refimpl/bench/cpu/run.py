@@ -31,8 +31,9 @@ SAMPLE = 2e-3  # seconds that a sample lasts at least
 TURN = 0.15  # seconds that a turn lasts about
 MOST_SAMPLES, MOST_TURNS = 20, 20
 ENOUGH = 3  # quiet turns, without those that were not
+LONG = 0.3  # seconds of a call, beyond which `ENOUGH` turns will do
 PATIENCE = 5.0  # seconds of a call, beyond which a column is left out
-SETTLE = 0.03  # seconds before a turn: the threads of the one before still spin
+BETWEEN = 0.03  # seconds between turns, about: a worker answers when its threads sleep
 PACKAGES = ("numpy", "numba", "torch", "transformers", "jax")
 
 Move = Callable[[str, int, int], None]  # what is done now, how many are done, how many there are
@@ -104,19 +105,34 @@ def model_name() -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
+class TooSlow(Refused):
+    """Its call takes longer than `PATIENCE`."""
+
+
+Slow = dict[tuple[str, str], str]  # by group and column: the row of that curve that took too long
+
+
 def measure_rows(
     team: Team, rows: Sequence[Row], columns: Sequence[Column], move: Move
 ) -> Iterator[Measured | Failed]:
-    """Each row as it is measured. One that can't be is a `Failed`, and the others still are."""
+    """Each row as it is measured. One that can't be is a `Failed`, and the others still are. A
+    column that took too long is left out of the rest of the curve."""
+    slow: Slow = {}
     for done, row in enumerate(rows):
         try:
-            yield measure_row(team, row, columns, lambda what, n=done: move(what, n, len(rows)))  # type: ignore[misc]
+            yield measure_row(
+                team,
+                row,
+                columns,
+                lambda what, n=done: move(what, n, len(rows)),  # type: ignore[misc]
+                slow,
+            )
         except (Refused, Ended) as error:
             yield Failed(row.name, str(error))
 
 
 def measure_row(
-    team: Team, row: Row, columns: Sequence[Column], say: Callable[[str], None]
+    team: Team, row: Row, columns: Sequence[Column], say: Callable[[str], None], slow: Slow
 ) -> Measured:
     """The row by every column that can do it; why another can't is a note."""
     problem = {"problem": row.problem, "sizes": asdict(row.sizes)}
@@ -125,6 +141,9 @@ def measure_row(
         say(f"{row.name}: float64")
         team.ask(TRUTH, "truth", **problem, truth=truth)
         for column in (x.name for x in columns if row.problem in x.problems):
+            if (row.group, column) in slow:
+                notes.append(f"{column}: left out, as of {slow[row.group, column]}")
+                continue
             say(f"{row.name}: {column}")
             try:
                 first = team.ask(column, "prepare", **problem, truth=truth)
@@ -132,6 +151,8 @@ def measure_row(
                 found[column] = {**first, **team.ask(column, "peak")}
             except (Refused, Ended) as error:
                 notes.append(f"{column}: {error}")
+                if isinstance(error, TooSlow) and row.x:
+                    slow[row.group, column] = row.name
     say(f"{row.name}: turns")
     seconds = {column: float(x["seconds"]) for column, x in found.items()}  # type: ignore[arg-type]
     turns, failed = take_turns(team, seconds, row)
@@ -160,7 +181,7 @@ def expect_quick(team: Team, column: str, seconds: float) -> None:
     """Refused, and the problem dropped, if the first call took too long and did not compile."""
     if seconds > PATIENCE and not COLUMNS[column].compiles:
         team.ask(column, "drop")
-        raise Refused(f"left out: a call took {seconds:.1f} s")
+        raise TooSlow(f"left out: a call took {seconds:.1f} s")
 
 
 def cell_of(found: Mapping[str, object], turns: Sequence[Turn]) -> Cell:
@@ -188,7 +209,6 @@ def take_turns(
             comes = (number + 1) * wanted // rounds > number * wanted // rounds
             if column in failed or not comes or len(quiet(turns[column])) >= wanted:
                 continue
-            time.sleep(SETTLE)
             load = Load(team.cores, team.pids)
             try:
                 given = team.ask(column, "turn", samples=samples, calls=calls)["seconds"]
@@ -201,10 +221,12 @@ def take_turns(
 
 def plan(seconds: float, budget: float, fewest: int) -> Plan:
     """For a call that takes so many seconds."""
+    if seconds >= LONG:
+        fewest = min(fewest, ENOUGH)
     calls = ceil(SAMPLE / seconds)
     turn = min(TURN, budget / fewest)
     samples = min(max(int(turn / (calls * seconds)), 1), MOST_SAMPLES)
-    turns = int(budget / (samples * calls * seconds + SETTLE))
+    turns = int(budget / (samples * calls * seconds + BETWEEN))
     return Plan(min(max(turns, fewest), MOST_TURNS), samples, calls)
 
 

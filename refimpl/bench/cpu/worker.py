@@ -12,7 +12,8 @@ It reads a request per line, as JSON, and answers each with a line, until its in
     {"do": "rate"} → {"rate": 2e11}             flop per second of a product
     {"do": "write", "bytes": …} → {"seconds": 0.03}          the time of writing fresh memory
 
-What could not be done is answered with {"failed": why}.
+What could not be done is answered with {"failed": why}. It answers when its threads sleep: those
+of OpenBLAS spin for a tenth of a second after a product, and would take a core from whoever is next.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ __all__ = ["Worker", "error_of", "main", "product_rate", "serve"]
 COLD = 0.05  # seconds; a shorter call is made once untimed in each turn: the caches were others'
 SIDE = 2048  # of the product that `rate` times
 TRIES = 5  # of `rate` and `write`
+LOOK, LONGEST = 0.02, 1.0  # seconds: of a look whether threads sleep, and of all looks
 Answer = dict[str, Any]
 
 
@@ -200,7 +202,18 @@ def serve(worker: Worker, requests: TextIO, answers: TextIO) -> None:
             answer = getattr(worker, request.pop("do"))(**request)
         except Exception as error:
             answer = {"failed": failure(error)}
+        settle()
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def settle() -> None:
+    """Wait until the threads of this process sleep, but not longer than `LONGEST`."""
+    end = time.perf_counter() + LONGEST
+    while time.perf_counter() < end:
+        before = time.process_time()
+        time.sleep(LOOK)
+        if time.process_time() - before < LOOK / 10:
+            return
 
 
 def failure(error: BaseException) -> str:

@@ -49,9 +49,10 @@ class FakeTeam:
 
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What `Load` says, for good the last; nobody sleeps."""
+    """What `Load` says, for good the last; nobody sleeps, and no call is long."""
     shares = [0.0]
     monkeypatch.setattr(run.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(run, "LONG", 100.0)
     monkeypatch.setattr(run.Load, "share", lambda self: shares.pop(0) if shares[1:] else shares[0])
     return shares
 
@@ -66,7 +67,8 @@ def test_plan() -> None:
     assert plan(1e-4, 0.75, 5) == (10, 20, 20)  # 20 samples of 2 ms, and 30 ms between turns
     assert plan(0.01, 100, 5) == (20, 15, 1)
     assert plan(2.0, 20, 5) == (9, 1, 1)
-    assert plan(2.0, 3, 5) == (5, 1, 1)
+    assert plan(0.2, 1, 5) == (5, 1, 1)
+    assert plan(2.0, 3, 5) == (3, 1, 1)  # a long call
     assert plan(1e-3, 0.1, 2).samples * 2e-3 <= 0.05
 
 
@@ -118,6 +120,18 @@ def test_a_column_that_takes_too_long(quiet: list[float]) -> None:
     (found,) = measure_rows(team, [ROWS["block"]], [COLUMNS["torch-compile"]], lambda *_: None)
     assert isinstance(found, Measured)
     assert list(found.columns) == ["torch-compile"]
+
+
+def test_the_rest_of_a_curve_is_not_tried(quiet: list[float]) -> None:
+    """By a column that took too long; another curve is."""
+    team = FakeTeam()
+    team.first = 6.0
+    rows = [ROWS[name] for name in ("attention-512", "attention-1024", "head-8192", "block")]
+    found = list(measure_rows(team, rows, [COLUMNS["flash"], COLUMNS["torch"]], lambda *_: None))
+    notes = [row.notes[-1] for row in found if isinstance(row, Measured)]
+    late = "torch: left out: a call took 6.0 s"
+    assert notes == [late, "torch: left out, as of attention-512", late, late]
+    assert team.asked.count(("torch", "prepare")) == 3
 
 
 def test_a_row_without_its_truth(quiet: list[float]) -> None:
