@@ -13,7 +13,7 @@ It reads a request per line, as JSON, and answers each with a line, until its in
     {"do": "write", "bytes": …} → {"seconds": 0.03}          the time of writing fresh memory
 
 What could not be done is answered with {"failed": why}. It answers when its threads sleep: those
-of OpenBLAS spin for a tenth of a second after a product, and would take a core from whoever is next.
+of OpenBLAS spin for a tenth of a second after a product, and would take a core from the next.
 """
 
 from __future__ import annotations

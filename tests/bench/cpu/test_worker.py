@@ -60,17 +60,17 @@ def test_a_long_call_counts_from_the_first(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_it_answers_when_its_threads_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose time counts up while they spin; they are not waited for without end."""
-    now, spun = [0.0], [0.0]
+    now, spun, until = [0.0], [0.0], [0.0]
 
     def sleep(seconds: float) -> None:
-        spun[0] += min(seconds, max(spins - now[0], 0.0))
+        spun[0] += min(seconds, max(until[0] - now[0], 0.0))
         now[0] += seconds
 
     monkeypatch.setattr(workers.time, "sleep", sleep)
     monkeypatch.setattr(workers.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(workers.time, "process_time", lambda: spun[0])
     for spins, waited in ((0.0, workers.LOOK), (0.11, 0.14), (100.0, workers.LONGEST)):
-        now[0] = 0.0
+        now[0], until[0] = 0.0, spins
         workers.settle()
         assert now[0] == pytest.approx(waited)
 
