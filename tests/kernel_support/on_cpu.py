@@ -26,7 +26,7 @@ DRAWN: dict[str, Callable[[Draw], Case]] = {op: (CASES | SHAPES | OTHERS)[op] fo
 BLOCKS = {  # by module, the sizes that decide how work is cut
     "attention": {"BLOCK": 6},
     "ffn": {"MOST_ROWS": 2},
-    "embedding": {"SOME": 2},
+    "embedding": {"SOME": 2, "ENTRIES": 8},
     "host": {"ONE_TASK": 8, "ONE_PRODUCT": 8, "MOST": 6, "SIDE": 2},
     "log_prob": {"AT_A_TIME": 0, "TOKENS": 2, "ENTRIES": 2},
     "mla": {"ROWS": 2},
