@@ -100,14 +100,14 @@ def _by_name(*rows: Row) -> dict[str, Row]:
 
 
 ROWS = _by_name(  # rows of the table, by name
-    Row("step-d512", "step", "step", D512, budget=80),
+    Row("step-d512", "step", "step", D512, budget=60),
     Row("step-d128", "step", "step", D128, budget=15),
     *(Row(op, "ops", op, D512) for op in OPS),
     Row("block", "ops", "block", D512, budget=10),
     Row("moe", "ops", "moe", D512, budget=20),
     Row("adamw", "ops", "adamw", D512),
     *_curve("attention", "attention", replace(D512, batch=1), "length", (512, 1024, 2048)),
-    Row("attention-4096", "attention", "attention", replace(D512, batch=1, length=4096), 4096, 40),
+    Row("attention-4096", "attention", "attention", replace(D512, batch=1, length=4096), 4096, 30),
     Row("attention-8192", "attention", "attention", replace(D512, batch=1, length=8192), 8192, 20),
     *_curve("experts", "moe", ROUTED, "experts", (8, 16, 32, 64, 128, 256)),
     *(Row(f"skew-{x}", "skew", "moe", replace(ROUTED, routing=x)) for x in SKEWS),

@@ -2,8 +2,8 @@
 
 A product of many rows is cut into blocks here, not in BLAS: two pools of threads that spin while
 they wait take the cores from each other, so only one may be awake. Each task writes arrays, or
-parts of them, that no other task of its call touches, and what the tasks are depends on shapes
-alone: so results have the same bits for any number of threads.
+parts of them, that no other task of its call touches, and how sums are cut depends on shapes alone:
+so results have the same bits for any number of threads.
 """
 
 from __future__ import annotations
