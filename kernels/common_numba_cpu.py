@@ -51,6 +51,7 @@ C0, C1, C2, C3, C4 = (
 
 
 EXACT = {"fastmath": False}  # said aloud: a function that is silent takes the options of its caller
+SAME = {"error_model": "numpy"}  # of a function that kernels share: but for this, as its caller
 
 
 @intrinsic

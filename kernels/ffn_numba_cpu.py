@@ -17,6 +17,7 @@ import numpy as np
 from numba import njit
 
 from .common_numba_cpu import (
+    SAME,
     Ids1,
     Ids2,
     In1,
@@ -38,8 +39,6 @@ from .products_numba_cpu import (
     pack_rows,
     unpack_rows,
 )
-
-SAME = {"error_model": "numpy"}  # as the kernels: a division by 0 raises nothing
 
 
 @njit(**SAME)

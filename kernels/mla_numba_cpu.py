@@ -12,14 +12,13 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from .common_numba_cpu import In1, In2, In3, Int, Out1, Out2, Out3, Real
+from .common_numba_cpu import SAME, In1, In2, In3, Int, Out1, Out2, Out3, Real
 from .products_numba_cpu import EXACT, multiply_rows
 from .rms_norm_numba_cpu import rms_norm_backward, rms_norm_forward
 from .rope_numba_cpu import turn
 
-NUMPY = {"error_model": "numpy"}  # as the kernels themselves: a division by 0 raises nothing
-norm_forward, norm_backward = njit(**NUMPY)(rms_norm_forward), njit(**NUMPY)(rms_norm_backward)
-rotate = njit(**NUMPY)(turn)
+norm_forward, norm_backward = njit(**SAME)(rms_norm_forward), njit(**SAME)(rms_norm_backward)
+rotate = njit(**SAME)(turn)
 
 
 @njit(**EXACT)

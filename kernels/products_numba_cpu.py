@@ -463,7 +463,8 @@ def multiply_rows(c, a, b, add):
     """c [M, N] = a [M, K] b [K, N], none of them in panels, added to c if ``add``: for factors that
     are used once, or by rows. All may be views, but a row of c has no gaps, and of b no row or no
     column has."""
-    (rows, columns), steps, width = c.shape, a.shape[1], width_of(c)
+    (rows, columns), steps = c.shape, a.shape[1]
+    width = width_of(c)
     if a.shape[0] != rows or b.shape[0] != steps or b.shape[1] != columns:
         raise ValueError("shapes do not agree")
     if steps == 0 and not add:

@@ -117,7 +117,8 @@ def blocks(start: list[int], width: int) -> list[list[int]]:
 def in_tasks(table: list[list[int]], work: int) -> list[Array]:
     """The table in parts, each for a task of `ONE_PRODUCT` multiplications or more, where a row
     takes ``work``."""
-    found, first, count = [], 0, 0
+    found: list[Array] = []
+    first, count = 0, 0
     for i, (_, begin, end, *_) in enumerate(table, 1):
         count += (end - begin) * work
         if count >= ONE_PRODUCT or i == len(table):

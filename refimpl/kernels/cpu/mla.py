@@ -104,8 +104,9 @@ def mla_forward(
     settings = Settings(heads, nope, c, float(eps), cos, sin, layout == "interleaved")
     rows, m = ready(rows_of(x)), b * t
     width = 0 if w_q_a is None else w_q_b.shape[1]
-    a, a_normed, a_r = empty((m, width), x), empty((m, width), x), empty((m,), x)
-    kv_a, latent, c_r = empty((m, c + rope), x), empty((b, t, c + rope), x), empty((m,), x)
+    a, a_r = empty((m, width), x), empty((m,), x)
+    a_normed, kv_a = empty((m, width), x), empty((m, c + rope), x)
+    latent, c_r = empty((b, t, c + rope), x), empty((m,), x)
     q = empty((b, t, heads, nope + rope), x)
     written = q.reshape(m, heads, -1), rows_of(latent), a, a_r, a_normed, kv_a, c_r
     project = [

@@ -67,7 +67,7 @@ def test_plan() -> None:
     assert plan(1e-4, 0.75, 5) == (10, 20, 20)  # 20 samples of 2 ms, and 30 ms between turns
     assert plan(0.01, 100, 5) == (20, 15, 1)
     assert plan(2.0, 20, 5) == (9, 1, 1)
-    assert plan(0.2, 1, 5) == (5, 1, 1)
+    assert plan(0.19, 0.5, 5) == (5, 1, 1)
     assert plan(2.0, 3, 5) == (3, 1, 1)  # a long call
     assert plan(1e-3, 0.1, 2).samples * 2e-3 <= 0.05
 
@@ -91,9 +91,9 @@ def test_a_row(quiet: list[float]) -> None:
 def test_slow_columns_have_fewer_turns(quiet: list[float]) -> None:
     """Spread over the row, so that drift hits all alike."""
     team = FakeTeam()
-    measured(team, "attention-4096")  # 40 s: 13 for each
+    measured(team, "attention-4096")  # 30 s: 10 for each
     turns = [column for column, request in team.asked if request == "turn"]
-    assert {x: turns.count(x) for x in COLUMN} == {"reference": 6, "flash": 20, "torch": 12}
+    assert {x: turns.count(x) for x in COLUMN} == {"reference": 5, "flash": 20, "torch": 9}
     places = [turns[:i].count("flash") for i, x in enumerate(turns) if x == "reference"]
     assert max(b - a for a, b in pairwise(places)) <= 4
 

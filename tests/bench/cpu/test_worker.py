@@ -60,7 +60,8 @@ def test_a_long_call_counts_from_the_first(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_it_answers_when_its_threads_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose time counts up while they spin; they are not waited for without end."""
-    now, spun, until = [0.0], [0.0], [0.0]
+    now, spun = [0.0], [0.0]
+    until = [0.0]
 
     def sleep(seconds: float) -> None:
         spun[0] += min(seconds, max(until[0] - now[0], 0.0))

@@ -343,7 +343,7 @@ USES = {
 MISTAKES = [(stem, name) for stem, planted in PLANTED.items() for name in planted]
 
 
-SLOW = ("attention", "ffn", "products")  # to compile
+SLOW = ("attention", "ffn", "mla", "products")  # to compile
 QUICK = [mistake for mistake in MISTAKES if mistake[0] not in SLOW][::5]
 
 
