@@ -10,6 +10,7 @@ number, each of the type that it is compiled for.
 
 from __future__ import annotations
 
+import os
 from math import exp as exp_of_libm
 from typing import NamedTuple
 
@@ -50,8 +51,10 @@ C0, C1, C2, C3, C4 = (
 )
 
 
-EXACT = {"fastmath": False}  # said aloud: a function that is silent takes the options of its caller
-SAME = {"error_model": "numpy"}  # of a function that kernels share: but for this, as its caller
+CHECKED = os.environ.get("REFIMPL_BOUNDS_CHECKS") == "1"  # as in compile.py
+# A function that is silent takes the options of its caller, but for the check of every index.
+SAME = {"error_model": "numpy", "boundscheck": CHECKED}
+EXACT = {"fastmath": False, "boundscheck": CHECKED}
 
 
 @intrinsic

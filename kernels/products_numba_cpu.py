@@ -18,8 +18,6 @@ R pieces that lie apart, as where its columns are in panels.
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
@@ -27,9 +25,7 @@ from numba.core import cgutils, codegen, config
 from numba.extending import intrinsic, overload
 from numpy.lib.stride_tricks import as_strided
 
-from .common_numba_cpu import EXACT
-
-CHECKED = os.environ.get("REFIMPL_BOUNDS_CHECKS") == "1"  # as in compile.py: no tiles then
+from .common_numba_cpu import CHECKED, EXACT
 
 
 def _features():
@@ -488,7 +484,7 @@ def multiply_rows(c, a, b, add):
                 _take_columns(c[:, :stop], start + whole * width, edge[0])
 
 
-@njit(fastmath={"reassoc"})
+@njit(fastmath={"reassoc"}, boundscheck=CHECKED)
 def _multiply_few(c, a, b, add):
     """`multiply_rows`, a row at a time; where b is wᵀ, sums are in vector lanes."""
     steps, columns = b.shape

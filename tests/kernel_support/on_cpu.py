@@ -153,7 +153,10 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
 }
 
 
-CALLERS = {"products": ("attention", "ffn")}  # of a file's functions, beside the host sides
+CALLERS = {  # of a file's functions, beside the host sides, each behind what it calls
+    "products": ("attention", "ffn", "mla"),
+    "common": ("products", *(stem for stem in compiling.STEMS if stem != "mla"), "mla"),
+}
 
 
 def plant(stem: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,20 +183,22 @@ def replace_text(stem: str, before: str, after: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
+UNCACHED = compiling.kernel.__wrapped__
+
+
 def recompiled(monkeypatch: pytest.MonkeyPatch, *stems: str) -> None:
-    """Kernels of these files (none named: of all) are compiled anew, and nothing of that is kept,
-    here or on disk."""
+    """Kernels of these files are compiled anew, and nothing of that is kept, here or on disk."""
     fresh: dict[tuple[Any, ...], Any] = {}
-    kept, uncached = compiling.kernel, compiling.kernel.__wrapped__
+    kept = compiling.kernel
 
     def kernel(stem: str, *key: Any) -> Any:
-        if stems and stem not in stems:
+        if stem not in stems:
             return kept(stem, *key)
         if (stem, *key) not in fresh:
             with pytest.MonkeyPatch.context() as nowhere:
                 nowhere.setattr(compiling, "_place", lambda real: None)
                 nowhere.setattr(compiling, "_tell_once", lambda where: None)
-                fresh[stem, *key] = uncached(stem, *key)
+                fresh[stem, *key] = UNCACHED(stem, *key)
         return fresh[stem, *key]
 
     for path in (SOURCE.parent / "refimpl" / "kernels" / "cpu").glob("*.py"):

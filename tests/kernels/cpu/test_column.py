@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from refimpl.check import check
 from refimpl.check.cases import CASES, REGIMES, RandomDraw
 from refimpl.config import preset
-from refimpl.kernels import SOURCE
 from refimpl.kernels.cpu import compile as compiling
 from refimpl.kernels.cpu.adamw import FusedAdamW
 from refimpl.kernels.cpu.pool import threads
@@ -34,7 +33,6 @@ from kernel_support.on_cpu import (
     PLANTED,
     plant,
     plant_text,
-    recompiled,
     small_blocks,
     with_table,
 )
@@ -400,8 +398,7 @@ def test_ties_to_the_lower_index() -> None:
 def test_within_bounds(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same cases with kernels that check every index."""
     monkeypatch.setitem(compiling.OPTIONS, "boundscheck", True)
-    plant_text("products", *CHECKED, monkeypatch)
-    recompiled(monkeypatch)
+    plant_text("common", *CHECKED, monkeypatch)
     assert_differences(op, range(2))
     assert_errors(op, "float32", range(10))
 
@@ -416,7 +413,7 @@ WRITES = {  # of a file's kernels, out of bounds
 @pytest.mark.parametrize("stem", WRITES if FULL else ["swiglu"])
 def test_a_write_out_of_bounds_is_seen(stem: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(compiling.OPTIONS, "boundscheck", True)
-    text = (SOURCE / f"{stem}_numba_cpu.py").read_text()
-    plant_text(stem, text, text.replace(*CHECKED).replace(*WRITES[stem]), monkeypatch)
+    plant_text("common", *CHECKED, monkeypatch)
+    plant_text(stem, *WRITES[stem], monkeypatch)
     with pytest.raises(IndexError):
         assert_errors("attention" if stem == "products" else stem, "float32", range(3))
