@@ -63,9 +63,14 @@ def contiguous(x):
 def pack_scaled(panel, x, scale):
     """A panel [K, WIDTH] whose columns are the rows of x [n, K] times ``scale``; zeros beyond."""
     pack(panel, x)
-    numbers = panel.reshape(-1)
-    for i in range(numbers.size):
-        numbers[i] *= scale
+    times(panel.reshape(-1), scale)
+
+
+@njit(**EXACT)
+def times(x, scale):
+    """x [n] times ``scale``, in its place."""
+    for i in range(x.size):
+        x[i] *= scale
 
 
 @njit(**EXACT)
@@ -311,7 +316,5 @@ def attention_backward(
             multiply_tiles(dq_panels[pair], tiles, ds, True)  # (flash_attention.8)
         unpack_columns(dk[begin : begin + block], dk_columns)
         unpack_columns(dv[begin : begin + block], dv_columns)
-    numbers = dq_panels.reshape(-1)
-    for i in range(numbers.size):
-        numbers[i] *= scale
+    times(dq_panels.reshape(-1), scale)
     unpack_rows(dq, dq_panels)

@@ -27,6 +27,16 @@ def flat(x):
     return x.reshape(x.shape[0], x.shape[1] * x.shape[2])
 
 
+@njit(**SAME)
+def rotate_shared(y, x, cos, sin, c, first, interleaved, backward):
+    """The last R numbers of y [n, C + R]: those of x, rotated, as of one head."""
+    for row in range(x.shape[0]):
+        for i in range(c, x.shape[1]):
+            y[row, i] = x[row, i]
+    one_head = y.reshape(y.shape[0], 1, y.shape[1])
+    rotate(one_head, cos, sin, c, first, interleaved, backward)
+
+
 def project(
     q: Out3,
     latent: Out2,
@@ -62,11 +72,7 @@ def project(
     multiply_rows(kv, x, w_kv_a.T, False)  # (mla.4)
     c = w_kv_a_norm.size
     norm_forward(latent[:, :c], c_r, kv[:, :c], w_kv_a_norm, eps)  # (mla.5)
-    for row in range(kv.shape[0]):
-        for i in range(c, kv.shape[1]):
-            latent[row, i] = kv[row, i]
-    one_head = latent.reshape(latent.shape[0], 1, latent.shape[1])
-    rotate(one_head, cos, sin, c, first, interleaved, 0)  # (mla.6)
+    rotate_shared(latent, kv, cos, sin, c, first, interleaved, 0)  # (mla.6)
 
 
 def expand(k: Out3, kv: Out3, latent: In2, w_kv_b: In2, nope: Int) -> None:
@@ -134,11 +140,7 @@ def project_backward(
     those of the norms' weights are sums over this block."""
     c = w_kv_a_norm.size
     norm_backward(dkv[:, :c], dw_kv_a_norm, dlatent[:, :c], kv[:, :c], w_kv_a_norm, c_r)
-    for row in range(dkv.shape[0]):
-        for i in range(c, dkv.shape[1]):
-            dkv[row, i] = dlatent[row, i]
-    one_head = dkv.reshape(dkv.shape[0], 1, dkv.shape[1])
-    rotate(one_head, cos, sin, c, first, interleaved, 1)
+    rotate_shared(dkv, dlatent, cos, sin, c, first, interleaved, 1)
     multiply_rows(dx, dkv, w_kv_a, False)  # (mla.16)
     numbers, given = dq.reshape(-1), dq_turned.reshape(-1)
     for i in range(numbers.size):
