@@ -41,11 +41,14 @@ __device__ __forceinline__ void add_scores(real (&sum)[TILES][4], const storage*
 #pragma unroll
             for (int side = 0; side < 2; side++) {
                 const Chunk y = ld_shared_v4(b + (n * 8 + column_of(side)) * stride(WIDTH) + i);
+                real of_upper = 0, of_lower = 0;  // a chunk's sum first: the long one is rounded less often
 #pragma unroll
                 for (int v = 0; v < VECTOR; v++) {
-                    sum[n][side] += upper[v] * y[v];
-                    sum[n][2 + side] += lower[v] * y[v];
+                    of_upper += upper[v] * y[v];
+                    of_lower += lower[v] * y[v];
                 }
+                sum[n][side] += of_upper;
+                sum[n][2 + side] += of_lower;
             }
     }
 #endif

@@ -30,6 +30,7 @@ from .common_numba_cuda import (
 )
 
 MOST = 256  # threads of a block, and so keys, queries or columns at a time
+FEW = 8  # terms of a sum that are summed first
 
 
 @cuda.jit(device=True, inline="always")
@@ -56,10 +57,14 @@ def kernels(real):
     @cuda.jit(device=True, inline="always")
     def dot(a, a_row, b, b_row, width):
         """Σ_i a[a_row, i] b[b_row, i], by one thread. Its neighbours read other rows, so that a
-        warp's read covers many lines of memory: plain, not fast."""
+        warp's read covers many lines of memory: plain, not fast. A few terms are summed first: the
+        long sum is rounded less often."""
         total = real(0)
-        for i in range(width):
-            total += a[a_row * width + i] * b[b_row * width + i]
+        for first in range(0, width, FEW):
+            few = real(0)
+            for i in range(first, min(first + FEW, width)):
+                few += a[a_row * width + i] * b[b_row * width + i]
+            total += few
         return total
 
     def flash_attention_forward(

@@ -125,3 +125,14 @@ def check_more_queries_than_keys(forward: Callable[..., Any], backward: Callable
         for x, y in zip((dk, dv), whole_sums, strict=True):
             assert np.allclose(x, y[:, :2], rtol=1e-13, atol=1e-15)
             assert not y[:, 2:].any()
+
+
+def check_long_sums(forward: Callable[..., Any]) -> None:
+    """In float32 a score of width 256 is not rounded 256 times on its way: of terms added one after
+    another the error is 3.3 to 3.7 units of 2⁻²⁴ (root of the mean square of 64), of fours whose
+    sums are added 1.8 to 1.9. A query that sees one key has its score as lse."""
+    q, k = np.random.default_rng(0).random((2, 1, 1, 64, 256)).astype(np.float32)
+    _, saved = forward(q, k, k[..., :1], scale=1.0)
+    score = np.sum(np.float64(q) * k, axis=-1)[:, 0]
+    error = np.asarray(saved.lse)[..., 0] / score - 1
+    assert np.sqrt(np.mean(error**2)) <= 2.6 * 2.0**-24

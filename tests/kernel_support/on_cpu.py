@@ -4,8 +4,10 @@ and mistakes planted in its kernels and host sides."""
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Callable
+from graphlib import TopologicalSorter
 from types import ModuleType
 from typing import Any
 
@@ -78,7 +80,10 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
     "ffn": {
         "silu without its second term": ("(s + g[r] * s * (one - s))", "s"),
         "up left out of dx": ("w_up, dup, True", "w_up, dup, False"),
-        "gradients of gate and up exchanged": ("(dw_up, dup", "(dw_up, dgate"),
+        "gradients of gate and up exchanged": (
+            "(dw_up[e], dup[panels]",
+            "(dw_up[e], dgate[panels]",
+        ),
         "weight of an expert left out": ("d = dh[r] * weight[r]", "d = dh[r]"),
         "weight applied twice": ("total[r] += h * dh[r]", "total[r] += h * dh[r] * weight[r]"),
     },
@@ -153,10 +158,19 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
 }
 
 
-CALLERS = {  # of a file's functions, beside the host sides, each behind what it calls
-    "products": ("attention", "ffn", "mla"),
-    "common": ("products", *(stem for stem in compiling.STEMS if stem != "mla"), "mla"),
-}
+def source_of(stem: str) -> str:
+    return (SOURCE / f"{stem}_numba_cpu.py").read_text()
+
+
+def callers_of(stem: str) -> list[str]:
+    """The files whose functions call those of ``stem``, each behind what it calls itself."""
+    stems = [path.name.removesuffix("_numba_cpu.py") for path in SOURCE.glob("*_numba_cpu.py")]
+    imports = {s: set(re.findall(r"from \.(\w+)_numba_cpu import", source_of(s))) for s in stems}
+    found: list[str] = []
+    for other in TopologicalSorter(imports).static_order():
+        if imports[other] & {stem, *found}:
+            found.append(other)
+    return found
 
 
 def plant(stem: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,19 +181,19 @@ def plant(stem: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def plant_text(stem: str, before: str, after: str, monkeypatch: pytest.MonkeyPatch) -> None:
     replace_text(stem, before, after, monkeypatch)
-    callers = CALLERS.get(stem, ())
+    callers = callers_of(stem)
     for other in callers:
         replace_text(other, "from __future__", "from __future__", monkeypatch)
     recompiled(monkeypatch, stem, *callers)
 
 
 def replace_text(stem: str, before: str, after: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = SOURCE / f"{stem}_numba_cpu.py"
-    source = path.read_text()
-    assert source.count(before) >= 1, f"{path.name} has no {before!r}"
+    source = source_of(stem)
+    assert before in source, f"{stem}_numba_cpu.py has no {before!r}"
     module = ModuleType(f"refimpl.kernels.{stem}_numba_cpu")
     module.__package__ = "refimpl.kernels"
-    exec(compile(source.replace(before, after), str(path), "exec"), vars(module))
+    path = str(SOURCE / f"{stem}_numba_cpu.py")
+    exec(compile(source.replace(before, after), path, "exec"), vars(module))
     monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
@@ -194,11 +208,12 @@ def recompiled(monkeypatch: pytest.MonkeyPatch, *stems: str) -> None:
     def kernel(stem: str, *key: Any) -> Any:
         if stem not in stems:
             return kept(stem, *key)
-        if (stem, *key) not in fresh:
-            with pytest.MonkeyPatch.context() as nowhere:
-                nowhere.setattr(compiling, "_place", lambda real: None)
-                nowhere.setattr(compiling, "_tell_once", lambda where: None)
-                fresh[stem, *key] = UNCACHED(stem, *key)
+        with compiling.LOCK:  # several threads may want it
+            if (stem, *key) not in fresh:
+                with pytest.MonkeyPatch.context() as nowhere:
+                    nowhere.setattr(compiling, "_place", lambda real: None)
+                    nowhere.setattr(compiling, "_tell_once", lambda where: None)
+                    fresh[stem, *key] = UNCACHED(stem, *key)
         return fresh[stem, *key]
 
     for path in (SOURCE.parent / "refimpl" / "kernels" / "cpu").glob("*.py"):

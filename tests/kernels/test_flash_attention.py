@@ -15,7 +15,13 @@ from refimpl.kernels.flash_attention import SIZES, attention, flash_attention, t
 from refimpl.ops import REFERENCE, flash_attention_backward, flash_attention_forward
 from refimpl.ops.attention import visible
 
-from attention_contract import ERRORS, GOOD, check_more_queries_than_keys, check_range_of_validity
+from attention_contract import (
+    ERRORS,
+    GOOD,
+    check_long_sums,
+    check_more_queries_than_keys,
+    check_range_of_validity,
+)
 from kernel_support import (
     ALL,
     ON_DEVICE,
@@ -82,6 +88,11 @@ def test_what_is_left_to_the_reference() -> None:
 
 def test_range_of_validity() -> None:
     check_range_of_validity(*OP)
+
+
+@pytest.mark.skipif(not ALL, reason="in test-full: 18 s to compile and interpret")
+def test_long_sums() -> None:
+    check_long_sums(OP.forward)
 
 
 def test_more_queries_than_keys() -> None:

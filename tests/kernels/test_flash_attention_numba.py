@@ -13,7 +13,13 @@ from refimpl.check.cases import Case, RandomDraw
 from refimpl.kernels.flash_attention import flash_attention
 from refimpl.ops import flash_attention_backward, flash_attention_forward
 
-from attention_contract import ERRORS, GOOD, check_more_queries_than_keys, check_range_of_validity
+from attention_contract import (
+    ERRORS,
+    GOOD,
+    check_long_sums,
+    check_more_queries_than_keys,
+    check_range_of_validity,
+)
 from kernel_support import (
     DTYPES,
     ON_DEVICE,
@@ -68,6 +74,10 @@ def test_one_key_takes_nearly_all() -> None:
 def test_wide(x: int, v: int) -> None:
     """V3's widths, and the widest: a thread has each column."""
     compare("attention", ATTENTION, _case(1, 3, 4, (2, 2, 2), x, v), "float32", 0)
+
+
+def test_long_sums() -> None:
+    check_long_sums(ATTENTION.forward)
 
 
 def test_range_of_validity() -> None:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refimpl.check import check
-from refimpl.check.cases import CASES, REGIMES, RandomDraw
+from refimpl.check.cases import CASES, REGIMES, Draw, RandomDraw
 from refimpl.config import preset
 from refimpl.kernels.cpu import compile as compiling
 from refimpl.kernels.cpu.adamw import FusedAdamW
@@ -34,6 +34,7 @@ from kernel_support.on_cpu import (
     plant,
     plant_text,
     small_blocks,
+    source_of,
     with_table,
 )
 from support import FULL, HypothesisDraw
@@ -80,9 +81,14 @@ ALGORITHM = {  # as `algorithm_of` says of attention
 }
 
 
+def assert_error(op: str, storage: str, draw: Draw, seed: int) -> None:
+    extra, algorithm = with_table(op), ALGORITHM.get(op)
+    compare(op, CPU[op], DRAWN[op](draw), storage, seed, extra, algorithm=algorithm)
+
+
 def assert_errors(op: str, storage: str, seeds: range) -> None:
     for seed in seeds:
-        compare(op, CPU[op], DRAWN[op](RandomDraw(seed)), storage, seed, with_table(op))
+        assert_error(op, storage, RandomDraw(seed), seed)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -97,8 +103,7 @@ def test_error_is_that_of_the_reference(op: str, storage: str) -> None:
     @given(st.data())
     def run(data: st.DataObject) -> None:
         draw = HypothesisDraw(data)
-        case = DRAWN[op](draw)
-        compare(op, CPU[op], case, storage, draw.seed, with_table(op), algorithm=ALGORITHM.get(op))
+        assert_error(op, storage, draw, draw.seed)
 
     run()
 
@@ -341,10 +346,15 @@ USES = {
 MISTAKES = [(stem, name) for stem, planted in PLANTED.items() for name in planted]
 
 
-SLOW = ("attention", "ffn", "mla", "products")  # to compile
+SLOW = ("attention", "ffn", "mla", "products", "rope")  # to compile, with their callers
 QUICK = [mistake for mistake in MISTAKES if mistake[0] not in SLOW][::5]
 
 
+# seconds each, so with one number of threads
+RECOMPILED = pytest.mark.parametrize("in_small_blocks", [2], indirect=True, ids=["2_threads"])
+
+
+@RECOMPILED
 @pytest.mark.parametrize(("stem", "name"), MISTAKES if FULL else QUICK)
 def test_planted_mistakes_are_caught(stem: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By differences, the rule for errors, or the two tests above, of an op that the kernel is part
@@ -358,6 +368,13 @@ def test_planted_mistakes_are_caught(stem: str, name: str, monkeypatch: pytest.M
     raise AssertionError("nothing sees it")
 
 
+@pytest.mark.parametrize(("stem", "name"), MISTAKES)
+def test_planted_mistakes_can_be_planted(stem: str, name: str) -> None:
+    """What they replace stands there; test-full compiles them all."""
+    assert PLANTED[stem][name][0] in source_of(stem)
+
+
+@RECOMPILED
 @pytest.mark.parametrize("stem", PLANTED if FULL else ["embedding"])
 def test_nothing_is_caught_where_nothing_is_planted(
     stem: str, monkeypatch: pytest.MonkeyPatch
@@ -394,13 +411,17 @@ def test_ties_to_the_lower_index() -> None:
     assert_ties_to_the_lower_index()
 
 
-@pytest.mark.parametrize("op", OPS if FULL else [])
-def test_within_bounds(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same cases with kernels that check every index."""
+@RECOMPILED
+@pytest.mark.parametrize("storage", ["float32", "float64"] if FULL else [])
+def test_within_bounds(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same cases of every op with kernels that check every index, each compiled once."""
     monkeypatch.setitem(compiling.OPTIONS, "boundscheck", True)
     plant_text("common", *CHECKED, monkeypatch)
-    assert_differences(op, range(2))
-    assert_errors(op, "float32", range(10))
+    for op in OPS:
+        if storage == "float64":
+            assert_differences(op, range(2))
+        else:
+            assert_errors(op, storage, range(10))
 
 
 WRITES = {  # of a file's kernels, out of bounds
@@ -410,6 +431,7 @@ WRITES = {  # of a file's kernels, out of bounds
 }
 
 
+@RECOMPILED
 @pytest.mark.parametrize("stem", WRITES if FULL else ["swiglu"])
 def test_a_write_out_of_bounds_is_seen(stem: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(compiling.OPTIONS, "boundscheck", True)
