@@ -33,7 +33,7 @@ from .common_numba_cpu import (
 from .products_numba_cpu import (
     empty_panels,
     factor,
-    multiply,
+    multiply_far,
     multiply_transposed,
     outer_products,
     pack_rows,
@@ -74,14 +74,14 @@ def network_forward(y, gate, up, x, order, per_token, w_gate, w_up, w_down):
     one = gate.dtype.type(1)
     rows = empty_panels(gate.shape[0], x.shape[1], x)
     pack_rows(rows, x, order, per_token)
-    multiply(gate, factor(w_gate), rows, False)  # (ffn.1)
-    multiply(up, factor(w_up), rows, False)
+    multiply_far(gate, factor(w_gate), rows, False)  # (ffn.1)
+    multiply_far(up, factor(w_up), rows, False)
     hidden = empty_panels(gate.shape[0], gate.shape[1], x)
     h, g = hidden.reshape(-1), gate.reshape(-1)
     u = up.reshape(-1)
     for i in range(h.size):
         h[i] = g[i] * sigmoid(g[i], one) * u[i]  # (swiglu.1)
-    multiply(rows, factor(w_down), hidden, False)  # (ffn.3)
+    multiply_far(rows, factor(w_down), hidden, False)  # (ffn.3)
     unpack_rows(y, rows)
 
 
@@ -153,7 +153,7 @@ def network_backward(
     one = gate.dtype.type(1)
     pack_rows(dy_panels, dy, order, per_token)
     dhidden = empty_panels(gate.shape[0], gate.shape[1], dy)
-    multiply_transposed(dhidden, w_down, dy_panels, False)  # (ffn.4)
+    multiply_transposed(dhidden, w_down, dy_panels, False, w_gate)  # (ffn.4)
     width = gate.shape[2]
     for panel in range(gate.shape[0]):
         first = panel * width
@@ -177,8 +177,8 @@ def network_backward(
             dweights[first + r] = total[r]
     unpack_rows(hidden, dhidden)
     rows = empty_panels(dy_panels.shape[0], dy_panels.shape[1], dy)
-    multiply_transposed(rows, w_gate, dgate, False)
-    multiply_transposed(rows, w_up, dup, True)  # (ffn.6)
+    multiply_transposed(rows, w_gate, dgate, False, w_up)
+    multiply_transposed(rows, w_up, dup, True, w_down)  # (ffn.6)
     unpack_rows(dx, rows)
 
 
@@ -194,16 +194,16 @@ def weight_gradients(
     order: Ids1,
     identity: Ids1,
     per_token: Int,
-    parts: Int,
     table: Ids2,
 ) -> None:
-    """The weights' gradients, a part of their rows: the table has one more column, which of
-    ``parts``. The arrays are those of `networks_backward`; ``identity`` is 0 … rows."""
+    """The weights' gradients, a part of their rows: the table has two more columns, which part and
+    of how many. The arrays are those of `networks_backward`; ``identity`` is 0 … rows."""
     _, f, d = dw_gate.shape
     once = np.int64(1)  # for a literal Numba would compile `outer_products` once more
     for i in range(table.shape[0]):
         e, rows, panels = part_of(table[i])
-        part, of_rows = table[i, 5], order[rows]
+        part, parts = table[i, 5], table[i, 6]
+        of_rows = order[rows]
         first, last = f * part // parts, f * (part + 1) // parts
         outer_products(dw_gate[e], dgate[panels], x, of_rows, per_token, first, last)
         outer_products(dw_up[e], dup[panels], x, of_rows, per_token, first, last)

@@ -45,6 +45,7 @@ SLAB = 256  # rows of a per block: DEEP × SLAB numbers fit the second cache
 LINE = 64  # bytes, of the cache: as in memory.py
 PANELS = 4  # of b that `multiply_rows` and `outer_products` pack at a time
 FEW = 8  # rows, so few that to pack the other factor would take longer than to multiply
+SOON = 2  # rows ahead are fetched where rows are gathered
 GAP = 2  # unused steps between tiles: a power of two apart, they would share a place in the cache
 SQUARE = 8  # side of what is transposed in registers
 FUSED = "fma" in FEATURES or ARM  # a product and a sum are one instruction
@@ -103,6 +104,15 @@ class _Code:
         kind = ir.FunctionType(pointer.type, [pointer.type])
         return self.builder.asm(kind, "", "=r,0", [pointer], side_effect=False)
 
+    def fetch(self, at, write=False):
+        """Begin to fetch the line of memory at ``at`` into the second cache, to read it or to
+        write. Where there is none, nothing happens."""
+        flag = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [at.type, flag, flag, flag])
+        function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
+        to, second_cache, data = (ir.Constant(flag, n) for n in (int(write), 1, 1))
+        self.builder.call(function, [at, to, second_cache, data])
+
     def broadcast(self, number, lanes):
         """A vector of one number."""
         undefined, lane = ir.Constant(self.vector(lanes), ir.Undefined), ir.IntType(32)
@@ -121,32 +131,35 @@ class _Code:
         return self.builder.call(function, [a, b, total])
 
 
-def _tile(height):
+def _tile(height, fetched=""):
     """The function that makes so many rows, from ``first`` on, of a panel of c [P, M, WIDTH] from
-    a [tiles, TALL, R, K / R] and b [P, K, WIDTH]."""
+    a [tiles, TALL, R, K / R] and b [P, K, WIDTH]. Meanwhile it fetches what is named: "ahead", as
+    many rows from ``first`` on and as many steps of ``ahead`` [n, R, m], or "c", its next rows."""
 
     @intrinsic
-    def tile(typing, c, a, b, panel, first, add):
+    def tile(typing, c, a, b, ahead, panel, first, add):
         def code(context, builder, signature, arguments):
             emit = _Code(context, builder, signature.args[0].dtype)
-            arrays = zip(signature.args[:3], arguments[:3], strict=True)
-            c, a, b = (emit.array(kind, value) for kind, value in arrays)
-            panel, first, add = arguments[3:]
+            arrays = zip(signature.args[:4], arguments[:4], strict=True)
+            c, a, b, ahead = (emit.array(kind, value) for kind, value in arrays)
+            panel, first, add = arguments[4:]
             zero = ir.Constant(emit.vector(BYTES // emit.align), [0.0] * (BYTES // emit.align))
             sums = [
                 [cgutils.alloca_once_value(builder, zero) for _ in range(VECTORS)]
                 for _ in range(height)
             ]
-            _add_up(emit, sums, a, b, panel, first)
+            if fetched == "c":
+                _fetch_rows(emit, c, panel, builder.add(first, emit.integer(height)), height)
+            _add_up(emit, sums, a, b, panel, first, ahead if fetched == "ahead" else None)
             _put(emit, sums, c, panel, first, add)
             return context.get_dummy_value()
 
-        return types.void(c, a, b, panel, first, add), code
+        return types.void(c, a, b, ahead, panel, first, add), code
 
     return tile
 
 
-def _add_up(emit, sums, a, b, panel, first):
+def _add_up(emit, sums, a, b, panel, first, ahead):
     """Add the products of rows of a with the panel of b to ``sums``, vectors by row."""
     builder, vector = emit.builder, sums[0][0].type.pointee
     by_tile, by_row, by_repeat, by_step = emit.strides(a)
@@ -163,6 +176,8 @@ def _add_up(emit, sums, a, b, panel, first):
         b_part = emit.moved(b_begin, (builder.mul(outer.index, steps), b_row))
         with cgutils.for_range(builder, steps) as inner:
             row = emit.moved(b_part, (inner.index, b_row))
+            if ahead is not None:
+                _fetch(emit, ahead, first, outer.index, inner.index, len(sums))
             b_vectors = [
                 emit.load(emit.moved(row, (emit.integer(BYTES), emit.integer(v))), vector)
                 for v in range(VECTORS)
@@ -173,6 +188,28 @@ def _add_up(emit, sums, a, b, panel, first):
                 for total, other in zip(own, b_vectors, strict=True):
                     added = emit.add_product(same, other, builder.load(total))
                     builder.store(added, total)
+
+
+def _fetch(emit, x, first, repeat, step, height):
+    """Fetch one number of x [n, R, m]: in ``height`` steps one of each row from ``first`` on, then
+    those ``height`` columns further."""
+    builder = emit.builder
+    by_row, by_repeat, by_column = emit.strides(x)
+    row = builder.urem(step, emit.integer(height))
+    column = builder.sub(step, row)
+    row = builder.add(first, row)
+    emit.fetch(emit.moved(x.data, (row, by_row), (repeat, by_repeat), (column, by_column)))
+
+
+def _fetch_rows(emit, c, panel, first, count):
+    """Fetch so many rows of the panel of c, from ``first`` on, to write them."""
+    by_panel, by_row, _ = emit.strides(c)
+    begin = emit.moved(c.data, (panel, by_panel), (first, by_row))
+    line = emit.integer(LINE)
+    for i in range(count):
+        row = emit.moved(begin, (emit.integer(i), by_row))
+        for place in range(VECTORS * BYTES // LINE):
+            emit.fetch(emit.moved(row, (emit.integer(place), line)), write=True)
 
 
 def _put(emit, sums, c, panel, first, add):
@@ -189,6 +226,19 @@ def _put(emit, sums, c, panel, first, add):
                 before = emit.load(at, vector)
                 builder.store(builder.fadd(before, builder.load(total)), total)
             emit.store(builder.load(total), at)
+
+
+@intrinsic
+def _fetch_one(typing, x, i):
+    """Begin to fetch x[i] of x [n], with the rest of its line."""
+
+    def code(context, builder, signature, arguments):
+        emit = _Code(context, builder, signature.args[0].dtype)
+        array = emit.array(signature.args[0], arguments[0])
+        emit.fetch(emit.moved(array.data, (arguments[1], emit.strides(array)[0])))
+        return context.get_dummy_value()
+
+    return types.void(x, i), code
 
 
 @intrinsic
@@ -252,12 +302,18 @@ def _checked_tile(c, a, b, panel, first, add, height):
 if CHECKED or config.DISABLE_JIT:  # the same but for rounding, in loops whose indices are checked
 
     @njit(**EXACT)
-    def _tall(c, a, b, panel, first, add):
+    def _tall(c, a, b, ahead, panel, first, add):
         _checked_tile(c, a, b, panel, first, add, TALL)
 
     @njit(**EXACT)
-    def _single(c, a, b, panel, first, add):
+    def _single(c, a, b, ahead, panel, first, add):
         _checked_tile(c, a, b, panel, first, add, 1)
+
+    @njit(**EXACT)
+    def _fetch_number(x, i):
+        pass
+
+    _tall_and_ahead = _tall_and_c = _tall
 
     @njit(**EXACT)
     def _copy(out, x):
@@ -271,8 +327,16 @@ if CHECKED or config.DISABLE_JIT:  # the same but for rounding, in loops whose i
                 out[column, row] = x[row, column]
 
 else:
-    _tall, _single = _tile(TALL), _tile(1)
-    _copy, _square = _copy_tall, _transpose_square
+    _tall, _tall_and_ahead, _tall_and_c = _tile(TALL), _tile(TALL, "ahead"), _tile(TALL, "c")
+    _single = _tile(1)
+    _copy, _square, _fetch_number = _copy_tall, _transpose_square, _fetch_one
+
+
+@njit(**EXACT)
+def fetch(x):
+    """Begin to fetch x [n]."""
+    for i in range(0, x.size, LINE // x.itemsize):
+        _fetch_number(x, i)
 
 
 @njit(**EXACT)
@@ -290,6 +354,18 @@ def empty_panels(count, rows, like):
 def multiply(c, a, b, add):
     """c [P, M, WIDTH] = a [M, R, K / R] by b [P, K, WIDTH], added to c if ``add``. All may be
     views, but a row of a panel has no gaps."""
+    _multiply(c, a, b, add, a[:0])
+
+
+@njit(**EXACT)
+def multiply_far(c, a, b, add):
+    """The same where a is not in the cache yet: while the first panel is multiplied by a tile's
+    rows, those of the next are fetched."""
+    _multiply(c, a, b, add, a[TALL:])
+
+
+@njit(**EXACT)
+def _multiply(c, a, b, add, ahead):
     rows, repeats, steps = a.shape
     if c.shape[0] != b.shape[0] or c.shape[1] != rows or b.shape[1] != repeats * steps:
         raise ValueError("shapes do not agree")
@@ -305,19 +381,27 @@ def multiply(c, a, b, add):
                 # the last tile may reach past a; no row beyond M is read
                 shape = (-(-a_block.shape[0] // TALL), TALL, *a_block.shape[1:])
                 tiles = as_strided(a_block, shape, (TALL * a_block.strides[0], *a_block.strides))
-                _block(c[:, i : i + SLAB], tiles, b_block, add or begin > 0)
+                own, more = c[:, i : i + SLAB], add or begin > 0
+                _block(own, tiles, b_block, more, ahead[i:, r:, k:])
 
 
 @njit(**EXACT)
-def _block(c, a, b, add):
-    """`multiply` of matrices that stay in the cache; a is [tiles, TALL, R, K / R]."""
+def _block(c, a, b, add, ahead):
+    """`multiply` of matrices that stay in the cache; a is [tiles, TALL, R, K / R]. Meanwhile
+    ``ahead`` [n, R, m] is fetched, TALL rows of it per tile of the first panel; and if c's rows lie
+    apart, those that are written next."""
     rows = c.shape[1]
-    tall = rows - rows % TALL
+    tall, apart = rows - rows % TALL, c.strides[1] > c.shape[2] * c.itemsize
     for panel in range(b.shape[0]):
         for first in range(0, tall, TALL):
-            _tall(c, a, b, panel, first, add)
+            if panel == 0 and ahead.size > 0:
+                _tall_and_ahead(c, a, b, ahead, panel, first, add)
+            elif apart:
+                _tall_and_c(c, a, b, ahead, panel, first, add)
+            else:
+                _tall(c, a, b, ahead, panel, first, add)
         for first in range(tall, rows):
-            _single(c, a, b, panel, first, add)
+            _single(c, a, b, ahead, panel, first, add)
 
 
 @njit(**EXACT)
@@ -342,19 +426,25 @@ def multiply_tiles(c, tiles, b, add):
     """c [P, M, WIDTH] = wᵀ b of w [K, M], in tiles, and b [P, K, WIDTH]; added to c if ``add``."""
     for k in range(0, b.shape[1], DEEP):
         some = b[:, k : k + DEEP]
-        part = tiles[:, k:]
-        shape = (part.shape[0], TALL, 1, some.shape[1])
-        by_tile, by_step, by_repeat, by_row = part.strides
-        by_rows = as_strided(part, shape, (by_tile, by_row, by_repeat, by_step))
-        _block(c, by_rows, some, add or k > 0)
+        _block(c, by_rows(tiles[:, k:], some.shape[1]), some, add or k > 0, b[:0])
 
 
 @njit(**EXACT)
-def multiply_transposed(c, w, b, add):
-    """c [P, M, WIDTH] = wᵀ b of w [K, M] and b [P, K, WIDTH], added to c if ``add``.
+def by_rows(tiles, steps):
+    """The first ``steps`` rows of w, in tiles, as a of `_block`."""
+    by_tile, by_step, by_repeat, by_row = tiles.strides
+    shape = (tiles.shape[0], TALL, 1, steps)
+    return as_strided(tiles, shape, (by_tile, by_row, by_repeat, by_step))
+
+
+@njit(**EXACT)
+def multiply_transposed(c, w, b, add, following):
+    """c [P, M, WIDTH] = wᵀ b of w [K, M] and b [P, K, WIDTH], added to c if ``add``. ``following``
+    [n, m] is the weight that is wanted next.
 
     A tile would read a few numbers of each row of w, and fetch a line of memory for them. So what
-    stays in the cache is copied there first, in the order in which tiles read it.
+    stays in the cache is copied there first, in the order in which tiles read it; what is copied
+    next is fetched meanwhile.
     """
     steps, rows = w.shape
     if c.shape[0] != b.shape[0] or c.shape[1] != rows or b.shape[1] != steps:
@@ -367,7 +457,13 @@ def multiply_transposed(c, w, b, add):
         for k in range(0, steps, DEEP):
             deep = min(DEEP, steps - k)
             put_tiles(tiles, w, k, deep, i, height)
-            multiply_tiles(c[:, i : i + height], tiles, b[:, k : k + deep], add or k > 0)
+            ahead = following
+            if k + deep < steps:
+                ahead = w[k + deep :, i:]
+            elif i + height < rows:
+                ahead = w[:, i + height :]
+            own, more = c[:, i : i + height], add or k > 0
+            _block(own, by_rows(tiles, deep), b[:, k : k + deep], more, factor(ahead))
 
 
 @njit(**EXACT)
@@ -415,6 +511,8 @@ def pack_rows(panels, x, order, per_token):
         first = panel * width
         count = min(width, order.size - first)
         for i in range(count):
+            if first + i + SOON < order.size:
+                fetch(x[order[first + i + SOON] // per_token])
             row, out = x[order[first + i] // per_token], rows[i]
             for k in range(row.size):
                 out[k] = row[k]
@@ -548,6 +646,8 @@ def outer_products(dw, a, b, order, per_token, first, last):
             stop = min(start + PANELS * width, columns)
             whole, rest = (stop - start) // width, (stop - start) % width
             for r in range(rows.size):
+                if r + SOON < rows.size:
+                    fetch(b[rows[r + SOON] // per_token, start:stop])
                 row = b[rows[r] // per_token, start:stop]
                 for panel in range(whole):
                     out, part = packed[panel, r], row[panel * width :]
@@ -557,22 +657,24 @@ def outer_products(dw, a, b, order, per_token, first, last):
                     packed[whole, r, lane] = row[whole * width + lane]
             # whole panels go straight to dw, a last one that is not full by way of edge
             direct = _whole_panels(into, start, whole)
-            _multiply_columns(direct, a_block, packed[:whole, : rows.size], begin > 0)
+            _multiply_columns(direct, a_block, packed[:whole, : rows.size], begin > 0, start == 0)
             if rest > 0:
                 packed[whole, : rows.size, rest:] = 0
                 _put_columns(edge[0], into[:, :stop], stop - rest)
                 one = packed[whole : whole + 1, : rows.size]
-                _multiply_columns(edge, a_block, one, begin > 0)
+                _multiply_columns(edge, a_block, one, begin > 0, False)
                 _take_columns(into[:, :stop], stop - rest, edge[0])
 
 
 @njit(**EXACT)
-def _multiply_columns(c, a, b, add):
+def _multiply_columns(c, a, b, add, far):
     """c = Σ_k a_k b_kᵀ over the rows b_k of b [P, K, WIDTH], where a_k is column k of a
-    [M, panels, WIDTH]; added to c if ``add``. K need not fill the last panel."""
+    [M, panels, WIDTH], which is ``far``, or in the cache; added to c if ``add``. K need not fill
+    the last panel."""
     width, steps = a.shape[2], b.shape[1]
     whole = steps // width
-    multiply(c, a[:, :whole], b[:, : whole * width], add)
+    full, ahead = a[:, :whole], a[TALL if far else a.shape[0] :]
+    _multiply(c, full, b[:, : whole * width], add, ahead)
     if whole * width < steps:
         rest = a[:, whole : whole + 1, : steps - whole * width]
         multiply(c, rest, b[:, whole * width :], add or whole > 0)

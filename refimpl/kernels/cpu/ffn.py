@@ -115,12 +115,12 @@ def blocks(start: list[int], width: int) -> list[list[int]]:
 
 
 def in_tasks(table: list[list[int]], work: int) -> list[Array]:
-    """The table in parts, each for a task of `ONE_PRODUCT` multiplications or more, where a row
-    takes ``work``."""
+    """The table in parts, each for a task of `ONE_PRODUCT` multiplications or more, where a row of
+    a network takes ``work``, and one of several parts of it as much less."""
     found: list[Array] = []
     first, count = 0, 0
-    for i, (_, begin, end, *_) in enumerate(table, 1):
-        count += (end - begin) * work
+    for i, (_, begin, end, _, _, *part) in enumerate(table, 1):
+        count += (end - begin) * work // (part[1] if part else 1)
         if count >= ONE_PRODUCT or i == len(table):
             found.append(np.array(table[first:i]))
             first, count = i, 0
@@ -169,10 +169,20 @@ def backward_tasks(
     tables = in_tasks(blocks(start, width), 3 * f * d)
     first: list[Task] = [partial(backward, *arrays, table) for table in tables]
     most = max(end - begin for begin, end in pairwise(start))
-    parts = min(most * d * f // ONE_PRODUCT, min(d, f) // LEAST_ROWS, 2 * thread_count())
-    parts = max(1, parts)  # which is no matter for the numbers either
-    of_weights = *dw, *written, x, order, np.arange(most), per_token, parts
+    of_weights = *dw, *written, x, order, np.arange(most), per_token
     gradients = kernel("ffn", "weight_gradients", x.dtype)
-    table = [[*row, part] for row in networks(start, width) for part in range(parts)]
-    tables = in_tasks(table, -(-3 * f * d // parts))
+    tables = in_tasks(weight_parts(start, width, min(f, d)), 3 * f * d)
     return first, [partial(gradients, *of_weights, table) for table in tables]
+
+
+def weight_parts(start: list[int], width: int, length: int) -> list[list[int]]:
+    """The table of all networks for the weights' gradients, with two more columns: which part of
+    the ``length`` rows of a weight, and of how many. A network is cut where it would take a thread
+    long. How often is no matter for the numbers."""
+    threads = thread_count()
+    most, some = min(length // LEAST_ROWS, 2 * threads), max(1, start[-1] // (16 * threads))
+    found = []
+    for row in networks(start, width):
+        parts = max(1, min((row[2] - row[1]) // some, most))
+        found += [[*row, part, parts] for part in range(parts)]
+    return found

@@ -34,7 +34,8 @@ REALS = (np.float32, np.float64) if FULL else (np.float32,)
 # they may have any, so that one compilation serves all
 ARGUMENTS = {
     "multiply": ("views3", "views3", "views3", "boolean"),
-    "multiply_transposed": ("views3", "real2", "views3", "boolean"),
+    "multiply_far": ("views3", "views3", "views3", "boolean"),
+    "multiply_transposed": ("views3", "real2", "views3", "boolean", "real2"),
     "multiply_rows": ("views2", "views2", "views2", "boolean"),
     "pack_rows": ("real3", "real2", "ids", "int64"),
     "unpack_rows": ("real2", "real3"),
@@ -101,12 +102,13 @@ def test_multiply(m: int, k: int, n: int, add: bool, real: Any, seed: int) -> No
     for a in (np.ascontiguousarray(numbers[:m, :k]), numbers[::2, ::2], numbers[:k, :m].T):
         if a.shape != (m, k):  # the third has it only at some sizes
             continue
-        c = before.copy()
-        compiled("multiply", real)(c, a[:, None], packed, add)
-        assert_close(matrix(c, n), a, b, start if add else 0)
+        for name in ("multiply", "multiply_far"):
+            c = before.copy()
+            compiled(name, real)(c, a[:, None], packed, add)
+            assert_close(matrix(c, n), a, b, start if add else 0)
     w = rng.normal(size=(k, m)).astype(real)
     c = before.copy()
-    compiled("multiply_transposed", real)(c, w, packed, add)
+    compiled("multiply_transposed", real)(c, w, packed, add, w[:1])
     assert_close(matrix(c, n), w.T, b, start if add else 0)
 
 
@@ -167,7 +169,8 @@ def test_nothing_to_sum() -> None:
         c = np.ones((1, 3, panel_width(np.float32)), np.float32)
         compiled("multiply", np.float32)(c, np.ones((3, 1, 0), np.float32), c[:, :0], add)
         assert (c == add).all()
-        compiled("multiply_transposed", np.float32)(c, np.ones((0, 3), np.float32), c[:, :0], add)
+        w = np.ones((0, 3), np.float32)
+        compiled("multiply_transposed", np.float32)(c, w, c[:, :0], add, w)
         assert (c == add).all()
         for y in (np.ones((3, 5), np.float32), np.ones((20, 5), np.float32)):
             compiled("multiply_rows", np.float32)(y, y[:, :0], y[:0], add)
@@ -179,12 +182,10 @@ def test_nothing_to_sum() -> None:
 
 def test_shapes_that_do_not_agree() -> None:
     c = np.ones((1, 3, panel_width(np.float32)), np.float32)
-    for name, a in (
-        ("multiply", np.ones((3, 1, 2), np.float32)),
-        ("multiply_transposed", c[0, :2]),
-    ):
+    a, w = np.ones((3, 1, 2), np.float32), c[0, :2]
+    for name, more in (("multiply", (a, c, False)), ("multiply_transposed", (w, c, False, w))):
         with pytest.raises(ValueError, match="shapes do not agree"):
-            compiled(name, np.float32)(c, a, c, False)
+            compiled(name, np.float32)(c, *more)
     c = np.ones((5, 3), np.float32)
     for a, b in (((4, 2), (2, 3)), ((5, 3), (2, 3)), ((5, 2), (2, 4))):
         factors = np.ones(a, np.float32), np.ones(b, np.float32)
