@@ -208,7 +208,7 @@ def _fetch_rows(emit, c, panel, first, count):
     line = emit.integer(LINE)
     for i in range(count):
         row = emit.moved(begin, (emit.integer(i), by_row))
-        for place in range(VECTORS * BYTES // LINE):
+        for place in range(-(-VECTORS * BYTES // LINE)):
             emit.fetch(emit.moved(row, (emit.integer(place), line)), write=True)
 
 
@@ -327,9 +327,10 @@ if CHECKED or config.DISABLE_JIT:  # the same but for rounding, in loops whose i
                 out[column, row] = x[row, column]
 
 else:
-    _tall, _tall_and_ahead, _tall_and_c = _tile(TALL), _tile(TALL, "ahead"), _tile(TALL, "c")
-    _single = _tile(1)
-    _copy, _square, _fetch_number = _copy_tall, _transpose_square, _fetch_one
+    _tall, _single = _tile(TALL), _tile(1)
+    _tall_and_ahead, _tall_and_c = _tile(TALL, "ahead"), _tile(TALL, "c")
+    _copy, _square = _copy_tall, _transpose_square
+    _fetch_number = _fetch_one
 
 
 @njit(**EXACT)
