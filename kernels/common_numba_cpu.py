@@ -34,8 +34,9 @@ Out1, Out2, Out3 = (Argument(dims, written=True) for dims in (1, 2, 3))
 In2View, Out2View = Argument(2, layout="A"), Argument(2, written=True, layout="A")
 Ids1, Ids2 = (Argument(dims, kind="int64") for dims in (1, 2))
 OutIds1, OutIds2 = (Argument(dims, written=True, kind="int64") for dims in (1, 2))
-Bools1 = Argument(1, kind="boolean")
+Bools1, Bools2 = (Argument(dims, kind="boolean") for dims in (1, 2))
 Real, Int = Argument(0), Argument(0, kind="int64")
+Float64 = Argument(0, kind="float64")
 
 LANES = 1024  # numbers that are summed in their own type; such sums are added in float64
 LOG2_E = np.float32(1.4426950408889634)

@@ -1,4 +1,5 @@
-"""The gate for a CPU: scores, the K best of a row, and the gradient of the logits, a row at a time.
+"""The gate for a CPU: scores, the K best of a row, their weights, and the gradient of the logits, a
+row at a time.
 
 The reference sorts all experts of a row and passes over scores × experts K times in the backward.
 """
@@ -6,8 +7,9 @@ The reference sorts all experts of a row and passes over scores × experts K tim
 from __future__ import annotations
 
 import numpy as np
+from numba import njit
 
-from .common_numba_cpu import Ids2, In2, Int, Out2, OutIds2, exp, largest_of, sigmoid
+from .common_numba_cpu import SAME, Ids2, In2, Int, Out2, OutIds2, Real, exp, largest_of, sigmoid
 
 
 def sigmoid_scores(scores: Out2, logits: In2) -> None:
@@ -48,17 +50,54 @@ def select(indices: OutIds2, ranked: In2) -> None:
             indices[row, k] = best
 
 
-def gate_backward(
-    dlogits: Out2, dscores: In2, dchosen: In2, scores: In2, indices: Ids2, softmaxed: Int
+def weigh(
+    weights: Out2, scores: In2, indices: Ids2, scale: Real, normalise: Int, epsilon: Real
 ) -> None:
-    """From the gradient of all scores, and that of the chosen ones by way of the weights."""
     real = scores.dtype.type
     for row in range(scores.shape[0]):
-        ds, s = dlogits[row], scores[row]
+        total = total_of(scores[row], indices[row]) + epsilon if normalise else real(1)
+        for k in range(indices.shape[1]):
+            weights[row, k] = scale * scores[row, indices[row, k]] / total  # (router.6)
+
+
+@njit(**SAME)
+def total_of(scores, indices):
+    """The sum of the chosen scores."""
+    total = scores.dtype.type(0)
+    for k in range(indices.size):
+        total += scores[indices[k]]
+    return total
+
+
+def gate_backward(
+    dlogits: Out2,
+    dscores: In2,
+    dweights: In2,
+    scores: In2,
+    indices: Ids2,
+    scale: Real,
+    normalise: Int,
+    epsilon: Real,
+    softmaxed: Int,
+) -> None:
+    """From the gradient of all scores, and that of the weights."""
+    real = scores.dtype.type
+    dchosen = np.empty(indices.shape[1], scores.dtype)
+    for row in range(scores.shape[0]):
+        ds, s, chosen = dlogits[row], scores[row], indices[row]
+        for k in range(chosen.size):
+            dchosen[k] = scale * dweights[row, k]
+        if normalise:
+            total, mean = total_of(s, chosen) + epsilon, real(0)
+            for k in range(chosen.size):
+                mean += dchosen[k] * s[chosen[k]]
+            mean /= total
+            for k in range(chosen.size):
+                dchosen[k] = (dchosen[k] - mean) / total  # (router.7)
         for i in range(s.size):
             ds[i] = dscores[row, i]
-        for k in range(indices.shape[1]):
-            ds[indices[row, k]] += dchosen[row, k]  # (router.8)
+        for k in range(chosen.size):
+            ds[chosen[k]] += dchosen[k]  # (router.8)
         if softmaxed:
             along = real(0)
             for i in range(s.size):

@@ -143,9 +143,17 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
         "an expert chosen twice": ("taken[best] = True", "taken[best] = False"),
         "softmax's sum left out": ("(ds[i] - along)", "ds[i]"),
         "weights' gradient of the last choice alone": (
-            "ds[indices[row, k]] += dchosen",
-            "ds[indices[row, k]] = dchosen",
+            "ds[chosen[k]] += dchosen",
+            "ds[chosen[k]] = dchosen",
         ),
+        "weights not divided": ("indices[row, k]] / total", "indices[row, k]]"),
+        "mean left out of the weights' gradient": ("(dchosen[k] - mean)", "dchosen[k]"),
+    },
+    "balance_loss": {
+        "padding counted": ("if valid[b, t]:", "if True:"),
+        "tokens counted for sequences": ("(sequences * length)", "(sequences * tokens)"),
+        "mean of f left out": ("(f[b, e] - mean_f)", "f[b, e]"),
+        "overflow gives 0": ("total if math.isfinite(total) else real(np.nan)", "total"),
     },
     "moe": {
         "slots in reverse order": (

@@ -9,7 +9,7 @@ from ...array import Array
 from ...optimizer import AdamW, Moments, check_contiguous, check_step
 from .compile import kernel
 from .host import expect_real, some_rows
-from .pool import run
+from .pool import run_kernels
 
 __all__ = ["FusedAdamW"]
 
@@ -41,5 +41,5 @@ class FusedAdamW(AdamW):
             flat = [x.reshape(-1) for x in arrays]
             parts = some_rows(g.size)
             tasks += [partial(update, *(x[i] for x in flat), *settings) for i in parts]
-        run(tasks)
+        run_kernels(tasks)
         return moments

@@ -20,7 +20,7 @@ from ...ops.attention import check_attention, sum_heads
 from ...ops.choices import BlindQuery
 from .compile import kernel
 from .host import empty, expect_real, ready
-from .pool import blocks_of, run
+from .pool import blocks_of, run_kernels
 
 __all__ = ["AttentionSaved", "attention_backward", "attention_forward"]
 
@@ -126,7 +126,7 @@ def attention_forward(
         for i in range(b)
         for j in range(h)
     ]
-    run(tasks)
+    run_kernels(tasks)
     return o, saved._replace(lse=lse)
 
 
@@ -143,7 +143,7 @@ def attention_backward(do: Array, saved: Any) -> tuple[Array, Array, Array]:
     dk, dv = empty(heads.k.shape, q), empty(heads.v.shape, q)
     do, out, dq_rows = (_rows_without_gaps(x).reshape(b, rows, h, -1) for x in (do, o, dq))
     backward, scale = kernel("attention", "attention_backward", q.dtype), q.dtype.type(saved.scale)
-    run(
+    run_kernels(
         [
             partial(
                 backward,

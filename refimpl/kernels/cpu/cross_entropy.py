@@ -15,7 +15,7 @@ from ...array import Array, expect, last, number
 from ...ops.cross_entropy import token_weights
 from .compile import kernel
 from .host import empty, expect_real, ready, rows_of, some_rows
-from .pool import run
+from .pool import run_kernels
 
 __all__ = ["CrossEntropySaved", "cross_entropy_backward", "cross_entropy_forward"]
 
@@ -42,7 +42,7 @@ def cross_entropy_forward(
     z = ready(rows_of(logits))
     largest, total = empty(weight.shape, z), empty(weight.shape, z)
     statistics = kernel("cross_entropy", "statistics", dtype)
-    run(
+    run_kernels(
         [
             partial(statistics, largest[i], total[i], z[i], 0, vocabulary)
             for i in some_rows(*z.shape)
@@ -60,5 +60,5 @@ def cross_entropy_backward(dloss: Array, saved: CrossEntropySaved) -> Array:
     z, dz = ready(rows_of(logits)), empty(logits.shape, logits)
     by_row = rows_of(dz), z, largest, total, weight, number(dloss, weight) * weight, targets
     gradient = kernel("cross_entropy", "gradient", z.dtype)
-    run([partial(gradient, *(x[i] for x in by_row)) for i in some_rows(*z.shape)])
+    run_kernels([partial(gradient, *(x[i] for x in by_row)) for i in some_rows(*z.shape)])
     return dz

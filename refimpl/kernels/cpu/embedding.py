@@ -10,7 +10,7 @@ from ...ops.embedding import EmbeddingSaved, embedding_forward
 from .compile import kernel
 from .host import empty, expect_real, ready, rows_of
 from .moe import by_expert
-from .pool import blocks_of, run
+from .pool import blocks_of, run_kernels
 
 __all__ = ["embedding_backward", "embedding_forward"]
 
@@ -25,7 +25,7 @@ def embedding_backward(dy: Array, saved: EmbeddingSaved) -> Array:
     dw, ids = empty(saved.shape, dy), ready(saved.ids.reshape(-1))
     order, _, start = by_expert(ids, saved.shape[0])  # a token's rows, as an expert's slots
     add, rows = kernel("embedding", "embedding_backward", dtype), ready(rows_of(dy))
-    run(
+    run_kernels(
         [
             partial(add, dw[i], rows, order, start[i.start : i.stop + 1], SOME)
             for i in blocks_of(saved.shape[0], max(1, ENTRIES // saved.shape[1]))

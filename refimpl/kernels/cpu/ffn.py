@@ -20,7 +20,7 @@ from ...array import Array, expect, expect_some, last
 from ...ops.leaves import LEAVES, Leaves, expect_table
 from .compile import kernel, panel_width
 from .host import ONE_PRODUCT, empty, expect_real, ready, rows_of
-from .pool import Task, blocks_of, run, thread_count
+from .pool import Task, blocks_of, run_kernels, thread_count
 
 __all__ = ["FFNSaved", "Routed", "backward_tasks", "ffn_backward", "ffn_forward", "forward_tasks"]
 
@@ -59,7 +59,7 @@ def ffn_forward(
     expect("w_down", w_down, "(D, F)", (x.shape[-1], w_gate.shape[0]))
     y, w = empty(x.shape, x), (w_gate[None], w_up[None], w_down[None])
     tasks, gate, up = forward_tasks(all_rows(x), w, rows_of(y))
-    run(tasks)
+    run_kernels(tasks)
     return y, FFNSaved(x, w, gate, up)
 
 
@@ -70,8 +70,8 @@ def ffn_backward(dy: Array, saved: FFNSaved) -> tuple[Array, Array, Array, Array
     expect("dy", dy, "(…, D)", tuple(x.shape))
     dx = empty(x.shape, x)
     first, then, dw = whole_backward(ready(rows_of(dy)), saved, rows_of(dx))
-    run(first)
-    run(then)
+    run_kernels(first)
+    run_kernels(then)
     return dx, *(part[0] for part in dw)
 
 

@@ -18,7 +18,7 @@ from ...ops.leaves import LEAVES, Leaves, expect_table
 from ...ops.log_prob import check_log_prob
 from .host import empty, expect_real, some_rows
 from .log_prob import Chunk, counted_rows
-from .pool import run
+from .pool import run_kernels
 
 __all__ = ["HeadCrossEntropySaved", "head_cross_entropy_backward", "head_cross_entropy_forward"]
 
@@ -65,5 +65,5 @@ def head_cross_entropy_backward(dloss: Array, saved: HeadCrossEntropySaved) -> t
         flat, scaled = x.reshape(-1), out.reshape(-1)
         parts = some_rows(flat.size)
         tasks += [partial(np.multiply, flat[i], factor, out=scaled[i]) for i in parts]
-    run(tasks)
+    run_kernels(tasks)
     return dh, dw

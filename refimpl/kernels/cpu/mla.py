@@ -21,7 +21,7 @@ from ...ops.rms_norm import check_rms_norm
 from ...ops.rope import check_rope
 from .compile import kernel
 from .host import empty, expect_real, ready, rows_of, run_products
-from .pool import blocks_of, in_turn, run
+from .pool import blocks_of, in_turn, run_kernels
 from .rope import angles
 
 __all__ = ["MLASaved", "mla_backward", "mla_forward"]
@@ -119,7 +119,7 @@ def mla_forward(
         for i in blocks_of(m, ROWS)
     ]
     if cache is not None:
-        run(project)
+        run_kernels(project)
     latents, past = append(cache, latent)
     latents = ready(latents)
     s = latents.shape[1]
@@ -130,7 +130,7 @@ def mla_forward(
         partial(kernel("mla", "expand", x.dtype), *(array[i] for array in by_row), w.kv_b, nope)
         for i in blocks_of(b * s, ROWS)
     ]
-    run(expand if cache is not None else in_turn(project, expand))
+    run_kernels(expand if cache is not None else in_turn(project, expand))
     o, attention_saved = ops.attention.forward(
         q, k, kv[..., nope:], scale=scale, key_mask=key_mask, segments=segments
     )
@@ -176,7 +176,7 @@ def mla_backward(dy: tuple[Array, Array | None], saved: MLASaved) -> tuple[Array
     ]
     alone = saved.past is None and dcache is None
     if not alone:
-        run(collapse)
+        run_kernels(collapse)
     if dcache is not None:
         dlatents += dcache
     dcache, dlatent = split_cache(dlatents, saved.past)
@@ -200,7 +200,7 @@ def mla_backward(dy: tuple[Array, Array | None], saved: MLASaved) -> tuple[Array
         )
         for part, i in zip(norms, blocks, strict=True)
     ]
-    run(in_turn(collapse, project) if alone else project)
+    run_kernels(in_turn(collapse, project) if alone else project)
     dnorms = norms.sum(axis=0)
     dw = Weights(*(None if part is None else empty(part.shape, x) for part in w))
     factors = [

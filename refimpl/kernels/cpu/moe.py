@@ -18,7 +18,7 @@ from ...ops.moe import NETWORKS, Networks, check_shapes
 from .compile import kernel
 from .ffn import FFNSaved, Matrices, Routed, all_rows, backward_tasks, forward_tasks, whole_backward
 from .host import empty, expect_real, ready, rows_of, some_rows
-from .pool import run
+from .pool import run_kernels
 
 __all__ = ["MoESaved", "moe_backward", "moe_forward"]
 
@@ -78,7 +78,7 @@ def moe_forward(
         w_shared: Matrices = w_shared_gate[None], w_shared_up[None], w_shared_down[None]  # type: ignore[index]
         more, *kept = forward_tasks(all_rows(x), w_shared, rows_of(y))
         tasks, shared = more + tasks, FFNSaved(x, w_shared, *kept)
-    run(tasks)  # (moe.3)
+    run_kernels(tasks)  # (moe.3)
     weights = ready(rows_of(weights))
     _combine(rows_of(y), out, place, weights)
     return y, MoESaved(x, weights, w, gate, up, order, place, start, shared)
@@ -104,8 +104,8 @@ def moe_backward(dy: Array, saved: MoESaved) -> tuple[Array | None, ...]:
         shared_first, shared_then, shared_dw = whole_backward(dy_rows, shared, rows_of(dx))
         first, then = shared_first + first, shared_then + then
         dshared = tuple(part[0] for part in shared_dw)
-    run(first)
-    run(then)
+    run_kernels(first)
+    run_kernels(then)
     _combine(rows_of(dx), drows, place, None)
     dweights = dweights[place.reshape(-1)].reshape(*x.shape[:-1], top_k)
     return dx, dweights, *dw, *dshared
@@ -130,7 +130,7 @@ def by_expert(ids: Array, experts: int) -> tuple[Array, Array, Array]:
 def _combine(y: Array, rows: Array, place: Array, weights: Array | None) -> None:
     add = kernel("moe", "combine", y.dtype)
     factor = np.empty((1, 1), y.dtype) if weights is None else weights
-    run(
+    run_kernels(
         [
             partial(
                 add,

@@ -29,6 +29,7 @@ __all__ = [
     "blocks_of",
     "in_turn",
     "run",
+    "run_kernels",
     "serial_blas",
     "thread_count",
     "threads",
@@ -159,6 +160,11 @@ def run(tasks: Sequence[Task]) -> None:
     """Do all tasks, each on one thread, as many at a time as BLAS may use threads."""
     with serial_blas() as count:
         STATE.pool.run(tasks, count)
+
+
+def run_kernels(tasks: Sequence[Task]) -> None:
+    """The same of tasks that do not call BLAS, whose setting need not be changed and put back."""
+    STATE.pool.run(tasks, thread_count())
 
 
 def in_turn(first: Sequence[Task], then: Sequence[Task]) -> list[Task]:

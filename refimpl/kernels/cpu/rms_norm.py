@@ -11,7 +11,7 @@ from ...array import Array, expect
 from ...ops.rms_norm import check_rms_norm
 from .compile import kernel
 from .host import empty, expect_real, ready, rows_of, some_rows
-from .pool import run
+from .pool import run_kernels
 
 __all__ = ["RMSNormSaved", "rms_norm_backward", "rms_norm_forward"]
 
@@ -32,7 +32,7 @@ def rms_norm_forward(x: Array, w: Array, *, eps: float) -> tuple[Array, RMSNormS
     y, r = empty(x.shape, x), empty(rows.shape[:1], x)
     out = rows_of(y)
     forward = kernel("rms_norm", "rms_norm_forward", dtype)
-    run([partial(forward, out[i], r[i], rows[i], w, eps) for i in some_rows(*rows.shape)])
+    run_kernels([partial(forward, out[i], r[i], rows[i], w, eps) for i in some_rows(*rows.shape)])
     return y, RMSNormSaved(x, w, r)
 
 
@@ -46,7 +46,7 @@ def rms_norm_backward(dy: Array, saved: RMSNormSaved) -> tuple[Array, Array]:
     out = rows_of(dx)
     parts = np.empty((len(blocks), x.shape[-1]), dtype)  # of dw, each over one block
     backward = kernel("rms_norm", "rms_norm_backward", dtype)
-    run(
+    run_kernels(
         [
             partial(backward, out[i], part, given[i], rows[i], w, r[i])
             for part, i in zip(parts, blocks, strict=True)

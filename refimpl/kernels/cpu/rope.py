@@ -12,7 +12,7 @@ from ...ops.choices import Layout
 from ...ops.rope import RoPESaved, check_rope
 from .compile import kernel
 from .host import expect_real, some_rows
-from .pool import run
+from .pool import run_kernels
 
 __all__ = ["angles", "rope_backward", "rope_forward"]
 
@@ -69,5 +69,5 @@ def _rotate(x: Array, saved: RoPESaved, *, backward: bool) -> Array:
     turn, interleaved = kernel("rope", "turn", x.dtype), saved.layout == "interleaved"
     angle = saved.cos, saved.sin
     blocks = some_rows(rows.shape[0], rows.shape[1] * rows.shape[2])
-    run([partial(turn, rows[i], *angle, 0, i.start, interleaved, backward) for i in blocks])
+    run_kernels([partial(turn, rows[i], *angle, 0, i.start, interleaved, backward) for i in blocks])
     return y

@@ -47,9 +47,9 @@ def router_forward(
     else:
         expect("routes", routes, "(…, K)", (*x.shape[:-1], top_k))
         indices = expect_ids("routes", routes, w.shape[0])
-    chosen = np.take_along_axis(scores, indices, axis=-1)
-    total = np.sum(chosen, axis=-1, keepdims=True) + epsilon if normalise else 1
-    weights = scale * chosen / total  # (router.6)
+    weights, chosen = empty(indices.shape, x), ready(rows_of(indices))
+    weigh = kernel("router", "weigh", dtype)
+    weigh(rows_of(weights), rows_of(scores), chosen, scale, int(normalise), epsilon)
     saved = RouterSaved(x, w, scores, indices, score, normalise, scale, epsilon)
     return RouterOutput(weights, scores, indices), saved
 
@@ -62,17 +62,11 @@ def router_backward(dy: tuple[Array, Array | None], saved: RouterSaved) -> tuple
     expect("dweights", dweights, "(…, K)", tuple(indices.shape))
     if dscores is not None:
         expect("dscores", dscores, "(…, E)", tuple(scores.shape))
-    dchosen = saved.scale * dweights
-    if saved.normalise:
-        chosen = np.take_along_axis(scores, indices, axis=-1)
-        total = np.sum(chosen, axis=-1, keepdims=True) + saved.epsilon
-        mean = np.sum(dchosen * chosen, axis=-1, keepdims=True) / total
-        dchosen = (dchosen - mean) / total  # (router.7)
     dlogits = empty(scores.shape, x)
     given = np.zeros_like(scores) if dscores is None else dscores
-    arrays = [ready(rows_of(array)) for array in (given, dchosen, scores, indices)]
-    rows = rows_of(dlogits)
-    kernel("router", "gate_backward", dtype)(rows, *arrays, int(saved.score == "softmax"))
+    arrays = [ready(rows_of(array)) for array in (given, dweights, scores, indices)]
+    rows, rule = rows_of(dlogits), (saved.scale, int(saved.normalise), saved.epsilon)
+    kernel("router", "gate_backward", dtype)(rows, *arrays, *rule, int(saved.score == "softmax"))
     dx, dw = empty(x.shape, x), empty(w.shape, x)
     run_products((rows, w, rows_of(dx)), (rows.T, rows_of(x), dw))  # (router.11)
     return dx, dw

@@ -17,7 +17,7 @@ from ...array import Array, expect, expect_some, last
 from ...ops import REFERENCE, AnyOp, Op, Ops
 from .compile import kernel
 from .host import expect_real, ready, rows_of
-from .pool import Task, blocks_of, run
+from .pool import Task, blocks_of, run, run_kernels
 
 __all__ = ["stored_linear", "stored_table"]
 
@@ -62,7 +62,7 @@ def stored_linear(linear: AnyOp) -> AnyOp:
 def _few(x: np.ndarray, bits: np.ndarray) -> np.ndarray:
     y, forward = np.empty((len(bits), len(x)), x.dtype), kernel("linear", "linear_forward", x.dtype)
     blocks = blocks_of(len(bits), max(1, ONE_TASK // bits.shape[1]))
-    run([partial(forward, y[block], x, bits[block]) for block in blocks])
+    run_kernels([partial(forward, y[block], x, bits[block]) for block in blocks])
     return y.T
 
 

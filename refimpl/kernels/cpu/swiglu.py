@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ...array import Array, expect
 from .compile import kernel
 from .host import empty, expect_real, ready, some_rows
-from .pool import run
+from .pool import run_kernels
 
 __all__ = ["SwiGLUSaved", "swiglu_backward", "swiglu_forward"]
 
@@ -26,7 +26,7 @@ def swiglu_forward(gate: Array, up: Array) -> tuple[Array, SwiGLUSaved]:
     expect("up", up, "gate.shape", gate.shape)
     y, forward = empty(gate.shape, gate), kernel("swiglu", "swiglu_forward", dtype)
     arrays = [x.reshape(-1) for x in (y, ready(gate), ready(up))]
-    run([partial(forward, *(x[part] for x in arrays)) for part in some_rows(y.size)])
+    run_kernels([partial(forward, *(x[part] for x in arrays)) for part in some_rows(y.size)])
     return y, SwiGLUSaved(gate, up)
 
 
@@ -38,5 +38,5 @@ def swiglu_backward(dy: Array, saved: SwiGLUSaved) -> tuple[Array, Array]:
     backward = kernel("swiglu", "swiglu_backward", dtype)
     dgate, dup = empty(gate.shape, gate), empty(gate.shape, gate)
     arrays = [x.reshape(-1) for x in (dgate, dup, ready(dy), ready(gate), ready(up))]
-    run([partial(backward, *(x[part] for x in arrays)) for part in some_rows(dy.size)])
+    run_kernels([partial(backward, *(x[part] for x in arrays)) for part in some_rows(dy.size)])
     return dgate, dup

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...ops import REFERENCE, Op, Ops
 from .attention import attention_backward, attention_forward
+from .balance_loss import balance_loss_backward, balance_loss_forward
 from .compile import numba
 from .cross_entropy import cross_entropy_backward, cross_entropy_forward
 from .embedding import embedding_backward, embedding_forward
@@ -31,6 +32,7 @@ def numba_cpu_table() -> Ops:
         "swiglu": Op(swiglu_forward, swiglu_backward),
         "rope": Op(rope_forward, rope_backward),
         "router": Op(router_forward, router_backward),
+        "balance_loss": Op(balance_loss_forward, balance_loss_backward),
         "attention": Op(attention_forward, attention_backward),
         "cross_entropy": Op(cross_entropy_forward, cross_entropy_backward),
         "log_prob": Op(log_prob_forward, log_prob_backward),

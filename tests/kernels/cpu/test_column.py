@@ -202,13 +202,19 @@ def test_adamw() -> None:
 
 
 def assert_overflow_is_nan() -> None:
-    """A row whose mean square overflows is NaN, and so are its gradients, as the reference's."""
+    """A row whose mean square overflows is NaN, and so are its gradients, as the reference's; a
+    balance loss whose sum of scores does, too."""
     x = np.array([[1e20, 1e20], [1, 2]], np.float32)
     y, saved = CPU.rms_norm.forward(x, np.ones(2, np.float32), eps=1e-6)
     dx, _ = CPU.rms_norm.backward(np.ones_like(x), saved)
     for result in (y, dx):
         assert np.isnan(result[0]).all()
         assert np.isfinite(result[1]).all()
+    scores, counted = np.full((1, 2, 3), 3e38, np.float32), np.zeros((1, 2, 1), np.int64)
+    scores[..., 0] = 1  # the only one that f weights
+    loss, kept = CPU.balance_loss.forward(scores, alpha=0.5, top_k=1, counted=counted)
+    assert np.isnan(loss)
+    assert np.isnan(CPU.balance_loss.backward(np.float32(1), kept)).all()
 
 
 def assert_left_out_tokens_may_be_anything() -> None:
