@@ -22,9 +22,9 @@ from .pool import blocks_of, run
 
 __all__ = ["Chunk", "LogProbSaved", "counted_rows", "log_prob_backward", "log_prob_forward"]
 
-AT_A_TIME = 4  # blocks
+AT_A_TIME = 8  # blocks
 TOKENS = 256  # of one task
-ENTRIES = 1024  # of the vocabulary, likewise, where dw is added to
+ENTRIES = 1024  # of the vocabulary, likewise: TOKENS × ENTRIES logits stay in the second cache
 
 
 class LogProbSaved(NamedTuple):
@@ -48,7 +48,7 @@ class Chunk:
         self.w = w
         self.temperature = temperature
         self.z = empty((self.h.shape[0], w.shape[0]), h)
-        self.vocabulary = blocks_of(w.shape[0], columns)
+        self.vocabulary = blocks_of(w.shape[0], min(columns, ENTRIES))
         self.tokens = blocks_of(self.h.shape[0], TOKENS)
 
     @classmethod
