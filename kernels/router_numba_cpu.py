@@ -84,7 +84,8 @@ def gate_backward(
     real = scores.dtype.type
     dchosen = np.empty(indices.shape[1], scores.dtype)
     for row in range(scores.shape[0]):
-        ds, s, chosen = dlogits[row], scores[row], indices[row]
+        ds, s = dlogits[row], scores[row]
+        chosen = indices[row]
         for k in range(chosen.size):
             dchosen[k] = scale * dweights[row, k]
         if normalise:
