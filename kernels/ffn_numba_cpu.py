@@ -178,7 +178,7 @@ def network_backward(
     unpack_rows(hidden, dhidden)
     rows = empty_panels(dy_panels.shape[0], dy_panels.shape[1], dy)
     multiply_transposed(rows, w_gate, dgate, False, w_up)
-    multiply_transposed(rows, w_up, dup, True, w_down)  # (ffn.6)
+    multiply_transposed(rows, w_up, dup, True, w_up[:0])  # (ffn.6)
     unpack_rows(dx, rows)
 
 

@@ -441,7 +441,7 @@ def by_rows(tiles, steps):
 @njit(**EXACT)
 def multiply_transposed(c, w, b, add, following):
     """c [P, M, WIDTH] = wᵀ b of w [K, M] and b [P, K, WIDTH], added to c if ``add``. ``following``
-    [n, m] is the weight that is wanted next.
+    [n, m] is the weight that is wanted next, or has no rows.
 
     A tile would read a few numbers of each row of w, and fetch a line of memory for them. So what
     stays in the cache is copied there first, in the order in which tiles read it; what is copied

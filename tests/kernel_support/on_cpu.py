@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from graphlib import TopologicalSorter
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -166,13 +167,17 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
 }
 
 
+def path_of(stem: str) -> Path:
+    return SOURCE / f"{stem}_numba_cpu.py"
+
+
 def source_of(stem: str) -> str:
-    return (SOURCE / f"{stem}_numba_cpu.py").read_text()
+    return path_of(stem).read_text()
 
 
 def callers_of(stem: str) -> list[str]:
     """The files whose functions call those of ``stem``, each behind what it calls itself."""
-    stems = [path.name.removesuffix("_numba_cpu.py") for path in SOURCE.glob("*_numba_cpu.py")]
+    stems = *compiling.HELPERS, *compiling.STEMS
     imports = {s: set(re.findall(r"from \.(\w+)_numba_cpu import", source_of(s))) for s in stems}
     found: list[str] = []
     for other in TopologicalSorter(imports).static_order():
@@ -196,12 +201,11 @@ def plant_text(stem: str, before: str, after: str, monkeypatch: pytest.MonkeyPat
 
 
 def replace_text(stem: str, before: str, after: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = source_of(stem)
-    assert before in source, f"{stem}_numba_cpu.py has no {before!r}"
+    path, source = path_of(stem), source_of(stem)
+    assert before in source, f"{path.name} has no {before!r}"
     module = ModuleType(f"refimpl.kernels.{stem}_numba_cpu")
     module.__package__ = "refimpl.kernels"
-    path = str(SOURCE / f"{stem}_numba_cpu.py")
-    exec(compile(source.replace(before, after), path, "exec"), vars(module))
+    exec(compile(source.replace(before, after), str(path), "exec"), vars(module))
     monkeypatch.setitem(sys.modules, module.__name__, module)
 
 

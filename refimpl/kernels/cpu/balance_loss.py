@@ -14,8 +14,8 @@ from ...array import Array
 from ...ops.balance_loss import BalanceLossSaved
 from ...ops.leaves import LEAVES
 from .compile import kernel
-from .host import ONE_TASK, empty, expect_real, ready
-from .pool import blocks_of, run_kernels
+from .host import empty, expect_real, ready, some_rows
+from .pool import run_kernels
 
 __all__ = ["balance_loss_backward", "balance_loss_forward"]
 
@@ -52,7 +52,8 @@ def balance_loss_forward(
     forward = kernel("balance_loss", "balance_loss_forward", dtype)
     by_sequence = loss, f, weight, scores, counted, valid
     settings = float(alpha), top_k, float(sequences or b)
-    run_kernels([partial(forward, *(x[i] for x in by_sequence), *settings) for i in some(scores)])
+    blocks = some_rows(b, t * e)
+    run_kernels([partial(forward, *(x[i] for x in by_sequence), *settings) for i in blocks])
     return np.sum(loss), BalanceLossSaved(scores, f[:, None, :], weight[:, :, None])
 
 
@@ -63,14 +64,9 @@ def balance_loss_backward(dloss: Array, saved: BalanceLossSaved) -> Array:
     dscores = empty(scores.shape, scores)
     by_sequence = dscores, ready(scores), ready(f[:, 0]), ready(weight[:, :, 0])
     factor = scores.dtype.type(dloss)
-    run_kernels([partial(backward, *(x[i] for x in by_sequence), factor) for i in some(scores)])
+    blocks = some_rows(len(scores), scores[0].size)
+    run_kernels([partial(backward, *(x[i] for x in by_sequence), factor) for i in blocks])
     return dscores
-
-
-def some(scores: Array) -> tuple[slice, ...]:
-    """Sequences of ``scores`` [B, T, E] for a task each."""
-    b, t, e = scores.shape
-    return blocks_of(b, max(1, ONE_TASK // (t * e)))
 
 
 def _usual(scores: Array, top_k: int, counted: Any, mask: Any) -> bool:

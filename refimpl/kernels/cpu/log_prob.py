@@ -104,7 +104,7 @@ class Chunk:
         if self.rows.start == 0:
             tasks += products(self.z.T, self.h, dw)  # (log_prob.9)
         else:
-            tasks += [partial(self._add, dw, j) for j in blocks_of(dw.shape[0], ENTRIES)]
+            tasks += [partial(self._add, dw, j) for j in self.vocabulary]
         run(tasks)
 
     def _gradient(self, i: slice, j: slice, own: tuple[Array, ...], again: bool) -> None:
