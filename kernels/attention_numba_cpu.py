@@ -1,13 +1,14 @@
 """Attention for a CPU, one head at a time, in memory linear in the sequence.
 
 The reference keeps the scores of all heads, [B, H, T, S], and makes six such arrays on its way.
-Here the queries of a block are the columns of panels (products_numba_cpu.py), and their scores stay
-in the cache: scores [keys, queries] are keys by queries, outputs are valuesᵀ by probabilities, and
-what one product makes is the next one's factor. Keys that the order of positions hides from a whole
-block are not multiplied.
+Here queries are the columns of panels (products_numba_cpu.py), and their scores with a block of
+keys stay in the cache: scores [keys, queries] are keys by queries, outputs are valuesᵀ by
+probabilities, and what one product makes is the next one's factor. Keys that the order of positions
+hides from a whole panel are not multiplied.
 
-The forward takes a panel of queries and all its keys. The backward takes a block of keys, whose dk
-and dv are done when all queries that see them were there, and adds to dq.
+Both directions take one block of keys after the other, with all panels of the task. In the forward
+each panel has a running largest score, and sums that are brought along when it grows. In the
+backward a block's dk and dv are done when all panels were there, which add to dq.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 from numba import njit
 
 from .common_numba_cpu import (
+    CHECKED,
     Bools1,
     Ids1,
     In1,
@@ -26,7 +28,7 @@ from .common_numba_cpu import (
     Out1,
     Out2View,
     Real,
-    exp,
+    exp_or_zero,
     whole_vectors,
 )
 from .products_numba_cpu import (
@@ -43,10 +45,9 @@ from .products_numba_cpu import (
     width_of,
 )
 
-KEYS = 512  # of a block of the backward
-PAIR = 2  # panels of queries that the backward handles at a time
+KEYS = 512  # of a block
+SIDE = 4  # panels of queries whose shares of dk and dv the backward sums at a time
 SOME = 64  # keys that are summed in their own type; such sums are added in float64
-MANY = 4096  # keys per product of values, likewise
 
 
 @njit(**EXACT)
@@ -78,12 +79,10 @@ def hide(scores, first, limit, masked, key_mask, segments, segment):
     """−∞ in the scores [keys, WIDTH] of the keys from ``first`` on where a query (column) may not
     see a key: beyond its ``limit``, or if ``masked``, hidden by ``key_mask`` or of another segment
     than its ``segment``."""
-    keys, begin = scores.shape[0], max(0, limit[0] + 1 - first)  # every query sees those before
-    for i in range(begin, keys):
-        row, key = scores[i], first + i
-        for lane in range(row.size):
-            if key > limit[lane]:
-                row[lane] = -np.inf
+    keys = scores.shape[0]
+    for lane in range(limit.size):
+        for i in range(max(0, limit[lane] + 1 - first), keys):
+            scores[i, lane] = -np.inf
     if masked:
         for i in range(keys):
             row, key = scores[i], first + i
@@ -104,38 +103,55 @@ def put_limits(limit, segment, first, rows, per_position, behind, keys, masked, 
 
 
 @njit(**EXACT)
-def soften(scores, shift, total):
-    """Scores [keys, WIDTH] become e^(score − shift), whose sums are ``total``; ``shift`` is the
-    largest, or 0 if that is not finite."""
+def soften(scores, largest, total, change):
+    """Scores [keys, WIDTH] become e^(score − shift), where ``shift`` is the ``largest`` so far, or
+    0 if that is not finite. ``change`` brings sums with the shift before to this one, as it does
+    ``total``, to which theirs are added."""
     whole_vectors()
-    shift[:] = -np.inf
+    width = width_of(scores)  # the compiler knows it
+    shift, part = np.empty(width, scores.dtype), np.empty(width, scores.dtype)
+    shift[:] = largest
     for key in range(scores.shape[0]):
         row = scores[key]
-        for lane in range(row.size):
+        for lane in range(width):
             shift[lane] = row[lane] if row[lane] > shift[lane] else shift[lane]
-    for lane in range(shift.size):
-        shift[lane] = shift[lane] if -np.inf < shift[lane] < np.inf else 0
-    total[:] = 0
-    part = np.empty(shift.size, shift.dtype)
+    for lane in range(width):
+        new, old = shift[lane], largest[lane]
+        shift[lane] = new if -np.inf < new < np.inf else 0
+        before = old if old < np.inf else 0
+        # of no key so far there is nothing to bring, however far
+        change[lane] = exp_or_zero(before - shift[lane]) if before > -np.inf else 0
+        total[lane] *= change[lane]
+        largest[lane] = new
     for begin in range(0, scores.shape[0], SOME):
         part[:] = 0
         for key in range(begin, min(begin + SOME, scores.shape[0])):
             row = scores[key]
-            for lane in range(row.size):
-                p = exp(row[lane] - shift[lane])
+            for lane in range(width):
+                p = exp_or_zero(row[lane] - shift[lane])
                 row[lane] = p
                 part[lane] += p  # (flash_attention.2)
-        for lane in range(part.size):
+        for lane in range(width):
             total[lane] += part[lane]
 
 
 @njit(**EXACT)
+def add_values(sums, change, values):
+    """sums [V, WIDTH] times ``change`` [WIDTH], plus ``values`` [V, WIDTH]."""
+    for i in range(sums.shape[0]):
+        own, more = sums[i], values[i]
+        for lane in range(width_of(values)):
+            own[lane] = own[lane] * change[lane] + more[lane]
+
+
+@njit(fastmath={"reassoc"}, boundscheck=CHECKED)
 def put_row_sums(row_sum, do, o):
     """row_sum [rows] = Σ_v do ∘ o."""
     for row in range(o.shape[0]):
         total = 0.0
-        for i in range(o.shape[1]):
-            total += do[row, i] * o[row, i]
+        a, b = do[row], o[row]
+        for i in range(a.size):
+            total += a[i] * b[i]
         row_sum[row] = total  # (flash_attention.5)
 
 
@@ -145,8 +161,8 @@ def put_gradients(scores, ds, lse, row_sum):
     whole_vectors()
     for key in range(scores.shape[0]):
         row, drow = scores[key], ds[key]
-        for lane in range(row.size):
-            p = exp(row[lane] - lse[lane])  # (flash_attention.6)
+        for lane in range(width_of(scores)):
+            p = exp_or_zero(row[lane] - lse[lane])  # (flash_attention.6)
             row[lane] = p
             drow[lane] = p * (drow[lane] - row_sum[lane])  # (flash_attention.7)
 
@@ -169,23 +185,29 @@ def pack_columns(x, rows, scale):
     width = width_of(x)
     panels = empty_panels(-(-x.shape[1] // width), rows, x)
     panels[:] = 0
+    whole = x.shape[1] // width
     for row in range(x.shape[0]):
-        for start in range(0, x.shape[1], width):
-            part, out = x[row, start : start + width], panels[start // width, row]
-            for i in range(part.size):
+        for panel in range(whole):
+            part, out = x[row, panel * width :], panels[panel, row]
+            for i in range(width):
                 out[i] = part[i] * scale
+        for i in range(whole * width, x.shape[1]):
+            panels[whole, row, i - whole * width] = x[row, i] * scale
     return panels
 
 
 @njit(**EXACT)
 def unpack_columns(x, panels):
     """x [n, m] from panels that have its columns."""
-    width = panels.shape[2]
+    width = width_of(x)
+    whole = x.shape[1] // width
     for row in range(x.shape[0]):
-        for start in range(0, x.shape[1], width):
-            out, part = x[row, start : start + width], panels[start // width, row]
-            for i in range(out.size):
+        for panel in range(whole):
+            out, part = x[row, panel * width :], panels[panel, row]
+            for i in range(width):
                 out[i] = part[i]
+        for i in range(whole * width, x.shape[1]):
+            x[row, i] = panels[whole, row, i - whole * width]
 
 
 def attention_forward(
@@ -211,39 +233,51 @@ def attention_forward(
     width of queries and keys, V of values, S the number of keys.
     """
     (keys, values), width = v.shape, width_of(q)
-    query, out = empty_panels(1, q.shape[1], q), empty_panels(1, values, q)
-    all_scores = empty_panels(1, keys, q)
-    tiles = empty_tiles(values, keys, v)
-    put_tiles(tiles, contiguous(v), 0, keys, 0, values)
-    limit, segment = np.empty(width, np.int64), np.empty(width, np.int64)
-    shift, total = np.empty(width, q.dtype), np.empty(width)
-    value_sums = np.empty((values, width))
-    for first in range(start, stop, width):
+    panels, x = -(-(stop - start) // width), q.shape[1]
+    queries, padded = empty_panels(panels, x, q), panels * width
+    for panel in range(panels):
+        first = start + panel * width
+        pack_scaled(queries[panel], q[first : min(first + width, stop)], scale)
+    limit, segment = np.empty(padded, np.int64), np.empty(padded, np.int64)
+    put_limits(limit, segment, start, q.shape[0], per_position, behind, keys, masked, segments)
+    largest, change = np.full(padded, -np.inf, q.dtype), np.empty(width, q.dtype)
+    total, sums = np.zeros(padded), np.zeros((panels, values, width))
+    tiles, out = empty_tiles(values, KEYS, v), empty_panels(1, values, q)
+    all_scores = empty_panels(1, KEYS, q)
+    for begin in range(0, min(keys, limit[stop - start - 1] + 1), KEYS):
+        k_block, v_block = contiguous(k[begin : begin + KEYS]), contiguous(v[begin : begin + KEYS])
+        put_tiles(tiles, v_block, 0, v_block.shape[0], 0, values)
+        for panel in range(panels):
+            lanes = slice(panel * width, (panel + 1) * width)
+            end = limit[min(lanes.stop, stop - start) - 1] + 1 - begin
+            if end <= 0:
+                continue
+            end = min(end, v_block.shape[0])
+            scores = all_scores[:, :end]
+            multiply(scores, factor(k_block[:end]), queries[panel : panel + 1], False)
+            s = all_scores[0, :end]  # without gaps, as the compiler must see for vectors
+            hide(s, begin, limit[lanes], masked, key_mask, segments, segment[lanes])
+            soften(s, largest[lanes], total[lanes], change)
+            multiply_tiles(out, tiles, scores, False)  # (flash_attention.3)
+            add_values(sums[panel], change, out[0])
+    for panel in range(panels):
+        first = start + panel * width
         count = min(width, stop - first)
-        put_limits(limit, segment, first, q.shape[0], per_position, behind, keys, masked, segments)
-        end = min(keys, limit[count - 1] + 1)
-        scores = all_scores[0, :end]  # without gaps, as the compiler must see for vectors
-        pack_scaled(query[0], q[first : first + count], scale)
-        multiply(all_scores[:, :end], factor(k[:end]), query, False)
-        hide(scores, 0, limit, masked, key_mask, segments, segment)
-        soften(scores, shift, total)
         for lane in range(count):
-            if blind(limit[lane], masked, key_mask, segments, segment[lane]):
-                total[lane], lse[first + lane] = 1, 0
-            elif total[lane] < np.inf:
-                lse[first + lane] = shift[lane] + math.log(total[lane])  # (flash_attention.4)
+            place = panel * width + lane
+            if blind(limit[place], masked, key_mask, segments, segment[place]):
+                total[place], lse[first + lane] = 1, 0
+            elif total[place] < np.inf:
+                shift = largest[place] if -np.inf < largest[place] < np.inf else 0
+                lse[first + lane] = shift + math.log(total[place])  # (flash_attention.4)
+                total[place] = 1 / total[place]
             else:
-                total[lane], lse[first + lane] = np.nan, np.nan
-        value_sums[:] = 0
-        for begin in range(0, end, MANY):
-            block = slice(begin, min(begin + MANY, end))
-            multiply_tiles(out, tiles[:, block], all_scores[:, block], False)  # (flash_attention.3)
-            for i in range(values):
-                for lane in range(width):
-                    value_sums[i, lane] += out[0, i, lane]
+                total[place], lse[first + lane] = np.nan, np.nan
+        inverse = total[first - start :]
         for i in range(values):
+            row, own = out[0, i], sums[panel, i]
             for lane in range(width):
-                out[0, i, lane] = value_sums[i, lane] / total[lane]
+                row[lane] = own[lane] * inverse[lane]
         unpack_rows(o[first : first + count], out)
 
 
@@ -286,7 +320,8 @@ def attention_backward(
         pack_columns(q, padded, scale),
         pack_columns(do, padded, q.dtype.type(1)),
     )
-    both = empty_panels(2 * PAIR, KEYS, q).reshape(2, PAIR, KEYS, width)
+    ends = np.empty(SIDE, np.int64)
+    both = empty_panels(2 * SIDE, KEYS, q).reshape(2, SIDE, KEYS, width)
     for begin in range(0, keys, KEYS):
         k_block, v_block = contiguous(k[begin : begin + KEYS]), contiguous(v[begin : begin + KEYS])
         block = k_block.shape[0]
@@ -297,23 +332,29 @@ def attention_backward(
             empty_panels(do_columns.shape[0], block, q),
         )
         dk_columns[:], dv_columns[:] = 0, 0
-        for first in range(0, panels, PAIR):
-            pair = slice(first, min(first + PAIR, panels))
-            columns = slice(pair.start * width, pair.stop * width)
-            end = min(block, limit[columns.stop - 1] + 1 - begin)
-            if end <= 0:
-                continue
-            scores, ds = both[0, : pair.stop - first, :end], both[1, : pair.stop - first, :end]
-            multiply(scores, factor(k_block[:end]), queries[pair], False)
-            multiply(ds, factor(v_block[:end]), do_panels[pair], False)
-            for panel in range(pair.stop - first):
-                lanes = slice((first + panel) * width, (first + panel + 1) * width)
-                s, d = both[0, panel, :end], both[1, panel, :end]
+        for first in range(0, panels, SIDE):
+            count = min(SIDE, panels - first)
+            last = (first + count) * width
+            for i in range(count):
+                panel = slice(first + i, first + i + 1)
+                lanes = slice(panel.start * width, panel.stop * width)
+                ends[i] = end = max(0, min(block, limit[lanes.stop - 1] + 1 - begin))
+                scores, ds = both[0, i : i + 1, :end], both[1, i : i + 1, :end]
+                multiply(scores, factor(k_block[:end]), queries[panel], False)
+                multiply(ds, factor(v_block[:end]), do_panels[panel], False)
+                s, d = both[0, i, :end], both[1, i, :end]
                 hide(s, begin, limit[lanes], masked, key_mask, segments, segment[lanes])
                 put_gradients(s, d, padded_lse[lanes], row_sum[lanes])
-            multiply(dv_columns[:, :end], turned(scores), do_columns[:, columns], True)
-            multiply(dk_columns[:, :end], turned(ds), query_columns[:, columns], True)
-            multiply_tiles(dq_panels[pair], tiles, ds, True)  # (flash_attention.8)
+                multiply_tiles(dq_panels[panel], tiles, ds, True)  # (flash_attention.8)
+            start = 0
+            for i in range(count):
+                # these keys are seen from panel i on
+                keys_seen, columns = slice(start, ends[i]), slice((first + i) * width, last)
+                if start < ends[i]:
+                    p, ds = both[0, i:count, keys_seen], both[1, i:count, keys_seen]
+                    multiply(dv_columns[:, keys_seen], turned(p), do_columns[:, columns], True)
+                    multiply(dk_columns[:, keys_seen], turned(ds), query_columns[:, columns], True)
+                start = ends[i]
         unpack_columns(dk[begin : begin + block], dk_columns)
         unpack_columns(dv[begin : begin + block], dv_columns)
     times(dq_panels.reshape(-1), scale)

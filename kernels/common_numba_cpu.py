@@ -43,12 +43,13 @@ LOG2_E = np.float32(1.4426950408889634)
 LN2_HIGH = np.float32(0.693145751953125)  # 15 bits of ln 2: n times it is exact for |n| < 2⁹
 LN2_LOW = np.float32(1.42860677e-06)  # the rest
 LOWEST, HIGHEST = np.float32(-105), np.float32(89)  # beyond, e^x is 0 or ∞ in float32
+LOWEST_NORMAL = np.float32(-87.336)  # −126 ln 2
 BIAS = 127  # of a float32's exponent, which is from bit 23 on
-ROUND = np.float32(3 * 2**22 + 2 * BIAS)  # a number added to it is rounded to a whole one
-ONE = np.float32(1)
-# (e^r − 1 − r) / r² for |r| ≤ ln 2 / 2, interpolated at 5 Chebyshev nodes
+ROUND = np.float32(3 * 2**22 + BIAS - 1)  # a number added to it is rounded to a whole one
+TWO = np.float32(2)
+# twice (e^r − 1 − r) / r² for |r| ≤ ln 2 / 2, interpolated at 5 Chebyshev nodes
 C0, C1, C2, C3, C4 = (
-    np.float32(c) for c in (0.5, 0.16666576, 0.041666556, 0.008363179, 0.0013926184)
+    np.float32(2 * c) for c in (0.5, 0.16666576, 0.041666556, 0.008363179, 0.0013926184)
 )
 
 
@@ -85,34 +86,58 @@ def product(a, b):
 
 
 def exp(x):
-    """e^x in compiled code. float64: the C library's. float32: 2ⁿ eʳ with n = round(x / ln 2), no
-    branch, and an error of at most 1.2 units in the last place (of the smallest normal number
+    """e^x in compiled code. float64: the C library's. float32: 2ⁿ⁻¹ 2eʳ with n = round(x / ln 2),
+    no branch, and an error of at most 1.2 units in the last place (of the smallest normal number
     below 2⁻¹²⁶: 1 subnormal); e^−∞ is 0, NaN stays NaN."""
     return exp_of_libm(x)
 
 
+def exp_or_zero(x):
+    """The same, but in float32 0 below 2⁻¹²⁵·⁵, for sums of which other terms are large: where a
+    product is subnormal, below 2⁻¹²⁶, a processor waits for a hundred cycles."""
+    return exp_of_libm(x)
+
+
 @njit(fastmath={"contract"})  # a product and a sum may be one instruction, whose product is exact
-def _exp_float32(x):
+def _exp_parts(x):
+    """2eʳ, and a number whose last bits are n − 1 + BIAS."""
     # not reordered: x LOG2_E would come out of the additions, n ln 2 of the subtractions
-    x = min(max(x, LOWEST), HIGHEST)
     shifted = np.float32(x * LOG2_E + ROUND)
     n = shifted - ROUND
     r = x - n * LN2_HIGH
     r = r - n * LN2_LOW
-    y = (((((C4 * r + C3) * r + C2) * r + C1) * r + C0) * r + ONE) * r + ONE
-    # 2ⁿ may be no float32: two factors are. The last bits of `shifted` are n + 2 BIAS; those before
-    # them are shifted out
-    whole = np.float32(shifted).view(np.int32)
+    y = (((((C4 * r + C3) * r + C2) * r + C1) * r + C0) * r + TWO) * r + TWO
+    return y, np.float32(shifted).view(np.int32)
+
+
+@njit(**EXACT)
+def _exp_float32(x):
+    y, exponent = _exp_parts(min(max(x, LOWEST), HIGHEST))
+    # 2ⁿ⁻¹ may be no float32: two factors are. Bits before the last are shifted out
+    whole = np.int32(exponent + BIAS)
     half = np.int32(whole >> 1)
     first = np.int32(half << 23).view(np.float32)
     second = np.int32((whole - half) << 23).view(np.float32)
     return y * first * second
 
 
+@njit(**EXACT)
+def _exp_or_zero_float32(x):
+    y, exponent = _exp_parts(min(max(x, LOWEST_NORMAL), HIGHEST))
+    return y * np.int32(exponent << 23).view(np.float32)
+
+
 @overload(exp, jit_options=EXACT)
 def _exp_of(x):
     if x == types.float32:
         return lambda x: _exp_float32(x)
+    return lambda x: exp_of_libm(x)
+
+
+@overload(exp_or_zero, jit_options=EXACT)
+def _exp_or_zero_of(x):
+    if x == types.float32:
+        return lambda x: _exp_or_zero_float32(x)
     return lambda x: exp_of_libm(x)
 
 

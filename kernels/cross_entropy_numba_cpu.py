@@ -20,7 +20,7 @@ from .common_numba_cpu import (
     Out1,
     Out2,
     Real,
-    exp,
+    exp_or_zero,
     largest_of,
     whole_vectors,
 )
@@ -45,7 +45,7 @@ def statistics(largest: Out1, total: Out1, z: In2, first: Int, last: Int) -> Non
         for start in range(0, own.size, LANES):  # a long sum in one type would lose its end
             part, some = real(0), own[start : start + LANES]
             for i in range(some.size):
-                part += exp(some[i] - shift)
+                part += exp_or_zero(some[i] - shift)
             summed += part
         largest[row], total[row] = highest, summed  # (log_prob.2)
 
@@ -59,10 +59,10 @@ def row_gradient(out, own, shift, total, counted, weight, target):
         out[:] = 0
         return
     hit = 0 <= target < own.size
-    p = exp(own[target] - shift) / total if hit else real(0)
+    p = exp_or_zero(own[target] - shift) / total if hit else real(0)
     factor = weight / total
     for i in range(own.size):
-        out[i] = factor * exp(own[i] - shift)  # (log_prob.6)
+        out[i] = factor * exp_or_zero(own[i] - shift)  # (log_prob.6)
     if hit:
         out[target] = weight * (p - real(1))  # (cross_entropy.3)
 

@@ -104,21 +104,21 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
         ),
     },
     "attention": {
-        "diagonal hidden": ("if key > limit[lane]:", "if key >= limit[lane]:"),
-        "one key too many": ("if key > limit[lane]:", "if key > limit[lane] + 1:"),
+        "diagonal hidden": ("limit[lane] + 1 - first), keys", "limit[lane] - first), keys"),
+        "one key too many": ("limit[lane] + 1 - first), keys", "limit[lane] + 2 - first), keys"),
         "position of a folded row": (
             "min(first + lane, rows - 1) // per_position",
             "min(first + lane, rows - 1)",
         ),
         "backward sees one key too few": (
-            "limit[columns.stop - 1] + 1 - begin",
-            "limit[columns.stop - 1] - begin",
+            "limit[lanes.stop - 1] + 1 - begin",
+            "limit[lanes.stop - 1] - begin",
         ),
         "probability left out of ds": ("p * (drow", "(drow"),
         "row sum left out": ("(drow[lane] - row_sum[lane])", "drow[lane]"),
         "a query that sees nothing sees all": (
-            "if blind(limit[lane]",
-            "if False and blind(limit[lane]",
+            "if blind(limit[place]",
+            "if False and blind(limit[place]",
         ),
         "hidden keys seen": (
             "if not key_mask[key] or segments[key] != segment[lane]:",

@@ -32,6 +32,9 @@ TURN = 0.15  # seconds that a turn lasts about
 MOST_SAMPLES, MOST_TURNS = 20, 20
 ENOUGH = 3  # quiet turns, without those that were not
 LONG = 0.2  # seconds of a call, beyond which `ENOUGH` turns will do
+# seconds; of a shorter call, the first of a turn is not timed: the caches were others' and the
+# cores slept, so the first of 50 ms takes up to 1.5 times as long as those that follow
+COLD = 0.2
 PATIENCE = 5.0  # seconds of a call, beyond which a column is left out
 BETWEEN = 0.03  # seconds between turns, about: a worker answers when its threads sleep
 PACKAGES = ("numpy", "numba", "torch", "transformers", "jax")
@@ -45,6 +48,11 @@ class Plan(NamedTuple):
     turns: int
     samples: int  # in a turn
     calls: int  # in a sample
+    untimed: int  # calls before the samples of a turn
+
+    def request(self) -> dict[str, int]:
+        """Of a worker, for one turn."""
+        return {"samples": self.samples, "calls": self.calls, "untimed": self.untimed}
 
 
 class Turn(NamedTuple):
@@ -205,13 +213,14 @@ def take_turns(
     turns: dict[str, list[Turn]] = {column: [] for column in seconds}
     failed: dict[str, str] = {}
     for number in range(2 * rounds):
-        for column, (wanted, samples, calls) in plans.items():
+        for column, planned in plans.items():
+            wanted = planned.turns
             comes = (number + 1) * wanted // rounds > number * wanted // rounds
             if column in failed or not comes or len(quiet(turns[column])) >= wanted:
                 continue
             load = Load(team.cores, team.pids)
             try:
-                given = team.ask(column, "turn", samples=samples, calls=calls)["seconds"]
+                given = team.ask(column, "turn", **planned.request())["seconds"]
             except (Refused, Ended) as error:
                 failed[column] = str(error)
                 continue
@@ -226,8 +235,9 @@ def plan(seconds: float, budget: float, fewest: int) -> Plan:
     calls = ceil(SAMPLE / seconds)
     turn = min(TURN, budget / fewest)
     samples = min(max(int(turn / (calls * seconds)), 1), MOST_SAMPLES)
-    turns = int(budget / (samples * calls * seconds + BETWEEN))
-    return Plan(min(max(turns, fewest), MOST_TURNS), samples, calls)
+    untimed = int(seconds < COLD)
+    turns = int(budget / ((untimed + samples * calls) * seconds + BETWEEN))
+    return Plan(min(max(turns, fewest), MOST_TURNS), samples, calls, untimed)
 
 
 def quiet(turns: Sequence[Turn]) -> list[Turn]:

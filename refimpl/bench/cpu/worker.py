@@ -6,7 +6,7 @@ It reads a request per line, as JSON, and answers each with a line, until its in
     {"do": "prepare", "problem": …, "sizes": …, "truth": FOLDER}
         → {"first": 1.2, "error": 3e-7, "worst": "dx"}       makes the inputs, calls it once
     {"do": "peak"} → {"peak": 8000000, "seconds": 0.01}      memory, and the time, of a call
-    {"do": "turn", "samples": 5, "calls": 2} → {"seconds": [5 times, of a call]}
+    {"do": "turn", "samples": 5, "calls": 2, "untimed": 1} → {"seconds": [5 times, of a call]}
     {"do": "drop"} → {}                         forgets the problem
     {"do": "truth", "problem": …, "sizes": …, "truth": FOLDER} → {}     writes the exact answer
     {"do": "rate"} → {"rate": 2e11}             flop per second of a product
@@ -41,7 +41,6 @@ from .problems import Sizes, inputs_of
 
 __all__ = ["Worker", "error_of", "main", "product_rate", "serve"]
 
-COLD = 0.05  # seconds; a shorter call is made once untimed in each turn: the caches were others'
 SIDE = 2048  # of the product that `rate` times
 TRIES = 5  # of `rate` and `write`
 LOOK, LONGEST = 0.02, 1.0  # seconds: of a look whether threads sleep, and of all looks
@@ -75,15 +74,11 @@ class Worker:
         seconds, peak = peak_of(self._call)
         return {"peak": peak, "seconds": seconds}
 
-    def turn(self, samples: int, calls: int) -> Answer:
+    def turn(self, samples: int, calls: int, untimed: int) -> Answer:
         call, found = self._call, []
-        before = time.perf_counter()
-        call()
-        seconds = time.perf_counter() - before
-        if seconds >= COLD:  # it counts
-            found.append(seconds)
-            calls = 1
-        while len(found) < samples:
+        for _ in range(untimed):
+            call()
+        for _ in range(samples):
             before = time.perf_counter()
             for _ in range(calls):
                 call()

@@ -24,7 +24,7 @@ from .pool import blocks_of, run_kernels
 
 __all__ = ["AttentionSaved", "attention_backward", "attention_forward"]
 
-BLOCK = 256  # queries of one task of the forward, which copies the values once
+BLOCK = 512  # queries of one task of the forward, which copies keys and values once
 
 
 class AttentionSaved(NamedTuple):

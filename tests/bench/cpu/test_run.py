@@ -64,11 +64,13 @@ def measured(team: Any, name: str = "attention-512") -> list[Measured | Failed]:
 
 def test_plan() -> None:
     """Samples of 2 ms, turns of 0.15 s, as many as the budget has, but not too few or too many."""
-    assert plan(1e-4, 0.75, 5) == (10, 20, 20)  # 20 samples of 2 ms, and 30 ms between turns
-    assert plan(0.01, 100, 5) == (20, 15, 1)
-    assert plan(2.0, 20, 5) == (9, 1, 1)
-    assert plan(0.19, 0.5, 5) == (5, 1, 1)
-    assert plan(2.0, 3, 5) == (3, 1, 1)  # a long call
+    # 20 samples of 2 ms, and 30 ms between turns
+    assert plan(1e-4, 0.75, 5) == (10, 20, 20, 1)
+    assert plan(0.01, 100, 5) == (20, 15, 1, 1)
+    assert plan(2.0, 20, 5) == (9, 1, 1, 0)
+    assert plan(0.19, 0.5, 5) == (5, 1, 1, 1)
+    assert plan(0.1, 2.4, 5) == (10, 1, 1, 1)  # the call that is not timed takes time too
+    assert plan(2.0, 3, 5) == (3, 1, 1, 0)  # a long call
     assert plan(1e-3, 0.1, 2).samples * 2e-3 <= 0.05
 
 

@@ -22,11 +22,11 @@ SWIGLU = {"problem": "swiglu", "sizes": asdict(TOY_ROWS["swiglu"].sizes)}
 def test_protocol(tmp_path: Path) -> None:
     """A line for a line; what can't be done is an answer, and the next request is served."""
     requests = [
-        {"do": "turn", "samples": 2, "calls": 1},
+        {"do": "turn", "samples": 2, "calls": 1, "untimed": 0},
         {"do": "truth", **SWIGLU, "truth": str(tmp_path)},
         {"do": "prepare", **SWIGLU, "truth": str(tmp_path)},
         {"do": "peak"},
-        {"do": "turn", "samples": 3, "calls": 2},
+        {"do": "turn", "samples": 3, "calls": 2, "untimed": 1},
         {"do": "drop"},
         {"do": "peak"},
         {"do": "write", "bytes": 4000},
@@ -46,16 +46,13 @@ def test_protocol(tmp_path: Path) -> None:
     assert write["seconds"] > 0
 
 
-def test_a_long_call_counts_from_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A short one is made once untimed, since caches were others'."""
-    calls = []
-    for cold, made in ((0.0, 3), (1e9, 1 + 3 * 4)):
-        monkeypatch.setattr(workers, "COLD", cold)
-        worker = Worker("reference")
-        worker.work = workers.Work(lambda: calls.append(1), dict)
-        assert len(worker.turn(3, 4 if cold else 1)["seconds"]) == 3
-        assert len(calls) == made
-        calls.clear()
+def test_calls_before_the_samples_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, taken = [0.0], [5.0, *[1.0] * 12]
+    monkeypatch.setattr(workers.time, "perf_counter", lambda: now[0])
+    worker = Worker("reference")
+    worker.work = workers.Work(lambda: now.append(now.pop() + taken.pop(0)), dict)
+    assert worker.turn(3, 4, 1) == {"seconds": [1.0, 1.0, 1.0]}
+    assert not taken
 
 
 def test_it_answers_when_its_threads_sleep(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,6 +200,10 @@ LARGE = {  # op: shapes of its arrays, keyword arguments
         {"indices": np.where(np.arange(400) < 330, np.arange(400) % 2, 2 - np.arange(400) % 2)},
     ),
     "attention": ([(1, 600, 2, 40), (1, 1100, 2, 40), (1, 1100, 2, 50)], {"scale": 0.2}),
+    "attention, the first blocks of keys hidden": (
+        [(1, 1300, 1, 8), (1, 1300, 1, 8), (1, 1300, 1, 8)],
+        {"scale": 0.2, "segments": np.array([[0] * 520 + [1] * 780])},
+    ),
     "attention, one head of keys, masked": (
         [(2, 90, 3, 40), (2, 130, 1, 40), (2, 130, 1, 50)],
         {
