@@ -33,7 +33,7 @@ MOST_SAMPLES, MOST_TURNS = 20, 20
 ENOUGH = 3  # quiet turns, without those that were not
 LONG = 0.2  # seconds of a call, beyond which `ENOUGH` turns will do
 # seconds; of a shorter call, the first of a turn is not timed: the caches were others' and the
-# cores slept, so the first of 50 ms takes up to 1.5 times as long as those that follow
+# cores slept, so it takes longer than those that follow
 COLD = 0.2
 PATIENCE = 5.0  # seconds of a call, beyond which a column is left out
 BETWEEN = 0.03  # seconds between turns, about: a worker answers when its threads sleep
