@@ -46,7 +46,7 @@ from .products_numba_cpu import (
 )
 
 KEYS = 512  # of a block
-SIDE = 4  # panels of queries whose shares of dk and dv the backward sums at a time
+SIDE = 4  # panels of queries at a time
 SOME = 64  # keys that are summed in their own type; such sums are added in float64
 
 
@@ -210,6 +210,30 @@ def unpack_columns(x, panels):
             x[row, i] = panels[whole, row, i - whole * width]
 
 
+@njit(**EXACT)
+def multiply_seen(c, a, b, ends):
+    """c [P, keys, WIDTH] = a [keys, K] by b [P, K, WIDTH], of panel i the first ends[i] keys;
+    ``ends`` ascend. Keys that several panels see are multiplied by all of them at once."""
+    start = 0
+    for i in range(ends.size):
+        if start < ends[i]:
+            seen = slice(start, ends[i])
+            multiply(c[i:, seen], factor(a[seen]), b[i:], False)
+            start = ends[i]
+
+
+@njit(**EXACT)
+def multiply_tiles_seen(c, tiles, b, ends, add):
+    """c [P, K, WIDTH] = wᵀ b of w [keys, K], in tiles, and b [P, keys, WIDTH], likewise; added to c
+    if ``add``. A panel that sees no key is left alone."""
+    start = 0
+    for i in range(ends.size):
+        if start < ends[i]:
+            seen = b[i:, start : ends[i]]
+            multiply_tiles(c[i:], tiles[:, start:], seen, add or start > 0)
+            start = ends[i]
+
+
 def attention_forward(
     o: Out2View,
     lse: Out1,
@@ -240,26 +264,31 @@ def attention_forward(
         pack_scaled(queries[panel], q[first : min(first + width, stop)], scale)
     limit, segment = np.empty(padded, np.int64), np.empty(padded, np.int64)
     put_limits(limit, segment, start, q.shape[0], per_position, behind, keys, masked, segments)
-    largest, change = np.full(padded, -np.inf, q.dtype), np.empty(width, q.dtype)
+    largest, change = np.full(padded, -np.inf, q.dtype), np.empty((SIDE, width), q.dtype)
     total, sums = np.zeros(padded), np.zeros((panels, values, width))
-    tiles, out = empty_tiles(values, KEYS, v), empty_panels(1, values, q)
-    all_scores = empty_panels(1, KEYS, q)
+    tiles, out = empty_tiles(values, KEYS, v), empty_panels(SIDE, values, q)
+    all_scores, all_ends = empty_panels(SIDE, KEYS, q), np.empty(SIDE, np.int64)
     for begin in range(0, min(keys, limit[stop - start - 1] + 1), KEYS):
         k_block, v_block = contiguous(k[begin : begin + KEYS]), contiguous(v[begin : begin + KEYS])
-        put_tiles(tiles, v_block, 0, v_block.shape[0], 0, values)
-        for panel in range(panels):
-            lanes = slice(panel * width, (panel + 1) * width)
-            end = limit[min(lanes.stop, stop - start) - 1] + 1 - begin
-            if end <= 0:
-                continue
-            end = min(end, v_block.shape[0])
-            scores = all_scores[:, :end]
-            multiply(scores, factor(k_block[:end]), queries[panel : panel + 1], False)
-            s = all_scores[0, :end]  # without gaps, as the compiler must see for vectors
-            hide(s, begin, limit[lanes], masked, key_mask, segments, segment[lanes])
-            soften(s, largest[lanes], total[lanes], change)
-            multiply_tiles(out, tiles, scores, False)  # (flash_attention.3)
-            add_values(sums[panel], change, out[0])
+        block = v_block.shape[0]
+        put_tiles(tiles, v_block, 0, block, 0, values)
+        for first in range(0, panels, SIDE):
+            ends = all_ends[: min(SIDE, panels - first)]
+            for i in range(ends.size):
+                last = min((first + i + 1) * width, stop - start) - 1
+                ends[i] = max(0, min(block, limit[last] + 1 - begin))
+            some, scores = slice(first, first + ends.size), all_scores[: ends.size]
+            multiply_seen(scores, k_block, queries[some], ends)
+            for i in range(ends.size):
+                if ends[i] > 0:
+                    lanes = slice((first + i) * width, (first + i + 1) * width)
+                    s = all_scores[i, : ends[i]]  # without gaps, as the compiler must see
+                    hide(s, begin, limit[lanes], masked, key_mask, segments, segment[lanes])
+                    soften(s, largest[lanes], total[lanes], change[i])
+            multiply_tiles_seen(out[: ends.size], tiles, scores, ends, False)  # (flash_attention.3)
+            for i in range(ends.size):
+                if ends[i] > 0:
+                    add_values(sums[first + i], change[i], out[i])
     for panel in range(panels):
         first = start + panel * width
         count = min(width, stop - first)
@@ -320,7 +349,7 @@ def attention_backward(
         pack_columns(q, padded, scale),
         pack_columns(do, padded, q.dtype.type(1)),
     )
-    ends = np.empty(SIDE, np.int64)
+    all_ends = np.empty(SIDE, np.int64)
     both = empty_panels(2 * SIDE, KEYS, q).reshape(2, SIDE, KEYS, width)
     for begin in range(0, keys, KEYS):
         k_block, v_block = contiguous(k[begin : begin + KEYS]), contiguous(v[begin : begin + KEYS])
@@ -334,18 +363,20 @@ def attention_backward(
         dk_columns[:], dv_columns[:] = 0, 0
         for first in range(0, panels, SIDE):
             count = min(SIDE, panels - first)
-            last = (first + count) * width
+            some, last = slice(first, first + count), (first + count) * width
+            ends = all_ends[:count]
             for i in range(count):
-                panel = slice(first + i, first + i + 1)
-                lanes = slice(panel.start * width, panel.stop * width)
-                ends[i] = end = max(0, min(block, limit[lanes.stop - 1] + 1 - begin))
-                scores, ds = both[0, i : i + 1, :end], both[1, i : i + 1, :end]
-                multiply(scores, factor(k_block[:end]), queries[panel], False)
-                multiply(ds, factor(v_block[:end]), do_panels[panel], False)
-                s, d = both[0, i, :end], both[1, i, :end]
+                seen = limit[(first + i + 1) * width - 1] + 1 - begin
+                ends[i] = max(0, min(block, seen))
+            multiply_seen(both[0, :count], k_block, queries[some], ends)
+            multiply_seen(both[1, :count], v_block, do_panels[some], ends)
+            for i in range(count):
+                lanes = slice((first + i) * width, (first + i + 1) * width)
+                s, d = both[0, i, : ends[i]], both[1, i, : ends[i]]
                 hide(s, begin, limit[lanes], masked, key_mask, segments, segment[lanes])
                 put_gradients(s, d, padded_lse[lanes], row_sum[lanes])
-                multiply_tiles(dq_panels[panel], tiles, ds, True)  # (flash_attention.8)
+            # (flash_attention.8)
+            multiply_tiles_seen(dq_panels[some], tiles, both[1, :count], ends, True)
             start = 0
             for i in range(count):
                 # these keys are seen from panel i on

@@ -30,7 +30,7 @@ class Argument(NamedTuple):
 
 
 In1, In2, In3 = (Argument(dims) for dims in (1, 2, 3))
-Out1, Out2, Out3 = (Argument(dims, written=True) for dims in (1, 2, 3))
+Out1, Out2, Out3, Out4 = (Argument(dims, written=True) for dims in (1, 2, 3, 4))
 In2View, Out2View = Argument(2, layout="A"), Argument(2, written=True, layout="A")
 Ids1, Ids2 = (Argument(dims, kind="int64") for dims in (1, 2))
 OutIds1, OutIds2 = (Argument(dims, written=True, kind="int64") for dims in (1, 2))

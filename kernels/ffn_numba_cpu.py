@@ -27,17 +27,24 @@ from .common_numba_cpu import (
     Out1,
     Out2,
     Out3,
+    Out4,
     sigmoid,
     whole_vectors,
 )
 from .products_numba_cpu import (
+    DEEP,
+    PANELS,
+    add_outer_products,
     empty_panels,
     factor,
     multiply_far,
     multiply_transposed,
     outer_products,
+    pack_columns,
     pack_rows,
+    put_turned,
     unpack_rows,
+    width_of,
 )
 
 
@@ -90,7 +97,7 @@ def networks_backward(
     dgate: Out3,
     dup: Out3,
     dy_panels: Out3,
-    hidden: Out2,
+    hidden: Out3,
     dweights: Out1,
     dy: In2,
     order: Ids1,
@@ -101,13 +108,19 @@ def networks_backward(
     w_gate: In3,
     w_up: In3,
     w_down: In3,
+    gate_turned: Out4,
+    up_turned: Out4,
+    down_turned: Out4,
     table: Ids2,
 ) -> None:
     """Writes ``dx`` [rows, D], ``dgate`` and ``dup`` [P, F, WIDTH], ``dy_panels`` [P, D, WIDTH],
-    the rows of ``dy``, ``hidden`` [rows, F], times the row's weight, and ``dweights`` [rows].
+    the rows of ``dy``, ``hidden`` times the row's weight, in panels of its units
+    [⌈F / WIDTH⌉, rows, WIDTH], and ``dweights`` [rows].
 
     ``dy`` is the gradient of Σ weight · output, so dweights = Σ_f hidden_f dhidden_f with
-    dhidden = w_downᵀ dy: the output is not needed.
+    dhidden = w_downᵀ dy: the output is not needed. The weights' transposes are those of
+    `put_weights` where one network's were made for all blocks; else they are empty, and read-only
+    in any case.
     """
     for i in range(table.shape[0]):
         e, rows, panels = part_of(table[i])
@@ -116,7 +129,7 @@ def networks_backward(
             dgate[panels],
             dup[panels],
             dy_panels[panels],
-            hidden[rows],
+            hidden[:, rows],
             dweights[rows],
             dy,
             order[rows],
@@ -127,6 +140,9 @@ def networks_backward(
             w_gate[e],
             w_up[e],
             w_down[e],
+            gate_turned,
+            up_turned,
+            down_turned,
         )
 
 
@@ -147,14 +163,17 @@ def network_backward(
     w_gate,
     w_up,
     w_down,
+    gate_turned,
+    up_turned,
+    down_turned,
 ):
     """One network's."""
     whole_vectors()
     one = gate.dtype.type(1)
     pack_rows(dy_panels, dy, order, per_token)
     dhidden = empty_panels(gate.shape[0], gate.shape[1], dy)
-    multiply_transposed(dhidden, w_down, dy_panels, False, w_gate)  # (ffn.4)
-    width = gate.shape[2]
+    multiply_transposed(dhidden, w_down, down_turned, dy_panels, False, w_gate)  # (ffn.4)
+    width = width_of(gate)
     for panel in range(gate.shape[0]):
         first = panel * width
         count = min(width, order.size - first)
@@ -175,11 +194,39 @@ def network_backward(
                 dh[r] = h * weight[r]  # dhidden is used up: its place takes the hidden state
         for r in range(count):
             dweights[first + r] = total[r]
-    unpack_rows(hidden, dhidden)
+    _put_units(hidden, dhidden)
     rows = empty_panels(dy_panels.shape[0], dy_panels.shape[1], dy)
-    multiply_transposed(rows, w_gate, dgate, False, w_up)
-    multiply_transposed(rows, w_up, dup, True, w_up[:0])  # (ffn.6)
+    multiply_transposed(rows, w_gate, gate_turned, dgate, False, w_up)
+    multiply_transposed(rows, w_up, up_turned, dup, True, w_up[:0])  # (ffn.6)
     unpack_rows(dx, rows)
+
+
+def put_weights(
+    gate_turned: Out4,
+    up_turned: Out4,
+    down_turned: Out4,
+    w_gate: In3,
+    w_up: In3,
+    w_down: In3,
+    part: Int,
+    parts: Int,
+) -> None:
+    """A part of the transposes of one network's weights."""
+    put_turned(gate_turned, w_gate[0], part, parts)
+    put_turned(up_turned, w_up[0], part, parts)
+    put_turned(down_turned, w_down[0], part, parts)
+
+
+@njit(**SAME)
+def _put_units(hidden, panels):
+    """``hidden`` [⌈F / WIDTH⌉, rows, WIDTH], a row's units beside each other, from ``panels``
+    [P, F, WIDTH], a unit's rows beside each other. Zeros beyond."""
+    width = width_of(hidden)
+    for i in range(hidden.shape[0]):
+        some = panels[:, i * width : (i + 1) * width]
+        unpack_rows(hidden[i, :, : some.shape[1]], some)
+        if some.shape[1] < width:
+            hidden[i, :, some.shape[1] :] = 0
 
 
 def weight_gradients(
@@ -189,24 +236,35 @@ def weight_gradients(
     dgate: In3,
     dup: In3,
     dy_panels: In3,
-    hidden: In2,
+    hidden: In3,
     x: In2,
     order: Ids1,
-    identity: Ids1,
     per_token: Int,
     table: Ids2,
 ) -> None:
     """The weights' gradients, a part of their rows: the table has two more columns, which part and
-    of how many. The arrays are those of `networks_backward`; ``identity`` is 0 … rows."""
+    of how many. The arrays are those of `networks_backward`."""
     _, f, d = dw_gate.shape
-    once = np.int64(1)  # for a literal Numba would compile `outer_products` once more
     for i in range(table.shape[0]):
         e, rows, panels = part_of(table[i])
         part, parts = table[i, 5], table[i, 6]
-        of_rows = order[rows]
-        first, last = f * part // parts, f * (part + 1) // parts
-        outer_products(dw_gate[e], dgate[panels], x, of_rows, per_token, first, last)
-        outer_products(dw_up[e], dup[panels], x, of_rows, per_token, first, last)
-        first, last = d * part // parts, d * (part + 1) // parts
-        own = identity[: of_rows.size]
-        outer_products(dw_down[e], dy_panels[panels], hidden[rows], own, once, first, last)
+        some = slice(f * part // parts, f * (part + 1) // parts)
+        own = dw_gate[e, some], dw_up[e, some]
+        into_hidden(*own, dgate[panels, some], dup[panels, some], x, order[rows], per_token)
+        some = slice(d * part // parts, d * (part + 1) // parts)
+        outer_products(dw_down[e, some], dy_panels[panels, some], hidden[:, rows])
+
+
+@njit(**SAME)
+def into_hidden(dw_gate, dw_up, dgate, dup, x, order, per_token):
+    """Rows of ``dw_gate`` and ``dw_up``: of x, a block is packed once for both."""
+    packed = empty_panels(PANELS, DEEP, x)
+    if order.size == 0:
+        dw_gate[:] = 0
+        dw_up[:] = 0
+    for begin in range(0, order.size, DEEP):
+        rows = order[begin : begin + DEEP]
+        for start in range(0, x.shape[1], PANELS * width_of(x)):
+            pack_columns(packed, x, rows, per_token, start)
+            add_outer_products(dw_gate, dgate, packed[:, : rows.size], begin, start)
+            add_outer_products(dw_up, dup, packed[:, : rows.size], begin, start)

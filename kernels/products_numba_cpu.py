@@ -6,17 +6,20 @@ where it lies, by any strides. b and c are in *panels*: `WIDTH` columns, two vec
 each other, so a matrix [K, N] is an array [⌈N / WIDTH⌉, K, WIDTH]. What a kernel makes in that
 order is the next product's b, without a copy.
 
-`multiply` makes a tile of c, `TALL` rows of one panel, at a time. All its sums are in registers:
-each step along K reads one row of a panel of b and one number of each row of a, and adds the
-products. An element's sum runs along K in order, `DEEP` steps at a time; these sums are added in
-order. So its bits depend neither on the tile nor on the number of threads, but on the processor: on
-its fused multiply-add, and in `outer_products` on `WIDTH`.
+`multiply` makes a tile of c at a time: `TALL` rows of one panel or, where there are registers for
+it, `LONG` rows of two. All its sums are in registers: each step along K reads one row of each panel
+of b and one number of each row of a, and adds the products. An element's sum runs along K in order,
+`DEEP` steps at a time; these sums are added in order. So its bits depend neither on the tile nor on
+the number of threads, but on the processor: on its fused multiply-add, on `DEEP`, and in
+`outer_products` on `WIDTH`.
 
 Letters: c [M, N] = a [M, K] b [K, N], P panels, WIDTH = `width_of(x)`. a may be [M, R, K / R]: K in
 R pieces that lie apart, as where its columns are in panels.
 """
 
 from __future__ import annotations
+
+from contextlib import contextmanager
 
 import numpy as np
 from llvmlite import ir
@@ -40,7 +43,8 @@ WIDE, ARM = "avx512f" in FEATURES, "neon" in FEATURES
 BYTES = 64 if WIDE else 32 if "avx2" in FEATURES else 16  # of a vector
 VECTORS = 2  # of a panel's row
 TALL = 8 if WIDE or ARM else 6  # rows of a tile: with 32 registers or 16, all its sums are in them
-DEEP = 256  # steps along K per block: a panel's rows fit the first cache
+LONG = 6 if WIDE else 1  # of a tile of two panels: fewer instructions per product than one has
+DEEP = 128 if WIDE else 256  # steps along K per block: what a tile reads of b fits the first cache
 SLAB = 256  # rows of a per block: DEEP × SLAB numbers fit the second cache
 LINE = 64  # bytes, of the cache: as in memory.py
 PANELS = 4  # of b that `multiply_rows` and `outer_products` pack at a time
@@ -98,6 +102,13 @@ class _Code:
         place = self.builder.bitcast(at, value.type.as_pointer())
         self.builder.store(value, place).align = self.align
 
+    @contextmanager
+    def steps(self, start, stop, step):
+        """A loop, which gives its index."""
+        kind = ir.IntType(64)
+        with cgutils.for_range_slice(self.builder, start, stop, step, kind, inc=True) as (i, _):
+            yield i
+
     def apart(self, pointer):
         """The same pointer, hidden from LLVM: otherwise it computes each row's address from the row
         before, and the loads wait."""
@@ -131,97 +142,102 @@ class _Code:
         return self.builder.call(function, [a, b, total])
 
 
-def _tile(height, fetched=""):
-    """The function that makes so many rows, from ``first`` on, of a panel of c [P, M, WIDTH] from
-    a [tiles, TALL, R, K / R] and b [P, K, WIDTH]. Meanwhile it fetches what is named: "ahead", as
-    many rows from ``first`` on and as many steps of ``ahead`` [n, R, m], or "c", its next rows."""
+def _tile(height, panels=1, fetches=False):
+    """The function that makes so many rows, from ``first`` on, of so many panels of c [P, M, WIDTH]
+    from a [tiles, TALL, R, K / R] and b [P, K, WIDTH]. If ``apart``, c's next rows are fetched; if
+    it ``fetches``, as many rows from ``first`` on and as many steps of ``ahead`` [n, R, m]."""
 
     @intrinsic
-    def tile(typing, c, a, b, ahead, panel, first, add):
+    def tile(typing, c, a, b, ahead, panel, first, add, apart):
         def code(context, builder, signature, arguments):
             emit = _Code(context, builder, signature.args[0].dtype)
             arrays = zip(signature.args[:4], arguments[:4], strict=True)
             c, a, b, ahead = (emit.array(kind, value) for kind, value in arrays)
-            panel, first, add = arguments[4:]
+            panel, first, add, apart = arguments[4:]
+            own = [builder.add(panel, emit.integer(i)) for i in range(panels)]
             zero = ir.Constant(emit.vector(BYTES // emit.align), [0.0] * (BYTES // emit.align))
             sums = [
-                [cgutils.alloca_once_value(builder, zero) for _ in range(VECTORS)]
+                [cgutils.alloca_once_value(builder, zero) for _ in range(panels * VECTORS)]
                 for _ in range(height)
             ]
-            if fetched == "c":
-                _fetch_rows(emit, c, panel, builder.add(first, emit.integer(height)), height)
-            _add_up(emit, sums, a, b, panel, first, ahead if fetched == "ahead" else None)
-            _put(emit, sums, c, panel, first, add)
+            with builder.if_then(apart):
+                next_row = builder.add(first, emit.integer(height))
+                for one in own:
+                    by_panel, by_row, _ = emit.strides(c)
+                    begin = emit.moved(c.data, (one, by_panel), (next_row, by_row))
+                    _fetch_rows(emit, begin, by_row, height, -(-VECTORS * BYTES // LINE), True)
+            _add_up(emit, sums, a, b, own, first, ahead if fetches else None)
+            _put(emit, sums, c, own, first, add)
             return context.get_dummy_value()
 
-        return types.void(c, a, b, ahead, panel, first, add), code
+        return types.void(c, a, b, ahead, panel, first, add, apart), code
 
     return tile
 
 
-def _add_up(emit, sums, a, b, panel, first, ahead):
-    """Add the products of rows of a with the panel of b to ``sums``, vectors by row."""
-    builder, vector = emit.builder, sums[0][0].type.pointee
+def _add_up(emit, sums, a, b, panels, first, ahead):
+    """Add the products of rows of a with panels of b to ``sums``, vectors by row."""
+    builder = emit.builder
     by_tile, by_row, by_repeat, by_step = emit.strides(a)
     b_panel, b_row, _ = emit.strides(b)
     *_, repeats, steps = cgutils.unpack_tuple(builder, a.shape)
     tall = emit.integer(TALL)
-    begin = emit.moved(
-        a.data, (builder.udiv(first, tall), by_tile), (builder.urem(first, tall), by_row)
-    )
-    a_rows = [emit.apart(emit.moved(begin, (emit.integer(i), by_row))) for i in range(len(sums))]
-    b_begin = emit.moved(b.data, (panel, b_panel))
+    places = [builder.add(first, emit.integer(i)) for i in range(len(sums))]
+    tiles = [(builder.udiv(place, tall), builder.urem(place, tall)) for place in places]
+    a_rows = [emit.apart(emit.moved(a.data, (t, by_tile), (i, by_row))) for t, i in tiles]
+    b_begins = [emit.moved(b.data, (panel, b_panel)) for panel in panels]
     with cgutils.for_range(builder, repeats) as outer:
-        parts = [emit.moved(row, (outer.index, by_repeat)) for row in a_rows]
-        b_part = emit.moved(b_begin, (builder.mul(outer.index, steps), b_row))
-        with cgutils.for_range(builder, steps) as inner:
-            row = emit.moved(b_part, (inner.index, b_row))
-            if ahead is not None:
-                _fetch(emit, ahead, first, outer.index, inner.index, len(sums))
-            b_vectors = [
-                emit.load(emit.moved(row, (emit.integer(BYTES), emit.integer(v))), vector)
-                for v in range(VECTORS)
-            ]
-            for part, own in zip(parts, sums, strict=True):
-                number = emit.load(emit.moved(part, (inner.index, by_step)), emit.real)
-                same = emit.broadcast(number, vector.count)
-                for total, other in zip(own, b_vectors, strict=True):
-                    added = emit.add_product(same, other, builder.load(total))
-                    builder.store(added, total)
+        parts = [(emit.moved(row, (outer.index, by_repeat)), by_step) for row in a_rows]
+        before = builder.mul(outer.index, steps)
+        b_parts = [(emit.moved(begin, (before, b_row)), b_row) for begin in b_begins]
+        if ahead is None:
+            with emit.steps(emit.integer(0), steps, emit.integer(1)) as step:
+                _add_step(emit, sums, parts, b_parts, step)
+            return
+        by_row_ahead, by_repeat_ahead, by_column = emit.strides(ahead)
+        some = emit.integer(LINE // emit.align)  # steps, whose numbers share a line
+        with emit.steps(emit.integer(0), steps, some) as start:
+            places = (first, by_row_ahead), (outer.index, by_repeat_ahead), (start, by_column)
+            _fetch_rows(emit, emit.moved(ahead.data, *places), by_row_ahead, len(sums))
+            end = builder.add(start, some)
+            end = builder.select(builder.icmp_signed("<", end, steps), end, steps)
+            with emit.steps(start, end, emit.integer(1)) as step:
+                _add_step(emit, sums, parts, b_parts, step)
 
 
-def _fetch(emit, x, first, repeat, step, height):
-    """Fetch one number of x [n, R, m]: in ``height`` steps one of each row from ``first`` on, then
-    those ``height`` columns further."""
-    builder = emit.builder
-    by_row, by_repeat, by_column = emit.strides(x)
-    row = builder.urem(step, emit.integer(height))
-    column = builder.sub(step, row)
-    row = builder.add(first, row)
-    emit.fetch(emit.moved(x.data, (row, by_row), (repeat, by_repeat), (column, by_column)))
+def _add_step(emit, sums, a_rows, b_panels, step):
+    """One number of each row of a times a row of each panel of b."""
+    builder, vector = emit.builder, sums[0][0].type.pointee
+    b_rows = [emit.moved(panel, (step, stride)) for panel, stride in b_panels]
+    b_vectors = [
+        emit.load(emit.moved(row, (emit.integer(BYTES), emit.integer(v))), vector)
+        for row in b_rows
+        for v in range(VECTORS)
+    ]
+    for (row, stride), own in zip(a_rows, sums, strict=True):
+        number = emit.load(emit.moved(row, (step, stride)), emit.real)
+        same = emit.broadcast(number, vector.count)
+        for total, other in zip(own, b_vectors, strict=True):
+            builder.store(emit.add_product(same, other, builder.load(total)), total)
 
 
-def _fetch_rows(emit, c, panel, first, count):
-    """Fetch so many rows of the panel of c, from ``first`` on, to write them."""
-    by_panel, by_row, _ = emit.strides(c)
-    begin = emit.moved(c.data, (panel, by_panel), (first, by_row))
-    line = emit.integer(LINE)
+def _fetch_rows(emit, begin, by_row, count, lines=1, write=False):
+    """Fetch ``lines`` of memory from ``begin`` on, and of the rows after it."""
     for i in range(count):
-        row = emit.moved(begin, (emit.integer(i), by_row))
-        for place in range(-(-VECTORS * BYTES // LINE)):
-            emit.fetch(emit.moved(row, (emit.integer(place), line)), write=True)
+        for place in range(lines):
+            moved = (emit.integer(i), by_row), (emit.integer(place), emit.integer(LINE))
+            emit.fetch(emit.moved(begin, *moved), write)
 
 
-def _put(emit, sums, c, panel, first, add):
-    """Write ``sums`` to the panel of c, or add them."""
+def _put(emit, sums, c, panels, first, add):
+    """Write ``sums`` to panels of c, or add them."""
     builder, vector = emit.builder, sums[0][0].type.pointee
     by_panel, by_row, _ = emit.strides(c)
-    begin = emit.moved(c.data, (panel, by_panel), (first, by_row))
+    begins = [emit.moved(c.data, (panel, by_panel), (first, by_row)) for panel in panels]
     for i, own in enumerate(sums):
         for v, total in enumerate(own):
-            at = emit.moved(
-                begin, (emit.integer(i), by_row), (emit.integer(BYTES), emit.integer(v))
-            )
+            begin, place = begins[v // VECTORS], emit.integer(v % VECTORS)
+            at = emit.moved(begin, (emit.integer(i), by_row), (emit.integer(BYTES), place))
             with builder.if_then(add):
                 before = emit.load(at, vector)
                 builder.store(builder.fadd(before, builder.load(total)), total)
@@ -287,33 +303,30 @@ def _transpose_square(typing, out, x, i, j):
     return types.void(out, x, i, j), code
 
 
-@njit(**EXACT)
-def _checked_tile(c, a, b, panel, first, add, height):
-    steps = a.shape[3]
-    for i in range(first, first + height):
-        for lane in range(c.shape[2]):
-            total = c.dtype.type(0)
-            for k in range(b.shape[1]):
-                factor = a[i // TALL, i % TALL, k // steps, k % steps]
-                total += factor * b[panel, k, lane]
-            c[panel, i, lane] = c[panel, i, lane] + total if add else total
-
-
-if CHECKED or config.DISABLE_JIT:  # the same but for rounding, in loops whose indices are checked
+def _checked_tile(height, panels=1, fetches=False):
+    """As `_tile`, but for rounding and what is fetched, in loops whose indices are checked."""
 
     @njit(**EXACT)
-    def _tall(c, a, b, ahead, panel, first, add):
-        _checked_tile(c, a, b, panel, first, add, TALL)
+    def tile(c, a, b, ahead, panel, first, add, apart):
+        steps = a.shape[3]
+        for own in range(panel, panel + panels):
+            for i in range(first, first + height):
+                for lane in range(c.shape[2]):
+                    total = c.dtype.type(0)
+                    for k in range(b.shape[1]):
+                        factor = a[i // TALL, i % TALL, k // steps, k % steps]
+                        total += factor * b[own, k, lane]
+                    c[own, i, lane] = c[own, i, lane] + total if add else total
 
-    @njit(**EXACT)
-    def _single(c, a, b, ahead, panel, first, add):
-        _checked_tile(c, a, b, panel, first, add, 1)
+    return tile
+
+
+if CHECKED or config.DISABLE_JIT:
+    _make = _checked_tile
 
     @njit(**EXACT)
     def _fetch_number(x, i):
         pass
-
-    _tall_and_ahead = _tall_and_c = _tall
 
     @njit(**EXACT)
     def _copy(out, x):
@@ -327,10 +340,13 @@ if CHECKED or config.DISABLE_JIT:  # the same but for rounding, in loops whose i
                 out[column, row] = x[row, column]
 
 else:
-    _tall, _single = _tile(TALL), _tile(1)
-    _tall_and_ahead, _tall_and_c = _tile(TALL, "ahead"), _tile(TALL, "c")
+    _make = _tile
     _copy, _square = _copy_tall, _transpose_square
     _fetch_number = _fetch_one
+
+_tall, _tall_and_ahead, _single = _make(TALL), _make(TALL, fetches=True), _make(1)
+_long, _long_and_ahead = _make(LONG, 2), _make(LONG, 2, fetches=True)
+_double, _single_of_two = _make(2, 2), _make(1, 2)
 
 
 @njit(**EXACT)
@@ -389,26 +405,44 @@ def _multiply(c, a, b, add, ahead):
 @njit(**EXACT)
 def _block(c, a, b, add, ahead):
     """`multiply` of matrices that stay in the cache; a is [tiles, TALL, R, K / R]. Meanwhile
-    ``ahead`` [n, R, m] is fetched, TALL rows of it per tile of the first panel; and if c's rows lie
-    apart, those that are written next."""
-    rows = c.shape[1]
-    tall, apart = rows - rows % TALL, c.strides[1] > c.shape[2] * c.itemsize
-    for panel in range(b.shape[0]):
+    ``ahead`` [n, R, m] is fetched, a tile's rows of it per tile of the first panel; and if c's rows
+    lie apart, those that are written next."""
+    panels, rows, width = c.shape
+    apart = c.strides[1] > width * c.itemsize
+    pairs = panels - panels % 2 if LONG > 1 else 0
+    for panel in range(0, pairs, 2):
+        _pair(c, a, b, ahead, panel, add, apart)
+    tall = rows - rows % TALL
+    for panel in range(pairs, panels):
         for first in range(0, tall, TALL):
             if panel == 0 and ahead.size > 0:
-                _tall_and_ahead(c, a, b, ahead, panel, first, add)
-            elif apart:
-                _tall_and_c(c, a, b, ahead, panel, first, add)
+                _tall_and_ahead(c, a, b, ahead, panel, first, add, False)
             else:
-                _tall(c, a, b, ahead, panel, first, add)
+                _tall(c, a, b, ahead, panel, first, add, apart)
         for first in range(tall, rows):
-            _single(c, a, b, ahead, panel, first, add)
+            _single(c, a, b, ahead, panel, first, add, False)
+
+
+@njit(**EXACT)
+def _pair(c, a, b, ahead, panel, add, apart):
+    """Two panels of `_block`."""
+    rows = c.shape[1]
+    long, even = rows - rows % LONG, rows - rows % 2
+    for first in range(0, long, LONG):
+        if panel == 0 and ahead.size > 0:
+            _long_and_ahead(c, a, b, ahead, panel, first, add, False)
+        else:
+            _long(c, a, b, ahead, panel, first, add, apart)
+    for first in range(long, even, 2):
+        _double(c, a, b, ahead, panel, first, add, False)
+    for first in range(even, rows):
+        _single_of_two(c, a, b, ahead, panel, first, add, False)
 
 
 @njit(**EXACT)
 def empty_tiles(rows, steps, like):
     """Room for the transpose of w [steps, rows], as `multiply_tiles` reads it."""
-    return np.empty((-(-rows // TALL), steps + GAP, 1, TALL), like.dtype)
+    return np.empty((-(-rows // TALL), steps + GAP, TALL), like.dtype)
 
 
 @njit(**EXACT)
@@ -417,9 +451,9 @@ def put_tiles(tiles, w, first, steps, start, rows):
     for k in range(steps):
         row = w[first + k, start : start + rows]
         for tile in range(rows // TALL):
-            _copy(tiles[tile, k, 0], row[tile * TALL :])
+            _copy(tiles[tile, k], row[tile * TALL :])
         for i in range(rows - rows % TALL, rows):
-            tiles[i // TALL, k, 0, i % TALL] = row[i]
+            tiles[i // TALL, k, i % TALL] = row[i]
 
 
 @njit(**EXACT)
@@ -433,15 +467,33 @@ def multiply_tiles(c, tiles, b, add):
 @njit(**EXACT)
 def by_rows(tiles, steps):
     """The first ``steps`` rows of w, in tiles, as a of `_block`."""
-    by_tile, by_step, by_repeat, by_row = tiles.strides
+    by_tile, by_step, by_row = tiles.strides
     shape = (tiles.shape[0], TALL, 1, steps)
-    return as_strided(tiles, shape, (by_tile, by_row, by_repeat, by_step))
+    return as_strided(tiles, shape, (by_tile, by_row, 0, by_step))
+
+
+def turned_shape(steps, rows):
+    """The shape of w [steps, rows] as `put_turned` writes it: blocks, each in tiles."""
+    blocks = -(-rows // SLAB) * -(-steps // DEEP)
+    return blocks, -(-min(rows, SLAB) // TALL), min(steps, DEEP) + GAP, TALL
 
 
 @njit(**EXACT)
-def multiply_transposed(c, w, b, add, following):
-    """c [P, M, WIDTH] = wᵀ b of w [K, M] and b [P, K, WIDTH], added to c if ``add``. ``following``
-    [n, m] is the weight that is wanted next, or has no rows.
+def put_turned(blocks, w, part, parts):
+    """Write a part of the blocks of w [K, M] in the order in which `multiply_transposed` reads
+    them."""
+    steps, rows = w.shape
+    across = -(-steps // DEEP)
+    for n in range(blocks.shape[0] * part // parts, blocks.shape[0] * (part + 1) // parts):
+        i, k = n // across * SLAB, n % across * DEEP
+        put_tiles(blocks[n], w, k, min(DEEP, steps - k), i, min(SLAB, rows - i))
+
+
+@njit(**EXACT)
+def multiply_transposed(c, w, turned, b, add, following):
+    """c [P, M, WIDTH] = wᵀ b of w [K, M] and b [P, K, WIDTH], added to c if ``add``. ``turned``
+    are w's blocks (`put_turned`), or none. ``following`` [n, m] is the weight that is wanted next,
+    or has no rows.
 
     A tile would read a few numbers of each row of w, and fetch a line of memory for them. So what
     stays in the cache is copied there first, in the order in which tiles read it; what is copied
@@ -452,19 +504,25 @@ def multiply_transposed(c, w, b, add, following):
         raise ValueError("shapes do not agree")
     if w.size == 0 and not add:
         c[:] = 0
-    tiles = empty_tiles(min(rows, SLAB), min(steps, DEEP), w)
+    own = empty_tiles(min(rows, SLAB), min(steps, DEEP), w)
+    n = 0
     for i in range(0, rows, SLAB):
         height = min(SLAB, rows - i)
         for k in range(0, steps, DEEP):
-            deep = min(DEEP, steps - k)
-            put_tiles(tiles, w, k, deep, i, height)
-            ahead = following
-            if k + deep < steps:
-                ahead = w[k + deep :, i:]
-            elif i + height < rows:
-                ahead = w[:, i + height :]
-            own, more = c[:, i : i + height], add or k > 0
-            _block(own, by_rows(tiles, deep), b[:, k : k + deep], more, factor(ahead))
+            deep, tiles = min(DEEP, steps - k), own
+            ahead = w[:0]
+            if turned.shape[0] > 0:
+                tiles = turned[n]
+                n += 1
+            else:
+                put_tiles(tiles, w, k, deep, i, height)
+                ahead = following
+                if k + deep < steps:
+                    ahead = w[k + deep :, i:]
+                elif i + height < rows:
+                    ahead = w[:, i + height :]
+            more, some = add or k > 0, b[:, k : k + deep]
+            _block(c[:, i : i + height], by_rows(tiles, deep), some, more, factor(ahead))
 
 
 @njit(**EXACT)
@@ -631,40 +689,55 @@ def _pack_block(panels, x):
 
 
 @njit(**EXACT)
-def outer_products(dw, a, b, order, per_token, first, last):
-    """Rows first … last of dw [M, N] = Σ_r a_r b_rᵀ, where a_r is column r of a, panels
-    [P, M, WIDTH], and b_r row order[r] // per_token of b [rows, N]."""
-    width, (_, columns) = a.shape[2], dw.shape
-    into, by_row = dw[first:last], turned(a[:, first:last])
-    packed = empty_panels(PANELS, DEEP, dw)
-    edge = empty_panels(1, last - first, dw)[:, : last - first]  # a view, as whole panels are
-    if order.size == 0:
-        into[:] = 0
-    for begin in range(0, order.size, DEEP):
-        rows = order[begin : begin + DEEP]
-        a_block = by_row[:, begin // width :]
-        for start in range(0, columns, PANELS * width):
-            stop = min(start + PANELS * width, columns)
-            whole, rest = (stop - start) // width, (stop - start) % width
-            for r in range(rows.size):
-                if r + SOON < rows.size:
-                    fetch(b[rows[r + SOON] // per_token, start:stop])
-                row = b[rows[r] // per_token, start:stop]
-                for panel in range(whole):
-                    out, part = packed[panel, r], row[panel * width :]
-                    for lane in range(width):
-                        out[lane] = part[lane]
-                for lane in range(rest):
-                    packed[whole, r, lane] = row[whole * width + lane]
-            # whole panels go straight to dw, a last one that is not full by way of edge
-            direct = _whole_panels(into, start, whole)
-            _multiply_columns(direct, a_block, packed[:whole, : rows.size], begin > 0, start == 0)
-            if rest > 0:
-                packed[whole, : rows.size, rest:] = 0
-                _put_columns(edge[0], into[:, :stop], stop - rest)
-                one = packed[whole : whole + 1, : rows.size]
-                _multiply_columns(edge, a_block, one, begin > 0, False)
-                _take_columns(into[:, :stop], stop - rest, edge[0])
+def pack_columns(panels, x, order, per_token, start):
+    """panels [P, K, WIDTH]: the columns of x [rows, N] from ``start`` on, of the rows order //
+    per_token; what is beyond does not matter."""
+    width = panels.shape[2]
+    stop = min(start + panels.shape[0] * width, x.shape[1])
+    whole, rest = (stop - start) // width, (stop - start) % width
+    for r in range(order.size):
+        if r + SOON < order.size:
+            fetch(x[order[r + SOON] // per_token, start:stop])
+        row = x[order[r] // per_token, start:stop]
+        for panel in range(whole):
+            out, part = panels[panel, r], row[panel * width :]
+            for lane in range(width):
+                out[lane] = part[lane]
+        if rest > 0:
+            out, part = panels[whole, r], row[whole * width :]
+            out[rest:] = 0
+            for lane in range(rest):
+                out[lane] = part[lane]
+
+
+@njit(**EXACT)
+def outer_products(dw, a, b):
+    """dw [M, N] = Σ_r a_r b_rᵀ, where a_r is column r of a, panels [P, M, WIDTH], and b_r row r of
+    b, panels [⌈N / WIDTH⌉, rows, WIDTH]."""
+    if b.shape[1] == 0:
+        dw[:] = 0
+    for begin in range(0, b.shape[1], DEEP):
+        for panel in range(0, b.shape[0], PANELS):
+            some = b[panel : panel + PANELS, begin : begin + DEEP]
+            add_outer_products(dw, a, some, begin, panel * b.shape[2])
+
+
+@njit(**EXACT)
+def add_outer_products(dw, a, b, begin, start):
+    """The part of `outer_products` that b [panels, K, WIDTH] makes, K rows from ``begin`` on and
+    columns from ``start`` on. Those of the first rows are written, the others added."""
+    rows, width = dw.shape[0], b.shape[2]
+    stop = min(start + b.shape[0] * width, dw.shape[1])
+    whole, rest = (stop - start) // width, (stop - start) % width
+    columns = turned(a)[:, begin // width :]
+    # whole panels go straight to dw, a last one that is not full by way of edge
+    direct = _whole_panels(dw, start, whole)
+    _multiply_columns(direct, columns, b[:whole], begin > 0, start == 0)
+    if rest > 0:
+        edge = empty_panels(1, rows, dw)[:, :rows]  # a view, as whole panels are
+        _put_columns(edge[0], dw[:, :stop], stop - rest)
+        _multiply_columns(edge, columns, b[whole : whole + 1], begin > 0, False)
+        _take_columns(dw[:, :stop], stop - rest, edge[0])
 
 
 @njit(**EXACT)

@@ -28,7 +28,7 @@ OTHERS = {"attention": CASES["attention"]}  # its blocks are smaller than the ti
 DRAWN: dict[str, Callable[[Draw], Case]] = {op: (CASES | SHAPES | OTHERS)[op] for op in OPS}
 BLOCKS = {  # by module, the sizes that decide how work is cut
     "attention": {"BLOCK": 6},
-    "ffn": {"MOST_ROWS": 2},
+    "ffn": {"MOST_ROWS": 2, "SHARED": 64},
     "embedding": {"SOME": 2, "ENTRIES": 8},
     "host": {"ONE_TASK": 8, "ONE_PRODUCT": 8, "MOST": 6, "SIDE": 2},
     "log_prob": {"AT_A_TIME": 0, "TOKENS": 2, "ENTRIES": 2},
@@ -80,10 +80,10 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
     "swiglu": {"silu without its second term": ("(s + g * s * (one - s))  # (swiglu.2)", "s")},
     "ffn": {
         "silu without its second term": ("(s + g[r] * s * (one - s))", "s"),
-        "up left out of dx": ("w_up, dup, True", "w_up, dup, False"),
+        "up left out of dx": ("dup, True, w_up", "dup, False, w_up"),
         "gradients of gate and up exchanged": (
-            "(dw_up[e], dup[panels]",
-            "(dw_up[e], dgate[panels]",
+            "add_outer_products(dw_up, dup,",
+            "add_outer_products(dw_up, dgate,",
         ),
         "weight of an expert left out": ("d = dh[r] * weight[r]", "d = dh[r]"),
         "weight applied twice": ("total[r] += h * dh[r]", "total[r] += h * dh[r] * weight[r]"),
@@ -111,8 +111,8 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
             "min(first + lane, rows - 1)",
         ),
         "backward sees one key too few": (
-            "limit[lanes.stop - 1] + 1 - begin",
-            "limit[lanes.stop - 1] - begin",
+            "limit[(first + i + 1) * width - 1] + 1 - begin",
+            "limit[(first + i + 1) * width - 1] - begin",
         ),
         "probability left out of ds": ("p * (drow", "(drow"),
         "row sum left out": ("(drow[lane] - row_sum[lane])", "drow[lane]"),

@@ -22,7 +22,7 @@ from .. import SOURCE
 from ..kept import OTHERS_WRITE, kernels_folder
 from .pool import NEEDS, blas_libraries
 
-__all__ = ["CHECKED", "STEMS", "compile_all", "kernel", "numba", "panel_width"]
+__all__ = ["CHECKED", "STEMS", "compile_all", "kernel", "numba", "panel_width", "turned_shape"]
 
 HELPERS = {"common", "products"}  # files without kernels: what kernels call
 STEMS = tuple(  # the kernels' files, kernels/<stem>_numba_cpu.py
@@ -83,9 +83,18 @@ def kernel(stem: str, name: str, dtype: Any) -> Callable[..., None]:
 @cache
 def panel_width(dtype: Any) -> int:
     """Columns of a panel (kernels/products_numba_cpu.py) of a dtype on this CPU."""
+    return int(_products().width_of(np.dtype(dtype)))
+
+
+@cache
+def turned_shape(steps: int, rows: int) -> tuple[int, ...]:
+    """The shape of the transpose of a weight [steps, rows], as kernels on this CPU read it."""
+    return tuple(_products().turned_shape(steps, rows))
+
+
+def _products() -> Any:
     numba()
-    products = importlib.import_module("..products_numba_cpu", __package__)
-    return int(products.width_of(np.dtype(dtype)))
+    return importlib.import_module("..products_numba_cpu", __package__)
 
 
 def _type(argument: Any, real: str) -> Any:
@@ -106,7 +115,7 @@ def _place(real: str) -> Path | None:
     each lose the other's.
     """
     llvm: Any = importlib.import_module("llvmlite.binding")
-    products: Any = importlib.import_module("..products_numba_cpu", __package__)
+    products = _products()
     made_by = [*sorted(OPTIONS.items(), key=str), numba().__version__, llvm.get_host_cpu_name()]
     made_by += [numba().config.CPU_NAME, sorted(products.FEATURES), products.CHECKED]
     digest = hashlib.sha256(repr(made_by).encode())

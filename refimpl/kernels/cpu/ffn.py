@@ -18,13 +18,14 @@ import numpy as np
 
 from ...array import Array, expect, expect_some, last
 from ...ops.leaves import LEAVES, Leaves, expect_table
-from .compile import kernel, panel_width
-from .host import ONE_PRODUCT, empty, expect_real, ready, rows_of
+from .compile import kernel, panel_width, turned_shape
+from .host import MOST, ONE_PRODUCT, ONE_TASK, empty, expect_real, ready, rows_of
 from .pool import Task, blocks_of, run_kernels, thread_count
 
 __all__ = ["FFNSaved", "Routed", "backward_tasks", "ffn_backward", "ffn_forward", "forward_tasks"]
 
 MOST_ROWS = 256  # of one task: the more, the less often a weight is fetched
+SHARED = 2**20  # numbers of a weight, over the blocks: as many, and it is turned once for all
 LEAST_ROWS = 32  # of a part of a weight's gradient: the other factor is packed for each
 Matrices = tuple[Array, Array, Array]  # of E networks: w_gate and w_up [E, F, D], w_down [E, D, F]
 
@@ -69,7 +70,8 @@ def ffn_backward(dy: Array, saved: FFNSaved) -> tuple[Array, Array, Array, Array
     expect_real(x=x, dy=dy)
     expect("dy", dy, "(…, D)", tuple(x.shape))
     dx = empty(x.shape, x)
-    first, then, dw = whole_backward(ready(rows_of(dy)), saved, rows_of(dx))
+    before, first, then, dw = whole_backward(ready(rows_of(dy)), saved, rows_of(dx))
+    run_kernels(before)
     run_kernels(first)
     run_kernels(then)
     return dx, *(part[0] for part in dw)
@@ -77,12 +79,29 @@ def ffn_backward(dy: Array, saved: FFNSaved) -> tuple[Array, Array, Array, Array
 
 def whole_backward(
     dy: Array, saved: FFNSaved, dx: Array
-) -> tuple[list[Task], list[Task], tuple[Array, ...]]:
-    """The tasks of one network, as of `backward_tasks`, and the gradients that they fill."""
+) -> tuple[list[Task], list[Task], list[Task], tuple[Array, ...]]:
+    """The tasks of one network: what must be done before the others, those of `backward_tasks`, and
+    the gradients that they fill."""
     x, w, gate, up = saved
     dw = tuple(empty(part.shape, x) for part in w)
     ones, unused = np.ones(len(dy), x.dtype), empty(dy.shape[:1], x)
-    return *backward_tasks(all_rows(x), w, dy, gate, up, ones, dx, unused, dw), dw
+    before, turned = turned_weights(w, len(dy))
+    tasks = backward_tasks(all_rows(x), w, dy, gate, up, ones, dx, unused, dw, turned)
+    return before, *tasks, dw
+
+
+def turned_weights(w: Matrices, rows: int) -> tuple[list[Task], tuple[Array, ...]]:
+    """Tasks that fill the transposes of one network's weights, and those: where so many
+    blocks of ``rows`` would each turn the weights that once for all takes less."""
+    _, f, d = w[0].shape
+    if rows // MOST_ROWS * f * d < SHARED:
+        none = np.empty((0, 0, 1, 1), w[0].dtype)
+        return [], (none, none, none)
+    turned = tuple(empty(turned_shape(*part.shape[1:]), part) for part in w)
+    parts = min(MOST, max(1, 3 * f * d // ONE_TASK))
+    put = kernel("ffn", "put_weights", w[0].dtype)
+    matrices = [ready(part) for part in w]
+    return [partial(put, *turned, *matrices, part, parts) for part in range(parts)], turned
 
 
 def all_rows(x: Array) -> Routed:
@@ -104,8 +123,8 @@ def networks(start: list[int], width: int) -> list[list[int]]:
 
 def blocks(start: list[int], width: int) -> list[list[int]]:
     """The same of some rows of a network each, the longest first: as many that each thread gets
-    two blocks or more. A row's result depends on no other row, so not on the number of threads."""
-    rows = min(MOST_ROWS, max(MOST_ROWS // 2, start[-1] // (2 * thread_count())))
+    four blocks or more. A row's result depends on no other row, so not on the number of threads."""
+    rows = min(MOST_ROWS, max(MOST_ROWS // 2, start[-1] // (4 * thread_count())))
     found = []
     for e, begin, end, panel, stop in networks(start, width):
         for some in blocks_of(stop - panel, max(1, rows // width)) if end > begin else ():
@@ -150,26 +169,26 @@ def backward_tasks(
     dx: Array,
     dweights: Array,
     dw: tuple[Array, ...],
+    turned: tuple[Array, ...],
 ) -> tuple[list[Task], list[Task]]:
     """Tasks that fill ``dx`` [rows, D] and ``dweights`` [rows], and those that after them fill
     ``dw``, [E, F, D] twice and [E, D, F].
 
     ``dy`` [M, D] is of the outputs times ``weights`` [rows]; ``gate`` and ``up`` [P, F, WIDTH]
-    are the forward's.
+    are the forward's, ``turned`` those of `turned_weights`.
     """
     x, order, per_token, start = routed
     (_, f, width), d = gate.shape, x.shape[1]
     dy_panels = empty((gate.shape[0], d, width), x)
     dgate, dup = empty(gate.shape, x), empty(gate.shape, x)
-    hidden = empty((order.size, f), x)
+    hidden = empty((-(-f // width), order.size, width), x)
     written = dgate, dup, dy_panels, hidden
     matrices = [ready(part) for part in w]
-    arrays = dx, *written, dweights, dy, order, per_token, gate, up, weights, *matrices
+    arrays = dx, *written, dweights, dy, order, per_token, gate, up, weights, *matrices, *turned
     backward = kernel("ffn", "networks_backward", x.dtype)
     tables = in_tasks(blocks(start, width), 3 * f * d)
     first: list[Task] = [partial(backward, *arrays, table) for table in tables]
-    most = max(end - begin for begin, end in pairwise(start))
-    of_weights = *dw, *written, x, order, np.arange(most), per_token
+    of_weights = *dw, *written, x, order, per_token
     gradients = kernel("ffn", "weight_gradients", x.dtype)
     tables = in_tasks(weight_parts(start, width, min(f, d)), 3 * f * d)
     return first, [partial(gradients, *of_weights, table) for table in tables]
@@ -180,7 +199,7 @@ def weight_parts(start: list[int], width: int, length: int) -> list[list[int]]:
     the ``length`` rows of a weight, and of how many. A network is cut where it would take a thread
     long. How often is no matter for the numbers."""
     threads = thread_count()
-    most, some = min(length // LEAST_ROWS, 2 * threads), max(1, start[-1] // (16 * threads))
+    most, some = min(length // LEAST_ROWS, 4 * threads), max(1, start[-1] // (16 * threads))
     found = []
     for row in networks(start, width):
         parts = max(1, min((row[2] - row[1]) // some, most))

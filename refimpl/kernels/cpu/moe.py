@@ -16,7 +16,16 @@ from ...array import Array, expect, expect_ids, expect_some
 from ...ops.leaves import expect_table
 from ...ops.moe import NETWORKS, Networks, check_shapes
 from .compile import kernel
-from .ffn import FFNSaved, Matrices, Routed, all_rows, backward_tasks, forward_tasks, whole_backward
+from .ffn import (
+    FFNSaved,
+    Matrices,
+    Routed,
+    all_rows,
+    backward_tasks,
+    forward_tasks,
+    turned_weights,
+    whole_backward,
+)
 from .host import empty, expect_real, ready, rows_of, some_rows
 from .pool import run_kernels
 
@@ -94,16 +103,18 @@ def moe_backward(dy: Array, saved: MoESaved) -> tuple[Array | None, ...]:
     drows, dx = empty((order.size, x.shape[-1]), x), empty(x.shape, x)
     by_slot, dweights = weights.reshape(-1)[order], empty((order.size,), x)
     dw = tuple(empty(part.shape, x) for part in w)
+    before, turned = turned_weights(w, 0)
     first, then = backward_tasks(
-        routed, w, dy_rows, gate, up, by_slot, drows, dweights, dw
+        routed, w, dy_rows, gate, up, by_slot, drows, dweights, dw, turned
     )  # (moe.10)
     dshared: tuple[Array | None, ...] = None, None, None
     if shared is None:
         dx[...] = 0
     else:
-        shared_first, shared_then, shared_dw = whole_backward(dy_rows, shared, rows_of(dx))
+        before, shared_first, shared_then, shared_dw = whole_backward(dy_rows, shared, rows_of(dx))
         first, then = shared_first + first, shared_then + then
         dshared = tuple(part[0] for part in shared_dw)
+    run_kernels(before)
     run_kernels(first)
     run_kernels(then)
     _combine(rows_of(dx), drows, place, None)

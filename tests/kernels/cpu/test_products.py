@@ -17,12 +17,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refimpl.kernels.cpu.compile import numba, panel_width
+from refimpl.kernels.cpu.compile import numba, panel_width, turned_shape
 from refimpl.kernels.cpu.pool import threads
 from refimpl.ops import REFERENCE
 
 from kernel_support import results
-from kernel_support.on_cpu import CPU
+from kernel_support.on_cpu import CPU, module_of
 from support import FULL
 
 SIZES = st.integers(1, 40) | st.sampled_from([64, 255, 256, 257, 300, 520])
@@ -35,11 +35,13 @@ REALS = (np.float32, np.float64) if FULL else (np.float32,)
 ARGUMENTS = {
     "multiply": ("views3", "views3", "views3", "boolean"),
     "multiply_far": ("views3", "views3", "views3", "boolean"),
-    "multiply_transposed": ("views3", "real2", "views3", "boolean", "real2"),
+    "multiply_transposed": ("views3", "real2", "real4", "views3", "boolean", "real2"),
+    "put_turned": ("real4", "real2", "int64", "int64"),
     "multiply_rows": ("views2", "views2", "views2", "boolean"),
     "pack_rows": ("real3", "real2", "ids", "int64"),
     "unpack_rows": ("real2", "real3"),
-    "outer_products": ("real2", "real3", "real2", "ids", "int64", "int64", "int64"),
+    "pack_columns": ("real3", "real2", "ids", "int64", "int64"),
+    "outer_products": ("real2", "views3", "views3"),
 }
 
 
@@ -54,6 +56,7 @@ def compiled(name: str, real: Any) -> Callable[..., None]:
         "views2": types.Array(scalar, 2, "A"),
         "real2": types.Array(scalar, 2, "C"),
         "real3": types.Array(scalar, 3, "C"),
+        "real4": types.Array(scalar, 4, "C"),
         "ids": types.Array(types.int64, 1, "C"),
         "boolean": types.boolean,
         "int64": types.int64,
@@ -107,15 +110,20 @@ def test_multiply(m: int, k: int, n: int, add: bool, real: Any, seed: int) -> No
             compiled(name, real)(c, a[:, None], packed, add)
             assert_close(matrix(c, n), a, b, start if add else 0)
     w = rng.normal(size=(k, m)).astype(real)
-    c = before.copy()
-    compiled("multiply_transposed", real)(c, w, packed, add, w[:1])
-    assert_close(matrix(c, n), w.T, b, start if add else 0)
+    blocks = np.full(turned_shape(k, m), np.nan, real)
+    for part in range(3):
+        compiled("put_turned", real)(blocks, w, part, 3)
+    for turned in (blocks, blocks[:0]):
+        c = before.copy()
+        compiled("multiply_transposed", real)(c, w, turned, packed, add, w[:1])
+        assert_close(matrix(c, n), w.T, b, start if add else 0)
 
 
 @settings(max_examples=EXAMPLES)
 @given(SIZES, SIZES, SIZES, st.integers(1, 3), st.sampled_from(REALS), st.integers(0, 99))
 def test_rows_and_outer_products(n: int, d: int, f: int, each: int, real: Any, seed: int) -> None:
-    """Rows become columns, zeros beyond, and come back; a part of the rows of Σ a bᵀ."""
+    """Rows become columns, zeros beyond, and come back; columns stay columns, from any on; a part
+    of the rows of Σ a bᵀ."""
     rng = np.random.default_rng(seed)
     width = panel_width(real)
     x = rng.normal(size=(2 * n, d)).astype(real)
@@ -131,8 +139,13 @@ def test_rows_and_outer_products(n: int, d: int, f: int, each: int, real: Any, s
     a = rng.normal(size=(n, f)).astype(real)
     by_column = np.full((packed.shape[0], f, width), np.nan, real)
     compiled("pack_rows", real)(by_column, a, np.arange(n), 1)
+    start = int(rng.integers(0, d))
+    some = np.full((-(-(d - start) // width), n, width), np.nan, real)
+    compiled("pack_columns", real)(some, x, order, each, start)
+    assert (matrix(some, d - start) == rows[:, start:]).all()
     dw, (first, last) = np.full((f, d), np.nan, real), sorted(rng.integers(0, f + 1, 2).tolist())
-    compiled("outer_products", real)(dw, by_column, x, order, each, first, last)
+    own = np.ascontiguousarray(by_column[:, first:last])
+    compiled("outer_products", real)(dw[first:last], own, panels(rows))
     assert_close(dw[first:last], a.T[first:last], rows, 0)
     assert np.isnan(dw[:first]).all()
     assert np.isnan(dw[last:]).all()
@@ -170,20 +183,21 @@ def test_nothing_to_sum() -> None:
         compiled("multiply", np.float32)(c, np.ones((3, 1, 0), np.float32), c[:, :0], add)
         assert (c == add).all()
         w = np.ones((0, 3), np.float32)
-        compiled("multiply_transposed", np.float32)(c, w, c[:, :0], add, w)
+        compiled("multiply_transposed", np.float32)(c, w, c[None, :0], c[:, :0], add, w)
         assert (c == add).all()
         for y in (np.ones((3, 5), np.float32), np.ones((20, 5), np.float32)):
             compiled("multiply_rows", np.float32)(y, y[:, :0], y[:0], add)
             assert (y == add).all()
     dw = np.ones((2, 3), np.float32)
-    compiled("outer_products", np.float32)(dw, c[:0], dw, np.arange(0), 1, 0, 2)
+    compiled("outer_products", np.float32)(dw, c[:0], c[:, :0])
     assert (dw == 0).all()
 
 
 def test_shapes_that_do_not_agree() -> None:
     c = np.ones((1, 3, panel_width(np.float32)), np.float32)
     a, w = np.ones((3, 1, 2), np.float32), c[0, :2]
-    for name, more in (("multiply", (a, c, False)), ("multiply_transposed", (w, c, False, w))):
+    turned = w, c[None, :0], c, False, w
+    for name, more in (("multiply", (a, c, False)), ("multiply_transposed", turned)):
         with pytest.raises(ValueError, match="shapes do not agree"):
             compiled(name, np.float32)(c, *more)
     c = np.ones((5, 3), np.float32)
@@ -195,6 +209,7 @@ def test_shapes_that_do_not_agree() -> None:
 
 LARGE = {  # op: shapes of its arrays, keyword arguments
     "ffn": ([(300, 70), (600, 70), (600, 70), (70, 600)], {}),
+    "ffn, weights turned once": ([(1060, 130), (300, 130), (300, 130), (130, 300)], {}),
     "moe": (
         [(200, 70), (200, 2), *[(3, 90, 70)] * 2, (3, 70, 90), *[(280, 70)] * 2, (70, 280)],
         {"indices": np.where(np.arange(400) < 330, np.arange(400) % 2, 2 - np.arange(400) % 2)},
@@ -216,9 +231,12 @@ LARGE = {  # op: shapes of its arrays, keyword arguments
 
 
 @pytest.mark.parametrize("case", LARGE)
-def test_several_of_everything(case: str) -> None:
+def test_several_of_everything(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks, panels, tiles and parts: as the reference in float64."""
     shapes, kwargs = LARGE[case]
+    if "turned once" in case:
+        monkeypatch.setattr(module_of("ffn"), "SHARED", 2**17)
+        monkeypatch.setattr(module_of("ffn"), "ONE_TASK", 2**15)
     op, rng = case.split(",")[0], np.random.default_rng(0)
     if op == "moe":
         kwargs = kwargs | {"indices": kwargs["indices"].reshape(200, 2)}
