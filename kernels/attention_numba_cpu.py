@@ -39,6 +39,7 @@ from .products_numba_cpu import (
     multiply,
     multiply_tiles,
     pack,
+    put_row,
     put_tiles,
     turned,
     unpack_rows,
@@ -180,19 +181,13 @@ def blind(limit, masked, key_mask, segments, segment):
 
 
 @njit(**EXACT)
-def pack_columns(x, rows, scale):
+def columns_of(x, rows, scale):
     """Panels [P, rows, WIDTH] that have the columns of x [n, m] times ``scale``; zeros beyond."""
-    width = width_of(x)
-    panels = empty_panels(-(-x.shape[1] // width), rows, x)
-    panels[:] = 0
-    whole = x.shape[1] // width
+    panels = empty_panels(-(-x.shape[1] // width_of(x)), rows, x)
     for row in range(x.shape[0]):
-        for panel in range(whole):
-            part, out = x[row, panel * width :], panels[panel, row]
-            for i in range(width):
-                out[i] = part[i] * scale
-        for i in range(whole * width, x.shape[1]):
-            panels[whole, row, i - whole * width] = x[row, i] * scale
+        put_row(panels, row, x[row])
+    panels[:, x.shape[0] :] = 0
+    times(panels.reshape(-1), scale)
     return panels
 
 
@@ -346,8 +341,8 @@ def attention_backward(
         padded_lse[row] = lse[row]
     put_row_sums(row_sum, do, o)
     query_columns, do_columns = (
-        pack_columns(q, padded, scale),
-        pack_columns(do, padded, q.dtype.type(1)),
+        columns_of(q, padded, scale),
+        columns_of(do, padded, q.dtype.type(1)),
     )
     all_ends = np.empty(SIDE, np.int64)
     both = empty_panels(2 * SIDE, KEYS, q).reshape(2, SIDE, KEYS, width)

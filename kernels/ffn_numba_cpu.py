@@ -236,7 +236,7 @@ def weight_gradients(
     dgate: In3,
     dup: In3,
     dy_panels: In3,
-    hidden: In3,
+    hidden: Out3,
     x: In2,
     order: Ids1,
     per_token: Int,

@@ -668,46 +668,43 @@ def _multiply_few(c, a, b, add):
 
 @njit(**EXACT)
 def _pack_block(panels, x):
-    """panels [P, …, WIDTH]: the columns of x [n, m]; what is beyond does not matter."""
+    """panels [P, …, WIDTH]: the columns of x [n, m]; zeros in what the last does not fill."""
     width, (rows, columns) = panels.shape[2], x.shape
     if x.strides[1] != x.itemsize:
         by_column = as_strided(x, (columns, rows), (x.strides[1], x.strides[0]))
         for first in range(0, columns, width):
             pack(panels[first // width, :rows], by_column[first : first + width])
         return
-    whole = columns // width
     for i in range(rows):
-        row = x[i]
-        for panel in range(whole):
-            out, part = panels[panel, i], row[panel * width :]
-            for lane in range(width):
-                out[lane] = part[lane]
-        if whole * width < columns:
-            out, part = panels[whole, i], row[whole * width :]
-            for lane in range(part.size):
-                out[lane] = part[lane]
+        put_row(panels, i, x[i])
+
+
+@njit(**EXACT)
+def put_row(panels, i, row):
+    """Row i of panels [P, …, WIDTH]: the numbers of row [n]; zeros in what the last does not
+    fill."""
+    width = width_of(panels)
+    whole = row.size // width
+    for panel in range(whole):
+        out, part = panels[panel, i], row[panel * width :]
+        for lane in range(width):
+            out[lane] = part[lane]
+    if whole * width < row.size:
+        out, part = panels[whole, i], row[whole * width :]
+        out[part.size :] = 0
+        for lane in range(part.size):
+            out[lane] = part[lane]
 
 
 @njit(**EXACT)
 def pack_columns(panels, x, order, per_token, start):
     """panels [P, K, WIDTH]: the columns of x [rows, N] from ``start`` on, of the rows order //
-    per_token; what is beyond does not matter."""
-    width = panels.shape[2]
-    stop = min(start + panels.shape[0] * width, x.shape[1])
-    whole, rest = (stop - start) // width, (stop - start) % width
+    per_token; zeros in what the last does not fill."""
+    stop = min(start + panels.shape[0] * panels.shape[2], x.shape[1])
     for r in range(order.size):
         if r + SOON < order.size:
             fetch(x[order[r + SOON] // per_token, start:stop])
-        row = x[order[r] // per_token, start:stop]
-        for panel in range(whole):
-            out, part = panels[panel, r], row[panel * width :]
-            for lane in range(width):
-                out[lane] = part[lane]
-        if rest > 0:
-            out, part = panels[whole, r], row[whole * width :]
-            out[rest:] = 0
-            for lane in range(rest):
-                out[lane] = part[lane]
+        put_row(panels, r, x[order[r] // per_token, start:stop])
 
 
 @njit(**EXACT)
