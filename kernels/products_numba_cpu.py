@@ -344,9 +344,11 @@ else:
     _copy, _square = _copy_tall, _transpose_square
     _fetch_number = _fetch_one
 
-_tall, _tall_and_ahead, _single = _make(TALL), _make(TALL, fetches=True), _make(1)
-_long, _long_and_ahead = _make(LONG, 2), _make(LONG, 2, fetches=True)
-_double, _single_of_two = _make(2, 2), _make(1, 2)
+_tall, _single = _make(TALL), _make(1)
+_tall_and_ahead = _make(TALL, fetches=True)
+_long, _double = _make(LONG, 2), _make(2, 2)
+_long_and_ahead = _make(LONG, 2, fetches=True)
+_single_of_two = _make(1, 2)
 
 
 @njit(**EXACT)
