@@ -58,7 +58,7 @@ def test_every_step_of_attention_is_right(step: ladder.Step, storage: str) -> No
     """The same. The first step rounds nothing within, so in bfloat16 too its rule is that of the
     reference; of the second, o is rounded before its row sums are taken, as on tensor cores."""
     algorithm = REFERENCE["attention"] if step == ATTENTION[0] else None
-    for seed in range(12) if FULL else (11,):  # several tiles on both sides
+    for seed in range(8, 12) if FULL else (11,):  # several tiles on both sides
         pair = attention_step(InterpreterLaunch(seed), step.name, SMALL)
         case = SHAPES["attention"](RandomDraw(seed))
         compare("attention", pair, case, storage, seed, algorithm=algorithm)
