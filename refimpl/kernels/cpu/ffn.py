@@ -90,13 +90,12 @@ def whole_backward(
     return before, *tasks, dw
 
 
-def turned_weights(w: Matrices, rows: int) -> tuple[list[Task], tuple[Array, ...]]:
+def turned_weights(w: Matrices, rows: int) -> tuple[list[Task], tuple[Array, ...] | None]:
     """Tasks that fill the transposes of one network's weights, and those: where so many
-    blocks of ``rows`` would each turn the weights that once for all takes less."""
+    blocks of ``rows`` would each turn the weights that once for all takes less. Else none."""
     _, f, d = w[0].shape
     if rows // MOST_ROWS * f * d < SHARED:
-        none = np.empty((0, 0, 1, 1), w[0].dtype)
-        return [], (none, none, none)
+        return [], None
     turned = tuple(empty(turned_shape(*part.shape[1:]), part) for part in w)
     parts = min(MOST, max(1, 3 * f * d // ONE_TASK))
     put = kernel("ffn", "put_weights", w[0].dtype)
@@ -169,13 +168,14 @@ def backward_tasks(
     dx: Array,
     dweights: Array,
     dw: tuple[Array, ...],
-    turned: tuple[Array, ...],
+    turned: tuple[Array, ...] | None = None,
 ) -> tuple[list[Task], list[Task]]:
     """Tasks that fill ``dx`` [rows, D] and ``dweights`` [rows], and those that after them fill
     ``dw``, [E, F, D] twice and [E, D, F].
 
     ``dy`` [M, D] is of the outputs times ``weights`` [rows]; ``gate`` and ``up`` [P, F, WIDTH]
-    are the forward's, ``turned`` those of `turned_weights`.
+    are the forward's, ``turned`` those of `turned_weights`; without them each block turns the
+    weights for itself.
     """
     x, order, per_token, start = routed
     (_, f, width), d = gate.shape, x.shape[1]
@@ -184,7 +184,8 @@ def backward_tasks(
     hidden = empty((-(-f // width), order.size, width), x)
     written = dgate, dup, dy_panels, hidden
     matrices = [ready(part) for part in w]
-    arrays = dx, *written, dweights, dy, order, per_token, gate, up, weights, *matrices, *turned
+    matrices += turned or [np.empty((0, 0, 1, 1), x.dtype)] * 3
+    arrays = dx, *written, dweights, dy, order, per_token, gate, up, weights, *matrices
     backward = kernel("ffn", "networks_backward", x.dtype)
     tables = in_tasks(blocks(start, width), 3 * f * d)
     first: list[Task] = [partial(backward, *arrays, table) for table in tables]

@@ -16,18 +16,9 @@ from ...array import Array, expect, expect_ids, expect_some
 from ...ops.leaves import expect_table
 from ...ops.moe import NETWORKS, Networks, check_shapes
 from .compile import kernel
-from .ffn import (
-    FFNSaved,
-    Matrices,
-    Routed,
-    all_rows,
-    backward_tasks,
-    forward_tasks,
-    turned_weights,
-    whole_backward,
-)
+from .ffn import FFNSaved, Matrices, Routed, all_rows, backward_tasks, forward_tasks, whole_backward
 from .host import empty, expect_real, ready, rows_of, some_rows
-from .pool import run_kernels
+from .pool import Task, run_kernels
 
 __all__ = ["MoESaved", "moe_backward", "moe_forward"]
 
@@ -103,9 +94,9 @@ def moe_backward(dy: Array, saved: MoESaved) -> tuple[Array | None, ...]:
     drows, dx = empty((order.size, x.shape[-1]), x), empty(x.shape, x)
     by_slot, dweights = weights.reshape(-1)[order], empty((order.size,), x)
     dw = tuple(empty(part.shape, x) for part in w)
-    before, turned = turned_weights(w, 0)
+    before: list[Task] = []
     first, then = backward_tasks(
-        routed, w, dy_rows, gate, up, by_slot, drows, dweights, dw, turned
+        routed, w, dy_rows, gate, up, by_slot, drows, dweights, dw
     )  # (moe.10)
     dshared: tuple[Array | None, ...] = None, None, None
     if shared is None:
