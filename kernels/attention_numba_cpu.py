@@ -229,6 +229,27 @@ def multiply_tiles_seen(c, tiles, b, ends, add):
             start = ends[i]
 
 
+@njit(**EXACT)
+def multiply_turned_seen(c, p, b, ends):
+    """Adds to c [P, keys, WIDTH] each panel of p [n, keys, WIDTH], turned, by its rows of b
+    [P, n WIDTH, WIDTH], likewise."""
+    start = 0
+    for i in range(ends.size):
+        if start < ends[i]:
+            seen = slice(start, ends[i])
+            multiply(c[:, seen], turned(p[i:, seen]), b[:, i * width_of(p) :], True)
+            start = ends[i]
+
+
+@njit(**EXACT)
+def put_ends(ends, limits, begin, block, width):
+    """How many of the ``block`` keys from ``begin`` on some row of each panel sees; ``limits`` are
+    those of its rows, and maybe of fewer in the last panel."""
+    for i in range(ends.size):
+        last = min((i + 1) * width, limits.size) - 1
+        ends[i] = max(0, min(block, limits[last] + 1 - begin))
+
+
 def attention_forward(
     o: Out2View,
     lse: Out1,
@@ -269,9 +290,7 @@ def attention_forward(
         put_tiles(tiles, v_block, 0, block, 0, values)
         for first in range(0, panels, SIDE):
             ends = all_ends[: min(SIDE, panels - first)]
-            for i in range(ends.size):
-                last = min((first + i + 1) * width, stop - start) - 1
-                ends[i] = max(0, min(block, limit[last] + 1 - begin))
+            put_ends(ends, limit[first * width : stop - start], begin, block, width)
             some, scores = slice(first, first + ends.size), all_scores[: ends.size]
             multiply_seen(scores, k_block, queries[some], ends)
             for i in range(ends.size):
@@ -358,11 +377,8 @@ def attention_backward(
         dk_columns[:], dv_columns[:] = 0, 0
         for first in range(0, panels, SIDE):
             count = min(SIDE, panels - first)
-            some, last = slice(first, first + count), (first + count) * width
-            ends = all_ends[:count]
-            for i in range(count):
-                seen = limit[(first + i + 1) * width - 1] + 1 - begin
-                ends[i] = max(0, min(block, seen))
+            some, ends = slice(first, first + count), all_ends[:count]
+            put_ends(ends, limit[first * width :], begin, block, width)
             multiply_seen(both[0, :count], k_block, queries[some], ends)
             multiply_seen(both[1, :count], v_block, do_panels[some], ends)
             for i in range(count):
@@ -372,15 +388,9 @@ def attention_backward(
                 put_gradients(s, d, padded_lse[lanes], row_sum[lanes])
             # (flash_attention.8)
             multiply_tiles_seen(dq_panels[some], tiles, both[1, :count], ends, True)
-            start = 0
-            for i in range(count):
-                # these keys are seen from panel i on
-                keys_seen, columns = slice(start, ends[i]), slice((first + i) * width, last)
-                if start < ends[i]:
-                    p, ds = both[0, i:count, keys_seen], both[1, i:count, keys_seen]
-                    multiply(dv_columns[:, keys_seen], turned(p), do_columns[:, columns], True)
-                    multiply(dk_columns[:, keys_seen], turned(ds), query_columns[:, columns], True)
-                start = ends[i]
+            these = slice(first * width, (first + count) * width)
+            multiply_turned_seen(dv_columns, both[0, :count], do_columns[:, these], ends)
+            multiply_turned_seen(dk_columns, both[1, :count], query_columns[:, these], ends)
         unpack_columns(dk[begin : begin + block], dk_columns)
         unpack_columns(dv[begin : begin + block], dv_columns)
     times(dq_panels.reshape(-1), scale)

@@ -164,11 +164,14 @@ def _largest_of(x):
     mask = integer(np.iinfo(integer).max)
 
     def find(x):
+        whole_vectors()
         best, whole = lowest, x.view(integer)
         for i in range(whole.size):
-            key = whole[i] ^ ((whole[i] >> bits) & mask)  # a negative number's bits count down
-            best = max(best, key)
-        best = best ^ ((best >> bits) & mask)
-        return integer(best).view(x.dtype.type) if x.size else x.dtype.type(-np.inf)
+            # a negative number's bits count down. Numba's int32 >> int64 is an int64
+            sign = integer(whole[i] >> bits)
+            best = max(best, integer(whole[i] ^ integer(sign & mask)))
+        sign = integer(best >> bits)
+        best = integer(best ^ integer(sign & mask))
+        return best.view(x.dtype.type) if x.size else x.dtype.type(-np.inf)
 
     return find

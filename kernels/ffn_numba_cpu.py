@@ -119,8 +119,8 @@ def networks_backward(
 
     ``dy`` is the gradient of Σ weight · output, so dweights = Σ_f hidden_f dhidden_f with
     dhidden = w_downᵀ dy: the output is not needed. The weights' transposes are those of
-    `put_weights` where one network's were made for all blocks; else they are empty, and read-only
-    in any case.
+    `put_weights` where one network's were made for all blocks; else they are empty. They are only
+    read: a product is compiled anew for arrays that can't be written to.
     """
     for i in range(table.shape[0]):
         e, rows, panels = part_of(table[i])
@@ -243,7 +243,7 @@ def weight_gradients(
     table: Ids2,
 ) -> None:
     """The weights' gradients, a part of their rows: the table has two more columns, which part and
-    of how many. The arrays are those of `networks_backward`."""
+    of how many. The arrays are those of `networks_backward`; ``hidden`` too is only read."""
     _, f, d = dw_gate.shape
     for i in range(table.shape[0]):
         e, rows, panels = part_of(table[i])

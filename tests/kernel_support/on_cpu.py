@@ -111,8 +111,8 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
             "min(first + lane, rows - 1)",
         ),
         "backward sees one key too few": (
-            "limit[(first + i + 1) * width - 1] + 1 - begin",
-            "limit[(first + i + 1) * width - 1] - begin",
+            "limits[last] + 1 - begin",
+            "limits[last] - begin",
         ),
         "probability left out of ds": ("p * (drow", "(drow"),
         "row sum left out": ("(drow[lane] - row_sum[lane])", "drow[lane]"),
