@@ -32,9 +32,6 @@ from .common_numba_cpu import (
     whole_vectors,
 )
 from .products_numba_cpu import (
-    DEEP,
-    PANELS,
-    add_outer_products,
     empty_panels,
     factor,
     multiply_far,
@@ -98,8 +95,10 @@ def networks_backward(
     dup: Out3,
     dy_panels: Out3,
     hidden: Out3,
+    columns: Out3,
     dweights: Out1,
     dy: In2,
+    x: In2,
     order: Ids1,
     per_token: Int,
     gate: In3,
@@ -115,7 +114,8 @@ def networks_backward(
 ) -> None:
     """Writes ``dx`` [rows, D], ``dgate`` and ``dup`` [P, F, WIDTH], ``dy_panels`` [P, D, WIDTH],
     the rows of ``dy``, ``hidden`` times the row's weight, in panels of its units
-    [⌈F / WIDTH⌉, rows, WIDTH], and ``dweights`` [rows].
+    [⌈F / WIDTH⌉, rows, WIDTH], ``columns`` [⌈D / WIDTH⌉, rows, WIDTH], the rows of ``x`` in panels
+    of its columns, and ``dweights`` [rows].
 
     ``dy`` is the gradient of Σ weight · output, so dweights = Σ_f hidden_f dhidden_f with
     dhidden = w_downᵀ dy: the output is not needed. The weights' transposes are those of
@@ -144,6 +144,7 @@ def networks_backward(
             up_turned,
             down_turned,
         )
+        pack_columns(columns, x, order, per_token, table[i, 1], table[i, 2])
 
 
 @njit(**SAME)
@@ -237,34 +238,18 @@ def weight_gradients(
     dup: In3,
     dy_panels: In3,
     hidden: Out3,
-    x: In2,
-    order: Ids1,
-    per_token: Int,
+    columns: Out3,
     table: Ids2,
 ) -> None:
     """The weights' gradients, a part of their rows: the table has two more columns, which part and
-    of how many. The arrays are those of `networks_backward`; ``hidden`` too is only read."""
+    of how many. The arrays are those of `networks_backward`; ``hidden`` and ``columns`` too are
+    only read."""
     _, f, d = dw_gate.shape
     for i in range(table.shape[0]):
         e, rows, panels = part_of(table[i])
         part, parts = table[i, 5], table[i, 6]
         some = slice(f * part // parts, f * (part + 1) // parts)
-        own = dw_gate[e, some], dw_up[e, some]
-        into_hidden(*own, dgate[panels, some], dup[panels, some], x, order[rows], per_token)
+        outer_products(dw_gate[e, some], dgate[panels, some], columns[:, rows])
+        outer_products(dw_up[e, some], dup[panels, some], columns[:, rows])
         some = slice(d * part // parts, d * (part + 1) // parts)
         outer_products(dw_down[e, some], dy_panels[panels, some], hidden[:, rows])
-
-
-@njit(**SAME)
-def into_hidden(dw_gate, dw_up, dgate, dup, x, order, per_token):
-    """Rows of ``dw_gate`` and ``dw_up``: of x, a block is packed once for both."""
-    packed = empty_panels(PANELS, DEEP, x)
-    if order.size == 0:
-        dw_gate[:] = 0
-        dw_up[:] = 0
-    for begin in range(0, order.size, DEEP):
-        rows = order[begin : begin + DEEP]
-        for start in range(0, x.shape[1], PANELS * width_of(x)):
-            pack_columns(packed, x, rows, per_token, start)
-            add_outer_products(dw_gate, dgate, packed[:, : rows.size], begin, start)
-            add_outer_products(dw_up, dup, packed[:, : rows.size], begin, start)

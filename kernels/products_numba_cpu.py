@@ -699,44 +699,33 @@ def put_row(panels, i, row):
 
 
 @njit(**EXACT)
-def pack_columns(panels, x, order, per_token, start):
-    """panels [P, K, WIDTH]: the columns of x [rows, N] from ``start`` on, of the rows order //
-    per_token; zeros in what the last does not fill."""
-    stop = min(start + panels.shape[0] * panels.shape[2], x.shape[1])
-    for r in range(order.size):
-        if r + SOON < order.size:
-            fetch(x[order[r + SOON] // per_token, start:stop])
-        put_row(panels, r, x[order[r] // per_token, start:stop])
+def pack_columns(panels, x, order, per_token, first, stop):
+    """Of panels [P, rows, WIDTH] the rows first … stop: the columns of x [M, N], of its rows
+    order // per_token; zeros in what the last panel does not fill."""
+    for r in range(first, stop):
+        if r + SOON < stop:
+            fetch(x[order[r + SOON] // per_token])
+        put_row(panels, r, x[order[r] // per_token])
 
 
 @njit(**EXACT)
 def outer_products(dw, a, b):
     """dw [M, N] = Σ_r a_r b_rᵀ, where a_r is column r of a, panels [P, M, WIDTH], and b_r row r of
     b, panels [⌈N / WIDTH⌉, rows, WIDTH]."""
+    width, whole = b.shape[2], dw.shape[1] // b.shape[2]
+    edge = empty_panels(1, dw.shape[0], dw)[:, : dw.shape[0]]  # a view, as whole panels are
     if b.shape[1] == 0:
         dw[:] = 0
     for begin in range(0, b.shape[1], DEEP):
-        for panel in range(0, b.shape[0], PANELS):
-            some = b[panel : panel + PANELS, begin : begin + DEEP]
-            add_outer_products(dw, a, some, begin, panel * b.shape[2])
-
-
-@njit(**EXACT)
-def add_outer_products(dw, a, b, begin, start):
-    """The part of `outer_products` that b [panels, K, WIDTH] makes, K rows from ``begin`` on and
-    columns from ``start`` on. Those of the first rows are written, the others added."""
-    rows, width = dw.shape[0], b.shape[2]
-    stop = min(start + b.shape[0] * width, dw.shape[1])
-    whole, rest = (stop - start) // width, (stop - start) % width
-    columns = turned(a)[:, begin // width :]
-    # whole panels go straight to dw, a last one that is not full by way of edge
-    direct = _whole_panels(dw, start, whole)
-    _multiply_columns(direct, columns, b[:whole], begin > 0, start == 0)
-    if rest > 0:
-        edge = empty_panels(1, rows, dw)[:, :rows]  # a view, as whole panels are
-        _put_columns(edge[0], dw[:, :stop], stop - rest)
-        _multiply_columns(edge, columns, b[whole : whole + 1], begin > 0, False)
-        _take_columns(dw[:, :stop], stop - rest, edge[0])
+        rows, columns = b[:, begin : begin + DEEP], turned(a)[:, begin // width :]
+        for panel in range(0, whole, PANELS):
+            some = rows[panel : min(panel + PANELS, whole)]
+            direct = _whole_panels(dw, panel * width, some.shape[0])
+            _multiply_columns(direct, columns, some, begin > 0, panel == 0)
+        if whole < b.shape[0]:  # the last, which is not full, goes by way of edge
+            _multiply_columns(edge, columns, rows[whole:], begin > 0, whole == 0)
+    if whole < b.shape[0] and b.shape[1] > 0:
+        _take_columns(dw, whole * width, edge[0])
 
 
 @njit(**EXACT)

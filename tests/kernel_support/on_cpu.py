@@ -82,8 +82,8 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
         "silu without its second term": ("(s + g[r] * s * (one - s))", "s"),
         "up left out of dx": ("dup, True, w_up", "dup, False, w_up"),
         "gradients of gate and up exchanged": (
-            "add_outer_products(dw_up, dup,",
-            "add_outer_products(dw_up, dgate,",
+            "outer_products(dw_up[e, some], dup[",
+            "outer_products(dw_up[e, some], dgate[",
         ),
         "weight of an expert left out": ("d = dh[r] * weight[r]", "d = dh[r]"),
         "weight applied twice": ("total[r] += h * dh[r]", "total[r] += h * dh[r] * weight[r]"),
@@ -110,10 +110,7 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
             "min(first + lane, rows - 1) // per_position",
             "min(first + lane, rows - 1)",
         ),
-        "backward sees one key too few": (
-            "limits[last] + 1 - begin",
-            "limits[last] - begin",
-        ),
+        "backward sees one key too few": ("limits[last] + 1 - begin", "limits[last] - begin"),
         "probability left out of ds": ("p * (drow", "(drow"),
         "row sum left out": ("(drow[lane] - row_sum[lane])", "drow[lane]"),
         "a query that sees nothing sees all": (

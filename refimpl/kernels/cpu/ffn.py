@@ -181,15 +181,15 @@ def backward_tasks(
     (_, f, width), d = gate.shape, x.shape[1]
     dy_panels = empty((gate.shape[0], d, width), x)
     dgate, dup = empty(gate.shape, x), empty(gate.shape, x)
-    hidden = empty((-(-f // width), order.size, width), x)
-    written = dgate, dup, dy_panels, hidden
+    hidden, columns = (empty((-(-n // width), order.size, width), x) for n in (f, d))
+    written = dgate, dup, dy_panels, hidden, columns
     matrices = [ready(part) for part in w]
     matrices += turned or [np.empty((0, 0, 1, 1), x.dtype)] * 3
-    arrays = dx, *written, dweights, dy, order, per_token, gate, up, weights, *matrices
+    arrays = dx, *written, dweights, dy, x, order, per_token, gate, up, weights, *matrices
     backward = kernel("ffn", "networks_backward", x.dtype)
     tables = in_tasks(blocks(start, width), 3 * f * d)
     first: list[Task] = [partial(backward, *arrays, table) for table in tables]
-    of_weights = *dw, *written, x, order, per_token
+    of_weights = *dw, *written
     gradients = kernel("ffn", "weight_gradients", x.dtype)
     tables = in_tasks(weight_parts(start, width, min(f, d)), 3 * f * d)
     return first, [partial(gradients, *of_weights, table) for table in tables]

@@ -40,7 +40,7 @@ ARGUMENTS = {
     "multiply_rows": ("views2", "views2", "views2", "boolean"),
     "pack_rows": ("real3", "real2", "ids", "int64"),
     "unpack_rows": ("real2", "real3"),
-    "pack_columns": ("real3", "real2", "ids", "int64", "int64"),
+    "pack_columns": ("real3", "real2", "ids", "int64", "int64", "int64"),
     "outer_products": ("real2", "views3", "views3"),
 }
 
@@ -122,8 +122,8 @@ def test_multiply(m: int, k: int, n: int, add: bool, real: Any, seed: int) -> No
 @settings(max_examples=EXAMPLES)
 @given(SIZES, SIZES, SIZES, st.integers(1, 3), st.sampled_from(REALS), st.integers(0, 99))
 def test_rows_and_outer_products(n: int, d: int, f: int, each: int, real: Any, seed: int) -> None:
-    """Rows become columns, zeros beyond, and come back; columns stay columns, from any on; a part
-    of the rows of Σ a bᵀ."""
+    """Rows become columns, zeros beyond, and come back; some stay rows; a part of the rows of
+    Σ a bᵀ."""
     rng = np.random.default_rng(seed)
     width = panel_width(real)
     x = rng.normal(size=(2 * n, d)).astype(real)
@@ -139,10 +139,13 @@ def test_rows_and_outer_products(n: int, d: int, f: int, each: int, real: Any, s
     a = rng.normal(size=(n, f)).astype(real)
     by_column = np.full((packed.shape[0], f, width), np.nan, real)
     compiled("pack_rows", real)(by_column, a, np.arange(n), 1)
-    start = int(rng.integers(0, d))
-    some = np.full((-(-(d - start) // width), n, width), np.nan, real)
-    compiled("pack_columns", real)(some, x, order, each, start)
-    assert (matrix(some, d - start) == rows[:, start:]).all()
+    start, stop = sorted(rng.integers(0, n + 1, 2).tolist())
+    some = np.full((-(-d // width), n, width), np.nan, real)
+    compiled("pack_columns", real)(some, x, order, each, start, stop)
+    assert (matrix(some, d)[start:stop] == rows[start:stop]).all()
+    assert (matrix(some, some.shape[0] * width)[start:stop, d:] == 0).all()
+    assert np.isnan(some[:, :start]).all()
+    assert np.isnan(some[:, stop:]).all()
     dw, (first, last) = np.full((f, d), np.nan, real), sorted(rng.integers(0, f + 1, 2).tolist())
     own = np.ascontiguousarray(by_column[:, first:last])
     compiled("outer_products", real)(dw[first:last], own, panels(rows))
