@@ -20,6 +20,7 @@ from numba import njit
 
 from .common_numba_cpu import (
     CHECKED,
+    SOME,
     Bools1,
     Ids1,
     In1,
@@ -48,7 +49,6 @@ from .products_numba_cpu import (
 
 KEYS = 512  # of a block
 SIDE = 4  # panels of queries at a time
-SOME = 64  # keys that are summed in their own type; such sums are added in float64
 
 
 @njit(**EXACT)

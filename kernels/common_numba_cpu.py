@@ -38,7 +38,9 @@ Bools1, Bools2 = (Argument(dims, kind="boolean") for dims in (1, 2))
 Real, Int = Argument(0), Argument(0, kind="int64")
 Float64 = Argument(0, kind="float64")
 
-LANES = 1024  # numbers that are summed in their own type; such sums are added in float64
+# numbers that are summed in their own type, one after another and along vectors; such sums are
+# added in float64
+SOME, LANES = 64, 1024
 LOG2_E = np.float32(1.4426950408889634)
 LN2_HIGH = np.float32(0.693145751953125)  # 15 bits of ln 2: n times it is exact for |n| < 2⁹
 LN2_LOW = np.float32(1.42860677e-06)  # the rest

@@ -249,7 +249,7 @@ def weight_gradients(
         e, rows, panels = part_of(table[i])
         part, parts = table[i, 5], table[i, 6]
         some = slice(f * part // parts, f * (part + 1) // parts)
-        outer_products(dw_gate[e, some], dgate[panels, some], columns[:, rows])
-        outer_products(dw_up[e, some], dup[panels, some], columns[:, rows])
+        outer_products(dw_gate[e, some], dgate[panels, some], columns[:, rows], False)
+        outer_products(dw_up[e, some], dup[panels, some], columns[:, rows], False)
         some = slice(d * part // parts, d * (part + 1) // parts)
-        outer_products(dw_down[e, some], dy_panels[panels, some], hidden[:, rows])
+        outer_products(dw_down[e, some], dy_panels[panels, some], hidden[:, rows], False)

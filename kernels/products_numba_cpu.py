@@ -506,25 +506,31 @@ def multiply_transposed(c, w, turned, b, add, following):
         raise ValueError("shapes do not agree")
     if w.size == 0 and not add:
         c[:] = 0
-    own = empty_tiles(min(rows, SLAB), min(steps, DEEP), w)
-    n = 0
-    for i in range(0, rows, SLAB):
-        height = min(SLAB, rows - i)
-        for k in range(0, steps, DEEP):
-            deep, tiles = min(DEEP, steps - k), own
-            ahead = w[:0]
-            if turned.shape[0] > 0:
-                tiles = turned[n]
-                n += 1
-            else:
-                put_tiles(tiles, w, k, deep, i, height)
-                ahead = following
-                if k + deep < steps:
-                    ahead = w[k + deep :, i:]
-                elif i + height < rows:
-                    ahead = w[:, i + height :]
-            more, some = add or k > 0, b[:, k : k + deep]
-            _block(c[:, i : i + height], by_rows(tiles, deep), some, more, factor(ahead))
+    across = -(-steps // DEEP)
+    for n in range(turned.shape[0]):
+        i, k = n // across * SLAB, n % across * DEEP
+        some = b[:, k : k + DEEP]
+        tiles = by_rows(turned[n], some.shape[1])
+        _block(c[:, i : i + SLAB], tiles, some, add or k > 0, factor(w[:0]))
+    for i in range(0, rows if turned.shape[0] == 0 else 0, SLAB):
+        ahead = following
+        if i + SLAB < rows:
+            ahead = w[:, i + SLAB :]
+        multiply_slab(c[:, i : i + SLAB], w, i, b, add, ahead)
+
+
+@njit(**EXACT)
+def multiply_slab(c, w, first, b, add, following):
+    """Rows of `multiply_transposed` from ``first`` on, as many as c [P, M, WIDTH] has: `SLAB` at
+    most."""
+    steps, rows = w.shape[0], c.shape[1]
+    tiles = empty_tiles(rows, min(steps, DEEP), w)
+    for k in range(0, steps, DEEP):
+        some, ahead = b[:, k : k + DEEP], following
+        put_tiles(tiles, w, k, some.shape[1], first, rows)
+        if k + DEEP < steps:
+            ahead = w[k + DEEP :, first:]
+        _block(c, by_rows(tiles, some.shape[1]), some, add or k > 0, factor(ahead))
 
 
 @njit(**EXACT)
@@ -709,22 +715,28 @@ def pack_columns(panels, x, order, per_token, first, stop):
 
 
 @njit(**EXACT)
-def outer_products(dw, a, b):
-    """dw [M, N] = Σ_r a_r b_rᵀ, where a_r is column r of a, panels [P, M, WIDTH], and b_r row r of
-    b, panels [⌈N / WIDTH⌉, rows, WIDTH]."""
+def outer_products(dw, a, b, add):
+    """dw [M, N] = Σ_r a_r b_rᵀ, added to dw if ``add``, where a_r is column r of a, panels
+    [P, M, WIDTH], and b_r row r of b, panels [⌈N / WIDTH⌉, rows, WIDTH]."""
     width, whole = b.shape[2], dw.shape[1] // b.shape[2]
     edge = empty_panels(1, dw.shape[0], dw)[:, : dw.shape[0]]  # a view, as whole panels are
+    filled = whole == b.shape[0]  # else the last panel goes by way of edge
     if b.shape[1] == 0:
-        dw[:] = 0
+        if not add:
+            dw[:] = 0
+        return
+    if add and not filled:
+        _put_columns(edge[0], dw, whole * width)
     for begin in range(0, b.shape[1], DEEP):
         rows, columns = b[:, begin : begin + DEEP], turned(a)[:, begin // width :]
+        more = add or begin > 0
         for panel in range(0, whole, PANELS):
             some = rows[panel : min(panel + PANELS, whole)]
             direct = _whole_panels(dw, panel * width, some.shape[0])
-            _multiply_columns(direct, columns, some, begin > 0, panel == 0)
-        if whole < b.shape[0]:  # the last, which is not full, goes by way of edge
-            _multiply_columns(edge, columns, rows[whole:], begin > 0, whole == 0)
-    if whole < b.shape[0] and b.shape[1] > 0:
+            _multiply_columns(direct, columns, some, more, panel == 0)
+        if not filled:
+            _multiply_columns(edge, columns, rows[whole:], more, whole == 0)
+    if not filled:
         _take_columns(dw, whole * width, edge[0])
 
 

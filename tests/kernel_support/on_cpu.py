@@ -31,7 +31,7 @@ BLOCKS = {  # by module, the sizes that decide how work is cut
     "ffn": {"MOST_ROWS": 2, "SHARED": 64},
     "embedding": {"SOME": 2, "ENTRIES": 8},
     "host": {"ONE_TASK": 8, "ONE_PRODUCT": 8, "MOST": 6, "SIDE": 2},
-    "log_prob": {"AT_A_TIME": 0, "TOKENS": 2, "ENTRIES": 2},
+    "log_prob": {"AT_A_TIME": 0, "TOKENS": 2, "ENTRIES": 2, "MOST_TOKENS": 2, "NUMBERS": 2},
     "mla": {"ROWS": 2},
 }
 
@@ -123,10 +123,20 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
         ),
     },
     "cross_entropy": {
-        "target off by one": ("hit = 0 <= target", "target += 1\n    hit = 0 <= target"),
-        "left-out rows counted": ("if counted == 0:", "if False:"),
-        "one-hot left out": ("(p - real(1))", "p"),
-        "temperature left out": ("own[i] /= temperature", "own[i] /= 1"),
+        "target off by one": ("if 0 <= target < own", "target += 1\n        if 0 <= target < own"),
+        "left-out rows counted": ("if counted[row] == 0:", "if False:"),
+        "one-hot left out": ("(p - one)", "p"),
+    },
+    "log_prob": {
+        "target off by one": ("if first <= target < last and", "if first < target < last and"),
+        "left-out tokens counted": ("if used[lane] != 0 else none", "if True else none"),
+        "one-hot left out": ("(of_target[lane] - 1)", "of_target[lane]"),
+        "temperature left out": ("row[lane] /= temperature", "row[lane] /= 1"),
+        "gradient of the last chunk alone": ("columns, add != 0)", "columns, False)"),
+        "rows of h of the first panel alone": (
+            "put_row(columns, row, h[row])",
+            "put_row(columns, row, h[row - start])",
+        ),
     },
     "mla": {
         "rotated key of the last head alone": ("shared[i] += turned[i]", "shared[i] = turned[i]"),

@@ -50,8 +50,8 @@ def head_cross_entropy_forward(
     for chunk in Chunk.all(rows, w, 1.0, block):
         i = chunk.rows
         lse[i] = chunk.lse()
-        log_p[i] = chunk.z[np.arange(chunk.z.shape[0]), targets[i]] - lse[i]
-        chunk.gradient((lse, weight, weight, targets), dh[i], dw, again=False)
+        log_p[i] = chunk.of_targets(targets[i]) - lse[i]
+        chunk.gradient((lse, weight, weight, targets), dh[i], dw)
     loss = -np.sum(weight * log_p)  # (head_cross_entropy.1)
     return loss, HeadCrossEntropySaved(dh.reshape(h.shape), dw)
 

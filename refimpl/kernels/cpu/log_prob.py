@@ -1,13 +1,13 @@
-"""Log-probabilities from hidden states on kernels/cross_entropy_numba_cpu.py; as
+"""Log-probabilities from hidden states on kernels/log_prob_numba_cpu.py; as
 `refimpl.ops.log_prob`; and what the training loss shares with them.
 
-The logits of a chunk of tokens are whole at a time: as many as 4 blocks have, or those of block[0]
-tokens. Their products and softmax are cut into tasks, and each gradient is one product per chunk.
+The logits of a chunk of tokens are whole at a time, in panels: as many as 8 blocks have, or those
+of block[0] tokens. What is done to them is cut into tasks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -16,15 +16,16 @@ import numpy as np
 from ...array import Array, expect, fill
 from ...ops.cross_entropy import token_weights
 from ...ops.log_prob import check_log_prob
-from .compile import kernel
-from .host import empty, expect_real, products, ready, rows_of
-from .pool import blocks_of, run
+from .compile import kernel, panel_width
+from .host import empty, expect_real, ready, rows_of
+from .pool import Task, blocks_of, run_kernels
 
 __all__ = ["Chunk", "LogProbSaved", "counted_rows", "log_prob_backward", "log_prob_forward"]
 
 AT_A_TIME = 8  # blocks
 TOKENS = 256  # of one task
 ENTRIES = 1024  # of the vocabulary, likewise: TOKENS × ENTRIES logits stay in the second cache
+MOST_TOKENS, NUMBERS = 512, 256  # of one task of dh: its part of w is turned for each
 
 
 class LogProbSaved(NamedTuple):
@@ -43,13 +44,19 @@ class Chunk:
     """The logits of some of the tokens, and what is made of them. ``rows`` says which."""
 
     def __init__(self, rows: slice, h: Array, w: Array, temperature: float, columns: int) -> None:
-        self.rows = rows
-        self.h = h[rows]
-        self.w = w
+        self.rows, self.dtype = rows, h.dtype
+        own = h[rows]
+        self.count, width = len(own), panel_width(h.dtype)
+        panels = -(-self.count // width)
+        self.w = ready(w)
         self.temperature = temperature
-        self.z = empty((self.h.shape[0], w.shape[0]), h)
+        self.h = empty((panels, own.shape[1], width), h)
+        self.columns = empty((-(-own.shape[1] // width), *own.shape[:1], width), h)
+        self.z = empty((panels, w.shape[0], width), h)
         self.vocabulary = blocks_of(w.shape[0], min(columns, ENTRIES))
-        self.tokens = blocks_of(self.h.shape[0], TOKENS)
+        self.panels = blocks_of(panels, max(1, TOKENS // width))
+        put = self._kernel("put_hidden")
+        run_kernels([partial(put, self.h, self.columns, own, i.start, i.stop) for i in self.panels])
 
     @classmethod
     def all(cls, h: Array, w: Array, temperature: float, block: tuple[int, int]) -> Iterator[Chunk]:
@@ -60,61 +67,69 @@ class Chunk:
 
     def lse(self) -> Array:
         """Make the logits; log Σ e^z [m] of each token."""
-        shape = len(self.vocabulary), self.h.shape[0]
+        panels, _, width = self.z.shape
+        shape = len(self.vocabulary), panels, width
         largest, total = empty(shape, self.z), empty(shape, self.z)
-        run(
+        make = self._kernel("logits")
+        run_kernels(
             [
-                partial(self._block, i, j, largest[k], total[k])
+                partial(make, self.z[i], largest[k, i], total[k, i], self.h[i], self.w, *bounds)
                 for k, j in enumerate(self.vocabulary)
-                for i in self.tokens
+                for bounds in [(j.start, j.stop, self.temperature)]
+                for i in self.panels
             ]
         )
         highest = largest.max(axis=0)
         shift = np.where(highest > -np.inf, highest, 0)
         with np.errstate(divide="ignore"):  # all −∞
-            return highest + np.log(np.sum(total * np.exp(largest - shift), axis=0))
+            lse = highest + np.log(np.sum(total * np.exp(largest - shift), axis=0))
+        return lse.reshape(-1)[: self.count]
 
-    def _block(self, i: slice, j: slice, largest: Array, total: Array) -> None:
-        self.logits(i, j)
-        statistics = kernel("cross_entropy", "statistics", self.z.dtype)
-        statistics(largest[i], total[i], self.z[i], j.start, j.stop)
+    def of_targets(self, targets: Array) -> Array:
+        """The logits [m] of the chunk's ``targets`` [m]."""
+        token, width = np.arange(self.count), self.z.shape[2]
+        return self.z[token // width, targets, token % width]
 
-    def logits(self, i: slice, j: slice) -> None:
-        """Those of tokens i and entries j."""
-        np.matmul(self.h[i], self.w[j].T, out=self.z[i, j])
-        if self.temperature != 1:
-            divide = kernel("cross_entropy", "divide", self.z.dtype)
-            divide(self.z[i], j.start, j.stop, self.temperature)  # (log_prob.1)
-
-    def gradient(self, by_token: tuple[Array, ...], dh: Array, dw: Array, *, again: bool) -> None:
+    def gradient(self, by_token: tuple[Array, ...], dh: Array, dw: Array) -> None:
         """The logits become weight (softmax − one-hot), times 1 / temperature: ``dh`` [m, D] is
         written, and ``dw`` [W, D], or for a later chunk added to. ``by_token``: lse, mask (of 0 the
-        gradient is 0), weight and targets of all tokens. ``again``: make the logits again."""
+        gradient is 0), weight and targets of all tokens."""
         lse, counted, weight, targets = (array[self.rows] for array in by_token)
         weight = weight / self.z.dtype.type(self.temperature)
-        own = lse, counted, weight, targets
-        run(
+        own = tuple(self._by_lane(array) for array in (lse, counted, weight, targets))
+        turn = self._kernel("gradient")
+        run_kernels(
             [
-                partial(self._gradient, i, j, own, again)
+                partial(turn, self.z[i], *(array[i] for array in own), j.start, j.stop)
                 for j in self.vocabulary
-                for i in self.tokens
+                for i in self.panels
             ]
         )
-        tasks = products(self.z, self.w, dh)  # (log_prob.8)
-        if self.rows.start == 0:
-            tasks += products(self.z.T, self.h, dw)  # (log_prob.9)
-        else:
-            tasks += [partial(self._add, dw, j) for j in self.vocabulary]
-        run(tasks)
+        run_kernels([*self._hidden_gradient(dh), *self._weight_gradient(dw)])
 
-    def _gradient(self, i: slice, j: slice, own: tuple[Array, ...], again: bool) -> None:
-        if again:
-            self.logits(i, j)
-        gradient = kernel("cross_entropy", "gradient_in_place", self.z.dtype)
-        gradient(self.z[i], *(array[i] for array in own), j.start, j.stop)
+    def _hidden_gradient(self, dh: Array) -> list[Task]:
+        width, write = self.z.shape[2], self._kernel("hidden_gradient")
+        return [
+            partial(write, dh[i.start * width : i.stop * width], self.z[i], self.w, j.start, j.stop)
+            for i in blocks_of(len(self.z), max(1, MOST_TOKENS // width))
+            for j in blocks_of(dh.shape[1], NUMBERS)
+        ]
 
-    def _add(self, dw: Array, j: slice) -> None:
-        dw[j] += self.z[:, j].T @ self.h
+    def _weight_gradient(self, dw: Array) -> list[Task]:
+        write, add = self._kernel("weight_gradient"), int(self.rows.start > 0)
+        return [
+            partial(write, dw, self.z, self.columns, j.start, j.stop, add) for j in self.vocabulary
+        ]
+
+    def _by_lane(self, x: Array) -> Array:
+        """x [m] as [P, WIDTH]; zeros beyond."""
+        panels, _, width = self.z.shape
+        found = np.zeros(panels * width, x.dtype)
+        found[: self.count] = x
+        return found.reshape(panels, width)
+
+    def _kernel(self, name: str) -> Callable[..., None]:
+        return kernel("log_prob", name, self.dtype)
 
 
 def log_prob_forward(
@@ -133,7 +148,7 @@ def log_prob_forward(
     lse, chosen = empty(weight.shape, h), empty(weight.shape, h)
     for chunk in Chunk.all(rows, w, float(temperature), block):
         lse[chunk.rows] = chunk.lse()
-        chosen[chunk.rows] = chunk.z[np.arange(chunk.z.shape[0]), targets[chunk.rows]]
+        chosen[chunk.rows] = chunk.of_targets(targets[chunk.rows])
     y = weight * (chosen - lse)  # (log_prob.5)
     saved = LogProbSaved(rows.reshape(h.shape), w, lse, targets, weight, float(temperature), block)
     return y.reshape(h.shape[:-1]), saved
@@ -148,8 +163,8 @@ def log_prob_backward(dy: Array, saved: LogProbSaved) -> tuple[Array, Array]:
     dh, dw = empty(h.shape, h), empty(w.shape, h)
     out = rows_of(dh)
     for chunk in Chunk.all(rows, w, temperature, block):
-        by_token = lse, mask, weight, targets
-        chunk.gradient(by_token, out[chunk.rows], dw, again=True)
+        chunk.lse()  # the logits again
+        chunk.gradient((lse, mask, weight, targets), out[chunk.rows], dw)
     return dh, dw
 
 

@@ -41,7 +41,7 @@ ARGUMENTS = {
     "pack_rows": ("real3", "real2", "ids", "int64"),
     "unpack_rows": ("real2", "real3"),
     "pack_columns": ("real3", "real2", "ids", "int64", "int64", "int64"),
-    "outer_products": ("real2", "views3", "views3"),
+    "outer_products": ("real2", "views3", "views3", "boolean"),
 }
 
 
@@ -148,8 +148,11 @@ def test_rows_and_outer_products(n: int, d: int, f: int, each: int, real: Any, s
     assert np.isnan(some[:, stop:]).all()
     dw, (first, last) = np.full((f, d), np.nan, real), sorted(rng.integers(0, f + 1, 2).tolist())
     own = np.ascontiguousarray(by_column[:, first:last])
-    compiled("outer_products", real)(dw[first:last], own, panels(rows))
+    compiled("outer_products", real)(dw[first:last], own, panels(rows), False)
     assert_close(dw[first:last], a.T[first:last], rows, 0)
+    before = dw[first:last].copy()
+    compiled("outer_products", real)(dw[first:last], own, panels(rows), True)
+    assert_close(dw[first:last], a.T[first:last], rows, before)
     assert np.isnan(dw[:first]).all()
     assert np.isnan(dw[last:]).all()
 
@@ -191,9 +194,10 @@ def test_nothing_to_sum() -> None:
         for y in (np.ones((3, 5), np.float32), np.ones((20, 5), np.float32)):
             compiled("multiply_rows", np.float32)(y, y[:, :0], y[:0], add)
             assert (y == add).all()
-    dw = np.ones((2, 3), np.float32)
-    compiled("outer_products", np.float32)(dw, c[:0], c[:, :0])
-    assert (dw == 0).all()
+    for add in (True, False):
+        dw = np.ones((2, 3), np.float32)
+        compiled("outer_products", np.float32)(dw, c[:0], c[:, :0], add)
+        assert (dw == add).all()
 
 
 def test_shapes_that_do_not_agree() -> None:
@@ -217,6 +221,7 @@ LARGE = {  # op: shapes of its arrays, keyword arguments
         [(200, 70), (200, 2), *[(3, 90, 70)] * 2, (3, 70, 90), *[(280, 70)] * 2, (70, 280)],
         {"indices": np.where(np.arange(400) < 330, np.arange(400) % 2, 2 - np.arange(400) % 2)},
     ),
+    "head_cross_entropy": ([(700, 70), (2100, 70)], {"targets": np.arange(700) * 3 % 2100}),
     "attention": ([(1, 600, 2, 40), (1, 1100, 2, 40), (1, 1100, 2, 50)], {"scale": 0.2}),
     "attention, the first blocks of keys hidden": (
         [(1, 1300, 1, 8), (1, 1300, 1, 8), (1, 1300, 1, 8)],
