@@ -96,16 +96,13 @@ def statistics(largest, total, z):
         total[lane] = sums[lane]  # (log_prob.2)
 
 
-def gradient(
-    z: Out3, lse: In2, counted: In2, weight: In2, targets: Ids2, first: Int, last: Int
-) -> None:
-    """The logits of the entries first … last become weight (e^(z − lse) − one-hot(target)). A token
-    whose ``counted`` is 0 gets 0, whatever its logits. All of tokens are [P, WIDTH]."""
+def gradient(z: Out3, lse: In2, weight: In2, targets: Ids2, first: Int, last: Int) -> None:
+    """The logits of the entries first … last become weight (e^(z − lse) − one-hot(target)); of each
+    token, [P, WIDTH], are ``lse``, ``weight`` and ``targets``."""
     whole_vectors()
-    width, none = width_of(z), z.dtype.type(0)
+    width = width_of(z)
     for panel in range(z.shape[0]):
         own, by = lse[panel], weight[panel]
-        used = counted[panel]
         of_target = np.zeros(width, z.dtype)
         for lane in range(width):
             target = targets[panel, lane]
@@ -114,11 +111,10 @@ def gradient(
         for entry in range(first, last):
             row = z[panel, entry]
             for lane in range(width):
-                g = by[lane] * exp_or_zero(row[lane] - own[lane])  # (log_prob.6)
-                row[lane] = g if used[lane] != 0 else none
+                row[lane] = by[lane] * exp_or_zero(row[lane] - own[lane])  # (log_prob.6)
         for lane in range(width):
             target = targets[panel, lane]
-            if first <= target < last and used[lane] != 0:
+            if first <= target < last:
                 z[panel, target, lane] = by[lane] * (of_target[lane] - 1)  # (log_prob.7)
 
 

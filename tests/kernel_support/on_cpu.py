@@ -128,14 +128,17 @@ PLANTED: dict[str, dict[str, tuple[str, str]]] = {
         "one-hot left out": ("(p - one)", "p"),
     },
     "log_prob": {
-        "target off by one": ("if first <= target < last and", "if first < target < last and"),
-        "left-out tokens counted": ("if used[lane] != 0 else none", "if True else none"),
+        "the first target of a block lost": (
+            "if first <= target < last",
+            "if first < target < last",
+        ),
         "one-hot left out": ("(of_target[lane] - 1)", "of_target[lane]"),
         "temperature left out": ("row[lane] /= temperature", "row[lane] /= 1"),
         "gradient of the last chunk alone": ("columns, add != 0)", "columns, False)"),
-        "rows of h of the first panel alone": (
+        "weights left out": ("by[lane] * exp", "exp"),
+        "the first token of a panel for all": (
             "put_row(columns, row, h[row])",
-            "put_row(columns, row, h[row - start])",
+            "put_row(columns, row, h[start])",
         ),
     },
     "mla": {

@@ -51,7 +51,7 @@ def head_cross_entropy_forward(
         i = chunk.rows
         lse[i] = chunk.lse()
         log_p[i] = chunk.of_targets(targets[i]) - lse[i]
-        chunk.gradient((lse, weight, weight, targets), dh[i], dw)
+        chunk.gradient((lse, weight, targets), dh[i], dw)
     loss = -np.sum(weight * log_p)  # (head_cross_entropy.1)
     return loss, HeadCrossEntropySaved(dh.reshape(h.shape), dw)
 

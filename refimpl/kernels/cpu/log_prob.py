@@ -92,11 +92,11 @@ class Chunk:
 
     def gradient(self, by_token: tuple[Array, ...], dh: Array, dw: Array) -> None:
         """The logits become weight (softmax − one-hot), times 1 / temperature: ``dh`` [m, D] is
-        written, and ``dw`` [W, D], or for a later chunk added to. ``by_token``: lse, mask (of 0 the
-        gradient is 0), weight and targets of all tokens."""
-        lse, counted, weight, targets = (array[self.rows] for array in by_token)
-        weight = weight / self.z.dtype.type(self.temperature)
-        own = tuple(self._by_lane(array) for array in (lse, counted, weight, targets))
+        written, and ``dw`` [W, D], or for a later chunk added to. ``by_token``: lse, weight and
+        targets of all tokens."""
+        lse, weight, targets = (array[self.rows] for array in by_token)
+        weight = weight / self.dtype.type(self.temperature)
+        own = tuple(self._by_lane(array) for array in (lse, weight, targets))
         turn = self._kernel("gradient")
         run_kernels(
             [
@@ -164,7 +164,7 @@ def log_prob_backward(dy: Array, saved: LogProbSaved) -> tuple[Array, Array]:
     out = rows_of(dh)
     for chunk in Chunk.all(rows, w, temperature, block):
         chunk.lse()  # the logits again
-        chunk.gradient((lse, mask, weight, targets), out[chunk.rows], dw)
+        chunk.gradient((lse, weight, targets), out[chunk.rows], dw)
     return dh, dw
 
 
