@@ -100,7 +100,7 @@ def _by_name(*rows: Row) -> dict[str, Row]:
 
 
 ROWS = _by_name(  # rows of the table, by name
-    Row("step-d512", "step", "step", D512, budget=60),
+    Row("step-d512", "step", "step", D512, budget=45),
     Row("step-d128", "step", "step", D128, budget=15),
     *(Row(op, "ops", op, D512) for op in OPS),
     Row("block", "ops", "block", D512, budget=10),

@@ -35,7 +35,9 @@ LONG = 0.2  # seconds of a call, beyond which `ENOUGH` turns will do
 # seconds; of a shorter call, the first of a turn is not timed: the caches were others' and the
 # cores slept, so it takes longer than those that follow
 COLD = 0.2
-PATIENCE = 5.0  # seconds of a call, beyond which a column is left out
+# seconds of a call, beyond which a column is left out: of a row alone, and of a point on a curve,
+# whose next points take longer still
+PATIENCE, PATIENCE_ALONG = 5.0, 2.5
 BETWEEN = 0.03  # seconds between turns, about: a worker answers when its threads sleep
 PACKAGES = ("numpy", "numba", "torch", "transformers", "jax")
 
@@ -114,7 +116,7 @@ def model_name() -> str:
 
 
 class TooSlow(Refused):
-    """Its call takes longer than `PATIENCE`."""
+    """Its call takes too long."""
 
 
 Slow = dict[tuple[str, str], str]  # by group and column: the row of that curve that took too long
@@ -155,7 +157,7 @@ def measure_row(
             say(f"{row.name}: {column}")
             try:
                 first = team.ask(column, "prepare", **problem, truth=truth)
-                expect_quick(team, column, first["first"])
+                expect_quick(team, column, first["first"], PATIENCE_ALONG if row.x else PATIENCE)
                 found[column] = {**first, **team.ask(column, "peak")}
             except (Refused, Ended) as error:
                 notes.append(f"{column}: {error}")
@@ -185,9 +187,10 @@ def measure_row(
     )
 
 
-def expect_quick(team: Team, column: str, seconds: float) -> None:
-    """Refused, and the problem dropped, if the first call took too long and did not compile."""
-    if seconds > PATIENCE and not COLUMNS[column].compiles:
+def expect_quick(team: Team, column: str, seconds: float, patience: float) -> None:
+    """Refused, and the problem dropped, if the first call took longer than ``patience`` seconds and
+    did not compile."""
+    if seconds > patience and not COLUMNS[column].compiles:
         team.ask(column, "drop")
         raise TooSlow(f"left out: a call took {seconds:.1f} s")
 
