@@ -506,7 +506,7 @@ def multiply_transposed(c, w, turned, b, add, following):
         raise ValueError("shapes do not agree")
     if w.size == 0 and not add:
         c[:] = 0
-    across = -(-steps // DEEP)
+    across = max(1, -(-steps // DEEP))
     for n in range(turned.shape[0]):
         i, k = n // across * SLAB, n % across * DEEP
         some = b[:, k : k + DEEP]

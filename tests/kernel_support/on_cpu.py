@@ -224,6 +224,7 @@ UNCACHED = compiling.kernel.__wrapped__
 
 def recompiled(monkeypatch: pytest.MonkeyPatch, *stems: str) -> None:
     """Kernels of these files are compiled anew, and nothing of that is kept, here or on disk."""
+    config: Any = importlib.import_module("numba.core.config")
     fresh: dict[tuple[Any, ...], Any] = {}
     kept = compiling.kernel
 
@@ -235,6 +236,7 @@ def recompiled(monkeypatch: pytest.MonkeyPatch, *stems: str) -> None:
                 with pytest.MonkeyPatch.context() as nowhere:
                     nowhere.setattr(compiling, "_place", lambda real: None)
                     nowhere.setattr(compiling, "_tell_once", lambda where: None)
+                    nowhere.setattr(config, "OPT", type(config.OPT)(0))  # half the time
                     fresh[stem, *key] = UNCACHED(stem, *key)
         return fresh[stem, *key]
 

@@ -354,6 +354,7 @@ MISTAKES = [(stem, name) for stem, planted in PLANTED.items() for name in plante
 
 SLOW = ("attention", "ffn", "log_prob", "mla", "products", "rope")  # to compile, with their callers
 QUICK = [mistake for mistake in MISTAKES if mistake[0] not in SLOW][::5]
+UNPLANTED = [stem for stem in PLANTED if stem not in SLOW or stem == "rope"]
 
 
 # seconds each, so with one number of threads
@@ -381,7 +382,7 @@ def test_planted_mistakes_can_be_planted(stem: str, name: str) -> None:
 
 
 @RECOMPILED
-@pytest.mark.parametrize("stem", PLANTED if FULL else ["embedding"])
+@pytest.mark.parametrize("stem", UNPLANTED if FULL else ["embedding"])
 def test_nothing_is_caught_where_nothing_is_planted(
     stem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -420,14 +421,11 @@ def test_ties_to_the_lower_index() -> None:
 @RECOMPILED
 @pytest.mark.parametrize("storage", ["float32", "float64"] if FULL else [])
 def test_within_bounds(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same cases of every op with kernels that check every index, each compiled once."""
+    """Cases of every op with kernels that check every index, each compiled once."""
     monkeypatch.setitem(compiling.OPTIONS, "boundscheck", True)
     plant_text("common", *CHECKED, monkeypatch)
     for op in OPS:
-        if storage == "float64":
-            assert_differences(op, range(2))
-        else:
-            assert_errors(op, storage, range(10))
+        assert_errors(op, storage, range(10))
 
 
 WRITES = {  # of a file's kernels, out of bounds

@@ -88,7 +88,8 @@ def assert_close(found: np.ndarray, a: np.ndarray, b: np.ndarray, before: np.nda
 def exactly(a: np.ndarray, b: np.ndarray, before: np.ndarray | int) -> tuple[Any, Any]:
     """before + a b, and the error of such a sum in a's type: K + 2 roundings per term."""
     unit, tiny = np.finfo(a.dtype).eps / 2, np.finfo(a.dtype).tiny
-    a, b = a.astype(np.longdouble), b.astype(np.longdouble)
+    wide = np.float64 if a.dtype == np.float32 else np.longdouble
+    a, b = a.astype(wide), b.astype(wide)
     bound = (a.shape[1] + 2) * unit * (np.abs(a) @ np.abs(b) + np.abs(before))
     return before + a @ b, bound + tiny
 
