@@ -26,7 +26,7 @@ __all__ = ["FFNSaved", "Routed", "backward_tasks", "ffn_backward", "ffn_forward"
 
 MOST_ROWS = 256  # of one task: the more, the less often a weight is fetched
 SHARED = 2**20  # numbers of a weight, over the blocks: as many, and it is turned once for all
-LEAST_ROWS = 32  # of a part of a weight's gradient: the other factor is packed for each
+LEAST_ROWS = 32  # of a part of a weight's gradient: a task has its own time to begin
 Matrices = tuple[Array, Array, Array]  # of E networks: w_gate and w_up [E, F, D], w_down [E, D, F]
 
 

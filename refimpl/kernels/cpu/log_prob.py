@@ -51,7 +51,7 @@ class Chunk:
         self.w = ready(w)
         self.temperature = temperature
         self.h = empty((panels, own.shape[1], width), h)
-        self.columns = empty((-(-own.shape[1] // width), *own.shape[:1], width), h)
+        self.columns = empty((-(-own.shape[1] // width), self.count, width), h)
         self.z = empty((panels, w.shape[0], width), h)
         self.vocabulary = blocks_of(w.shape[0], min(columns, ENTRIES))
         self.panels = blocks_of(panels, max(1, TOKENS // width))
@@ -73,9 +73,12 @@ class Chunk:
         make = self._kernel("logits")
         run_kernels(
             [
-                partial(make, self.z[i], largest[k, i], total[k, i], self.h[i], self.w, *bounds)
+                partial(
+                    make,
+                    *(self.z[i], largest[k, i], total[k, i]),
+                    *(self.h[i], self.w, j.start, j.stop, self.temperature),
+                )
                 for k, j in enumerate(self.vocabulary)
-                for bounds in [(j.start, j.stop, self.temperature)]
                 for i in self.panels
             ]
         )
@@ -105,7 +108,7 @@ class Chunk:
                 for i in self.panels
             ]
         )
-        run_kernels([*self._hidden_gradient(dh), *self._weight_gradient(dw)])
+        run_kernels(self._hidden_gradient(dh) + self._weight_gradient(dw))
 
     def _hidden_gradient(self, dh: Array) -> list[Task]:
         width, write = self.z.shape[2], self._kernel("hidden_gradient")
