@@ -138,21 +138,15 @@ def itemsize(x: Array) -> int:
     return getattr(x.dtype, "itemsize", 4)
 
 
-def shape_error(
-    name: str, letters: str, wanted: tuple[Any, ...], got: tuple[int, ...]
-) -> ValueError:
-    """The error every op raises on a wrong shape: ``w must have shape (D,)=(64,), got (32,)``."""
-    return ValueError(f"{name} must have shape {letters}={wanted}, got {tuple(got)}")
-
-
 def expect(name: str, x: Array, letters: str, wanted: tuple[Any, ...]) -> None:
-    """Raise `shape_error` unless ``x`` has the shape ``wanted``; None in ``wanted`` stands for any
-    length."""
+    """ValueError, ``w must have shape (D,)=(64,), got (32,)``, unless ``x`` has the shape
+    ``wanted``; None in ``wanted`` stands for any length."""
     library(x, name)
     if len(x.shape) != len(wanted) or any(
         w is not None and w != n for w, n in zip(wanted, x.shape, strict=True)
     ):
-        raise shape_error(name, letters, tuple("any" if w is None else w for w in wanted), x.shape)
+        shape = tuple("any" if w is None else w for w in wanted)
+        raise ValueError(f"{name} must have shape {letters}={shape}, got {tuple(x.shape)}")
 
 
 def last(x: Array, name: str) -> int:
@@ -197,8 +191,10 @@ def expect_ids(name: str, ids: Array, limit: int) -> Array:
         raise TypeError(f"{name} must be integers, got {ids.dtype}")
     if ids.size:
         lowest, highest = integers(xp.stack((xp.min(ids), xp.max(ids))))
-        if lowest < 0 or highest >= limit:
-            raise ValueError(f"{name} must lie in 0…{limit - 1}, got {lowest}…{highest}")
+        expect_that(
+            lowest >= 0 and highest < limit,
+            f"{name} must lie in 0…{limit - 1}, got {lowest}…{highest}",
+        )
     return xp.astype(ids, xp.int64, copy=False)
 
 

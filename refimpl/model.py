@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from .array import Array, cast, expect, library, number, real, zeros
+from .array import Array, cast, expect, expect_that, library, number, real, zeros
 from .batch import Batch, Whole, make_batch
 from .config import ModelConfig
 from .ops import (
@@ -276,8 +276,10 @@ def backward(
     run = saved.run
     if dloss is None and dlogits is None and dhidden is None:
         dloss = 1.0
-    if dloss is not None and saved.head is None:
-        raise ValueError("dloss needs a forward with with_loss=True, got one without a loss")
+    expect_that(
+        dloss is None or saved.head is not None,
+        "dloss needs a forward with with_loss=True, got one without a loss",
+    )
     grads = Gradients(run.params)
     dx = above_backward(saved, dloss, dlogits, dhidden, grads)
     for layer in range(run.config.layers - 1, -1, -1):

@@ -202,15 +202,14 @@ class AdamW:
         xp.add(v, a, out=v)
         xp.subtract(v, v, out=b)  # 0, or NaN where g² overflows: m̂ / ∞ would be no step, unseen
         xp.add(v, b, out=v)
-        xp.divide(v, 1 - self.beta2**step, out=a)  # step = m̂ / (√v̂ + ε)
-        xp.sqrt(a, out=a)
-        xp.add(a, self.epsilon, out=a)
-        xp.divide(m, 1 - self.beta1**step, out=b)
-        xp.divide(b, a, out=b)
-        if weight_decay:  # p ← p − lr (step + λ p)
-            xp.multiply(p, weight_decay, out=a)
+        root = sqrt(1 - self.beta2**step)  # m̂ / (√v̂ + ε) = m root / (1 − β1ᵗ) / (√v + ε root)
+        xp.sqrt(v, out=a)
+        xp.add(a, self.epsilon * root, out=a)
+        xp.divide(m, a, out=b)
+        xp.multiply(b, learning_rate * root / (1 - self.beta1**step), out=b)
+        if weight_decay:  # p ← p − lr (m̂ / (√v̂ + ε) + λ p)
+            xp.multiply(p, learning_rate * weight_decay, out=a)
             xp.add(b, a, out=b)
-        xp.multiply(b, learning_rate, out=b)
         xp.subtract(p, b, out=p)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .array import Array
+from .array import Array, expect_that
 from .config import ModelConfig
 
 __all__ = [
@@ -233,8 +233,7 @@ def check_parameters(params: Parameters, config: ModelConfig) -> None:
                 if not is_buffer(name) and p.dtype != dtype
             ]
         )
-    if wrong:
-        raise ValueError("params do not fit the config: " + "; ".join(wrong))
+    expect_that(not wrong, "params do not fit the config: " + "; ".join(wrong))
 
 
 def _a_dozen(wrong: list[str]) -> list[str]:

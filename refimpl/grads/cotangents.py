@@ -99,7 +99,7 @@ def activations_of(layer: int, block: BlockSaved, names: Iterable[str]) -> Array
     if isinstance(block.network, ExpertsSublayerSaved):
         found[layer_name(layer, SCORES)] = block.network.routed.scores
     if any(name.startswith(inside) for name in names):
-        q, k, v, p, _ = mla.attention
+        q, k, v, p, *_ = mla.attention
         parts = {"latent": block.attention.cache, "q": q, "k": k, "v": v, "probabilities": p}
         found |= {f"{inside}{part}": x for part, x in parts.items()}
     return found

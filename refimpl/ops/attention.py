@@ -1,6 +1,7 @@
 """Attention, the quadratic truth on one page: o = softmax(scale · q kᵀ + mask) v.
 
-The whole probability matrix is kept; `flash_attention` computes the same in linear memory. Keys and
+The whole probability matrix is kept; `flash_attention` computes the same in linear memory. Some
+queries at a time, so that under a causal mask the keys behind them all are not computed. Keys and
 values may have another width, and one head where the queries have many (the absorbed form of MLA).
 The queries are the last T of the S key positions, so T = S is training or prefill, T < S decoding
 with a cache; T > S, where no position is before another, a block of keys out of many. Source:
@@ -10,10 +11,12 @@ Letters: B batch, T query position, S key position, H heads, X query/key width, 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..array import (
     Array,
+    add_to,
+    blocks,
     cast,
     einsum,
     expect,
@@ -23,11 +26,15 @@ from ..array import (
     fill,
     finite,
     namespace,
+    put,
     real,
+    zeros,
 )
 from .choices import BlindQuery, expect_choice
 
 __all__ = ["AttentionSaved", "attention_backward", "attention_forward", "visible"]
+
+QUERIES = 128  # at a time
 
 
 class AttentionSaved(NamedTuple):
@@ -38,6 +45,7 @@ class AttentionSaved(NamedTuple):
     v: Array  # [B, S, H or 1, V]
     p: Array  # [B, H, T, S]: probabilities; quadratic, which flash_attention avoids
     scale: float
+    ordered: bool  # no query sees a key behind it
 
 
 def attention_forward(
@@ -69,33 +77,53 @@ def attention_forward(
     xp, scale = namespace(q=q, k=k, v=v), float(scale)
     check_attention(q, k, v, causal, key_mask, segments)
     expect_choice("blind", blind, BlindQuery)
-    keys, values = _all_heads(k, q.shape[2]), _all_heads(v, q.shape[2])
-    scores = scale * einsum("bthx,bshx->bhts", q, keys)  # (attention.1)
-    mask = visible((0, q.shape[1]), (0, k.shape[1]), q, k, causal, key_mask, segments)
-    scores = fill(mask, scores, -xp.inf)
-    seen = xp.any(mask, axis=-1, keepdims=True)
-    if blind == "mean":
-        scores = fill(seen, scores, 0.0)  # (attention.11)
-        seen = xp.ones_like(seen)
-    largest = xp.max(real(scores), axis=-1, keepdims=True)
-    e = xp.exp(scores - cast(xp.where(xp.isfinite(largest), largest, 0.0), q))
-    total = xp.sum(e, axis=-1, keepdims=True)
-    p = e / fill(seen, finite(total), 1.0)  # (attention.2); NaN where scores overflow, −∞ in all
-    return einsum("bhts,bshv->bthv", p, values), AttentionSaved(q, k, v, p, scale)  # (attention.3)
+    (b, t, h, _), s = q.shape, k.shape[1]
+    keys, values = all_heads(k, h), all_heads(v, h)
+    o, p = zeros((*q.shape[:3], v.shape[3]), q), zeros((b, h, t, s), q)
+    scaled, ordered = scale * q, causal and blind == "zero"
+    for t0, t1 in blocks(t, QUERIES):
+        s1 = s - t + t1 if ordered else s
+        queries, seen = positions(t0, t1), positions(0, s1)
+        scores = einsum("bthx,bshx->bhts", scaled[queries], keys[seen])  # (attention.1)
+        mask = visible((t0, t1), (0, s1), q, k, causal, key_mask, segments)
+        scores = fill(mask, scores, -xp.inf)
+        sighted = xp.any(mask, axis=-1, keepdims=True)
+        if blind == "mean":
+            scores = fill(sighted, scores, 0.0)  # (attention.11)
+            sighted = xp.ones_like(sighted)
+        largest = xp.max(real(scores), axis=-1, keepdims=True)
+        e = xp.exp(scores - cast(xp.where(xp.isfinite(largest), largest, 0.0), q))
+        total = fill(sighted, finite(xp.sum(e, axis=-1, keepdims=True)), 1.0)
+        part = e / total  # (attention.2); NaN where scores overflow, −∞ in all
+        o = put(o, queries, einsum("bhts,bshv->bthv", part, values[seen]))  # (attention.3)
+        p = put(p, (..., slice(t0, t1), slice(0, s1)), part)
+    return o, AttentionSaved(q, k, v, p, scale, ordered)
 
 
 def attention_backward(do: Array, saved: AttentionSaved) -> tuple[Array, Array, Array]:
     """Gradients (dq, dk, dv), shaped like q, k and v, from ``do`` [B, T, H, V]."""
-    q, k, v, p, scale = saved
+    q, k, v, p, scale, ordered = saved
     xp = namespace(do=do, q=q)
     expect("do", do, "(B, T, H, V)", (*q.shape[:3], v.shape[3]))
-    keys, values = _all_heads(k, q.shape[2]), _all_heads(v, q.shape[2])
-    dv = einsum("bhts,bthv->bshv", p, do)  # (attention.4)
-    dp = einsum("bthv,bshv->bhts", do, values)  # (attention.5)
-    ds = p * (dp - xp.sum(p * dp, axis=-1, keepdims=True))  # (attention.6)
-    dq = scale * einsum("bhts,bshx->bthx", ds, keys)  # (attention.7)
-    dk = scale * einsum("bhts,bthx->bshx", ds, q)  # (attention.8)
+    (_, t, h, _), s = q.shape, k.shape[1]
+    keys, values = all_heads(k, h), all_heads(v, h)
+    dq, scaled = zeros(q.shape, q), scale * q
+    dk, dv = zeros(keys.shape, q), zeros(values.shape, q)
+    for t0, t1 in blocks(t, QUERIES):
+        s1 = s - t + t1 if ordered else s
+        queries, seen = positions(t0, t1), positions(0, s1)
+        part = p[..., t0:t1, :s1]
+        dv = add_to(dv, seen, einsum("bhts,bthv->bshv", part, do[queries]))  # (attention.4)
+        dp = einsum("bthv,bshv->bhts", do[queries], values[seen])  # (attention.5)
+        ds = part * (dp - xp.sum(part * dp, axis=-1, keepdims=True))  # (attention.6)
+        dq = put(dq, queries, scale * einsum("bhts,bshx->bthx", ds, keys[seen]))  # (attention.7)
+        dk = add_to(dk, seen, einsum("bhts,bthx->bshx", ds, scaled[queries]))  # (attention.8)
     return dq, sum_heads(dk, k), sum_heads(dv, v)
+
+
+def positions(start: int, stop: int) -> tuple[Any, ...]:
+    """The index of positions start … stop in an array [B, position, …]."""
+    return slice(None), slice(start, stop), ...
 
 
 def visible(
@@ -151,7 +179,7 @@ def check_attention(
     expect_some("v", v, "(B, S, H or 1, V)")
 
 
-def _all_heads(x: Array, heads: int) -> Array:
+def all_heads(x: Array, heads: int) -> Array:
     """One shared key or value head, seen by every query head."""
     return namespace(x=x).broadcast_to(x, (*x.shape[:2], heads, x.shape[3]))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
+from ..array import expect_that
+
 __all__ = [
     "Average",
     "BlindQuery",
@@ -37,5 +39,4 @@ Level = Literal["token", "sequence"]  # of the KL: per token, or of a whole outp
 def expect_choice(name: str, value: object, choices: Any) -> None:
     """ValueError unless ``value`` is one of the Literal ``choices``."""
     allowed = get_args(choices)
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    expect_that(value in allowed, f"{name} must be one of {', '.join(allowed)}, got {value!r}")

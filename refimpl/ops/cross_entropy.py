@@ -82,6 +82,8 @@ def token_weights(
     targets = expect_ids("targets", targets, vocabulary)
     count = total if normaliser is None else float(normaliser)
     expect_that(isfinite(count), f"normaliser must be finite, got {count}")
-    if count == 0 and (normaliser is not None or bool(xp.any(weight != 0))):
-        raise ValueError("normaliser, or the sum of a mask that is not all 0, must not be 0, got 0")
+    expect_that(
+        count != 0 or (normaliser is None and not bool(xp.any(weight != 0))),
+        "normaliser, or the sum of a mask that is not all 0, must not be 0, got 0",
+    )
     return targets, cast(weight, like) / (count or 1.0)

@@ -10,7 +10,7 @@ positions within a block.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..array import (
     Array,
@@ -19,6 +19,7 @@ from ..array import (
     cast,
     einsum,
     expect,
+    expect_that,
     fill,
     finite,
     namespace,
@@ -26,7 +27,7 @@ from ..array import (
     real,
     zeros,
 )
-from .attention import check_attention, sum_heads, visible
+from .attention import all_heads, check_attention, positions, sum_heads, visible
 
 __all__ = ["FlashAttentionSaved", "flash_attention_backward", "flash_attention_forward"]
 
@@ -61,30 +62,33 @@ def flash_attention_forward(
     a block of queries or keys."""
     xp, scale = namespace(q=q, k=k, v=v), float(scale)
     check_attention(q, k, v, causal, key_mask, segments)
-    if block < 1:
-        raise ValueError(f"block must be at least 1, got {block}")
+    expect_that(block >= 1, f"block must be at least 1, got {block}")
     (b, t, h, _), width = q.shape, v.shape[3]
+    keys, values = all_heads(k, h), all_heads(v, h)
     o, lse = zeros((b, t, h, width), q), zeros((b, h, t, 1), q)
     for t0, t1 in blocks(t, block):
-        numerator = zeros((b, h, t1 - t0, width), q)
-        total = zeros((b, h, t1 - t0, 1), q)
+        queries = positions(t0, t1)
+        numerator, total = zeros((b, h, t1 - t0, width), q), zeros((b, h, t1 - t0, 1), q)
         largest = real(total) - xp.inf
-        seen = xp.zeros((1, 1, t1 - t0, 1), dtype=xp.bool, device=q.device)
+        sighted = xp.zeros((1, 1, t1 - t0, 1), dtype=xp.bool, device=q.device)
         for s0, s1 in blocks(k.shape[1], block, t1 + k.shape[1] - t if causal else None):
+            seen = positions(s0, s1)
             mask = visible((t0, t1), (s0, s1), q, k, causal, key_mask, segments)
-            seen = seen | xp.any(mask, axis=-1, keepdims=True)
-            scores = fill(mask, _scores(q[:, t0:t1, ...], k[:, s0:s1, ...], scale), -xp.inf)
+            sighted = sighted | xp.any(mask, axis=-1, keepdims=True)
+            scores = scale * einsum("bthx,bshx->bhts", q[queries], keys[seen])
+            scores = fill(mask, scores, -xp.inf)
             larger = xp.maximum(largest, xp.max(real(scores), axis=-1, keepdims=True))
             shift = xp.where(xp.isfinite(larger), larger, 0.0)
             e = xp.exp(scores - cast(shift, q))
             decay = xp.exp(cast(largest, q) - cast(shift, q))  # (flash_attention.1)
             total = total * decay + xp.sum(e, axis=-1, keepdims=True)  # (flash_attention.2)
-            numerator = numerator * decay + _mix(e, v[:, s0:s1, ...])  # (flash_attention.3)
+            mixed = einsum("bhts,bshv->bhtv", e, values[seen])
+            numerator = numerator * decay + mixed  # (flash_attention.3)
             largest = larger
-        total = fill(seen, finite(total), 1.0)
-        o = put(o, _positions(t0, t1), xp.permute_dims(numerator / total, (0, 2, 1, 3)))
-        log_sum = cast(xp.where(seen, largest, 0.0), q) + xp.log(total)  # (flash_attention.4)
-        lse = put(lse, (slice(None), *_positions(t0, t1)), log_sum)
+        total = fill(sighted, finite(total), 1.0)
+        o = put(o, queries, xp.permute_dims(numerator / total, (0, 2, 1, 3)))
+        log_sum = cast(xp.where(sighted, largest, 0.0), q) + xp.log(total)  # (flash_attention.4)
+        lse = put(lse, (slice(None), *queries), log_sum)
     return o, FlashAttentionSaved(q, k, v, o, lse, scale, causal, key_mask, segments, block)
 
 
@@ -94,43 +98,24 @@ def flash_attention_backward(do: Array, saved: FlashAttentionSaved) -> tuple[Arr
     xp = namespace(do=do, q=q)
     expect("do", do, "(B, T, H, V)", tuple(o.shape))
     t, s = q.shape[1], k.shape[1]
+    keys, values = all_heads(k, q.shape[2]), all_heads(v, q.shape[2])
     dq = zeros(q.shape, q)
     dk, dv = zeros(k.shape, q), zeros(v.shape, q)
     row_sum = xp.sum(do * o, axis=-1, keepdims=True)  # (flash_attention.5)
     row_sum = xp.permute_dims(row_sum, (0, 2, 1, 3))
     for t0, t1 in blocks(t, block):
-        q_block, do_block = q[:, t0:t1, ...], do[:, t0:t1, ...]
+        queries = positions(t0, t1)
         for s0, s1 in blocks(s, block, t1 + s - t if causal else None):
-            k_block, v_block = k[:, s0:s1, ...], v[:, s0:s1, ...]
+            seen = positions(s0, s1)
             mask = visible((t0, t1), (s0, s1), q, k, causal, key_mask, segments)
-            scores = fill(mask, _scores(q_block, k_block, scale), -xp.inf)
-            p = xp.exp(scores - lse[:, :, t0:t1, :])  # (flash_attention.6)
-            dp = _scores(do_block, v_block, 1)
+            scores = scale * einsum("bthx,bshx->bhts", q[queries], keys[seen])
+            p = xp.exp(fill(mask, scores, -xp.inf) - lse[:, :, t0:t1, :])  # (flash_attention.6)
+            dp = einsum("bthv,bshv->bhts", do[queries], values[seen])
             ds = scale * p * (dp - row_sum[:, :, t0:t1, :])  # (flash_attention.7)
-            queries, seen = _positions(t0, t1), _positions(s0, s1)
-            mixed = _mix(ds, k_block)  # (flash_attention.8)
-            dq = add_to(dq, queries, xp.permute_dims(mixed, (0, 2, 1, 3)))  # (flash_attention.8)
+            # (flash_attention.8)
+            dq = add_to(dq, queries, einsum("bhts,bshx->bthx", ds, keys[seen]))
             # (flash_attention.9)
-            dk = add_to(dk, seen, sum_heads(einsum("bhts,bthx->bshx", ds, q_block), k))
+            dk = add_to(dk, seen, sum_heads(einsum("bhts,bthx->bshx", ds, q[queries]), k))
             # (flash_attention.9)
-            dv = add_to(dv, seen, sum_heads(einsum("bhts,bthv->bshv", p, do_block), v))
+            dv = add_to(dv, seen, sum_heads(einsum("bhts,bthv->bshv", p, do[queries]), v))
     return dq, dk, dv
-
-
-def _positions(start: int, stop: int) -> tuple[Any, ...]:
-    """The index of positions start … stop in an array [B, position, …]."""
-    return slice(None), slice(start, stop), ...
-
-
-def _scores(q: Array, k: Array, scale: float) -> Array:
-    """scale · q kᵀ [B, H, t, s], without copying a shared key head to every query head."""
-    if k.shape[2] == 1:
-        return scale * einsum("bthx,bsx->bhts", q, k[:, :, 0, :])
-    return scale * einsum("bthx,bshx->bhts", q, k)
-
-
-def _mix(p: Array, v: Array) -> Array:
-    """p v [B, H, t, V], for one shared value head or one per query head."""
-    if v.shape[2] == 1:
-        return einsum("bhts,bsv->bhtv", p, v[:, :, 0, :])
-    return einsum("bhts,bshv->bhtv", p, v)

@@ -159,8 +159,7 @@ def grpo_forward(
     z = _to_level(log_ratio, mask, count, ratio)  # (grpo.2)
     rho = xp.exp(z)
     bound, unclipped_now = _clip(real(rho), real(a), clip, dual_clip)
-    if unclipped is None:
-        unclipped = unclipped_now
+    unclipped = unclipped_now if unclipped is None else unclipped
     if kept is None:
         drift = -xp.sum(real(log_ratio), axis=1) / real(count)[:, 0]  # mean ln(π_old/π)
         most = float("inf") if off_policy is None else float(off_policy)
@@ -298,8 +297,7 @@ def _clip(
 
 def _difference(log_prob: Array, other: Array | None, mask: Array, name: str) -> Array:
     """log_prob − other where the mask is True, else 0; None stands for log_prob's own value."""
-    if other is None:
-        other = real(log_prob)
+    other = real(log_prob) if other is None else other
     expect(name, other, "(N, T)", tuple(log_prob.shape))
     hidden = library(other).where(mask, other, 0.0)
     return fill(mask, fill(mask, log_prob, 0.0) - cast(hidden, log_prob), 0.0)

@@ -71,20 +71,21 @@ def log_prob_forward(
     rows = xp.reshape(h, (-1, h.shape[-1]))
     if masked:
         rows = fill((real(mask) != 0)[:, None], rows, 0.0)  # absent, NaN included
+    scaled = rows / temperature
     chosen, lse = zeros((rows.shape[0], 1), rows), zeros((rows.shape[0], 1), rows)
     for m0, m1 in blocks(rows.shape[0], block[0]):
         total = zeros((m1 - m0, 1), rows)
         largest = real(total) - xp.inf
         for w0, w1 in blocks(w.shape[0], block[1]):
-            z = xp.matmul(rows[m0:m1, :], xp.matrix_transpose(w[w0:w1, :]))
-            z = z / temperature  # (log_prob.1)
+            # (log_prob.1)
+            z = xp.matmul(scaled[m0:m1, :], xp.matrix_transpose(w[w0:w1, :]))
             larger = xp.maximum(largest, xp.max(real(z), axis=-1, keepdims=True))
             shift = cast(xp.where(larger > -xp.inf, larger, 0.0), z)  # all −∞ so far: e^−∞ is 0
             decay = xp.exp(cast(largest, z) - shift)
             # a block that has a name would still be held while the next is computed
             block_total = xp.sum(xp.exp(z - shift), axis=-1, keepdims=True)
             total = total * decay + block_total  # (log_prob.2)
-            target_logit = _pick(z, targets[m0:m1] - w0)  # (log_prob.3)
+            target_logit = _pick(z, targets[m0:m1, None] - w0)  # (log_prob.3)
             chosen = add_to(chosen, (slice(m0, m1), ...), target_logit)
             largest = larger
         lse = put(lse, (slice(m0, m1), ...), cast(largest, rows) + xp.log(total))  # (log_prob.4)
@@ -100,13 +101,13 @@ def log_prob_backward(dy: Array, saved: LogProbSaved) -> tuple[Array, Array]:
     xp = namespace(dy=dy, h=h)
     expect("dy", dy, "(…)", tuple(h.shape[:-1]))
     rows = xp.reshape(h, (-1, h.shape[-1]))
-    weight = (xp.reshape(dy, (-1,)) * mask)[:, None] / temperature
+    scaled, weight = rows / temperature, (xp.reshape(dy, (-1,)) * mask)[:, None] / temperature
     dh, dw = zeros(rows.shape, rows), zeros(w.shape, rows)
     for m0, m1 in blocks(rows.shape[0], block[0]):
         for w0, w1 in blocks(w.shape[0], block[1]):
-            z = xp.matmul(rows[m0:m1, :], xp.matrix_transpose(w[w0:w1, :])) / temperature
+            z = xp.matmul(scaled[m0:m1, :], xp.matrix_transpose(w[w0:w1, :]))
             p = xp.exp(z - lse[m0:m1, :])  # (log_prob.6)
-            is_target = _is_target(p, targets[m0:m1] - w0)
+            is_target = xp.arange(w0, w1, device=p.device) == targets[m0:m1, None]
             dz = weight[m0:m1, :] * (cast(is_target, p) - p)  # (log_prob.7)
             dh = add_to(dh, (slice(m0, m1), ...), xp.matmul(dz, w[w0:w1, :]))  # (log_prob.8)
             dz = xp.matrix_transpose(dz)
@@ -114,15 +115,12 @@ def log_prob_backward(dy: Array, saved: LogProbSaved) -> tuple[Array, Array]:
     return xp.reshape(dh, h.shape), dw
 
 
-def _is_target(z: Array, targets: Array) -> Array:
-    """Where the block ``z`` [m, w] holds the row's target, ``targets`` [m] counted from the block's
-    first entry."""
-    return namespace(z=z).arange(z.shape[-1], device=z.device) == targets[:, None]
-
-
 def _pick(z: Array, targets: Array) -> Array:
-    """Each row's target logit [m, 1], 0 where the target lies in another block."""
-    return namespace(z=z).sum(fill(_is_target(z, targets), z, 0.0), axis=-1, keepdims=True)
+    """Each row's target logit [m, 1], 0 where the target lies in another block than ``z`` [m, w];
+    ``targets`` [m, 1] are counted from its first entry."""
+    xp = namespace(z=z)
+    here = (targets >= 0) & (targets < z.shape[1])
+    return fill(here, xp.take_along_axis(z, xp.where(here, targets, 0), axis=1), 0.0)
 
 
 def check_log_prob(

@@ -18,6 +18,7 @@ from ..array import (
     argsort,
     expect,
     expect_some,
+    expect_that,
     integers,
     last,
     library,
@@ -197,16 +198,16 @@ def check_shapes(
     expect("weights", weights, "(…, K)", slots)
     expect("w_up", w_up, "(E, F, D)", (experts, f, d))
     expect("w_down", w_down, "(E, D, F)", (experts, d, f))
-    if len({w is None for w in shared}) > 1:
-        raise ValueError(
-            "w_shared_gate, w_shared_up and w_shared_down must all be given, or all be None"
-        )
+    expect_that(
+        len({w is None for w in shared}) == 1,
+        "w_shared_gate, w_shared_up and w_shared_down must all be given, or all be None",
+    )
     if shared[0] is not None:
         expect("w_shared_gate", shared[0], "(F, D)", (None, d))
         expect("w_shared_up", shared[1], "(F, D)", tuple(shared[0].shape))
         expect("w_shared_down", shared[2], "(D, F)", (d, shared[0].shape[0]))
-    if indices.size == 0:
-        raise ValueError(
-            f"x and indices must have at least one row and one choice, got {x.shape} and "
-            f"{indices.shape}"
-        )
+    expect_that(
+        indices.size > 0,
+        f"x and indices must have at least one row and one choice, got {x.shape} and "
+        f"{indices.shape}",
+    )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..array import Array, expect, expect_mask, last, namespace
+from ..array import Array, expect, expect_mask, expect_that, last, namespace
 from .choices import MTPOrder, expect_choice
 from .leaves import LEAVES, Leaves, expect_table
 
@@ -92,8 +92,9 @@ def mtp_pairs(
     ([[6, 7]], [[7, 8]])
     """
     length = tokens.shape[1] - depth
-    if depth < 1 or length < 1:
-        raise ValueError(f"depth must lie in 1…T−1={tokens.shape[1] - 1}, got {depth}")
+    expect_that(
+        depth >= 1 and length >= 1, f"depth must lie in 1…T−1={tokens.shape[1] - 1}, got {depth}"
+    )
     expect("targets", targets, "(B, T)", tuple(tokens.shape))
     expect_mask("mask", mask, "(B, T)", tuple(tokens.shape))
     if segments is not None:

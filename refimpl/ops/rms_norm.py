@@ -10,7 +10,7 @@ from __future__ import annotations
 from math import isfinite
 from typing import NamedTuple
 
-from ..array import Array, expect, finite, last, namespace
+from ..array import Array, expect, expect_that, finite, last, namespace
 
 __all__ = ["RMSNormSaved", "rms_norm_backward", "rms_norm_forward"]
 
@@ -50,5 +50,4 @@ def rms_norm_backward(dy: Array, saved: RMSNormSaved) -> tuple[Array, Array]:
 def check_rms_norm(x: Array, w: Array, eps: float) -> None:
     """ValueError unless what `rms_norm_forward` is given fits together."""
     expect("w", w, "(D,)", (last(x, "x"),))
-    if not (isfinite(eps) and eps >= 0):
-        raise ValueError(f"eps must be a finite number of at least 0, got {eps}")
+    expect_that(isfinite(eps) and eps >= 0, f"eps must be a finite number of at least 0, got {eps}")

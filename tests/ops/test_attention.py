@@ -73,6 +73,39 @@ def test_protocol() -> None:
     property_test("attention")
 
 
+@pytest.mark.parametrize("heads", [1, H])
+@pytest.mark.parametrize("settings", [{}, {"causal": False}, {"blind": "mean"}, {"past": 2}])
+@pytest.mark.parametrize("some", [1, 4])
+def test_some_queries_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, some: int, settings: dict[str, Any], heads: int
+) -> None:
+    """All six, or one, or four and two: the same, with documents and padding."""
+    q, k, v, do = inputs(heads, heads)
+    past = settings.get("past", 0)
+    kwargs: dict[str, Any] = {name: value for name, value in settings.items() if name != "past"}
+    segments = np.array([[0, 0, 0, 1, 1, 1], [0] * T])
+    key_mask = np.array([[True] * T, [False, False, True, True, False, True]])
+    kwargs |= {"scale": 0.4, "segments": segments, "key_mask": key_mask}
+    q, do = q[:, past:], do[:, past:]
+    o, saved = attention_forward(q, k, v, **kwargs)
+    wanted = o, saved.p, *attention_backward(do, saved)
+    monkeypatch.setattr("refimpl.ops.attention.QUERIES", some)
+    o, saved = attention_forward(q, k, v, **kwargs)
+    for x, y in zip((o, saved.p, *attention_backward(do, saved)), wanted, strict=True):
+        assert_close(x, y)
+
+
+def test_no_score_behind_all_queries_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN there reaches nothing."""
+    q, k, v, do = inputs()
+    monkeypatch.setattr("refimpl.ops.attention.QUERIES", 2)
+    _, gradients = attend(q, k, v, do)
+    k[:, 2:] = v[:, 2:] = do[:, 2:] = np.nan
+    o, found = attend(q, k, v, do)
+    assert np.all(np.isfinite(o[:, :2]))
+    assert np.array_equal(found[0][:, :2], gradients[0][:, :2])
+
+
 @pytest.mark.parametrize("past", [0, 2])
 def test_query_of_zeros_averages_what_it_sees(past: int) -> None:
     """Equal scores: the mean of the values, up to the query's own position S − T + t."""
