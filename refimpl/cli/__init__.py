@@ -18,6 +18,7 @@ import numpy as np
 import typer
 
 from ..errors import CouldNotRun, printable
+from ..kernels.cpu.memory import keep_freed
 from ..parallel.launch import end_all, is_rank
 from . import (  # each adds its commands to the app
     bench,
@@ -69,6 +70,7 @@ def main() -> None:
     try:
         if sys.stdout is None:
             raise CouldNotRun("the output can't be written: standard output is closed")
+        keep_freed()
         try:
             with np.errstate(all="ignore"):  # what is not finite is found and told by the commands
                 sys.exit(app(prog_name="refimpl", standalone_mode=False))

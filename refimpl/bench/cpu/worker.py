@@ -34,7 +34,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from ...errors import CouldNotRun
-from ...kernels.cpu.memory import release
+from ...kernels.cpu.memory import keep_freed, release
 from .columns import BENCHMARKS, COLUMNS
 from .ours import Gradients, Work, work_of
 from .problems import Sizes, inputs_of
@@ -220,6 +220,8 @@ def failure(error: BaseException) -> str:
 def main(column: str) -> None:
     """Serve requests from standard input until it ends."""
     before = time.perf_counter()
+    if column not in COLUMNS or COLUMNS[column].file is None:
+        keep_freed()  # as our commands do
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started this process ends it
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer

@@ -3,7 +3,7 @@ which takes longer than most kernels take to fill it.
 
 Every training step asks for the same arrays. The memory of one that nothing refers to any more is
 lent to the next of nearly its size. What waits and what is lent are together never more than was
-once lent at a time.
+once lent at a time. For arrays that NumPy makes by itself, `keep_freed` has malloc do alike.
 """
 
 from __future__ import annotations
@@ -18,11 +18,15 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["LARGE", "STORE", "Store", "release"]
+__all__ = ["LARGE", "STORE", "Store", "keep_freed", "release"]
 
 LARGE = 2**20  # bytes; malloc keeps what is smaller by itself
 LINE = 64  # bytes, of the cache
 PARTS = 8  # sizes per power of two: memory is at most an eighth larger than its array
+# glibc's settings, by their numbers in malloc.h. M_MMAP_THRESHOLD: an array of more bytes has pages
+# of its own, which go with it. M_TRIM_THRESHOLD: so many bytes at the end stay when they are free.
+MALLOC = {-3: 2**25, -1: 2**28}
+MALLOC_IS_SET = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 
 
 def come_back(self: Any) -> None:
@@ -137,6 +141,19 @@ STORE = Store()
 def release() -> None:
     """Give back the memory that waits for the next arrays: where other work needs it."""
     STORE.release()
+
+
+def keep_freed() -> bool:
+    """Have malloc keep up to 256 MiB that arrays of at most 32 MiB leave, for the next ones: what
+    the store does for kernels, for NumPy's own arrays.
+
+    It is a setting of the whole process, so commands make it, not the library. False where it was
+    not made: the user has settings of malloc in the environment, or the library is not glibc.
+    """
+    if os.name != "posix" or any(name in os.environ for name in MALLOC_IS_SET):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and all(mallopt(name, value) for name, value in MALLOC.items())
 
 
 if hasattr(os, "register_at_fork"):  # another thread may have been in the middle of something

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import platform
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -187,3 +190,38 @@ def test_release() -> None:
     memory.STORE.array((MANY,), REAL)
     release()
     assert memory.STORE.kept == 0
+
+
+ROUNDS = """
+import resource
+import numpy as np
+from refimpl.kernels.cpu.memory import keep_freed
+print(KEEP and keep_freed())
+for _ in range(6):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    arrays = [np.ones(2**20 * 2) for _ in range(6)]
+    del arrays
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(keep: bool, **environment: str) -> tuple[bool, int]:
+    """Whether the setting was made, and how many pages the sixth round of the same arrays maps."""
+    clean = {k: v for k, v in os.environ.items() if k not in memory.MALLOC_IS_SET} | environment
+    run = [sys.executable, "-c", ROUNDS.replace("KEEP", str(keep))]
+    said, count = subprocess.check_output(run, env=clean, text=True).split()
+    return said == "True", int(count)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_malloc_keeps_what_arrays_leave() -> None:
+    """Six arrays of 16 MiB, round after round: without the setting they go back to the system."""
+    (made, kept), (_, mapped) = faults(True), faults(False)
+    assert made
+    assert kept < 10 < mapped
+
+
+@pytest.mark.parametrize("name", memory.MALLOC_IS_SET)
+def test_a_user_s_setting_of_malloc_stays(name: str) -> None:
+    value = "glibc.malloc.trim_threshold=131072" if name == "GLIBC_TUNABLES" else "131072"
+    assert not faults(True, **{name: value})[0]
