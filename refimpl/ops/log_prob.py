@@ -71,14 +71,13 @@ def log_prob_forward(
     rows = xp.reshape(h, (-1, h.shape[-1]))
     if masked:
         rows = fill((real(mask) != 0)[:, None], rows, 0.0)  # absent, NaN included
-    scaled = rows / temperature
     chosen, lse = zeros((rows.shape[0], 1), rows), zeros((rows.shape[0], 1), rows)
     for m0, m1 in blocks(rows.shape[0], block[0]):
+        scaled = rows[m0:m1, :] / temperature
         total = zeros((m1 - m0, 1), rows)
         largest = real(total) - xp.inf
         for w0, w1 in blocks(w.shape[0], block[1]):
-            # (log_prob.1)
-            z = xp.matmul(scaled[m0:m1, :], xp.matrix_transpose(w[w0:w1, :]))
+            z = xp.matmul(scaled, xp.matrix_transpose(w[w0:w1, :]))  # (log_prob.1)
             larger = xp.maximum(largest, xp.max(real(z), axis=-1, keepdims=True))
             shift = cast(xp.where(larger > -xp.inf, larger, 0.0), z)  # all −∞ so far: e^−∞ is 0
             decay = xp.exp(cast(largest, z) - shift)
@@ -101,17 +100,20 @@ def log_prob_backward(dy: Array, saved: LogProbSaved) -> tuple[Array, Array]:
     xp = namespace(dy=dy, h=h)
     expect("dy", dy, "(…)", tuple(h.shape[:-1]))
     rows = xp.reshape(h, (-1, h.shape[-1]))
-    scaled, weight = rows / temperature, (xp.reshape(dy, (-1,)) * mask)[:, None] / temperature
+    weight = (xp.reshape(dy, (-1,)) * mask)[:, None] / temperature
     dh, dw = zeros(rows.shape, rows), zeros(w.shape, rows)
     for m0, m1 in blocks(rows.shape[0], block[0]):
+        scaled = rows[m0:m1, :] / temperature
         for w0, w1 in blocks(w.shape[0], block[1]):
-            z = xp.matmul(scaled[m0:m1, :], xp.matrix_transpose(w[w0:w1, :]))
+            z = xp.matmul(scaled, xp.matrix_transpose(w[w0:w1, :]))
             p = xp.exp(z - lse[m0:m1, :])  # (log_prob.6)
             is_target = xp.arange(w0, w1, device=p.device) == targets[m0:m1, None]
             dz = weight[m0:m1, :] * (cast(is_target, p) - p)  # (log_prob.7)
             dh = add_to(dh, (slice(m0, m1), ...), xp.matmul(dz, w[w0:w1, :]))  # (log_prob.8)
-            dz = xp.matrix_transpose(dz)
-            dw = add_to(dw, (slice(w0, w1), ...), xp.matmul(dz, rows[m0:m1, :]))  # (log_prob.9)
+            # (log_prob.9)
+            dw = add_to(
+                dw, (slice(w0, w1), ...), xp.matmul(xp.matrix_transpose(dz), rows[m0:m1, :])
+            )
     return xp.reshape(dh, h.shape), dw
 
 
