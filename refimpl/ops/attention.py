@@ -79,7 +79,7 @@ def attention_forward(
     expect_choice("blind", blind, BlindQuery)
     (b, t, h, _), s = q.shape, k.shape[1]
     keys, values = all_heads(k, h), all_heads(v, h)
-    o, p = zeros((*q.shape[:3], v.shape[3]), q), zeros((b, h, t, s), q)
+    o, p = zeros((b, t, h, v.shape[3]), q), zeros((b, h, t, s), q)
     scaled, ordered = scale * q, causal and blind == "zero"
     for t0, t1 in blocks(t, QUERIES):
         s1 = s - t + t1 if ordered else s

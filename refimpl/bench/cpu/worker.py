@@ -220,8 +220,6 @@ def failure(error: BaseException) -> str:
 def main(column: str) -> None:
     """Serve requests from standard input until it ends."""
     before = time.perf_counter()
-    if column not in COLUMNS or COLUMNS[column].file is None:
-        keep_freed()  # as our commands do
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started this process ends it
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
@@ -230,6 +228,8 @@ def main(column: str) -> None:
     except Exception as error:
         print(json.dumps({"failed": failure(error)}), file=answers, flush=True)
         return
+    if worker.theirs is None:
+        keep_freed()  # as our commands do
     print(json.dumps({"ready": time.perf_counter() - before}), file=answers, flush=True)
     serve(worker, sys.stdin, answers)
 
