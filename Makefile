@@ -14,8 +14,8 @@ test test-full test-newest oracle gpu gpu-more: export OPENBLAS_NUM_THREADS = 1
 test: .venv/dev  ## prove it harder: properties, identities, golden values, planted bugs
 	$(BIN)/python -m pytest -q -n 2
 
-test-full: .venv/dev  ## the same tests with ten times the examples
-	REFIMPL_TEST_FULL=1 $(BIN)/python -m pytest -q -n 2
+test-full: .venv/dev  ## the same tests with ten times the examples; a quarter of them by PART=1/4, 2/4, 3/4, 4/4
+	REFIMPL_TEST_FULL=1 REFIMPL_TEST_PART=$(PART) $(BIN)/python -m pytest -q -n 2
 
 # What a user gets: no constraints, and the newest Python that runs (pyenv leaves names on PATH that do not).
 test-newest:  ## make test on the newest of python3.14, 3.13, 3.12 on PATH, with the newest packages
@@ -29,7 +29,7 @@ test-newest:  ## make test on the newest of python3.14, 3.13, 3.12 on PATH, with
 	done; echo "no python3.14, python3.13 or python3.12 that runs is on PATH: nothing was tested on a newer Python"
 
 oracle: .venv/oracle  ## compare with Hugging Face's models and a training in torch, run the ops on JAX (torch may bring gigabytes of CUDA)
-	$(BIN)/python -m pytest -q tests/oracle tests/golden/test_checkpoints.py
+	$(BIN)/python -m pytest -q -n 2 tests/oracle tests/golden/test_checkpoints.py
 
 kernels: .venv/dev  ## compile every kernel for every target into build/kernels, for machines without compilers
 	REFIMPL_KERNELS=build/kernels $(BIN)/refimpl kernels

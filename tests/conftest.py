@@ -1,6 +1,6 @@
 """fsync, which takes milliseconds, does nothing here: no test's files need to survive a power loss,
 and tests of it put their own in its place. The kernels for a CPU are compiled before workers start,
-which would each compile them.
+which would each compile them. With ``REFIMPL_TEST_PART=2/4`` the second of four parts is run.
 
 On a GPU (``REFIMPL_GPU=1``): a lost device ends its process, and tests that only compile, or run on
 a CPU, stay out, since they say the same on any machine.
@@ -13,6 +13,8 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import pytest
+
+from parts import in_part
 
 collect_ignore: list[str] = []
 
@@ -35,6 +37,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
         with ProcessPoolExecutor(2, get_context("spawn")) as processes:
             list(processes.map(compile_all, ("float32", "float64")))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if part := os.environ.get("REFIMPL_TEST_PART"):
+        chosen = {item: in_part(item.nodeid, part) for item in items}
+        config.hook.pytest_deselected(items=[item for item in items if not chosen[item]])
+        items[:] = [item for item in items if chosen[item]]
 
 
 @pytest.fixture(autouse=True, scope="session")
