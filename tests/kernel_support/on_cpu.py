@@ -4,6 +4,7 @@ and mistakes planted in its kernels and host sides."""
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import sys
 from collections.abc import Callable
@@ -197,17 +198,47 @@ def callers_of(stem: str) -> list[str]:
 
 
 def plant(stem: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until the test ends, the kernels of ``stem`` are compiled with the mistake, and not kept."""
+    """Until the test ends, the kernels that the mistake reaches are compiled with it, and not
+    kept."""
     before, after = PLANTED[stem][name]
-    plant_text(stem, before, after, monkeypatch)
+    plant_text(stem, before, after, monkeypatch, reached=True)
 
 
-def plant_text(stem: str, before: str, after: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def plant_text(
+    stem: str, before: str, after: str, monkeypatch: pytest.MonkeyPatch, *, reached: bool = False
+) -> None:
+    """Until the test ends, the kernels of a changed file and of its callers are compiled anew; with
+    ``reached`` those alone that the change reaches."""
+    stems = stem, *callers_of(stem)
+    right = {name: kernels_of(name) for name in stems}
     replace_text(stem, before, after, monkeypatch)
-    callers = callers_of(stem)
-    for other in callers:
+    for other in stems[1:]:
         replace_text(other, "from __future__", "from __future__", monkeypatch)
-    recompiled(monkeypatch, stem, *callers)
+
+    def anew(name: str, function: str) -> bool:
+        if name not in stems:
+            return False
+        return not (reached and alike(right[name][function], kernels_of(name)[function]))
+
+    recompiled(monkeypatch, anew)
+
+
+def kernels_of(stem: str) -> dict[str, Any]:
+    return vars(importlib.import_module(f"refimpl.kernels.{stem}_numba_cpu"))
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Whether two functions have the same code, and all that they call; of others, are equal."""
+    a, b = (getattr(x, "py_func", x) for x in (a, b))
+    if a is b or not inspect.isfunction(a):
+        return bool(a is b or a == b)
+    same = code_of(a) == code_of(b)
+    return same and all(alike(a.__globals__.get(x), b.__globals__.get(x)) for x in code_of(a)[2])
+
+
+def code_of(function: Any) -> tuple[Any, Any, tuple[str, ...]]:
+    code = function.__code__
+    return code.co_code, code.co_consts, code.co_names
 
 
 def replace_text(stem: str, before: str, after: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,23 +253,25 @@ def replace_text(stem: str, before: str, after: str, monkeypatch: pytest.MonkeyP
 UNCACHED = compiling.kernel.__wrapped__
 
 
-def recompiled(monkeypatch: pytest.MonkeyPatch, *stems: str) -> None:
-    """Kernels of these files are compiled anew, and nothing of that is kept, here or on disk."""
+def recompiled(monkeypatch: pytest.MonkeyPatch, anew: Callable[[str, str], bool]) -> None:
+    """Kernels are compiled where ``anew`` (file, name) says so; nothing of that is kept, here or on
+    disk."""
     config: Any = importlib.import_module("numba.core.config")
     fresh: dict[tuple[Any, ...], Any] = {}
     kept = compiling.kernel
 
-    def kernel(stem: str, *key: Any) -> Any:
-        if stem not in stems:
-            return kept(stem, *key)
+    def kernel(stem: str, name: str, real: Any) -> Any:
+        if not anew(stem, name):
+            return kept(stem, name, real)
+        key = stem, name, real
         with compiling.LOCK:  # several threads may want it
-            if (stem, *key) not in fresh:
+            if key not in fresh:
                 with pytest.MonkeyPatch.context() as nowhere:
                     nowhere.setattr(compiling, "_place", lambda real: None)
                     nowhere.setattr(compiling, "_tell_once", lambda where: None)
                     nowhere.setattr(config, "OPT", type(config.OPT)(0))  # half the time
-                    fresh[stem, *key] = UNCACHED(stem, *key)
-        return fresh[stem, *key]
+                    fresh[key] = UNCACHED(*key)
+        return fresh[key]
 
     for path in (SOURCE.parent / "refimpl" / "kernels" / "cpu").glob("*.py"):
         module = module_of(path.stem)

@@ -22,7 +22,7 @@ from refimpl.kernels.cpu.pool import threads
 from refimpl.ops import REFERENCE
 
 from kernel_support import results
-from kernel_support.on_cpu import CPU, module_of
+from kernel_support.on_cpu import CPU, PLANTED, module_of, replace_text
 from support import FULL
 
 SIZES = st.integers(1, 40) | st.sampled_from([64, 255, 256, 257, 300, 520])
@@ -181,6 +181,19 @@ def test_multiply_rows(m: int, k: int, n: int, add: bool, real: Any, seed: int) 
             assert np.all(np.abs(c[:, 1 : n + 1] - exact) <= bound)
             assert (c[:, 0] == start[:, 0]).all()
             assert (c[:, n + 1 :] == start[:, n + 1 :]).all()
+
+
+@pytest.mark.parametrize("name", PLANTED["products"] if FULL else [])
+def test_planted_mistakes_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the tests above, their helpers compiled with the mistake."""
+    replace_text("products", *PLANTED["products"][name], monkeypatch)
+    monkeypatch.setitem(globals(), "compiled", cache(compiled.__wrapped__))
+    for look in (test_rows_and_outer_products, test_multiply_rows, test_multiply):
+        try:
+            look()
+        except AssertionError:
+            return
+    raise AssertionError("nothing sees it")
 
 
 def test_nothing_to_sum() -> None:
