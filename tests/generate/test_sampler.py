@@ -53,9 +53,9 @@ LAWS = {
 @pytest.mark.parametrize("rows", [1, 40])
 @pytest.mark.parametrize("name", LAWS)
 def test_law_of_the_sampler(name: str, rows: int) -> None:
-    """Frequencies of 20,000 draws, within five standard deviations."""
+    """Frequencies of thousands of draws, within five standard deviations."""
     temperature, top_p, wanted = LAWS[name]
-    sampler, n = Sampler(temperature, top_p, seed=5, rows=rows), 20_000
+    sampler, n = Sampler(temperature, top_p, seed=5, rows=rows), 5_000 if rows == 1 else 20_000
     z = np.tile(np.log([0.1, 0.6, 0.3]), (rows, 1))
     drawn = np.concatenate([sampler.choose(z).tokens for _ in range(n // rows)])
     counts, p = np.bincount(drawn, minlength=3), np.array(wanted)
