@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Thousands of tests wait in a process: a collection of garbage need not visit them each time."""
+    """Thousands of tests wait in a process: collections of garbage need not visit them."""
     gc.collect()
     gc.freeze()
 
