@@ -41,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if part := os.environ.get("REFIMPL_TEST_PART"):
+    if part := os.environ.pop("REFIMPL_TEST_PART", ""):  # not for tests that run pytest themselves
         chosen = {item: in_part(item.nodeid, part) for item in items}
         config.hook.pytest_deselected(items=[item for item in items if not chosen[item]])
         items[:] = [item for item in items if chosen[item]]
